@@ -1,0 +1,2705 @@
+#!/bin/sh
+# fmt: off
+''''exec python3 -ISOO -c '
+import sys
+from _frozen_importlib_external import SourceFileLoader
+coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
+coder_sync.__file__ = sys.argv[1]
+SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
+coder_sync.main(sys.argv[2:])
+' "$0" "$@"
+'''
+# fmt: on
+from __future__ import annotations
+
+__doc__ = """Startup coordination for scripts that run in parallel: one file, agent and command line.
+
+An agent keeps a graph of units in memory; scripts say what they depend on, wait until they may run, and
+let others go on:
+
+    coder_sync.py serve                  the agent; --detach to the background, -- COMMAND for one command
+    coder_sync.py want UNIT DEP...       UNIT depends on DEP
+    coder_sync.py start UNIT             wait until UNIT may run; then it is started
+    coder_sync.py complete UNIT          UNIT is done; others may go on
+    coder_sync.py fail UNIT              UNIT will not be done; what requires it is skipped
+    coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
+    coder_sync.py wait UNIT...           wait for units without being one
+    coder_sync.py status UNIT | list     what stands where;  ping: is there an agent?
+
+Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
+was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
+or 125 (our own failure before it ran), 126 (not executable), 127 (not found).
+
+The file is also a module: `from coder_sync import Client`. How it reads, top to bottom; a room uses only
+rooms above it:
+
+    Errors          one hierarchy; each knows its exit code and its JSON-RPC code
+    Units           the dependency graph and its rules, pure
+    Protocol        newline-delimited JSON-RPC 2.0
+    Agent           the daemon
+    Client          the Python API
+    Views           data to text, pure
+    Command line    one small function a command
+
+The first lines make the file an executable that starts the interpreter isolated and without site, on any
+system with a `sh`, and keep its bytecode beside it; a client call is mostly interpreter start. For the same
+reason nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
+`typing` each cost more than everything the call does.
+"""
+
+import errno
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from dataclasses import dataclass
+    from typing import Any, NoReturn
+else:
+
+    def dataclass(cls):
+        """Stand in for dataclasses.dataclass, whose import costs more than a whole client call."""
+        names = tuple(cls.__annotations__)
+
+        def __init__(self, *args, **kwargs):
+            kwargs.update(zip(names, args))
+            for name in names:
+                setattr(self, name, kwargs.pop(name) if name in kwargs else getattr(cls, name))
+            if kwargs or len(args) > len(names):
+                raise TypeError(f"{cls.__name__}: unexpected arguments {sorted(kwargs)}")
+
+        cls.__init__ = __init__
+        cls.__repr__ = lambda self: f"{cls.__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+        cls.__eq__ = lambda self, other: type(other) is cls and vars(self) == vars(other)
+        cls.__hash__ = None
+        return cls
+
+
+__version__ = "0.1.0"
+__all__ = ["Client", "Dependency", "Owner", "Started", "SyncError", "UnitStatus"]
+
+DEFAULT_SOCKET = "/tmp/coder-agent.sock"
+START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
+CONNECT_TIMEOUT = 3.0
+REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
+REPORT_EVERY = 30.0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Errors. One small hierarchy, shared by agent and client: the agent sends `code`, `message` and `data`, the
+# client raises the same class again and exits with `exit_code`. Codes are those of JSON-RPC 2.0, section 5.1.
+# ----------------------------------------------------------------------------------------------------------
+
+
+class SyncError(Exception):
+    """Anything that goes wrong here; `exit_code` is the command line's, `code` JSON-RPC's."""
+
+    exit_code = 1
+    code = -32000
+
+    def __init__(self, message: str, data: Any = None) -> None:
+        super().__init__(message)
+        self.data = data
+
+
+class Refused(SyncError):
+    """The rules say no: a bad name, another outcome than the one on record, a limit."""
+
+
+class CycleError(Refused):
+    """`data` is the cycle, its first name repeated last."""
+
+    code = -32001
+
+
+class AlreadyStarted(Refused):
+    """Somebody else started the unit."""
+
+    code = -32002
+
+
+class NotRegistered(Refused):
+    """Nobody has called `want`, `start` or `run` on the unit."""
+
+    code = -32003
+
+
+class DependencyFailed(SyncError):
+    """A required dependency failed or was skipped, so waiting is over."""
+
+    exit_code = 4
+    code = -32004
+
+
+class UsageError(SyncError):
+    """The command line, an environment variable or an argument of the API is wrong."""
+
+    exit_code = 2
+
+
+class InvalidRequest(SyncError):
+    """Not a JSON-RPC 2.0 request, or not one of ours."""
+
+    code = -32600
+
+
+class MethodNotFound(InvalidRequest):
+    """There is no such method."""
+
+    code = -32601
+
+
+class InvalidParams(InvalidRequest):
+    """A parameter is missing, unknown or of the wrong type."""
+
+    code = -32602
+
+
+class ParseError(InvalidRequest):
+    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
+
+    code = -32700
+
+
+class Unreachable(SyncError):
+    """No agent could be reached, or it went away, or what answers is not one."""
+
+    exit_code = 3
+    code = -32005
+
+
+class TimedOut(SyncError):
+    """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
+
+    exit_code = 124
+
+
+class CommandError(SyncError):
+    """A command could not be run: 126 not executable, 127 not found, as in a shell."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
+# A caller that must wait hands in a ticket, any hashable object; whoever makes the wait end finds
+# (ticket, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock around it.
+# ----------------------------------------------------------------------------------------------------------
+
+NOT_REGISTERED = "not registered"  # only ever wanted by others
+PENDING = "pending"  # registered, not started
+STARTED = "started"
+COMPLETED = "completed"
+FAILED = "failed"
+SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
+ENDED = (COMPLETED, FAILED, SKIPPED)
+
+SUCCESS, COMPLETION, START = REQUIREMENTS = ("success", "completion", "start")
+MEETS = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
+HOPELESS = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}  # cannot be met any more
+REQUIRED_STATUS = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
+
+MAX_NAME = 255  # bytes of UTF-8
+MAX_REASON = 500  # characters
+MAX_UNITS = 50_000
+MAX_EDGES = 500_000
+MAX_WAITS = 20_000
+MAX_EVENTS = 100_000
+
+
+@dataclass
+class Owner:
+    """Who started a unit: a process id, its command line, and whether it still runs (None: unknown).
+
+    `born` tells the process from a later one with the same pid; it stays with the agent.
+    """
+
+    pid: int
+    command: str
+    alive: bool | None = None
+    born: str = ""
+
+
+@dataclass
+class Dependency:
+    """One edge as it stands now. `age` is seconds in the current status."""
+
+    depends_on: str
+    required_status: str
+    current_status: str
+    is_satisfied: bool
+    requirement: str = SUCCESS
+    age: float = 0.0
+    reason: str = ""
+    owner: Owner | None = None
+    waits_for: list[str] = []  # noqa: RUF012  (never changed; what a pending dependency itself waits for)
+    did_you_mean: str = ""
+
+
+@dataclass
+class UnitStatus:
+    """A snapshot of one unit, without its dependencies where they were not asked for."""
+
+    unit_name: str
+    status: str
+    is_ready: bool
+    reason: str = ""
+    exit_code: int | None = None
+    age: float = 0.0
+    owner: Owner | None = None
+    dependencies: list[Dependency] = []  # noqa: RUF012
+    did_you_mean: str = ""
+
+
+@dataclass
+class Event:
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+
+    seq: int
+    time: float
+    wall: float
+    unit: str
+    kind: str
+    detail: str = ""
+
+
+def check_name(name: object) -> str:
+    """Return `name` if it may name a unit, else raise Refused."""
+    if not isinstance(name, str):
+        raise InvalidParams(f"a unit name must be a string, not {type(name).__name__}")
+    if not name:
+        raise Refused("a unit name must not be empty; was a variable unset?")
+    if not name.isprintable():
+        raise Refused(f"unit name {ascii(name)[:80]} has a character that cannot be printed")
+    if len(name.encode()) > MAX_NAME:
+        raise Refused(f'unit name "{name[:40]}..." is {len(name.encode())} bytes long; the limit is {MAX_NAME}')
+    return name
+
+
+def one_line(text: str) -> str:
+    """Return free text as one printable, bounded line."""
+    flat = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_REASON])
+    flat = " ".join(flat.split())
+    return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
+
+
+class Unit:
+    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
+
+    # fmt: off
+    __slots__ = ("ended", "exit_code", "holder", "name", "owner", "reason", "registered", "released_by", "since",
+                 "started", "starts", "status", "unmet", "waiting", "wanted_by", "wants")
+    # fmt: on
+
+    def __init__(self, name: str, now: float) -> None:
+        self.name = name
+        self.status = NOT_REGISTERED
+        self.since = now  # of the status
+        self.reason = ""
+        self.exit_code: int | None = None
+        self.wants: dict[Unit, str] = {}  # dependency -> requirement
+        self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
+        self.unmet = 0  # how many of `wants` are not met; kept by Units._set, never counted again
+        self.starts: dict[Any, Owner | None] = {}  # tickets of the starts that wait, oldest first
+        self.holder: Any = None  # ticket of the start that won
+        self.owner: Owner | None = None
+        self.registered = self.waiting = self.started = self.ended = -1.0  # when, for pictures; -1: not yet
+        self.released_by = ""  # the dependency that made it ready last
+
+
+class Units:
+    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, and questions about it.
+
+    `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell` gets every
+    event as it happens.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        alive: Callable[[Owner], bool | None] = lambda owner: None,
+        tell: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        from collections import deque
+
+        self.clock, self.wall, self.alive, self.tell = clock, wall, alive, tell
+        self.units: dict[str, Unit] = {}
+        self.edges = 0
+        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.seq = 0
+        self._waits: dict[Any, Unit] = {}  # ticket -> the unit it wants started
+        self._answers: list[tuple[Any, Any]] = []
+
+    # -- what callers may do ------------------------------------------------------------------------------
+
+    def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
+        """Register `name` and make it depend on `dependencies`: all of them, or none and an error.
+
+        Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
+        """
+        if requires not in REQUIREMENTS:
+            raise Refused(f'unit "{name}": no such requirement: {requires}; use one of {", ".join(REQUIREMENTS)}')
+        unit = self.units.get(check_name(name)) or Unit(name, self.clock())
+        new: dict[str, Unit] = {}
+        for dependency in dependencies:
+            other = self.units.get(check_name(dependency))
+            if other is unit or dependency == name:
+                raise CycleError(f"cycle detected: {name} -> {name}; a unit cannot depend on itself", [name, name])
+            if other is None:
+                new[dependency] = Unit(dependency, self.clock())
+            elif other not in unit.wants:
+                cycle = self._cycle(unit, other)
+                if cycle:
+                    raise CycleError(f"cycle detected: {' -> '.join(cycle)}", cycle)
+                new[dependency] = other
+            elif unit.wants[other] != requires:
+                has = unit.wants[other]
+                raise Refused(f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}')
+        self._admit(unit, new)
+        for dependency, other in new.items():
+            self._record(unit, "wants", dependency if requires == SUCCESS else f"{dependency} ({requires})")
+            self._link(unit, other, requires)
+        if unit.status == PENDING and self._settle(unit):
+            self._propagate(unit)
+        return unit
+
+    def start(
+        self,
+        name: str,
+        ticket: Any,
+        dependencies: Iterable[str] = (),
+        requires: str = SUCCESS,
+        owner: Owner | None = None,
+    ) -> bool:
+        """Ask for `name` to be started; the answer comes for `ticket`. Return whether it has to wait.
+
+        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed.
+        """
+        unit = self.want(name, dependencies, requires)
+        if unit.status == STARTED:
+            raise AlreadyStarted(f'unit "{name}" is already started{self._by(unit)}')
+        self._check_waits()
+        if unit.status in (FAILED, SKIPPED):  # another try: those behind it may hope again
+            self._set(unit, PENDING)
+        self._waits[ticket] = unit
+        unit.starts[ticket] = owner
+        unit.waiting = self.clock()
+        if self._settle(unit):
+            self._propagate(unit)
+        elif ticket in self._waits:
+            self._record(unit, "waiting", ", ".join(d.name for d in self._unmet(unit, 5)))
+        return ticket in self._waits
+
+    def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS) -> bool:
+        """Wait for units to meet `requires`, without being one. Return whether there is anything to wait for."""
+        if requires not in REQUIREMENTS:
+            raise Refused(f"no such requirement: {requires}; use one of {', '.join(REQUIREMENTS)}")
+        self._check_waits()
+        waiter = Unit("", self.clock())
+        new = {n: self.units.get(check_name(n)) or Unit(n, self.clock()) for n in names}
+        self._admit(waiter, new)
+        for other in new.values():
+            self._link(waiter, other, requires)
+        self._waits[ticket] = waiter
+        waiter.starts[ticket] = None
+        self._settle(waiter)
+        return ticket in self._waits
+
+    def complete(self, name: str) -> None:
+        """End `name` with success. Raises NotRegistered, or Refused if it has ended otherwise."""
+        self._end(name, COMPLETED, "", 0)
+
+    def fail(self, name: str, reason: str = "", exit_code: int | None = None) -> None:
+        """End `name` without success: what requires it is skipped. Raises as `complete` does."""
+        self._end(name, FAILED, one_line(reason), exit_code)
+
+    def lose(self, name: str, ticket: Any) -> None:
+        """The holder of a start is gone: a unit that is still started by it fails, a wait for it is over."""
+        unit = self.units.get(name)
+        if unit and ticket in unit.starts:
+            self._record(unit, "gave up", "its owner ended")
+            self._answer(ticket, Refused(f'unit "{name}" was not started: the process that was to own it has ended'))
+            del unit.starts[ticket]
+        elif unit and self.holds(name, ticket):
+            o = unit.owner
+            who = f"process {o.pid} ({o.command})" if o else "the process that held it"
+            self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
+            self._propagate(unit)
+
+    def revoke(self, name: str, ticket: Any) -> None:
+        """Take back a start whose answer found nobody: the unit is pending again."""
+        unit = self.units.get(name)
+        if unit and unit.status == STARTED and unit.holder is ticket:
+            self._set(unit, PENDING, "the client that asked for its start was gone")
+
+    def holds(self, name: str, ticket: Any) -> bool:
+        """Whether the start that `ticket` asked for still waits or is still on."""
+        unit = self.units.get(name)
+        return unit is not None and (ticket in unit.starts or (unit.status == STARTED and unit.holder is ticket))
+
+    def cancel(self, ticket: Any, why: str = "gone") -> list[Dependency] | None:
+        """Forget a wait and return what it lacked; None if it was answered already."""
+        unit = self._waits.pop(ticket, None)
+        if unit is None:
+            return None
+        missing = self.missing(unit)
+        del unit.starts[ticket]
+        if unit.name:
+            self._record(unit, "gave up", f"{why}; still missing: {', '.join(d.depends_on for d in missing[:5])}")
+        else:
+            self._unlink(unit)
+        return missing
+
+    def take_answers(self) -> list[tuple[Any, Any]]:
+        """Return the answers that became known since the last call."""
+        answers, self._answers = self._answers, []
+        return answers
+
+    # -- questions ----------------------------------------------------------------------------------------
+
+    def missing(self, what: Any) -> list[Dependency]:
+        """What a unit, or the wait of a ticket, still lacks. The one place that says why something waits."""
+        unit = what if isinstance(what, Unit) else self._waits.get(what)
+        return self.dependencies(unit, unmet_only=True) if unit else []
+
+    def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
+        """The edges of a unit, in the order they were declared."""
+        now, rows = self.clock(), []
+        for other, requirement in unit.wants.items():
+            met = other.status in MEETS[requirement]
+            if met and unmet_only:
+                continue
+            row = Dependency(other.name, REQUIRED_STATUS[requirement], other.status, met, requirement)
+            row.age, row.reason = round(now - other.since, 3), other.reason
+            if not met:
+                row.owner = self._owner(other)
+                row.waits_for = [d.name for d in self._unmet(other, 4)] if other.status == PENDING else []
+            rows.append(row)
+        return rows
+
+    def status(self, name: str) -> UnitStatus:
+        """A snapshot of one unit with its dependencies; `not registered` for a name nobody knows."""
+        unit = self.units.get(check_name(name)) or Unit(name, self.clock())
+        snapshot = self._snapshot(unit, self.clock())
+        snapshot.owner = self._owner(unit)
+        snapshot.dependencies = self.dependencies(unit)
+        return snapshot
+
+    def snapshots(self, everything: bool = False) -> list[UnitStatus]:
+        """Snapshots by name; `everything` includes names that were only ever wanted."""
+        now = self.clock()
+        shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
+        return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
+
+    def names(self) -> list[str]:
+        """The registered names, for suggestions."""
+        return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
+
+    # -- the rules ----------------------------------------------------------------------------------------
+
+    def _settle(self, unit: Unit, because: Unit | None = None) -> bool:
+        """When may a unit start? Here. Return whether its status changed, so that others must be looked at.
+
+        Its requirements are all met: the oldest waiting start wins, the others are told. One of them can not
+        be met any more: it is skipped, and all who wait for it are told. Otherwise it goes on waiting.
+        `because` is the dependency that just changed, if only that can have made a difference.
+        """
+        if unit.unmet == 0:
+            if not unit.starts:
+                return False
+            unit.released_by = because.name if because else ""
+            ticket, owner = next(iter(unit.starts.items()))
+            self._answer(ticket, {"dependencies": [d.name for d in unit.wants]})
+            del unit.starts[ticket]
+            unit.holder, unit.owner = ticket, owner
+            self._set(unit, STARTED)
+            self._tell(unit, AlreadyStarted, f'unit "{unit.name}" is already started{self._by(unit)}')
+            if not unit.name:
+                self._unlink(unit)
+            return True
+        causes = (because,) if because else unit.wants
+        cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
+        if cause is None:
+            return False
+        if cause.status == SKIPPED:
+            tail = cause.reason if len(cause.reason) < MAX_REASON else "... " + cause.reason.rpartition(": ")[2]
+            reason = f'dependency "{cause.name}" was skipped: {tail}'
+        else:
+            reason = f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
+        skip = unit.status == PENDING and bool(unit.name)
+        if skip:
+            self._set(unit, SKIPPED, reason)
+        self._tell(unit, DependencyFailed, f'unit "{unit.name}" skipped: {reason}' if unit.name else reason)
+        if not unit.name:
+            self._unlink(unit)
+        return skip
+
+    def _propagate(self, changed: Unit) -> None:
+        """Settle whoever depends on a changed unit, and so on; in a loop, since chains may be long."""
+        from collections import deque
+
+        todo = deque([changed])
+        while todo:
+            unit = todo.popleft()
+            for dependent in list(unit.wanted_by):
+                if (dependent.starts or dependent.status == PENDING) and self._settle(dependent, unit):
+                    todo.append(dependent)
+
+    def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
+        """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
+        old, unit.status = unit.status, status
+        unit.since = self.clock()
+        unit.reason, unit.exit_code = reason, exit_code
+        if status == STARTED:
+            unit.started, unit.ended = unit.since, -1.0
+        elif status in ENDED:
+            unit.ended = unit.since
+        elif status == PENDING and old != NOT_REGISTERED:
+            unit.started = unit.ended = -1.0
+            unit.holder = unit.owner = None
+        for dependent, requirement in unit.wanted_by.items():
+            dependent.unmet += (old in MEETS[requirement]) - (status in MEETS[requirement])
+        self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+
+    def _end(self, name: str, status: str, reason: str, exit_code: int | None) -> None:
+        unit = self.units.get(check_name(name))
+        if unit is None or unit.status == NOT_REGISTERED:
+            raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+        if unit.status == status:
+            return
+        if unit.status in ENDED:
+            why = f" ({unit.reason})" if unit.reason else ""
+            hint = "others may have acted on that; start it again first"
+            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
+        self._set(unit, status, reason, exit_code)
+        self._tell(unit, Refused, f'unit "{name}" was {status} by another caller while its start waited')
+        self._propagate(unit)
+
+    # -- small parts --------------------------------------------------------------------------------------
+
+    def _admit(self, unit: Unit, new: dict[str, Unit]) -> None:
+        """Check the limits, then register `unit` and make the new names known."""
+        names = [n for n in new if n not in self.units]
+        if len(self.units) + len(names) + (unit.name not in self.units) > MAX_UNITS:
+            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_UNITS} units')
+        if self.edges + len(new) > MAX_EDGES:
+            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+        self.units.update((n, new[n]) for n in names)
+        if unit.name and unit.status == NOT_REGISTERED:
+            self.units[unit.name] = unit
+            unit.registered = self.clock()
+            self._set(unit, PENDING)
+
+    def _check_waits(self) -> None:
+        if len(self._waits) >= MAX_WAITS:
+            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+
+    def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
+        unit.wants[other] = other.wanted_by[unit] = requirement
+        unit.unmet += other.status not in MEETS[requirement]
+        self.edges += 1
+
+    def _unlink(self, unit: Unit) -> None:
+        """Forget a `wait`, and the names that nobody else has any use for."""
+        for other in unit.wants:
+            del other.wanted_by[unit]
+            if other.status == NOT_REGISTERED and not other.wanted_by:
+                self.units.pop(other.name, None)
+        self.edges -= len(unit.wants)
+        unit.wants.clear()
+
+    def _cycle(self, unit: Unit, dependency: Unit) -> list[str] | None:
+        """The cycle that an edge from `unit` to `dependency` would close, or None.
+
+        Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
+        same whichever end it is declared from.
+        """
+        ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
+        behind: dict[Unit, Unit | None] = {unit: None}
+        fronts, here = ([dependency], [unit]), 0
+        while fronts[0] and fronts[1]:
+            node = fronts[here].pop()
+            for other in node.wanted_by if here else node.wants:
+                seen, facing = (behind, ahead) if here else (ahead, behind)
+                if other not in seen:
+                    seen[other] = node
+                    fronts[here].append(other)
+                if other in facing:
+                    path: list[Unit] = []
+                    step: Unit | None = other
+                    while step:
+                        path.insert(0, step)
+                        step = ahead[step]
+                    step = behind[other]
+                    while step:
+                        path.append(step)
+                        step = behind[step]
+                    return [unit.name, *(u.name for u in path)]
+            here = 1 - here
+        return None
+
+    def _unmet(self, unit: Unit, most: int) -> list[Unit]:
+        from itertools import islice
+
+        if not unit.unmet:
+            return []
+        return list(islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most))
+
+    def _answer(self, ticket: Any, result: Any) -> None:
+        del self._waits[ticket]
+        self._answers.append((ticket, result))
+
+    def _tell(self, unit: Unit, error: type[SyncError], message: str) -> None:
+        """Give all starts that still wait the same error."""
+        for ticket in list(unit.starts):
+            self._answer(ticket, error(message))
+        unit.starts.clear()
+
+    def _snapshot(self, unit: Unit, now: float) -> UnitStatus:
+        ready = unit.unmet == 0 and unit.status != NOT_REGISTERED
+        row = UnitStatus(unit.name, unit.status, ready, unit.reason, unit.exit_code)
+        row.age = round(now - unit.since, 3)
+        return row
+
+    def _owner(self, unit: Unit) -> Owner | None:
+        if unit.owner is None or unit.status != STARTED:
+            return unit.owner
+        return Owner(unit.owner.pid, unit.owner.command, self.alive(unit.owner), unit.owner.born)
+
+    def _by(self, unit: Unit) -> str:
+        return f" by {unit.owner.command} (pid {unit.owner.pid})" if unit.owner else ""
+
+    def _record(self, unit: Unit, kind: str, detail: str) -> None:
+        if unit.name:
+            self.seq += 1
+            event = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail)
+            self.events.append(event)
+            self.tell(event)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
+# may come out of order. `start` and `wait` with `"progress": true` may first send the notification `waiting`.
+# ----------------------------------------------------------------------------------------------------------
+
+MAX_LINE = 65536  # bytes, of a request
+MAX_REPLY = 256 << 20  # bytes; what a client takes from an agent
+MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a small thread, which is not an exception
+
+
+class _Scanner:
+    """What json.decoder.JSONDecoder would tell the C scanner."""
+
+    strict, object_hook, object_pairs_hook = True, None, None
+    parse_float, parse_int = float, int
+
+    @staticmethod
+    def parse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+
+def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
+    """Return (loads, dumps): the C halves of the json package without the package, which imports re and enum."""
+    try:
+        import _json
+
+        scan = _json.make_scanner(_Scanner)  # type: ignore[arg-type]
+        options: list[Any] = [None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, False]
+        write = _json.make_encoder(*options)  # the arguments that json.JSONEncoder passes
+
+        def loads(text: str) -> Any:
+            value, end = scan(text, 0)
+            if text[end:].strip():
+                raise ValueError("more than one value")
+            return value
+
+        return loads, lambda value: "".join(write(value, 0))
+    except (ImportError, AttributeError, TypeError):  # another Python than CPython
+        import json
+
+        return json.loads, json.dumps
+
+
+_loads, _dumps = _codec()
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """Return one message as a line."""
+    return _dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Any:
+    """Return the value on a line. Raises ParseError for what is not UTF-8, not JSON, or nested too deeply."""
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+        raise ParseError(f"JSON nested deeper than {MAX_DEPTH} levels")
+    try:
+        return _loads(line.decode().strip())
+    except (ValueError, StopIteration, RecursionError, SystemError):  # SystemError: 3.10 without json imported
+        raise ParseError(f"not a line of JSON: {one_line(ascii(line[:60]))}") from None
+
+
+def _depth(line: bytes) -> int:
+    """How deep the brackets of a line nest, those inside strings left out."""
+    import re
+
+    depth = deepest = 0
+    for bracket in re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}"]', b"", line):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def plain(value: Any) -> Any:
+    """Return records as what JSON can hold."""
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (Owner, Dependency, UnitStatus, Event)):
+        return {k: plain(v) for k, v in vars(value).items() if k != "born"}
+    return value
+
+
+def record(kind: type[Any], data: dict[str, Any]) -> Any:
+    """Return a record from JSON; keys of a newer agent are ignored."""
+    try:
+        known = {k: data[k] for k in kind.__annotations__ if k in data}
+        if known.get("owner"):
+            known["owner"] = record(Owner, known["owner"])
+        if "dependencies" in known:
+            known["dependencies"] = [record(Dependency, d) for d in known["dependencies"]]
+        return kind(**known)
+    except (AttributeError, TypeError):
+        raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Agent. Units behind one lock, served by socketserver.ThreadingUnixStreamServer, a thread a connection.
+#
+# What keeps it safe:
+# - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
+# - A thread stays in its connection's read loop. A `start` that must wait leaves only its ticket behind, and
+#   is answered by whichever thread makes the unit ready. So the end of a client is seen at once, as end of
+#   file, by the thread that owns the connection; it cancels the tickets under the lock. A ticket is answered
+#   or cancelled, never both: both happen under the lock, and each removes it from Units.
+# - A thread blocks only on its own connection, and then for SEND_TIMEOUT at most; on others' it never does:
+#   what their socket does not take at once ends the connection.
+# - Log lines and events for watchers go through a queue to one thread, so that reading costs those who
+#   coordinate nothing.
+# ----------------------------------------------------------------------------------------------------------
+
+MAX_CONNECTIONS = 4096
+MAX_PENDING = 64  # requests of one connection that wait
+MAX_BACKLOG = 1 << 20  # bytes for a connection that is busy taking a long answer
+MAX_QUEUE = 200_000  # log lines and events on their way out
+MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
+SEND_TIMEOUT = 10  # seconds
+IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
+STACK = 256 * 1024
+
+METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or its type if it is required
+    "ping": {},
+    "want": {"unit": str, "dependencies": [], "requires": SUCCESS},
+    "start": {"unit": str, "dependencies": [], "requires": SUCCESS, "progress": False, "hold": False, "pid": 0},
+    "wait": {"units": [], "requires": SUCCESS, "progress": False},
+    "complete": {"unit": str},
+    "fail": {"unit": str, "reason": "", "exit_code": 0},
+    "status": {"unit": str},
+    "list": {"all": False},
+    "missing": {"id": object},
+    "cancel": {"id": object},
+    "events": {"since": 0, "follow": False},
+}
+
+
+def check_params(spec: dict[str, Any], params: Any) -> dict[str, Any]:
+    """Return all parameters of a method with its defaults, else raise InvalidParams. A list is by position."""
+    if isinstance(params, list):
+        if len(params) > len(spec):
+            raise InvalidParams(f"too many parameters; there are {', '.join(spec) or 'none'}")
+        params = dict(zip(spec, params))
+    if not isinstance(params, dict):
+        raise InvalidParams('"params" must be an object')
+    for name in params:
+        if name not in spec:
+            raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; there are {', '.join(spec) or 'none'}")
+    checked = {}
+    for name, default in spec.items():
+        kind = default if isinstance(default, type) else type(default)
+        if name not in params and kind is default:
+            raise InvalidParams(f'parameter "{name}" is missing')
+        value = params.get(name, default)
+        if kind is object:  # the id of a request
+            good = type(value) in (str, int)
+        elif kind is list:
+            good = type(value) is list and all(type(v) is str for v in value)
+        else:
+            good = type(value) is kind and (not isinstance(value, int) or abs(value) < 2**31)
+        if not good:
+            what = {str: "a string", int: "a whole number", bool: "true or false", list: "a list of strings"}
+            raise InvalidParams(f'parameter "{name}" must be {what.get(kind, "a string or a whole number")}')
+        checked[name] = value
+    return checked
+
+
+def error_line(request: Any, error: SyncError) -> bytes:
+    """An error as an answer."""
+    body = {"code": error.code, "message": str(error)}
+    if error.data is not None:
+        body["data"] = plain(error.data)
+    return encode({"id": request, "error": body})
+
+
+def resembling(name: str, names: Sequence[str]) -> str:
+    """The one of `names` that `name` may have been meant to be, or nothing."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(name, names[:5000], 1, 0.7)), "")
+
+
+class Connection:
+    """One client. `pending` maps its requests that wait to their tickets, `held` tickets to the units they hold."""
+
+    def __init__(self, sock: Any) -> None:
+        from threading import Lock
+
+        self.sock = sock
+        self.pending: dict[Any, Ticket] = {}
+        self.held: dict[Ticket, str] = {}
+        self._mutex = Lock()  # guards the two below; never held while blocking
+        self._busy = False  # our own thread is sending and may block
+        self._queue: list[bytes] = []
+
+    def hold_back(self) -> None:
+        """Keep what other threads push until the next `reply`."""
+        with self._mutex:
+            self._busy = True
+
+    def reply(self, data: bytes) -> bool:
+        """Send from the connection's own thread; may block for SEND_TIMEOUT."""
+        self.hold_back()
+        while data:
+            try:
+                self.sock.sendall(data)
+            except OSError:
+                self.drop()
+                return False  # and `_busy` stays: nobody sends any more
+            with self._mutex:
+                data = b"".join(self._queue)
+                self._queue.clear()
+                self._busy = bool(data)
+        return True
+
+    def push(self, data: bytes) -> bool:
+        """Send from any thread; never blocks. A peer that has no room for it is dropped."""
+        from socket import MSG_DONTWAIT
+
+        with self._mutex:
+            if self._busy:
+                self._queue.append(data)
+                if sum(map(len, self._queue)) <= MAX_BACKLOG:
+                    return True
+            else:
+                try:
+                    if self.sock.send(data, MSG_DONTWAIT) == len(data):
+                        return True
+                except OSError:
+                    pass
+        self.drop()
+        return False
+
+    def drop(self) -> None:
+        """End the connection; its own thread sees end of file and cleans up."""
+        from socket import SHUT_RDWR
+
+        try:
+            self.sock.shutdown(SHUT_RDWR)
+        except OSError:
+            pass
+
+    def peer(self) -> int:
+        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
+        import socket
+        import struct
+
+        try:
+            if hasattr(socket, "SO_PEERCRED"):
+                return int(struct.unpack("3i", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+            return int(struct.unpack("i", self.sock.getsockopt(0, 2, 4))[0])  # macOS: SOL_LOCAL, LOCAL_PEERPID
+        except (OSError, struct.error):
+            return 0
+
+
+class Ticket:
+    """A request whose answer comes later."""
+
+    __slots__ = ("connection", "id", "unit")
+
+    def __init__(self, connection: Connection, request: Any, unit: str) -> None:
+        self.connection, self.id, self.unit = connection, request, unit
+
+
+class Log:
+    """Lines for people, each with a time, written by one thread and never waited for by another."""
+
+    def __init__(self, level: int, path: str | None = None) -> None:
+        from queue import SimpleQueue
+
+        self.level, self.path, self.fd = level, path, 2
+        self.queue: SimpleQueue[Any] = SimpleQueue()
+        self.watchers: dict[Connection, int] = {}  # who follows the events -> the last one it has
+        self.size = self.lost = 0
+        if path:
+            self._open()
+
+    def _open(self) -> None:
+        assert self.path
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self.fd, self.size = fd, os.fstat(fd).st_size
+
+    def say(self, text: str, level: int = 1) -> None:
+        """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
+        if level <= self.level and self.queue.qsize() < MAX_QUEUE:
+            self.queue.put((time.time(), text))
+
+    def event(self, event: Event) -> None:
+        """Queue something that happened to a unit."""
+        if self.queue.qsize() < MAX_QUEUE:
+            self.queue.put(event)
+
+    def run(self) -> None:
+        """Write until None comes; the body of the log's thread."""
+        for item in iter(self.queue.get, None):
+            if isinstance(item, Event):
+                for watcher, seen in list(self.watchers.items()):
+                    if item.seq > seen:
+                        watcher.push(encode({"method": "event", "params": plain(item)}))
+                if (2 if item.kind in ("registered", "wants", "waiting", PENDING) else 1) > self.level:
+                    continue
+                self._write(item.wall, f"{item.unit}: {item.kind}" + (f": {item.detail}" if item.detail else ""))
+            else:
+                self._write(*item)
+
+    def _write(self, when: float, text: str) -> None:
+        from select import POLLOUT, poll
+
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) + f".{int(when % 1 * 1000):03d} "
+        lost = f"({self.lost} lines lost here) " if self.lost else ""
+        line = (stamp + lost + text + "\n").encode(errors="backslashreplace")[:4000]  # a pipe takes 4096 or says no
+        try:
+            ready = poll()
+            ready.register(self.fd, POLLOUT)
+            if not ready.poll(0 if self.lost else 200):
+                raise BlockingIOError
+            os.write(self.fd, line)
+            self.lost, self.size = 0, self.size + len(line)
+            if self.path and self.size > MAX_LOG:
+                os.rename(self.path, self.path + ".1")
+                os.close(self.fd)
+                self._open()
+        except OSError:  # nobody reads, or the disk is full: coordination goes on
+            self.lost += 1
+
+
+def birth(pid: int) -> str:
+    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+            fields = f.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # the 22nd in proc(5); two stand before the name's end
+    except (OSError, IndexError):
+        if os.path.exists("/proc/self/stat"):
+            return ""
+    try:
+        os.kill(pid, 0)  # no /proc: the best there is
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "unknown"
+
+
+def proc_line(pid: int, what: str) -> str:
+    """One value of /proc/PID/status, empty where there is none."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
+            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
+    except OSError:
+        return ""
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, short enough for a message; empty if unknown."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as f:
+            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return ""
+    if args[1:3] == ["-ISOO", "-c"]:  # our own executable form
+        args = args[4:]
+    args[:1] = [os.path.basename(a) for a in args[:1]]
+    text = one_line(" ".join(args)) or proc_line(pid, "Name")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Agent:
+    """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
+
+    def __init__(self, log: Log) -> None:
+        import json.decoder  # noqa: F401  (the C scanner looks for its exception there)
+        from threading import Lock
+
+        self.lock = Lock()
+        self.log = log
+        self.units = Units(time.monotonic, time.time, self._alive, log.event)
+        self.connections: set[Connection] = set()
+        self.max_connections = MAX_CONNECTIONS
+        self.began = time.monotonic()
+        self.stopping = False
+        self.owners: dict[Ticket, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
+        self._wake = -1  # write end of the pipe to the owners' thread, once there is one
+
+    # -- a connection's thread ----------------------------------------------------------------------------
+
+    def serve_connection(self, sock: Any) -> None:
+        """Answer one client until it goes away."""
+        import socket
+        import struct
+
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_TIMEOUT, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
+        connection = Connection(sock)
+        with self.lock:
+            self.connections.add(connection)
+        try:
+            self._read(connection)
+        except OSError:  # the peer vanished
+            pass
+        finally:
+            self._gone(connection)
+
+    def _read(self, connection: Connection) -> None:
+        buffer = b""
+        while True:
+            try:
+                chunk = connection.sock.recv(8192)
+            except BlockingIOError:  # IDLE_TIMEOUT
+                if connection.pending or connection.held or connection in self.log.watchers:
+                    continue
+                idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
+                self._reply_error(connection, None, idle)
+                return
+            lines = (buffer + chunk).split(b"\n")
+            buffer = lines.pop()
+            if not chunk and buffer:  # end of file after half a line, or a last line without its newline
+                lines, buffer = [*lines, buffer], b""
+            for line in lines:
+                if line.strip() and not self._line(connection, line):
+                    return
+            if len(buffer) > MAX_LINE:
+                self._line(connection, buffer)
+                return
+            if not chunk:
+                return
+
+    def _line(self, connection: Connection, line: bytes) -> bool:
+        """Answer one request; False if the rest of the stream cannot be trusted."""
+        request = None
+        try:
+            if len(line) > MAX_LINE:
+                raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
+            message = decode(line)
+            if isinstance(message, list):
+                raise InvalidRequest("batches are not supported; send one request a line")
+            if not isinstance(message, dict):
+                raise InvalidRequest("a request must be a JSON object")
+            if isinstance(message.get("id"), (str, int)) and not isinstance(message["id"], bool):
+                request = message["id"]
+            result = self._call(connection, request, message)
+        except SyncError as error:
+            self._flush()
+            self.log.say(f"refused: {one_line(str(error))}")
+            return self._reply_error(connection, request, error) and not isinstance(error, ParseError)
+        self._flush()
+        if result is None or request is None:  # the answer comes later, or nobody asked for one
+            return True
+        return connection.reply(encode({"id": request, "result": plain(result)}))
+
+    def _reply_error(self, connection: Connection, request: Any, error: SyncError) -> bool:
+        return connection.reply(error_line(request, error))
+
+    def _call(self, connection: Connection, request: Any, message: dict[str, Any]) -> Any:
+        if message.get("jsonrpc") != "2.0":
+            raise InvalidRequest('"jsonrpc" must be "2.0"')
+        if "id" in message and request is None:
+            raise InvalidRequest('"id" must be a string or a whole number')
+        method = message.get("method")
+        if not isinstance(method, str):
+            raise InvalidRequest('"method" must be a string')
+        spec = METHODS.get(method)
+        if spec is None:
+            raise MethodNotFound(f"no such method: {one_line(method)[:60]}; there are {', '.join(METHODS)}")
+        if request in connection.pending:
+            raise InvalidRequest(f"id {one_line(ascii(request))[:60]} is in use by a request that still waits")
+        params = check_params(spec, message.get("params", {}))
+        self.log.say(f"request: {method} {one_line(ascii(params))[:200]}", 2)
+        if method in ("start", "wait", "missing", "cancel", "events"):
+            if request is None:
+                raise InvalidRequest(f'{method} needs an "id"')
+            return getattr(self, "_" + method)(connection, request, **params)
+        return getattr(self, "_" + method)(**params)
+
+    def _flush(self) -> None:
+        """Send the answers that became known, without the lock."""
+        while True:
+            with self.lock:
+                answers = self.units.take_answers()
+            for ticket, result in answers:
+                ticket.connection.pending.pop(ticket.id, None)
+                if isinstance(result, SyncError):
+                    ticket.connection.push(error_line(ticket.id, result))
+                elif not ticket.connection.push(encode({"id": ticket.id, "result": result})) and ticket.unit:
+                    with self.lock:  # nobody is there to run it
+                        self.units.revoke(ticket.unit, ticket)
+            if not answers:
+                return
+
+    def _gone(self, connection: Connection) -> None:
+        """The peer is gone: forget what it waits for, and fail what it held."""
+        with self.lock:
+            self.connections.discard(connection)
+            self.log.watchers.pop(connection, None)
+            for ticket in list(connection.pending.values()):
+                self.units.cancel(ticket, "its caller went away")
+            for ticket, unit in connection.held.items():
+                self.units.lose(unit, ticket)
+        self._flush()
+
+    # -- the methods --------------------------------------------------------------------------------------
+
+    def _ping(self) -> dict[str, Any]:
+        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
+
+    def _want(self, unit: str, dependencies: list[str], requires: str) -> dict[str, Any]:
+        with self.lock:
+            self.units.want(unit, dependencies, requires)
+            return {"unit": unit, "dependencies": [d.name for d in self.units.units[unit].wants]}
+
+    def _start(
+        self,
+        connection: Connection,
+        request: Any,
+        unit: str,
+        dependencies: list[str],
+        requires: str,
+        progress: bool,
+        hold: bool,
+        pid: int,
+    ) -> None:
+        ticket = Ticket(connection, request, unit)
+        owner = self._caller(connection, pid, hold)
+        with self.lock:
+            self._expect(ticket)
+            try:
+                waits = self.units.start(unit, ticket, dependencies, requires, owner)
+            except SyncError:
+                del connection.pending[request]
+                raise
+            missing = self.units.missing(ticket) if waits and progress else []
+            if hold:
+                connection.held = {t: u for t, u in connection.held.items() if self.units.holds(u, t)}
+                connection.held[ticket] = unit
+            if pid and owner:
+                self._watch(ticket, owner)
+        self._progress(connection, request, missing)
+
+    def _wait(self, connection: Connection, request: Any, units: list[str], requires: str, progress: bool) -> None:
+        if not units:
+            raise InvalidParams('wait: "units" must name at least one unit')
+        ticket = Ticket(connection, request, "")
+        with self.lock:
+            self._expect(ticket)
+            try:
+                waits = self.units.wait(units, ticket, requires)
+            except SyncError:
+                del connection.pending[request]
+                raise
+            missing = self.units.missing(ticket) if waits and progress else []
+        self._progress(connection, request, missing)
+
+    def _expect(self, ticket: Ticket) -> None:
+        if self.stopping:
+            raise Unreachable("the agent is shutting down")
+        if len(ticket.connection.pending) >= MAX_PENDING:
+            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
+        ticket.connection.pending[ticket.id] = ticket
+
+    def _progress(self, connection: Connection, request: Any, missing: list[Dependency]) -> None:
+        self._flush()
+        if missing:
+            self._suggest(missing)
+            connection.reply(encode({"method": "waiting", "params": {"id": request, "missing": plain(missing)}}))
+
+    def _complete(self, unit: str) -> dict[str, Any]:
+        with self.lock:
+            self.units.complete(unit)
+        return {"unit": unit, "status": COMPLETED}
+
+    def _fail(self, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
+        with self.lock:
+            self.units.fail(unit, reason or (f"exit code {exit_code}" if exit_code else ""), exit_code or None)
+        return {"unit": unit, "status": FAILED}
+
+    def _status(self, unit: str) -> UnitStatus:
+        with self.lock:
+            status = self.units.status(unit)
+            names = self.units.names() if status.status == NOT_REGISTERED else []
+        status.did_you_mean = resembling(unit, names)
+        self._suggest(status.dependencies)
+        return status
+
+    def _list(self, all: bool) -> list[UnitStatus]:
+        with self.lock:
+            return self.units.snapshots(all)
+
+    def _missing(self, connection: Connection, request: Any, id: Any) -> list[Dependency]:
+        with self.lock:
+            missing = self.units.missing(connection.pending.get(id))
+        return self._suggest(missing)
+
+    def _cancel(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
+        """Give up a wait, unless its answer is under way already; one or the other, never both."""
+        with self.lock:
+            missing = self.units.cancel(connection.pending.get(id), "timed out")
+            if missing is not None:
+                del connection.pending[id]
+        return {"cancelled": missing is not None, "missing": self._suggest(missing or [])}
+
+    def _events(self, connection: Connection, request: Any, since: int, follow: bool) -> list[Event]:
+        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        if follow:
+            connection.hold_back()
+        with self.lock:
+            if follow:
+                self.log.watchers[connection] = self.units.seq
+            return [e for e in self.units.events if e.seq > since]
+
+    def _suggest(self, rows: list[Dependency]) -> list[Dependency]:
+        """Say which registered name each unregistered one may have meant."""
+        unknown = [row for row in rows if row.current_status == NOT_REGISTERED]
+        if unknown:
+            with self.lock:
+                names = self.units.names()
+            for row in unknown[:20]:
+                row.did_you_mean = resembling(row.depends_on, names)
+        return rows
+
+    # -- owners -------------------------------------------------------------------------------------------
+
+    def _caller(self, connection: Connection, pid: int, hold: bool) -> Owner | None:
+        """Who starts the unit: the named process, the caller itself if it holds the unit, else its script."""
+        peer = connection.peer()
+        if pid:
+            if not peer or len(proc_line(peer, "NSpid").split()) > 1:
+                raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
+            if pid < 0 or not birth(pid):
+                raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
+        else:
+            pid = peer if hold or not peer else int(proc_line(peer, "PPid") or 0)
+        return Owner(pid, command_of(pid), None, birth(pid)) if pid else None
+
+    @staticmethod
+    def _alive(owner: Owner) -> bool | None:
+        return birth(owner.pid) == owner.born if owner.born else None
+
+    def _watch(self, ticket: Ticket, owner: Owner) -> None:
+        """Have the owners' thread notice when the process ends. Called under the lock."""
+        from threading import Thread
+
+        try:
+            fd = os.pidfd_open(owner.pid)
+        except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
+            fd = -1
+        self.owners[ticket] = (owner, fd)
+        if self._wake < 0:
+            read, self._wake = os.pipe()
+            os.set_blocking(self._wake, False)
+            Thread(target=self._watch_owners, args=(read,), daemon=True).start()
+        try:
+            os.write(self._wake, b"!")
+        except BlockingIOError:  # it has been woken often enough
+            pass
+
+    def _watch_owners(self, wake: int) -> None:
+        """The owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        from select import POLLIN, poll
+
+        while True:
+            with self.lock:
+                for ticket in [t for t in self.owners if not self.units.holds(t.unit, t)]:
+                    fd = self.owners.pop(ticket)[1]
+                    if fd >= 0:
+                        os.close(fd)
+                owners = dict(self.owners)
+            waiting = poll()
+            waiting.register(wake, POLLIN)
+            for _, fd in owners.values():
+                if fd >= 0:
+                    waiting.register(fd, POLLIN)
+            if (wake, POLLIN) in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None):
+                os.read(wake, 4096)
+            for ticket, (owner, _) in owners.items():
+                if not self._alive(owner):
+                    with self.lock:
+                        self.units.lose(ticket.unit, ticket)
+            self._flush()
+
+    def stop(self) -> None:
+        """Tell everybody who waits that it is over."""
+        with self.lock:
+            self.stopping = True
+            tickets = [t for c in self.connections for t in list(c.pending.values())]
+        for ticket in tickets:
+            ticket.connection.push(error_line(ticket.id, Unreachable("the agent is shutting down")))
+
+
+def make_server(agent: Agent, sock: Any) -> Any:
+    """Return a socketserver that hands each connection on a listening socket to the agent, in its own thread."""
+    import socketserver
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            agent.serve_connection(self.request)
+
+    class Server(socketserver.ThreadingUnixStreamServer):
+        daemon_threads = True
+        block_on_close = False  # else the mixin remembers every thread there ever was
+        exhausted = False
+
+        def get_request(self) -> Any:
+            try:
+                request = super().get_request()
+                self.exhausted = False
+                return request
+            except OSError as error:  # out of descriptors or memory: say so once, and do not spin
+                if not self.exhausted:
+                    agent.log.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
+                self.exhausted = True
+                time.sleep(0.05)
+                raise
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            if len(agent.connections) < agent.max_connections:
+                return True
+            limit = Unreachable(f"the agent has reached its limit of {agent.max_connections} connections")
+            Connection(request).push(error_line(None, limit))
+            agent.log.say(f"refused: {limit}")
+            return False
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            _, error, trace = sys.exc_info()
+            while trace and trace.tb_next:
+                trace = trace.tb_next
+            where = f"line {trace.tb_lineno}" if trace else "an unknown line"
+            agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+
+    server = Server("", Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = sock
+    return server
+
+
+def claim(path: str) -> int:
+    """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
+
+    Raises Refused if another process holds it. The file is removed by its holder, so the one that was locked
+    may not be the one that is there now; then it begins again.
+    """
+    import fcntl
+
+    lock = path + ".lock"
+    while True:
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Refused(f"cannot create {lock}: {error.strerror}; choose another --socket-path") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.lexists(lock) and os.path.samestat(os.fstat(fd), os.lstat(lock)):
+                return fd
+        except BlockingIOError:
+            pid = os.read(fd, 20).decode(errors="replace").strip()
+            who = f" (pid {pid})" if pid else ""
+            os.close(fd)
+            raise Refused(f"an agent{who} is serving {path} already; stop it or choose another --socket-path") from None
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+
+
+def listen(path: str, mode: int = 0o600, group: int = -1) -> Any:
+    """Return a socket that listens at `path`, and was never open to more than `mode`. Raises Refused.
+
+    A socket that nobody listens on is replaced; anything else at the path is left alone.
+    """
+    import socket
+    import stat
+
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.lexists(path):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise Refused(f"{path} exists and is not a socket; remove it or choose another --socket-path")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                try:
+                    probe.connect(path)
+                    raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
+                except ConnectionRefusedError:
+                    os.unlink(path)
+        before = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        if group != -1:
+            os.chown(path, -1, group)
+        if mode != 0o600:
+            os.chmod(path, mode)
+        sock.listen(4096)
+        return sock
+    except OSError as error:
+        sock.close()
+        why = error.strerror or str(error)
+        raise Refused(f"cannot listen at {path}: {why}; choose another --socket-path") from None
+
+
+def remove(path: str) -> None:
+    """Unlink a file that may be gone already."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def inherited_socket() -> Any:
+    """The listening socket that a supervisor handed over, or None; the protocol is that of sd_listen_fds(3)."""
+    import socket
+
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdigit() or count == "0":
+        return None
+    try:
+        sock = socket.socket(fileno=3)
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise Refused(f"LISTEN_FDS is set, but descriptor 3 is no socket: {error.strerror}") from None
+    if count != "1" or sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
+        raise Refused("LISTEN_FDS must hand over one listening Unix stream socket, at descriptor 3")
+    sock.set_inheritable(False)
+    sock.setblocking(True)
+    return sock
+
+
+def notify(state: str) -> None:
+    """Tell the supervisor; the protocol is that of sd_notify(3). Nobody there is no error."""
+    import socket
+
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1)
+                sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError:
+            pass
+
+
+def detach() -> int:
+    """Go on in a child of its own session; return there a pipe to say b"ready" or an error on.
+
+    The parent returns -1 when the child is ready. Raises Refused with what the child said.
+    """
+    read, write = os.pipe()
+    if os.fork():
+        os.close(write)
+        with open(read, "rb") as pipe:
+            answer = pipe.read()
+        if answer != b"ready":
+            raise Refused(answer.decode(errors="replace") or "the agent ended before it was ready")
+        return -1
+    os.close(read)
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    return write
+
+
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+
+
+def supervise(command: list[str], env: dict[str, str]) -> int:
+    """Run a command with our own standard streams, pass signals on, return its exit status as a shell would.
+
+    Raises CommandError if it cannot be run. What the terminal sends (Ctrl-C) goes to the whole foreground group,
+    so the command has it already; only what somebody sent to us alone is passed on, and the two are told apart
+    by who sent it, where the system says so (not on macOS).
+    """
+    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+
+    mine = [getattr(signal, name) for name in PASSED_ON]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*mine, signal.SIGCHLD])
+    try:
+        # Python ignores these two, and `serve` blocks some for its threads; the command starts with neither.
+        pid = os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ])
+    except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        missing = isinstance(error, FileNotFoundError)
+        raise CommandError(f"cannot run {command[0]}: {error.strerror}", 127 if missing else 126) from None
+    while True:
+        if hasattr(signal, "sigwaitinfo"):
+            got = signal.sigwaitinfo([*mine, signal.SIGCHLD])
+            number, sent = got.si_signo, got.si_code <= 0  # SI_USER and its kin; the kernel's own are positive
+        else:
+            number, sent = signal.sigwait([*mine, signal.SIGCHLD]), True
+        if number != signal.SIGCHLD:
+            if sent:
+                os.kill(pid, number)
+            continue
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+@dataclass
+class Serving:
+    """What `serve` was asked for."""
+
+    path: str
+    mode: int = 0o600
+    group: int = -1
+    level: int = 1  # 0 quiet, 1, 2 verbose
+    log_file: str = ""
+    pid_file: str = ""
+    detach: bool = False
+    command: list[str] = []  # noqa: RUF012
+
+
+def serve(wish: Serving) -> int:
+    """Be the agent until a signal or the end of the command; return the exit status. Raises Refused."""
+    sock = inherited_socket()
+    path = sock.getsockname() if sock else os.path.abspath(wish.path)
+    mine = sock is None
+    lock = -1
+    ready = -1
+    try:
+        if mine:
+            if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+                raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+            lock = claim(path)
+            sock = listen(path, wish.mode, wish.group)
+            inode = os.lstat(path).st_ino
+        if wish.detach:
+            held, lock = lock, -1  # whatever happens, it is the child's to remove
+            ready = detach()
+            if ready < 0:
+                return 0
+            lock = held
+        if mine:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        try:
+            return _serve(wish, sock, path, ready)
+        finally:
+            sock.close()
+            if mine and os.path.lexists(path) and os.lstat(path).st_ino == inode:
+                remove(path)
+    except Refused as error:
+        if ready < 0:
+            raise
+        os.write(ready, str(error).encode())
+        return error.exit_code
+    finally:
+        if lock >= 0:
+            remove(path + ".lock")
+            os.close(lock)
+
+
+def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
+    import signal
+    import threading
+
+    stops = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})  # for all threads; taken by sigwait below
+    try:
+        log = Log(wish.level, wish.log_file or None)
+        if wish.pid_file:
+            with open(wish.pid_file, "w", encoding="ascii") as f:
+                f.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
+    agent = Agent(log)
+    agent.max_connections = _connection_limit(raise_it=not wish.command)
+    threading.stack_size(STACK)
+    writer = threading.Thread(target=log.run, daemon=True)
+    writer.start()
+    server = make_server(agent, sock)
+    threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
+    log.say(f"listening at {path} (pid {os.getpid()})")
+    notify(f"READY=1\nMAINPID={os.getpid()}")
+    if ready >= 0:
+        os.write(ready, b"ready")
+        os.close(ready)
+    try:
+        if wish.command:
+            return supervise(wish.command, {**os.environ, "CODER_AGENT_SOCKET_PATH": path})
+        while True:
+            number = signal.sigwait(stops)
+            if number != signal.SIGHUP or not wish.detach:
+                log.say(f"stopping: got {signal.Signals(number).name}")
+                return 0
+    finally:
+        notify("STOPPING=1")
+        agent.stop()
+        if wish.pid_file:
+            remove(wish.pid_file)
+        log.queue.put(None)
+        writer.join(0.5)
+
+
+def _connection_limit(raise_it: bool) -> int:
+    """How many connections the descriptor limit leaves room for; the limit is raised if only we are to have it."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + 64
+    if raise_it and soft < wanted:
+        try:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (ValueError, OSError):
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft - 24))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Client. The Python API and what the command line is made of. Every call has a connection of its own, so a
+# Client may be used from several threads; `unit` keeps one open while its block runs. Waits are told, not
+# polled. Times are in seconds.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def duration(text: str) -> float:
+    """Return seconds from a duration as Go's time.ParseDuration has it (1h30m, 500ms) or bare seconds.
+
+    0 means no limit wherever a timeout is asked for. Raises UsageError.
+    """
+    units = {"": 1.0, "ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    total, rest = 0.0, text
+    try:
+        while rest or not text:
+            number = rest[: len(rest) - len(rest.lstrip("0123456789."))]
+            rest = rest[len(number) :]
+            unit = rest[: len(rest) - len(rest.lstrip("nu\u00b5msh"))]
+            rest = rest[len(unit) :]
+            if not unit and number != text:
+                raise ValueError
+            total += float(number) * units[unit]
+        if total > 1e9:
+            raise ValueError
+        return total
+    except (ValueError, KeyError):
+        hint = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
+        raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
+
+
+@dataclass
+class Started:
+    """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
+
+    unit: str
+    dependencies: list[str]
+    waited: float
+
+
+class Channel:
+    """One connection to an agent: requests out, messages in."""
+
+    def __init__(self, path: str, connect_timeout: float = 0.0) -> None:
+        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason."""
+        from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
+
+        self.path = path
+        self._next = 0
+        self._buffer = b""
+        self._messages: list[Any] = []
+        deadline, pause = time.monotonic() + connect_timeout, 0.005
+        while True:
+            self.sock = socket(AF_UNIX, SOCK_STREAM)
+            try:
+                refuse_strangers(path)
+                self.sock.settimeout(REPLY_TIMEOUT)
+                self.sock.connect(path)
+                return
+            except OSError as error:
+                self.sock.close()
+                if time.monotonic() >= deadline or error.errno not in RETRIED:
+                    raise Unreachable(explain(path, error)) from None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+    def request(self, method: str, **params: Any) -> int:
+        """Send a request and return its id."""
+        self._next += 1
+        data = encode({"id": self._next, "method": method, "params": params})
+        if len(data) > MAX_LINE:
+            raise Refused(f"{method}: too much for one request ({len(data)} bytes of {MAX_LINE}); use several calls")
+        try:
+            self.sock.settimeout(REPLY_TIMEOUT)
+            self.sock.sendall(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
+                raise self._gone() from None
+        return self._next
+
+    def receive(self, timeout: float) -> dict[str, Any] | None:
+        """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
+        deadline = time.monotonic() + timeout
+        while not self._messages:
+            self.sock.settimeout(max(deadline - time.monotonic(), 1e-4))
+            try:
+                chunk = self.sock.recv(65536)
+            except KeyboardInterrupt:
+                raise
+            except OSError as error:
+                if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
+                    return None
+                raise self._gone() from None
+            if not chunk:
+                raise self._gone()
+            self._buffer += chunk
+            if b"\n" in chunk:
+                *lines, self._buffer = self._buffer.split(b"\n")
+                self._messages += [self._message(line) for line in lines]
+            elif len(self._buffer) > MAX_REPLY:
+                raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
+        message: dict[str, Any] = self._messages.pop(0)
+        return message
+
+    def _message(self, line: bytes) -> dict[str, Any]:
+        try:
+            message = decode(line)
+        except ParseError:
+            message = None
+        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
+        return message
+
+    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
+        """Return the result of a request. Raises what the agent answered, or Unreachable."""
+        deadline = time.monotonic() + timeout
+        while True:
+            message = self.receive(deadline - time.monotonic())
+            if message is None:
+                raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+            if message.get("id") == request or (message.get("id") is None and "error" in message):
+                return result_of(message)
+
+    def call(self, method: str, **params: Any) -> Any:
+        """Send a request and return its result."""
+        return self.answer(self.request(method, **params))
+
+    def close(self) -> None:
+        """Hang up; the agent forgets what the connection waits for."""
+        self.sock.close()
+
+    def _gone(self) -> Unreachable:
+        return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
+
+
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+
+
+def result_of(message: dict[str, Any]) -> Any:
+    """Return the result in an answer or raise its error as the class it was on the agent's side."""
+    error = message.get("error")
+    if error is None:
+        return message.get("result")
+    if not isinstance(error, dict):
+        raise Unreachable("the agent's answer has an error that is none")
+    kinds: list[type[SyncError]] = [CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable]
+    kinds += [ParseError, MethodNotFound, InvalidParams, InvalidRequest]
+    kind = next((k for k in kinds if k.code == error.get("code")), Refused)
+    raise kind(str(error.get("message")), error.get("data"))
+
+
+def user_name(uid: int) -> str:
+    """The name of a user, or its number."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return f"uid {uid}"
+
+
+def refuse_strangers(path: str) -> None:
+    """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
+    if path == DEFAULT_SOCKET and os.geteuid() != 0:
+        uid = os.lstat(path).st_uid
+        if uid not in (0, os.geteuid()):
+            raise Unreachable(f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path")
+
+
+def explain(path: str, error: OSError) -> str:
+    """Why an agent could not be reached, and what to do, in one line."""
+    import stat
+
+    start = f"start one with `{PROGRAM} serve --detach`"
+    if os.path.basename(DEFAULT_SOCKET) != os.path.basename(path):
+        start = f"start one with `{PROGRAM} serve --detach --socket-path {path}`"
+    try:
+        found = os.lstat(path)
+    except OSError:
+        found = None
+    if error.errno == errno.ENOENT:
+        why = f"no such file; is the agent running, and with this path? {start}"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        whose = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
+        why = f"permission denied{whose}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
+    elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
+        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
+    elif error.errno == errno.ECONNREFUSED:
+        why = f"connection refused; the agent that made it is gone; {start}"
+    elif error.errno == errno.EAGAIN:
+        why = "the agent does not take connections; is it stopped or overloaded?"
+    else:
+        why = error.strerror or str(error)
+    return f"cannot reach an agent at {path}: {why}"
+
+
+class Client:
+    """Talk to an agent. All times in seconds.
+
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
+    """
+
+    def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
+        """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
+
+        Calls that coordinate try for `connect_timeout` to reach an agent that may still be booting, default
+        $CODER_SYNC_CONNECT_TIMEOUT or 3 seconds; questions try once. Nothing is connected yet.
+        """
+        self.socket_path = socket_path or os.environ.get("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
+        if connect_timeout is None:
+            text = os.environ.get("CODER_SYNC_CONNECT_TIMEOUT")
+            connect_timeout = duration(text) if text else CONNECT_TIMEOUT
+        self.connect_timeout = connect_timeout
+
+    def _call(self, method: str, patience: float, **params: Any) -> Any:
+        channel = Channel(self.socket_path, patience)
+        try:
+            return channel.call(method, **params)
+        finally:
+            channel.close()
+
+    def ping(self, wait: float = 0.0) -> dict[str, Any]:
+        """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
+        answer: dict[str, Any] = self._call("ping", wait)
+        return answer
+
+    def want(self, unit: str, *dependencies: str, requires: str = SUCCESS) -> list[str]:
+        """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
+        answer = self._call("want", self.connect_timeout, unit=unit, dependencies=list(dependencies), requires=requires)
+        names: list[str] = answer["dependencies"]
+        return names
+
+    def start(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: str = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        pid: int = 0,
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+    ) -> Started:
+        """Wait until `unit` may run and mark it started, in one step. `timeout` 0 waits without limit.
+
+        `want` adds dependencies first; `pid` names a process whose end fails the unit if it is still started
+        then; `on_wait` is called with what is missing, and the seconds waited, when the wait begins and every
+        30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed, TimedOut.
+        """
+        with Start(self, unit, want, requires, timeout, pid, on_wait=on_wait, hold=False) as start:
+            return start.result
+
+    def wait(
+        self,
+        *units: str,
+        requires: str = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+    ) -> float:
+        """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        began = time.monotonic()
+        channel = Channel(self.socket_path, self.connect_timeout)
+        try:
+            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
+        finally:
+            channel.close()
+        return time.monotonic() - began
+
+    def complete(self, unit: str, exit_code: int = 0) -> None:
+        """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
+        if exit_code:
+            self._call("fail", self.connect_timeout, unit=unit, exit_code=exit_code)
+        else:
+            self._call("complete", self.connect_timeout, unit=unit)
+
+    def fail(self, unit: str, reason: str = "") -> None:
+        """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
+        self._call("fail", self.connect_timeout, unit=unit, reason=reason)
+
+    def status(self, unit: str) -> UnitStatus:
+        """Return a snapshot of one unit and its dependencies."""
+        status: UnitStatus = record(UnitStatus, self._call("status", 0, unit=unit))
+        return status
+
+    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
+        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
+        return [record(UnitStatus, row) for row in self._call("list", 0, all=everything)]
+
+    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
+        """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
+
+        The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
+        with Unreachable, as it does when the agent ends.
+        """
+        channel = Channel(self.socket_path)
+        try:
+            for row in channel.call("events", follow=follow, since=since):
+                yield record(Event, row)
+            while follow:
+                message = channel.receive(3600.0)
+                if message and message.get("method") == "event":
+                    yield record(Event, message["params"])
+        finally:
+            channel.close()
+
+    def unit(self, unit: str, want: Iterable[str] = (), requires: str = SUCCESS, timeout: float = 300.0) -> Start:
+        """Return a context manager that starts `unit`, and completes it at the end of its block.
+
+        A block that raises fails the unit, with the exception's text as the reason; so does the end of the
+        process. Entering raises as `start` does.
+        """
+        return Start(self, unit, want, requires, timeout, 0, None, hold=True)
+
+
+class Start:
+    """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
+
+    def __init__(
+        self,
+        client: Client,
+        unit: str,
+        want: Iterable[str],
+        requires: str,
+        timeout: float,
+        pid: int,
+        on_wait: Callable[[list[Dependency], float], None] | None,
+        hold: bool,
+    ) -> None:
+        self.client, self.unit, self.timeout, self.on_wait = client, unit, timeout, on_wait
+        self.params = {"unit": unit, "dependencies": list(want), "requires": requires, "pid": pid, "hold": hold}
+
+    def __enter__(self) -> Start:
+        began = time.monotonic()
+        self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
+        try:
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
+        except BaseException:
+            self.channel.close()
+            raise
+        self.result = Started(self.unit, result["dependencies"], time.monotonic() - began)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            if self.params["hold"]:
+                if error is None:
+                    self.channel.call("complete", unit=self.unit)
+                else:
+                    self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+        except SyncError:
+            if error is None:  # else the block's own exception matters more
+                raise
+        finally:
+            self.channel.close()
+
+
+def wait_for(
+    channel: Channel,
+    what: str,
+    timeout: float,
+    on_wait: Callable[[list[Dependency], float], None] | None,
+    method: str,
+    **params: Any,
+) -> Any:
+    """Send a request that may wait; report what is missing now and then; return its result.
+
+    The time is ours: when it is up the agent is asked to cancel, and either does, and says what was missing,
+    or has just answered. So a unit is never started for a caller who has given up. Raises TimedOut.
+    """
+    request = channel.request(method, progress=on_wait is not None, **params)
+    began = time.monotonic()
+    deadline = began + timeout if timeout else float("inf")
+    report_at, report = began + REPORT_EVERY, 0
+    while True:
+        now = time.monotonic()
+        message = channel.receive(max(0.0, min(deadline, report_at) - now))
+        if message is None and time.monotonic() >= deadline:
+            break
+        if message is None:
+            report_at += REPORT_EVERY
+            report = channel.request("missing", id=request) if on_wait else 0
+        elif message.get("method") == "waiting" and on_wait:
+            on_wait([record(Dependency, d) for d in message["params"]["missing"]], 0.0)
+        elif message.get("id") == request or message.get("id") is None:
+            return result_of(message)
+        elif message.get("id") == report and on_wait:
+            on_wait([record(Dependency, d) for d in result_of(message)], time.monotonic() - began)
+    cancel, missing = channel.request("cancel", id=request), []
+    message = channel.receive(5.0)
+    while message is not None:
+        if message.get("id") == request:
+            return result_of(message)
+        if message.get("id") == cancel:
+            missing = [record(Dependency, d) for d in result_of(message)["missing"]]
+            break
+        message = channel.receive(5.0)
+    raise TimedOut(f"timeout waiting for {'dependencies of ' if method == 'start' else ''}{what}", missing)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Views. Pure functions from data to text.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    if seconds < 59.5:
+        return f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def state(row: Dependency) -> str:
+    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
+    status, ago = row.current_status, f"{span(row.age)} ago"
+    if status == NOT_REGISTERED:
+        text = f"{row.depends_on} not registered"
+        return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
+    if status == PENDING:
+        text = f"{row.depends_on} pending for {span(row.age)}"
+        return text + (f", waits for {', '.join(row.waits_for)}" if row.waits_for else ", not started yet")
+    text = f"{row.depends_on} {status} {ago}"
+    if row.reason:
+        text += f" ({row.reason})"
+    if row.owner and status == STARTED:
+        gone = ", which is no longer running" if row.owner.alive is False else ""
+        text += f" by {row.owner.command} (pid {row.owner.pid}){gone}"
+    return text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
+    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError."""
+    lower = [h.lower() for h in header]
+    wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")] if columns else lower
+    for name in wanted:
+        if name not in lower:
+            raise UsageError(f'no such column: "{name}"; there are {", ".join(lower)}')
+    picked = [[row[lower.index(name)] for name in wanted] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*picked)]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() + "\n" for row in picked)
+
+
+def status_text(status: UnitStatus, columns: str = "") -> str:
+    """A unit and the table of its dependencies."""
+    text = f"Unit: {status.unit_name}\nStatus: {status.status}\nReady: {str(status.is_ready).lower()}\n"
+    if status.reason:
+        text += f"Reason: {status.reason}\n"
+    if status.owner:
+        gone = ", which is no longer running" if status.owner.alive is False else ""
+        text += f"Started by: {status.owner.command} (pid {status.owner.pid}){gone}\n"
+    if status.did_you_mean:
+        text += f"Did you mean: {status.did_you_mean}\n"
+    if not status.dependencies:
+        return text + "\nNo dependencies.\n"
+    header = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
+    rows = [
+        [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
+        for d in status.dependencies
+    ]
+    if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
+        header.append("REASON")
+    return text + "\n" + table(header, rows, columns)
+
+
+def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
+    """The table of all units; the reason has a column where anything failed or was skipped."""
+    header = ["UNIT", "STATUS", "READY"]
+    if any(u.reason for u in units) or "reason" in columns.lower():
+        header.append("REASON")
+    return table(header, [[u.unit_name, u.status, str(u.is_ready).lower(), u.reason] for u in units], columns)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line. One small function a command, one table that says what each takes. A plain call is parsed from
+# the table directly; whatever that does not understand (help, mistakes) goes to argparse, built from the same
+# table, because importing argparse costs more than the call.
+# ----------------------------------------------------------------------------------------------------------
+
+PROGRAM = os.path.basename(globals().get("__file__") or "coder_sync.py")
+
+
+def put(text: str, fd: int = 1) -> None:
+    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on."""
+    stream = sys.stdout if fd == 1 else sys.stderr
+    data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    except OSError as error:
+        if fd == 1:
+            raise SyncError(f"cannot write to standard output: {error.strerror}") from None
+
+
+class Args:
+    """The parsed command line: an attribute an option and a positional."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def client_of(args: Args) -> Client:
+    """The client that the common options describe."""
+    return Client(args.socket_path, args.connect_timeout)
+
+
+def say(args: Args, text: str, fd: int = 1) -> None:
+    """Tell what was done, unless --quiet. What was done stays done if nobody can read it."""
+    if not args.quiet:
+        try:
+            put(text + "\n", fd)
+        except SyncError:
+            pass
+
+
+def reporter(args: Args, who: str, fd: int = 1) -> Callable[[list[Dependency], float], None] | None:
+    """A callback that says what a wait lacks."""
+    if args.quiet:
+        return None
+
+    def report(missing: list[Dependency], waited: float) -> None:
+        how = f"still waiting after {span(waited)}" if waited else "waiting"
+        more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
+        say(args, f"{who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more, fd)
+
+    return report
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Names for a message, not too many."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def cmd_serve(args: Args) -> int:
+    """Run the agent."""
+    enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
+    if enabled in ("false", "0", "no"):
+        put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
+        return supervise(args.command, dict(os.environ)) if args.command else 0
+    if enabled not in ("", "true", "1", "yes"):
+        raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
+    if args.detach and args.command:
+        raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
+    wish = Serving(args.socket_path or os.environ.get("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET)
+    wish.detach, wish.command, wish.level = args.detach, args.command, 2 * args.verbose or int(not args.quiet)
+    wish.log_file = args.log_file and os.path.abspath(args.log_file)
+    wish.pid_file = args.pid_file and os.path.abspath(args.pid_file)
+    wish.mode = args.mode or (0o660 if args.group else 0o600)
+    wish.group = group_id(args.group) if args.group else -1
+    if not args.command or args.socket_path:
+        return serve(wish)
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="coder-sync-") as private:
+            wish.path = os.path.join(private, "agent.sock")
+            wish.level = 2 * args.verbose  # the command's output is what matters here
+            return serve(wish)
+    except OSError as error:
+        raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
+    except Refused as error:
+        raise CommandError(str(error), 125) from None
+
+
+def group_id(name: str) -> int:
+    """The number of a group. Raises UsageError."""
+    import grp
+
+    try:
+        return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise UsageError(f"no such group: {name}") from None
+
+
+def mode_bits(text: str) -> int:
+    """Permission bits from their octal form. Raises UsageError."""
+    if len(text) in (3, 4) and not text.strip("01234567"):
+        return int(text, 8) & 0o777
+    raise UsageError(f"invalid mode {ascii(text)[:20]}: write it in octal, as in 660")
+
+
+def cmd_ping(args: Args) -> int:
+    """Say whether an agent answers."""
+    client = client_of(args)
+    answer = client.ping(args.wait)
+    about = f"pid {answer['pid']}, version {answer['version']}, up {span(answer['uptime'])}"
+    put(f"agent at {client.socket_path}: {about}\n")
+    return 0
+
+
+def cmd_want(args: Args) -> int:
+    """Declare dependencies."""
+    client_of(args).want(args.unit, *args.deps, requires=args.requires)
+    say(args, f"{args.unit}: depends on {names_of(args.deps)}")
+    return 0
+
+
+def cmd_start(args: Args) -> int:
+    """Wait until a unit may run, and mark it started."""
+    started = client_of(args).start(
+        args.unit, args.want, args.requires, args.timeout, args.pid, reporter(args, f"{args.unit}: ")
+    )
+    say(args, f"{args.unit}: {started_text(started)}")
+    return 0
+
+
+def started_text(started: Started) -> str:
+    """What a start found."""
+    if not started.dependencies:
+        return "started; it has no dependencies"
+    if started.waited < 0.05:
+        return f"started; satisfied already: {names_of(started.dependencies)}"
+    return f"started after {span(started.waited)}"
+
+
+def cmd_complete(args: Args) -> int:
+    """End a unit."""
+    client_of(args).complete(args.unit, args.exit_code)
+    say(args, f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}")
+    return 0
+
+
+def cmd_fail(args: Args) -> int:
+    """End a unit without success."""
+    client_of(args).fail(args.unit, args.reason)
+    say(args, f"{args.unit}: failed")
+    return 0
+
+
+def cmd_wait(args: Args) -> int:
+    """Wait for units without being one."""
+    took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=reporter(args, ""))
+    say(args, f"{names_of(args.units)}: done" + (f" after {span(took)}" if took >= 0.05 else ""))
+    return 0
+
+
+def cmd_status(args: Args) -> int:
+    """Show a unit and its dependencies."""
+    status = client_of(args).status(args.unit)
+    put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
+    return 0
+
+
+def cmd_list(args: Args) -> int:
+    """Show all units."""
+    units = client_of(args).list(args.all)
+    put(json_text(plain(units)) if args.output == "json" else list_text(units, args.column))
+    return 0
+
+
+def json_text(value: Any) -> str:
+    """JSON for other programs."""
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def cmd_events(args: Args) -> int:
+    """Print what happened, one JSON object a line."""
+    for event in client_of(args).events(args.follow):
+        put(_dumps(plain(event)) + "\n")
+    return 0
+
+
+def cmd_run(args: Args) -> int:
+    """Declare, wait, start, run a command, complete or fail: one process."""
+    env = {**os.environ, "CODER_SYNC_UNIT": args.unit}
+    client = client_of(args)
+    start = Start(
+        client, args.unit, args.want, args.requires, args.timeout, 0, reporter(args, f"{args.unit}: ", 2), hold=True
+    )
+    try:
+        start.__enter__()
+    except Unreachable as error:
+        if not args.optional:
+            raise
+        put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
+        return supervise(args.command, env)
+    if start.result.waited >= 0.05 and start.result.dependencies:
+        say(args, f"{args.unit}: {started_text(start.result)}", 2)
+    try:
+        code, why = supervise(args.command, env), ""
+    except CommandError as error:
+        code, why = error.exit_code, str(error)
+        put(f"error: {args.unit}: {error}\n", 2)
+    try:
+        if code:
+            signal = f"killed by signal {code - 128}" if code > 128 and not why else ""
+            start.channel.call("fail", unit=args.unit, reason=why or signal, exit_code=code)
+        else:
+            start.channel.call("complete", unit=args.unit)
+    except SyncError as error:
+        put(f"warning: {args.unit}: its outcome (exit code {code}) could not be reported: {error}\n", 2)
+    return code
+
+
+@dataclass
+class Option:
+    """One option: its spellings, how its value is read (None: it takes none), its default, its help.
+
+    A default that is a list makes it repeatable.
+    """
+
+    flags: tuple[str, ...]
+    convert: Callable[[str], Any] | None
+    default: Any
+    help: str
+    metavar: str = "VALUE"
+    choices: tuple[str, ...] = ()
+
+    def dest(self) -> str:
+        """The attribute of Args."""
+        return self.flags[-1].lstrip("-").replace("-", "_")
+
+    def read(self, text: str) -> Any:
+        """The value of a text. Raises UsageError."""
+        if self.choices and text not in self.choices:
+            raise UsageError(f"{self.flags[-1]}: no such choice: {ascii(text)[:40]}; use {', '.join(self.choices)}")
+        return self.convert(text) if self.convert else True
+
+
+@dataclass
+class Command:
+    """One command: what runs it, its positionals ("unit", then "deps+" or "units+" for one or more), options."""
+
+    run: Callable[[Args], int]
+    positionals: tuple[str, ...]
+    options: tuple[Option, ...]
+    help: str
+    takes_command: str = ""  # "-- COMMAND": "may" or "must" follow
+    questions: bool = False  # asks only: tries to connect once, and is not quiet
+
+
+def whole(text: str) -> int:
+    """A whole number. Raises UsageError."""
+    if text.lstrip("-").isdigit() and len(text) < 10:
+        return int(text)
+    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
+
+
+WHERE = f"where the agent listens (CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})"
+SOCKET = Option(("--socket-path",), str, "", WHERE, "PATH")
+PATIENT = "how long to try to reach an agent that still boots (CODER_SYNC_CONNECT_TIMEOUT, else 3s)"
+PATIENCE = Option(("--connect-timeout",), duration, None, PATIENT, "DURATION")
+QUIET = Option(("-q", "--quiet"), None, False, "say nothing but errors")
+TIMEOUT = Option(("-t", "--timeout"), duration, START_TIMEOUT, "how long to wait (5m); 0: no limit", "DURATION")
+REQUIRES = Option(("--requires",), str, SUCCESS, "what to require of the dependencies", "WHAT", REQUIREMENTS)
+WANT = Option(("--want",), str, [], "depend on this unit as well; may be given several times", "DEP")
+OUTPUT = Option(("-o", "--output"), str, "table", "table or json", "FORMAT", ("table", "json"))
+COLUMN = Option(("-c", "--column"), str, "", "which columns of the table to show, separated by commas", "COLUMNS")
+
+COMMANDS = {
+    "serve": Command(
+        cmd_serve,
+        (),
+        (
+            QUIET,
+            Option(("-v", "--verbose"), None, False, "log every request"),
+            Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
+            Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
+            Option(("--pid-file",), str, "", "write the process id there", "FILE"),
+            Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),
+            Option(("--group",), str, "", "group of the socket", "GROUP"),
+        ),
+        "run the agent: until a signal, or for the life of COMMAND on a private socket",
+        "may",
+    ),
+    "ping": Command(
+        cmd_ping,
+        (),
+        (Option(("-w", "--wait"), duration, 0.0, "how long to wait for an agent (0: try once)", "DURATION"),),
+        "say whether an agent answers",
+        questions=True,
+    ),
+    "want": Command(cmd_want, ("unit", "deps+"), (REQUIRES, QUIET), "make UNIT depend on DEP..., all or none"),
+    "start": Command(
+        cmd_start,
+        ("unit",),
+        (WANT, REQUIRES, TIMEOUT, Option(("--pid",), whole, 0, "fail the unit if this process ends", "PID"), QUIET),
+        "wait until UNIT may run, and mark it started",
+    ),
+    "complete": Command(
+        cmd_complete,
+        ("unit",),
+        (Option(("--exit-code",), whole, 0, "fail the unit if N is not 0", "N"), QUIET),
+        "end UNIT, so that others may go on",
+    ),
+    "fail": Command(
+        cmd_fail,
+        ("unit",),
+        (Option(("--reason",), str, "", "why, for those who are skipped because of it", "TEXT"), QUIET),
+        "end UNIT without success, so that what requires it is skipped",
+    ),
+    "run": Command(
+        cmd_run,
+        ("unit",),
+        (
+            WANT,
+            REQUIRES,
+            TIMEOUT,
+            Option(("--optional",), None, False, "run COMMAND even if there is no agent"),
+            QUIET,
+        ),
+        "start UNIT, run COMMAND, complete UNIT or fail it, in one process",
+        "must",
+    ),
+    "wait": Command(cmd_wait, ("units+",), (REQUIRES, TIMEOUT, QUIET), "wait for units without being one"),
+    "status": Command(cmd_status, ("unit",), (OUTPUT, COLUMN), "show UNIT and its dependencies", questions=True),
+    "list": Command(
+        cmd_list,
+        (),
+        (Option(("-a", "--all"), None, False, "also names that were only ever wanted"), OUTPUT, COLUMN),
+        "show all units",
+        questions=True,
+    ),
+    "events": Command(
+        cmd_events,
+        (),
+        (Option(("-f", "--follow"), None, False, "go on with what happens next"),),
+        "print what happened, one JSON object a line",
+        questions=True,
+    ),
+}
+
+
+def options_of(command: Command) -> tuple[Option, ...]:
+    """The options of a command with those that all have."""
+    return (*command.options, SOCKET, PATIENCE)
+
+
+def usage_of(name: str) -> str:
+    """The positionals of a command as its usage line has them."""
+    words = [w.rstrip("+").upper() + ("..." if w.endswith("+") else "") for w in COMMANDS[name].positionals]
+    text = " ".join([name, *words]).replace("DEPS", "DEP").replace("UNITS", "UNIT")
+    tail = {"may": " [-- COMMAND ARG...]", "must": " -- COMMAND ARG..."}
+    return f"{PROGRAM} {text} [OPTION]..." + tail.get(COMMANDS[name].takes_command, "")
+
+
+def parse(name: str, argv: Sequence[str]) -> Args:
+    """Parse the words after the command. Raises UsageError; argparse ends the process for --help."""
+    command = COMMANDS[name]
+    before, after = list(argv), None
+    if "--" in before:
+        cut = before.index("--")
+        before, after = before[:cut], before[cut + 1 :]
+    parsed = parse_plainly(command, before) or parse_with_argparse(name, before)
+    values, words = parsed
+    if command.takes_command:
+        values["command"] = after or []
+        if after == [] or (command.takes_command == "must" and not after):
+            raise UsageError(f"{name}: a command must follow --; usage: {usage_of(name)}")
+    else:
+        words += after or []
+    positionals = command.positionals
+    many = bool(positionals) and positionals[-1].endswith("+")
+    if len(words) < len(positionals) or (len(words) > len(positionals) and not many):
+        over = len(words) > len(positionals)
+        what = f"unexpected {words[len(positionals)]!a}" if over else "too few arguments"
+        hint = "; did you forget -- before the command?" if command.takes_command and over else ""
+        raise UsageError(f"{name}: {what}{hint}; usage: {usage_of(name)}")
+    for i, dest in enumerate(positionals):
+        values[dest.rstrip("+")] = words[i:] if dest.endswith("+") else words[i]
+    if command.questions:
+        values["connect_timeout"], values["quiet"] = 0.0, False
+    return Args(values)
+
+
+def parse_plainly(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]] | None:
+    """Options spelt out and positionals; None for anything else, which argparse understands or explains."""
+    options = options_of(command)
+    values: dict[str, Any] = {o.dest(): list(o.default) if type(o.default) is list else o.default for o in options}
+    flags = {flag: option for option in options for flag in option.flags}
+    rest: list[str] = []
+    todo = iter(words)
+    for word in todo:
+        if word[:1] != "-" or word == "-":
+            rest.append(word)
+            continue
+        option = flags.get(word)
+        text = "" if option is None or option.convert is None else next(todo, None)
+        if option is None or text is None or text[:1] == "-":
+            return None
+        try:
+            value = option.read(text)
+        except UsageError:
+            return None
+        if type(option.default) is list:
+            values[option.dest()].append(value)
+        else:
+            values[option.dest()] = value
+    return values, rest
+
+
+def parse_with_argparse(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The same by argparse."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{name}: {message}; see `{PROGRAM} {name} --help`")
+
+    command = COMMANDS[name]
+    parser = Parser(prog=f"{PROGRAM} {name}", usage=usage_of(name), description=command.help, allow_abbrev=False)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    for option in options_of(command):
+        if option.convert is None:
+            parser.add_argument(*option.flags, action="store_true", default=False, help=option.help)
+            continue
+
+        def convert(text: str, option: Option = option) -> Any:
+            try:
+                return option.read(text)
+            except UsageError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        parser.add_argument(
+            *option.flags,
+            type=convert,
+            action="append" if type(option.default) is list else "store",
+            default=list(option.default) if type(option.default) is list else option.default,
+            metavar=option.metavar,
+            help=option.help.replace("%", "%%"),
+        )
+    values = vars(parser.parse_intermixed_args(words))
+    return values, values.pop("words")
+
+
+def overview() -> str:
+    """The page that --help prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    return f"""usage: {PROGRAM} COMMAND [ARG]...
+
+Startup coordination for scripts that run in parallel. A unit is a named phase of work,
+usually one script; it starts when the units it depends on are done.
+
+{chr(10).join(lines)}
+
+`{PROGRAM} COMMAND --help` tells more. `{PROGRAM} exp sync COMMAND` does the same.
+"""
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one command line; return the exit status. Raises SyncError."""
+    words = list(argv)
+    if words[:2] == ["exp", "sync"]:
+        words = words[2:]
+    moved: list[str] = []  # options before the command
+    while words and words[0].startswith("--") and words[0].partition("=")[0] in ("--socket-path", "--connect-timeout"):
+        count = 1 if "=" in words[0] else 2
+        moved, words = moved + words[:count], words[count:]
+    if not words:
+        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
+    name, rest = words[0], words[1:]
+    if name in ("-h", "--help", "help"):
+        put(overview())
+        return 0
+    if name in ("--version", "version"):
+        put(f"coder_sync {__version__}\n")
+        return 0
+    if name not in COMMANDS:
+        guess = resembling(name, list(COMMANDS))
+        hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
+        raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
+    return COMMANDS[name].run(parse(name, [*moved, *rest]))
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
+    code = 0
+    try:
+        for fd in (0, 1, 2):
+            try:
+                os.fstat(fd)
+            except OSError:  # closed: no socket of ours must take its place
+                os.open(os.devnull, os.O_RDWR)
+        code = dispatch(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:  # argparse's --help
+        code = end.code if isinstance(end.code, int) else 2
+    except TimedOut as error:
+        missing = "".join(f"  {state(d)}\n" for d in error.data)
+        put(f"{error}\n{missing}", 2)
+        code = error.exit_code
+    except SyncError as error:
+        put(f"error: {error}\n", 2)
+        code = error.exit_code
+    except Exception as error:  # a defect of ours; no traceback reaches a user
+        put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
+        code = 125 if os.environ.get("CODER_SYNC_DEBUG") is None else _reraise(error)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass
+    os._exit(code)
+
+
+def _reraise(error: BaseException) -> NoReturn:
+    raise error
+
+
+if __name__ == "__main__":
+    main()

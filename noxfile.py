@@ -1,0 +1,321 @@
+"""Everything development needs: `nox` lints, checks types and tests; `nox -s bench` measures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_existing_virtualenvs = True
+
+PYTHONS = ["3.8", "3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, with ruff."""
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, with mypy."""
+    session.install("mypy")
+    session.run("mypy", "--strict", "coder_sync.py")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The test suite, on every interpreter from 3.8 that is there."""
+    session.install("pytest", "pytest-xdist")
+    session.run("pytest", "-q", "-n", "4", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Which lines the in-process tests reach; processes started by tests are not counted."""
+    session.install("pytest", "coverage")
+    session.run("coverage", "run", "--include=coder_sync.py", "-m", "pytest", "-q", *session.posargs)
+    session.run("coverage", "report", "-m")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Print the benchmark's table: ratios within one run. Fails nothing; a machine has good and bad hours."""
+    Bench(Path(session.bin) / "python3", session.posargs).run()
+
+
+class Bench:
+    """Each row is a method that returns (what, figure, against, figure, ratio or other result, to reach)."""
+
+    def __init__(self, python: Path, only: list[str]) -> None:
+        self.python, self.only = str(python), only
+        self.directory = tempfile.TemporaryDirectory(prefix="coder-sync-bench-")
+        self.file = os.path.join(self.directory.name, "coder_sync.py")
+        shutil.copy("coder_sync.py", self.file)
+        self.env = dict(os.environ, PATH=os.path.dirname(self.python) + ":" + os.environ["PATH"])
+        self.count = 0
+
+    def run(self) -> None:
+        rows = [name for name in dir(self) if name.startswith("row_")]
+        print(f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+        print("| what | measured | against | measured | ratio | to reach |\n| --- | --- | --- | --- | --- | --- |")
+        for name in rows:
+            if not self.only or any(word in name for word in self.only):
+                for row in getattr(self, name)():
+                    print("| " + " | ".join(row) + " |", flush=True)
+        self.directory.cleanup()
+
+    # -- tools --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def agent(self) -> Iterator[subprocess.Popen]:
+        """An agent on a new socket, which `self.env` names."""
+        self.count += 1
+        self.path = os.path.join(self.directory.name, f"{self.count}.sock")
+        self.env["CODER_AGENT_SOCKET_PATH"] = self.path
+        agent = subprocess.Popen([self.file, "serve", "--quiet"], env=self.env)
+        subprocess.run([self.file, "ping", "--wait", "10s"], env=self.env, check=True, stdout=subprocess.DEVNULL)
+        try:
+            yield agent
+        finally:
+            agent.terminate()
+            agent.wait()
+
+    def connect(self) -> Callable[..., dict]:
+        """An open connection: call(method, **params) returns the answer; call.send and call.read are its halves."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(self.path)
+        file = sock.makefile("rb")
+
+        def send(method: str, **params: object) -> None:
+            sock.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n")
+
+        def call(method: str, **params: object) -> dict:
+            send(method, **params)
+            answer: dict = json.loads(file.readline())
+            assert "error" not in answer, answer
+            return answer
+
+        call.send, call.read, call.sock = send, lambda: json.loads(file.readline()), sock
+        return call
+
+    def commands(self, runs: int, *commands: list[str]) -> list[float]:
+        """Median seconds of each command, the runs interleaved."""
+        times: list[list[float]] = [[] for _ in commands]
+        for _ in range(runs):
+            for command, taken in zip(commands, times):
+                began = time.perf_counter()
+                subprocess.run(command, env=self.env, check=True, stdout=subprocess.DEVNULL)
+                taken.append(time.perf_counter() - began)
+        return [statistics.median(taken) for taken in times]
+
+    def resident(self, pid: int) -> float:
+        """MB of memory."""
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as f:
+            return int(next(line for line in f if line.startswith("VmRSS")).split()[1]) / 1024
+
+    @staticmethod
+    def layers(layers: int, width: int) -> list[tuple[str, list[str]]]:
+        """A layered graph: unit and dependencies."""
+        deps = range(min(2, width))
+        return [
+            (f"u{i}-{j}", [f"u{i - 1}-{(j + k) % width}" for k in deps] if i else [])
+            for i in range(layers)
+            for j in range(width)
+        ]
+
+    def scripts(self, scripts: list[str]) -> float:
+        """Seconds until all of these have ended, started at once, last first."""
+        began = time.perf_counter()
+        running = [subprocess.Popen(["sh", "-c", s], env=self.env) for s in reversed(scripts)]
+        assert not any(p.wait() for p in running)
+        return time.perf_counter() - began
+
+    # -- rows ---------------------------------------------------------------------------------------------
+
+    def wake_up(self, others: int = 0) -> tuple[float, float]:
+        """Median seconds from `complete` to the answered `start`, and of a ping."""
+        with self.agent():
+            waiter, worker = self.connect(), self.connect()
+            follow = [self.file, "events", "--follow"]
+            watchers = [subprocess.Popen(follow, env=self.env, stdout=subprocess.PIPE) for _ in range(others)]
+            worker("want", unit="first")
+            for watcher in watchers:
+                watcher.stdout.readline()  # it follows
+                threading.Thread(target=watcher.stdout.read).start()
+            wakes, pings = [], []
+            for i in range(1000):
+                worker("start", unit=f"a{i}")
+                waiter.send("start", unit=f"b{i}", dependencies=[f"a{i}"], progress=True)
+                waiter.read()  # it waits
+                began = time.perf_counter()
+                worker.send("complete", unit=f"a{i}")
+                waiter.read()
+                wakes.append(time.perf_counter() - began)
+                worker.read()
+                began = time.perf_counter()
+                worker("ping")
+                pings.append(time.perf_counter() - began)
+            for watcher in watchers:
+                watcher.kill()
+                watcher.wait()
+        return statistics.median(wakes), statistics.median(pings)
+
+    def row_1_wake_up(self) -> Iterator[tuple[str, ...]]:
+        wake, ping = self.wake_up()
+        yield ("wake-up: complete sent to start answered", us(wake), "ping on an open connection", us(ping),
+               ratio(wake, ping), "4x")  # fmt: skip
+
+    def row_2_complete(self) -> Iterator[tuple[str, ...]]:
+        with self.agent():
+            self.connect()("want", unit="x")
+            base = [self.python, "-IS", "-c", "import argparse, json, socket"]
+            ours, other = self.commands(60, [self.file, "complete", "x"], base)
+        yield ("`complete NAME`, executable form", ms(ours), "python3 -IS -c 'import argparse, json, socket'",
+               ms(other), ratio(ours, other), "0.8x")  # fmt: skip
+
+    def boot(self, line: str, what: str, reach: str) -> Iterator[tuple[str, ...]]:
+        ours, floor = [], []
+        for _ in range(7):
+            floor.append(self.scripts(["; ".join(["sleep 0.05"] * 5)]))
+            with self.agent():
+                graph = self.layers(5, 4)
+                scripts = [
+                    line.format(
+                        me=self.file, unit=unit, deps=" ".join(deps), wants="".join(f"--want {d} " for d in deps)
+                    )
+                    for unit, deps in graph
+                ]
+                if "want {unit}" in line:
+                    scripts = [s if deps else s.split("&&", 1)[1] for s, (_, deps) in zip(scripts, graph)]
+                ours.append(self.scripts(scripts))
+        a, b = statistics.median(ours), statistics.median(floor)
+        yield f"boot of 20 units, {what}", ms(a), "critical path alone", ms(b), ratio(a, b), reach
+
+    def row_3_boot_calls(self) -> Iterator[tuple[str, ...]]:
+        line = "{me} want {unit} {deps} -q && {me} start {unit} -q && sleep 0.05 && {me} complete {unit} -q"
+        yield from self.boot(line, "want/start/complete", "2.8x")
+
+    def row_4_thousand(self) -> Iterator[tuple[str, ...]]:
+        with self.agent() as agent:
+            worker = self.connect()
+            worker("start", unit="gate")
+            before = self.resident(agent.pid)
+            waiters = [self.connect() for _ in range(1000)]
+            for waiter in waiters:
+                waiter.send("wait", units=["gate"], progress=True)
+            for waiter in waiters:
+                waiter.read()
+            during = self.resident(agent.pid)
+            began = time.perf_counter()
+            worker("complete", unit="gate")
+            for waiter in waiters:
+                waiter.read()
+            took = time.perf_counter() - began
+        yield "1,000 waiting: agent's memory", mb(during), "idle", mb(before), f"+{during - before:.1f} MB", "+48 MB"
+        yield "1,000 waiting: all released", ms(took), "", "", "", "1 s"
+
+    def row_5_chain(self) -> Iterator[tuple[str, ...]]:
+        for order, step in (("first to last", 1), ("last to first", -1)):
+            cost: dict[int, list[float]] = {}
+            for size in (100, 10_000):
+                with self.agent():
+                    call = self.connect()
+                    began = time.perf_counter()
+                    for i in range(1, size)[::step]:
+                        call("want", unit=f"u{i}", dependencies=[f"u{i - 1}"])
+                    middle = time.perf_counter()
+                    call("want", unit="u0")
+                    for i in range(size):
+                        call("complete", unit=f"u{i}")
+                    cost[size] = [(middle - began) / size, (time.perf_counter() - middle) / size]
+            for i, verb in enumerate(("want", "complete")):
+                a, b = cost[10_000][i], cost[100][i]
+                yield f"one {verb}, chain of 10,000, {order}", us(a), "at 100", us(b), ratio(a, b), "3x"
+
+    def row_6_boot_run(self) -> Iterator[tuple[str, ...]]:
+        yield from self.boot("exec {me} run {wants} {unit} -q -- sleep 0.05", "one `run` each", "1.7x")
+
+    def row_7_kill(self) -> Iterator[tuple[str, ...]]:
+        took = []
+        with self.agent():
+            for i in range(30):
+                run = subprocess.Popen([self.file, "run", f"a{i}", "-q", "--", "sleep", "60"], env=self.env)
+                start = subprocess.Popen([self.file, "start", f"b{i}", "--want", f"a{i}"], env=self.env,
+                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+                assert start.stdout
+                start.stdout.readline()  # it waits
+                while b"started" not in json.dumps(self.connect()("status", unit=f"a{i}")).encode():
+                    pass
+                child = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(run.pid)], text=True)
+                began = time.perf_counter()
+                run.kill()
+                assert start.wait() == 4
+                took.append(time.perf_counter() - began)
+                run.wait()
+                subprocess.run(["kill", *child.split()], check=False)
+            ours, ping = statistics.median(took), self.commands(30, [self.file, "ping"])[0]
+        yield (
+            "SIGKILL of a run to the end of the start behind it",
+            ms(ours),
+            "one `ping`",
+            ms(ping),
+            ratio(ours, ping),
+            "1x",
+        )
+
+    def row_8_memory(self) -> Iterator[tuple[str, ...]]:
+        with self.agent():
+            code = "import argparse, json, socket; print(flush=True); input()"
+            base = subprocess.Popen([self.python, "-IS", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            run = subprocess.Popen([self.file, "run", "a", "--want", "b", "--", "true"], env=self.env,
+                                   stderr=subprocess.PIPE)  # fmt: skip
+            assert base.stdout and run.stderr
+            base.stdout.readline()
+            run.stderr.readline()
+            ours, other = self.resident(run.pid), self.resident(base.pid)
+            base.kill()
+            run.kill()
+            run.wait()
+            base.wait()
+        yield (
+            "resident memory of one waiting run",
+            mb(ours),
+            "python3 with argparse, json, socket",
+            mb(other),
+            ratio(ours, other),
+            "1.15x",
+        )
+
+
+def us(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us"
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def mb(size: float) -> str:
+    return f"{size:.1f} MB"
+
+
+def ratio(a: float, b: float) -> str:
+    return f"{a / b:.2f}x"
