@@ -1322,7 +1322,7 @@ class Agent:
         from threading import Thread
 
         try:
-            fd = os.pidfd_open(owner.pid)
+            fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             fd = -1
         self.owners[ticket] = (owner, fd)
@@ -2577,8 +2577,8 @@ def parse_plainly(command: Command, words: Sequence[str]) -> tuple[dict[str, Any
             rest.append(word)
             continue
         option = flags.get(word)
-        text = "" if option is None or option.convert is None else next(todo, None)
-        if option is None or text is None or text[:1] == "-":
+        text = "" if option is None or option.convert is None else next(todo, "-")
+        if option is None or text[:1] == "-":
             return None
         try:
             value = option.read(text)
