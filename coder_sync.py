@@ -48,16 +48,29 @@ reason nothing is imported here that a plain call does not need: `socket`, `json
 """
 
 import errno
-import os
 import sys
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from dataclasses import dataclass
     from typing import Any, NoReturn
 else:
+
+    class _Os:
+        """`os`, but imported only for what its C half does not have: the import is a tenth of a whole call."""
+
+        def __getattr__(self, name):
+            import posix
+
+            if name == "environ" or not hasattr(posix, name):
+                import os as posix
+            value = self.__dict__[name] = getattr(posix, name)
+            return value
+
+    os = _Os()
 
     def dataclass(cls):
         """Stand in for dataclasses.dataclass, whose import costs more than a whole client call."""
@@ -85,6 +98,18 @@ START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts w
 CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 REPORT_EVERY = 30.0
+
+
+def environment(**extra: str) -> dict[bytes, bytes]:
+    """The environment for a command, and what is added to it."""
+    base: dict[bytes, bytes] = os.environb if "os" in sys.modules else sys.modules["posix"].environ  # type: ignore
+    code = sys.getfilesystemencoding(), "surrogateescape"
+    return {**base, **{name.encode(*code): value.encode(*code) for name, value in extra.items()}}
+
+
+def getenv(name: str) -> str:
+    """An environment variable, empty if unset."""
+    return environment().get(name.encode(), b"").decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -253,6 +278,7 @@ class UnitStatus:
     owner: Owner | None = None
     dependencies: list[Dependency] = []  # noqa: RUF012
     did_you_mean: str = ""
+    history: list[Event] = []  # noqa: RUF012
 
 
 @dataclass
@@ -265,6 +291,32 @@ class Event:
     unit: str
     kind: str
     detail: str = ""
+
+
+@dataclass
+class Node:
+    """One unit as pictures need it. Times are seconds since the agent began, -1 for what has not been."""
+
+    unit_name: str
+    status: str
+    is_ready: bool
+    is_waiting: bool
+    registered: float
+    waiting: float
+    started: float
+    ended: float
+    released_by: str  # the dependency that made it ready last
+    reason: str
+    wants: dict[str, str]  # dependency -> requirement
+    owner: Owner | None = None
+
+
+@dataclass
+class Graph:
+    """All units at one time, `now`, in seconds since the agent began."""
+
+    now: float
+    nodes: list[Node]
 
 
 def check_name(name: object) -> str:
@@ -328,6 +380,7 @@ class Units:
         from collections import deque
 
         self.clock, self.wall, self.alive, self.tell = clock, wall, alive, tell
+        self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
@@ -495,6 +548,25 @@ class Units:
         now = self.clock()
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
         return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
+
+    def graph(self) -> Graph:
+        """Everything, for pictures; owners as they were when they started their unit."""
+
+        def since(t: float) -> float:
+            return round(t - self.began, 6) if t >= 0 else -1.0
+
+        nodes = []
+        for u in self.units.values():
+            asked = min(u.waiting, u.started) if u.started >= 0 else u.waiting  # a re-run that waits: not yet
+            node = Node(u.name, u.status, u.unmet == 0, bool(u.starts), since(u.registered), since(asked),
+                        since(u.started), since(u.ended), u.released_by, u.reason, {}, u.owner)  # fmt: skip
+            node.wants = {d.name: requirement for d, requirement in u.wants.items()}
+            nodes.append(node)
+        return Graph(round(self.clock() - self.began, 6), nodes)
+
+    def history(self, name: str) -> list[Event]:
+        """What is remembered of one unit."""
+        return [e for e in self.events if e.unit == name]
 
     def names(self) -> list[str]:
         """The registered names, for suggestions."""
@@ -748,7 +820,7 @@ def _depth(line: bytes) -> int:
     import re
 
     depth = deepest = 0
-    for bracket in re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}"]', b"", line):
+    for bracket in re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}"]+', b"", line):
         depth += 1 if bracket in b"[{" else -1
         deepest = max(deepest, depth)
     return deepest
@@ -760,7 +832,7 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (Owner, Dependency, UnitStatus, Event)):
+    if isinstance(value, (Owner, Dependency, UnitStatus, Event, Node, Graph)):
         return {k: plain(v) for k, v in vars(value).items() if k != "born"}
     return value
 
@@ -771,8 +843,9 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
         known = {k: data[k] for k in kind.__annotations__ if k in data}
         if known.get("owner"):
             known["owner"] = record(Owner, known["owner"])
-        if "dependencies" in known:
-            known["dependencies"] = [record(Dependency, d) for d in known["dependencies"]]
+        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", Node)):
+            if field in known:
+                known[field] = [record(inner, row) for row in known[field]]
         return kind(**known)
     except (AttributeError, TypeError):
         raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
@@ -811,6 +884,7 @@ METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or
     "fail": {"unit": str, "reason": "", "exit_code": 0},
     "status": {"unit": str},
     "list": {"all": False},
+    "graph": {},
     "missing": {"id": object},
     "cancel": {"id": object},
     "events": {"since": 0, "follow": False},
@@ -1152,7 +1226,7 @@ class Agent:
             if request is None:
                 raise InvalidRequest(f'{method} needs an "id"')
             return getattr(self, "_" + method)(connection, request, **params)
-        return getattr(self, "_" + method)(**params)
+        return self.graph() if method == "graph" else getattr(self, "_" + method)(**params)
 
     def _flush(self) -> None:
         """Send the answers that became known, without the lock."""
@@ -1258,6 +1332,7 @@ class Agent:
     def _status(self, unit: str) -> UnitStatus:
         with self.lock:
             status = self.units.status(unit)
+            status.history = self.units.history(unit)
             names = self.units.names() if status.status == NOT_REGISTERED else []
         status.did_you_mean = resembling(unit, names)
         self._suggest(status.dependencies)
@@ -1266,6 +1341,16 @@ class Agent:
     def _list(self, all: bool) -> list[UnitStatus]:
         with self.lock:
             return self.units.snapshots(all)
+
+    def graph(self) -> Graph:
+        """Everything, for pictures."""
+        with self.lock:
+            graph = self.units.graph()
+        running = [n for n in graph.nodes if n.owner and n.status == STARTED]
+        for node in running[:500]:
+            assert node.owner
+            node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
+        return graph
 
     def _missing(self, connection: Connection, request: Any, id: Any) -> list[Dependency]:
         with self.lock:
@@ -1546,7 +1631,7 @@ def detach() -> int:
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
-def supervise(command: list[str], env: dict[str, str]) -> int:
+def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
     """Run a command with our own standard streams, pass signals on, return its exit status as a shell would.
 
     Raises CommandError if it cannot be run. What the terminal sends (Ctrl-C) goes to the whole foreground group,
@@ -1589,6 +1674,7 @@ class Serving:
     level: int = 1  # 0 quiet, 1, 2 verbose
     log_file: str = ""
     pid_file: str = ""
+    timeline: Callable[[Graph], None] = lambda graph: None  # called at the end
     detach: bool = False
     command: list[str] = []  # noqa: RUF012
 
@@ -1660,7 +1746,7 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
         os.close(ready)
     try:
         if wish.command:
-            return supervise(wish.command, {**os.environ, "CODER_AGENT_SOCKET_PATH": path})
+            return supervise(wish.command, environment(CODER_AGENT_SOCKET_PATH=path))
         while True:
             number = signal.sigwait(stops)
             if number != signal.SIGHUP or not wish.detach:
@@ -1669,6 +1755,7 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
     finally:
         notify("STOPPING=1")
         agent.stop()
+        wish.timeline(agent.graph())
         if wish.pid_file:
             remove(wish.pid_file)
         log.queue.put(None)
@@ -1899,9 +1986,9 @@ class Client:
         Calls that coordinate try for `connect_timeout` to reach an agent that may still be booting, default
         $CODER_SYNC_CONNECT_TIMEOUT or 3 seconds; questions try once. Nothing is connected yet.
         """
-        self.socket_path = socket_path or os.environ.get("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
+        self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
         if connect_timeout is None:
-            text = os.environ.get("CODER_SYNC_CONNECT_TIMEOUT")
+            text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
             connect_timeout = duration(text) if text else CONNECT_TIMEOUT
         self.connect_timeout = connect_timeout
 
@@ -1976,6 +2063,11 @@ class Client:
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
         return [record(UnitStatus, row) for row in self._call("list", 0, all=everything)]
+
+    def graph(self) -> Graph:
+        """Return all units with their edges and times."""
+        graph: Graph = record(Graph, self._call("graph", 0))
+        return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
         """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
@@ -2145,16 +2237,22 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         text += f"Started by: {status.owner.command} (pid {status.owner.pid}){gone}\n"
     if status.did_you_mean:
         text += f"Did you mean: {status.did_you_mean}\n"
-    if not status.dependencies:
-        return text + "\nNo dependencies.\n"
-    header = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
-    rows = [
-        [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
-        for d in status.dependencies
-    ]
-    if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
-        header.append("REASON")
-    return text + "\n" + table(header, rows, columns)
+    if status.dependencies:
+        header = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
+        rows = [
+            [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
+            for d in status.dependencies
+        ]
+        if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
+            header.append("REASON")
+        text += "\n" + table(header, rows, columns)
+    else:
+        text += "\nNo dependencies.\n"
+    if status.history:
+        first = status.history[0].time
+        lines = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
+        text += "\n" + table(["TIME", "EVENT", "DETAIL"], lines)
+    return text
 
 
 def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
@@ -2165,13 +2263,438 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     return table(header, [[u.unit_name, u.status, str(u.is_ready).lower(), u.reason] for u in units], columns)
 
 
+# -- pictures of a whole startup: all from one Graph --------------------------------------------------------
+
+
+def begin(node: Node) -> float:
+    """When a unit first showed up."""
+    return min(t for t in (node.registered, node.waiting, node.started) if t >= 0)
+
+
+def end(node: Node, now: float) -> float:
+    """When a unit ended, or now."""
+    return node.ended if node.ended >= 0 else now
+
+
+def ran(node: Node, now: float) -> float:
+    """How long a unit ran, or has been running."""
+    return end(node, now) - node.started if node.started >= 0 else 0.0
+
+
+def standing(node: Node) -> str:
+    """The status in a word for pictures, which show what is on its way."""
+    if node.status == PENDING:
+        return "waiting" if node.is_waiting else "gave up" if node.waiting >= 0 else "pending"
+    return "running" if node.status == STARTED else node.status
+
+
+def in_order(graph: Graph) -> list[Node]:
+    """Registered units in the order they started; those that have not, behind."""
+    units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
+    return sorted(units, key=lambda n: (n.started < 0, n.started if n.started >= 0 else begin(n), n.unit_name))
+
+
+def critical_path(graph: Graph) -> list[tuple[Node, float]]:
+    """The chain of units that determined when the last one ended, each with its share in seconds.
+
+    From the unit that ended last back to the dependency that released it, and so on: what really held up what,
+    not what might have.
+    """
+    nodes = {n.unit_name: n for n in graph.nodes}
+    node = max((n for n in graph.nodes if n.started >= 0), key=lambda n: end(n, graph.now), default=None)
+    path: list[tuple[Node, float]] = []
+    until = float("inf")
+    while node and node.started >= 0 and len(path) <= len(nodes):
+        path.insert(0, (node, max(0.0, min(end(node, graph.now), until) - node.started)))
+        until, node = node.started, nodes.get(node.released_by)
+    return path
+
+
+def extent(graph: Graph) -> tuple[float, float]:
+    """From the first sign of a unit to the end of the last, or now while any is on its way."""
+    units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
+    if not units:
+        return 0.0, 0.0
+    return min(map(begin, units)), max(end(n, graph.now) for n in units)
+
+
+def summary(graph: Graph) -> str:
+    """The sentence people want."""
+    first, last = extent(graph)
+    path = critical_path(graph)
+    count = {s: sum(n.status == s for n in graph.nodes) for s in (FAILED, SKIPPED, STARTED, PENDING)}
+    words = {STARTED: "still running", PENDING: "not started"}
+    rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
+    text = f"{span(last - first)} in all" + (f" ({', '.join(rest)})" if rest else "")
+    if path and last > first:
+        shown = path if len(path) <= 12 else [*path[:6], *path[-6:]]
+        steps = [f"{n.unit_name} {span(share)}" for n, share in shown]
+        if len(path) > 12:
+            steps.insert(6, f"({len(path) - 12} more)")
+        percent = 100 * sum(share for _, share in path) / (last - first)
+        text += f"; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
+    return text
+
+
+def wide(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fit(text: str, width: int, dots: str = "\u2026") -> str:
+    """The text in exactly `width` columns."""
+    if wide(text) > width:
+        while text and wide(text) > width - len(dots):
+            text = text[:-1]
+        text += dots
+    return text + " " * (width - wide(text))
+
+
+def ticks(length: float, most: int) -> list[float]:
+    """Round numbers of seconds for an axis, at most `most` of them."""
+    steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 2, 5)] + [15.0, 30.0]
+    steps += [60.0 * m for m in (1, 2, 5, 10, 15, 30, 60, 120, 360, 720, 1440)]
+    step = next((s for s in steps if length / s <= max(most, 1)), length or 1.0)
+    return [i * step for i in range(int(length / step + 1e-9) + 1)]
+
+
+COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
+
+
+def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
+    """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
+    units = in_order(graph)
+    if not units:
+        return "no units yet\n"
+    first, last = extent(graph)
+    path = {n.unit_name for n, _ in critical_path(graph)}
+    wait, run, dots = ("\u2591", "\u2588", "\u2026") if unicode else (".", "#", "~")
+    names = min(max(wide(n.unit_name) for n in units), max(12, width // 3))
+    bars = max(10, width - names - 2 - 2 - 18)
+    scale = bars / (last - first) if last > first else 0.0
+    axis = [" "] * bars
+    free = 0
+    for tick in ticks(last - first, bars // 10):
+        at, label = int(tick * scale), span(tick) if tick else "0"
+        if at >= free and at + len(label) <= bars:
+            axis[at : at + len(label)] = label
+            free = at + len(label) + 1
+    lines = [" " * (names + 3) + "".join(axis).rstrip()]
+    for n in units:
+        from_, to = begin(n) if n.waiting < 0 else n.waiting, end(n, graph.now)
+        start = n.started if n.started >= 0 else to
+        a, b = (min(bars - 1, int((t - first) * scale)) for t in (from_, start))
+        c = max(b + 1, min(bars, round((to - first) * scale)))
+        bar = " " * a + wait * (b - a) + (run if n.started >= 0 else wait) * (c - b)
+        length = ran(n, graph.now) if n.started >= 0 else to - from_
+        tail = f"{span(length):>7} {standing(n)}"
+        bar, name = bar.ljust(bars), fit(n.unit_name, names, dots)
+        if colour:
+            bar, name = (
+                f"\033[{COLOURS[n.status]}m{bar}\033[0m",
+                f"\033[1m{name}\033[0m" if n.unit_name in path else name,
+            )
+        lines.append(f"{'*' if n.unit_name in path else ' '} {name} {bar} {tail}".rstrip())
+    return "\n".join(lines) + "\n\n" + summary(graph) + "\n"
+
+
+def blame_text(graph: Graph, most: int = 25) -> str:
+    """Units by how long they ran, and by how long others waited for them."""
+    nodes = {n.unit_name: n for n in graph.nodes}
+    held = dict.fromkeys(nodes, 0.0)
+    for n in graph.nodes:
+        if n.waiting >= 0:
+            until = n.started if n.started >= 0 else end(n, graph.now)
+            for name in n.wants:
+                if name in nodes and nodes[name].status != NOT_REGISTERED:
+                    held[name] += max(0.0, min(until, end(nodes[name], graph.now)) - n.waiting)
+    rows = [(n, (ran(n, graph.now), held[n.unit_name])) for n in in_order(graph)]
+    text = ""
+    for i, title in enumerate(("by how long they ran", "by how long others waited for them")):
+        best = sorted((row for row in rows if row[1][i] > 0), key=lambda row: -row[1][i])
+        body = [[n.unit_name, span(took[0]), span(took[1]), n.status] for n, took in best[:most]]
+        more = f"and {len(best) - most} more\n" if len(best) > most else ""
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], body) + more + "\n"
+    return text + summary(graph) + "\n"
+
+
+def timeline_data(graph: Graph) -> dict[str, Any]:
+    """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
+    first, last = extent(graph)
+    path = [{"unit_name": n.unit_name, "seconds": round(share, 3)} for n, share in critical_path(graph)]
+    units = []
+    for n in in_order(graph):
+        times: dict[str, float] = {k: getattr(n, k) for k in ("registered", "waiting", "started", "ended")}
+        row: dict[str, Any] = {"unit_name": n.unit_name, "status": n.status, "reason": n.reason}
+        row.update((k, round(t - first, 6) if t >= 0 else None) for k, t in times.items())
+        units.append({**row, "released_by": n.released_by, "wants": n.wants})
+    return {"seconds": round(last - first, 6), "summary": summary(graph), "critical_path": path, "units": units}
+
+
+def timeline_trace(graph: Graph) -> dict[str, Any]:
+    """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds."""
+    first, _ = extent(graph)
+    events: list[dict[str, Any]] = []
+    for row, n in enumerate(in_order(graph), 1):
+        where = {"pid": 1, "tid": row}
+        events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": n.unit_name}})
+        events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": row}})
+        stop = n.started if n.started >= 0 else end(n, graph.now)
+        args = {"status": n.status, "reason": n.reason, "released_by": n.released_by, "wants": list(n.wants)}
+        for kind, a, b in (("waiting", n.waiting, stop), ("running", n.started, end(n, graph.now))):
+            if a >= 0:
+                what = {"ph": "X", "cat": kind, "name": n.unit_name if kind == "running" else f"{n.unit_name} waits"}
+                events.append(
+                    {**what, **where, "ts": round((a - first) * 1e6), "dur": round((b - a) * 1e6), "args": args}
+                )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def xml(text: str) -> str:
+    """Text for XML; what XML cannot hold is replaced."""
+    text = "".join(
+        c if c >= " " and not 0xD800 <= ord(c) < 0xE000 and c not in "\ufffe\uffff" else "\ufffd" for c in text
+    )
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+
+
+STYLE = """
+svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
+.w{fill:#d5d9e0}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.skipped{fill:#d9a520}.started{fill:#3f7fc4}
+.pending{fill:#9aa}.g{stroke:#8884;fill:none}.z{fill:#8881}.c{stroke:#d2641e;fill:none;stroke-width:2}
+.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
+@media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.completed{fill:#4fb37a}
+.failed{fill:#e26060}.h{fill:#ff9a56}.c{stroke:#ff8a3d}.m{fill:#999}}
+"""
+
+
+def timeline_svg(graph: Graph) -> str:
+    """The timeline as one self-contained picture."""
+    units = in_order(graph)
+    first, last = extent(graph)
+    path = critical_path(graph)
+    marked = {n.unit_name for n, _ in path}
+    left = 16 + 7.4 * min(max((wide(n.unit_name) for n in units), default=0), 36)
+    bars, row, top = 760.0, 20, 34
+    scale = bars / (last - first) if last > first else 0.0
+
+    def x(t: float) -> float:
+        return left + (t - first) * scale
+
+    body = []
+    foot = top + row * len(units)
+    for tick in ticks(last - first, 10):
+        at = x(first + tick)
+        body.append(f'<path class="g" d="M{at:.1f} {top - 8}V{foot}"/>')
+        body.append(
+            f'<text class="m" x="{at:.1f}" y="{top - 14}" text-anchor="middle">{span(tick) if tick else 0}</text>'
+        )
+    y = {n.unit_name: top + row * i for i, n in enumerate(units)}
+    for i, n in enumerate(units):
+        to = end(n, graph.now)
+        from_ = n.waiting if n.waiting >= 0 else begin(n)
+        start = n.started if n.started >= 0 else to
+        about = [f"{n.unit_name}: {n.status}" + (f" ({n.reason})" if n.reason else "")]
+        about += [f"waited {span(start - from_)}" + (f", last for {n.released_by}" if n.released_by else "")]
+        about += [f"ran {span(ran(n, graph.now))}"] if n.started >= 0 else []
+        about += ["depends on " + names_of(list(n.wants))] if n.wants else []
+        at = y[n.unit_name]
+        body.append(f"<g><title>{xml(chr(10).join(about))}</title>")
+        if i % 2:
+            body.append(f'<rect class="z" x="0" y="{at}" width="{left + bars + 150:.0f}" height="{row}"/>')
+        body.append(f'<text{" class=" + chr(34) + "h" + chr(34) if n.unit_name in marked else ""} x="8" y="{at + 14}">'
+                    f"{xml(fit(n.unit_name, 36).rstrip())}</text>")  # fmt: skip
+        if start > from_:
+            shade = f"{(start - from_) * scale:.1f}"
+            body.append(f'<rect class="w" x="{x(from_):.1f}" y="{at + 7}" width="{shade}" height="6"/>')
+        if n.started >= 0:
+            size = max(2.0, (to - start) * scale)
+            at_x = min(x(start), left + bars - size)
+            body.append(f'<rect class="{n.status}" x="{at_x:.1f}" y="{at + 4}" width="{size:.1f}" height="12" rx="2"/>')
+        shown = span(ran(n, graph.now)) if n.started >= 0 else "-"
+        body.append(f'<text x="{left + bars + 62:.0f}" y="{at + 14}" text-anchor="end">{shown}</text>'
+                    f'<text class="m" x="{left + bars + 70:.0f}" y="{at + 14}">{standing(n)}</text></g>')  # fmt: skip
+    for (a, _), (b, _) in zip(path, path[1:]):
+        at = x(b.started)
+        body.append(f'<path class="c" d="M{at:.1f} {y[a.unit_name] + 16}V{y[b.unit_name] + 4}"/>')
+    words, lines = summary(graph).split(" "), [""]
+    room = int((left + bars + 130) / 7.4)
+    for word in words:
+        if lines[-1] and wide(lines[-1]) + 1 + wide(word) > room:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), room))
+    for i, line in enumerate(lines):
+        body.append(f'<text class="h" x="8" y="{foot + 26 + 18 * i}">{xml(line)}</text>')
+    wide_, high = left + bars + 150, foot + 26 + 18 * len(lines)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide_:.0f}" height="{high}" viewBox="0 0 {wide_:.0f} {high}">'
+        f"<title>startup timeline</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def part(graph: Graph, names: Sequence[str]) -> Graph:
+    """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
+    if not names:
+        return graph
+    nodes = {n.unit_name: n for n in graph.nodes}
+    todo = list(names)
+    keep: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in nodes:
+            raise NotRegistered(f'no unit "{name}"; see `{PROGRAM} list --all`')
+        if name not in keep:
+            keep.add(name)
+            todo.extend(nodes[name].wants)
+    return Graph(graph.now, [n for n in graph.nodes if n.unit_name in keep])
+
+
+def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, depth: int = 40) -> str:
+    """Dependencies under each unit; what was shown already is only named."""
+    nodes = {n.unit_name: n for n in graph.nodes}
+    wanted = {name for n in graph.nodes for name in n.wants}
+    tops = list(roots) or [n.unit_name for n in graph.nodes if n.unit_name not in wanted]
+    fork, last, bar = (
+        ("\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   ") if unicode else ("|-- ", "`-- ", "|   ")
+    )
+    lines: list[str] = []
+    shown: set[str] = set()
+    todo = [(name, "", "", 0) for name in reversed(tops)]
+    while todo:
+        name, lead, below, level = todo.pop()
+        node = nodes[name]
+        below_these = list(node.wants)
+        text = f"{lead}{name} ({node.status}{': ' + node.reason if node.reason else ''})"
+        if name in shown and below_these:
+            lines.append(f"{lead}{name} (see above)")
+            continue
+        if level >= depth and below_these:
+            lines.append(f"{text}; `graph {name}` shows what is below")
+            continue
+        lines.append(text)
+        shown.add(name)
+        for i, child in enumerate(reversed(below_these)):
+            todo.append((child, below + (fork if i else last), below + (bar if i else "    "), level + 1))
+    return "\n".join(lines) + "\n" if lines else "no units yet\n"
+
+
+def graph_dot(graph: Graph) -> str:
+    """The graph for Graphviz: an arrow from each unit to what it waits for."""
+
+    def quote(text: str) -> str:
+        return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
+    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
+    for n in graph.nodes:
+        style = "dashed" if n.status == NOT_REGISTERED else "filled"
+        lines.append(f"  {quote(n.unit_name)} [style={style}, fillcolor={fill.get(n.status, 'white')}, "
+                     f"tooltip={quote(n.status + (': ' + n.reason if n.reason else ''))}];")  # fmt: skip
+    for n in graph.nodes:
+        for name, requirement in n.wants.items():
+            label = "" if requirement == SUCCESS else f" [label={quote(requirement)}]"
+            lines.append(f"  {quote(n.unit_name)} -> {quote(name)}{label};")
+    return "\n".join(lines) + "\n}\n"
+
+
+def graph_mermaid(graph: Graph) -> str:
+    """The graph for Mermaid; names become entity codes wherever they could mean something."""
+
+    def quote(text: str) -> str:
+        return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
+
+    ids = {n.unit_name: f"u{i}" for i, n in enumerate(graph.nodes)}
+    lines = ["flowchart LR"]
+    for n in graph.nodes:
+        lines.append(f"  {ids[n.unit_name]}[{quote(n.unit_name)}]:::{n.status.replace(' ', '_')}")
+    for n in graph.nodes:
+        for name, requirement in n.wants.items():
+            label = "" if requirement == SUCCESS else f"|{requirement}|"
+            lines.append(f"  {ids[n.unit_name]} -->{label} {ids[name]}")
+    fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
+    lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
+    return "\n".join(lines) + "\n"
+
+
+def graph_data(graph: Graph) -> dict[str, Any]:
+    """The graph for programs."""
+    nodes = [{"unit_name": n.unit_name, "status": n.status, "reason": n.reason} for n in graph.nodes]
+    edges = [
+        {"unit_name": n.unit_name, "depends_on": d, "requirement": r} for n in graph.nodes for d, r in n.wants.items()
+    ]
+    return {"units": nodes, "edges": edges}
+
+
+def why_text(graph: Graph, name: str) -> str:
+    """Why a unit stands where it stands, in sentences, down to the root cause."""
+    nodes = {n.unit_name: n for n in graph.nodes}
+    node = nodes.get(name)
+    names = [n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED]
+    if node is None or node.status == NOT_REGISTERED:
+        guess = resembling(name, names)
+        wanted = [n.unit_name for n in graph.nodes if name in n.wants]
+        text = f'"{name}" is not registered: nobody has called want, start or run on it.'
+        text += f' Did you mean "{guess}"?' if guess else ""
+        return text + (f"\nIt is wanted by {names_of(wanted)}." if wanted else "") + "\n"
+    lines = [story(node, graph.now) + "."]
+    todo = [(d, r, "  ", 1) for d, r in reversed(list(node.wants.items()))]
+    seen = {name}
+    while todo and node.status in (PENDING, SKIPPED):
+        below, requirement, lead, level = todo.pop()
+        other = nodes[below]
+        if other.status in MEETS[requirement]:
+            continue
+        guess = resembling(below, names) if other.status == NOT_REGISTERED else ""
+        need = "" if requirement == SUCCESS else f" (its {requirement} is required)"
+        lines.append(lead + story(other, graph.now) + (f'; did you mean "{guess}"?' if guess else "") + need)
+        if below not in seen and level < 20 and other.status in (PENDING, SKIPPED):
+            todo += [(d, r, lead + "  ", level + 1) for d, r in reversed(list(other.wants.items()))]
+        seen.add(below)
+    return "\n".join(lines) + "\n"
+
+
+def story(node: Node, now: float) -> str:
+    """One unit in one sentence without its full stop."""
+    name, waited = f'"{node.unit_name}"', node.started - node.waiting if node.started >= 0 else 0.0
+    by = f" by {node.owner.command} (pid {node.owner.pid})" if node.owner else ""
+    how = "at once" if waited < 0.05 else f"after waiting {span(waited)}"
+    how += f", last for {node.released_by}" if node.released_by else ""
+    if node.status == NOT_REGISTERED:
+        return f"{name} was never registered: nobody has called want, start or run on it"
+    if node.status == SKIPPED:
+        return f"{name} was skipped {span(now - node.ended)} ago: {node.reason}"
+    if node.status == PENDING:
+        if node.waiting < 0 or not node.is_waiting:
+            what = (
+                "is ready, but nobody has called start on it"
+                if node.is_ready
+                else "is not started and nobody waits to start it"
+            )
+            return f"{name} {what}" + (
+                ", since its last start gave up; its dependencies" if node.waiting >= 0 and not node.is_ready else ""
+            )
+        return f"{name} has not started: for {span(now - node.waiting)} it has been waiting for"
+    if node.status == STARTED:
+        gone = node.owner is not None and node.owner.alive is False
+        still = "; that process is gone: it ended without complete" if gone else "; it is still running"
+        return f"{name} started {span(now - node.started)} ago{by}, {how}{still}"
+    length = f" after running {span(node.ended - node.started)}" if node.started >= 0 else " without having started"
+    reason = f": {node.reason}" if node.reason else ""
+    start = f" (it was started{by}, {how})" if node.started >= 0 else ""
+    return f"{name} {node.status} {span(now - node.ended)} ago{length}{reason}{start}"
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Command line. One small function a command, one table that says what each takes. A plain call is parsed from
 # the table directly; whatever that does not understand (help, mistakes) goes to argparse, built from the same
 # table, because importing argparse costs more than the call.
 # ----------------------------------------------------------------------------------------------------------
 
-PROGRAM = os.path.basename(globals().get("__file__") or "coder_sync.py")
+PROGRAM = (globals().get("__file__") or "coder_sync.py").rpartition("/")[2]
 
 
 def put(text: str, fd: int = 1) -> None:
@@ -2236,7 +2759,7 @@ def cmd_serve(args: Args) -> int:
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
         put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
-        return supervise(args.command, dict(os.environ)) if args.command else 0
+        return supervise(args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
@@ -2245,6 +2768,7 @@ def cmd_serve(args: Args) -> int:
     wish.detach, wish.command, wish.level = args.detach, args.command, 2 * args.verbose or int(not args.quiet)
     wish.log_file = args.log_file and os.path.abspath(args.log_file)
     wish.pid_file = args.pid_file and os.path.abspath(args.pid_file)
+    wish.timeline = timeline_writer(args.timeline) if args.timeline else wish.timeline
     wish.mode = args.mode or (0o660 if args.group else 0o600)
     wish.group = group_id(args.group) if args.group else -1
     if not args.command or args.socket_path:
@@ -2260,6 +2784,23 @@ def cmd_serve(args: Args) -> int:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
         raise CommandError(str(error), 125) from None
+
+
+def timeline_writer(path: str) -> Callable[[Graph], None]:
+    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    form = os.path.splitext(path)[1].lstrip(".")
+    if form not in ("svg", "json", "txt"):
+        raise UsageError(f"--timeline {path}: the name must end in .svg, .json or .txt")
+    path = os.path.abspath(path)
+
+    def write(graph: Graph) -> None:
+        try:
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(timeline_as(form, graph))
+        except OSError as error:
+            put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
+
+    return write
 
 
 def group_id(name: str) -> int:
@@ -2362,9 +2903,96 @@ def cmd_events(args: Args) -> int:
     return 0
 
 
+def terminal(args: Args) -> tuple[int, bool, bool]:
+    """The width of standard output, whether it takes colour, and whether it shows more than ASCII."""
+    tty = os.isatty(1)
+    try:
+        width = os.get_terminal_size(1).columns
+    except OSError:
+        width = int(os.environ.get("COLUMNS", "")) if os.environ.get("COLUMNS", "").isdigit() else 100
+    codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
+    return max(40, min(width, 400)), tty and not os.environ.get("NO_COLOR"), codec == "utf8"
+
+
+def cmd_timeline(args: Args) -> int:
+    """Show where the time went."""
+    client = client_of(args)
+    if args.watch:
+        return watch(args, client)
+    graph = client.graph()
+    if args.blame:
+        put(blame_text(graph))
+    elif args.output == "text":
+        put(timeline_text(graph, *terminal(args)))
+    else:
+        put(timeline_as(args.output, graph))
+    return 0
+
+
+def timeline_as(form: str, graph: Graph) -> str:
+    """The timeline in one of its forms for files."""
+    if form == "svg":
+        return timeline_svg(graph)
+    if form in ("json", "trace"):
+        return json_text(timeline_data(graph) if form == "json" else timeline_trace(graph))
+    return timeline_text(graph)
+
+
+def watch(args: Args, client: Client) -> int:
+    """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    channel = Channel(client.socket_path)
+    channel.call("events", follow=True)
+    if not os.isatty(1):
+        began = 0.0
+        while True:
+            message = channel.receive(3600.0)
+            if message and message.get("method") == "event":
+                event: Event = record(Event, message["params"])
+                began = began or event.time
+                detail = f": {event.detail}" if event.detail else ""
+                put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n")
+    graph, taken = client.graph(), time.monotonic()
+    put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
+    try:
+        while True:
+            shown = Graph(graph.now + time.monotonic() - taken, graph.nodes)
+            rows = os.get_terminal_size(1).lines
+            lines = timeline_text(shown, *terminal(args)).splitlines()
+            if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
+                lines = [lines[0], *lines[len(lines) - rows + 1 :]]
+            put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
+            if channel.receive(1.0) is not None:
+                while channel.receive(0.05) is not None:  # a burst of events is one redraw
+                    pass
+                graph, taken = client.graph(), time.monotonic()
+    finally:
+        put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal(args)))
+
+
+def cmd_graph(args: Args) -> int:
+    """Show what depends on what."""
+    graph = part(client_of(args).graph(), args.units)
+    if args.output == "tree":
+        put(graph_tree(graph, args.units, terminal(args)[2]))
+    elif args.output == "json":
+        put(json_text(graph_data(graph)))
+    else:
+        put(graph_dot(graph) if args.output == "dot" else graph_mermaid(graph))
+    return 0
+
+
+def cmd_why(args: Args) -> int:
+    """Say why a unit stands where it stands."""
+    put(why_text(client_of(args).graph(), check_name(args.unit)))
+    return 0
+
+
 def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
-    env = {**os.environ, "CODER_SYNC_UNIT": args.unit}
+    env = environment(CODER_SYNC_UNIT=args.unit)
     client = client_of(args)
     start = Start(
         client, args.unit, args.want, args.requires, args.timeout, 0, reporter(args, f"{args.unit}: ", 2), hold=True
@@ -2421,7 +3049,7 @@ class Option:
 
 @dataclass
 class Command:
-    """One command: what runs it, its positionals ("unit", then "deps+" or "units+" for one or more), options."""
+    """One command: what runs it, its positionals (the last may take one "+" or no "*" or more words), options."""
 
     run: Callable[[Args], int]
     positionals: tuple[str, ...]
@@ -2459,6 +3087,7 @@ COMMANDS = {
             Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
             Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
             Option(("--pid-file",), str, "", "write the process id there", "FILE"),
+            Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
             Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),
             Option(("--group",), str, "", "group of the socket", "GROUP"),
         ),
@@ -2513,6 +3142,36 @@ COMMANDS = {
         "show all units",
         questions=True,
     ),
+    "why": Command(cmd_why, ("unit",), (), "say why UNIT waits, was skipped, failed or took so long", questions=True),
+    "timeline": Command(
+        cmd_timeline,
+        (),
+        (
+            Option(
+                ("-o", "--output"), str, "text", "text, svg, json or trace", "FORMAT", ("text", "svg", "json", "trace")
+            ),
+            Option(("--blame",), None, False, "units by how long they ran, and by how long others waited for them"),
+            Option(("--watch",), None, False, "live, until interrupted"),
+        ),
+        "show where the time went",
+        questions=True,
+    ),
+    "graph": Command(
+        cmd_graph,
+        ("units*",),
+        (
+            Option(
+                ("-o", "--output"),
+                str,
+                "tree",
+                "tree, dot, mermaid or json",
+                "FORMAT",
+                ("tree", "dot", "mermaid", "json"),
+            ),
+        ),
+        "show what depends on what, for all units or for some",
+        questions=True,
+    ),
     "events": Command(
         cmd_events,
         (),
@@ -2530,8 +3189,8 @@ def options_of(command: Command) -> tuple[Option, ...]:
 
 def usage_of(name: str) -> str:
     """The positionals of a command as its usage line has them."""
-    words = [w.rstrip("+").upper() + ("..." if w.endswith("+") else "") for w in COMMANDS[name].positionals]
-    text = " ".join([name, *words]).replace("DEPS", "DEP").replace("UNITS", "UNIT")
+    shown = {"unit": "UNIT", "deps+": "DEP...", "units+": "UNIT...", "units*": "[UNIT]..."}
+    text = " ".join([name, *(shown[word] for word in COMMANDS[name].positionals)])
     tail = {"may": " [-- COMMAND ARG...]", "must": " -- COMMAND ARG..."}
     return f"{PROGRAM} {text} [OPTION]..." + tail.get(COMMANDS[name].takes_command, "")
 
@@ -2551,15 +3210,17 @@ def parse(name: str, argv: Sequence[str]) -> Args:
             raise UsageError(f"{name}: a command must follow --; usage: {usage_of(name)}")
     else:
         words += after or []
-    positionals = command.positionals
-    many = bool(positionals) and positionals[-1].endswith("+")
-    if len(words) < len(positionals) or (len(words) > len(positionals) and not many):
-        over = len(words) > len(positionals)
-        what = f"unexpected {words[len(positionals)]!a}" if over else "too few arguments"
+    *single, last = command.positionals or ("",)
+    many = last[-1:] in ("+", "*")
+    least = len(command.positionals) - (last[-1:] == "*")
+    over = len(words) > len(command.positionals) and not many
+    if len(words) < least or over:
+        what = f"unexpected {words[len(command.positionals)]!a}" if over else "too few arguments"
         hint = "; did you forget -- before the command?" if command.takes_command and over else ""
         raise UsageError(f"{name}: {what}{hint}; usage: {usage_of(name)}")
-    for i, dest in enumerate(positionals):
-        values[dest.rstrip("+")] = words[i:] if dest.endswith("+") else words[i]
+    values.update(zip(single, words))
+    if last:
+        values[last.rstrip("+*")] = words[len(single) :] if many else words[-1]
     if command.questions:
         values["connect_timeout"], values["quiet"] = 0.0, False
     return Args(values)
