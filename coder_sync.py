@@ -343,8 +343,8 @@ class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
     # fmt: off
-    __slots__ = ("ended", "exit_code", "holder", "name", "owner", "reason", "registered", "released_by", "since",
-                 "started", "starts", "status", "unmet", "waiting", "wanted_by", "wants")
+    __slots__ = ("ended", "exit_code", "holder", "name", "owner", "pool", "reason", "registered", "released_by",
+                 "since", "started", "starts", "status", "unmet", "waiting", "wanted_by", "wants")
     # fmt: on
 
     def __init__(self, name: str, now: float) -> None:
@@ -356,11 +356,20 @@ class Unit:
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, never counted again
-        self.starts: dict[Any, Owner | None] = {}  # tickets of the starts that wait, oldest first
+        self.starts: dict[Any, tuple[Owner | None, Pool | None]] = {}  # tickets that wait, oldest first
+        self.pool: Pool | None = None  # whose place it takes while it is started
         self.holder: Any = None  # ticket of the start that won
         self.owner: Owner | None = None
         self.registered = self.waiting = self.started = self.ended = -1.0  # when, for pictures; -1: not yet
         self.released_by = ""  # the dependency that made it ready last
+
+
+class Pool:
+    """Units of which at most `limit` are to be started at once; `ready` are those that wait for nothing else."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.running = limit, 0
+        self.ready: dict[Unit, None] = {}
 
 
 class Units:
@@ -385,6 +394,7 @@ class Units:
         self.edges = 0
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self.seq = 0
+        self._freed: list[Pool] = []  # that have a place since their last unit was settled
         self._waits: dict[Any, Unit] = {}  # ticket -> the unit it wants started
         self._answers: list[tuple[Any, Any]] = []
 
@@ -428,6 +438,7 @@ class Units:
         dependencies: Iterable[str] = (),
         requires: str = SUCCESS,
         owner: Owner | None = None,
+        pool: Pool | None = None,
     ) -> bool:
         """Ask for `name` to be started; the answer comes for `ticket`. Return whether it has to wait.
 
@@ -440,8 +451,9 @@ class Units:
         if unit.status in (FAILED, SKIPPED):  # another try: those behind it may hope again
             self._set(unit, PENDING)
         self._waits[ticket] = unit
-        unit.starts[ticket] = owner
+        unit.starts[ticket] = (owner, pool)
         unit.waiting = self.clock()
+        unit.released_by = ""
         if self._settle(unit):
             self._propagate(unit)
         elif ticket in self._waits:
@@ -459,7 +471,7 @@ class Units:
         for other in new.values():
             self._link(waiter, other, requires)
         self._waits[ticket] = waiter
-        waiter.starts[ticket] = None
+        waiter.starts[ticket] = (None, None)
         self._settle(waiter)
         return ticket in self._waits
 
@@ -489,6 +501,7 @@ class Units:
         unit = self.units.get(name)
         if unit and unit.status == STARTED and unit.holder is ticket:
             self._set(unit, PENDING, "the client that asked for its start was gone")
+            self._propagate(unit)
 
     def holds(self, name: str, ticket: Any) -> bool:
         """Whether the start that `ticket` asked for still waits or is still on."""
@@ -584,8 +597,14 @@ class Units:
         if unit.unmet == 0:
             if not unit.starts:
                 return False
-            unit.released_by = because.name if because else ""
-            ticket, owner = next(iter(unit.starts.items()))
+            unit.released_by = because.name if because else unit.released_by
+            ticket, (owner, pool) = next(iter(unit.starts.items()))
+            if pool and pool.running >= pool.limit:
+                pool.ready[unit] = None
+                return False
+            if pool:
+                pool.running += 1
+                unit.pool = pool
             self._answer(ticket, {"dependencies": [d.name for d in unit.wants]})
             del unit.starts[ticket]
             unit.holder, unit.owner = ticket, owner
@@ -621,10 +640,20 @@ class Units:
             for dependent in list(unit.wanted_by):
                 if (dependent.starts or dependent.status == PENDING) and self._settle(dependent, unit):
                     todo.append(dependent)
+            for pool in self._freed:
+                for next_one in list(pool.ready)[: pool.limit - pool.running]:
+                    del pool.ready[next_one]
+                    if self._settle(next_one):
+                        todo.append(next_one)
+            self._freed.clear()
 
     def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
         old, unit.status = unit.status, status
+        if unit.pool and old == STARTED:
+            unit.pool.running -= 1
+            self._freed.append(unit.pool)
+            unit.pool = None
         unit.since = self.clock()
         unit.reason, unit.exit_code = reason, exit_code
         if status == STARTED:
@@ -867,7 +896,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4096
-MAX_PENDING = 64  # requests of one connection that wait
+MAX_PENDING = 20_000  # requests of one connection that wait
 MAX_BACKLOG = 1 << 20  # bytes for a connection that is busy taking a long answer
 MAX_QUEUE = 200_000  # log lines and events on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
@@ -878,7 +907,15 @@ STACK = 256 * 1024
 METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or its type if it is required
     "ping": {},
     "want": {"unit": str, "dependencies": [], "requires": SUCCESS},
-    "start": {"unit": str, "dependencies": [], "requires": SUCCESS, "progress": False, "hold": False, "pid": 0},
+    "start": {
+        "unit": str,
+        "dependencies": [],
+        "requires": SUCCESS,
+        "hold": False,
+        "pid": 0,
+        "jobs": 0,
+        "progress": False,
+    },
     "wait": {"units": [], "requires": SUCCESS, "progress": False},
     "complete": {"unit": str},
     "fail": {"unit": str, "reason": "", "exit_code": 0},
@@ -945,6 +982,7 @@ class Connection:
         self.sock = sock
         self.pending: dict[Any, Ticket] = {}
         self.held: dict[Ticket, str] = {}
+        self.pool: Pool | None = None  # of the starts that have a limit of "jobs"
         self._mutex = Lock()  # guards the two below; never held while blocking
         self._busy = False  # our own thread is sending and may block
         self._queue: list[bytes] = []
@@ -1125,8 +1163,10 @@ class Agent:
     """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
 
     def __init__(self, log: Log) -> None:
-        import json.decoder  # noqa: F401  (the C scanner looks for its exception there)
         from threading import Lock
+
+        if sys.version_info[:2] == (3, 10):  # its C scanner looks for its exception there, and does not import it
+            import json.decoder  # noqa: F401
 
         self.lock = Lock()
         self.log = log
@@ -1274,20 +1314,24 @@ class Agent:
         progress: bool,
         hold: bool,
         pid: int,
+        jobs: int,
     ) -> None:
         ticket = Ticket(connection, request, unit)
+        if jobs and connection.pool is None:
+            connection.pool = Pool(max(1, jobs))
         owner = self._caller(connection, pid, hold)
         with self.lock:
             self._expect(ticket)
             try:
-                waits = self.units.start(unit, ticket, dependencies, requires, owner)
+                waits = self.units.start(unit, ticket, dependencies, requires, owner, connection.pool if jobs else None)
             except SyncError:
                 del connection.pending[request]
                 raise
             missing = self.units.missing(ticket) if waits and progress else []
             if hold:
-                connection.held = {t: u for t, u in connection.held.items() if self.units.holds(u, t)}
                 connection.held[ticket] = unit
+                if len(connection.held) > MAX_PENDING:
+                    connection.held = {t: u for t, u in connection.held.items() if self.units.holds(u, t)}
             if pid and owner:
                 self._watch(ticket, owner)
         self._progress(connection, request, missing)
@@ -1677,6 +1721,7 @@ class Serving:
     timeline: Callable[[Graph], None] = lambda graph: None  # called at the end
     detach: bool = False
     command: list[str] = []  # noqa: RUF012
+    body: Callable[[str], int] | None = None  # called with the path, for the agent's life
 
 
 def serve(wish: Serving) -> int:
@@ -1733,7 +1778,7 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
     except OSError as error:
         raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
     agent = Agent(log)
-    agent.max_connections = _connection_limit(raise_it=not wish.command)
+    agent.max_connections = _connection_limit(raise_it=not (wish.command or wish.body))
     threading.stack_size(STACK)
     writer = threading.Thread(target=log.run, daemon=True)
     writer.start()
@@ -1745,6 +1790,8 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
         os.write(ready, b"ready")
         os.close(ready)
     try:
+        if wish.body:
+            return wish.body(path)
         if wish.command:
             return supervise(wish.command, environment(CODER_AGENT_SOCKET_PATH=path))
         while True:
@@ -1903,6 +1950,10 @@ class Channel:
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
+
+    def more(self) -> bool:
+        """Whether a message has come that was not received yet."""
+        return bool(self._messages)
 
     def close(self) -> None:
         """Hang up; the agent forgets what the connection waits for."""
@@ -2689,6 +2740,636 @@ def story(node: Node, now: float) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then every script is a
+# `start` that waits in the agent like any other, on one connection that holds them all; when one is answered
+# its script is spawned. One thread and one poll do everything: answers, output, ends, signals, time.
+#
+# What keeps it safe: a script's end is what the system reports of its process, not the end of its output,
+# which a daemon may keep open. Every group of processes is signalled until it is gone, with a bound. Output is
+# bounded a line, and read only while our own standard output takes it.
+# ----------------------------------------------------------------------------------------------------------
+
+HEADER_LINES = 50
+LAST_LINES = 10
+CUT = 8192  # bytes after which a line of output is cut in two
+MARKS = ("#", "//", "--", ";")
+BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
+
+
+@dataclass
+class Script:
+    """One file that `boot` runs: its unit, what it wants (dependency, requirement, line), its limit in seconds."""
+
+    path: str
+    unit: str
+    wants: list[tuple[str, str, int]]
+    externs: list[str]
+    timeout: float = 0.0
+
+
+def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
+    """A script from the start of its file; mistakes are added with file and line."""
+    name = os.path.basename(path)
+    digits = len(name) - len(name.lstrip("0123456789"))
+    if digits and name[digits : digits + 1] in ("-", "_"):
+        name = name[digits + 1 :]
+    script = Script(path, name.rpartition(".")[0] or name, [], [])
+    for number, line in enumerate(text.decode(errors="replace").splitlines()[:HEADER_LINES], 1):
+        mark, found, rest = line.partition("coder-sync:")
+        if not found or mark.strip() not in MARKS:
+            continue
+        words = rest.split()
+        if '"' in rest or "'" in rest:
+            import shlex
+
+            try:
+                words = shlex.split(rest)
+            except ValueError as error:
+                mistakes.append(f"{path}:{number}: {error}")
+                continue
+        try:
+            header(script, words, number)
+        except SyncError as error:
+            mistakes.append(f"{path}:{number}: {error}")
+    return script
+
+
+def header(script: Script, words: list[str], number: int) -> None:
+    """Take one header line. Raises UsageError or Refused."""
+    verb, rest = (words[0], words[1:]) if words else ("", [])
+    if verb == "want":
+        requires = SUCCESS
+        if "--requires" in rest:
+            at = rest.index("--requires")
+            requires, rest = "".join(rest[at + 1 : at + 2]), rest[:at] + rest[at + 2 :]
+        if requires not in REQUIREMENTS:
+            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
+        script.wants += [(check_name(name), requires, number) for name in rest]
+    elif verb == "extern":
+        script.externs += map(check_name, rest)
+    elif verb == "unit" and len(rest) == 1:
+        script.unit = check_name(rest[0])
+    elif verb == "timeout" and len(rest) == 1:
+        script.timeout = duration(rest[0])
+    else:
+        raise UsageError(
+            f'"{" ".join(words)}" is not a header; use unit NAME, want DEP..., timeout DURATION, extern NAME'
+        )
+    if not rest:
+        raise UsageError(f"{verb}: a name is missing")
+
+
+def check_interpreter(path: str, text: bytes) -> str:
+    """What keeps a file from being run, or nothing."""
+    if not os.access(path, os.X_OK):
+        return f"not executable; chmod +x {path}"
+    first = text.split(b"\n", 1)[0].decode(errors="replace")
+    if not first.startswith("#!"):
+        return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
+    words = first[2:].split()
+    program = words[0] if words else ""
+    if os.path.basename(program) == "env":
+        import shutil
+
+        program = next((w for w in words[1:] if w[0] != "-" and "=" not in w), "")
+        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
+    return "" if os.access(program, os.X_OK) else f"its interpreter {program} does not exist or cannot be run"
+
+
+def plan(paths: Sequence[str]) -> list[Script]:
+    """Read and check everything. Raises UsageError with every mistake, a line each."""
+    mistakes: list[str] = []
+    scripts: list[Script] = []
+    left_out: dict[str, str] = {}
+    for given in paths:
+        files = [given]
+        if os.path.isdir(given):
+            names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
+            files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+        for path in files:
+            try:
+                with open(path, "rb") as f:
+                    text = f.read(65536)
+            except OSError as error:
+                mistakes.append(f"{path}: cannot be read: {error.strerror}")
+                continue
+            script = read_script(os.path.abspath(path), text, mistakes)
+            wrong = check_interpreter(path, text)
+            if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
+                left_out[script.unit] = path
+                continue
+            if wrong:
+                mistakes.append(f"{path}: {wrong}")
+            scripts.append(script)
+    by_name: dict[str, Script] = {}
+    for script in scripts:
+        if script.unit in by_name:
+            mistakes.append(f'{script.path}: unit "{script.unit}" is {by_name[script.unit].path} already')
+        by_name.setdefault(script.unit, script)
+    externs = {name for script in scripts for name in script.externs}
+    units = Units(time.monotonic, time.time)
+    for script in scripts:
+        for name, requires, number in script.wants:
+            where = f"{script.path}:{number}"
+            try:
+                units.want(script.unit, [name], requires)
+            except CycleError as error:
+                files = [os.path.basename(by_name[n].path) for n in error.data if n in by_name]
+                mistakes.append(f"{where}: {error} ({' -> '.join(files)})")
+            except SyncError as error:
+                mistakes.append(f"{where}: {error}")
+            if name not in by_name and name not in externs:
+                guess = resembling(name, list(by_name))
+                hint = f'; did you mean "{guess}"?' if guess else "; if it comes from outside, add: extern " + name
+                if name in left_out:
+                    hint = f"; {left_out[name]} would, but is not executable"
+                mistakes.append(f'{where}: no file provides "{name}"{hint}')
+    if not scripts and not mistakes:
+        mistakes.append(f"{' '.join(paths)}: no executable files")
+    if mistakes:
+        raise UsageError("\n".join(mistakes))
+    return scripts
+
+
+class Job:
+    """A script on its way: its process, its output, its end."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.pid = 0  # its own process and the number of its group, once there is one
+        self.out = -1  # read end of its output
+        self.log = -1  # its file in --log-dir
+        self.rest = b""  # a line that has not ended yet
+        self.last: list[str] = []
+        self.began = 0.0
+        self.running = False
+        self.kill_at = self.stop_at = float("inf")
+        self.why = ""  # why we stopped it
+        self.outcome = ""  # the unit's, as the agent has it
+        self.reason = ""
+
+
+class Boot:
+    """Runs scripts in the order of their graph against an agent, hosted in the same process or not."""
+
+    def __init__(self, scripts: list[Script], args: Args) -> None:
+        self.jobs = {s.unit: Job(s) for s in scripts}
+        self.path = ""  # of the agent's socket, once it is used
+        self.args = args
+        self.by_pid: dict[int, Job] = {}
+        self.by_fd: dict[int, Job] = {}
+        self.groups: set[int] = set()  # of ended scripts that left processes behind
+        self.asked: dict[int, tuple[str, Job]] = {}  # id of a request -> what it was
+        self.printed = b""  # on its way to standard output
+        self.signal = 0  # that told us to stop
+        self.stopping = False
+        self.status_shown = False
+        self.status_at = 0.0
+        self.width = min(24, max(map(wide, self.jobs)))
+        self.columns, self.colour, _ = terminal(args)
+        self.tty = os.isatty(1) and not args.quiet
+        self.log_trouble = self.paused = False
+        self.lost = ""  # why there is no agent any more
+        self.kill_groups_at = 0.0
+        self.graph: Graph | None = None
+
+    def run(self, path: str) -> int:
+        """Boot against the agent at `path`; return the exit status."""
+        import _signal as signal
+        import select
+        import threading
+
+        self.path = path
+        self.channel = Channel(path, CONNECT_TIMEOUT)
+        self.poll = select.poll()
+        self.poll.register(self.channel.sock.fileno(), select.POLLIN)
+        taken = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD]
+        signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+        self.signals, write = os.pipe()
+        self.poll.register(self.signals, select.POLLIN)
+
+        def wait_for_signals() -> None:
+            while True:
+                os.write(write, bytes([signal.sigwait(taken)]))
+
+        threading.Thread(target=wait_for_signals, daemon=True).start()
+        limit = open_files() - 48  # two descriptors a script while it starts, one while it runs
+        most = max(1, min(self.args.jobs or limit, limit))
+        if self.args.log_dir:
+            try:
+                os.makedirs(self.args.log_dir, exist_ok=True)
+            except OSError as error:
+                self.no_log(error)
+        for job in self.jobs.values():
+            for requires in REQUIREMENTS:
+                names = [name for name, r, _ in job.script.wants if r == requires]
+                if names:
+                    self.ask("want", job, unit=job.script.unit, dependencies=names, requires=requires)
+                    self.answers()  # so that neither side's buffer fills up
+        for job in self.jobs.values():
+            self.ask("start", job, unit=job.script.unit, hold=True, jobs=most)
+            self.answers()
+        code = self.loop()
+        if self.args.stay and not self.signal:
+            say(self.args, "boot: staying until a signal", 2)
+            self.loop(stay=True)
+            code = code if self.signal else 1
+        self.write(all_of_it=True)
+        if self.by_fd and not self.signal and os.fork() == 0:  # somebody must go on reading what services print
+            self.pump()
+        return code
+
+    # -- the loop -----------------------------------------------------------------------------------------
+
+    def loop(self, stay: bool = False) -> int:
+        """Handle whatever happens until every unit has ended, or, to stay, until a signal has been obeyed."""
+        import select
+
+        while stay or not self.over():
+            if self.signal and not self.by_pid and not self.living_groups():
+                break
+            now = time.monotonic()
+            due = self.keep_time(now)
+            self.show_status(now)
+            want_out = [(1, select.POLLOUT)] if self.printed else []
+            for fd, mask in want_out:
+                self.poll.register(fd, mask)
+            ready = self.poll.poll(max(0, min(due, self.status_at if self.tty else due) - now) * 1000 + 1)
+            for fd, _ in want_out:
+                self.poll.unregister(fd)
+            for fd, event in ready:
+                if fd == self.channel.sock.fileno():
+                    self.answers()
+                elif fd == self.signals:
+                    for number in os.read(fd, 4096):
+                        self.got_signal(number)
+                elif fd == 1 and fd not in self.by_fd:
+                    self.write(broken=bool(event & select.POLLERR))
+                elif fd in self.by_fd and len(self.printed) < 1 << 18:
+                    self.output(self.by_fd[fd])
+            self.pause(len(self.printed) >= 1 << 18)
+        return self.finish() if not stay else 0
+
+    def over(self) -> bool:
+        """Whether every unit has its outcome, and no script that was told to stop still runs."""
+        ended = all(job.outcome for job in self.jobs.values())
+        return ended and not (self.stopping and (self.by_pid or self.living_groups()))
+
+    def ask(self, method: str, job: Job, **params: Any) -> None:
+        """Send a request about a job's unit; `answers` gets what comes back."""
+        if not self.lost:
+            self.asked[self.channel.request(method, **params)] = (method, job)
+
+    def answers(self) -> None:
+        """Handle what the agent says."""
+        try:
+            message = self.channel.receive(0)
+            while message is not None:
+                if message.get("id") in self.asked:
+                    self.answer(message, *self.asked.pop(message["id"]))
+                message = self.channel.receive(0) if self.channel.more() else None
+        except Unreachable as error:  # an agent we joined has ended: what runs may finish, nothing new starts
+            self.lost = self.lost or str(error)
+            self.poll.unregister(self.channel.sock.fileno())
+            put(f"error: {error}\n", 2)
+            for job in self.jobs.values():
+                if not job.running:
+                    self.ended(job, PENDING, "the agent went away")
+
+    def answer(self, message: dict[str, Any], method: str, job: Job) -> None:
+        """Handle one answer about a job."""
+        name = job.script.unit
+        try:
+            result_of(message)
+            if method == "start" and self.stopping:
+                self.ask("fail", job, unit=name, reason="the boot was stopped")
+            elif method == "start" and not job.outcome:
+                self.spawn(job)
+            elif method == "wait":  # for the end of the unit, which its script, or another, may have reported
+                self.ended(job, COMPLETED, "")
+        except AlreadyStarted:  # by another boot of the same scripts, perhaps: its outcome is ours
+            self.ask("wait", job, units=[name])
+        except DependencyFailed as error:
+            status = FAILED if method == "wait" and " was skipped" not in str(error) else SKIPPED
+            self.ended(job, status, str(error).replace(f'unit "{name}" skipped: ', ""))
+        except Refused as error:
+            if method == "fail":  # it had completed before its script went wrong
+                put(f"warning: {name}: {job.reason}, after the unit had ended\n", 2)
+            elif method != "complete":
+                self.ended(job, FAILED, str(error))
+
+    def ended(self, job: Job, status: str, reason: str) -> None:
+        """A unit has its outcome."""
+        if job.outcome:
+            return
+        job.outcome, job.reason = status, job.reason or reason
+        if status != COMPLETED and self.args.fail_fast and not self.stopping:
+            self.stop_all(15, "stopped: another unit failed")
+
+    # -- processes ----------------------------------------------------------------------------------------
+
+    def spawn(self, job: Job) -> None:
+        """Start a script in a process group of its own."""
+        import _signal as signal
+        import select
+
+        script = job.script
+        env = environment(CODER_SYNC_UNIT=script.unit, CODER_AGENT_SOCKET_PATH=self.path)
+        job.began = time.monotonic()
+        try:
+            job.out, write = os.pipe()
+            try:
+                actions = [
+                    (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, write, 1),
+                    (os.POSIX_SPAWN_DUP2, write, 2),
+                ]
+                job.pid = os.posix_spawn(
+                    script.path,
+                    [script.path],
+                    env,
+                    file_actions=actions,
+                    setpgroup=0,
+                    setsigmask=[],
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+                )
+            finally:
+                os.close(write)
+        except OSError as error:
+            if job.out >= 0:
+                os.close(job.out)
+                job.out = -1
+            job.reason = f"cannot be run: {error.strerror}"
+            self.ask("fail", job, unit=script.unit, reason=job.reason)
+            self.ended(job, FAILED, job.reason)
+            return
+        os.set_blocking(job.out, False)
+        job.running = True
+        job.stop_at = job.began + script.timeout if script.timeout else float("inf")
+        self.by_pid[job.pid] = self.by_fd[job.out] = job
+        if not self.paused:
+            self.poll.register(job.out, select.POLLIN)
+        self.ask("wait", job, units=[script.unit])
+        if self.args.log_dir and not self.log_trouble:
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in script.unit)
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                job.log = os.open(os.path.join(self.args.log_dir, name + ".log"), flags, 0o644)
+            except OSError as error:
+                self.no_log(error)
+
+    def reap(self) -> None:
+        """Take the ends of all processes that have one: scripts, and, as pid 1, whatever was left to us."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            job = self.by_pid.pop(pid, None)
+            if job is None:
+                continue
+            job.running = False
+            if alive_group(pid):
+                self.groups.add(pid)
+            self.output(job, last=True)
+            code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            if code == 0 and not job.why:
+                self.ask("complete", job, unit=job.script.unit)
+                if self.lost:
+                    self.ended(job, COMPLETED, "")
+            else:
+                job.reason = job.why or (
+                    f"killed by signal {code - 128}" if os.WIFSIGNALED(status) else f"exit code {code}"
+                )
+                self.ask("fail", job, unit=job.script.unit, reason=job.reason, exit_code=code)
+                if self.lost:
+                    self.ended(job, FAILED, job.reason)
+
+    def living_groups(self) -> set[int]:
+        self.groups = set(filter(alive_group, self.groups))
+        return self.groups
+
+    def got_signal(self, number: int) -> None:
+        import _signal as signal
+
+        if number == signal.SIGCHLD:
+            self.reap()
+            return
+        again, self.signal = self.signal, number
+        self.stop_all(9 if again else number, f"stopped: boot got signal {number}")
+
+    def stop_all(self, number: int, why: str) -> None:
+        """Signal everything that runs; what is still there after --grace is killed. Nothing new starts."""
+        self.stopping = True
+        for job in self.by_pid.values():
+            self.stop(job, number, why)
+        for group in self.living_groups():
+            signal_group(group, number)
+        self.kill_groups_at = time.monotonic() + self.args.grace
+        for request, (method, job) in list(self.asked.items()):
+            if method == "start" or (method == "wait" and not job.pid):
+                self.channel.request("cancel", id=request)
+                self.ended(job, PENDING, why)
+
+    def stop(self, job: Job, number: int, why: str) -> None:
+        job.why = job.why or why
+        job.kill_at = min(job.kill_at, time.monotonic() + self.args.grace)
+        job.stop_at = float("inf")
+        signal_group(job.pid, number)
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        due = now + 3600
+        for job in self.by_pid.values():
+            if now >= job.stop_at:
+                self.stop(job, 15, f"timed out after {span(job.script.timeout)}")
+            if now >= job.kill_at:
+                signal_group(job.pid, 9)
+                job.kill_at = now + 1
+            due = min(due, job.stop_at, job.kill_at)
+        if self.stopping and self.groups:
+            if now >= self.kill_groups_at:
+                for group in self.living_groups():
+                    signal_group(group, 9)
+            due = min(due, now + 0.05)
+        return due
+
+    # -- output -------------------------------------------------------------------------------------------
+
+    def output(self, job: Job, last: bool = False) -> None:
+        """Take what a script has printed: whole lines go on with its name in front, the rest waits."""
+        for _ in range(64 if last else 1):  # a script has ended: what is left is in the pipe, which is bounded
+            try:
+                chunk = os.read(job.out, 65536) if job.out >= 0 else b""
+            except BlockingIOError:
+                break
+            if not chunk:
+                self.close_output(job)
+                break
+            if job.log >= 0:
+                try:
+                    os.write(job.log, chunk)
+                except OSError as error:
+                    self.no_log(error)
+            *lines, job.rest = (job.rest + chunk).split(b"\n")
+            while len(job.rest) > CUT:
+                lines.append(job.rest[:CUT])
+                job.rest = job.rest[CUT:]
+            self.lines(job, lines)
+        if last and job.rest:
+            self.lines(job, [job.rest])
+            job.rest = b""
+
+    def lines(self, job: Job, lines: list[bytes]) -> None:
+        name = fit(job.script.unit, self.width)
+        if self.colour:
+            number = 31 + sum(map(ord, job.script.unit)) % 6
+            name = f"\033[{number}m{name}\033[0m"
+        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+        job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
+        if not self.args.quiet:
+            self.clear_status()
+            self.printed += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
+
+    def close_output(self, job: Job) -> None:
+        if job.out >= 0:
+            del self.by_fd[job.out]
+            if not self.paused:
+                self.poll.unregister(job.out)
+            os.close(job.out)
+            job.out = -1
+        if job.log >= 0:
+            os.close(job.log)
+            job.log = -1
+
+    def pause(self, full: bool) -> None:
+        """Read no output while our own is not taken."""
+        import select
+
+        if full != self.paused:
+            self.paused = full
+            for fd in self.by_fd:
+                if full:
+                    self.poll.unregister(fd)
+                else:
+                    self.poll.register(fd, select.POLLIN)
+
+    def write(self, broken: bool = False, all_of_it: bool = False) -> None:
+        """Hand on what standard output takes without blocking: a pipe that is writable has room for 4 KiB.
+
+        `all_of_it` waits for a slow reader, but not for one that takes nothing for 5 seconds.
+        """
+        import select
+
+        out = select.poll()
+        out.register(1, select.POLLOUT)
+        view, at = memoryview(self.printed), 0
+        while at < len(view):
+            if not out.poll(5000 if all_of_it else 0):
+                at = len(view) if all_of_it else at
+                break
+            try:
+                at += len(view) if broken else os.write(1, view[at : at + 4096])
+            except OSError:  # nobody reads any more; the boot goes on
+                at = len(view)
+        self.printed = self.printed[at:]
+
+    def no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if not self.log_trouble:
+            put(f"warning: no more logs in {self.args.log_dir}: {error.strerror}\n", 2)
+        self.log_trouble = True
+        for job in self.jobs.values():
+            if job.log >= 0:
+                os.close(job.log)
+                job.log = -1
+
+    def show_status(self, now: float) -> None:
+        """The live line on a terminal: what runs and for how long, how many wait."""
+        if not self.tty or self.printed or now < self.status_at:
+            return
+        self.status_at = now + 1
+        running = [f"{j.script.unit} {span(now - j.began)}" for j in self.by_pid.values() if not j.outcome]
+        done = sum(bool(j.outcome) for j in self.jobs.values())
+        text = f"[{done}/{len(self.jobs)} ended, {len(self.jobs) - done - len(running)} waiting] {', '.join(running)}"
+        put("\r\033[K" + fit(text, self.columns - 1).rstrip())
+        self.status_shown = True
+
+    def clear_status(self) -> None:
+        if self.status_shown:
+            put("\r\033[K")
+            self.status_shown, self.status_at = False, 0.0
+
+    def pump(self) -> NoReturn:
+        """In a child of its own: print what services go on printing, until they end."""
+        self.poll.unregister(self.signals)
+        self.poll.unregister(self.channel.sock.fileno())
+        self.channel.close()
+        while self.by_fd:
+            for fd, _ in self.poll.poll():
+                self.output(self.by_fd[fd])
+                self.write(all_of_it=True)
+        os._exit(0)
+
+    # -- the end ------------------------------------------------------------------------------------------
+
+    def finish(self) -> int:
+        """Say how it went; return the exit status."""
+        self.clear_status()
+        self.write(all_of_it=True)
+        whole = Graph(0.0, []) if self.lost else record(Graph, self.channel.call("graph"))
+        mine = Graph(whole.now, [n for n in whole.nodes if n.unit_name in self.jobs])
+        bad = [j for j in self.jobs.values() if j.outcome != COMPLETED]
+        if bad or not self.args.quiet:
+            put(self.report(mine), 2)
+        self.graph = mine
+        return 128 + self.signal if self.signal else 3 if self.lost else 1 if bad else 0
+
+    def report(self, graph: Graph) -> str:
+        """What failed with its last lines, what was skipped and why, how long it took."""
+        count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
+        words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
+        text = f"boot: {', '.join(words)}\n"
+        for job in self.jobs.values():
+            if job.outcome == FAILED:
+                text += f"failed: {job.script.unit} ({job.reason}); {job.script.path}\n"
+                text += "".join(f"    | {line}\n" for line in job.last)
+        for job in self.jobs.values():
+            if job.outcome in (SKIPPED, PENDING):
+                text += f"{'not started' if job.outcome == PENDING else SKIPPED}: {job.script.unit}: {job.reason}\n"
+        return text + summary(graph) + "\n"
+
+
+def alive_group(group: int) -> bool:
+    """Whether a process group has members; while it has, its number is not given to another."""
+    try:
+        os.killpg(group, 0)
+        return True
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+
+
+def signal_group(group: int, number: int) -> None:
+    """Signal a process group that may be gone."""
+    try:
+        os.killpg(group, number)
+    except OSError:
+        pass
+
+
+def open_files() -> int:
+    """How many descriptors this process may have."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Command line. One small function a command, one table that says what each takes. A plain call is parsed from
 # the table directly; whatever that does not understand (help, mistakes) goes to argparse, built from the same
 # table, because importing argparse costs more than the call.
@@ -2990,6 +3671,58 @@ def cmd_why(args: Args) -> int:
     return 0
 
 
+def cmd_boot(args: Args) -> int:
+    """Run scripts in the order that their headers ask for."""
+    try:
+        scripts = plan(args.paths)
+    except UsageError as error:
+        put(f"error: nothing was run:\n{error}\n", 2)
+        return error.exit_code
+    if args.check or args.dry_run:
+        units = Units(time.monotonic, time.time)
+        for script in scripts:
+            units.want(script.unit, [])
+            for name, requires, _ in script.wants:
+                units.want(script.unit, [name], requires)
+        put(
+            graph_tree(units.graph(), (), terminal(args)[2])
+            if args.dry_run
+            else f"{len(scripts)} scripts, no mistakes\n"
+        )
+        return 0
+    boot = Boot(scripts, args)
+    write = timeline_writer(args.timeline) if args.timeline else None
+    wish = Serving(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, level=0, body=boot.run)
+    try:
+        code = boot.run(wish.path) if agent_at(wish.path) else serve(wish)
+    except Refused:
+        if boot.path or not agent_at(wish.path):
+            raise
+        code = boot.run(wish.path)  # another agent was faster
+    if write and boot.graph:
+        write(boot.graph)
+    if args.command and not boot.signal and (code == 0 or args.always):
+        import _signal as signal
+
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        try:
+            os.execvp(args.command[0], args.command)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise CommandError(f"cannot run {args.command[0]}: {error.strerror}", 127 if missing else 126) from None
+    return code
+
+
+def agent_at(path: str) -> bool:
+    """Whether an agent answers."""
+    try:
+        Client(path, 0).ping()
+        return True
+    except Unreachable:
+        return False
+
+
 def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
     env = environment(CODER_SYNC_UNIT=args.unit)
@@ -3133,6 +3866,24 @@ COMMANDS = {
         "start UNIT, run COMMAND, complete UNIT or fail it, in one process",
         "must",
     ),
+    "boot": Command(
+        cmd_boot,
+        ("paths+",),
+        (
+            Option(("-j", "--jobs"), whole, 0, "how many scripts may run at once (0: no limit)", "N"),
+            Option(("--check",), None, False, "only check the headers"),
+            Option(("--dry-run",), None, False, "only show the order"),
+            Option(("--fail-fast",), None, False, "stop everything at the first failure"),
+            Option(("--grace",), duration, 10.0, "how long a script may take to end when told to (10s)", "DURATION"),
+            Option(("--log-dir",), str, "", "keep each unit's output in a file there", "DIR"),
+            Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
+            Option(("--always",), None, False, "become COMMAND even if a unit failed"),
+            Option(("--stay",), None, False, "go on serving until a signal"),
+            QUIET,
+        ),
+        "run the scripts of a directory in the order that their headers ask for; then become COMMAND",
+        "may",
+    ),
     "wait": Command(cmd_wait, ("units+",), (REQUIRES, TIMEOUT, QUIET), "wait for units without being one"),
     "status": Command(cmd_status, ("unit",), (OUTPUT, COLUMN), "show UNIT and its dependencies", questions=True),
     "list": Command(
@@ -3189,7 +3940,7 @@ def options_of(command: Command) -> tuple[Option, ...]:
 
 def usage_of(name: str) -> str:
     """The positionals of a command as its usage line has them."""
-    shown = {"unit": "UNIT", "deps+": "DEP...", "units+": "UNIT...", "units*": "[UNIT]..."}
+    shown = {"unit": "UNIT", "deps+": "DEP...", "units+": "UNIT...", "units*": "[UNIT]...", "paths+": "PATH..."}
     text = " ".join([name, *(shown[word] for word in COMMANDS[name].positionals)])
     tail = {"may": " [-- COMMAND ARG...]", "must": " -- COMMAND ARG..."}
     return f"{PROGRAM} {text} [OPTION]..." + tail.get(COMMANDS[name].takes_command, "")
