@@ -427,7 +427,7 @@ class Units:
         for dependency, other in new.items():
             self._record(unit, "wants", dependency if requires == SUCCESS else f"{dependency} ({requires})")
             self._link(unit, other, requires)
-        if unit.status == PENDING and self._settle(unit):
+        if (unit.status == PENDING or unit.starts) and self._settle(unit):
             self._propagate(unit)
         return unit
 
@@ -448,6 +448,11 @@ class Units:
         if unit.status == STARTED:
             raise AlreadyStarted(f'unit "{name}" is already started{self._by(unit)}')
         self._check_waits()
+        verdict = self._verdict(unit) if unit.status == SKIPPED else ""
+        if verdict:
+            unit.reason = verdict
+            self._answers.append((ticket, DependencyFailed(f'unit "{name}" skipped: {verdict}')))
+            return False
         if unit.status in (FAILED, SKIPPED):  # another try: those behind it may hope again
             self._set(unit, PENDING)
         self._waits[ticket] = unit
@@ -501,6 +506,7 @@ class Units:
         unit = self.units.get(name)
         if unit and unit.status == STARTED and unit.holder is ticket:
             self._set(unit, PENDING, "the client that asked for its start was gone")
+            self._settle(unit)
             self._propagate(unit)
 
     def holds(self, name: str, ticket: Any) -> bool:
@@ -613,15 +619,9 @@ class Units:
             if not unit.name:
                 self._unlink(unit)
             return True
-        causes = (because,) if because else unit.wants
-        cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
-        if cause is None:
+        reason = self._verdict(unit, because)
+        if not reason:
             return False
-        if cause.status == SKIPPED:
-            tail = cause.reason if len(cause.reason) < MAX_REASON else "... " + cause.reason.rpartition(": ")[2]
-            reason = f'dependency "{cause.name}" was skipped: {tail}'
-        else:
-            reason = f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
         skip = unit.status == PENDING and bool(unit.name)
         if skip:
             self._set(unit, SKIPPED, reason)
@@ -629,6 +629,20 @@ class Units:
         if not unit.name:
             self._unlink(unit)
         return skip
+
+    @staticmethod
+    def _verdict(unit: Unit, because: Unit | None = None) -> str:
+        """Why a unit cannot be started any more; empty while there is hope."""
+        causes = (because,) if because else unit.wants
+        cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
+        if cause is None:
+            return ""
+        if cause.status == FAILED:
+            return f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
+        tail, root = cause.reason, cause.reason.rpartition(" was skipped: ")[2]
+        if len(tail) >= MAX_REASON:  # what failed in the first place matters most
+            tail = root if root.startswith("... ") else "... " + root
+        return f'dependency "{cause.name}" was skipped: {tail}'
 
     def _propagate(self, changed: Unit) -> None:
         """Settle whoever depends on a changed unit, and so on; in a loop, since chains may be long."""
@@ -686,7 +700,7 @@ class Units:
     def _admit(self, unit: Unit, new: dict[str, Unit]) -> None:
         """Check the limits, then register `unit` and make the new names known."""
         names = [n for n in new if n not in self.units]
-        if len(self.units) + len(names) + (unit.name not in self.units) > MAX_UNITS:
+        if len(self.units) + len(names) + (unit.name != "" and unit.name not in self.units) > MAX_UNITS:
             raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_UNITS} units')
         if self.edges + len(new) > MAX_EDGES:
             raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
@@ -823,7 +837,10 @@ def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
     except (ImportError, AttributeError, TypeError):  # another Python than CPython
         import json
 
-        return json.loads, json.dumps
+        return (
+            lambda text: json.loads(text, parse_constant=_Scanner.parse_constant),
+            lambda value: json.dumps(value, allow_nan=False),
+        )
 
 
 _loads, _dumps = _codec()
@@ -849,7 +866,7 @@ def _depth(line: bytes) -> int:
     import re
 
     depth = deepest = 0
-    for bracket in re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}"]+', b"", line):
+    for bracket in re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', b"", line):
         depth += 1 if bracket in b"[{" else -1
         deepest = max(deepest, depth)
     return deepest
@@ -890,18 +907,18 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 #   file, by the thread that owns the connection; it cancels the tickets under the lock. A ticket is answered
 #   or cancelled, never both: both happen under the lock, and each removes it from Units.
 # - A thread blocks only on its own connection, and then for SEND_TIMEOUT at most; on others' it never does:
-#   what their socket does not take at once ends the connection.
-# - Log lines and events for watchers go through a queue to one thread, so that reading costs those who
-#   coordinate nothing.
+#   what their socket does not take at once is left to the mail thread, within bounds of time and size.
+# - Log lines and events for watchers go through a queue to the mail thread as well.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4096
 MAX_PENDING = 20_000  # requests of one connection that wait
-MAX_BACKLOG = 1 << 20  # bytes for a connection that is busy taking a long answer
+MAX_BACKLOG = 4 << 20  # bytes that may wait for one connection
 MAX_QUEUE = 200_000  # log lines and events on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 SEND_TIMEOUT = 10  # seconds
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
+PAUSE = 0.02  # seconds that the mail thread gathers events for, or waits before it tries a late peer again
 STACK = 256 * 1024
 
 METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or its type if it is required
@@ -974,18 +991,23 @@ def resembling(name: str, names: Sequence[str]) -> str:
 
 
 class Connection:
-    """One client. `pending` maps its requests that wait to their tickets, `held` tickets to the units they hold."""
+    """One client. `pending` maps its requests that wait to their tickets, `held` tickets to the units they hold.
 
-    def __init__(self, sock: Any) -> None:
+    What is sent goes through one queue, in order. Our own thread may block on it; any other sends what the
+    socket takes, and what is left is late: the mail thread tries again until it is taken, or too old, or too much.
+    """
+
+    def __init__(self, sock: Any, mail: Mail) -> None:
         from threading import Lock
 
-        self.sock = sock
+        self.sock, self.mail = sock, mail
         self.pending: dict[Any, Ticket] = {}
         self.held: dict[Ticket, str] = {}
         self.pool: Pool | None = None  # of the starts that have a limit of "jobs"
-        self._mutex = Lock()  # guards the two below; never held while blocking
+        self._mutex = Lock()  # guards the three below; never held while blocking
         self._busy = False  # our own thread is sending and may block
         self._queue: list[bytes] = []
+        self._size = 0  # bytes in the queue
 
     def hold_back(self) -> None:
         """Keep what other threads push until the next `reply`."""
@@ -994,7 +1016,9 @@ class Connection:
 
     def reply(self, data: bytes) -> bool:
         """Send from the connection's own thread; may block for SEND_TIMEOUT."""
-        self.hold_back()
+        with self._mutex:
+            self._busy = True
+            data = self._take() + data
         while data:
             try:
                 self.sock.sendall(data)
@@ -1002,28 +1026,49 @@ class Connection:
                 self.drop()
                 return False  # and `_busy` stays: nobody sends any more
             with self._mutex:
-                data = b"".join(self._queue)
-                self._queue.clear()
+                data = self._take()
                 self._busy = bool(data)
         return True
 
     def push(self, data: bytes) -> bool:
-        """Send from any thread; never blocks. A peer that has no room for it is dropped."""
-        from socket import MSG_DONTWAIT
-
+        """Send from any thread; never blocks. False if the peer is gone, or has let too much pile up."""
         with self._mutex:
-            if self._busy:
-                self._queue.append(data)
-                if sum(map(len, self._queue)) <= MAX_BACKLOG:
-                    return True
-            else:
-                try:
-                    if self.sock.send(data, MSG_DONTWAIT) == len(data):
-                        return True
-                except OSError:
-                    pass
+            self._queue.append(data)
+            self._size += len(data)
+            if (self._busy or self._send()) and self._size <= MAX_BACKLOG:
+                return True
         self.drop()
         return False
+
+    def retry(self) -> bool:
+        """Send more of what is late, from the mail thread; whether all of it is on its way now."""
+        with self._mutex:
+            if not self._busy and not self._send():
+                self.drop()
+                return True
+            return self._busy or not self._queue
+
+    def _take(self) -> bytes:
+        data = b"".join(self._queue)
+        self._queue.clear()
+        self._size = 0
+        return data
+
+    def _send(self) -> bool:
+        """Send what the socket takes at once, under the mutex."""
+        from socket import MSG_DONTWAIT
+
+        data = self._take()
+        try:
+            sent = self.sock.send(data, MSG_DONTWAIT) if data else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
+        if sent < len(data):
+            self._queue, self._size = [data[sent:]], len(data) - sent
+            self.mail.retry_later(self)
+        return True
 
     def drop(self) -> None:
         """End the connection; its own thread sees end of file and cleans up."""
@@ -1056,15 +1101,19 @@ class Ticket:
         self.connection, self.id, self.unit = connection, request, unit
 
 
-class Log:
-    """Lines for people, each with a time, written by one thread and never waited for by another."""
+class Mail:
+    """The mail thread: what nobody who coordinates should wait for. Lines for people, each with a time; events for
+    those who follow them; what a client did not take at once. Events go out in batches, so that a follower costs
+    those who coordinate nothing.
+    """
 
     def __init__(self, level: int, path: str | None = None) -> None:
-        from queue import SimpleQueue
+        from _queue import SimpleQueue
 
         self.level, self.path, self.fd = level, path, 2
         self.queue: SimpleQueue[Any] = SimpleQueue()
         self.watchers: dict[Connection, int] = {}  # who follows the events -> the last one it has
+        self.late: dict[Connection, float] = {}  # who has not taken all -> when it must have
         self.size = self.lost = 0
         if path:
             self._open()
@@ -1084,18 +1133,43 @@ class Log:
         if self.queue.qsize() < MAX_QUEUE:
             self.queue.put(event)
 
+    def retry_later(self, connection: Connection) -> None:
+        """Try again to send what a connection did not take."""
+        self.late.setdefault(connection, time.monotonic() + SEND_TIMEOUT)
+        self.queue.put(())
+
     def run(self) -> None:
-        """Write until None comes; the body of the log's thread."""
-        for item in iter(self.queue.get, None):
-            if isinstance(item, Event):
-                for watcher, seen in list(self.watchers.items()):
-                    if item.seq > seen:
-                        watcher.push(encode({"method": "event", "params": plain(item)}))
-                if (2 if item.kind in ("registered", "wants", "waiting", PENDING) else 1) > self.level:
-                    continue
-                self._write(item.wall, f"{item.unit}: {item.kind}" + (f": {item.detail}" if item.detail else ""))
-            else:
-                self._write(*item)
+        """Write until None comes; the body of the thread."""
+        from _queue import Empty
+
+        batch: list[Any] = []
+        while None not in batch:
+            batch = []
+            try:
+                batch.append(self.queue.get(timeout=PAUSE if self.late else None))
+                if self.watchers:
+                    time.sleep(PAUSE)
+                while batch[-1] is not None and len(batch) < 10_000:
+                    batch.append(self.queue.get_nowait())
+            except Empty:
+                pass
+            events = [(e.seq, encode({"method": "event", "params": plain(e)})) for e in batch if isinstance(e, Event)]
+            for watcher, seen in list(self.watchers.items()) if events else ():
+                watcher.push(b"".join(data for seq, data in events if seq > seen))
+            for item in batch:
+                if isinstance(item, Event):
+                    if self.level >= (2 if item.kind in ("registered", "wants", "waiting", PENDING) else 1):
+                        self._write(
+                            item.wall, f"{item.unit}: {item.kind}" + (f": {item.detail}" if item.detail else "")
+                        )
+                elif item:
+                    self._write(*item)
+            for connection, limit in list(self.late.items()):
+                if connection.retry():
+                    self.late.pop(connection, None)
+                elif time.monotonic() > limit:
+                    connection.drop()
+                    self.late.pop(connection, None)
 
     def _write(self, when: float, text: str) -> None:
         from select import POLLOUT, poll
@@ -1162,15 +1236,15 @@ def command_of(pid: int) -> str:
 class Agent:
     """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, mail: Mail) -> None:
         from threading import Lock
 
         if sys.version_info[:2] == (3, 10):  # its C scanner looks for its exception there, and does not import it
             import json.decoder  # noqa: F401
 
         self.lock = Lock()
-        self.log = log
-        self.units = Units(time.monotonic, time.time, self._alive, log.event)
+        self.mail = mail
+        self.units = Units(time.monotonic, time.time, self._alive, mail.event)
         self.connections: set[Connection] = set()
         self.max_connections = MAX_CONNECTIONS
         self.began = time.monotonic()
@@ -1187,7 +1261,7 @@ class Agent:
 
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_TIMEOUT, 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
-        connection = Connection(sock)
+        connection = Connection(sock, self.mail)
         with self.lock:
             self.connections.add(connection)
         try:
@@ -1203,7 +1277,7 @@ class Agent:
             try:
                 chunk = connection.sock.recv(8192)
             except BlockingIOError:  # IDLE_TIMEOUT
-                if connection.pending or connection.held or connection in self.log.watchers:
+                if connection.pending or connection.held or connection in self.mail.watchers:
                     continue
                 idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
                 self._reply_error(connection, None, idle)
@@ -1237,7 +1311,7 @@ class Agent:
             result = self._call(connection, request, message)
         except SyncError as error:
             self._flush()
-            self.log.say(f"refused: {one_line(str(error))}")
+            self.mail.say(f"refused: {one_line(str(error))}")
             return self._reply_error(connection, request, error) and not isinstance(error, ParseError)
         self._flush()
         if result is None or request is None:  # the answer comes later, or nobody asked for one
@@ -1261,7 +1335,7 @@ class Agent:
         if request in connection.pending:
             raise InvalidRequest(f"id {one_line(ascii(request))[:60]} is in use by a request that still waits")
         params = check_params(spec, message.get("params", {}))
-        self.log.say(f"request: {method} {one_line(ascii(params))[:200]}", 2)
+        self.mail.say(f"request: {method} {one_line(ascii(params))[:200]}", 2)
         if method in ("start", "wait", "missing", "cancel", "events"):
             if request is None:
                 raise InvalidRequest(f'{method} needs an "id"')
@@ -1287,7 +1361,8 @@ class Agent:
         """The peer is gone: forget what it waits for, and fail what it held."""
         with self.lock:
             self.connections.discard(connection)
-            self.log.watchers.pop(connection, None)
+            self.mail.watchers.pop(connection, None)
+            self.mail.late.pop(connection, None)
             for ticket in list(connection.pending.values()):
                 self.units.cancel(ticket, "its caller went away")
             for ticket, unit in connection.held.items():
@@ -1415,7 +1490,7 @@ class Agent:
             connection.hold_back()
         with self.lock:
             if follow:
-                self.log.watchers[connection] = self.units.seq
+                self.mail.watchers[connection] = self.units.seq
             return [e for e in self.units.events if e.seq > since]
 
     def _suggest(self, rows: list[Dependency]) -> list[Dependency]:
@@ -1517,7 +1592,7 @@ def make_server(agent: Agent, sock: Any) -> Any:
                 return request
             except OSError as error:  # out of descriptors or memory: say so once, and do not spin
                 if not self.exhausted:
-                    agent.log.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
+                    agent.mail.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
                 self.exhausted = True
                 time.sleep(0.05)
                 raise
@@ -1526,8 +1601,8 @@ def make_server(agent: Agent, sock: Any) -> Any:
             if len(agent.connections) < agent.max_connections:
                 return True
             limit = Unreachable(f"the agent has reached its limit of {agent.max_connections} connections")
-            Connection(request).push(error_line(None, limit))
-            agent.log.say(f"refused: {limit}")
+            Connection(request, agent.mail).push(error_line(None, limit))
+            agent.mail.say(f"refused: {limit}")
             return False
 
         def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1535,7 +1610,7 @@ def make_server(agent: Agent, sock: Any) -> Any:
             while trace and trace.tb_next:
                 trace = trace.tb_next
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+            agent.mail.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -1765,26 +1840,26 @@ def serve(wish: Serving) -> int:
 
 
 def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
-    import signal
+    import _signal as signal
     import threading
 
     stops = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})  # for all threads; taken by sigwait below
     try:
-        log = Log(wish.level, wish.log_file or None)
+        mail = Mail(wish.level, wish.log_file or None)
         if wish.pid_file:
             with open(wish.pid_file, "w", encoding="ascii") as f:
                 f.write(f"{os.getpid()}\n")
     except OSError as error:
         raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
-    agent = Agent(log)
+    agent = Agent(mail)
     agent.max_connections = _connection_limit(raise_it=not (wish.command or wish.body))
     threading.stack_size(STACK)
-    writer = threading.Thread(target=log.run, daemon=True)
+    writer = threading.Thread(target=mail.run, daemon=True)
     writer.start()
     server = make_server(agent, sock)
     threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
-    log.say(f"listening at {path} (pid {os.getpid()})")
+    mail.say(f"listening at {path} (pid {os.getpid()})")
     notify(f"READY=1\nMAINPID={os.getpid()}")
     if ready >= 0:
         os.write(ready, b"ready")
@@ -1797,7 +1872,7 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
         while True:
             number = signal.sigwait(stops)
             if number != signal.SIGHUP or not wish.detach:
-                log.say(f"stopping: got {signal.Signals(number).name}")
+                mail.say(f"stopping: got {next(name for name in PASSED_ON if getattr(signal, name) == number)}")
                 return 0
     finally:
         notify("STOPPING=1")
@@ -1805,7 +1880,7 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
         wish.timeline(agent.graph())
         if wish.pid_file:
             remove(wish.pid_file)
-        log.queue.put(None)
+        mail.queue.put(None)
         writer.join(0.5)
 
 
@@ -1836,13 +1911,14 @@ def duration(text: str) -> float:
 
     0 means no limit wherever a timeout is asked for. Raises UsageError.
     """
-    units = {"": 1.0, "ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    units = {"": 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    units.update({"\u00b5s": 1e-6, "\u03bcs": 1e-6})  # micro sign and Greek mu, as in Go
     total, rest = 0.0, text
     try:
         while rest or not text:
             number = rest[: len(rest) - len(rest.lstrip("0123456789."))]
             rest = rest[len(number) :]
-            unit = rest[: len(rest) - len(rest.lstrip("nu\u00b5msh"))]
+            unit = rest[: len(rest) - len(rest.lstrip("nu\u00b5\u03bcmsh"))]
             rest = rest[len(unit) :]
             if not unit and number != text:
                 raise ValueError
@@ -1896,37 +1972,48 @@ class Channel:
         data = encode({"id": self._next, "method": method, "params": params})
         if len(data) > MAX_LINE:
             raise Refused(f"{method}: too much for one request ({len(data)} bytes of {MAX_LINE}); use several calls")
-        try:
-            self.sock.settimeout(REPLY_TIMEOUT)
-            self.sock.sendall(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
-                raise self._gone() from None
+        deadline = time.monotonic() + REPLY_TIMEOUT
+        while data:
+            try:
+                self.sock.settimeout(0)
+                data = data[self.sock.send(data) :]
+            except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
+                if time.monotonic() > deadline:
+                    raise self._gone() from None
+                self._read(0.01)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
+                    raise self._gone() from None
+                break
         return self._next
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._messages:
-            self.sock.settimeout(max(deadline - time.monotonic(), 1e-4))
-            try:
-                chunk = self.sock.recv(65536)
-            except KeyboardInterrupt:
-                raise
-            except OSError as error:
-                if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
-                    return None
-                raise self._gone() from None
-            if not chunk:
-                raise self._gone()
-            self._buffer += chunk
-            if b"\n" in chunk:
-                *lines, self._buffer = self._buffer.split(b"\n")
-                self._messages += [self._message(line) for line in lines]
-            elif len(self._buffer) > MAX_REPLY:
-                raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
+            if not self._read(deadline - time.monotonic()):
+                return None
         message: dict[str, Any] = self._messages.pop(0)
         return message
+
+    def _read(self, timeout: float) -> bool:
+        """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
+        self.sock.settimeout(max(timeout, 0.0))
+        try:
+            chunk = self.sock.recv(65536)
+        except OSError as error:
+            if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
+                return False
+            raise self._gone() from None
+        if not chunk:
+            raise self._gone()
+        self._buffer += chunk
+        if b"\n" in chunk:
+            *lines, self._buffer = self._buffer.split(b"\n")
+            self._messages += [self._message(line) for line in lines]
+        elif len(self._buffer) > MAX_REPLY:
+            raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
+        return True
 
     def _message(self, line: bytes) -> dict[str, Any]:
         try:
@@ -2939,7 +3026,7 @@ class Boot:
         import select
         import threading
 
-        self.path = path
+        self.path, self.env = path, environment(CODER_AGENT_SOCKET_PATH=path)
         self.channel = Channel(path, CONNECT_TIMEOUT)
         self.poll = select.poll()
         self.poll.register(self.channel.sock.fileno(), select.POLLIN)
@@ -2965,10 +3052,9 @@ class Boot:
                 names = [name for name, r, _ in job.script.wants if r == requires]
                 if names:
                     self.ask("want", job, unit=job.script.unit, dependencies=names, requires=requires)
-                    self.answers()  # so that neither side's buffer fills up
         for job in self.jobs.values():
             self.ask("start", job, unit=job.script.unit, hold=True, jobs=most)
-            self.answers()
+        self.answers()
         code = self.loop()
         if self.args.stay and not self.signal:
             say(self.args, "boot: staying until a signal", 2)
@@ -3074,7 +3160,7 @@ class Boot:
         import select
 
         script = job.script
-        env = environment(CODER_SYNC_UNIT=script.unit, CODER_AGENT_SOCKET_PATH=self.path)
+        env = {**self.env, b"CODER_SYNC_UNIT": script.unit.encode()}
         job.began = time.monotonic()
         try:
             job.out, write = os.pipe()
@@ -3489,7 +3575,7 @@ def group_id(name: str) -> int:
     import grp
 
     try:
-        return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
     except KeyError:
         raise UsageError(f"no such group: {name}") from None
 
@@ -3794,7 +3880,7 @@ class Command:
 
 def whole(text: str) -> int:
     """A whole number. Raises UsageError."""
-    if text.lstrip("-").isdigit() and len(text) < 10:
+    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
         return int(text)
     raise UsageError(f"not a whole number: {ascii(text)[:40]}")
 

@@ -304,6 +304,121 @@ class Bench:
             "1.15x",
         )
 
+    def row_9_watchers(self) -> Iterator[tuple[str, ...]]:
+        alone, watched = [], []
+        for _ in range(3):
+            alone.append(self.wake_up()[0])
+            watched.append(self.wake_up(5)[0])
+        a, b = statistics.median(watched), statistics.median(alone)
+        yield "wake-up with 5 watchers", us(a), "without", us(b), ratio(a, b), "1.10x"
+
+    def row_a_ten_thousand(self) -> Iterator[tuple[str, ...]]:
+        with self.agent():
+            call = self.connect()
+            for i in range(10_000):
+                call(
+                    "start" if i % 3 else "want",
+                    unit=f"unit-{i}",
+                    dependencies=[f"unit-{i // 10}"] if i % 3 == 0 and i else [],
+                )
+            pings: list[float] = []
+            done = threading.Event()
+
+            def ping() -> None:
+                other = self.connect()
+                while not done.is_set():
+                    began = time.perf_counter()
+                    other("ping")
+                    pings.append(time.perf_counter() - began)
+                    done.wait(0.002)
+
+            for words in (["list"], ["graph", "-o", "json"], ["timeline", "-o", "json"]):
+                done.clear()
+                pings.clear()
+                beside = threading.Thread(target=ping)
+                beside.start()
+                took = self.commands(5, [self.file, *words])[0]
+                done.set()
+                beside.join()
+                yield (
+                    f"10,000 units: {' '.join(words)}",
+                    ms(took),
+                    "a ping beside it",
+                    ms(statistics.median(pings)),
+                    "",
+                    "1 s; 50 ms",
+                )
+
+    def startup_d(self, graph: list[tuple[str, list[str]]], work: str) -> str:
+        """A directory of scripts for `boot`."""
+        directory = tempfile.mkdtemp(dir=self.directory.name)
+        for unit, deps in graph:
+            path = os.path.join(directory, unit)
+            with open(path, "w", encoding="ascii") as f:
+                f.write("#!/bin/sh\n" + (f"# coder-sync: want {' '.join(deps)}\n" if deps else "") + work + "\n")
+            os.chmod(path, 0o755)
+        return directory
+
+    def row_b_boot(self) -> Iterator[tuple[str, ...]]:
+        self.env["CODER_AGENT_SOCKET_PATH"] = os.path.join(self.directory.name, "boot.sock")
+        for layers, width in ((5, 4), (10, 10)):
+            directory = self.startup_d(self.layers(layers, width), "sleep 0.05")
+            floor = ["sh", "-c", "; ".join(["sleep 0.05"] * layers)]
+            ours, other = self.commands(7, [self.file, "boot", "-q", directory], floor)
+            yield (
+                f"boot of {layers * width} units, `boot`",
+                ms(ours),
+                "critical path alone",
+                ms(other),
+                ratio(ours, other),
+                "1.25x",
+            )
+
+    def row_c_boot_thousand(self) -> Iterator[tuple[str, ...]]:
+        self.env["CODER_AGENT_SOCKET_PATH"] = os.path.join(self.directory.name, "boot.sock")
+        graph = self.layers(10, 100)
+        directory = self.startup_d(graph, ":")
+        with open(os.path.join(directory, "Makefile"), "w", encoding="ascii") as f:
+            f.write("all: " + " ".join(unit for unit, _ in graph) + "\n")
+            f.writelines(f"{unit}: {' '.join(deps)}\n\t@{directory}/./{unit}\n" for unit, deps in graph)
+            f.write(".PHONY: all " + " ".join(unit for unit, _ in graph) + "\n")
+        ours, other = self.commands(3, [self.file, "boot", "-q", directory], ["make", "-s", "-j1000", "-C", directory])
+        yield (
+            "boot of 1,000 units that do nothing, `boot`",
+            ms(ours),
+            "make -j1000",
+            ms(other),
+            ratio(ours, other),
+            "1.5x",
+        )
+
+    def row_d_boot_memory(self) -> Iterator[tuple[str, ...]]:
+        sizes = []
+        for count in (1, 100):
+            path = os.path.join(self.directory.name, f"memory{count}.sock")
+            self.path = self.env["CODER_AGENT_SOCKET_PATH"] = path
+            graph = [("gate", []), *((f"u{i}", ["gate"]) for i in range(count))]
+            boot = subprocess.Popen([self.file, "boot", "-q", self.startup_d(graph, "sleep 60")], env=self.env,
+                                    stderr=subprocess.DEVNULL)  # fmt: skip
+            subprocess.run([self.file, "ping", "--wait", "10s"], env=self.env, check=True, stdout=subprocess.DEVNULL)
+            call = self.connect()
+            while (
+                sum(u["status"] != "pending" for u in call("list")["result"]) != 1
+                or len(call("list")["result"]) <= count
+            ):
+                pass
+            sizes.append(self.resident(boot.pid))
+            boot.terminate()
+            boot.wait()
+        yield (
+            "boot's memory, 100 units wait",
+            mb(sizes[1]),
+            "1 waits",
+            mb(sizes[0]),
+            f"+{sizes[1] - sizes[0]:.1f} MB",
+            "+4 MB",
+        )
+
 
 def us(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us"
