@@ -83,7 +83,8 @@ else:
             if kwargs or len(args) > len(names):
                 raise TypeError(f"{cls.__name__}: unexpected arguments {sorted(kwargs)}")
 
-        cls.__init__ = __init__
+        if "__init__" not in vars(cls):
+            cls.__init__ = __init__
         cls.__repr__ = lambda self: f"{cls.__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
         cls.__eq__ = lambda self, other: type(other) is cls and vars(self) == vars(other)
         cls.__hash__ = None
@@ -292,6 +293,9 @@ class Event:
     kind: str
     detail: str = ""
 
+    def __init__(self, seq: int, time: float, wall: float, unit: str, kind: str, detail: str = "") -> None:
+        self.seq, self.time, self.wall, self.unit, self.kind, self.detail = seq, time, wall, unit, kind, detail
+
 
 @dataclass
 class Node:
@@ -365,7 +369,10 @@ class Unit:
 
 
 class Pool:
-    """Units of which at most `limit` are to be started at once; `ready` are those that wait for nothing else."""
+    """Units of which at most `limit` are to be started at once; `ready` are those that wait for nothing else.
+
+    What one pool's living owner has completed, a start in another does not do again: two boots of one directory.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.running = limit, 0
@@ -445,8 +452,9 @@ class Units:
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed.
         """
         unit = self.want(name, dependencies, requires)
-        if unit.status == STARTED:
-            raise AlreadyStarted(f'unit "{name}" is already started{self._by(unit)}')
+        done = pool and unit.status == COMPLETED and unit.owner and self.alive(unit.owner)
+        if unit.status == STARTED or done:
+            raise AlreadyStarted(f'unit "{name}" is already {unit.status}{self._by(unit)}')
         self._check_waits()
         verdict = self._verdict(unit) if unit.status == SKIPPED else ""
         if verdict:
@@ -655,7 +663,8 @@ class Units:
                 if (dependent.starts or dependent.status == PENDING) and self._settle(dependent, unit):
                     todo.append(dependent)
             for pool in self._freed:
-                for next_one in list(pool.ready)[: pool.limit - pool.running]:
+                while pool.ready and pool.running < pool.limit:
+                    next_one = next(iter(pool.ready))
                     del pool.ready[next_one]
                     if self._settle(next_one):
                         todo.append(next_one)
@@ -1004,6 +1013,7 @@ class Connection:
         self.pending: dict[Any, Ticket] = {}
         self.held: dict[Ticket, str] = {}
         self.pool: Pool | None = None  # of the starts that have a limit of "jobs"
+        self.owner: Owner | None = None  # who started a unit here last
         self._mutex = Lock()  # guards the three below; never held while blocking
         self._busy = False  # our own thread is sending and may block
         self._queue: list[bytes] = []
@@ -1287,15 +1297,15 @@ class Agent:
             if not chunk and buffer:  # end of file after half a line, or a last line without its newline
                 lines, buffer = [*lines, buffer], b""
             for line in lines:
-                if line.strip() and not self._line(connection, line):
+                if line.strip() and not self.line(connection, line):
                     return
             if len(buffer) > MAX_LINE:
-                self._line(connection, buffer)
+                self.line(connection, buffer)
                 return
             if not chunk:
                 return
 
-    def _line(self, connection: Connection, line: bytes) -> bool:
+    def line(self, connection: Connection, line: bytes) -> bool:
         """Answer one request; False if the rest of the stream cannot be trusted."""
         request = None
         try:
@@ -1335,7 +1345,8 @@ class Agent:
         if request in connection.pending:
             raise InvalidRequest(f"id {one_line(ascii(request))[:60]} is in use by a request that still waits")
         params = check_params(spec, message.get("params", {}))
-        self.mail.say(f"request: {method} {one_line(ascii(params))[:200]}", 2)
+        if self.mail.level > 1:
+            self.mail.say(f"request: {method} {one_line(ascii(params))[:200]}", 2)
         if method in ("start", "wait", "missing", "cancel", "events"):
             if request is None:
                 raise InvalidRequest(f'{method} needs an "id"')
@@ -1507,6 +1518,8 @@ class Agent:
 
     def _caller(self, connection: Connection, pid: int, hold: bool) -> Owner | None:
         """Who starts the unit: the named process, the caller itself if it holds the unit, else its script."""
+        if hold and connection.owner and not pid:
+            return connection.owner
         peer = connection.peer()
         if pid:
             if not peer or len(proc_line(peer, "NSpid").split()) > 1:
@@ -1515,7 +1528,8 @@ class Agent:
                 raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
         else:
             pid = peer if hold or not peer else int(proc_line(peer, "PPid") or 0)
-        return Owner(pid, command_of(pid), None, birth(pid)) if pid else None
+        connection.owner = Owner(pid, command_of(pid), None, birth(pid)) if pid else None
+        return connection.owner
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
@@ -1796,7 +1810,7 @@ class Serving:
     timeline: Callable[[Graph], None] = lambda graph: None  # called at the end
     detach: bool = False
     command: list[str] = []  # noqa: RUF012
-    body: Callable[[str], int] | None = None  # called with the path, for the agent's life
+    body: Callable[[str, Agent], int] | None = None  # called with the path, for the agent's life
 
 
 def serve(wish: Serving) -> int:
@@ -1866,7 +1880,7 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
         os.close(ready)
     try:
         if wish.body:
-            return wish.body(path)
+            return wish.body(path, agent)
         if wish.command:
             return supervise(wish.command, environment(CODER_AGENT_SOCKET_PATH=path))
         while True:
@@ -2041,6 +2055,10 @@ class Channel:
     def more(self) -> bool:
         """Whether a message has come that was not received yet."""
         return bool(self._messages)
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self.sock.fileno()
 
     def close(self) -> None:
         """Hang up; the agent forgets what the connection waits for."""
@@ -2335,6 +2353,11 @@ def span(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+def names_of(names: Sequence[str]) -> str:
+    """Names for a message, not too many."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def state(row: Dependency) -> str:
     """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
     status, ago = row.current_status, f"{span(row.age)} ago"
@@ -2414,9 +2437,17 @@ def end(node: Node, now: float) -> float:
     return node.ended if node.ended >= 0 else now
 
 
-def ran(node: Node, now: float) -> float:
-    """How long a unit ran, or has been running."""
-    return end(node, now) - node.started if node.started >= 0 else 0.0
+def phases(node: Node, last: float) -> tuple[float, float, float]:
+    """When a unit was asked for, when it started, when it ended; what has not been comes with what came next."""
+    to = end(node, last)
+    start = node.started if node.started >= 0 else to
+    return node.waiting if node.waiting >= 0 else start, start, to
+
+
+def took(node: Node, last: float) -> str:
+    """How long a unit ran, or waited if it has not started."""
+    asked, start, to = phases(node, last)
+    return span(to - start) if node.started >= 0 else span(start - asked) if node.waiting >= 0 else "-"
 
 
 def standing(node: Node) -> str:
@@ -2435,29 +2466,31 @@ def in_order(graph: Graph) -> list[Node]:
 def critical_path(graph: Graph) -> list[tuple[Node, float]]:
     """The chain of units that determined when the last one ended, each with its share in seconds.
 
-    From the unit that ended last back to the dependency that released it, and so on: what really held up what,
-    not what might have.
+    From the unit that ended last back to the dependency that released it (or, if none held it up, that ended last),
+    and so on: what really held up what, not what might have.
     """
     nodes = {n.unit_name: n for n in graph.nodes}
     node = max((n for n in graph.nodes if n.started >= 0), key=lambda n: end(n, graph.now), default=None)
     path: list[tuple[Node, float]] = []
     until = float("inf")
     while node and node.started >= 0 and len(path) <= len(nodes):
-        path.insert(0, (node, max(0.0, min(end(node, graph.now), until) - node.started)))
-        until, node = node.started, nodes.get(node.released_by)
-    return path
+        path.append((node, max(0.0, min(end(node, graph.now), until) - node.started)))
+        until = node.started
+        before = [nodes[d] for d in node.wants if d in nodes and 0 <= nodes[d].ended <= until]
+        node = nodes.get(node.released_by) or max(before, key=lambda n: n.ended, default=None)
+    return path[::-1]
 
 
 def extent(graph: Graph) -> tuple[float, float]:
-    """From the first sign of a unit to the end of the last, or now while any is on its way."""
+    """From the first sign of a unit to the end of the last, or now while any runs or waits."""
     units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
-    if not units:
-        return 0.0, 0.0
-    return min(map(begin, units)), max(end(n, graph.now) for n in units)
+    going = any(n.status == STARTED or n.is_waiting for n in units)
+    last = max((n.ended for n in units), default=0.0)
+    return min(map(begin, units), default=0.0), graph.now if units and (going or last < 0) else last
 
 
 def summary(graph: Graph) -> str:
-    """The sentence people want."""
+    """The sentence people want; of a long critical path it names the longest steps."""
     first, last = extent(graph)
     path = critical_path(graph)
     count = {s: sum(n.status == s for n in graph.nodes) for s in (FAILED, SKIPPED, STARTED, PENDING)}
@@ -2465,13 +2498,16 @@ def summary(graph: Graph) -> str:
     rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
     text = f"{span(last - first)} in all" + (f" ({', '.join(rest)})" if rest else "")
     if path and last > first:
-        shown = path if len(path) <= 12 else [*path[:6], *path[-6:]]
-        steps = [f"{n.unit_name} {span(share)}" for n, share in shown]
-        if len(path) > 12:
-            steps.insert(6, f"({len(path) - 12} more)")
+        longest = {n.unit_name for n, _ in sorted(path, key=lambda step: -step[1])[:10]}
+        steps: list[str] = []
+        for n, share in path:
+            if n.unit_name in longest:
+                steps.append(f"{n.unit_name} {span(share)}")
+            elif steps[-1:] != ["..."]:
+                steps.append("...")
         percent = 100 * sum(share for _, share in path) / (last - first)
         text += f"; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
-    return text
+    return text if graph.nodes else "no units yet"
 
 
 def wide(text: str) -> int:
@@ -2484,12 +2520,23 @@ def wide(text: str) -> int:
 
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
-    """The text in exactly `width` columns."""
+    """The text in exactly `width` columns; what is too long loses its middle, since names differ at both ends."""
     if wide(text) > width:
-        while text and wide(text) > width - len(dots):
-            text = text[:-1]
-        text += dots
+        head, tail = text[: len(text) // 2], text[len(text) // 2 :]
+        while wide(head) + wide(tail) > width - len(dots):
+            head, tail = (head[:-1], tail) if wide(head) > wide(tail) else (head, tail[1:])
+        text = head + dots + tail
     return text + " " * (width - wide(text))
+
+
+def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
+    """The text in lines of at most `width` columns."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), width), dots)
+    return lines
 
 
 def ticks(length: float, most: int) -> list[float]:
@@ -2505,56 +2552,53 @@ COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING:
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
-    units = in_order(graph)
-    if not units:
-        return "no units yet\n"
-    first, last = extent(graph)
-    path = {n.unit_name for n, _ in critical_path(graph)}
     wait, run, dots = ("\u2591", "\u2588", "\u2026") if unicode else (".", "#", "~")
-    names = min(max(wide(n.unit_name) for n in units), max(12, width // 3))
-    bars = max(10, width - names - 2 - 2 - 18)
+    units, (first, last) = in_order(graph), extent(graph)
+    if not units:
+        return summary(graph) + "\n"
+    path = {n.unit_name for n, _ in critical_path(graph)}
+    label = {n.unit_name: n.unit_name if unicode else ascii(n.unit_name)[1:-1] for n in units}
+    names = min(max(map(wide, label.values())), max(8, min(width // 3, width - 32)))
+    bars = max(10, width - names - 22)
     scale = bars / (last - first) if last > first else 0.0
-    axis = [" "] * bars
-    free = 0
-    for tick in ticks(last - first, bars // 10):
-        at, label = int(tick * scale), span(tick) if tick else "0"
-        if at >= free and at + len(label) <= bars:
-            axis[at : at + len(label)] = label
-            free = at + len(label) + 1
+    axis, free = [" "] * bars, 0
+    for tick in ticks(last - first, min(10, bars // 10)):
+        at, mark = int(tick * scale), span(tick) if tick else "0"
+        if at >= free and at + len(mark) <= bars:
+            axis[at : at + len(mark)] = mark
+            free = at + len(mark) + 1
     lines = [" " * (names + 3) + "".join(axis).rstrip()]
     for n in units:
-        from_, to = begin(n) if n.waiting < 0 else n.waiting, end(n, graph.now)
-        start = n.started if n.started >= 0 else to
-        a, b = (min(bars - 1, int((t - first) * scale)) for t in (from_, start))
+        asked, start, to = phases(n, last)
+        a, b = (min(bars - 1, int((t - first) * scale)) for t in (asked, start))
         c = max(b + 1, min(bars, round((to - first) * scale)))
-        bar = " " * a + wait * (b - a) + (run if n.started >= 0 else wait) * (c - b)
-        length = ran(n, graph.now) if n.started >= 0 else to - from_
-        tail = f"{span(length):>7} {standing(n)}"
-        bar, name = bar.ljust(bars), fit(n.unit_name, names, dots)
+        ends = run if n.started >= 0 else wait if n.waiting >= 0 else " "
+        bar = (" " * a + wait * (b - a) + ends * (c - b)).ljust(bars)
+        name = fit(label[n.unit_name], names, dots)
         if colour:
-            bar, name = (
-                f"\033[{COLOURS[n.status]}m{bar}\033[0m",
-                f"\033[1m{name}\033[0m" if n.unit_name in path else name,
-            )
-        lines.append(f"{'*' if n.unit_name in path else ' '} {name} {bar} {tail}".rstrip())
-    return "\n".join(lines) + "\n\n" + summary(graph) + "\n"
+            name = f"\033[1m{name}\033[0m" if n.unit_name in path else name
+            bar = f"\033[{COLOURS[n.status]}m{bar}\033[0m"
+        lines.append(f"{'*' if n.unit_name in path else ' '} {name} {bar} {took(n, last):>7} {standing(n)}")
+    return "\n".join([*lines, "", *wrap(summary(graph), width, dots)]) + "\n"
 
 
 def blame_text(graph: Graph, most: int = 25) -> str:
-    """Units by how long they ran, and by how long others waited for them."""
+    """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
+    _, last = extent(graph)
     nodes = {n.unit_name: n for n in graph.nodes}
     held = dict.fromkeys(nodes, 0.0)
     for n in graph.nodes:
-        if n.waiting >= 0:
-            until = n.started if n.started >= 0 else end(n, graph.now)
-            for name in n.wants:
-                if name in nodes and nodes[name].status != NOT_REGISTERED:
-                    held[name] += max(0.0, min(until, end(nodes[name], graph.now)) - n.waiting)
-    rows = [(n, (ran(n, graph.now), held[n.unit_name])) for n in in_order(graph)]
+        asked, start, _ = phases(n, last)
+        for name, requirement in n.wants.items():
+            d = nodes[name]
+            met = d.started if requirement == START and d.started >= 0 else end(d, last)
+            upto, (its, began, _) = min(start, met), phases(d, last)
+            held[name] += max(0.0, upto - asked) - max(0.0, min(began, upto) - max(its, asked))
+    ran = {n.unit_name: end(n, last) - n.started if n.started >= 0 else 0.0 for n in graph.nodes}
     text = ""
-    for i, title in enumerate(("by how long they ran", "by how long others waited for them")):
-        best = sorted((row for row in rows if row[1][i] > 0), key=lambda row: -row[1][i])
-        body = [[n.unit_name, span(took[0]), span(took[1]), n.status] for n, took in best[:most]]
+    for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
+        best = sorted((n for n in graph.nodes if by[n.unit_name] > 0), key=lambda n: -by[n.unit_name])
+        body = [[n.unit_name, span(ran[n.unit_name]), span(held[n.unit_name]), n.status] for n in best[:most]]
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], body) + more + "\n"
     return text + summary(graph) + "\n"
@@ -2575,101 +2619,88 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
 
 def timeline_trace(graph: Graph) -> dict[str, Any]:
     """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds."""
-    first, _ = extent(graph)
+    first, last = extent(graph)
     events: list[dict[str, Any]] = []
     for row, n in enumerate(in_order(graph), 1):
         where = {"pid": 1, "tid": row}
         events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": n.unit_name}})
         events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": row}})
-        stop = n.started if n.started >= 0 else end(n, graph.now)
         args = {"status": n.status, "reason": n.reason, "released_by": n.released_by, "wants": list(n.wants)}
-        for kind, a, b in (("waiting", n.waiting, stop), ("running", n.started, end(n, graph.now))):
-            if a >= 0:
-                what = {"ph": "X", "cat": kind, "name": n.unit_name if kind == "running" else f"{n.unit_name} waits"}
-                events.append(
-                    {**what, **where, "ts": round((a - first) * 1e6), "dur": round((b - a) * 1e6), "args": args}
-                )
+        times = [round((t - first) * 1e6) for t in phases(n, last)]
+        for kind, name, i in (("waiting", f"{n.unit_name} waits", 0), ("running", n.unit_name, 1)):
+            if times[i + 1] > times[i] or (i and n.started >= 0):
+                what = {"ph": "X", "cat": kind, "name": name, "ts": times[i], "dur": times[i + 1] - times[i]}
+                events.append({**what, **where, "args": args})
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def xml(text: str) -> str:
     """Text for XML; what XML cannot hold is replaced."""
     text = "".join(
-        c if c >= " " and not 0xD800 <= ord(c) < 0xE000 and c not in "\ufffe\uffff" else "\ufffd" for c in text
+        c if (c >= " " and not 0xD800 <= ord(c) < 0xE000 and c not in "\ufffe\uffff") or c == "\n" else "\ufffd"
+        for c in text
     )
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
 
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
-.w{fill:#d5d9e0}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.skipped{fill:#d9a520}.started{fill:#3f7fc4}
-.pending{fill:#9aa}.g{stroke:#8884;fill:none}.z{fill:#8881}.c{stroke:#d2641e;fill:none;stroke-width:2}
-.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
+.w{fill:#d5d9e0}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}.g{stroke:#888;opacity:.3}
+.y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
+.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.completed{fill:#4fb37a}
-.failed{fill:#e26060}.h{fill:#ff9a56}.c{stroke:#ff8a3d}.m{fill:#999}}
+.failed{fill:#e26060}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
 
 
 def timeline_svg(graph: Graph) -> str:
     """The timeline as one self-contained picture."""
-    units = in_order(graph)
-    first, last = extent(graph)
-    path = critical_path(graph)
+    units, (first, last), path = in_order(graph), extent(graph), critical_path(graph)
     marked = {n.unit_name for n, _ in path}
-    left = 16 + 7.4 * min(max((wide(n.unit_name) for n in units), default=0), 36)
-    bars, row, top = 760.0, 20, 34
+    left = 16 + 7.4 * min(max((wide(n.unit_name) for n in units), default=0), 60)
+    bars, row, width = 760.0, 20, left + 910
     scale = bars / (last - first) if last > first else 0.0
-
-    def x(t: float) -> float:
-        return left + (t - first) * scale
-
     body = []
+
+    def text(x: float, y: float, content: str, more: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
+
+    def rect(kind: str, x: float, y: float, width: float, height: float) -> str:
+        return f'<rect class="{kind}" x="{x:.1f}" y="{y:.0f}" width="{width:.1f}" height="{height:.0f}"/>'
+
+    said = wrap(summary(graph), int((width - 16) / 7.4))
+    body += [text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
+    top = 18 * len(said) + 44
     foot = top + row * len(units)
-    for tick in ticks(last - first, 10):
-        at = x(first + tick)
+    for tick in ticks(last - first, 10) if units else ():
+        at = left + tick * scale
         body.append(f'<path class="g" d="M{at:.1f} {top - 8}V{foot}"/>')
-        body.append(
-            f'<text class="m" x="{at:.1f}" y="{top - 14}" text-anchor="middle">{span(tick) if tick else 0}</text>'
-        )
-    y = {n.unit_name: top + row * i for i, n in enumerate(units)}
+        for y in (top - 14, foot + 14)[: 1 + (len(units) > 30)]:
+            body.append(text(at, y, span(tick) if tick else "0", ' class="m" text-anchor="middle"'))
     for i, n in enumerate(units):
-        to = end(n, graph.now)
-        from_ = n.waiting if n.waiting >= 0 else begin(n)
-        start = n.started if n.started >= 0 else to
+        asked, start, to = phases(n, last)
         about = [f"{n.unit_name}: {n.status}" + (f" ({n.reason})" if n.reason else "")]
-        about += [f"waited {span(start - from_)}" + (f", last for {n.released_by}" if n.released_by else "")]
-        about += [f"ran {span(ran(n, graph.now))}"] if n.started >= 0 else []
+        about += [f"waited {span(start - asked)}" + (f", last for {n.released_by}" if n.released_by else "")]
+        about += [f"ran {span(to - start)}"] if n.started >= 0 else []
         about += ["depends on " + names_of(list(n.wants))] if n.wants else []
-        at = y[n.unit_name]
+        at, key = top + row * i, " k" if n.unit_name in marked else ""
         body.append(f"<g><title>{xml(chr(10).join(about))}</title>")
-        if i % 2:
-            body.append(f'<rect class="z" x="0" y="{at}" width="{left + bars + 150:.0f}" height="{row}"/>')
-        body.append(f'<text{" class=" + chr(34) + "h" + chr(34) if n.unit_name in marked else ""} x="8" y="{at + 14}">'
-                    f"{xml(fit(n.unit_name, 36).rstrip())}</text>")  # fmt: skip
-        if start > from_:
-            shade = f"{(start - from_) * scale:.1f}"
-            body.append(f'<rect class="w" x="{x(from_):.1f}" y="{at + 7}" width="{shade}" height="6"/>')
+        body.append(rect("z" if i % 2 else "y", 0, at, width, row))
+        body.append(text(8, at + 14, fit(n.unit_name, 60).rstrip(), ' class="h"' if key else ""))
+        if start > asked:
+            body.append(rect("w", left + (asked - first) * scale, at + 7, (start - asked) * scale, 6))
         if n.started >= 0:
             size = max(2.0, (to - start) * scale)
-            at_x = min(x(start), left + bars - size)
-            body.append(f'<rect class="{n.status}" x="{at_x:.1f}" y="{at + 4}" width="{size:.1f}" height="12" rx="2"/>')
-        shown = span(ran(n, graph.now)) if n.started >= 0 else "-"
-        body.append(f'<text x="{left + bars + 62:.0f}" y="{at + 14}" text-anchor="end">{shown}</text>'
-                    f'<text class="m" x="{left + bars + 70:.0f}" y="{at + 14}">{standing(n)}</text></g>')  # fmt: skip
+            body.append(rect(n.status + key, min(left + (start - first) * scale, left + bars - size), at + 4, size, 12))
+        body.append(text(left + bars + 62, at + 14, took(n, last), ' text-anchor="end"'))
+        body.append(text(left + bars + 70, at + 14, standing(n), ' class="m"') + "</g>")
+    rows = {n.unit_name: top + row * i for i, n in enumerate(units)}
     for (a, _), (b, _) in zip(path, path[1:]):
-        at = x(b.started)
-        body.append(f'<path class="c" d="M{at:.1f} {y[a.unit_name] + 16}V{y[b.unit_name] + 4}"/>')
-    words, lines = summary(graph).split(" "), [""]
-    room = int((left + bars + 130) / 7.4)
-    for word in words:
-        if lines[-1] and wide(lines[-1]) + 1 + wide(word) > room:
-            lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), room))
-    for i, line in enumerate(lines):
-        body.append(f'<text class="h" x="8" y="{foot + 26 + 18 * i}">{xml(line)}</text>')
-    wide_, high = left + bars + 150, foot + 26 + 18 * len(lines)
+        at = left + (b.started - first) * scale
+        body.append(f'<path class="c" d="M{at:.1f} {rows[a.unit_name] + 16}V{rows[b.unit_name] + 4}"/>')
+    sides = f'width="{width:.0f}" height="{foot + 24}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide_:.0f}" height="{high}" viewBox="0 0 {wide_:.0f} {high}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {sides} viewBox="0 0 {width:.0f} {foot + 24}">'
         f"<title>startup timeline</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</svg>\n"
     )
 
@@ -2768,62 +2799,60 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
 
 def why_text(graph: Graph, name: str) -> str:
-    """Why a unit stands where it stands, in sentences, down to the root cause."""
+    """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
     nodes = {n.unit_name: n for n in graph.nodes}
-    node = nodes.get(name)
-    names = [n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED]
-    if node is None or node.status == NOT_REGISTERED:
-        guess = resembling(name, names)
-        wanted = [n.unit_name for n in graph.nodes if name in n.wants]
-        text = f'"{name}" is not registered: nobody has called want, start or run on it.'
-        text += f' Did you mean "{guess}"?' if guess else ""
-        return text + (f"\nIt is wanted by {names_of(wanted)}." if wanted else "") + "\n"
-    lines = [story(node, graph.now) + "."]
-    todo = [(d, r, "  ", 1) for d, r in reversed(list(node.wants.items()))]
-    seen = {name}
-    while todo and node.status in (PENDING, SKIPPED):
-        below, requirement, lead, level = todo.pop()
-        other = nodes[below]
-        if other.status in MEETS[requirement]:
-            continue
-        guess = resembling(below, names) if other.status == NOT_REGISTERED else ""
-        need = "" if requirement == SUCCESS else f" (its {requirement} is required)"
-        lines.append(lead + story(other, graph.now) + (f'; did you mean "{guess}"?' if guess else "") + need)
-        if below not in seen and level < 20 and other.status in (PENDING, SKIPPED):
-            todo += [(d, r, lead + "  ", level + 1) for d, r in reversed(list(other.wants.items()))]
-        seen.add(below)
-    return "\n".join(lines) + "\n"
+    nodes.setdefault(name, Node(name, NOT_REGISTERED, False, False, -1.0, -1.0, -1.0, -1.0, "", "", {}))
+    known = [n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED]
+    held_up: list[str] = []
+    roots: list[str] = []
+    todo, seen = [name], {name}
+    for each in todo:
+        node = nodes[each]
+        stop = HOPELESS if node.status == SKIPPED else MEETS
+        causes = {d: r for d, r in node.wants.items() if (nodes[d].status in stop[r]) == (stop is HOPELESS)}
+        causes = causes if node.status in (PENDING, SKIPPED) else {}
+        new = [d for d in causes if d not in seen]
+        todo += new
+        seen.update(new)
+        guess = resembling(each, known) if node.status == NOT_REGISTERED and len(roots) < 20 else ""
+        (held_up if causes else roots).append(
+            story(node, graph.now, causes) + (f'; did you mean "{guess}"?' if guess else ".")
+        )
+    wanted = [n.unit_name for n in graph.nodes if name in n.wants]
+    if nodes[name].status == NOT_REGISTERED and wanted:
+        roots.append(f"It is wanted by {names_of(wanted)}.")
+    for lines, most in ((held_up, 8), (roots, 20)):
+        lines[most:] = [f"({len(lines) - most} more like these)"] if len(lines) > most else []
+    return "\n".join(held_up + roots) + "\n"
 
 
-def story(node: Node, now: float) -> str:
-    """One unit in one sentence without its full stop."""
-    name, waited = f'"{node.unit_name}"', node.started - node.waiting if node.started >= 0 else 0.0
-    by = f" by {node.owner.command} (pid {node.owner.pid})" if node.owner else ""
-    how = "at once" if waited < 0.05 else f"after waiting {span(waited)}"
-    how += f", last for {node.released_by}" if node.released_by else ""
+def story(node: Node, now: float, causes: dict[str, str]) -> str:
+    """One unit in one sentence without its full stop; `causes` are the dependencies that keep it from starting."""
+    name, reason = f'"{node.unit_name}"', f": {node.reason}" if node.reason else ""
+    what = names_of([f'"{d}"' + (f" ({r})" if r != SUCCESS else "") for d, r in causes.items()])
     if node.status == NOT_REGISTERED:
-        return f"{name} was never registered: nobody has called want, start or run on it"
+        return f"{name} is not registered: nobody has called want, start or run on it"
     if node.status == SKIPPED:
-        return f"{name} was skipped {span(now - node.ended)} ago: {node.reason}"
+        return f"{name} was skipped {span(now - node.ended)} ago" + (f" because of {what}" if what else reason)
+    if node.status == PENDING and node.is_waiting:
+        what = what or "a place among those that may run at once"
+        return f"{name} has not started: for {span(now - node.waiting)} it has been waiting for {what}"
     if node.status == PENDING:
-        if node.waiting < 0 or not node.is_waiting:
-            what = (
-                "is ready, but nobody has called start on it"
-                if node.is_ready
-                else "is not started and nobody waits to start it"
-            )
-            return f"{name} {what}" + (
-                ", since its last start gave up; its dependencies" if node.waiting >= 0 and not node.is_ready else ""
-            )
-        return f"{name} has not started: for {span(now - node.waiting)} it has been waiting for"
+        gave_up = "its start gave up, and nobody has called start again"
+        who = gave_up if node.waiting >= 0 else "nobody has called start on it"
+        return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
+    by = f" by {node.owner.command} (pid {node.owner.pid})" if node.owner else ""
+    waited = node.started - node.waiting
+    how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
+    how += f", last for {node.released_by}" if node.released_by and waited >= 0.05 else ""
     if node.status == STARTED:
         gone = node.owner is not None and node.owner.alive is False
-        still = "; that process is gone: it ended without complete" if gone else "; it is still running"
-        return f"{name} started {span(now - node.started)} ago{by}, {how}{still}"
-    length = f" after running {span(node.ended - node.started)}" if node.started >= 0 else " without having started"
-    reason = f": {node.reason}" if node.reason else ""
-    start = f" (it was started{by}, {how})" if node.started >= 0 else ""
-    return f"{name} {node.status} {span(now - node.ended)} ago{length}{reason}{start}"
+        still = "that process is gone: it ended without complete" if gone else "it is still running"
+        return f"{name} started {span(now - node.started)} ago{by}, {how}; {still}"
+    if node.started < 0:
+        return f"{name} {node.status} {span(now - node.ended)} ago without having started{reason}"
+    length = span(node.ended - node.started)
+    return f"{name} {node.status} {span(now - node.ended)} ago after running {length}{reason}; started{by} {how}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2852,6 +2881,7 @@ class Script:
     wants: list[tuple[str, str, int]]
     externs: list[str]
     timeout: float = 0.0
+    line: int = 1  # that names it
 
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
@@ -2895,7 +2925,7 @@ def header(script: Script, words: list[str], number: int) -> None:
     elif verb == "extern":
         script.externs += map(check_name, rest)
     elif verb == "unit" and len(rest) == 1:
-        script.unit = check_name(rest[0])
+        script.unit, script.line = check_name(rest[0]), number
     elif verb == "timeout" and len(rest) == 1:
         script.timeout = duration(rest[0])
     else:
@@ -2913,6 +2943,8 @@ def check_interpreter(path: str, text: bytes) -> str:
     first = text.split(b"\n", 1)[0].decode(errors="replace")
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
+    if first.endswith("\r"):
+        return "its first line ends in a carriage return; save it with Unix line ends"
     words = first[2:].split()
     program = words[0] if words else ""
     if os.path.basename(program) == "env":
@@ -2930,9 +2962,15 @@ def plan(paths: Sequence[str]) -> list[Script]:
     left_out: dict[str, str] = {}
     for given in paths:
         files = [given]
-        if os.path.isdir(given):
-            names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
-            files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+        try:
+            if os.path.isdir(given):
+                names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
+                files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+            elif not os.path.isfile(given):  # a pipe, say, which would block
+                raise OSError(0, "no such file or directory")
+        except OSError as error:
+            mistakes.append(f"{given}: cannot be read: {error.strerror}")
+            continue
         for path in files:
             try:
                 with open(path, "rb") as f:
@@ -2946,12 +2984,13 @@ def plan(paths: Sequence[str]) -> list[Script]:
                 left_out[script.unit] = path
                 continue
             if wrong:
-                mistakes.append(f"{path}: {wrong}")
+                mistakes.append(f"{script.path}:1: {wrong}")
             scripts.append(script)
     by_name: dict[str, Script] = {}
     for script in scripts:
         if script.unit in by_name:
-            mistakes.append(f'{script.path}: unit "{script.unit}" is {by_name[script.unit].path} already')
+            other = by_name[script.unit]
+            mistakes.append(f'{script.path}:{script.line}: unit "{script.unit}" is {other.path}:{other.line} already')
         by_name.setdefault(script.unit, script)
     externs = {name for script in scripts for name in script.externs}
     units = Units(time.monotonic, time.time)
@@ -2996,16 +3035,85 @@ class Job:
         self.reason = ""
 
 
+class Local(Connection):
+    """A boot's connection to the agent in its own process: a Channel whose requests are calls, without a socket."""
+
+    def __init__(self, agent: Agent) -> None:
+        from collections import deque
+        from threading import get_ident
+
+        super().__init__(None, agent.mail)
+        self._agent, self._thread, self._ident = agent, get_ident(), get_ident
+        self._messages: deque[Any] = deque()
+        self._next = 0
+        self._ends = os.pipe()  # for what other threads push
+        for fd in self._ends:
+            os.set_blocking(fd, False)
+        agent.connections.add(self)
+
+    def peer(self) -> int:
+        return os.getpid()
+
+    def reply(self, data: bytes) -> bool:
+        self._messages.append(_loads(data.decode()))
+        return True
+
+    def push(self, data: bytes) -> bool:
+        self.reply(data)
+        if self._ident() != self._thread:
+            try:
+                os.write(self._ends[1], b"!")
+            except BlockingIOError:  # it has been woken often enough
+                pass
+        return True
+
+    def request(self, method: str, **params: Any) -> int:
+        self._next += 1
+        self._agent.line(self, encode({"id": self._next, "method": method, "params": params}))
+        return self._next
+
+    def call(self, method: str, **params: Any) -> Any:
+        request = self.request(method, **params)
+        return result_of(next(m for m in self._messages if m.get("id") == request))
+
+    def receive(self, timeout: float) -> dict[str, Any] | None:
+        if not self._messages:
+            try:
+                os.read(self._ends[0], 4096)
+            except BlockingIOError:
+                pass
+        return self._messages.popleft() if self._messages else None
+
+    def more(self) -> bool:
+        return bool(self._messages)
+
+    def fileno(self) -> int:
+        return self._ends[0]
+
+    def close(self) -> None:
+        for fd in self._ends:
+            os.close(fd)
+
+
 class Boot:
     """Runs scripts in the order of their graph against an agent, hosted in the same process or not."""
 
     def __init__(self, scripts: list[Script], args: Args) -> None:
         self.jobs = {s.unit: Job(s) for s in scripts}
+        self.unfinished = len(scripts)
         self.path = ""  # of the agent's socket, once it is used
         self.args = args
         self.by_pid: dict[int, Job] = {}
         self.by_fd: dict[int, Job] = {}
-        self.groups: set[int] = set()  # of ended scripts that left processes behind
+        self.groups: dict[int, float] = {}  # of ended scripts that left processes behind -> when to kill them
+        self.later: list[Job] = []  # that may start, once the system has room for them
+        self.signals = -1  # a pipe with the numbers of those that came
+        self.log_names: dict[str, str] = {}  # file -> unit
+        for unit in self.jobs:
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+            while name in self.log_names:
+                name += "_"
+            self.log_names[name] = unit
         self.asked: dict[int, tuple[str, Job]] = {}  # id of a request -> what it was
         self.printed = b""  # on its way to standard output
         self.signal = 0  # that told us to stop
@@ -3017,30 +3125,24 @@ class Boot:
         self.tty = os.isatty(1) and not args.quiet
         self.log_trouble = self.paused = False
         self.lost = ""  # why there is no agent any more
-        self.kill_groups_at = 0.0
         self.graph: Graph | None = None
 
-    def run(self, path: str) -> int:
-        """Boot against the agent at `path`; return the exit status."""
-        import _signal as signal
+    def run(self, path: str, agent: Agent | None = None) -> int:
+        """Boot against the agent at `path`, or in this process; return the exit status.
+
+        Raises Unreachable if the agent goes away before any script has begun.
+        """
         import select
-        import threading
 
         self.path, self.env = path, environment(CODER_AGENT_SOCKET_PATH=path)
-        self.channel = Channel(path, CONNECT_TIMEOUT)
+        self.jobs, self.asked = {unit: Job(job.script) for unit, job in self.jobs.items()}, {}
+        self.unfinished = len(self.jobs)
+        self.channel = Local(agent) if agent else Channel(path, CONNECT_TIMEOUT)
+        self.catch_signals()
         self.poll = select.poll()
-        self.poll.register(self.channel.sock.fileno(), select.POLLIN)
-        taken = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD]
-        signal.pthread_sigmask(signal.SIG_BLOCK, taken)
-        self.signals, write = os.pipe()
+        self.poll.register(self.channel.fileno(), select.POLLIN)
         self.poll.register(self.signals, select.POLLIN)
-
-        def wait_for_signals() -> None:
-            while True:
-                os.write(write, bytes([signal.sigwait(taken)]))
-
-        threading.Thread(target=wait_for_signals, daemon=True).start()
-        limit = open_files() - 48  # two descriptors a script while it starts, one while it runs
+        limit = (open_files() - 48) // (2 if self.args.log_dir else 1)  # a script has a pipe, and perhaps a log
         most = max(1, min(self.args.jobs or limit, limit))
         if self.args.log_dir:
             try:
@@ -3060,10 +3162,29 @@ class Boot:
             say(self.args, "boot: staying until a signal", 2)
             self.loop(stay=True)
             code = code if self.signal else 1
-        self.write(all_of_it=True)
+        self.write(patience=1)
         if self.by_fd and not self.signal and os.fork() == 0:  # somebody must go on reading what services print
             self.pump()
         return code
+
+    def catch_signals(self) -> None:
+        """Have a thread put them into a pipe; those that we were started to ignore stay ignored."""
+        import _signal as signal
+        import threading
+
+        if self.signals >= 0:
+            return
+        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        taken = [signal.SIGCHLD, *(n for n in stops if signal.getsignal(n) != signal.SIG_IGN)]
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no ends to wait for
+        signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+        self.signals, write = os.pipe()
+
+        def wait_for_signals() -> None:
+            while True:
+                os.write(write, bytes([signal.sigwait(taken)]))
+
+        threading.Thread(target=wait_for_signals, daemon=True).start()
 
     # -- the loop -----------------------------------------------------------------------------------------
 
@@ -3071,20 +3192,24 @@ class Boot:
         """Handle whatever happens until every unit has ended, or, to stay, until a signal has been obeyed."""
         import select
 
-        while stay or not self.over():
-            if self.signal and not self.by_pid and not self.living_groups():
+        while (stay and not self.lost) or not self.over() or (self.printed and not self.signal):
+            if self.signal and not self.by_pid and not self.doomed():
                 break
+            if self.channel.more():
+                self.answers()
+                continue
             now = time.monotonic()
             due = self.keep_time(now)
             self.show_status(now)
             want_out = [(1, select.POLLOUT)] if self.printed else []
             for fd, mask in want_out:
                 self.poll.register(fd, mask)
-            ready = self.poll.poll(max(0, min(due, self.status_at if self.tty else due) - now) * 1000 + 1)
+            due = min(due, self.status_at) if self.tty and not self.printed else due
+            ready = self.poll.poll(max(0, due - now) * 1000 + 1)
             for fd, _ in want_out:
                 self.poll.unregister(fd)
             for fd, event in ready:
-                if fd == self.channel.sock.fileno():
+                if fd == self.channel.fileno():
                     self.answers()
                 elif fd == self.signals:
                     for number in os.read(fd, 4096):
@@ -3097,14 +3222,16 @@ class Boot:
         return self.finish() if not stay else 0
 
     def over(self) -> bool:
-        """Whether every unit has its outcome, and no script that was told to stop still runs."""
-        ended = all(job.outcome for job in self.jobs.values())
-        return ended and not (self.stopping and (self.by_pid or self.living_groups()))
+        """Whether every unit has its outcome, and nothing that was told to end still runs."""
+        return not self.unfinished and not (self.stopping and self.by_pid) and not self.doomed()
 
     def ask(self, method: str, job: Job, **params: Any) -> None:
         """Send a request about a job's unit; `answers` gets what comes back."""
         if not self.lost:
-            self.asked[self.channel.request(method, **params)] = (method, job)
+            try:
+                self.asked[self.channel.request(method, **params)] = (method, job)
+            except Unreachable as error:
+                self.gone(error)
 
     def answers(self) -> None:
         """Handle what the agent says."""
@@ -3114,13 +3241,19 @@ class Boot:
                 if message.get("id") in self.asked:
                     self.answer(message, *self.asked.pop(message["id"]))
                 message = self.channel.receive(0) if self.channel.more() else None
-        except Unreachable as error:  # an agent we joined has ended: what runs may finish, nothing new starts
-            self.lost = self.lost or str(error)
-            self.poll.unregister(self.channel.sock.fileno())
-            put(f"error: {error}\n", 2)
-            for job in self.jobs.values():
-                if not job.running:
-                    self.ended(job, PENDING, "the agent went away")
+        except Unreachable as error:
+            self.gone(error)
+
+    def gone(self, error: Unreachable) -> None:
+        """An agent we joined has ended: what runs may finish, nothing new starts."""
+        if not self.signal and not any(job.pid for job in self.jobs.values()):
+            raise error  # we may begin again
+        self.lost = str(error)
+        self.poll.unregister(self.channel.fileno())
+        put(f"error: {error}\n", 2)
+        for job in self.jobs.values():
+            if not job.running:
+                self.ended(job, PENDING, "the agent went away")
 
     def answer(self, message: dict[str, Any], method: str, job: Job) -> None:
         """Handle one answer about a job."""
@@ -3136,12 +3269,12 @@ class Boot:
         except AlreadyStarted:  # by another boot of the same scripts, perhaps: its outcome is ours
             self.ask("wait", job, units=[name])
         except DependencyFailed as error:
-            status = FAILED if method == "wait" and " was skipped" not in str(error) else SKIPPED
+            status = FAILED if str(error).startswith(f'dependency "{name}" failed') else SKIPPED
             self.ended(job, status, str(error).replace(f'unit "{name}" skipped: ', ""))
         except Refused as error:
-            if method == "fail":  # it had completed before its script went wrong
+            if method == "fail" and not job.why:  # it had completed before its script went wrong
                 put(f"warning: {name}: {job.reason}, after the unit had ended\n", 2)
-            elif method != "complete":
+            elif method not in ("complete", "fail"):
                 self.ended(job, FAILED, str(error))
 
     def ended(self, job: Job, status: str, reason: str) -> None:
@@ -3149,6 +3282,7 @@ class Boot:
         if job.outcome:
             return
         job.outcome, job.reason = status, job.reason or reason
+        self.unfinished -= 1
         if status != COMPLETED and self.args.fail_fast and not self.stopping:
             self.stop_all(15, "stopped: another unit failed")
 
@@ -3185,6 +3319,9 @@ class Boot:
             if job.out >= 0:
                 os.close(job.out)
                 job.out = -1
+            if self.by_pid and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+                self.later.append(job)
+                return
             job.reason = f"cannot be run: {error.strerror}"
             self.ask("fail", job, unit=script.unit, reason=job.reason)
             self.ended(job, FAILED, job.reason)
@@ -3197,7 +3334,7 @@ class Boot:
             self.poll.register(job.out, select.POLLIN)
         self.ask("wait", job, units=[script.unit])
         if self.args.log_dir and not self.log_trouble:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in script.unit)
+            name = next(name for name, unit in self.log_names.items() if unit == script.unit)
             try:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
                 job.log = os.open(os.path.join(self.args.log_dir, name + ".log"), flags, 0o644)
@@ -3218,7 +3355,7 @@ class Boot:
                 continue
             job.running = False
             if alive_group(pid):
-                self.groups.add(pid)
+                self.groups[pid] = job.kill_at
             self.output(job, last=True)
             code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
             if code == 0 and not job.why:
@@ -3233,9 +3370,14 @@ class Boot:
                 if self.lost:
                     self.ended(job, FAILED, job.reason)
 
-    def living_groups(self) -> set[int]:
-        self.groups = set(filter(alive_group, self.groups))
-        return self.groups
+    def doomed(self) -> list[int]:
+        """Groups left behind that were told to end; one that outlives KILL by a second is given up."""
+        late = time.monotonic() - 1
+        doomed = [group for group, at in self.groups.items() if at < float("inf")]
+        for group in doomed:
+            if self.groups[group] < late or not alive_group(group):
+                del self.groups[group]
+        return [group for group in doomed if group in self.groups]
 
     def got_signal(self, number: int) -> None:
         import _signal as signal
@@ -3251,9 +3393,14 @@ class Boot:
         self.stopping = True
         for job in self.by_pid.values():
             self.stop(job, number, why)
-        for group in self.living_groups():
+        for group, at in self.groups.items():
+            self.groups[group] = min(at, time.monotonic() + self.args.grace)
+        for group in self.doomed():
             signal_group(group, number)
-        self.kill_groups_at = time.monotonic() + self.args.grace
+        for job in self.later:
+            self.ask("fail", job, unit=job.script.unit, reason=why)
+            self.ended(job, PENDING, why)
+        self.later.clear()
         for request, (method, job) in list(self.asked.items()):
             if method == "start" or (method == "wait" and not job.pid):
                 self.channel.request("cancel", id=request)
@@ -3275,12 +3422,14 @@ class Boot:
                 signal_group(job.pid, 9)
                 job.kill_at = now + 1
             due = min(due, job.stop_at, job.kill_at)
-        if self.stopping and self.groups:
-            if now >= self.kill_groups_at:
-                for group in self.living_groups():
-                    signal_group(group, 9)
-            due = min(due, now + 0.05)
-        return due
+        later, self.later = self.later, []
+        for job in later:
+            self.spawn(job)
+        doomed = self.doomed()
+        for group in doomed:
+            if now >= self.groups[group]:
+                signal_group(group, 9)
+        return min(due, now + 0.05) if doomed or self.later else due
 
     # -- output -------------------------------------------------------------------------------------------
 
@@ -3293,10 +3442,13 @@ class Boot:
                 break
             if not chunk:
                 self.close_output(job)
+                last = True
                 break
             if job.log >= 0:
                 try:
-                    os.write(job.log, chunk)
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[os.write(job.log, view) :]
                 except OSError as error:
                     self.no_log(error)
             *lines, job.rest = (job.rest + chunk).split(b"\n")
@@ -3313,6 +3465,8 @@ class Boot:
         if self.colour:
             number = 31 + sum(map(ord, job.script.unit)) % 6
             name = f"\033[{number}m{name}\033[0m"
+        if self.args.quiet:
+            lines = lines[-LAST_LINES:]
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
         job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
         if not self.args.quiet:
@@ -3342,25 +3496,9 @@ class Boot:
                 else:
                     self.poll.register(fd, select.POLLIN)
 
-    def write(self, broken: bool = False, all_of_it: bool = False) -> None:
-        """Hand on what standard output takes without blocking: a pipe that is writable has room for 4 KiB.
-
-        `all_of_it` waits for a slow reader, but not for one that takes nothing for 5 seconds.
-        """
-        import select
-
-        out = select.poll()
-        out.register(1, select.POLLOUT)
-        view, at = memoryview(self.printed), 0
-        while at < len(view):
-            if not out.poll(5000 if all_of_it else 0):
-                at = len(view) if all_of_it else at
-                break
-            try:
-                at += len(view) if broken else os.write(1, view[at : at + 4096])
-            except OSError:  # nobody reads any more; the boot goes on
-                at = len(view)
-        self.printed = self.printed[at:]
+    def write(self, broken: bool = False, patience: float = 0) -> None:
+        """Hand on what standard output takes without blocking, or, with patience, with pauses of so many seconds."""
+        self.printed = b"" if broken else hand_on(self.printed, 1, patience)
 
     def no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
@@ -3390,26 +3528,49 @@ class Boot:
 
     def pump(self) -> NoReturn:
         """In a child of its own: print what services go on printing, until they end."""
-        self.poll.unregister(self.signals)
-        self.poll.unregister(self.channel.sock.fileno())
-        self.channel.close()
-        while self.by_fd:
-            for fd, _ in self.poll.poll():
-                self.output(self.by_fd[fd])
-                self.write(all_of_it=True)
-        os._exit(0)
+        import _signal as signal
+        import select
+
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2) if self.args.quiet else (0, 2):
+                os.dup2(null, fd)
+            logs = [job.log for job in self.by_fd.values()]
+            for fd in map(int, os.listdir("/dev/fd")):
+                if fd > 2 and fd not in self.by_fd and fd not in logs:  # the agent's, whose clients wait for its end
+                    try:
+                        os.close(fd)
+                    except OSError:
+                        pass
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            self.poll, self.paused = select.poll(), True
+            self.pause(False)
+            while self.by_fd:
+                for fd, _ in self.poll.poll():
+                    self.output(self.by_fd[fd])
+                    self.write(patience=1e6)
+        finally:  # and never into the parent's ways out
+            os._exit(0)
 
     # -- the end ------------------------------------------------------------------------------------------
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
         self.clear_status()
-        self.write(all_of_it=True)
-        whole = Graph(0.0, []) if self.lost else record(Graph, self.channel.call("graph"))
+        self.write(patience=1)
+        whole = Graph(0.0, [])
+        try:
+            whole = whole if self.lost else record(Graph, self.channel.call("graph"))
+        except Unreachable:  # the agent of another boot, which had no more to do either
+            pass
         mine = Graph(whole.now, [n for n in whole.nodes if n.unit_name in self.jobs])
         bad = [j for j in self.jobs.values() if j.outcome != COMPLETED]
         if bad or not self.args.quiet:
-            put(self.report(mine), 2)
+            report = self.report(mine)
+            if self.signal:  # told to stop, we do not wait for a reader that has
+                hand_on(report.encode(errors="backslashreplace"), 2, 1)
+            else:
+                put(report, 2)
         self.graph = mine
         return 128 + self.signal if self.signal else 3 if self.lost else 1 if bad else 0
 
@@ -3425,7 +3586,26 @@ class Boot:
         for job in self.jobs.values():
             if job.outcome in (SKIPPED, PENDING):
                 text += f"{'not started' if job.outcome == PENDING else SKIPPED}: {job.script.unit}: {job.reason}\n"
-        return text + summary(graph) + "\n"
+        return text + (summary(graph) + "\n" if graph.nodes else "")
+
+
+def hand_on(data: bytes, fd: int, patience: float) -> bytes:
+    """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
+
+    Waits for a slow reader, but drops what one does not take for `patience` seconds, or ever.
+    """
+    import select
+
+    out, at = select.poll(), 0
+    out.register(fd, select.POLLOUT)
+    while at < len(data):
+        if not out.poll(patience * 1000):
+            return b"" if patience else data[at:]
+        try:
+            at += os.write(fd, data[at : at + 4096])
+        except OSError:  # nobody reads any more; the boot goes on
+            break
+    return b""
 
 
 def alive_group(group: int) -> bool:
@@ -3464,8 +3644,8 @@ def open_files() -> int:
 PROGRAM = (globals().get("__file__") or "coder_sync.py").rpartition("/")[2]
 
 
-def put(text: str, fd: int = 1) -> None:
-    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on."""
+def put(text: str, fd: int = 1) -> bool:
+    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
     stream = sys.stdout if fd == 1 else sys.stderr
     data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
     try:
@@ -3473,9 +3653,11 @@ def put(text: str, fd: int = 1) -> None:
             data = data[os.write(fd, data) :]
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        return False
     except OSError as error:
         if fd == 1:
             raise SyncError(f"cannot write to standard output: {error.strerror}") from None
+    return True
 
 
 class Args:
@@ -3514,11 +3696,6 @@ def reporter(args: Args, who: str, fd: int = 1) -> Callable[[list[Dependency], f
         say(args, f"{who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more, fd)
 
     return report
-
-
-def names_of(names: Sequence[str]) -> str:
-    """Names for a message, not too many."""
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def cmd_serve(args: Args) -> int:
@@ -3666,7 +3843,8 @@ def json_text(value: Any) -> str:
 def cmd_events(args: Args) -> int:
     """Print what happened, one JSON object a line."""
     for event in client_of(args).events(args.follow):
-        put(_dumps(plain(event)) + "\n")
+        if not put(_dumps(plain(event)) + "\n"):
+            break
     return 0
 
 
@@ -3676,9 +3854,11 @@ def terminal(args: Args) -> tuple[int, bool, bool]:
     try:
         width = os.get_terminal_size(1).columns
     except OSError:
-        width = int(os.environ.get("COLUMNS", "")) if os.environ.get("COLUMNS", "").isdigit() else 100
+        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
     codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
-    return max(40, min(width, 400)), tty and not os.environ.get("NO_COLOR"), codec == "utf8"
+    locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
+    unicode = codec == "utf8" and "utf" in locale.lower()
+    return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
 
 
 def cmd_timeline(args: Args) -> int:
@@ -3711,7 +3891,7 @@ def watch(args: Args, client: Client) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     channel = Channel(client.socket_path)
-    channel.call("events", follow=True)
+    channel.call("events", follow=True, since=(1 << 31) - 1)
     if not os.isatty(1):
         began = 0.0
         while True:
@@ -3720,7 +3900,8 @@ def watch(args: Args, client: Client) -> int:
                 event: Event = record(Event, message["params"])
                 began = began or event.time
                 detail = f": {event.detail}" if event.detail else ""
-                put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n")
+                if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
+                    return 0
     graph, taken = client.graph(), time.monotonic()
     put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
     try:
@@ -3732,7 +3913,8 @@ def watch(args: Args, client: Client) -> int:
                 lines = [lines[0], *lines[len(lines) - rows + 1 :]]
             put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
             if channel.receive(1.0) is not None:
-                while channel.receive(0.05) is not None:  # a burst of events is one redraw
+                burst = time.monotonic() + 0.2  # is one redraw
+                while time.monotonic() < burst and channel.receive(0.05) is not None:
                     pass
                 graph, taken = client.graph(), time.monotonic()
     finally:
@@ -3779,12 +3961,14 @@ def cmd_boot(args: Args) -> int:
     boot = Boot(scripts, args)
     write = timeline_writer(args.timeline) if args.timeline else None
     wish = Serving(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, level=0, body=boot.run)
-    try:
-        code = boot.run(wish.path) if agent_at(wish.path) else serve(wish)
-    except Refused:
-        if boot.path or not agent_at(wish.path):
-            raise
-        code = boot.run(wish.path)  # another agent was faster
+    for tries in range(5):
+        try:
+            code = boot.run(wish.path) if agent_at(wish.path) else serve(wish)
+            break
+        except (Refused, Unreachable) as error:  # another agent was faster, or was about to end
+            if tries == 4 or (isinstance(error, Refused) and (boot.path or not agent_at(wish.path))):
+                raise
+            boot.path = ""
     if write and boot.graph:
         write(boot.graph)
     if args.command and not boot.signal and (code == 0 or args.always):
@@ -3792,6 +3976,7 @@ def cmd_boot(args: Args) -> int:
 
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         try:
             os.execvp(args.command[0], args.command)
         except OSError as error:
