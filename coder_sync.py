@@ -247,7 +247,7 @@ class Owner:
     pid: int
     command: str
     alive: bool | None = None
-    born: str = ""
+    born: str | None = None
 
 
 @dataclass
@@ -497,17 +497,21 @@ class Units:
         self._end(name, FAILED, one_line(reason), exit_code)
 
     def lose(self, name: str, ticket: Any) -> None:
-        """The holder of a start is gone: a unit that is still started by it fails, a wait for it is over."""
+        """The holder of a start is gone: its unit fails, unless it has ended, or another start of it waits."""
         unit = self.units.get(name)
-        if unit and ticket in unit.starts:
-            self._record(unit, "gave up", "its owner ended")
+        if unit is None or not self.holds(name, ticket):
+            return
+        waits = ticket in unit.starts
+        owner = unit.starts[ticket][0] if waits else unit.owner
+        who = f"process {owner.pid} ({owner.command})" if owner else "the process that held it"
+        if waits:
+            self._record(unit, "gave up", f"{who} ended while it waited")
             self._answer(ticket, Refused(f'unit "{name}" was not started: the process that was to own it has ended'))
             del unit.starts[ticket]
-        elif unit and self.holds(name, ticket):
-            o = unit.owner
-            who = f"process {o.pid} ({o.command})" if o else "the process that held it"
-            self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
-            self._propagate(unit)
+            if unit.starts or unit.status != PENDING:
+                return
+        self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
+        self._propagate(unit)
 
     def revoke(self, name: str, ticket: Any) -> None:
         """Take back a start whose answer found nobody: the unit is pending again."""
@@ -787,7 +791,7 @@ class Units:
     def _snapshot(self, unit: Unit, now: float) -> UnitStatus:
         ready = unit.unmet == 0 and unit.status != NOT_REGISTERED
         row = UnitStatus(unit.name, unit.status, ready, unit.reason, unit.exit_code)
-        row.age = round(now - unit.since, 3)
+        row.age, row.owner = round(now - unit.since, 3), unit.owner
         return row
 
     def _owner(self, unit: Unit) -> Owner | None:
@@ -872,12 +876,11 @@ def decode(line: bytes) -> Any:
 
 def _depth(line: bytes) -> int:
     """How deep the brackets of a line nest, those inside strings left out."""
-    import re
-
     depth = deepest = 0
-    for bracket in re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', b"", line):
-        depth += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, depth)
+    for text in line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]:
+        for byte in text:
+            depth += (byte in b"[{") - (byte in b"]}")
+            deepest = max(deepest, depth)
     return deepest
 
 
@@ -994,8 +997,10 @@ def error_line(request: Any, error: SyncError) -> bytes:
 
 def resembling(name: str, names: Sequence[str]) -> str:
     """The one of `names` that `name` may have been meant to be, or nothing."""
-    from difflib import get_close_matches
-
+    try:
+        from difflib import get_close_matches
+    except (ImportError, OSError):  # no descriptor left to read it with
+        return ""
     return next(iter(get_close_matches(name, names[:5000], 1, 0.7)), "")
 
 
@@ -1202,22 +1207,27 @@ class Mail:
             self.lost += 1
 
 
-def birth(pid: int) -> str:
-    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone."""
+def birth(pid: int) -> str | None:
+    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone.
+
+    None when it cannot be told: no /proc, or no descriptor left to look.
+    """
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
             fields = f.read().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]  # the 22nd in proc(5); two stand before the name's end
-    except (OSError, IndexError):
-        if os.path.exists("/proc/self/stat"):
-            return ""
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH):
+            return None
+    except IndexError:
+        return None
     try:
-        os.kill(pid, 0)  # no /proc: the best there is
+        os.kill(pid, 0)  # there may be no /proc at all
     except ProcessLookupError:
         return ""
     except OSError:
         pass
-    return "unknown"
+    return "" if os.path.exists("/proc/self/stat") else None
 
 
 def proc_line(pid: int, what: str) -> str:
@@ -1374,10 +1384,10 @@ class Agent:
             self.connections.discard(connection)
             self.mail.watchers.pop(connection, None)
             self.mail.late.pop(connection, None)
-            for ticket in list(connection.pending.values()):
-                self.units.cancel(ticket, "its caller went away")
             for ticket, unit in connection.held.items():
                 self.units.lose(unit, ticket)
+            for ticket in list(connection.pending.values()):
+                self.units.cancel(ticket, "its caller went away")
         self._flush()
 
     # -- the methods --------------------------------------------------------------------------------------
@@ -1468,9 +1478,11 @@ class Agent:
         self._suggest(status.dependencies)
         return status
 
-    def _list(self, all: bool) -> list[UnitStatus]:
+    def _list(self, all: bool) -> list[dict[str, Any]]:
         with self.lock:
-            return self.units.snapshots(all)
+            units = self.units.snapshots(all)
+        left_out = ("dependencies", "did_you_mean", "history")
+        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in units]
 
     def graph(self) -> Graph:
         """Everything, for pictures."""
@@ -1524,7 +1536,7 @@ class Agent:
         if pid:
             if not peer or len(proc_line(peer, "NSpid").split()) > 1:
                 raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
-            if pid < 0 or not birth(pid):
+            if pid < 0 or birth(pid) == "":
                 raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
         else:
             pid = peer if hold or not peer else int(proc_line(peer, "PPid") or 0)
@@ -1533,7 +1545,8 @@ class Agent:
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
-        return birth(owner.pid) == owner.born if owner.born else None
+        now = birth(owner.pid)
+        return None if now is None or not (owner.born or now == "") else now == owner.born
 
     def _watch(self, ticket: Ticket, owner: Owner) -> None:
         """Have the owners' thread notice when the process ends. Called under the lock."""
@@ -1569,10 +1582,11 @@ class Agent:
             for _, fd in owners.values():
                 if fd >= 0:
                     waiting.register(fd, POLLIN)
-            if (wake, POLLIN) in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None):
+            ready = {fd for fd, _ in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None)}
+            if wake in ready:
                 os.read(wake, 4096)
-            for ticket, (owner, _) in owners.items():
-                if not self._alive(owner):
+            for ticket, (owner, fd) in owners.items():
+                if fd in ready or (fd < 0 and self._alive(owner) is False):
                     with self.lock:
                         self.units.lose(ticket.unit, ticket)
             self._flush()
@@ -1765,7 +1779,7 @@ PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our own standard streams, pass signals on, return its exit status as a shell would.
+    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
 
     Raises CommandError if it cannot be run. What the terminal sends (Ctrl-C) goes to the whole foreground group,
     so the command has it already; only what somebody sent to us alone is passed on, and the two are told apart
@@ -1778,10 +1792,9 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
     try:
         # Python ignores these two, and `serve` blocks some for its threads; the command starts with neither.
         pid = os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: an empty name
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        missing = isinstance(error, FileNotFoundError)
-        raise CommandError(f"cannot run {command[0]}: {error.strerror}", 127 if missing else 126) from None
+        raise cannot_run(command[0], error) from None
     while True:
         if hasattr(signal, "sigwaitinfo"):
             got = signal.sigwaitinfo([*mine, signal.SIGCHLD])
@@ -1794,7 +1807,18 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
             continue
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def shell_status(code: int) -> int:
+    """The exit status that a shell gives for what `supervise` returned."""
+    return code if code >= 0 else 128 - code
+
+
+def cannot_run(program: str, error: Exception) -> CommandError:
+    """The error for a command that could not be started."""
+    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
 
 
 @dataclass
@@ -1882,7 +1906,7 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
         if wish.body:
             return wish.body(path, agent)
         if wish.command:
-            return supervise(wish.command, environment(CODER_AGENT_SOCKET_PATH=path))
+            return shell_status(supervise(wish.command, environment(CODER_AGENT_SOCKET_PATH=path)))
         while True:
             number = signal.sigwait(stops)
             if number != signal.SIGHUP or not wish.detach:
@@ -2084,6 +2108,19 @@ def result_of(message: dict[str, Any]) -> Any:
     raise kind(str(error.get("message")), error.get("data"))
 
 
+def expect(kind: type[Any], answer: Any) -> Any:
+    """Return an answer that is of the kind it should be: a list of objects, or an object. Raises Unreachable."""
+    rows = answer if isinstance(answer, list) else [answer]
+    if not isinstance(answer, kind) or not all(isinstance(row, dict) for row in rows):
+        raise Unreachable(f"the agent's answer is not one of ours: {one_line(ascii(answer))[:60]}; one version?")
+    return answer
+
+
+def missing_of(answer: Any) -> list[Dependency]:
+    """The dependencies that an answer or a notification says are missing."""
+    return [record(Dependency, row) for row in expect(list, expect(dict, answer).get("missing"))]
+
+
 def user_name(uid: int) -> str:
     """The name of a user, or its number."""
     try:
@@ -2148,23 +2185,24 @@ class Client:
             connect_timeout = duration(text) if text else CONNECT_TIMEOUT
         self.connect_timeout = connect_timeout
 
-    def _call(self, method: str, patience: float, **params: Any) -> Any:
+    def _call(self, kind: type[Any], method: str, patience: float, **params: Any) -> Any:
         channel = Channel(self.socket_path, patience)
         try:
-            return channel.call(method, **params)
+            return expect(kind, channel.call(method, **params))
         finally:
             channel.close()
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
-        answer: dict[str, Any] = self._call("ping", wait)
+        answer: dict[str, Any] = self._call(dict, "ping", wait)
         return answer
 
     def want(self, unit: str, *dependencies: str, requires: str = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        answer = self._call("want", self.connect_timeout, unit=unit, dependencies=list(dependencies), requires=requires)
-        names: list[str] = answer["dependencies"]
-        return names
+        answer = self._call(
+            dict, "want", self.connect_timeout, unit=unit, dependencies=list(dependencies), requires=requires
+        )
+        return [str(name) for name in expect(dict, answer).get("dependencies") or ()]
 
     def start(
         self,
@@ -2203,26 +2241,26 @@ class Client:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", self.connect_timeout, unit=unit, exit_code=exit_code)
+            self._call(dict, "fail", self.connect_timeout, unit=unit, exit_code=exit_code)
         else:
-            self._call("complete", self.connect_timeout, unit=unit)
+            self._call(dict, "complete", self.connect_timeout, unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", self.connect_timeout, unit=unit, reason=reason)
+        self._call(dict, "fail", self.connect_timeout, unit=unit, reason=reason)
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._call("status", 0, unit=unit))
+        status: UnitStatus = record(UnitStatus, self._call(dict, "status", 0, unit=unit))
         return status
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return [record(UnitStatus, row) for row in self._call("list", 0, all=everything)]
+        return [record(UnitStatus, row) for row in self._call(list, "list", 0, all=everything)]
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._call("graph", 0))
+        graph: Graph = record(Graph, self._call(dict, "graph", 0))
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
@@ -2276,7 +2314,8 @@ class Start:
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, result["dependencies"], time.monotonic() - began)
+        names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
+        self.result = Started(self.unit, names, time.monotonic() - began)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -2319,18 +2358,18 @@ def wait_for(
             report_at += REPORT_EVERY
             report = channel.request("missing", id=request) if on_wait else 0
         elif message.get("method") == "waiting" and on_wait:
-            on_wait([record(Dependency, d) for d in message["params"]["missing"]], 0.0)
+            on_wait(missing_of(message.get("params")), 0.0)
         elif message.get("id") == request or message.get("id") is None:
             return result_of(message)
         elif message.get("id") == report and on_wait:
-            on_wait([record(Dependency, d) for d in result_of(message)], time.monotonic() - began)
+            on_wait(missing_of({"missing": result_of(message)}), time.monotonic() - began)
     cancel, missing = channel.request("cancel", id=request), []
     message = channel.receive(5.0)
     while message is not None:
         if message.get("id") == request:
             return result_of(message)
         if message.get("id") == cancel:
-            missing = [record(Dependency, d) for d in result_of(message)["missing"]]
+            missing = missing_of(result_of(message))
             break
         message = channel.receive(5.0)
     raise TimedOut(f"timeout waiting for {'dependencies of ' if method == 'start' else ''}{what}", missing)
@@ -2561,12 +2600,11 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     names = min(max(map(wide, label.values())), max(8, min(width // 3, width - 32)))
     bars = max(10, width - names - 22)
     scale = bars / (last - first) if last > first else 0.0
-    axis, free = [" "] * bars, 0
+    axis = [" "] * bars
     for tick in ticks(last - first, min(10, bars // 10)):
         at, mark = int(tick * scale), span(tick) if tick else "0"
-        if at >= free and at + len(mark) <= bars:
+        if at + len(mark) <= bars:
             axis[at : at + len(mark)] = mark
-            free = at + len(mark) + 1
     lines = [" " * (names + 3) + "".join(axis).rstrip()]
     for n in units:
         asked, start, to = phases(n, last)
@@ -3192,9 +3230,7 @@ class Boot:
         """Handle whatever happens until every unit has ended, or, to stay, until a signal has been obeyed."""
         import select
 
-        while (stay and not self.lost) or not self.over() or (self.printed and not self.signal):
-            if self.signal and not self.by_pid and not self.doomed():
-                break
+        while not self.over(stay) or (self.printed and not self.signal):
             if self.channel.more():
                 self.answers()
                 continue
@@ -3221,9 +3257,10 @@ class Boot:
             self.pause(len(self.printed) >= 1 << 18)
         return self.finish() if not stay else 0
 
-    def over(self) -> bool:
-        """Whether every unit has its outcome, and nothing that was told to end still runs."""
-        return not self.unfinished and not (self.stopping and self.by_pid) and not self.doomed()
+    def over(self, stay: bool) -> bool:
+        """Whether every unit has its outcome (to stay: a signal has come) and nothing that was told to end still runs."""
+        done = bool(self.signal or self.lost) if stay else not self.unfinished
+        return done and not (self.stopping and self.by_pid) and not self.doomed()
 
     def ask(self, method: str, job: Job, **params: Any) -> None:
         """Send a request about a job's unit; `answers` gets what comes back."""
@@ -3354,7 +3391,7 @@ class Boot:
             if job is None:
                 continue
             job.running = False
-            if alive_group(pid):
+            if alive_groups([pid]):
                 self.groups[pid] = job.kill_at
             self.output(job, last=True)
             code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
@@ -3372,10 +3409,10 @@ class Boot:
 
     def doomed(self) -> list[int]:
         """Groups left behind that were told to end; one that outlives KILL by a second is given up."""
-        late = time.monotonic() - 1
-        doomed = [group for group, at in self.groups.items() if at < float("inf")]
+        late, doomed = time.monotonic() - 1, [group for group, at in self.groups.items() if at < float("inf")]
+        alive = alive_groups(doomed)
         for group in doomed:
-            if self.groups[group] < late or not alive_group(group):
+            if self.groups[group] < late or group not in alive:
                 del self.groups[group]
         return [group for group in doomed if group in self.groups]
 
@@ -3608,15 +3645,29 @@ def hand_on(data: bytes, fd: int, patience: float) -> bytes:
     return b""
 
 
-def alive_group(group: int) -> bool:
-    """Whether a process group has members; while it has, its number is not given to another."""
-    try:
-        os.killpg(group, 0)
-        return True
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+def alive_groups(groups: Iterable[int]) -> set[int]:
+    """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
+    alive = set()
+    for group in groups:
+        try:
+            os.killpg(group, 0)
+            alive.add(group)
+        except ProcessLookupError:
+            pass
+        except OSError:
+            alive.add(group)
+    if not alive or not os.path.isdir("/proc/self"):
+        return alive
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as f:
+                state, _, group = f.read().rpartition(b")")[2].split()[:3]
+        except OSError:
+            continue
+        if state != b"Z":
+            found.add(int(group))
+    return alive & found
 
 
 def signal_group(group: int, number: int) -> None:
@@ -3685,17 +3736,25 @@ def say(args: Args, text: str, fd: int = 1) -> None:
             pass
 
 
-def reporter(args: Args, who: str, fd: int = 1) -> Callable[[list[Dependency], float], None] | None:
-    """A callback that says what a wait lacks."""
-    if args.quiet:
-        return None
+class Reporter:
+    """Says what a wait lacks; `waited` is whether there was one."""
 
-    def report(missing: list[Dependency], waited: float) -> None:
+    def __init__(self, args: Args, who: str, fd: int = 1) -> None:
+        self.args, self.who, self.fd, self.waited = args, who, fd, False
+
+    def __call__(self, missing: list[Dependency], waited: float) -> None:
+        self.waited = True
         how = f"still waiting after {span(waited)}" if waited else "waiting"
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
-        say(args, f"{who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more, fd)
+        say(self.args, f"{self.who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more, self.fd)
 
-    return report
+    def started(self, started: Started) -> str:
+        """What a start found."""
+        if not started.dependencies:
+            return "started; it has no dependencies"
+        if self.waited:
+            return f"started after {span(started.waited)}"
+        return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
 def cmd_serve(args: Args) -> int:
@@ -3703,7 +3762,7 @@ def cmd_serve(args: Args) -> int:
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
         put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
-        return supervise(args.command, environment()) if args.command else 0
+        return shell_status(supervise(args.command, environment())) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
@@ -3715,11 +3774,13 @@ def cmd_serve(args: Args) -> int:
     wish.timeline = timeline_writer(args.timeline) if args.timeline else wish.timeline
     wish.mode = args.mode or (0o660 if args.group else 0o600)
     wish.group = group_id(args.group) if args.group else -1
-    if not args.command or args.socket_path:
+    if not args.command:
         return serve(wish)
     import tempfile
 
     try:
+        if args.socket_path:
+            return serve(wish)
         with tempfile.TemporaryDirectory(prefix="coder-sync-") as private:
             wish.path = os.path.join(private, "agent.sock")
             wish.level = 2 * args.verbose  # the command's output is what matters here
@@ -3768,7 +3829,9 @@ def cmd_ping(args: Args) -> int:
     """Say whether an agent answers."""
     client = client_of(args)
     answer = client.ping(args.wait)
-    about = f"pid {answer['pid']}, version {answer['version']}, up {span(answer['uptime'])}"
+    up = answer.get("uptime")
+    about = f"pid {answer.get('pid')}, version {answer.get('version')}"
+    about += f", up {span(up)}" if isinstance(up, (int, float)) else ""
     put(f"agent at {client.socket_path}: {about}\n")
     return 0
 
@@ -3782,20 +3845,11 @@ def cmd_want(args: Args) -> int:
 
 def cmd_start(args: Args) -> int:
     """Wait until a unit may run, and mark it started."""
-    started = client_of(args).start(
-        args.unit, args.want, args.requires, args.timeout, args.pid, reporter(args, f"{args.unit}: ")
-    )
-    say(args, f"{args.unit}: {started_text(started)}")
+    report = Reporter(args, f"{args.unit}: ")
+    on_wait = None if args.quiet else report
+    started = client_of(args).start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait)
+    say(args, f"{args.unit}: {report.started(started)}")
     return 0
-
-
-def started_text(started: Started) -> str:
-    """What a start found."""
-    if not started.dependencies:
-        return "started; it has no dependencies"
-    if started.waited < 0.05:
-        return f"started; satisfied already: {names_of(started.dependencies)}"
-    return f"started after {span(started.waited)}"
 
 
 def cmd_complete(args: Args) -> int:
@@ -3814,8 +3868,9 @@ def cmd_fail(args: Args) -> int:
 
 def cmd_wait(args: Args) -> int:
     """Wait for units without being one."""
-    took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=reporter(args, ""))
-    say(args, f"{names_of(args.units)}: done" + (f" after {span(took)}" if took >= 0.05 else ""))
+    report = Reporter(args, "")
+    took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+    say(args, f"{names_of(args.units)}: done" + (f" after {span(took)}" if report.waited else ""))
     return 0
 
 
@@ -3829,7 +3884,11 @@ def cmd_status(args: Args) -> int:
 def cmd_list(args: Args) -> int:
     """Show all units."""
     units = client_of(args).list(args.all)
-    put(json_text(plain(units)) if args.output == "json" else list_text(units, args.column))
+    if args.output == "json":
+        keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner")
+        put(json_text([{k: plain(getattr(u, k)) for k in keys} for u in units]))
+    else:
+        put(list_text(units, args.column))
     return 0
 
 
@@ -3961,14 +4020,16 @@ def cmd_boot(args: Args) -> int:
     boot = Boot(scripts, args)
     write = timeline_writer(args.timeline) if args.timeline else None
     wish = Serving(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, level=0, body=boot.run)
-    for tries in range(5):
+    for tries in range(100):
         try:
             code = boot.run(wish.path) if agent_at(wish.path) else serve(wish)
             break
-        except (Refused, Unreachable) as error:  # another agent was faster, or was about to end
-            if tries == 4 or (isinstance(error, Refused) and (boot.path or not agent_at(wish.path))):
+        except (Refused, Unreachable) as error:  # another agent was faster, is about to begin, or to end
+            other = tries < 3 or agent_at(wish.path) or os.path.lexists(wish.path + ".lock")
+            if tries == 99 or (isinstance(error, Refused) and (boot.path or not other)):
                 raise
             boot.path = ""
+            time.sleep(0.03)
     if write and boot.graph:
         write(boot.graph)
     if args.command and not boot.signal and (code == 0 or args.always):
@@ -3979,9 +4040,8 @@ def cmd_boot(args: Args) -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         try:
             os.execvp(args.command[0], args.command)
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            raise CommandError(f"cannot run {args.command[0]}: {error.strerror}", 127 if missing else 126) from None
+        except (OSError, ValueError) as error:
+            raise cannot_run(args.command[0], error) from None
     return code
 
 
@@ -3998,18 +4058,18 @@ def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
     env = environment(CODER_SYNC_UNIT=args.unit)
     client = client_of(args)
-    start = Start(
-        client, args.unit, args.want, args.requires, args.timeout, 0, reporter(args, f"{args.unit}: ", 2), hold=True
-    )
+    report = Reporter(args, f"{args.unit}: ", 2)
+    on_wait = None if args.quiet else report
+    start = Start(client, args.unit, args.want, args.requires, args.timeout, 0, on_wait, hold=True)
     try:
         start.__enter__()
     except Unreachable as error:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return supervise(args.command, env)
-    if start.result.waited >= 0.05 and start.result.dependencies:
-        say(args, f"{args.unit}: {started_text(start.result)}", 2)
+        return shell_status(supervise(args.command, env))
+    if report.waited:
+        say(args, f"{args.unit}: {report.started(start.result)}", 2)
     try:
         code, why = supervise(args.command, env), ""
     except CommandError as error:
@@ -4017,13 +4077,13 @@ def cmd_run(args: Args) -> int:
         put(f"error: {args.unit}: {error}\n", 2)
     try:
         if code:
-            signal = f"killed by signal {code - 128}" if code > 128 and not why else ""
-            start.channel.call("fail", unit=args.unit, reason=why or signal, exit_code=code)
+            why = why or (f"killed by signal {-code}" if code < 0 else "")
+            start.channel.call("fail", unit=args.unit, reason=why, exit_code=shell_status(code))
         else:
             start.channel.call("complete", unit=args.unit)
     except SyncError as error:
-        put(f"warning: {args.unit}: its outcome (exit code {code}) could not be reported: {error}\n", 2)
-    return code
+        put(f"warning: {args.unit}: its outcome (exit code {shell_status(code)}) could not be reported: {error}\n", 2)
+    return shell_status(code)
 
 
 @dataclass

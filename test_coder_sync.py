@@ -964,7 +964,16 @@ def test_a_start_that_waits_for_a_lost_owner_is_told_and_never_wins(units: Units
         'unit "b" was not started: the process that was to own it has ended',
     )
     bring(units, "a", "completed")
-    assert (units.status("b").status, answers(units)) == ("pending", {})
+    assert (units.status("b").status, answers(units)) == ("failed", {})
+    assert units.status("b").reason == "lost: the process that held it ended without completing"
+
+
+def test_losing_one_of_two_starts_that_wait_leaves_the_unit_to_the_other(units: Units) -> None:
+    units.start("b", "t1", ["a"])
+    units.start("b", "t2")
+    units.lose("b", "t1")
+    bring(units, "a", "completed")
+    assert answers(units)["t2"] == {"dependencies": ["a"]}
 
 
 def test_losing_a_holder_that_has_completed_changes_nothing(units: Units) -> None:
@@ -1341,6 +1350,8 @@ class Model:
         if ticket in self.starts:
             del self.starts[ticket]
             self.told[ticket] = Refused
+            if unit not in self.starts.values() and self.status(unit) == "pending":
+                self.statuses[unit] = "failed"
         elif self.status(unit) == "started" and self.holders[unit] == ticket:
             self.statuses[unit] = "failed"
 
