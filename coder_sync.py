@@ -371,7 +371,8 @@ class Unit:
 class Pool:
     """Units of which at most `limit` are to be started at once; `ready` are those that wait for nothing else.
 
-    What one pool's living owner has completed, a start in another does not do again: two boots of one directory.
+    A start in a pool is that of a boot, and another boot of the same scripts may be on its way. So what somebody else
+    has started, or completed while its owner lives, is waited for; the answer then names the unit itself.
     """
 
     def __init__(self, limit: int) -> None:
@@ -453,8 +454,10 @@ class Units:
         """
         unit = self.want(name, dependencies, requires)
         done = pool and unit.status == COMPLETED and unit.owner and self.alive(unit.owner)
-        if unit.status == STARTED or done:
-            raise AlreadyStarted(f'unit "{name}" is already {unit.status}{self._by(unit)}')
+        if pool and (unit.status == STARTED or done):
+            return self.wait([name], ticket)
+        if unit.status == STARTED:
+            raise AlreadyStarted(f'unit "{name}" is already started{self._by(unit)}')
         self._check_waits()
         verdict = self._verdict(unit) if unit.status == SKIPPED else ""
         if verdict:
@@ -627,6 +630,9 @@ class Units:
             del unit.starts[ticket]
             unit.holder, unit.owner = ticket, owner
             self._set(unit, STARTED)
+            for other in [t for t, (_, pool) in unit.starts.items() if pool]:
+                del unit.starts[other], self._waits[other]
+                self.wait([unit.name], other)
             self._tell(unit, AlreadyStarted, f'unit "{unit.name}" is already started{self._by(unit)}')
             if not unit.name:
                 self._unlink(unit)
@@ -924,7 +930,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4096
-MAX_PENDING = 20_000  # requests of one connection that wait
+MAX_PENDING = 10_000  # requests of one connection that wait
 MAX_BACKLOG = 4 << 20  # bytes that may wait for one connection
 MAX_QUEUE = 200_000  # log lines and events on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
@@ -1021,19 +1027,21 @@ class Connection:
         self.owner: Owner | None = None  # who started a unit here last
         self._mutex = Lock()  # guards the three below; never held while blocking
         self._busy = False  # our own thread is sending and may block
+        self._first = b""  # what was late when it began
         self._queue: list[bytes] = []
         self._size = 0  # bytes in the queue
 
     def hold_back(self) -> None:
         """Keep what other threads push until the next `reply`."""
         with self._mutex:
-            self._busy = True
+            self._busy, self._first = True, self._take()
 
     def reply(self, data: bytes) -> bool:
         """Send from the connection's own thread; may block for SEND_TIMEOUT."""
         with self._mutex:
-            self._busy = True
-            data = self._take() + data
+            first = self._first if self._busy else self._take()  # what was pushed since hold_back comes after
+            self._busy, self._first = True, b""
+            data = first + data
         while data:
             try:
                 self.sock.sendall(data)
@@ -1882,7 +1890,8 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
     import threading
 
     stops = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})  # for all threads; taken by sigwait below
+    passed_on = {getattr(signal, name) for name in PASSED_ON} if wish.command or wish.body else set()
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops | passed_on | {signal.SIGCHLD})  # for all threads to come
     try:
         mail = Mail(wish.level, wish.log_file or None)
         if wish.pid_file:
@@ -3258,7 +3267,7 @@ class Boot:
         return self.finish() if not stay else 0
 
     def over(self, stay: bool) -> bool:
-        """Whether every unit has its outcome (to stay: a signal has come) and nothing that was told to end still runs."""
+        """Whether every unit has its outcome (to stay: a signal came) and nothing that was told to end still runs."""
         done = bool(self.signal or self.lost) if stay else not self.unfinished
         return done and not (self.stopping and self.by_pid) and not self.doomed()
 
@@ -3296,15 +3305,15 @@ class Boot:
         """Handle one answer about a job."""
         name = job.script.unit
         try:
-            result_of(message)
-            if method == "start" and self.stopping:
+            result = result_of(message)
+            if method == "start" and result["dependencies"] == [name]:  # another boot has run it
+                self.ended(job, COMPLETED, "")
+            elif method == "start" and self.stopping:
                 self.ask("fail", job, unit=name, reason="the boot was stopped")
             elif method == "start" and not job.outcome:
                 self.spawn(job)
             elif method == "wait":  # for the end of the unit, which its script, or another, may have reported
                 self.ended(job, COMPLETED, "")
-        except AlreadyStarted:  # by another boot of the same scripts, perhaps: its outcome is ours
-            self.ask("wait", job, units=[name])
         except DependencyFailed as error:
             status = FAILED if str(error).startswith(f'dependency "{name}" failed') else SKIPPED
             self.ended(job, status, str(error).replace(f'unit "{name}" skipped: ', ""))
@@ -3662,11 +3671,11 @@ def alive_groups(groups: Iterable[int]) -> set[int]:
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/stat", "rb") as f:
-                state, _, group = f.read().rpartition(b")")[2].split()[:3]
+                state, _, its_group = f.read().rpartition(b")")[2].split()[:3]
         except OSError:
             continue
         if state != b"Z":
-            found.add(int(group))
+            found.add(int(its_group))
     return alive & found
 
 

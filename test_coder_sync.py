@@ -7,20 +7,33 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import fcntl
+import grp
 import itertools
 import json
 import os
+import pty
+import pwd
 import random
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
+import stat
+import struct
 import subprocess
 import sys
+import tempfile
+import termios
+import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -30,8 +43,10 @@ from coder_sync import (
     Client,
     CycleError,
     DependencyFailed,
+    Graph,
     InvalidParams,
     NotRegistered,
+    Owner,
     ParseError,
     Refused,
     Units,
@@ -2188,6 +2203,3705 @@ def check_starts(events: list[float], answered: list[tuple[float, float]], unkno
             assert moment <= mine[1], "an answer without its event"
             left.remove(mine)
     assert left == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# More helpers: lines from pipes, an agent with other constants, strangers, and a bystander.
+# ---------------------------------------------------------------------------------------------------------
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+COUNT = itertools.count()
+CATCH = """
+import os, signal
+def caught(number, frame):
+    os.write(1, b"got %d\\n" % number)
+    if number == signal.SIGTERM:
+        os._exit(9)
+for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2"):
+    signal.signal(getattr(signal, "SIG" + name), caught)
+os.write(1, b"ready\\n")
+while True:
+    signal.pause()
+"""
+PYTHON = [sys.executable, "-IS", "-c"]
+SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
+
+
+def line_of(pipe: Any) -> str:
+    """The next line from a process, without reading ahead."""
+    data = b""
+    while not data.endswith(b"\n"):
+        assert select.select([pipe], [], [], PATIENCE)[0], f"nothing more after {data!r}"
+        byte = os.read(pipe.fileno(), 1)
+        if not byte:
+            break
+        data += byte
+    return data.decode()
+
+
+def stopped(agent: subprocess.Popen[str], number: int = signal.SIGTERM) -> subprocess.CompletedProcess[str]:
+    """Send a signal and wait for the end."""
+    agent.send_signal(number)
+    return finish(agent)
+
+
+def altered(changes: str, *argv: str) -> list[str]:
+    """A command line of coder_sync with some of the module's names set to other values."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync\n{changes}\ncoder_sync.main(sys.argv[1:])"
+    return [sys.executable, "-S", "-c", code, *argv]
+
+
+def stranger(*argv: str) -> list[str]:
+    """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
+    modules = (
+        "fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver, tempfile, threading"
+    )
+    changes = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid(65534)"
+    return altered(changes, *argv)
+
+
+def served(world: World) -> None:
+    """Assert that another client is served as if nothing had happened."""
+    unit = f"bystander-{next(COUNT)}"
+    assert world.client.start(unit, timeout=PATIENCE).dependencies == []
+    world.client.complete(unit)
+    assert world.status(unit) == "completed"
+
+
+def run_waits(process: subprocess.Popen[str], world: World, *units: str) -> subprocess.Popen[str]:
+    """Return the process once these units wait in the agent."""
+    world.waiting(*units)
+    return process
+
+
+def use_up(world: World, pid: int) -> list[Peer]:
+    """Leave an agent no descriptors; return the connections that have them."""
+    descriptors = f"/proc/{pid}/fd"
+    limit = max(map(int, os.listdir(descriptors))) + 4
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
+    peers = [world.connect() for _ in range(30)]
+    until(lambda: len(os.listdir(descriptors)) == limit, "descriptors used up")
+    return peers
+
+
+def free(world: World, pid: int, peers: list[Peer]) -> None:
+    """Close connections, and return once the agent has closed them too."""
+    for peer in peers:
+        peer.close()
+    world.client.ping(wait=PATIENCE)
+    until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] - 3)
+
+
+def kinds_of(world: World, unit: str) -> list[str]:
+    """What happened to a unit, in order."""
+    return [e.kind for e in world.client.events() if e.unit == unit]
+
+
+def happened(world: World, unit: str, kind: str) -> None:
+    """Return once this happened to a unit."""
+    until(lambda: kind in kinds_of(world, unit), f"{unit}: {kind}")
+
+
+def alive(pid: int) -> bool:
+    return bool(coder_sync.birth(pid))
+
+
+class Ended(BaseException):
+    """What os._exit raises in `Call`."""
+
+
+class Call:
+    """A call of the command line inside this process: for what it says and how it ends, at no interpreter's start."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capfd, self.monkeypatch = capfd, monkeypatch
+
+    def __call__(self, world: World, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        def end(code: int) -> None:
+            raise Ended(code)
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(coder_sync.os, "_exit", end)
+            patch.setattr(sys, "argv", [str(FILE), *words])
+            for name, value in {"CODER_AGENT_SOCKET_PATH": world.path, **env}.items():
+                patch.setenv(name, value)
+            self.capfd.readouterr()
+            with pytest.raises(Ended) as caught:
+                coder_sync.main()
+            out, err = self.capfd.readouterr()
+        return subprocess.CompletedProcess(words, caught.value.args[0], out, err)
+
+    def ok(self, world: World, *words: str) -> str:
+        """A call that must succeed; return what it printed."""
+        done = self(world, *words)
+        assert done.returncode == 0, done
+        return str(done.stdout)
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    return Call(capfd, monkeypatch)
+
+
+@contextlib.contextmanager
+def detached(world: World, *options: str, **popen: Any) -> Iterator[int]:
+    """An agent in the background; gives its pid."""
+    done = world.run("serve", "--detach", *options, **popen)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    pid = world.client.ping()["pid"]  # no retries: it must be there
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: not alive(pid), "the end of the detached agent")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """An agent that many badly behaved clients share."""
+    world = World(tmp_path_factory.mktemp("shared"))
+    world.serve()
+    yield world
+    world.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input: a clear error for the one who caused it, and nothing changes for anyone else.
+# ---------------------------------------------------------------------------------------------------------
+
+ODD_LINES = {
+    "text": b"garbage\n",
+    "binary": bytes(range(14, 256)) + b"\n",
+    "not utf-8": b'{"jsonrpc":"2.0","id":1,"method":"p\xffng"}\n',
+    "surrogates": b'"\xed\xa0\x80"\n',
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "half an object": b'{"jsonrpc":"2.0","id":1,\n',
+    "two values": b'{"jsonrpc":"2.0","id":1,"method":"ping"} {}\n',
+    "not a number": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}\n',
+    "deep list": b"[" * 50_000 + b"\n",
+    "deep objects": b'{"a":' * 10_000 + b"\n",
+    "deep and closed": b"[" * 30_000 + b"]" * 30_000 + b"\n",
+    "deep parameter": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":' + b"[" * 40 + b"]" * 40 + b"}\n",
+    "nul bytes": b"\0\0\0\n",
+    "huge number": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"list","params":{}\n',
+}
+
+
+@pytest.mark.parametrize("data", ODD_LINES.values(), ids=ODD_LINES.keys())
+def test_garbage_is_answered_with_an_error_and_hung_up_on(shared: World, data: bytes) -> None:
+    peer = shared.connect()
+    peer.send(data)
+    answer = peer.read()
+    assert answer["error"]["code"] == -32700
+    assert answer["id"] is None
+    assert peer.read() is None
+    served(shared)
+
+
+NO_REQUESTS = {
+    "number": b"1",
+    "string": b'"ping"',
+    "null": b"null",
+    "list": b"[]",
+    "batch": b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]',
+    "empty": b"{}",
+    "version 1": b'{"jsonrpc":"1.0","id":1,"method":"ping"}',
+    "no version": b'{"id":1,"method":"ping"}',
+    "no method": b'{"jsonrpc":"2.0","id":1}',
+    "method a number": b'{"jsonrpc":"2.0","id":1,"method":7}',
+    "method a list": b'{"jsonrpc":"2.0","id":1,"method":["ping"]}',
+    "id null": b'{"jsonrpc":"2.0","id":null,"method":"ping"}',
+    "id true": b'{"jsonrpc":"2.0","id":true,"method":"ping"}',
+    "id a fraction": b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}',
+    "id a list": b'{"jsonrpc":"2.0","id":[],"method":"ping"}',
+    "id an object": b'{"jsonrpc":"2.0","id":{},"method":"ping"}',
+    "start without id": b'{"jsonrpc":"2.0","method":"start","params":{"unit":"never"}}',
+}
+
+
+@pytest.mark.parametrize("line", NO_REQUESTS.values(), ids=NO_REQUESTS.keys())
+def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: World, line: bytes) -> None:
+    peer = shared.connect()
+    peer.send(line + b"\n")
+    assert peer.read()["error"]["code"] == -32600
+    assert peer.call("ping", "again")["id"] == "again"
+    assert shared.status("never") == "not registered"
+
+
+@pytest.mark.parametrize("method", ["", "Ping", "stop", "_stop", "__init__", "x" * 1000, "a\nb"])
+def test_unknown_methods_are_refused(shared: World, method: str) -> None:
+    answer = shared.connect().call(method)
+    assert answer["error"]["code"] == -32601
+    assert answer["error"]["message"].startswith("no such method: ")
+    assert "\n" not in answer["error"]["message"]
+
+
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    1,
+    2**31,
+    -(2**31),
+    10**30,
+    1.5,
+    "x",
+    [],
+    ["x"],
+    [1],
+    ["x", None],
+    [["x"]],
+    {},
+]
+
+
+def fits(default: Any, value: Any) -> bool:
+    """Whether a parameter of METHODS takes a value."""
+    if default is object:
+        return type(value) in (str, int)
+    kind = default if isinstance(default, type) else type(default)
+    if kind is list:
+        return type(value) is list and all(type(v) is str for v in value)
+    return type(value) is kind and (kind is not int or abs(value) < 2**31)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter"), [(m, p) for m, spec in coder_sync.METHODS.items() for p in spec], ids=str
+)
+def test_a_parameter_of_the_wrong_type_is_refused(shared: World, method: str, parameter: str) -> None:
+    spec = coder_sync.METHODS[method]
+    peer = shared.connect()
+    for value in ODD_VALUES:
+        if not fits(spec[parameter], value):
+            required = {k: "x" for k, v in spec.items() if isinstance(v, type)}
+            answer = peer.call(method, **{**required, parameter: value})
+            assert answer["error"]["code"] == -32602, value
+            assert f'"{parameter}"' in answer["error"]["message"]
+    served(shared)
+
+
+@pytest.mark.parametrize("method", coder_sync.METHODS)
+def test_unknown_missing_and_superfluous_parameters_are_refused(shared: World, method: str) -> None:
+    spec = coder_sync.METHODS[method]
+    required = {k: "x" for k, v in spec.items() if isinstance(v, type)}
+    peer = shared.connect()
+    wrong: list[Any] = [{**required, "colour": 1}, ["x"] * (len(spec) + 1), "x", 7, None]
+    wrong += [{k: v for k, v in required.items() if k != name} for name in required]
+    for params in wrong:
+        peer.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n")
+        assert peer.read()["error"]["code"] == -32602, params
+
+
+@pytest.mark.parametrize("requires", ["", "Success", "ended", "completed"])
+@pytest.mark.parametrize("method", ["want", "start", "wait"])
+def test_an_unknown_requirement_is_refused_by_the_agent(shared: World, method: str, requires: str) -> None:
+    names = {"units": ["x"]} if method == "wait" else {"unit": "odd", "dependencies": ["x"]}
+    answer = shared.connect().call(method, requires=requires, **names)
+    assert "no such requirement" in answer["error"]["message"]
+    assert shared.status("odd") == "not registered"
+
+
+REFUSED_NAMES = {
+    "empty": "",
+    "too long": "x" * 256,
+    "too long in bytes": "\u00e4" * 128,
+    "line break": "a\nb",
+    "tab": "a\tb",
+    "escape": "\x1b[31m",
+    "nul": "\0",
+    "delete": "\x7f",
+    "line separator": "a\u2028b",
+    "right to left override": "\u202eabc",
+    "lone surrogate": "\ud800",
+    "zero width": "a\u200bb",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_NAMES.values(), ids=REFUSED_NAMES.keys())
+def test_bad_names_are_refused_in_one_printable_line(shared: World, name: str) -> None:
+    peer = shared.connect()
+    for method in ("want", "start", "complete", "fail", "status", "wait"):
+        key = {"units": [name]} if method == "wait" else {"unit": name}
+        error = peer.call(method, **key)["error"]
+        assert error["message"].startswith("a unit name" if not name else "unit name "), method
+        assert error["message"].isprintable()
+        assert len(error["message"]) < 200
+    error = peer.call("want", unit="fine", dependencies=["one", name])["error"]
+    assert "unit name" in error["message"]
+    assert shared.status("one") == shared.status("fine") == "not registered"
+
+
+TAKEN_NAMES = [
+    "x" * 255,
+    "\u00e4" * 127,
+    'coder_script.startup_unit["health-check"]',
+    "<module>.git-clone",
+    "a\\b",
+]
+TAKEN_NAMES += [
+    "Clone repository",
+    "-",
+    "--help",
+    "--",
+    "\u4f60\u597d \U0001f600",
+    " ",
+    "%s%n{0}",
+    "$(id)",
+    "[[[{{{" * 20,
+]
+
+
+@pytest.mark.parametrize("name", TAKEN_NAMES)
+def test_every_printable_name_up_to_255_bytes_can_be_used(shared: World, name: str) -> None:
+    shared.client.want(name, name + "!" if len(name) < 200 else "other")
+    assert shared.client.status(name).unit_name == name
+    assert name in [u.unit_name for u in shared.client.list()]
+
+
+def test_a_request_of_64_KiB_is_taken_and_one_byte_more_is_not(shared: World) -> None:
+    line = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
+    peer = shared.connect()
+    peer.send(line.ljust(coder_sync.MAX_LINE) + b"\n")
+    assert "result" in peer.read()
+    peer.send(line.ljust(coder_sync.MAX_LINE + 1) + b"\n")
+    assert peer.read()["error"]["code"] == -32700
+    assert peer.read() is None
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["without end", "with end"])
+def test_a_line_of_10_MB_is_refused_before_it_is_read(shared: World, end: bytes) -> None:
+    peer = shared.connect()
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            peer.send(b"x" * 10_000_000 + end)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    error = peer.read()["error"]
+    sender.join(PATIENCE)
+    assert error["code"] == -32700
+    assert "65536 bytes" in error["message"]
+    served(shared)
+
+
+def test_a_request_in_single_bytes_is_put_together(shared: World) -> None:
+    peer = shared.connect()
+    for byte in b'{"jsonrpc":"2.0","id":"slow","method":"ping"}\n':
+        peer.send(bytes([byte]))
+    assert peer.read()["id"] == "slow"
+
+
+def test_many_requests_at_once_are_all_answered(shared: World) -> None:
+    peer = shared.connect()
+    line = b'{"jsonrpc":"2.0","id":%d,"method":"status","params":{"unit":"x"}}\n'
+    peer.send(b"\r\n\n".join(line % i for i in range(300)))
+    assert [peer.read()["id"] for _ in range(300)] == list(range(300))
+
+
+def test_half_a_line_and_its_end_is_an_error_and_does_nothing(shared: World) -> None:
+    peer = shared.connect()
+    peer.send(b'{"jsonrpc":"2.0","id":1,"method":"want","params":{"unit":"half"')
+    peer.sock.shutdown(socket.SHUT_WR)
+    assert peer.read()["error"]["code"] == -32700
+    assert peer.read() is None
+    assert shared.status("half") == "not registered"
+
+
+def test_a_last_line_without_its_end_is_answered(shared: World) -> None:
+    peer = shared.connect()
+    peer.send(b'{"jsonrpc":"2.0","id":1,"method":"ping"}')
+    peer.sock.shutdown(socket.SHUT_WR)
+    assert peer.read()["id"] == 1
+
+
+def test_a_duplicate_id_is_refused_while_the_first_still_waits(shared: World) -> None:
+    peer = shared.connect()
+    peer.request("start", 1, unit="first", dependencies=["later"])
+    shared.waiting("first")
+    assert "in use" in peer.call("start", 1, unit="second")["error"]["message"]
+    assert "in use" in peer.call("ping", 1)["error"]["message"]
+    shared.client.want("later")
+    shared.client.complete("later")
+    assert peer.read() == {"jsonrpc": "2.0", "id": 1, "result": {"dependencies": ["later"]}}
+    assert peer.call("ping", 1)["id"] == 1
+    assert shared.status("second") == "not registered"
+
+
+def test_a_connection_may_wait_for_64_requests_and_no_more(shared: World) -> None:
+    peer = shared.connect()
+    for i in range(coder_sync.MAX_PENDING):
+        peer.request("wait", i, units=["never done"])
+    assert "at most" in peer.call("wait", "one more", units=["never done"])["error"]["message"]
+    assert peer.call("cancel", "c", id=0)["result"]["cancelled"]
+    peer.request("wait", "now", units=["never done"])
+    assert "result" in peer.call("ping", "p")
+    peer.close()
+    served(shared)
+
+
+def test_what_a_connection_does_not_wait_for_it_cannot_cancel(shared: World) -> None:
+    mine, other = shared.connect(), shared.connect()
+    mine.request("start", 1, unit="mine", dependencies=["theirs"])
+    shared.waiting("mine")
+    assert other.call("cancel", 2, id=1)["result"] == {"cancelled": False, "missing": []}
+    assert other.call("missing", 3, id=1)["result"] == []
+    assert [d["depends_on"] for d in mine.call("missing", 4, id=1)["result"]] == ["theirs"]
+
+
+def test_300_connections_that_never_say_a_word_disturb_nobody(shared: World) -> None:
+    silent = [shared.connect() for _ in range(300)]
+    served(shared)
+    for peer in silent:
+        peer.close()
+    served(shared)
+
+
+def test_a_silent_connection_is_told_and_dropped_and_a_waiting_one_is_not(world: World) -> None:
+    agent = world.spawn(altered("coder_sync.IDLE_TIMEOUT = 1", "serve", "-q"))
+    world.client.ping(wait=PATIENCE)
+    waiting = world.connect()
+    waiting.request("start", 1, unit="a", dependencies=["b"])
+    silent = world.connect()
+    assert "no request for 1 seconds" in silent.read()["error"]["message"]
+    assert silent.read() is None
+    world.client.start("b")
+    world.client.complete("b")
+    assert waiting.read()["id"] == 1
+    assert stopped(agent).returncode == 0
+
+
+def test_connections_past_the_limit_are_told_so_and_the_others_go_on(world: World) -> None:
+    agent = world.spawn(altered("coder_sync.MAX_CONNECTIONS = 10", "serve"))
+    world.client.ping(wait=PATIENCE)
+    peers = [world.connect() for _ in range(10)]
+    assert all("result" in peer.call("ping") for peer in peers)
+    extra = world.connect()
+    assert "limit of 10 connections" in extra.read()["error"]["message"]
+    assert extra.read() is None
+    done = world.run("ping")
+    assert done.returncode == 3
+    assert "limit of 10 connections" in done.stderr
+    for peer in peers[1:]:
+        peer.close()
+    assert "result" in peers[0].call("ping")
+    world.client.ping(wait=PATIENCE)
+    assert "refused: the agent has reached its limit" in stopped(agent).stderr
+
+
+def test_a_client_killed_while_it_waits_is_forgotten_at_once(agent: World) -> None:
+    process = agent.popen("start", "a", "--want", "b")
+    agent.waiting("a")
+    process.kill()
+    happened(agent, "a", "gave up")
+    agent.client.start("b")
+    agent.client.complete("b")
+    assert agent.status("a") == "pending"
+    assert agent.client.start("a").dependencies == ["b"]
+
+
+def test_a_client_gone_before_its_start_is_read_does_not_start_the_unit(world: World) -> None:
+    agent = world.serve()
+    agent.send_signal(signal.SIGSTOP)
+    peer = world.connect()
+    peer.request("start", unit="a")
+    peer.close()
+    agent.send_signal(signal.SIGCONT)
+    happened(world, "a", "pending")
+    assert kinds_of(world, "a")[-2:] == ["started", "pending"]
+    assert world.client.start("a").dependencies == []
+
+
+def test_a_client_gone_before_its_hold_is_read_leaves_the_unit_to_others(world: World) -> None:
+    agent = world.serve()
+    agent.send_signal(signal.SIGSTOP)
+    peer = world.connect()
+    peer.request("start", unit="a", hold=True)
+    peer.close()
+    agent.send_signal(signal.SIGCONT)
+    until(lambda: kinds_of(world, "a")[-1:] in (["pending"], ["failed"]))
+    assert world.client.start("a").dependencies == []
+
+
+def test_clients_killed_at_any_byte_of_their_request_disturb_nobody(shared: World) -> None:
+    line = b'{"jsonrpc":"2.0","id":1,"method":"start","params":{"unit":"cut","dependencies":["x"]}}\n'
+    for cut in range(len(line)):
+        peer = shared.connect()
+        peer.send(line[:cut])
+        peer.close()
+    served(shared)
+
+
+def fill(world: World, names: int) -> None:
+    """Make an agent know this many names of 250 bytes."""
+    peer = world.connect()
+    for first in range(0, names, 200):
+        dependencies = [f"{n:0250}" for n in range(first, first + 200)]
+        assert "result" in peer.call("want", unit="everything", dependencies=dependencies)
+
+
+def test_clients_that_ask_for_much_and_do_not_read_disturb_nobody(agent: World) -> None:
+    fill(agent, 4000)
+    deaf = [agent.connect() for _ in range(5)]
+    for peer in deaf:
+        for i in range(20):
+            peer.request("list", i, all=True)
+    served(agent)
+    assert len(agent.client.list(everything=True)) == 4002
+    for peer in deaf[1:]:
+        peer.close()
+    served(agent)
+    assert len(deaf[0].read()["result"]) >= 4001  # late, but it gets its answer
+
+
+def test_a_client_that_does_not_read_for_long_is_dropped(world: World) -> None:
+    world.spawn(altered("coder_sync.SEND_TIMEOUT = 1", "serve", "-q"))
+    world.client.ping(wait=PATIENCE)
+    fill(world, 2000)
+    peer = world.connect()
+    hung_up = select.poll()
+    hung_up.register(peer.sock, 0)
+    peer.request("list", all=True)
+    assert hung_up.poll(PATIENCE * 1000)[0][1] & select.POLLHUP
+    served(world)
+
+
+def test_a_watcher_that_does_not_read_is_dropped_and_holds_up_nobody(agent: World) -> None:
+    watcher = agent.connect()
+    assert watcher.call("events", follow=True)["result"] == []
+    dropped = select.poll()
+    dropped.register(watcher.sock, 0)
+    fill(agent, 8000)  # an event each
+    assert dropped.poll(PATIENCE * 1000)[0][1] & select.POLLHUP
+    served(agent)
+
+
+@LINUX
+def test_an_agent_out_of_descriptors_says_so_and_recovers_when_they_are_freed(world: World) -> None:
+    agent = world.serve("--log-file", "log")
+    first = world.connect()
+    assert "result" in first.call("ping")
+    peers = use_up(world, agent.pid)
+    log = world.directory / "log"
+    until(lambda: "cannot accept connections: Too many open files" in log.read_text(), "a word in the log")
+    assert "result" in first.call("start", unit="a")  # those who are in are served
+    free(world, agent.pid, peers)
+    served(world)
+
+
+@LINUX
+def test_an_agent_that_starts_with_few_descriptors_refuses_what_it_has_no_room_for(world: World) -> None:
+    world.spawn(["sh", "-c", f"ulimit -n 40; exec {sys.executable} -IS {FILE} serve -q"])
+    world.client.ping(wait=PATIENCE)
+    peers = [world.connect() for _ in range(60)]
+    refused = peers[-1].read()["error"]["message"]
+    assert "limit of" in refused
+    assert "result" in peers[0].call("start", unit="a")
+    for peer in peers:
+        peer.close()
+    world.client.ping(wait=PATIENCE)
+    served(world)
+
+
+@LINUX
+def test_an_owner_that_lives_is_not_taken_for_dead_when_descriptors_run_out(world: World) -> None:
+    agent, dying = world.serve(), world.spawn(["cat"], stdin=subprocess.PIPE)
+    peer = world.connect()
+    assert "result" in peer.call("start", unit="owned", pid=os.getpid())
+    assert "result" in peer.call("start", unit="dying", pid=dying.pid)
+    peers = use_up(world, agent.pid)
+    dying.kill()
+    dying.wait()
+    until(lambda: ["dying", "failed"] in [[u["unit_name"], u["status"]] for u in peer.call("list")["result"]])
+    free(world, agent.pid, peers)
+    served(world)
+    owned = world.client.status("owned")
+    assert (owned.status, owned.reason) == ("started", "")
+    assert owned.owner is not None
+    assert owned.owner.alive is True
+
+
+@LINUX
+def test_a_process_that_lives_is_not_called_dead_when_descriptors_run_out(world: World) -> None:
+    agent = world.serve()
+    peer = world.connect()
+    assert "result" in peer.call("ping")
+    use_up(world, agent.pid)
+    answer = peer.call("start", unit="owned", pid=os.getpid())
+    assert "not alive" not in answer.get("error", {}).get("message", "")
+
+
+@LINUX
+def test_who_is_connected_gets_answers_while_descriptors_run_out(world: World) -> None:
+    agent = world.serve()
+    peer = world.connect()
+    assert "result" in peer.call("ping")
+    peers = use_up(world, agent.pid)
+    for method, params in (("want", {"dependencies": ["b"]}), ("complete", {}), ("fail", {}), ("status", {})):
+        assert peer.call(method, unit="a", **params)["id"] == 1
+    assert peer.call("status", unit="aa")["id"] == 1  # it looks for a name like it, which needs a file
+    free(world, agent.pid, peers)
+    served(world)
+
+
+def test_an_agent_with_a_small_stack_survives_deep_json_and_garbage(world: World) -> None:
+    agent = world.spawn(["sh", "-c", f"ulimit -s 256; exec {sys.executable} -IS {FILE} serve -q"])
+    world.client.ping(wait=PATIENCE)
+    for data in ODD_LINES.values():
+        peer = world.connect()
+        peer.send(data)
+        assert peer.read()["error"]["code"] == -32700
+    peer = world.connect()
+    peer.request("want", unit="a", dependencies=["[{" * 100])
+    assert "result" in peer.read()
+    served(world)
+    assert stopped(agent).returncode == 0
+
+
+def test_a_client_with_a_small_stack_survives_a_deep_answer(world: World) -> None:
+    with impostor(world, b"[" * 60_000 + b"\n"):
+        done = finish(world.spawn(["sh", "-c", f"ulimit -s 256; exec {sys.executable} -IS {FILE} ping"]))
+    assert done.returncode == 3
+    assert "does not speak our protocol" in done.stderr
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 60])
+def test_a_cycle_of_any_length_is_refused_with_all_its_names(shared: World, length: int) -> None:
+    names = [f"c{length}-{i}" for i in range(length)]
+    for a, b in zip(names, names[1:]):
+        shared.client.want(a, b)
+    with pytest.raises(coder_sync.CycleError, match="cycle detected: ") as caught:
+        shared.client.want(names[-1], f"innocent{length}", names[0])
+    assert caught.value.data == [names[-1], *names]
+    assert " -> ".join(caught.value.data) in str(caught.value)
+    assert f"innocent{length}" not in [u.unit_name for u in shared.client.list(everything=True)]
+
+
+@contextlib.contextmanager
+def impostor(world: World, answer: bytes) -> Iterator[None]:
+    """Something else that listens at the socket's path, and gives everybody one answer."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(world.path)
+    listener.listen(8)
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(65536)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(PATIENCE)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Daemon: its log, the background, a command's agent, supervisors, signals, who may serve where.
+# ---------------------------------------------------------------------------------------------------------
+
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} "
+
+
+def busy_log(world: World, *options: str) -> list[str]:
+    """What an agent logs while a few things happen."""
+    agent = world.serve(*options, stderr=subprocess.PIPE)
+    world.client.start("a", want=[])
+    world.client.complete("a")
+    with pytest.raises(coder_sync.Refused):
+        world.client.fail("a")
+    world.client.want("b", "a")
+    world.client.fail("b", "no disk")
+    done = stopped(agent)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_the_log_says_what_happens_one_line_each_with_a_time(world: World) -> None:
+    lines = busy_log(world)
+    assert all(re.match(STAMP, line) for line in lines)
+    texts = [re.sub(STAMP, "", line) for line in lines]
+    assert re.fullmatch(rf"listening at {world.path} \(pid \d+\)", texts[0])
+    assert texts[1:3] == ["a: started", "a: completed"]
+    assert texts[3].startswith('refused: unit "a" is completed')
+    assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
+
+
+def test_a_quiet_agent_logs_nothing(world: World) -> None:
+    assert busy_log(world, "--quiet") == []
+
+
+def test_a_verbose_agent_logs_requests_too(world: World) -> None:
+    text = "\n".join(busy_log(world, "--verbose"))
+    for part in ("request: start {", "b: registered", "b: wants: a", "a: started", "refused: "):
+        assert part in text
+
+
+def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
+    read, write = os.pipe()
+    agent = world.serve("-v", stderr=write)
+    os.close(write)
+    peer = world.connect()
+    for i in range(1500):  # more than a pipe holds
+        peer.call("want", unit=f"u{i}", dependencies=["x" * 200])
+    os.close(read)
+    served(world)
+    assert stopped(agent).returncode == 0
+
+
+def test_detach_returns_when_the_socket_accepts_connections(world: World) -> None:
+    for _ in range(2):
+        with detached(world) as pid:
+            assert os.getsid(pid) == pid
+            assert os.readlink(f"/proc/{pid}/cwd") == "/" if sys.platform.startswith("linux") else True
+        assert not os.path.lexists(world.path)
+
+
+def test_a_detached_agent_lets_go_of_its_callers_pipes(world: World) -> None:
+    process = world.popen("serve", "--detach", stdin=subprocess.PIPE)
+    assert finish(process).returncode == 0  # and not: waits for the agent to close them
+    os.kill(world.client.ping()["pid"], signal.SIGTERM)
+    until(lambda: not os.path.lexists(world.path))
+
+
+def test_a_detached_agent_writes_its_log_and_its_pid(world: World) -> None:
+    log, pid_file = world.directory / "log", world.directory / "pid"
+    with detached(world, "--log-file", "log", "--pid-file", "pid") as pid:
+        assert int(pid_file.read_text()) == pid
+        until(lambda: f"listening at {world.path} (pid {pid})" in log.read_text())
+    assert not pid_file.exists()
+    assert re.fullmatch(f"({STAMP}.*\n)+", log.read_text())
+    assert stat.S_IMODE(log.stat().st_mode) & 0o077 == 0
+
+
+def test_a_detached_agent_survives_sighup(world: World) -> None:
+    with detached(world, "--log-file", "log") as pid:
+        os.kill(pid, signal.SIGHUP)
+        served(world)
+    assert (world.directory / "log").read_text().count("stopping: got SIGTERM") == 1
+    assert "SIGHUP" not in (world.directory / "log").read_text()
+
+
+def test_a_foreground_agent_ends_on_sighup(world: World) -> None:
+    assert stopped(world.serve(), signal.SIGHUP).returncode == 0
+    assert os.listdir(world.directory) == []
+
+
+@pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
+@pytest.mark.parametrize("how", [[], ["--detach"]], ids=["foreground", "detached"])
+def test_a_file_that_cannot_be_written_is_said_at_once(world: World, how: list[str], option: str) -> None:
+    done = world.run("serve", *how, option, "missing/file")
+    assert done.returncode == 1
+    assert re.fullmatch("error: cannot write .*missing/file: No such file or directory\n", done.stderr)
+    assert os.listdir(world.directory) == []
+
+
+@pytest.mark.parametrize("how", [[], ["--detach"]], ids=["foreground", "detached"])
+def test_a_second_agent_is_refused_and_says_who_has_the_socket(world: World, how: list[str]) -> None:
+    first = world.serve()
+    done = world.run("serve", *how)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert f"(pid {first.pid})" in done.stderr
+    assert world.path in done.stderr
+    assert world.client.ping()["pid"] == first.pid
+
+
+def test_a_socket_left_by_a_killed_agent_is_replaced(world: World) -> None:
+    stopped(world.serve(), signal.SIGKILL)
+    assert os.path.exists(world.path)
+    agent = world.serve()
+    assert world.client.ping()["pid"] == agent.pid
+    assert stopped(agent).returncode == 0
+    assert os.listdir(world.directory) == []
+
+
+def test_of_ten_agents_that_start_at_the_same_instant_one_wins(world: World) -> None:
+    modules = "fcntl, grp, json.decoder, queue, resource, select, signal, socket, socketserver, threading"
+    gate = f"import os, {modules}; os.write(1, b'.'); os.read(0, 1)"
+    for _ in range(2):  # the second finds a dead agent's socket and lock
+        behind, ahead = os.pipe()
+        racers = [world.spawn(altered(gate, "serve"), stdin=behind) for _ in range(10)]
+        for racer in racers:
+            assert os.read(racer.stdout.fileno(), 1) == b"."  # type: ignore[union-attr]
+        os.close(ahead)
+        os.close(behind)
+        winner = world.client.ping(wait=PATIENCE)["pid"]
+        for racer in racers:
+            if racer.pid != winner:
+                done = finish(racer)
+                assert done.returncode == 1
+                assert "already" in done.stderr
+        assert world.client.ping()["pid"] == winner
+        stopped(next(r for r in racers if r.pid == winner), signal.SIGKILL)
+
+
+def test_an_agent_that_starts_while_another_ends_serves_or_says_why_not(world: World) -> None:
+    old = world.serve()
+    for _ in range(3):
+        new = world.popen("serve", stderr=subprocess.PIPE)
+        old.terminate()
+        assert finish(old).returncode == 0
+        if until(lambda new=new: new.poll() is not None or serves(world, new.pid)) and new.poll() is not None:
+            assert new.returncode == 1
+            assert "already" in finish(new).stderr
+            new = world.serve()
+        served(world)
+        old = new
+
+
+def serves(world: World, pid: int) -> bool:
+    try:
+        return bool(world.client.ping()["pid"] == pid)
+    except coder_sync.Unreachable:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link to a file", "dangling link", "pipe"])
+def test_what_is_not_a_socket_is_never_removed(world: World, kind: str) -> None:
+    path = Path(world.path)
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("elsewhere")
+        if kind == "link to a file":
+            (world.directory / "elsewhere").write_text("precious")
+    before = {name: os.lstat(world.directory / name).st_mode for name in os.listdir(world.directory)}
+    done = world.run("serve")
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: {world.path} exists and is not a socket; .*\n", done.stderr)
+    assert {name: os.lstat(world.directory / name).st_mode for name in os.listdir(world.directory)} == before
+
+
+def test_a_path_too_long_for_a_socket_is_refused(world: World) -> None:
+    path = str(world.directory / ("x" * 120))
+    done = world.run("serve", "--socket-path", path)
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: {path}: too long for a socket path; .*\n", done.stderr)
+
+
+def test_a_path_in_a_missing_directory_is_refused(world: World) -> None:
+    done = world.run("serve", "--socket-path", "missing/agent.sock")
+    assert done.returncode == 1
+    assert re.fullmatch("error: .*missing/agent.sock.*: No such file or directory; .*\n", done.stderr)
+
+
+def test_a_path_in_an_unwritable_directory_is_refused(world: World) -> None:
+    with open_directory() as directory:
+        os.chmod(directory, 0o555)
+        done = finish(world.spawn(stranger("serve", "--socket-path", f"{directory}/agent.sock")))
+        assert done.returncode == 1
+        assert re.fullmatch(f"error: .*{directory}/agent.sock.*: Permission denied; .*\n", done.stderr)
+        assert os.listdir(directory) == []
+        os.chmod(directory, 0o755)
+
+
+@contextlib.contextmanager
+def open_directory() -> Iterator[str]:
+    """A directory that everybody can enter; pytest's own are private."""
+    with tempfile.TemporaryDirectory(prefix="cs-") as directory:
+        os.chmod(directory, 0o755)
+        yield directory
+
+
+def test_the_socket_is_its_owners_alone_whatever_the_umask(world: World) -> None:
+    world.serve(preexec_fn=lambda: os.umask(0))
+    assert stat.S_IMODE(os.stat(world.path).st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("mode", "bits"), [("660", 0o660), ("0666", 0o666)])
+def test_mode_sets_the_permissions_of_the_socket(world: World, mode: str, bits: int) -> None:
+    world.serve("--mode", mode, preexec_fn=lambda: os.umask(0o077))
+    assert stat.S_IMODE(os.stat(world.path).st_mode) == bits
+
+
+@pytest.mark.parametrize("form", ["name", "number"])
+def test_group_shares_the_socket_with_a_group(world: World, form: str) -> None:
+    gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
+    world.serve("--group", grp.getgrgid(gid).gr_name if form == "name" else str(gid))
+    found = os.stat(world.path)
+    assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, gid)
+
+
+@pytest.mark.parametrize("words", [["--mode", "rw"], ["--mode", "778"], ["--group", "no such group"]])
+def test_a_bad_mode_or_group_is_a_usage_error(call: Call, world: World, words: list[str]) -> None:
+    done = call(world, "serve", *words)
+    assert done.returncode == 2
+    assert words[1] in done.stderr
+    assert os.listdir(world.directory) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(world: World, number: int) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    peer = world.connect()
+    peer.request("start", "s", unit="a", dependencies=["never"])
+    peer.request("wait", "w", units=["never"])
+    process = world.popen("start", "b", "--want", "never")
+    world.waiting("a", "b")
+    done = stopped(agent, number)
+    assert done.returncode == 0
+    assert f"stopping: got {signal.Signals(number).name}" in done.stderr
+    assert os.listdir(world.directory) == []
+    told = [peer.read(), peer.read()]
+    assert {m["id"] for m in told} == {"s", "w"}
+    assert {m["error"]["message"] for m in told} == {"the agent is shutting down"}
+    assert peer.read() is None
+    client = finish(process)
+    assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
+
+
+def test_an_agent_that_has_deaf_clients_ends_all_the_same(agent: World) -> None:
+    fill(agent, 2000)
+    peer = agent.connect()
+    peer.request("list", all=True)
+    assert select.select([peer.sock], [], [], PATIENCE)[0]
+    peer.request("wait", 2, units=["never"])
+    assert stopped(agent.processes[0]).returncode == 0
+    assert os.listdir(agent.directory) == []
+
+
+def test_an_agent_does_not_remove_the_socket_of_its_successor(world: World) -> None:
+    agent = world.serve()
+    os.unlink(world.path)
+    other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    other.bind(world.path)
+    assert stopped(agent).returncode == 0
+    assert os.path.exists(world.path)
+
+
+@pytest.mark.parametrize("value", ["false", "0", "NO"])
+def test_a_disabled_agent_says_so_and_is_no_error(world: World, value: str) -> None:
+    env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
+    done = world.run("serve", env=env)
+    assert done.returncode == 0
+    assert "CODER_AGENT_SOCKET_SERVER_ENABLED" in done.stderr
+    assert os.listdir(world.directory) == []
+    done = world.run("serve", "--", "sh", "-c", "test ! -S $CODER_AGENT_SOCKET_PATH && echo ran; exit 5", env=env)
+    assert (done.returncode, done.stdout) == (5, "ran\n")
+
+
+@pytest.mark.parametrize("value", ["", "true", "1"])
+def test_an_enabled_agent_serves(world: World, value: str) -> None:
+    env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
+    world.ok("serve", "--", "sh", "-c", 'test -S "$CODER_AGENT_SOCKET_PATH"', env=env)
+
+
+@pytest.mark.parametrize("value", ["maybe", " true"])
+def test_an_agent_neither_enabled_nor_disabled_is_a_usage_error(call: Call, world: World, value: str) -> None:
+    done = call(world, "serve", CODER_AGENT_SOCKET_SERVER_ENABLED=value)
+    assert done.returncode == 2
+    assert re.fullmatch("error: CODER_AGENT_SOCKET_SERVER_ENABLED is .*; use true or false\n", done.stderr)
+
+
+# -- serve -- COMMAND -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def temporary(world: World) -> Path:
+    """The directory that commands of this world use for temporary files."""
+    directory = world.directory / "t"
+    directory.mkdir()
+    world.env["TMPDIR"] = str(directory)
+    return directory
+
+
+def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
+    script = f"""
+        echo "$CODER_AGENT_SOCKET_PATH"; test -S "$CODER_AGENT_SOCKET_PATH" || exit 99
+        {sys.executable} -IS {FILE} start a && {sys.executable} -IS {FILE} complete a; {sys.executable} -IS {FILE} list
+        exit 7"""
+    done = world.run("serve", "--", "sh", "-c", script)
+    assert done.returncode == 7
+    path, *rest = done.stdout.splitlines()
+    assert path.startswith(str(temporary) + "/")
+    assert rest[-1].split() == ["a", "completed", "true"]
+    assert done.stderr == ""
+    assert os.listdir(temporary) == []
+    assert os.listdir(world.directory) == ["t"]
+
+
+def test_serve_command_uses_a_socket_that_is_named(world: World) -> None:
+    out = world.ok("serve", "--socket-path", world.path, "--", "sh", "-c", 'echo "$CODER_AGENT_SOCKET_PATH"')
+    assert out == world.path + "\n"
+    assert os.listdir(world.directory) == []
+
+
+def test_serve_command_passes_standard_input_and_arguments(world: World) -> None:
+    process = world.popen(
+        "serve", "--", "sh", "-c", 'cat; echo "$#" "$@"', "-", "a b", "--", "-o", stdin=subprocess.PIPE
+    )
+    out, _ = process.communicate("hello\n", timeout=PATIENCE)
+    assert (process.returncode, out) == (0, "hello\n3 a b -- -o\n")
+
+
+CANNOT_RUN = [("missing-command", 127), ("./missing", 127), ("./plain", 126), ("./directory", 126), ("", 127)]
+
+
+@pytest.mark.parametrize(("command", "code"), CANNOT_RUN)
+@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
+def test_a_command_that_cannot_be_run_is_127_or_126(world: World, words: list[str], command: str, code: int) -> None:
+    (world.directory / "plain").write_text("#!/bin/sh\n")
+    (world.directory / "directory").mkdir()
+    if words[0] == "run":
+        world.serve()
+    done = world.run(*words, "--", command)
+    assert done.returncode == code
+    assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr)
+    if words[0] == "run":
+        failed = world.client.status("a")
+        assert (failed.status, failed.exit_code) == ("failed", code)
+        assert f"cannot run {command}" in failed.reason
+
+
+@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
+@pytest.mark.parametrize(("script", "code"), [("exit 255", 255), ("kill -KILL $$", 137)])
+def test_the_exit_status_of_a_command_is_returned(
+    shared: World, temporary: Path, world: World, words: list[str], script: str, code: int
+) -> None:
+    env = {**world.env, "CODER_AGENT_SOCKET_PATH": shared.path}
+    words = [words[0], *(f"{script} {next(COUNT)}" for _ in words[1:])]
+    assert world.run(*words, "--", "sh", "-c", script, env=env).returncode == code
+    assert os.listdir(temporary) == []
+
+
+@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
+def test_signals_are_passed_on_to_the_command(world: World, words: list[str]) -> None:
+    if words[0] == "run":
+        world.serve()
+    process = world.popen(*words, "--", *PYTHON, CATCH)
+    assert line_of(process.stdout) == "ready\n"
+    for number in SIGNALS:
+        process.send_signal(number)
+        assert line_of(process.stdout) == f"got {int(number)}\n"
+    assert finish(process).returncode == 9
+
+
+@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
+def test_a_signal_to_the_whole_group_reaches_the_command(world: World, words: list[str]) -> None:
+    if words[0] == "run":
+        world.serve()
+    process = world.popen(*words, "--", *PYTHON, CATCH)
+    assert line_of(process.stdout) == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert line_of(process.stdout) == "got 2\n"
+    process.terminate()
+    assert "got 15" in finish(process).stdout
+
+
+@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
+def test_a_command_starts_with_default_signals_and_no_stray_descriptors(world: World, words: list[str]) -> None:
+    if words[0] == "run":
+        world.serve()
+    code = """import os, signal
+default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
+print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
+print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}") and not os.get_inheritable(n) is None][:4])"""
+    done = finish(world.popen(*words, "--", *PYTHON, code))
+    assert done.returncode == 0
+    first, second = done.stdout.splitlines()
+    assert first == "[] []"
+    assert second in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
+
+
+def test_our_own_failure_before_the_command_is_125(world: World) -> None:
+    deep = world.directory / ("x" * 110)
+    deep.mkdir()
+    done = world.run("serve", "--", "echo", "ran", env={**world.env, "TMPDIR": str(deep)})
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "too long for a socket path" in done.stderr
+
+
+def test_serve_command_on_a_socket_that_is_taken_is_125(agent: World) -> None:
+    done = agent.run("serve", "--socket-path", agent.path, "--", "echo", "ran")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert f"(pid {agent.processes[0].pid})" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["serve", "--"], ["serve", "--detach", "--", "true"], ["serve", "true"]])
+def test_serve_with_a_command_wrongly_asked_for_is_a_usage_error(call: Call, world: World, words: list[str]) -> None:
+    done = call(world, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+# -- supervisors ------------------------------------------------------------------------------------------
+
+
+def notified(world: World, kind: str) -> tuple[socket.socket, str]:
+    """A datagram socket for NOTIFY_SOCKET, and its value."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.settimeout(PATIENCE)
+    name = str(world.directory / "notify") if kind == "path" else f"@coder-sync-{os.getpid()}-{next(COUNT)}"
+    sock.bind(name.replace("@", "\0", 1) if kind == "abstract" else name)
+    return sock, name
+
+
+@pytest.mark.parametrize("kind", ["path", pytest.param("abstract", marks=LINUX)])
+def test_a_supervisor_is_told_when_the_agent_is_ready_and_when_it_stops(world: World, kind: str) -> None:
+    sock, name = notified(world, kind)
+    with sock:
+        agent = world.popen("serve", env={**world.env, "NOTIFY_SOCKET": name})
+        ready = sock.recv(1000).decode().splitlines()
+        assert ready[0] == "READY=1"
+        assert world.client.ping()["pid"] == agent.pid
+        agent.terminate()
+        assert sock.recv(1000).decode().splitlines()[0] == "STOPPING=1"
+        assert finish(agent).returncode == 0
+
+
+def test_a_supervisor_is_told_the_pid_of_a_detached_agent(world: World) -> None:
+    sock, name = notified(world, "path")
+    with sock, detached(world, env={**world.env, "NOTIFY_SOCKET": name}) as pid:
+        assert sock.recv(1000).decode().split() == ["READY=1", f"MAINPID={pid}"]
+
+
+@pytest.mark.parametrize("value", ["/no/such/socket", "@"])
+def test_a_supervisor_that_is_not_there_is_no_error(world: World, value: str) -> None:
+    world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": value})
+
+
+def hand_over(world: World, sock: Any, count: str = "1", pid: str = "", **popen: Any) -> subprocess.Popen[str]:
+    """Start an agent as a supervisor does that hands over a listening socket at descriptor 3."""
+    code = f"""import os, sys
+n = int(sys.argv[1])
+os.dup2(n, 3) if n != 3 else os.set_inheritable(3, True)
+os.environ.update(LISTEN_PID={pid!r} or str(os.getpid()), LISTEN_FDS={count!r}, LISTEN_FDNAMES="x")
+os.execv(sys.argv[2], sys.argv[2:])"""
+    argv = [*PYTHON, code, str(sock.fileno()), sys.executable, "-IS", str(FILE), "serve"]
+    return world.spawn(argv, pass_fds=[sock.fileno()], **popen)
+
+
+def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.bind(path)
+    if kind == socket.SOCK_STREAM:
+        sock.listen(16)
+    return sock
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_socket_that_was_handed_over_is_used_as_it_is(world: World, blocking: bool) -> None:
+    path = str(world.directory / "given")
+    with listener(path) as sock:
+        os.chmod(path, 0o640)
+        sock.setblocking(blocking)
+        early = Peer(path)  # before there is an agent: nobody needs to retry
+        agent = hand_over(world, sock)
+        assert early.call("ping")["result"]["pid"] == agent.pid
+        assert Client(path, 0).ping()["pid"] == agent.pid
+        done = stopped(agent)
+    assert done.returncode == 0
+    assert f"listening at {path} " in done.stderr
+    assert os.listdir(world.directory) == ["given"]
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
+
+
+def test_a_socket_that_was_handed_over_to_another_process_is_ignored(world: World) -> None:
+    with listener(str(world.directory / "given")) as sock:
+        agent = hand_over(world, sock, pid="1")
+        assert world.client.ping(wait=PATIENCE)["pid"] == agent.pid
+
+
+@pytest.mark.parametrize("kind", ["two", "file", "datagram", "tcp", "deaf"])
+def test_a_bad_hand_over_is_refused(world: World, kind: str) -> None:
+    sock: Any
+    if kind == "file":
+        sock = open(os.devnull, "rb")  # noqa: SIM115
+    elif kind == "tcp":
+        sock = socket.create_server(("127.0.0.1", 0))
+    elif kind == "deaf":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    else:
+        sock = listener(str(world.directory / "x"), socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM)
+    with sock:
+        done = finish(hand_over(world, sock, "2" if kind == "two" else "1"))
+    assert done.returncode == 1
+    assert re.fullmatch("error: LISTEN_FDS .*descriptor 3.*\n", done.stderr)
+
+
+@LINUX
+def test_a_command_does_not_inherit_what_was_meant_for_the_agent(world: World) -> None:
+    env = {**world.env, "LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}
+    assert "LISTEN" not in world.ok("serve", "--", "env", env=env)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line: what each command says and how it ends.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_ping_says_who_answers(call: Call, agent: World) -> None:
+    pid = agent.processes[0].pid
+    out = call.ok(agent, "ping")
+    assert re.fullmatch(rf"agent at {agent.path}: pid {pid}, version {coder_sync.__version__}, up \S+\n", out)
+
+
+def test_want_start_and_complete_say_what_they_did(call: Call, agent: World) -> None:
+    assert call.ok(agent, "want", "a", "b", "c") == "a: depends on b, c\n"
+    assert call.ok(agent, "start", "b") == "b: started; it has no dependencies\n"
+    assert call.ok(agent, "complete", "b") == "b: completed\n"
+    assert call.ok(agent, "complete", "b") == "b: completed\n"
+    agent.client.start("c")
+    agent.client.complete("c")
+    assert call.ok(agent, "start", "a") == "a: started; satisfied already: b, c\n"
+
+
+def test_a_start_that_waits_says_for_what_and_then_that_it_is_done(agent: World) -> None:
+    agent.client.start("git-clone")
+    process = agent.popen("start", "a", "--want", "git-clone", "--want", "apt")
+    first = line_of(process.stdout)
+    assert re.fullmatch(r"a: waiting for git-clone started \S+ ago by .* \(pid \d+\); apt not registered\n", first)
+    agent.client.complete("git-clone")
+    agent.client.start("apt")
+    agent.client.complete("apt")
+    done = finish(process)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"a: started after \S+\n", done.stdout)
+
+
+def test_a_start_that_waits_for_long_says_so_again_and_again(agent: World) -> None:
+    process = agent.spawn(altered("coder_sync.REPORT_EVERY = 0.02", "start", "a", "--want", "apt"))
+    assert line_of(process.stdout) == "a: waiting for apt not registered\n"
+    agent.client.want("apt", "disk")
+    pattern = r"a: still waiting after \S+ for apt pending for \S+, waits for disk\n"
+    until(lambda: re.fullmatch(pattern, line_of(process.stdout)))
+    assert re.fullmatch(pattern, line_of(process.stdout))
+    agent.client.complete("apt")
+    assert finish(process).returncode == 0
+
+
+def test_quiet_says_nothing(agent: World) -> None:
+    flag = "-q"
+    assert agent.ok("want", "a", "b", flag) == ""
+    assert agent.ok("start", flag, "b") == ""
+    assert agent.ok("complete", flag, "b") == ""
+    assert agent.ok("wait", flag, "b") == ""
+    assert agent.ok("run", flag, "a", "--", "echo", "ran") == "ran\n"
+    done = agent.run("start", "c", "--want", "d", "-t", "1ms", flag)
+    assert (done.returncode, done.stdout) == (124, "")
+    assert done.stderr
+
+
+REFUSALS = [
+    (["want", "a", "a"], 1, "error: cycle detected: a -> a; a unit cannot depend on itself"),
+    (["want", "b", "a"], 1, "error: cycle detected: b -> a -> b"),
+    (["want", "a", "b", "--requires", "start"], 1, 'error: unit "a" wants "b" with requirement success already.*'),
+    (["want", "x", ""], 1, "error: a unit name must not be empty; was a variable unset[?]"),
+    (["want", "x" * 256, "b"], 1, 'error: unit name "xxx.*256 bytes long; the limit is 255'),
+    (["start", "a\nb"], 1, r"error: unit name 'a\\nb' has a character that cannot be printed"),
+    (["start", "on"], 1, r'error: unit "on" is already started by .* \(pid \d+\)'),
+    (["complete", "nobody"], 1, 'error: unit "nobody" is not registered; call want, start or run on it first'),
+    (["fail", "nobody"], 1, 'error: unit "nobody" is not registered; .*'),
+    (["fail", "done"], 1, 'error: unit "done" is completed and cannot become failed: .*start it again first'),
+    (["complete", "bad"], 1, r'error: unit "bad" is failed \(no disk\) and cannot become completed: .*'),
+    (["start", "behind"], 4, r'error: unit "behind" skipped: dependency "bad" failed \(no disk\)'),
+    (
+        ["start", "new", "--want", "behind"],
+        4,
+        'error: unit "new" skipped: dependency "behind" was skipped: .*no disk.*',
+    ),
+    (["wait", "bad"], 4, r'error: dependency "bad" failed \(no disk\)'),
+    (["wait", "behind"], 4, 'error: dependency "behind" was skipped: dependency "bad" failed .*'),
+    (["run", "on", "--", "true"], 1, 'error: unit "on" is already started.*'),
+    (["run", "behind", "--", "echo", "ran"], 4, 'error: unit "behind" skipped: .*'),
+    (["start", "x", "--pid", "999999999"], 1, "error: process 999999999 is not alive in the agent's .*"),
+    (["start", "x", "--pid", "-5"], 1, "error: process -5 is not alive.*"),
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """An agent with a unit in every state, for questions and refusals."""
+    world = World(tmp_path_factory.mktemp("mixed"))
+    world.serve()
+    client = world.client
+    client.want("a", "b")
+    client.want("behind", "bad", "b")
+    for name in ("on", "done", "bad"):
+        client.start(name)
+    client.complete("done")
+    client.fail("bad", "no disk")
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "pattern"), REFUSALS, ids=lambda v: " ".join(v)[:30] if type(v) is list else ""
+)
+def test_a_refusal_is_one_line_that_names_the_unit(
+    call: Call, mixed: World, words: list[str], code: int, pattern: str
+) -> None:
+    before = mixed.client.list(everything=True)
+    done = call(mixed, *words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(pattern + "\n", done.stderr)
+    after = mixed.client.list(everything=True)
+    assert {u.unit_name: u.status for u in after if u.unit_name in [b.unit_name for b in before]} == {
+        u.unit_name: u.status for u in before
+    }
+
+
+USAGE = [
+    [],
+    ["frobnicate"],
+    ["sync", "list"],
+    ["exp"],
+    ["exp", "sync"],
+    ["want"],
+    ["want", "a"],
+    ["start"],
+    ["start", "a", "b"],
+    ["complete"],
+    ["complete", "a", "b"],
+    ["complete", "a", "--exit-code", "x"],
+    ["complete", "a", "--exit-code"],
+    ["wait"],
+    ["status"],
+    ["status", "a", "-o", "yaml"],
+    ["status", "a", "-c", "colour"],
+    ["list", "-c", "unit,,status"],
+    ["list", "extra"],
+    ["ping", "extra"],
+    ["ping", "--wait", "soon"],
+    ["start", "a", "--frobnicate"],
+    ["start", "a", "--time", "1s"],
+    ["start", "a", "--want"],
+    ["want", "a", "b", "--requires", "luck"],
+    ["run", "a"],
+    ["run", "a", "--"],
+    ["run", "a", "true"],
+    ["run", "--", "true"],
+    ["fail", "a", "b"],
+    ["start", "a", "--pid", "me"],
+    ["--frobnicate", "list"],
+]
+
+
+@pytest.mark.parametrize("words", USAGE, ids=" ".join)
+def test_wrong_usage_is_2_and_one_line(call: Call, mixed: World, words: list[str]) -> None:
+    done = call(mixed, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: .+\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5x", "m", "1h30", "-5s", "1.2.3s", "5 m", "inf", "nan", "1e3", "\u0665", "99999999999h"]
+)
+def test_a_bad_duration_is_refused_with_the_accepted_forms(call: Call, mixed: World, text: str) -> None:
+    done = call(mixed, "start", "never", f"--timeout={text}")
+    assert done.returncode == 2
+    assert "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit" in done.stderr
+    assert mixed.status("never") == "not registered"
+
+
+@pytest.mark.parametrize("name", list(coder_sync.COMMANDS))
+def test_every_command_has_help(call: Call, mixed: World, name: str) -> None:
+    out = call.ok(mixed, name, "--help")
+    assert out.startswith("usage: ")
+    assert coder_sync.COMMANDS[name].help in " ".join(out.split())
+    for option in coder_sync.options_of(coder_sync.COMMANDS[name]):
+        assert option.flags[-1] in out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["exp", "sync", "--help"]], ids=" ".join)
+def test_help_lists_every_command(call: Call, mixed: World, words: list[str]) -> None:
+    out = call.ok(mixed, *words)
+    assert all(f"\n  {name} " in out for name in coder_sync.COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["exp", "sync", "--version"]])
+def test_version(call: Call, mixed: World, words: list[str]) -> None:
+    assert call.ok(mixed, *words) == f"coder_sync {coder_sync.__version__}\n"
+
+
+FORMS = [
+    "exp sync want UNIT a b",
+    "want --connect-timeout 1s UNIT a b",
+    "want UNIT --connect-timeout=1s a b -q",
+    "want UNIT a b --requires success",
+    "want UNIT a --requires=success b",
+    "want --requires success -- UNIT a b",
+    "want -q UNIT -- a b",
+    "--connect-timeout 1s want UNIT a b",
+    "exp sync want --connect-timeout 0 UNIT a b",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_options_may_stand_before_among_and_after_the_names(call: Call, shared: World, form: str) -> None:
+    unit = f"form-{next(COUNT)}"
+    call.ok(shared, *form.replace("UNIT", unit).split())
+    assert [d.depends_on for d in shared.client.status(unit).dependencies] == ["a", "b"]
+
+
+def test_names_that_look_like_options_go_behind_two_dashes(call: Call, shared: World) -> None:
+    call.ok(shared, "want", "--", "--quiet", "-q", "--")
+    assert [d.depends_on for d in shared.client.status("--quiet").dependencies] == ["-q", "--"]
+    call.ok(shared, "complete", "--", "--quiet")
+    assert shared.status("--quiet") == "completed"
+
+
+def test_the_socket_path_of_the_command_line_comes_before_that_of_the_environment(call: Call, agent: World) -> None:
+    nowhere = {"CODER_AGENT_SOCKET_PATH": "/nowhere"}
+    assert call(agent, "ping", **nowhere).returncode == 3
+    for words in (["ping", "--socket-path", agent.path], [f"--socket-path={agent.path}", "ping"]):
+        assert call(agent, *words, **nowhere).returncode == 0
+
+
+STATUS_TABLE = """\
+DEPENDS ON  REQUIRED STATUS  CURRENT STATUS  SATISFIED
+b           completed        not registered  false
+on          started          started         true
+done        completed        completed       true
+"""
+
+
+def test_status_shows_a_unit_and_the_table_of_its_dependencies(call: Call, mixed: World) -> None:
+    client = mixed.client
+    client.want("table", "b")
+    client.want("table", "on", requires="start")
+    client.want("table", "done")
+    out = call.ok(mixed, "status", "table")
+    assert out.startswith("Unit: table\nStatus: pending\nReady: false\n\n" + STATUS_TABLE)
+
+
+def test_status_shows_the_columns_asked_for(call: Call, mixed: World) -> None:
+    out = call.ok(mixed, "status", "a", "-c", "satisfied,depends on")
+    assert "\nSATISFIED  DEPENDS ON\nfalse      b\n" in out
+    assert call.ok(mixed, "status", "a", "--column=depends_on").splitlines()[4:6] == ["DEPENDS ON", "b"]
+
+
+def test_status_of_a_failed_and_a_skipped_unit_says_why(call: Call, mixed: World) -> None:
+    assert "Status: failed\n" in call.ok(mixed, "status", "bad")
+    assert "Reason: no disk\n" in call.ok(mixed, "status", "bad")
+    out = call.ok(mixed, "status", "behind")
+    assert 'Status: skipped\nReady: false\nReason: dependency "bad" failed (no disk)\n' in out
+    assert re.search(r"^bad +completed +failed +false +no disk$", out, re.M)
+
+
+def test_status_of_a_name_nobody_registered(call: Call, mixed: World) -> None:
+    out = call.ok(mixed, "status", "behynd")
+    assert out.startswith("Unit: behynd\nStatus: not registered\nReady: false\n")
+    assert "Did you mean: behind\n" in out
+
+
+def test_status_as_json_has_the_shape_that_scripts_expect(call: Call, mixed: World) -> None:
+    mixed.client.want("shape", "b")
+    mixed.client.want("shape", "on", requires="start")
+    mixed.client.want("shape", "bad", requires="completion")
+    data = json.loads(call.ok(mixed, "status", "shape", "-o", "json"))
+    assert {k: data[k] for k in ("unit_name", "status", "is_ready")} == {
+        "unit_name": "shape",
+        "status": "pending",
+        "is_ready": False,
+    }
+    keys = ("depends_on", "required_status", "current_status", "is_satisfied")
+    assert [tuple(d[k] for k in keys) for d in data["dependencies"]] == [
+        ("b", "completed", "not registered", False),
+        ("on", "started", "started", True),
+        ("bad", "ended", "failed", True),
+    ]
+
+
+def test_status_as_json_has_reason_exit_code_and_owner(agent: World) -> None:
+    agent.run("run", "a", "--", "sh", "-c", "exit 9")
+    data = json.loads(agent.ok("status", "a", "--output", "json"))
+    assert (data["status"], data["reason"], data["exit_code"]) == ("failed", "exit code 9", 9)
+    assert set(data["owner"]) == {"pid", "command", "alive"}
+
+
+def test_list_is_a_table_sorted_by_name(call: Call, agent: World) -> None:
+    agent.client.want("b", "unseen")
+    agent.client.start("a-longer-name")
+    agent.client.complete("a-longer-name")
+    lines = ["UNIT           STATUS     READY", "a-longer-name  completed  true", "b              pending    false"]
+    assert call.ok(agent, "list").splitlines() == lines
+    assert call.ok(agent, "list", "--all").splitlines()[-1].split() == ["unseen", "not", "registered", "false"]
+    assert call.ok(agent, "list", "-c", "READY,unit").splitlines()[1] == "true   a-longer-name"
+
+
+def test_list_shows_reasons_where_there_are_any(call: Call, mixed: World) -> None:
+    lines = call.ok(mixed, "list").splitlines()
+    assert lines[0].split() == ["UNIT", "STATUS", "READY", "REASON"]
+    assert next(line for line in lines if line.startswith("bad ")).endswith("  no disk")
+    assert next(line for line in lines if line.startswith("behind ")).endswith('  dependency "bad" failed (no disk)')
+
+
+def test_list_as_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
+    for name in ("z", "a", "\u00e4"):
+        agent.client.start(name)
+    agent.client.complete("a")
+    agent.client.fail("z", "no disk")
+    rows = json.loads(call.ok(agent, "list", "-o", "json"))
+    assert [(r["unit_name"], r["status"], r["is_ready"]) for r in rows] == [
+        ("a", "completed", True),
+        ("z", "failed", True),
+        ("\u00e4", "started", True),
+    ]
+    assert rows[1]["reason"] == "no disk"
+    assert {"exit_code", "owner"} <= rows[1].keys()
+
+
+def test_list_as_json_names_the_owners(call: Call, agent: World) -> None:
+    agent.client.start("a", pid=os.getpid())
+    (row,) = json.loads(call.ok(agent, "list", "-o", "json"))
+    assert row["owner"]["pid"] == os.getpid()
+
+
+def test_list_as_json_does_not_deny_dependencies_that_there_are(call: Call, agent: World) -> None:
+    agent.client.want("a", "b")
+    (row,) = json.loads(call.ok(agent, "list", "-o", "json"))
+    assert row.get("dependencies") != []
+
+
+def test_list_of_nothing(call: Call, agent: World) -> None:
+    assert call.ok(agent, "list") == "UNIT  STATUS  READY\n"
+    assert json.loads(call.ok(agent, "list", "-o", "json")) == []
+
+
+def test_a_timeout_is_124_and_names_what_was_missing(call: Call, agent: World) -> None:
+    agent.client.start("git-clone", pid=os.getpid())
+    agent.client.want("apt", "disk")
+    wants = [word for name in ("gitclone", "git-clone", "apt", "zzz") for word in ("--want", name)]
+    done = call(agent, "start", "ide", "--timeout", "50ms", *wants)
+    assert done.returncode == 124
+    first, *rest = done.stderr.splitlines()
+    assert first == "timeout waiting for dependencies of unit ide"
+    assert len(rest) == 4
+    assert rest[0].strip() == 'gitclone not registered, did you mean "git-clone"?'
+    assert re.fullmatch(rf" *git-clone started \S+ ago by .*\(pid {os.getpid()}\)", rest[1])
+    assert re.fullmatch(r" *apt pending for \S+, waits for disk", rest[2])
+    assert rest[3].strip() == "zzz not registered"
+    assert agent.status("ide") == "pending"
+
+
+def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(agent: World) -> None:
+    script = f"{sys.executable} -IS {FILE} start dep; echo $$"
+    out = finish(agent.spawn(["sh", "-c", script])).stdout
+    done = agent.run("start", "a", "--want", "dep", "-t", "50ms")
+    pid = out.split()[-1]
+    assert re.search(rf"dep started \S+ ago by sh .*\(pid {pid}\), which is no longer running\n", done.stderr)
+
+
+def test_a_unit_whose_start_timed_out_is_not_started_later(call: Call, agent: World) -> None:
+    assert call(agent, "start", "a", "--want", "b", "-t", "10ms").returncode == 124
+    agent.client.start("b")
+    agent.client.complete("b")
+    assert agent.status("a") == "pending"
+    assert "started" not in kinds_of(agent, "a")
+
+
+def test_a_script_whose_start_timed_out_still_completes(call: Call, agent: World) -> None:
+    assert call(agent, "start", "a", "--want", "b", "-t", "10ms").returncode == 124
+    call.ok(agent, "complete", "a")
+    assert agent.status("a") == "completed"
+
+
+def test_no_timeout_waits_until_it_is_told(agent: World) -> None:
+    process = agent.popen("start", "a", "--want", "b", "--timeout", "0")
+    agent.waiting("a")
+    agent.client.start("b")
+    agent.client.complete("b")
+    assert finish(process).returncode == 0
+
+
+def test_wait_waits_for_all_and_registers_nothing(agent: World) -> None:
+    process = agent.popen("wait", "a", "b")
+    assert line_of(process.stdout) == "waiting for a not registered; b not registered\n"
+    for name in ("a", "b"):
+        assert process.poll() is None
+        agent.client.start(name)
+        agent.client.complete(name)
+    done = finish(process)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("a, b: done")
+    assert [u.unit_name for u in agent.client.list(everything=True)] == ["a", "b"]
+
+
+def test_a_wait_that_times_out_says_for_what(call: Call, agent: World) -> None:
+    agent.client.start("git-clone")
+    done = call(agent, "wait", "gitclone", "-t", "20ms")
+    assert done.returncode == 124
+    first, second = done.stderr.splitlines()
+    assert first == "timeout waiting for gitclone"
+    assert second.strip() == 'gitclone not registered, did you mean "git-clone"?'
+    assert [u.unit_name for u in agent.client.list(everything=True)] == ["git-clone"]
+
+
+def test_a_wait_for_any_ending_takes_a_failure(call: Call, mixed: World) -> None:
+    assert call.ok(mixed, "wait", "bad", "behind", "done", "--requires", "completion").startswith(
+        "bad, behind, done: done"
+    )
+    assert call.ok(mixed, "wait", "on", "--requires", "start").startswith("on: done")
+
+
+def test_a_wait_ends_at_once_when_its_unit_fails(agent: World) -> None:
+    process = agent.popen("wait", "a", "b")
+    line_of(process.stdout)
+    agent.client.start("b")
+    agent.client.fail("b", "no disk")
+    done = finish(process)
+    assert (done.returncode, done.stderr) == (4, 'error: dependency "b" failed (no disk)\n')
+
+
+# -- no agent, or not one of ours -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["ping"], ["status", "a"], ["list"]], ids=" ".join)
+def test_questions_try_once(world: World, words: list[str]) -> None:
+    stalled = "import time\ndef fail(*_): raise SystemExit(99)\ntime.sleep = fail"
+    done = finish(world.spawn(altered(stalled, *words)))
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize("words", [["want", "a", "b"], ["start", "a"], ["complete", "a"], ["fail", "a"], ["wait", "a"]])
+def test_what_coordinates_tries_again_unless_told_not_to(world: World, words: list[str]) -> None:
+    tried = "import time\ndef fail(*_): raise SystemExit(99)\ntime.sleep = fail"
+    assert finish(world.spawn(altered(tried, *words))).returncode == 99
+    assert finish(world.spawn(altered(tried, *words, "--connect-timeout", "0"))).returncode == 3
+    env = {**world.env, "CODER_SYNC_CONNECT_TIMEOUT": "0"}
+    assert finish(world.spawn(altered(tried, *words), env=env)).returncode == 3
+
+
+BOOTING = """import time
+def first(seconds, sleep=time.sleep):
+    import os
+    os.write(1, b"tried\\n")
+    time.sleep = sleep
+time.sleep = first"""
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["no socket", "stale socket"])
+@pytest.mark.parametrize("words", [["start", "a"], ["want", "a", "b"], ["ping", "--wait", "30s"]], ids=" ".join)
+def test_a_call_begun_before_the_agent_boots_succeeds(world: World, words: list[str], stale: bool) -> None:
+    if stale:
+        listener(world.path).close()
+    more = [] if words[0] == "ping" else ["--connect-timeout", "30s"]
+    process = world.spawn(altered(BOOTING, *words, *more))
+    assert line_of(process.stdout) == "tried\n"
+    world.serve()
+    assert finish(process).returncode == 0
+
+
+def test_a_bad_connect_timeout_in_the_environment_is_a_usage_error(call: Call, agent: World) -> None:
+    done = call(agent, "start", "a", CODER_SYNC_CONNECT_TIMEOUT="soon")
+    assert done.returncode == 2
+    assert "invalid duration 'soon'" in done.stderr
+
+
+def unreachable(call: Call, world: World, *words: str) -> str:
+    """Why there is no agent, from a call that tries once."""
+    done = call(world, *(words or ("start", "a", "--connect-timeout", "0")))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(f"error: .*{world.path}.*\n", done.stderr)
+    return done.stderr
+
+
+def test_no_agent_no_socket(call: Call, world: World) -> None:
+    text = unreachable(call, world)
+    assert "no such file" in text
+    assert f"serve --detach --socket-path {world.path}" in text
+
+
+def test_no_agent_but_its_socket(call: Call, world: World) -> None:
+    listener(world.path).close()
+    assert "connection refused; the agent that made it is gone" in unreachable(call, world)
+
+
+def test_a_file_where_the_socket_should_be(call: Call, world: World) -> None:
+    Path(world.path).write_text("x")
+    assert "not a socket" in unreachable(call, world)
+
+
+def test_a_directory_where_the_socket_should_be(call: Call, world: World) -> None:
+    os.mkdir(world.path)
+    assert "not a socket" in unreachable(call, world)
+
+
+def test_a_socket_path_too_long_to_reach(call: Call, world: World) -> None:
+    world.path = f"{world.directory}/{'x' * 120}"
+    assert "too long" in unreachable(call, world, "ping", "--socket-path", world.path)
+
+
+def test_a_socket_of_somebody_else_names_the_owner(world: World) -> None:
+    with open_directory() as directory:
+        world.path = f"{directory}/agent.sock"
+        world.serve("--socket-path", world.path, "--mode", "600" if os.getuid() == 0 else "000")
+        owner = pwd.getpwuid(os.getuid()).pw_name
+        done = finish(world.spawn(stranger("ping", "--socket-path", world.path)))
+    assert done.returncode == 3
+    assert re.search(rf"permission denied \(it belongs to {owner}, mode \d+\)", done.stderr)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be somebody else")
+def test_a_shared_socket_serves_other_users(world: World) -> None:
+    with open_directory() as directory:
+        world.path = f"{directory}/agent.sock"
+        world.serve("--socket-path", world.path, "--mode", "666")
+        done = finish(world.spawn(stranger("start", "a", "--socket-path", world.path)))
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be somebody else")
+def test_a_strangers_socket_on_the_default_path_is_refused(world: World) -> None:
+    with open_directory() as directory:
+        path = world.path = f"{directory}/agent.sock"
+        world.serve("--socket-path", path, "--mode", "666")
+        os.chown(path, 1, -1)
+        there = stranger("ping", "--socket-path", path)
+        there[3] = there[3].replace("coder_sync.main", f"coder_sync.DEFAULT_SOCKET = {path!r}\ncoder_sync.main")
+        done = finish(world.spawn(there))
+        assert done.returncode == 3
+        assert f"belongs to {coder_sync.user_name(1)}, not to you or root" in done.stderr
+        os.chown(path, 0, -1)
+        assert finish(world.spawn(there)).returncode == 0
+
+
+IMPOSTORS = {
+    "http": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "other json": b'{"hello": "world"}\n',
+    "list": b"[1, 2]\n",
+    "binary": b"\xff\xfe\x00\n",
+    "deep": b"[" * 60_000 + b"\n",
+    "another version": b'{"jsonrpc": "1.0", "id": 1, "result": {}}\n',
+}
+
+
+@pytest.mark.parametrize("answer", IMPOSTORS.values(), ids=IMPOSTORS.keys())
+def test_what_does_not_speak_our_protocol_is_said_to(call: Call, world: World, answer: bytes) -> None:
+    with impostor(world, answer):
+        assert "does not speak our protocol" in unreachable(call, world)
+        assert "does not speak our protocol" in unreachable(call, world, "ping")
+
+
+ODD_ANSWERS: list[Any] = [{"result": r} for r in (None, "x", {}, [1])] + [{"error": "x"}, {"error": {}}, {}]
+
+
+@pytest.mark.parametrize(
+    "words", [["ping"], ["want", "a", "b"], ["start", "a"], ["status", "a"], ["list"]], ids=" ".join
+)
+def test_an_answer_of_another_shape_is_no_internal_error(call: Call, world: World, words: list[str]) -> None:
+    for answer in ODD_ANSWERS:
+        with impostor(world, json.dumps({"jsonrpc": "2.0", "id": 1, **answer}).encode() + b"\n"):
+            done = call(world, *words)
+        assert "internal error" not in done.stderr, answer
+        assert done.returncode in (0, 1, 3)
+        os.unlink(world.path)
+
+
+@pytest.mark.parametrize("answer", [b"", b'{"jsonrpc": "2.0", "id"'], ids=["nothing", "half a line"])
+def test_a_peer_that_hangs_up_is_said_to_have_gone_away(call: Call, world: World, answer: bytes) -> None:
+    with impostor(world, answer):
+        assert "went away before it answered" in unreachable(call, world)
+
+
+def test_an_agent_that_takes_no_connections(call: Call, world: World) -> None:
+    with listener(world.path) as sock:
+        sock.listen(0)
+        queued = []
+        for _ in range(5):
+            queued.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            queued[-1].setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                queued[-1].connect(world.path)
+        assert "does not take connections; is it stopped or overloaded?" in unreachable(call, world)
+
+
+def test_an_agent_that_does_not_answer(world: World) -> None:
+    agent = world.serve()
+    agent.send_signal(signal.SIGSTOP)
+    channel = coder_sync.Channel(world.path)
+    with pytest.raises(coder_sync.Unreachable, match=r"has not answered for 0 s; is it stopped[?]"):
+        channel.answer(channel.request("ping"), 0.01)
+
+
+@pytest.mark.parametrize(
+    "words", [["start", "a", "--want", "b"], ["wait", "b"], ["run", "a", "--want", "b", "--", "true"]]
+)
+def test_an_agent_killed_while_a_client_waits_is_3(world: World, words: list[str]) -> None:
+    agent = world.serve()
+    process = world.popen(*words)
+    line_of(process.stderr if words[0] == "run" else process.stdout)
+    agent.kill()
+    done = finish(process)
+    assert done.returncode == 3
+    assert re.fullmatch("error: .*went away.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "words", [["start", "a", "--want", "b"], ["wait", "b"], ["run", "a", "--want", "b", "--", "true"]]
+)
+def test_ctrl_c_while_waiting_is_130_without_a_word(agent: World, words: list[str]) -> None:
+    process = agent.popen(*words)
+    line_of(process.stderr if words[0] == "run" else process.stdout)
+    done = stopped(process, signal.SIGINT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    served(agent)
+
+
+# -- standard streams -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """An agent with more units than a pipe holds of their list."""
+    world = World(tmp_path_factory.mktemp("crowd"))
+    world.serve()
+    fill(world, 2000)
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize(
+    "words", [["list", "--all"], ["list", "--all", "-o", "json"], ["status", "everything"], ["events"]]
+)
+def test_a_reader_that_goes_away_is_no_error(crowd: World, words: list[str]) -> None:
+    process = crowd.popen(*words)
+    line_of(process.stdout)
+    process.stdout.close()  # type: ignore[union-attr]
+    assert process.wait(PATIENCE) in (0, 141)
+    assert process.stderr.read() == ""  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["list"], ["status", "a"], ["ping"], ["--help"], ["--version"]])
+def test_an_answer_that_cannot_be_written_is_an_error(mixed: World, words: list[str]) -> None:
+    with open("/dev/full", "w", encoding="ascii") as full:
+        done = mixed.run(*words, stdout=full)
+    assert done.returncode == 1
+    assert re.fullmatch("error: cannot write to standard output: No space left on device\n", done.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_what_was_done_is_done_even_if_nobody_can_read_it(agent: World) -> None:
+    with open("/dev/full", "w", encoding="ascii") as full:
+        for words in (["want", "a", "b"], ["start", "b"], ["complete", "b"], ["wait", "b"], ["start", "a"]):
+            done = agent.run(*words, stdout=full, stderr=full)
+            assert done.returncode == 0, words
+    assert (agent.status("a"), agent.status("b")) == ("started", "completed")
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_disturb_no_command(agent: World, closed: str) -> None:
+    call = f"{sys.executable} -IS {FILE}"
+    script = f"""set -e
+        {call} want a b {closed}
+        {call} start b {closed}
+        {call} complete b {closed}
+        {call} start a {closed}
+        {call} run c -- true {closed}
+        {call} status a {closed}
+        {call} list {closed}
+        {call} complete nobody {closed} || exit $(($? + 40))"""
+    done = finish(agent.spawn(["sh", "-c", script]))
+    assert done.returncode == 41
+    assert "Traceback" not in done.stderr
+    assert [(u.unit_name, u.status) for u in agent.client.list()] == [
+        ("a", "started"),
+        ("b", "completed"),
+        ("c", "completed"),
+    ]
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str) -> None:
+    agent = world.spawn(["sh", "-c", f"exec {sys.executable} -IS {FILE} serve {closed}"])
+    world.client.ping(wait=PATIENCE)
+    served(world)
+    assert stopped(agent).returncode == 0
+
+
+def test_names_are_written_in_any_locale(shared: World) -> None:
+    name = "\u00fcberschrift"
+    for locale in ("C", "POSIX", "C.UTF-8"):
+        done = shared.run("want", name, "x", env={**shared.env, "LC_ALL": locale})
+        assert (done.returncode, done.stderr) == (0, "")
+    assert name in [u.unit_name for u in shared.client.list()]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run and owners: nobody hangs when somebody dies.
+# ---------------------------------------------------------------------------------------------------------
+
+HANG = "import os, signal; os.write(1, b'%d\\n' % os.getpid()); signal.pause()"
+
+
+def held(world: World, unit: str, *options: str) -> tuple[subprocess.Popen[str], int]:
+    """A run whose command goes on until it is killed, and the command's pid."""
+    process = world.popen("run", unit, *options, "--", *PYTHON, HANG)
+    return process, int(line_of(process.stdout))
+
+
+def end_of(*processes: subprocess.Popen[str], pids: Any = ()) -> None:
+    """Kill processes that a test leaves."""
+    for pid in [*(p.pid for p in processes), *pids]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
+    """The pattern of the reason of a unit whose owner ended."""
+    return rf"lost: process {process.pid} \({command}\) ended without completing"
+
+
+def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
+    process = agent.popen("run", "a", "--want", "b", "--want", "c", "--", "echo", "ran")
+    assert line_of(process.stderr) == "a: waiting for b not registered; c not registered\n"
+    for name in ("b", "c"):
+        agent.client.start(name)
+        agent.client.complete(name)
+    done = finish(process)
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert kinds_of(agent, "a")[-2:] == ["started", "completed"]
+
+
+def test_run_gives_its_command_standard_input_arguments_and_the_units_name(agent: World) -> None:
+    script = 'cat; echo "$CODER_SYNC_UNIT:$EXTRA:$#:$2"; echo err >&2'
+    env = {**agent.env, "EXTRA": "x"}
+    process = agent.popen(
+        "run", "my unit", "-q", "--", "sh", "-c", script, "0", "1", "--", env=env, stdin=subprocess.PIPE
+    )
+    out, err = process.communicate("hello\n", timeout=PATIENCE)
+    assert (out, err) == ("hello\nmy unit:x:2:--\n", "err\n")
+
+
+def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(agent: World) -> None:
+    waiting = agent.popen("run", "b", "--want", "a", "--", "echo", "ran")
+    agent.waiting("b")
+    assert agent.run("run", "a", "--", "sh", "-c", "exit 100").returncode == 100
+    done = finish(waiting)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.endswith('error: unit "b" skipped: dependency "a" failed (exit code 100)\n')
+    later = agent.client
+    with pytest.raises(coder_sync.DependencyFailed, match=r'"b" was skipped: dependency "a" failed \(exit code 100\)'):
+        later.start("c", want=["b"])
+
+
+def test_run_of_a_unit_that_times_out_is_124_and_runs_nothing(agent: World) -> None:
+    done = agent.run("run", "a", "--want", "b", "-t", "10ms", "--", "echo", "ran")
+    assert (done.returncode, done.stdout) == (124, "")
+    assert "timeout waiting for dependencies of unit a\n" in done.stderr
+
+
+def test_run_with_optional_runs_without_an_agent_and_warns(world: World) -> None:
+    words = ["run", "a", "--connect-timeout", "0", "--optional", "--", "sh", "-c", "echo ran; exit 5"]
+    done = world.run(*words)
+    assert (done.returncode, done.stdout) == (5, "ran\n")
+    assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
+    words.remove("--optional")
+    done = world.run(*words)
+    assert (done.returncode, done.stdout) == (3, "")
+
+
+def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World) -> None:
+    agent = world.serve()
+    process = world.popen("run", "a", "--", "sh", "-c", "echo running; read x; echo $x; exit 6", stdin=subprocess.PIPE)
+    assert line_of(process.stdout) == "running\n"
+    agent.kill()
+    agent.wait()
+    out, err = process.communicate("still here\n", timeout=PATIENCE)
+    assert (process.returncode, out) == (6, "still here\n")
+    assert re.fullmatch(r"warning: a: its outcome \(exit code 6\) could not be reported: .*\n", err)
+
+
+def test_a_run_that_is_killed_fails_its_unit_and_its_waiters_are_told(agent: World) -> None:
+    process, pid = held(agent, "a")
+    waiting = agent.popen("start", "b", "--want", "a")
+    agent.waiting("b")
+    process.kill()
+    done = finish(waiting)
+    assert done.returncode == 4
+    reason = agent.client.status("a").reason
+    assert re.fullmatch(lost(process), reason)
+    assert done.stderr == f'error: unit "b" skipped: dependency "a" failed ({reason})\n'
+    end_of(pids=[pid])
+
+
+def test_a_command_that_is_killed_fails_its_unit(agent: World) -> None:
+    process, pid = held(agent, "a")
+    os.kill(pid, signal.SIGKILL)
+    assert finish(process).returncode == 137
+    failed = agent.client.status("a")
+    assert (failed.status, failed.reason, failed.exit_code) == ("failed", "killed by signal 9", 137)
+
+
+def test_a_run_and_its_command_killed_at_once_fail_the_unit(agent: World) -> None:
+    process, pid = held(agent, "a")
+    process.send_signal(signal.SIGSTOP)  # so that it cannot report its command's end
+    end_of(process, pids=[pid])
+    until(lambda: agent.status("a") == "failed")
+    assert re.fullmatch(lost(process), agent.client.status("a").reason)
+
+
+def test_a_run_that_is_killed_while_it_waits_leaves_nobody_hanging(agent: World) -> None:
+    process = agent.popen("run", "a", "--want", "never", "--", "true")
+    behind = agent.popen("start", "b", "--want", "a", "--timeout", "10s")
+    agent.waiting("a", "b")
+    process.kill()
+    done = finish(behind)
+    assert done.returncode == 4
+    assert re.search(r'dependency "a" failed \(lost: process', done.stderr)
+
+
+def test_a_command_that_leaves_a_child_behind_is_done_when_it_ends_itself(agent: World) -> None:
+    read, write = os.pipe()
+    code = "import os, sys; os.fork() or os.execvp(sys.argv[1], sys.argv[1:]); os._exit(3)"
+    hang = HANG.replace("write(1", f"write({write}")
+    argv = [*PYTHON, code, *PYTHON, hang]
+    process = agent.popen("run", "a", "--", *argv, pass_fds=[write], stdout=subprocess.DEVNULL)
+    assert process.wait(PATIENCE) == 3  # not: until the child lets go of the pipes
+    os.close(write)
+    assert agent.client.status("a").reason == "exit code 3"
+    with open(read, encoding="ascii") as pipe:
+        os.kill(int(pipe.readline()), signal.SIGKILL)
+
+
+def test_a_child_left_behind_does_not_hold_the_unit_of_a_killed_run(agent: World) -> None:
+    process, pid = held(agent, "a")
+    process.kill()
+    until(lambda: agent.status("a") == "failed")
+    assert alive(pid)
+    end_of(pids=[pid])
+
+
+def test_a_command_that_closes_its_standard_streams_is_served_to_its_end(agent: World) -> None:
+    assert agent.run("run", "a", "--", "sh", "-c", "exec <&- >&- 2>&-; exit 4").returncode == 4
+    assert agent.client.status("a").exit_code == 4
+
+
+def test_a_process_that_stops_and_continues_keeps_its_unit(agent: World) -> None:
+    process = agent.popen("run", "a", "--", *PYTHON, CATCH)
+    assert line_of(process.stdout) == "ready\n"
+    os.killpg(process.pid, signal.SIGSTOP)
+    until(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT | os.WNOHANG), "stopped")
+    assert agent.status("a") == "started"
+    os.killpg(process.pid, signal.SIGCONT)
+    process.terminate()
+    assert finish(process).returncode == 9
+
+
+@LINUX
+def test_a_run_stops_with_its_terminals_group_and_goes_on(agent: World) -> None:
+    job = """import os, sys
+job = os.fork()
+if not job:
+    os.setpgid(0, 0)
+    os.execv(sys.argv[1], sys.argv[1:])
+os.write(1, b"%d\\n" % job)
+os.waitpid(job, 0)"""  # what a shell with job control does; a group without a parent in its session would not stop
+    shell = agent.spawn([*PYTHON, job, sys.executable, "-IS", str(FILE), "run", "a", "--", *PYTHON, HANG])
+    run, pid = sorted(int(line_of(shell.stdout)) for _ in range(2))
+    os.killpg(run, signal.SIGTSTP)
+    for one in (run, pid):
+        until(lambda one=one: Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] == "T", "stopped")
+    assert agent.status("a") == "started"
+    os.killpg(run, signal.SIGCONT)
+    os.kill(pid, signal.SIGTERM)
+    assert finish(shell).returncode == 0
+    assert agent.client.status("a").reason == "killed by signal 15"
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
+def test_a_script_that_owns_its_unit_and_dies_fails_it(agent: World, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"there is no {shell}")
+    script = 'set -e; coder start "$0" --pid $$; read x'
+    process = agent.spawn([shell, "-c", script, "owned"], env=agent.shell_env(), stdin=subprocess.PIPE)
+    line_of(process.stdout)
+    waiting = agent.popen("wait", "owned")
+    assert "owned started" in line_of(waiting.stdout)
+    status = agent.client.status("owned")
+    assert status.owner is not None
+    assert (status.owner.pid, status.owner.alive) == (process.pid, True)
+    process.kill()
+    process.wait()
+    done = finish(waiting)
+    assert done.returncode == 4
+    assert re.search(lost(process, f"{shell} .*"), done.stderr)
+
+
+def test_a_script_that_ends_without_completing_fails_its_unit(agent: World) -> None:
+    done = agent.shell("coder start a --pid $$; exit 0")
+    assert done.returncode == 0
+    until(lambda: agent.status("a") == "failed")
+    assert "ended without completing" in agent.client.status("a").reason
+
+
+def test_a_script_that_completes_and_ends_has_completed(agent: World) -> None:
+    agent.shell("coder start a --pid $$ && coder complete a")
+    agent.shell("coder start b --pid $$")
+    until(lambda: agent.status("b") == "failed")  # by then the end of the first was seen as well
+    assert agent.status("a") == "completed"
+
+
+def test_an_owner_that_dies_while_its_start_waits_is_told_and_not_started(agent: World) -> None:
+    owner = agent.spawn(["cat"], stdin=subprocess.PIPE)
+    waiting = agent.popen("start", "a", "--want", "b", "--pid", str(owner.pid))
+    agent.waiting("a")
+    owner.kill()
+    owner.wait()
+    done = finish(waiting)
+    assert done.returncode == 1
+    assert 'unit "a" was not started: the process that was to own it has ended' in done.stderr
+    agent.client.start("b")
+    agent.client.complete("b")
+    assert "started" not in kinds_of(agent, "a")
+
+
+def test_a_pid_that_is_not_alive_is_refused(agent: World) -> None:
+    gone = agent.spawn(["true"])
+    finish(gone)
+    with pytest.raises(coder_sync.Refused, match=f"process {gone.pid} is not alive in the agent's process namespace"):
+        agent.client.start("a", pid=gone.pid)
+    assert agent.status("a") == "not registered"
+
+
+@LINUX
+def test_a_zombie_is_not_alive(agent: World) -> None:
+    zombie = agent.spawn(["true"])
+    until(lambda: os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT))
+    with pytest.raises(coder_sync.Refused, match="is not alive"):
+        agent.client.start("a", pid=zombie.pid)
+
+
+def test_without_pidfd_an_owner_that_dies_is_noticed_too(world: World) -> None:
+    changes = "import os\nif hasattr(os, 'pidfd_open'): del os.pidfd_open"
+    world.spawn(altered(changes, "serve", "-q"))
+    world.client.ping(wait=PATIENCE)
+    owner = world.spawn(["cat"], stdin=subprocess.PIPE)
+    world.client.start("a", pid=owner.pid)
+    owner.kill()
+    owner.wait()
+    with pytest.raises(coder_sync.DependencyFailed, match=lost(owner, "cat")):
+        world.client.wait("a", timeout=PATIENCE)
+
+
+def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
+    agent = world.serve()
+    dying, pid = held(world, "dying")
+    waiting = world.popen("start", "behind", "--want", "a", "--want", "b")
+    world.waiting("behind")
+    agent.send_signal(signal.SIGSTOP)
+    end_of(dying, pids=[pid])
+    calls = [world.popen(*words) for words in (["run", "a", "--", "true"], ["start", "b"])]
+    late = world.popen("start", "late", "--want", "dying")
+    agent.send_signal(signal.SIGCONT)
+    assert [finish(call).returncode for call in calls] == [0, 0]
+    assert finish(late).returncode == 4
+    world.client.complete("b")
+    assert finish(waiting).returncode == 0
+    assert [(u.unit_name, u.status) for u in world.client.list()] == [
+        ("a", "completed"),
+        ("b", "completed"),
+        ("behind", "started"),
+        ("dying", "failed"),
+        ("late", "skipped"),
+    ]
+
+
+@pytest.mark.parametrize(("end", "status"), [("exit 0", "completed"), ("exit 7", "failed"), ("no-such", "failed")])
+def test_an_exit_trap_reports_how_a_script_ended(agent: World, end: str, status: str) -> None:
+    agent.shell(f"set -e; trap 'coder complete a --exit-code $?' EXIT; coder start a; {end}")
+    found = agent.client.status("a")
+    assert found.status == status
+    assert found.reason == {"exit 0": "", "exit 7": "exit code 7", "no-such": "exit code 127"}[end]
+
+
+def test_a_unit_that_was_skipped_is_revived_when_its_dependency_is_started_again(agent: World) -> None:
+    assert agent.run("run", "a", "--", "false").returncode == 1
+    assert agent.run("run", "b", "--want", "a", "--", "true").returncode == 4
+    again = agent.popen("run", "a", "--", "sh", "-c", "echo on; read x", stdin=subprocess.PIPE)
+    assert line_of(again.stdout) == "on\n"
+    revived = agent.popen("run", "b", "--", "true")
+    agent.waiting("b")
+    again.communicate("\n", timeout=PATIENCE)
+    assert agent.status("a") == "completed"
+    assert finish(revived).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scripts as people write them, with the file installed as `coder`.
+# ---------------------------------------------------------------------------------------------------------
+
+MY_SETUP = """#!/bin/bash
+UNIT_NAME="my-setup"
+
+# Declare dependency on git-clone
+coder exp sync want "$UNIT_NAME" "git-clone"
+
+# Wait for dependencies and mark as started
+coder exp sync start "$UNIT_NAME"
+
+# Do your work here
+echo "Running after git-clone completes"
+
+# Signal completion
+coder exp sync complete "$UNIT_NAME"
+"""
+
+SYNC_STARTED = """SYNC_STARTED=0
+if coder exp sync start "$UNIT_NAME"; then
+  SYNC_STARTED=1
+fi
+
+cleanup_sync() {
+  if [ "$SYNC_STARTED" -eq 1 ]; then
+    coder exp sync complete "$UNIT_NAME"
+  fi
+}
+trap cleanup_sync EXIT
+"""
+
+COMMAND_V = """if command -v coder > /dev/null 2>&1; then
+  coder exp sync start "$UNIT_NAME"
+else
+  echo "Coder CLI not available, continuing without coordination"
+fi
+"""
+
+IDE_SETUP = """# Depends on git-clone because we need .vscode/extensions.json
+# Depends on env-setup because we need $NODE_PATH configured
+coder exp sync want "ide-setup" "git-clone"
+coder exp sync want "ide-setup" "env-setup"
+"""
+
+CIRCULAR = """# This will fail
+coder exp sync want "unit-a" "unit-b"
+coder exp sync want "unit-b" "unit-a"
+"""
+
+LONG = 'coder exp sync start "long-operation" --timeout 10m\n'
+
+
+def script_of(world: World, text: str, shell: str = "bash", **env: str) -> subprocess.Popen[str]:
+    """A script that runs with `coder` in its PATH."""
+    return world.spawn([shell, "-c", text], env={**world.shell_env(), **env})
+
+
+def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: World) -> None:
+    body = 'echo "$UNIT_NAME" >> order\n'
+    setup = script_of(agent, MY_SETUP.replace("# Signal", "echo my-setup >> order\n# Signal"))
+    ide = script_of(agent, IDE_SETUP + SYNC_STARTED + body, UNIT_NAME="ide-setup")
+    agent.waiting("my-setup", "ide-setup")
+    clone = script_of(agent, SYNC_STARTED + body, UNIT_NAME="git-clone")
+    env = script_of(agent, COMMAND_V + body + 'coder exp sync complete "$UNIT_NAME"', UNIT_NAME="env-setup")
+    for script in (clone, env, setup, ide):
+        done = finish(script)
+        assert (done.returncode, done.stderr) == (0, "")
+    order = (agent.directory / "order").read_text().split()
+    assert sorted(order) == ["env-setup", "git-clone", "ide-setup", "my-setup"]
+    assert order.index("git-clone") < order.index("my-setup")
+    assert max(order.index("git-clone"), order.index("env-setup")) < order.index("ide-setup")
+    assert {u.status for u in agent.client.list()} == {"completed"}
+
+
+def test_the_first_script_of_the_documents_says_what_it_does(agent: World) -> None:
+    agent.client.start("git-clone")
+    agent.client.complete("git-clone")
+    done = agent.shell(MY_SETUP, shell="bash")
+    assert done.stdout.splitlines() == [
+        "my-setup: depends on git-clone",
+        "my-setup: started; satisfied already: git-clone",
+        "Running after git-clone completes",
+        "my-setup: completed",
+    ]
+
+
+def test_the_circular_script_of_the_documents_is_refused(agent: World) -> None:
+    done = agent.shell(CIRCULAR, shell="bash")
+    assert done.returncode == 1
+    assert "cycle detected: unit-b -> unit-a -> unit-b" in done.stderr
+    assert agent.client.status("unit-b").dependencies == []
+
+
+def test_the_trap_of_the_documents_completes_a_script_that_fails(agent: World) -> None:
+    done = agent.shell("UNIT_NAME=a\n" + SYNC_STARTED + "set -e; false; echo not reached", shell="bash")
+    assert done.returncode == 1
+    assert "not reached" not in done.stdout
+    assert agent.status("a") == "completed"
+
+
+def test_the_trap_of_the_documents_leaves_a_unit_alone_that_did_not_start(agent: World) -> None:
+    agent.client.start("a")
+    assert agent.shell("UNIT_NAME=a\n" + SYNC_STARTED, shell="bash").returncode == 0
+    assert agent.status("a") == "started"
+
+
+def test_a_script_goes_on_where_there_is_no_cli(agent: World) -> None:
+    done = finish(agent.spawn(["/bin/sh", "-c", COMMAND_V], env={"PATH": "/nowhere", "UNIT_NAME": "a"}))
+    assert (done.returncode, done.stdout) == (0, "Coder CLI not available, continuing without coordination\n")
+
+
+WILD = {
+    "trap first": """set -euo pipefail
+        trap 'coder exp sync complete post-codex' EXIT
+        coder exp sync want post-codex a b c
+        coder exp sync start --timeout 30m post-codex""",
+    "option after": "coder exp sync want post-codex a b c && coder exp sync start post-codex --timeout 10m && "
+    "coder exp sync complete post-codex",
+    "in one breath": """coder exp sync want post-codex a b c
+        coder exp sync start post-codex && coder exp sync complete post-codex""",
+    "silent": """coder exp sync want post-codex a b c > /dev/null 2>&1 || true
+        coder exp sync start post-codex > /dev/null 2>&1 || true
+        coder exp sync complete post-codex > /dev/null 2>&1 || true""",
+    "a function": """sync() { coder exp sync "$@"; }
+        sync want post-codex a b c; sync start post-codex; sync complete post-codex""",
+    "run": "coder run post-codex --want a --want b --want c -- true",
+}
+
+
+@pytest.mark.parametrize("script", WILD.values(), ids=WILD.keys())
+def test_the_forms_in_which_scripts_call_it(agent: World, script: str) -> None:
+    for name in "abc":
+        agent.client.start(name)
+        agent.client.complete(name)
+    done = agent.shell(script, shell="bash")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert agent.status("post-codex") == "completed"
+    assert len(agent.client.status("post-codex").dependencies) == 3
+
+
+def test_a_barrier_unit(agent: World) -> None:
+    barrier = script_of(
+        agent, "coder exp sync want ready-x repo; coder exp sync start ready-x; coder exp sync complete ready-x"
+    )
+    behind = script_of(agent, "coder exp sync want x ready-x; coder exp sync start x")
+    agent.waiting("ready-x", "x")
+    agent.client.start("repo")
+    agent.client.complete("repo")
+    assert finish(barrier).returncode == finish(behind).returncode == 0
+
+
+def test_scripts_that_must_go_on_go_on_without_an_agent(world: World) -> None:
+    env = {**world.shell_env(), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
+    done = world.shell("set -e; coder exp sync start a > /dev/null 2>&1 || true; echo on", env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
+
+
+@pytest.mark.parametrize("form", ["copied", "renamed", "linked", "link of a link", "relative", "space in the name"])
+def test_the_executable_form_works_however_it_is_installed(shared: World, world: World, form: str) -> None:
+    directory = world.directory / ("my tools" if form == "space in the name" else "tools")
+    directory.mkdir()
+    tool = directory / ("coder_sync.py" if form == "copied" else "coder")
+    if "link" in form:
+        real = world.directory / "coder_sync.py"
+        shutil.copy(FILE, real)
+        tool.symlink_to(real)
+        if form == "link of a link":
+            tool = directory / "again"
+            tool.symlink_to("coder")
+    else:
+        shutil.copy(FILE, tool)
+    tool.chmod(0o755)
+    argv = [os.path.join("tools", tool.name) if form == "relative" else str(tool), "exp", "sync"]
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    for _ in range(2):  # the second finds the bytecode of the first
+        done = finish(world.spawn([*argv, "ping"], env=env))
+        assert (done.returncode, done.stderr) == (0, "")
+    done = finish(world.spawn([*argv, "frobnicate"], env=env))
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_the_executable_form_keeps_arguments_as_they_are(shared: World, world: World) -> None:
+    world.shell_env()
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    name = "a 'b' \"c\" $d `e` \\ * \u00e4"
+    done = finish(world.spawn(["coder", "want", name, "-q", "x"], env=env))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert name in [u.unit_name for u in shared.client.list()]
+
+
+def test_the_executable_form_is_not_led_astray_by_what_lies_about(shared: World, world: World) -> None:
+    for module in ("json", "socket", "argparse", "threading", "errno", "time"):
+        (world.directory / f"{module}.py").write_text("raise SystemExit(77)")
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    env.update(PYTHONPATH=str(world.directory), PYTHONSTARTUP="x", PYTHONINSPECT="1", PYTHONHASHSEED="random")
+    for words in (["ping"], ["list", "-o", "json"], ["list", "--help"]):
+        done = finish(world.spawn(["coder", *words], env=env))
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_executable_form_works_under_busybox(shared: World, world: World) -> None:
+    busybox = shutil.which("busybox")
+    if not busybox:
+        pytest.skip("there is no busybox")
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    tool = str(world.directory / "bin" / "coder")
+    script = f"set -e; {tool} start bb; {tool} complete bb; {tool} serve -- {tool} run x -- echo ran"
+    done = finish(world.spawn([busybox, "sh", tool, "ping"], env=env))
+    assert (done.returncode, done.stderr) == (0, "")
+    done = finish(world.spawn([busybox, "sh", "-c", script], env=env))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("ran\n")
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
+def test_the_executable_form_may_be_given_to_a_shell(shared: World, world: World, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"there is no {shell}")
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    done = finish(world.spawn([shell, str(world.directory / "bin" / "coder"), "ping"], env=env))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_executable_form_works_from_an_unwritable_directory(shared: World, world: World) -> None:
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    tools = world.directory / "bin"
+    (tools / "__pycache__").write_text("a file where the bytecode would be")  # stops root too
+    tools.chmod(0o555)
+    done = finish(world.spawn(["coder", "ping"], env=env))
+    tools.chmod(0o755)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(os.listdir(tools)) == ["__pycache__", "coder"]
+
+
+def test_serve_in_the_executable_form_runs_scripts(world: World) -> None:
+    script = "coder exp sync run b --want a -- echo b & coder exp sync run a -- echo a; wait"
+    done = world.shell(f"coder serve -- sh -c '{script}'")
+    assert (done.returncode, done.stdout) == (0, "a\nb\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Load: many runs in one layered graph, a third of them killed.
+# ---------------------------------------------------------------------------------------------------------
+
+RUNS = 120
+LAYERS = 8
+
+
+def test_of_many_runs_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
+    world.serve("-q")
+    chance = random.Random(20)
+    size = RUNS // LAYERS
+    layers = [[f"u{layer}-{i}" for i in range(size)] for layer in range(LAYERS)]
+    wants = {name: chance.sample(layers[n - 1], 2) if n else ["go"] for n, layer in enumerate(layers) for name in layer}
+    names = list(wants)
+    chance.shuffle(names)
+    fate = {name: chance.choice(["run", "command", "late"]) for name in chance.sample(names, RUNS // 3)}
+    runs: dict[str, subprocess.Popen[str]] = {}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for name in names:
+        command = ["sh", "-c", "kill -9 $$"] if fate.get(name) == "command" else ["sleep", "0.02"]
+        options = [word for dependency in wants[name] for word in ("--want", dependency)]
+        runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *options, "--", *command, **quiet)
+    world.waiting(*names)
+    early = [name for name in names if fate.get(name) == "run"]
+    for name in early[::2]:  # while it waits
+        runs[name].kill()
+    todo = early[1::2] + [name for name in names if fate.get(name) == "late"]
+    watch = Client(world.path, 0).events(follow=True)
+    world.client.start("go")
+    world.client.complete("go")
+    for count, event in enumerate(watch):  # at any moment of the boot
+        if count % 7 == 0 and todo:
+            runs[todo.pop()].kill()
+        if event.unit == names[-1] and event.kind in coder_sync.ENDED:
+            break
+    for name in todo:
+        runs[name].kill()
+    codes = {name: run.wait(PATIENCE) for name, run in runs.items()}
+    until(lambda: all(u.status in coder_sync.ENDED for u in world.client.list()), "every unit ended")
+
+    found = {u.unit_name: u for u in world.client.list()}
+    for name in (name for layer in layers for name in layer):
+        unit, bad = found[name], [d for d in wants[name] if found[d].status != "completed"]
+        if unit.status == "completed":
+            assert not bad
+            assert codes[name] == 0 or (name in fate and codes[name] == -signal.SIGKILL)
+        elif unit.status == "skipped":
+            reasons = [
+                f'dependency "{d}" ' + ("was skipped: " if found[d].status == "skipped" else "failed (") for d in bad
+            ]
+            ends = [found[d].reason + ("" if found[d].status == "skipped" else ")") for d in bad]
+            assert unit.reason in [reason + end for reason, end in zip(reasons, ends)]
+            assert codes[name] == 4 or (name in fate and codes[name] == -signal.SIGKILL)
+        elif fate.get(name) == "command":
+            assert not bad
+            assert (unit.reason, codes[name]) == ("killed by signal 9", 137)
+        else:
+            assert name in fate
+            assert re.fullmatch(lost(runs[name]), unit.reason)
+            assert codes[name] == -signal.SIGKILL
+    assert {u.status for u in found.values()} == {"completed", "failed", "skipped"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Python: Client.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_calls_return_typed_results(agent: World) -> None:
+    client = agent.client
+    assert client.ping()["version"] == coder_sync.__version__
+    assert client.want("a", "b") == ["b"]
+    assert client.want("a", "c") == ["b", "c"]
+    started = client.start("b")
+    assert (started.unit, started.dependencies) == ("b", [])
+    assert started.waited >= 0
+    assert client.complete("b") is None
+    status = client.status("a")
+    assert (status.unit_name, status.status, status.is_ready, status.exit_code) == ("a", "pending", False, None)
+    assert [(d.depends_on, d.is_satisfied, d.requirement) for d in status.dependencies] == [
+        ("b", True, "success"),
+        ("c", False, "success"),
+    ]
+    assert [u.unit_name for u in client.list()] == ["a", "b"]
+    assert [u.unit_name for u in client.list(everything=True)] == ["a", "b", "c"]
+    assert client.wait("b") < PATIENCE
+    assert [(e.unit, e.kind) for e in client.events()][:2] == [("a", "registered"), ("a", "wants")]
+
+
+def test_errors_are_exceptions_of_their_own(agent: World) -> None:
+    client = agent.client
+    client.start("a")
+    for kind, code, call in (
+        (coder_sync.AlreadyStarted, 1, lambda: client.start("a")),
+        (coder_sync.CycleError, 1, lambda: client.want("a", "a")),
+        (coder_sync.NotRegistered, 1, lambda: client.complete("nobody")),
+        (coder_sync.Refused, 1, lambda: client.want("", "a")),
+        (coder_sync.TimedOut, 124, lambda: client.wait("nobody", timeout=0.01)),
+        (coder_sync.Unreachable, 3, lambda: Client("/nowhere", 0).ping()),
+        (coder_sync.UsageError, 2, lambda: coder_sync.duration("x")),
+    ):
+        with pytest.raises(kind) as caught:
+            call()
+        assert isinstance(caught.value, coder_sync.SyncError)
+        assert caught.value.exit_code == code
+    client.fail("a", "no disk")
+    with pytest.raises(coder_sync.DependencyFailed, match="no disk"):
+        client.start("b", want=["a"])
+
+
+def test_a_timeout_carries_what_was_missing(agent: World) -> None:
+    with pytest.raises(coder_sync.TimedOut) as caught:
+        agent.client.start("a", want=["b", "c"], timeout=0.01)
+    assert [(d.depends_on, d.current_status) for d in caught.value.data] == [
+        ("b", "not registered"),
+        ("c", "not registered"),
+    ]
+
+
+def test_a_call_too_long_for_one_request_is_refused(agent: World) -> None:
+    with pytest.raises(coder_sync.Refused, match="too much for one request"):
+        agent.client.want("a", *[f"{i:0250}" for i in range(300)])
+    assert agent.client.list() == []
+
+
+def test_a_block_that_ends_completes_its_unit(agent: World) -> None:
+    with agent.client.unit("a") as start:
+        assert start.result.unit == "a"
+        assert agent.status("a") == "started"
+    assert agent.status("a") == "completed"
+
+
+def test_a_block_that_raises_fails_its_unit_with_the_exceptions_text(agent: World) -> None:
+    with pytest.raises(ZeroDivisionError), agent.client.unit("a"):
+        raise ZeroDivisionError("no\nway")
+    failed = agent.client.status("a")
+    assert (failed.status, failed.reason) == ("failed", "ZeroDivisionError: no way")
+
+
+def test_a_block_that_must_not_start_is_not_entered(agent: World) -> None:
+    agent.client.start("b")
+    agent.client.fail("b")
+    with pytest.raises(coder_sync.DependencyFailed), agent.client.unit("a", want=["b"]):
+        pytest.fail("entered")
+    assert agent.status("a") == "skipped"
+
+
+def test_a_process_that_ends_in_its_block_fails_the_unit(agent: World) -> None:
+    code = f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
+from coder_sync import Client
+with Client().unit("a"):
+    os.write(1, b"in\\n"); os.read(0, 1); os._exit(0)"""
+    process = agent.spawn([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE)
+    assert line_of(process.stdout) == "in\n"
+    assert agent.status("a") == "started"
+    process.communicate(timeout=PATIENCE)
+    until(lambda: agent.status("a") == "failed")
+    assert re.fullmatch(lost(process), agent.client.status("a").reason)
+
+
+def test_a_block_whose_unit_was_completed_within_is_fine(agent: World) -> None:
+    with agent.client.unit("a"):
+        agent.client.complete("a")
+    assert agent.status("a") == "completed"
+
+
+def test_a_client_may_be_used_from_many_threads(agent: World) -> None:
+    client, errors = Client(agent.path, 5), []
+
+    def work(n: int) -> None:
+        try:
+            with client.unit(f"t{n}", want=[f"t{n - 1}"] if n else [], timeout=PATIENCE):
+                pass
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in reversed(range(40))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert errors == []
+    assert {u.status for u in client.list()} == {"completed"}
+
+
+def test_on_wait_is_told_what_is_missing(agent: World) -> None:
+    told: list[Any] = []
+
+    def on_wait(missing: list[coder_sync.Dependency], waited: float) -> None:
+        told.append(([d.depends_on for d in missing], waited))
+        agent.client.start("b")
+        agent.client.complete("b")
+
+    agent.client.start("a", want=["b"], on_wait=on_wait)
+    assert told == [(["b"], 0.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Views: pictures of startups that are played on the fake clock, compared with expected text.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def good_startup(units: Units, clock: Clock) -> Graph:
+    """Two long scripts behind each other, and short ones beside them; all succeed."""
+    units.want("pip-install", ["apt-install"])
+    units.want("migrate", ["db"])
+    units.want("serve", ["pip-install", "migrate"])
+    units.start("apt-install", "apt-install", owner=Owner(41, "bash apt.sh"))
+    for name in ("git-clone", "db", "pip-install", "migrate", "serve"):
+        units.start(name, name)
+    for name, seconds in (("git-clone", 12), ("db", 20), ("migrate", 9), ("apt-install", 84), ("pip-install", 118)):
+        clock.now += seconds
+        units.complete(name)
+    clock.now += 9
+    units.complete("serve")
+    return units.graph()
+
+
+def broken_startup(units: Units, clock: Clock) -> Graph:
+    """One unit of every standing, half a minute after the beginning."""
+    units.start("base", "base", owner=Owner(7, "bash base.sh"))
+    units.start("web", "web", ["base"], owner=Owner(42, "bash web.sh", True))
+    units.start("lint", "lint", ["gone"])
+    units.start("cache", "cache", ["base"], "start")
+    clock.now += 10
+    units.complete("base")
+    units.start("data", "data")
+    units.start("report", "report", ["data"])
+    units.start("mail", "mail", ["report", "web"])
+    clock.now += 5
+    units.cancel("lint", "timed out")
+    units.fail("data", "disk full", 2)
+    units.start("slow", "slow", ["web"])
+    units.want("idle", ["web"])
+    clock.now += 15
+    return units.graph()
+
+
+def uneven_startup(units: Units, clock: Clock) -> Graph:
+    """A millisecond, five minutes, a millisecond, each asked for when the one before has ended."""
+    for name, wants, seconds in (("quick", [], 0.001), ("slow", ["quick"], 300), ("last", ["slow"], 0.001)):
+        units.start(name, name, wants)
+        clock.now += seconds
+        units.complete(name)
+    return units.graph()
+
+
+def wide_startup(units: Units, clock: Clock) -> Graph:
+    """200 units, each wanting two before it."""
+    for i in range(200):
+        units.start(f"unit-{i:03}", i, {f"unit-{i // 2:03}", f"unit-{i * 2 // 3:03}"} - {f"unit-{i:03}"})
+    for i in range(200):
+        clock.now += i % 7
+        units.complete(f"unit-{i:03}")
+    return units.graph()
+
+
+def long_names(units: Units, clock: Clock) -> Graph:
+    """A pending_chain of names of 60 characters, one of 255, and wide ones."""
+    names = [f"{i:02}-" + "script-" * 8 + "x" for i in range(8)] + ["环境准备-" * 10, "a" * 127 + "b" * 128]
+    for i, name in enumerate(names):
+        units.start(name, name, names[i - 1 : i])
+    for name in names:
+        clock.now += 33
+        units.complete(name)
+    return units.graph()
+
+
+def pending_chain(units: Units, length: int) -> Graph:
+    """u0 waits for u1, which waits for u2, and so on; the last one runs."""
+    for i in reversed(range(length)):
+        units.start(f"u{i}", i, [f"u{i + 1}"] if i < length - 1 else [])
+    return units.graph()
+
+
+def picture(text: str) -> str:
+    """Expected text, as it stands in a test: indented, between lines of its own."""
+    return textwrap.dedent(text)[1:]
+
+
+def whys(graph: Graph, name: str) -> list[str]:
+    return coder_sync.why_text(graph, name).splitlines()
+
+
+def svg_of(graph: Graph) -> ElementTree.Element:
+    """The picture, parsed; tags without their namespace."""
+    root = ElementTree.fromstring(coder_sync.timeline_svg(graph))
+    for element in root.iter():
+        assert element.tag.startswith("{http://www.w3.org/2000/svg}")
+        element.tag = element.tag.rpartition("}")[2]
+    return root
+
+
+def number(element: ElementTree.Element, name: str) -> float:
+    return float(element.get(name, "nan"))
+
+
+def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a text of 12 pixels in a font whose columns are 7.25 pixels wide."""
+    x, y, width = number(text, "x"), number(text, "y"), 7.25 * coder_sync.wide(text.text or "")
+    x -= {"end": width, "middle": width / 2}.get(text.get("text-anchor", ""), 0.0)
+    return x, y - 10, x + width, y + 3
+
+
+def check_layout(root: ElementTree.Element) -> None:
+    """No text overlaps another or a bar, and nothing sticks out of the picture."""
+    width, height = number(root, "width"), number(root, "height")
+    boxes = [(*box(text), True) for text in root.iter("text")]
+    for bar in root.iter("rect"):
+        x, y = number(bar, "x"), number(bar, "y")
+        if bar.get("class") not in ("y", "z"):
+            boxes.append((x, y, x + number(bar, "width"), y + number(bar, "height"), False))
+    boxes.sort(key=lambda b: b[1])
+    for i, (left, top, right, bottom, is_text) in enumerate(boxes):
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        for other in boxes[i + 1 :]:
+            if other[1] >= bottom:
+                break
+            assert other[0] >= right or other[2] <= left or not (is_text or other[4]), (left, top, other)
+
+
+def test_a_timeline_shows_waiting_and_running_and_marks_the_critical_path(units: Units, clock: Clock) -> None:
+    assert coder_sync.timeline_text(good_startup(units, clock)) == picture(
+        """
+                      0              1m00s           2m00s           3m00s
+        * apt-install █████████████████████████████████                                     2m05s completed
+          db          █████████                                                               32s completed
+          git-clone   ███                                                                     12s completed
+          migrate     ░░░░░░░░███                                                            9.0s completed
+        * pip-install ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░████████████████████████████████     1m58s completed
+        * serve       ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░███    9.0s completed
+
+        4m12s in all; critical path: apt-install 2m05s -> pip-install 1m58s -> serve 9.0s (100% of it)
+        """
+    )
+
+
+def test_a_timeline_shows_every_standing(units: Units, clock: Clock) -> None:
+    assert coder_sync.timeline_text(broken_startup(units, clock), 60) == picture(
+        """
+                 0               15s
+        * base   ███████████                          10s completed
+          cache  ████████████████████████████████     30s running
+          data             ██████                    5.0s failed
+        * web    ░░░░░░░░░░██████████████████████     20s running
+          lint   ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░     30s gave up
+          mail             ░░░░░░░                   5.0s skipped
+          report           ░░░░░░░                   5.0s skipped
+          idle                                          - pending
+          slow                   ░░░░░░░░░░░░░░░░     15s waiting
+
+        30s in all (1 failed, 2 skipped, 2 still running, 3 not
+        started); critical path: base 10s -> web 20s (100% of it)
+        """
+    )
+
+
+def test_a_timeline_makes_do_with_ascii(units: Units, clock: Clock) -> None:
+    text = coder_sync.timeline_text(broken_startup(units, clock), 60)
+    plain = coder_sync.timeline_text(units.graph(), 60, unicode=False)
+    assert plain == text.replace("█", "#").replace("░", ".")
+
+
+def test_a_timeline_has_a_colour_for_each_outcome_and_the_path_in_bold(units: Units, clock: Clock) -> None:
+    graph = broken_startup(units, clock)
+    text = coder_sync.timeline_text(graph, 60, colour=True)
+    assert re.sub(r"\033\[\d+m", "", text) == coder_sync.timeline_text(graph, 60)
+    codes = [re.findall(r"\033\[(\d+)m", line) for line in text.splitlines()[1:10]]
+    bold, off = "1", "0"
+    assert codes[:4] == [[bold, off, "32", off], ["36", off], ["31", off], [bold, off, "36", off]]
+    assert [code[0] for code in codes[4:]] == ["2", "33", "33", "2", "2"]
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+@pytest.mark.parametrize("width", [40, 47, 60, 100, 200, 400])
+def test_a_timeline_fits_its_width(units: Units, clock: Clock, width: int, unicode: bool) -> None:
+    broken_startup(units, clock)
+    pending_chain(units, 30)
+    units.start('module.workspace.coder_script.startup_unit["health-check-1"]', 1, ["环境准备-安装依赖"])
+    units.start("环境准备-安装依赖", 2)
+    clock.now += 1
+    lines = coder_sync.timeline_text(units.graph(), width, unicode=unicode).splitlines()
+    assert max(map(coder_sync.wide, lines)) in range(width - 3, width + 1)
+
+
+def test_a_timeline_lines_up_long_and_wide_names(units: Units, clock: Clock) -> None:
+    for i in (1, 2):
+        units.start(f'module.workspace.coder_script.startup_unit["health-check-{i}"]', i)
+    units.start("环境准备-安装依赖", 3)
+    clock.now += 2
+    lines = coder_sync.timeline_text(units.graph(), 100).splitlines()
+    assert [line.split(" █")[0] for line in lines[1:4]] == [
+        '* module.workspace…health-check-1"]',
+        '  module.workspace…health-check-2"]',
+        "  环境准备-安装依赖                ",
+    ]
+    lines = coder_sync.timeline_text(units.graph(), 40, unicode=False).splitlines()
+    assert [line.split(" #")[0] for line in lines[1:4]] == ['* modu~1"]', '  modu~2"]', r"  \u73~d56"]
+    assert lines[-2:] == ['module.workspace.cod~t["health-check-1"]', "2.0s (100% of it)"]
+
+
+def test_a_millisecond_is_seen_beside_five_minutes(units: Units, clock: Clock) -> None:
+    uneven_startup(units, clock)
+    assert coder_sync.timeline_text(units.graph(), 44) == picture(
+        """
+                0
+        * quick █                     1ms completed
+        * slow  █████████████████   5m00s completed
+        * last                  █     1ms completed
+
+        5m00s in all; critical path: quick 1ms ->
+        slow 5m00s -> last 1ms (100% of it)
+        """
+    )
+
+
+def test_a_timeline_of_one_unit(units: Units, clock: Clock) -> None:
+    units.start("only", 1)
+    assert coder_sync.timeline_text(units.graph(), 40) == picture(
+        """
+               0
+        * only █                  0ms running
+
+        0ms in all (1 still running)
+        """
+    )
+    clock.now += 2.5
+    units.complete("only")
+    assert coder_sync.timeline_text(units.graph(), 40) == picture(
+        """
+               0
+        * only ██████████████    2.5s completed
+
+        2.5s in all; critical path: only 2.5s
+        (100% of it)
+        """
+    )
+
+
+def test_a_startup_that_is_over_does_not_get_longer(units: Units, clock: Clock) -> None:
+    units.want("nobody-starts-it", ["serve"])
+    good_startup(units, clock)
+    clock.now += 3600
+    assert coder_sync.summary(units.graph()).startswith("4m12s in all (1 not started); critical path: apt-install")
+    units.start("again", 1, ["never"])
+    assert coder_sync.summary(units.graph()).startswith("1h04m in all (2 not started)")
+
+
+def test_no_picture_breaks_without_units(units: Units) -> None:
+    graph = units.graph()
+    assert coder_sync.timeline_text(graph) == coder_sync.graph_tree(graph) == "no units yet\n"
+    assert [text.text for text in svg_of(graph).findall("text")] == ["no units yet"]
+    assert coder_sync.timeline_data(graph)["units"] == coder_sync.timeline_trace(graph)["traceEvents"] == []
+    assert coder_sync.graph_data(graph) == {"units": [], "edges": []}
+    assert coder_sync.blame_text(graph).endswith("\n\nno units yet\n")
+    assert coder_sync.graph_dot(graph).endswith("}\n")
+    assert coder_sync.graph_mermaid(graph).startswith("flowchart LR\n")
+
+
+def test_the_axis_has_round_times() -> None:
+    assert coder_sync.ticks(0.004, 5) == [0, 0.001, 0.002, 0.003, 0.004]
+    assert coder_sync.ticks(252, 5) == [0, 60, 120, 180, 240]
+    assert coder_sync.ticks(86400 * 3, 3) == [0, 86400, 2 * 86400, 3 * 86400]
+    assert len(coder_sync.ticks(1e9, 10)) == 2
+
+
+# -- where the time went ------------------------------------------------------------------------------------
+
+
+def path_of(graph: Graph) -> list[tuple[str, float]]:
+    return [(node.unit_name, round(share, 3)) for node, share in coder_sync.critical_path(graph)]
+
+
+def test_the_critical_path_goes_back_over_what_released_each_unit(units: Units, clock: Clock) -> None:
+    assert path_of(good_startup(units, clock)) == [("apt-install", 125), ("pip-install", 118), ("serve", 9)]
+
+
+def test_the_critical_path_counts_a_started_dependency_until_it_released_the_next(units: Units, clock: Clock) -> None:
+    units.want("serve", ["setup"])
+    units.start("app", 1, ["serve"], "start")
+    for name in ("setup", "serve"):
+        units.start(name, name)
+    clock.now += 5
+    units.complete("setup")
+    clock.now += 10
+    assert path_of(units.graph()) == [("setup", 5), ("serve", 10)]  # app runs as well, and started no earlier
+    units.complete("serve")
+    clock.now += 10
+    assert path_of(units.graph()) == [("setup", 5), ("serve", 0), ("app", 20)]
+
+
+def test_the_critical_path_passes_units_that_found_everything_done(units: Units, clock: Clock) -> None:
+    uneven_startup(units, clock)  # in a script that starts each of them after the one before
+    assert path_of(units.graph()) == [("quick", 0.001), ("slow", 300), ("last", 0.001)]
+
+
+def test_the_summary_names_the_longest_steps_of_a_long_path(units: Units, clock: Clock) -> None:
+    pending_chain(units, 40)
+    for i in reversed(range(40)):
+        clock.now += 20 if i in (11, 22, 30) else 10 if i % 5 == 0 else 0.5
+        units.complete(f"u{i}")
+    text = coder_sync.summary(units.graph())
+    assert "critical path: ... -> u35 10s -> ... -> u30 20s -> ..." in text
+    assert text.endswith("-> u11 20s -> u10 10s -> ... -> u5 10s -> ... -> u0 10s (100% of it)")
+
+
+def test_the_summary_says_how_much_the_critical_path_explains(units: Units, clock: Clock) -> None:
+    units.want("a", [])
+    clock.now += 1  # nobody starts anything
+    units.start("a", 1)
+    clock.now += 3
+    units.complete("a")
+    assert coder_sync.summary(units.graph()) == "4.0s in all; critical path: a 3.0s (75% of it)"
+
+
+def test_blame_orders_by_running_and_by_holding_up_others(units: Units, clock: Clock) -> None:
+    text = coder_sync.blame_text(broken_startup(units, clock))
+    tables, _, summary = text.rpartition("\n\n")
+    assert summary == coder_sync.summary(units.graph()) + "\n"
+    assert tables + "\n" == picture(
+        """
+        by how long they ran:
+        UNIT   RAN   OTHERS WAITED  STATUS
+        cache  30s   0ms            started
+        web    20s   20s            started
+        base   10s   10s            completed
+        data   5.0s  5.0s           failed
+
+        by how long others waited for them:
+        UNIT  RAN   OTHERS WAITED  STATUS
+        gone  0ms   30s            not registered
+        web   20s   20s            started
+        base  10s   10s            completed
+        data  5.0s  5.0s           failed
+        """
+    )
+
+
+def test_blame_is_not_for_units_that_wait_themselves(units: Units, clock: Clock) -> None:
+    pending_chain(units, 3)
+    clock.now += 60
+    held = coder_sync.blame_text(units.graph()).split("for them:\n")[1].splitlines()
+    assert [line.split() for line in held[1:3]] == [["u2", "1m00s", "1m00s", "started"], []]
+
+
+def test_blame_ends_with_the_dependency(units: Units, clock: Clock) -> None:
+    held = coder_sync.blame_text(good_startup(units, clock)).split("for them:\n")[1].splitlines()
+    assert [line.split()[:3:2] for line in held[1:5]] == [
+        *(["apt-install", "2m05s"], ["pip-install", "1m58s"], ["db", "32s"], ["migrate", "9.0s"])
+    ]
+
+
+def test_blame_shows_the_worst_and_counts_the_rest(units: Units, clock: Clock) -> None:
+    for i in range(30):
+        units.start(f"u{i}", i)
+        clock.now += 1
+    text = coder_sync.blame_text(units.graph())
+    assert text.splitlines()[2].startswith("u0 ")
+    assert text.splitlines()[27] == "and 5 more"
+
+
+def test_the_timeline_as_json_has_times_since_the_first_sign(units: Units, clock: Clock) -> None:
+    clock.now += 100
+    data = json.loads(json.dumps(coder_sync.timeline_data(broken_startup(units, clock))))
+    by_name = {unit.pop("unit_name"): unit for unit in data["units"]}
+    assert list(by_name) == ["base", "cache", "data", "web", "lint", "mail", "report", "idle", "slow"]
+    assert by_name["web"] == {
+        **{"status": "started", "reason": "", "registered": 0, "waiting": 0, "started": 10, "ended": None},
+        **{"released_by": "base", "wants": {"base": "success"}},
+    }
+    assert by_name["data"]["ended"] == 15
+    assert data["seconds"] == 30
+    assert data["summary"] == coder_sync.summary(units.graph())
+    assert data["critical_path"] == [{"unit_name": "base", "seconds": 10}, {"unit_name": "web", "seconds": 20}]
+
+
+def test_the_trace_is_what_trace_viewers_read(units: Units, clock: Clock) -> None:
+    clock.now += 100
+    trace = json.loads(json.dumps(coder_sync.timeline_trace(broken_startup(units, clock))))
+    assert set(trace) == {"traceEvents", "displayTimeUnit"}
+    rows = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    assert list(rows.values()) == [node.unit_name for node in coder_sync.in_order(units.graph())]
+    bars = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    assert all(type(e["ts"]) is type(e["dur"]) is int and e["dur"] >= 0 and e["pid"] == 1 for e in bars)
+    assert [(rows[e["tid"]], e["cat"], e["ts"], e["dur"]) for e in bars] == [
+        ("base", "running", 0, 10_000_000),
+        ("cache", "running", 0, 30_000_000),
+        ("data", "running", 10_000_000, 5_000_000),
+        ("web", "waiting", 0, 10_000_000),
+        ("web", "running", 10_000_000, 20_000_000),
+        ("lint", "waiting", 0, 30_000_000),
+        ("mail", "waiting", 10_000_000, 5_000_000),
+        ("report", "waiting", 10_000_000, 5_000_000),
+        ("slow", "waiting", 15_000_000, 15_000_000),
+    ]
+
+
+def test_the_trace_has_what_took_no_time(units: Units) -> None:
+    units.start("a", 1)
+    units.complete("a")
+    event = coder_sync.timeline_trace(units.graph())["traceEvents"][-1]
+    assert (event["name"], event["cat"], event["ts"], event["dur"]) == ("a", "running", 0, 0)
+
+
+# -- the picture as SVG -------------------------------------------------------------------------------------
+
+
+def test_the_svg_stands_alone(units: Units, clock: Clock) -> None:
+    root = svg_of(good_startup(units, clock))
+    assert {element.tag for element in root.iter()} == {"svg", "title", "style", "g", "path", "rect", "text"}
+    names = {name for element in root.iter() for name in element.keys()}  # noqa: SIM118
+    assert names == {"width", "height", "viewBox", "class", "x", "y", "d", "text-anchor"}
+    style = root.findtext("style") or ""
+    assert "url(" not in style and "@import" not in style and "@font-face" not in style
+    assert "@media(prefers-color-scheme:dark){" in style
+    used = {word for element in root.iter() for word in element.get("class", "").split()}
+    assert used - set(re.findall(r"\.(\w+)", style)) <= {"started"}
+
+
+def test_the_svg_says_the_sentence_and_all_about_each_unit_on_hover(units: Units, clock: Clock) -> None:
+    root = svg_of(broken_startup(units, clock))
+    assert root.findtext("text") == coder_sync.summary(units.graph())
+    titles = {group.findtext("text"): group.findtext("title") for group in root.findall("g")}
+    assert list(titles) == [node.unit_name for node in coder_sync.in_order(units.graph())]
+    assert titles["web"] == "web: started\nwaited 10s, last for base\nran 20s\ndepends on base"
+    assert titles["data"] == "data: failed (disk full)\nwaited 0ms\nran 5.0s"
+    assert titles["mail"] == (
+        'mail: skipped (dependency "report" was skipped: dependency "data" failed (disk full))\n'
+        "waited 5.0s\ndepends on report, web"
+    )
+
+
+def test_the_svg_has_bars_to_scale_and_marks_the_critical_path(units: Units, clock: Clock) -> None:
+    root = svg_of(good_startup(units, clock))
+    bars = {g.findtext("text"): {r.get("class"): r for r in g.findall("rect")} for g in root.findall("g")}
+    marked = [name for name, kinds in bars.items() if "completed k" in kinds]
+    assert marked == ["apt-install", "pip-install", "serve"]
+    assert len(root.findall("path[@class='c']")) == 2
+    left, whole = number(bars["apt-install"]["completed k"], "x"), 760 / 252
+    for name, kind, start, length in (
+        ("apt-install", "completed k", 0, 125),
+        ("pip-install", "w", 0, 125),
+        ("pip-install", "completed k", 125, 118),
+        ("migrate", "completed", 32, 9),
+    ):
+        bar = bars[name][kind]
+        assert number(bar, "x") == pytest.approx(left + start * whole, abs=0.1)
+        assert number(bar, "width") == pytest.approx(length * whole, abs=0.1)
+
+
+@pytest.mark.parametrize("play", ["good_startup", "broken_startup", "uneven_startup", "wide_startup", "long_names"])
+def test_nothing_in_the_svg_overlaps_or_is_cut_off(units: Units, clock: Clock, play: str) -> None:
+    check_layout(svg_of(globals()[play](units, clock)))
+
+
+def test_the_svg_shows_a_millisecond_beside_five_minutes(units: Units, clock: Clock) -> None:
+    root = svg_of(uneven_startup(units, clock))
+    bars = [r for r in root.iter("rect") if r.get("class") == "completed k"]
+    assert [number(bar, "width") for bar in bars] == [2, 760, 2]
+    assert number(bars[2], "x") + 2 == number(bars[1], "x") + 760
+
+
+def test_the_svg_shows_names_of_sixty_characters_in_full(units: Units, clock: Clock) -> None:
+    texts = [text.text for text in svg_of(long_names(units, clock)).iter("text")]
+    assert {name for name in (node.unit_name for node in units.graph().nodes) if coder_sync.wide(name) <= 60} <= set(
+        texts
+    )
+    assert "a" * 30 + "…" + "b" * 29 in texts
+
+
+HOSTILE = "\"q\" 'x' [a] (b) {c} <script>&amp; \\n \\ #35; ; --> | %% `y`"
+
+
+def test_names_cannot_say_anything_in_svg(units: Units) -> None:
+    units.start(HOSTILE, 1, ["</text>"])
+    units.start("</text>", 2)
+    units.fail("</text>", "]]> <!-- \u2028\ufffe & co")
+    root = svg_of(units.graph())
+    assert [group.findtext("text") for group in root.findall("g")] == ["</text>", HOSTILE]
+    assert (root.findall("g")[0].findtext("title") or "").startswith("</text>: failed (]]> <!-- ")
+    assert all(c.isprintable() or c in "\n\ufffd" for c in coder_sync.xml("\x00\x1b\ud800\uffff\n<"))
+
+
+# -- the graph ----------------------------------------------------------------------------------------------
+
+
+def test_a_tree_shows_what_is_shared_once_and_refers_to_it(units: Units, clock: Clock) -> None:
+    assert coder_sync.graph_tree(broken_startup(units, clock)) == picture(
+        """
+        lint (pending)
+        └── gone (not registered)
+        cache (started)
+        └── base (completed)
+        mail (skipped: dependency "report" was skipped: dependency "data" failed (disk full))
+        ├── report (skipped: dependency "data" failed (disk full))
+        │   └── data (failed: disk full)
+        └── web (started)
+            └── base (completed)
+        slow (pending)
+        └── web (see above)
+        idle (pending)
+        └── web (see above)
+        """
+    )
+
+
+def test_a_tree_makes_do_with_ascii(units: Units) -> None:
+    units.want("a", ["b", "c"])
+    units.want("b", ["d"])
+    assert coder_sync.graph_tree(units.graph(), unicode=False) == picture(
+        """
+        a (pending)
+        |-- b (pending)
+        |   `-- d (not registered)
+        `-- c (not registered)
+        """
+    )
+
+
+def test_a_deep_tree_ends_with_where_to_go_on(units: Units) -> None:
+    graph = pending_chain(units, 5000)
+    lines = coder_sync.graph_tree(graph).splitlines()
+    assert len(lines) == 41
+    assert lines[-1].strip() == "└── u40 (pending); `graph u40` shows what is below"
+    assert coder_sync.graph_tree(coder_sync.part(graph, ["u4999"]), ["u4999"]) == "u4999 (started)\n"
+
+
+def test_a_graph_of_layers_is_a_tree_of_bounded_size(units: Units) -> None:
+    for layer in range(12):
+        for i in range(12):
+            units.want(f"{layer}.{i}", [f"{layer + 1}.{j}" for j in range(12)])
+    assert len(coder_sync.graph_tree(units.graph()).splitlines()) == 12 + 12 * 12 * 12  # not 12 ** 12
+
+
+def test_part_of_a_graph_is_what_some_units_depend_on(units: Units, clock: Clock) -> None:
+    graph = broken_startup(units, clock)
+    assert {n.unit_name for n in coder_sync.part(graph, ["mail"]).nodes} == {"mail", "report", "data", "web", "base"}
+    assert {n.unit_name for n in coder_sync.part(graph, ["lint", "cache"]).nodes} == {"lint", "gone", "cache", "base"}
+    assert coder_sync.part(graph, []) == graph
+    with pytest.raises(coder_sync.NotRegistered, match='no unit "nix"'):
+        coder_sync.part(graph, ["mail", "nix"])
+
+
+def test_the_graph_as_json(units: Units) -> None:
+    units.want("a", ["b"], "start")
+    assert coder_sync.graph_data(units.graph()) == {
+        "units": [
+            {"unit_name": "b", "status": "not registered", "reason": ""},
+            {"unit_name": "a", "status": "pending", "reason": ""},
+        ],
+        "edges": [{"unit_name": "a", "depends_on": "b", "requirement": "start"}],
+    }
+
+
+def test_names_cannot_say_anything_in_dot(units: Units) -> None:
+    units.want(HOSTILE, ["plain"], "completion")
+    text = coder_sync.graph_dot(units.graph())
+    strings = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+    assert [re.sub(r"\\(.)", r"\1", s) for s in strings] == [
+        *("plain", "not registered", HOSTILE, "pending", HOSTILE, "plain", "completion")
+    ]
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text)
+    assert bare == picture(
+        """
+        digraph startup {
+          rankdir=LR; node [shape=box, style=filled, fillcolor=white];
+          ID [style=dashed, fillcolor=white, tooltip=ID];
+          ID [style=filled, fillcolor=white, tooltip=ID];
+          ID -> ID [label=ID];
+        }
+        """
+    )
+
+
+def test_names_cannot_say_anything_in_mermaid(units: Units) -> None:
+    units.want(HOSTILE, ["环境"], "start")
+    lines = coder_sync.graph_mermaid(units.graph()).splitlines()
+    assert lines[1] == '  u0["环境"]:::not_registered'
+    label = lines[2][len('  u1["') : -len('"]:::pending')]
+    assert not re.sub(r"#\d+;", "", label).strip("abcdefghijklmnopqrstuvwxyz0123456789 -")
+    assert re.sub(r"#(\d+);", lambda code: chr(int(code[1])), label) == HOSTILE
+    assert lines[3] == "  u1 -->|start| u0"
+
+
+def test_no_name_with_a_newline_gets_into_a_picture(agent: World) -> None:
+    for method, params in (
+        ("want", {"unit": "a\nb", "dependencies": []}),
+        ("want", {"unit": "a", "dependencies": ["b\n"]}),
+    ):
+        assert "cannot be printed" in agent.connect().call(method, **params)["error"]["message"]
+    assert agent.client.graph().nodes == []
+
+
+# -- why ----------------------------------------------------------------------------------------------------
+
+
+def test_why_a_unit_started_when_it_did(units: Units, clock: Clock) -> None:
+    graph = broken_startup(units, clock)
+    assert whys(graph, "cache") == ['"cache" started 30s ago, at once; it is still running.']
+    assert whys(graph, "web") == [
+        '"web" started 20s ago by bash web.sh (pid 42), after waiting 10s, last for base; it is still running.'
+    ]
+
+
+def test_why_a_unit_ended_as_it_did(units: Units, clock: Clock) -> None:
+    graph = broken_startup(units, clock)
+    assert whys(graph, "base") == [
+        '"base" completed 20s ago after running 10s; started by bash base.sh (pid 7) at once.'
+    ]
+    assert whys(graph, "data") == ['"data" failed 15s ago after running 5.0s: disk full; started at once.']
+    units.complete("idle")
+    assert whys(units.graph(), "idle") == ['"idle" completed 0ms ago without having started.']
+
+
+def test_why_a_unit_waits_for_one_that_runs(units: Units, clock: Clock) -> None:
+    assert whys(broken_startup(units, clock), "slow") == [
+        '"slow" has not started: for 15s it has been waiting for "web".',
+        '"web" started 20s ago by bash web.sh (pid 42), after waiting 10s, last for base; it is still running.',
+    ]
+
+
+def test_why_a_unit_waits_for_a_process_that_is_gone(units: Units, clock: Clock) -> None:
+    units.start("b", 1, ["a"])
+    units.start("a", 2, owner=Owner(42, "bash a.sh", False))
+    assert whys(units.graph(), "b")[1] == (
+        '"a" started 0ms ago by bash a.sh (pid 42), at once; that process is gone: it ended without complete.'
+    )
+
+
+def test_why_a_unit_waits_for_a_misspelt_name(units: Units, clock: Clock) -> None:
+    units.want("b-setup", [])
+    units.start("a", 1, ["b_setup", "zzz"])
+    clock.now += 185
+    assert whys(units.graph(), "a") == [
+        '"a" has not started: for 3m05s it has been waiting for "b_setup", "zzz".',
+        '"b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?',
+        '"zzz" is not registered: nobody has called want, start or run on it.',
+    ]
+
+
+def test_why_a_unit_waits_for_one_that_nobody_starts(units: Units, clock: Clock) -> None:
+    units.start("a", 1, ["b"], "start")
+    units.want("b", [])
+    assert whys(units.graph(), "a") == [
+        '"a" has not started: for 0ms it has been waiting for "b" (start).',
+        '"b" has not started: nobody has called start on it; it is ready.',
+    ]
+
+
+def test_why_goes_down_a_chain_to_its_end(units: Units, clock: Clock) -> None:
+    pending_chain(units, 5000)
+    clock.now += 60
+    lines = whys(units.graph(), "u0")
+    assert lines[:2] == [f'"u{i}" has not started: for 1m00s it has been waiting for "u{i + 1}".' for i in range(2)]
+    assert lines[8:] == ["(4991 more like these)", '"u4999" started 1m00s ago, at once; it is still running.']
+
+
+def test_why_names_each_unit_once_and_not_too_many(units: Units, clock: Clock) -> None:
+    units.start("a", 1, [f"b{i}" for i in range(30)])
+    for i in range(30):
+        units.want(f"b{i}", [f"c{j}" for j in range(30)])
+    lines = whys(units.graph(), "a")
+    assert len(lines) == 8 + 1 + 20 + 1
+    assert lines[0].endswith('"b19" and 10 more.')
+    assert lines[-1] == "(10 more like these)"
+
+
+def test_why_a_unit_was_skipped_down_to_the_root_cause(units: Units, clock: Clock) -> None:
+    assert whys(broken_startup(units, clock), "mail") == [
+        '"mail" was skipped 15s ago because of "report".',  # and not because of "web", which it wants as well
+        '"report" was skipped 15s ago because of "data".',
+        '"data" failed 15s ago after running 5.0s: disk full; started at once.',
+    ]
+
+
+def test_why_a_unit_was_skipped_is_told_after_its_cause_has_gone(units: Units, clock: Clock) -> None:
+    units.want("b", ["a"])
+    units.start("a", 1)
+    units.fail("a")
+    units.start("a", 2)  # another try
+    assert whys(units.graph(), "b") == ['"b" was skipped 0ms ago: dependency "a" failed.']
+
+
+def test_why_a_unit_gave_up(units: Units, clock: Clock) -> None:
+    graph = broken_startup(units, clock)
+    assert whys(graph, "lint") == [
+        '"lint" has not started: its start gave up, and nobody has called start again; '
+        'it would have to wait for "gone".',
+        '"gone" is not registered: nobody has called want, start or run on it.',
+    ]
+
+
+def test_why_a_name_is_not_registered(units: Units, clock: Clock) -> None:
+    graph = broken_startup(units, clock)
+    assert whys(graph, "gone") == [
+        '"gone" is not registered: nobody has called want, start or run on it.',
+        "It is wanted by lint.",
+    ]
+    assert whys(graph, "catche") == [
+        '"catche" is not registered: nobody has called want, start or run on it; did you mean "cache"?'
+    ]
+
+
+def test_why_a_ready_unit_waits_for_a_place(units: Units) -> None:
+    pool = coder_sync.Pool(1)
+    units.start("a", 1, pool=pool)
+    units.start("b", 2, pool=pool)
+    assert whys(units.graph(), "b") == [
+        '"b" has not started: for 0ms it has been waiting for a place among those that may run at once.'
+    ]
+
+
+# -- pictures of a real agent -------------------------------------------------------------------------------
+
+
+class Screen:
+    """A command on a terminal of 80 columns, and what it has written there."""
+
+    def __init__(self, world: World, *argv: str, rows: int = 24, **env: str) -> None:
+        self.fd, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", rows, 80, 0, 0))
+        env = {**world.env, "LC_ALL": "C.UTF-8", **env}
+        self.process = world.popen(*argv, stdin=terminal, stdout=terminal, stderr=terminal, env=env)
+        os.close(terminal)
+        self.data = b""
+
+    def until(self, text: str) -> str:
+        """Read until `text` has been written ("": until the end); return all up to there, and forget it."""
+        while not text or text.encode() not in self.data:
+            assert select.select([self.fd], [], [], PATIENCE)[0], self.data
+            try:
+                self.data += os.read(self.fd, 65536)
+            except OSError:  # the other end is closed
+                assert not text, self.data
+                os.close(self.fd)
+                return self.data.decode()
+        got, _, self.data = self.data.partition(text.encode())
+        return (got + text.encode()).decode()
+
+
+def follower(world: World, *argv: str) -> subprocess.Popen[str]:
+    """Start a command that follows events; return when it has shown one."""
+    process = world.popen(*argv)
+    assert process.stdout
+    out, names = process.stdout, map("probe-{}".format, itertools.count())
+    until(lambda: world.client.want(next(names)) or select.select([out], [], [], 0.02)[0], "an event")
+    return process
+
+
+def lines_until(process: subprocess.Popen[str], end: str) -> list[str]:
+    """The lines that a process prints, to the one that ends so."""
+    lines: list[str] = []
+    while not (lines and lines[-1].endswith(end)):
+        line = process.stdout.readline() if process.stdout else ""
+        assert line, lines
+        lines.append(line.rstrip("\n"))
+    return lines
+
+
+def a_little(agent: World) -> None:
+    """A startup: one is done, one runs, one waits."""
+    agent.ok("want", "b", "a", "-q")
+    agent.client.start("a")
+    agent.client.complete("a")
+    agent.client.start("b")
+    agent.popen("start", "c", "--want", "b")
+    agent.waiting("c")
+
+
+def test_events_are_a_json_object_a_line(agent: World) -> None:
+    a_little(agent)
+    events = [json.loads(line) for line in agent.ok("events").splitlines()]
+    assert [(e["seq"], e["unit"], e["kind"], e["detail"]) for e in events] == [
+        (1, "b", "registered", ""),
+        (2, "b", "wants", "a"),
+        (3, "a", "registered", ""),
+        (4, "a", "started", ""),
+        (5, "a", "completed", ""),
+        (6, "b", "started", ""),
+        (7, "c", "registered", ""),
+        (8, "c", "wants", "b"),
+        (9, "c", "waiting", "b"),
+    ]
+    times = [e["time"] for e in events]
+    assert times == sorted(times)
+    assert abs(events[-1]["wall"] - time.time()) < PATIENCE
+
+
+def test_events_are_followed_until_the_agent_ends(world: World) -> None:
+    agent = world.serve()
+    world.client.want("a")
+    process = world.popen("events", "--follow")
+    assert json.loads(lines_until(process, "}")[0])["kind"] == "registered"
+    world.client.start("a")
+    assert json.loads(lines_until(process, "}")[0])["kind"] == "started"
+    agent.terminate()
+    done = finish(process)
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [("events", "--follow"), ("timeline", "--watch")])
+def test_a_follower_ends_when_nobody_reads_it(agent: World, argv: tuple[str, ...]) -> None:
+    process = follower(agent, *argv)
+    assert process.stdout
+    process.stdout.close()
+    agent.client.want("one-more")
+    assert process.wait(PATIENCE) == 0
+    process.stdout = None
+    assert finish(process).stderr == ""
+
+
+def test_the_client_iterates_over_events(agent: World) -> None:
+    client = agent.client
+    client.want("b", "a")
+    assert [(e.seq, e.unit, e.kind) for e in client.events()] == [(1, "b", "registered"), (2, "b", "wants")]
+    assert [e.seq for e in client.events(since=1)] == [2]
+    following = client.events(follow=True, since=2)
+    client.start("a")
+    assert [(e.seq, e.kind) for e in itertools.islice(following, 2)] == [(3, "registered"), (4, "started")]
+    client.complete("a")
+    assert next(following).kind == "completed"
+
+
+def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
+    for i in range(40):
+        agent.client.want(f"{i}", *(f"{i}.{j}" for j in range(100)))
+    for i in range(10):
+        peer = agent.connect()
+        peer.request("events", follow=True)
+        agent.client.want(f"meanwhile-{i}")
+        answer = peer.read()
+        assert "result" in answer
+        if answer["result"][-1]["unit"] != f"meanwhile-{i}":
+            assert peer.read()["params"]["seq"] == answer["result"][-1]["seq"] + 1
+        peer.close()
+
+
+def test_a_watcher_that_does_not_read_is_dropped_and_costs_nobody_anything(agent: World) -> None:
+    deaf, reader = agent.connect(), agent.connect()
+    for peer in (deaf, reader):
+        peer.call("events", follow=True)
+    hung_up = select.poll()
+    hung_up.register(deaf.sock, select.POLLHUP)
+    seen = 0
+    for i in itertools.count():
+        began = time.monotonic()
+        agent.client.want(f"{i}-".ljust(250, "x"), *(f"{i}-{j}-".ljust(250, "y") for j in range(150)))
+        assert time.monotonic() - began < PATIENCE / 10
+        for seq in range(seen + 1, seen + 152):
+            assert reader.read()["params"]["seq"] == seq
+        seen += 151
+        if hung_up.poll(0):
+            break
+    assert seen < 20_000
+
+
+def test_watching_prints_a_line_an_event_where_there_is_no_terminal(agent: World) -> None:
+    process = follower(agent, "timeline", "--watch")
+    agent.client.start("a")
+    agent.client.fail("a", "disk full")
+    lines = lines_until(process, "disk full")
+    assert re.fullmatch(r"\+0ms probe-\d+ registered", lines[0])
+    assert [re.sub(r"^\+[\d.]+m?s ", "", line) for line in lines[-3:]] == [
+        *("a registered", "a started", "a failed: disk full")
+    ]
+
+
+def test_watching_draws_after_each_event_and_gives_the_terminal_back(agent: World) -> None:
+    a_little(agent)
+    screen = Screen(agent, "timeline", "--watch")
+    screen.until("\033[?1049h\033[?25l\033[H")  # the other screen, no cursor, top left
+    assert "waiting" in screen.until("\033[J")
+    agent.client.complete("b")
+    until(lambda: "c\033[0m" in (frame := screen.until("\033[J")) and "waiting" not in frame, "a new picture")
+    os.kill(screen.process.pid, signal.SIGINT)
+    screen.until("\033[?25h\033[?1049l")
+    assert "critical path:" in screen.until("")  # the last picture stays
+    assert screen.process.wait(PATIENCE) == 130
+
+
+@pytest.mark.parametrize("ends", ["the watcher", "the agent"])
+def test_watching_gives_the_terminal_back_however_it_ends(world: World, ends: str) -> None:
+    agent = world.serve()
+    screen = Screen(world, "timeline", "--watch")
+    screen.until("no units yet")
+    (agent if ends == "the agent" else screen.process).terminate()
+    screen.until("\033[?25h\033[?1049l")
+    rest = screen.until("")
+    assert screen.process.wait(PATIENCE) == {"the watcher": 143, "the agent": 3}[ends]
+    assert rest.startswith("no units yet") and ("error: " in rest) == (ends == "the agent")
+
+
+def test_watching_fits_the_terminal_and_shows_the_end_of_a_long_picture(agent: World) -> None:
+    for i in range(50):
+        agent.client.start(f"unit-{i}-" + "x" * 40)
+    screen = Screen(agent, "timeline", "--watch", rows=10)
+    screen.until("\033[H")
+    lines = re.sub(r"\033\[\d*\w", "", screen.until("\033[J")).split("\r\n")
+    assert len(lines) == 10
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split()[0] == "0"
+    assert "unit-49-" in "".join(lines) and "(50 still running)" in "".join(lines)
+
+
+def test_colours_are_for_terminals_and_not_under_no_color(agent: World) -> None:
+    a_little(agent)
+    assert "\033[" not in agent.ok("timeline")
+    assert "\033[32m" in Screen(agent, "timeline").until("")
+    assert "\033[" not in Screen(agent, "timeline", NO_COLOR="1").until("")
+
+
+def test_pictures_are_plain_where_the_locale_is_not_utf8(agent: World) -> None:
+    a_little(agent)
+    for argv in (("timeline",), ("graph",)):
+        assert not agent.ok(*argv, env={**agent.env, "LC_ALL": "C.UTF-8"}).isascii()
+        assert agent.ok(*argv, env={**agent.env, "LC_ALL": "C"}).isascii()
+
+
+def test_the_width_is_that_of_the_terminal_or_of_columns(agent: World) -> None:
+    a_little(agent)
+    for columns, width in (("60", 60), ("9", 40), ("\u00b2", 100), ("", 100)):
+        text = agent.ok("timeline", env={**agent.env, "COLUMNS": columns})
+        assert max(map(len, text.splitlines())) in range(width - 3, width + 1)
+    lines = Screen(agent, "timeline", NO_COLOR="1").until("").splitlines()
+    assert max(map(len, lines)) in range(77, 81)
+
+
+def test_every_form_of_a_picture_while_units_run(agent: World) -> None:
+    a_little(agent)
+    text = agent.ok("timeline", env={**agent.env, "LC_ALL": "C.UTF-8"})
+    rows = [re.sub("[\u2588\u2591 ]+[\\d.]+m?s", "", line) for line in text.splitlines()[1:4]]
+    assert rows == ["* a completed", "* b running", "  c waiting"]
+    assert ElementTree.fromstring(agent.ok("timeline", "-o", "svg")).tag.endswith("svg")
+    assert [u["unit_name"] for u in json.loads(agent.ok("timeline", "-o", "json"))["units"]] == ["a", "b", "c"]
+    assert json.loads(agent.ok("timeline", "-o", "trace"))["traceEvents"]
+    assert agent.ok("timeline", "--blame").startswith("by how long they ran:\n")
+    assert agent.ok("graph", env={**agent.env, "LC_ALL": "C"}) == (
+        "c (pending)\n`-- b (started)\n    `-- a (completed)\n"
+    )
+    assert agent.ok("graph", "b", "-o", "dot").count("->") == 1
+    assert agent.ok("graph", "c", "-o", "mermaid").count("-->") == 2
+    assert len(json.loads(agent.ok("graph", "a", "-o", "json"))["units"]) == 1
+    assert "nobody" in agent.run("graph", "nobody").stderr
+
+
+def test_why_names_the_process_and_says_whether_it_runs(agent: World) -> None:
+    process = agent.spawn(["sh", "-c", f"{sys.executable} -IS {FILE} start a && echo ready && exec sleep 60"])
+    lines_until(process, "ready")
+    agent.popen("start", "b", "--want", "a")
+    agent.waiting("b")
+    waits, runs = agent.ok("why", "b").splitlines()
+    assert re.fullmatch(r'"b" has not started: for \S+ it has been waiting for "a"\.', waits)
+    assert re.fullmatch(rf'"a" started \S+ ago by sh .* \(pid {process.pid}\), at once; it is still running\.', runs)
+    process.kill()
+    process.wait()
+    assert agent.ok("why", "b").endswith("that process is gone: it ended without complete.\n")
+    assert agent.ok("why", "nobody") == '"nobody" is not registered: nobody has called want, start or run on it.\n'
+
+
+def test_status_shows_the_history_of_a_unit(agent: World) -> None:
+    a_little(agent)
+    agent.client.complete("b")
+    until(lambda: agent.status("c") == "started", "c started")
+    table = agent.ok("status", "c").split("\n\n")[-1]
+    assert [line.split()[1:] for line in table.splitlines()] == [
+        ["EVENT", "DETAIL"],
+        ["registered"],
+        ["wants", "b"],
+        ["waiting", "b"],
+        ["started"],
+    ]
+    assert re.fullmatch(r"\+[\d.]+m?s", table.splitlines()[-1].split()[0])
+
+
+@pytest.mark.parametrize(("ending", "end"), [("svg", signal.SIGTERM), ("json", signal.SIGINT), ("txt", signal.SIGTERM)])
+def test_the_agent_leaves_a_timeline_behind(world: World, ending: str, end: int) -> None:
+    path = world.directory / f"startup.{ending}"
+    agent = world.serve("--timeline", str(path))
+    world.client.start("a")
+    agent.send_signal(end)
+    assert agent.wait(PATIENCE) == 0
+    text = path.read_text(encoding="utf-8")
+    if ending == "svg":
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+    elif ending == "json":
+        assert json.loads(text)["units"][0]["status"] == "started"
+    else:
+        assert text.splitlines()[1].startswith("* a ")
+
+
+def test_the_agent_of_a_command_leaves_a_timeline_behind(world: World) -> None:
+    script = f"{sys.executable} -IS {FILE} run a -- sh -c 'exit 3'"
+    done = world.run("serve", "--timeline", "t.txt", "--", "sh", "-c", script)
+    assert done.returncode == 3
+    assert "failed" in (world.directory / "t.txt").read_text(encoding="utf-8")
+
+
+def test_a_timeline_of_unknown_form_is_refused_at_once(world: World) -> None:
+    done = world.run("serve", "--timeline", "startup.png", "--", "touch", "ran")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert ".svg, .json or .txt" in done.stderr
+    assert not (world.directory / "ran").exists()
+
+
+def test_a_timeline_that_cannot_be_written_is_a_warning(world: World) -> None:
+    done = world.run("serve", "--timeline", "no/such/dir.svg", "--", "true")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: cannot write the timeline to ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", ["timeline", "events", "status a"])
+def test_pictures_do_not_mind_a_closed_standard_output(agent: World, argv: str) -> None:
+    agent.client.start("a")
+    command = f"{sys.executable} -IS {FILE} {argv}"
+    done = finish(agent.spawn(["sh", "-c", f"{command} >&-"]))
+    assert (done.returncode, done.stderr) == (0, "")
+    if os.path.exists("/dev/full"):
+        done = finish(agent.spawn(["sh", "-c", f"{command} >/dev/full"]))
+        assert (done.returncode, done.stderr) == (
+            1,
+            "error: cannot write to standard output: No space left on device\n",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
