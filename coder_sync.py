@@ -3155,12 +3155,14 @@ class Boot:
         self.groups: dict[int, float] = {}  # of ended scripts that left processes behind -> when to kill them
         self.later: list[Job] = []  # that may start, once the system has room for them
         self.signals = -1  # a pipe with the numbers of those that came
-        self.log_names: dict[str, str] = {}  # file -> unit
+        self.log_names: dict[str, str] = {}  # unit -> its file in --log-dir
+        taken = set()
         for unit in self.jobs:
             name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-            while name in self.log_names:
+            while name in taken:
                 name += "_"
-            self.log_names[name] = unit
+            taken.add(name)
+            self.log_names[unit] = name
         self.asked: dict[int, tuple[str, Job]] = {}  # id of a request -> what it was
         self.printed = b""  # on its way to standard output
         self.signal = 0  # that told us to stop
@@ -3380,10 +3382,10 @@ class Boot:
             self.poll.register(job.out, select.POLLIN)
         self.ask("wait", job, units=[script.unit])
         if self.args.log_dir and not self.log_trouble:
-            name = next(name for name, unit in self.log_names.items() if unit == script.unit)
             try:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-                job.log = os.open(os.path.join(self.args.log_dir, name + ".log"), flags, 0o644)
+                path = os.path.join(self.args.log_dir, self.log_names[script.unit] + ".log")
+                job.log = os.open(path, flags, 0o644)
             except OSError as error:
                 self.no_log(error)
 

@@ -5905,6 +5905,1252 @@ def test_pictures_do_not_mind_a_closed_standard_output(agent: World, argv: str) 
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Boot: helpers. Directories of scripts; a fifo at which scripts stop until the test lets them go on.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def startup(world: World, files: dict[str, str], name: str = "startup.d") -> str:
+    """Write executable files, for sh where they do not say otherwise, and return their directory.
+
+    A script calls us as $SYNC, and its working directory is the world's.
+    """
+    world.env["SYNC"] = f"{sys.executable} -IS {FILE}"
+    directory = world.directory / name
+    directory.mkdir(exist_ok=True)
+    for file, text in files.items():
+        (directory / file).write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (directory / file).chmod(0o755)
+    return str(directory)
+
+
+def booting(world: World, files: dict[str, str], *options: str, **popen: Any) -> subprocess.Popen[str]:
+    return world.popen("boot", startup(world, files), *options, **popen)
+
+
+def booted(world: World, files: dict[str, str], *options: str, **popen: Any) -> subprocess.CompletedProcess[str]:
+    return finish(booting(world, files, *options, **popen))
+
+
+def boots(world: World, files: dict[str, str], *options: str, **popen: Any) -> str:
+    """Boot what must succeed; return what was printed."""
+    done = booted(world, files, *options, **popen)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+class Gate:
+    """A fifo in the world: a script that says `cat NAME` stops there until the gate is opened."""
+
+    def __init__(self, world: World, name: str = "gate") -> None:
+        self.path, self.fd = str(world.directory / name), -1
+        os.mkfifo(self.path)
+
+    def reached(self) -> Gate:
+        """Return once a script stands there."""
+
+        def somebody() -> bool:
+            with contextlib.suppress(OSError):
+                self.fd = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+            return self.fd >= 0
+
+        if self.fd < 0:
+            until(somebody, f"a script at {self.path}")
+        return self
+
+    def open(self) -> None:
+        self.reached()
+        os.close(self.fd)
+        self.fd = -1
+
+    def keep_open(self, process: subprocess.Popen[str]) -> None:
+        """Let everybody through who comes, until a process ends."""
+
+        def ended() -> bool:
+            with contextlib.suppress(OSError):
+                os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
+            return process.poll() is not None
+
+        until(ended, f"the end of {process.args!r}")
+
+
+def session(process: subprocess.Popen[str]) -> list[int]:
+    """What still runs of all that a process started: the members of its session, but itself."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, sid = file.read_text().rpartition(")")[2].split()[:4]
+            if int(sid) == process.pid and state != "Z" and int(file.parent.name) != process.pid:
+                found.append(int(file.parent.name))
+    return found
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """Kill what a process left behind on purpose."""
+    for pid in session(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def hear(stream: Any, text: str) -> None:
+    """Read a pipe until a line with this text has come; what follows it is left there."""
+    heard, deadline = b"", time.monotonic() + PATIENCE
+    while text.encode() not in heard.rpartition(b"\n")[0].rpartition(b"\n")[2]:
+        assert select.select([stream], [], [], deadline - time.monotonic())[0], f"never heard {text!r}: {heard!r}"
+        byte = os.read(stream.fileno(), 1)
+        assert byte, f"never said {text!r}: {heard!r}"
+        heard += byte
+
+
+def peak_memory(pid: int) -> float:
+    """The most memory that a process has had, in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+)", status).group(1)) / 1024  # type: ignore[union-attr]
+
+
+def most_at_once(timeline: Path) -> int:
+    """How many units ran at the same time at most."""
+    rows = json.loads(timeline.read_text())["units"]
+    ends = [(row["ended"], -1) for row in rows] + [(row["started"], 1) for row in rows]
+    return max(itertools.accumulate(step for _, step in sorted(ends)))
+
+
+def mistakes_of(world: World, files: dict[str, str]) -> list[str]:
+    """What the check says about a directory, without its path."""
+    path = startup(world, files)
+    try:
+        coder_sync.plan([path])
+    except coder_sync.UsageError as error:
+        return str(error).replace(path + "/", "").splitlines()
+    return []
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pool: a start that takes one of so many places.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pool() -> coder_sync.Pool:
+    return coder_sync.Pool(2)
+
+
+def running(units: Units) -> list[str]:
+    return [unit.name for unit in units.units.values() if unit.status == "started"]
+
+
+def test_a_pool_starts_as_many_as_it_has_places_and_the_next_as_one_ends(units: Units, pool: coder_sync.Pool) -> None:
+    assert [units.start(name, name, pool=pool) for name in "abcd"] == [False, False, True, True]
+    assert list(answers(units)) == ["a", "b"]
+    units.complete("b")
+    assert list(answers(units)) == ["c"] and running(units) == ["a", "c"]
+    units.fail("a")
+    assert list(answers(units)) == ["d"]
+
+
+def test_a_place_is_taken_in_the_order_of_becoming_ready(units: Units) -> None:
+    pool = coder_sync.Pool(1)
+    units.start("first", "first", pool=pool)
+    units.want("late", ["outside"])
+    for name in ("late", "early"):
+        units.start(name, name, pool=pool)
+    units.want("outside", [])
+    units.complete("outside")
+    assert list(answers(units)) == ["first"]
+    units.complete("first")
+    assert list(answers(units)) == ["early"]
+    units.complete("early")
+    assert list(answers(units)) == ["late"]
+
+
+def test_a_dependent_takes_the_place_that_its_dependency_leaves(units: Units) -> None:
+    pool = coder_sync.Pool(1)
+    units.want("b", ["a"])
+    for name in "ba":
+        units.start(name, name, pool=pool)
+    assert list(answers(units)) == ["a"]
+    units.complete("a")
+    assert list(answers(units)) == ["b"]
+    assert units.units["b"].released_by == "a"
+
+
+def test_a_start_outside_the_pool_takes_no_place(units: Units) -> None:
+    pool = coder_sync.Pool(1)
+    units.start("a", "a", pool=pool)
+    assert not units.start("x", "x")
+    units.complete("x")
+    assert units.start("b", "b", pool=pool)
+
+
+def test_each_pool_has_its_own_places(units: Units) -> None:
+    one, other = coder_sync.Pool(1), coder_sync.Pool(1)
+    assert [units.start(n, n, pool=p) for n, p in (("a", one), ("b", other), ("c", one))] == [False, False, True]
+    units.complete("b")
+    assert running(units) == ["a"]
+
+
+@pytest.mark.parametrize("how", ["complete", "fail", "cancel", "want"])
+def test_who_goes_away_while_it_waits_for_a_place_leaves_it_to_the_next(units: Units, how: str) -> None:
+    pool = coder_sync.Pool(1)
+    for name in "abc":
+        units.start(name, name, pool=pool)
+    if how == "cancel":
+        units.cancel("b")
+    elif how == "want":
+        units.want("b", ["something more"])
+    else:
+        getattr(units, how)("b")
+    units.complete("a")
+    assert running(units) == ["c"]
+
+
+@pytest.mark.parametrize("how", ["lose", "revoke"])
+def test_a_start_that_is_undone_gives_its_place_back(units: Units, how: str) -> None:
+    pool, ticket = coder_sync.Pool(1), object()
+    units.start("a", ticket, pool=pool)
+    units.start("b", "b", pool=pool)
+    getattr(units, how)("a", ticket)
+    assert running(units) == ["b"] and pool.running == 1
+
+
+def test_a_pool_is_never_too_full_nor_idle_while_somebody_is_ready(units: Units) -> None:
+    rng = random.Random(5)
+    for round_ in range(60):
+        pool, names = coder_sync.Pool(rng.randint(1, 4)), [f"{round_}-{i}" for i in range(12)]
+        for i, name in enumerate(names):
+            units.want(name, rng.sample(names[:i], min(i, rng.randint(0, 2))), rng.choice(["success", "completion"]))
+        for name in rng.sample(names, 12):
+            units.start(name, name, pool=pool)
+        while any(units.units[name].status in ("pending", "started") for name in names):
+            here = [units.units[name] for name in names]
+            busy = [u for u in here if u.status == "started"]
+            ready = [u for u in here if u.status == "pending" and not u.unmet and u.starts]
+            assert len(busy) == pool.running <= pool.limit
+            assert not ready or len(busy) == pool.limit
+            rng.choice([units.complete, units.complete, units.fail])(rng.choice([*busy, *ready[:1]]).name)
+
+
+@pytest.mark.parametrize(("alive", "again"), [(True, False), (None, True), (False, True)])
+def test_what_a_pools_living_owner_has_completed_is_not_started_again_in_another(
+    clock: Clock, alive: bool | None, again: bool
+) -> None:
+    units = Units(clock, clock, lambda owner: alive)
+    units.start("a", 1, owner=coder_sync.Owner(1, "boot"), pool=coder_sync.Pool(1))
+    units.complete("a")
+    assert not units.start("a", 2, pool=coder_sync.Pool(1))
+    assert running(units) == (["a"] if again else [])
+    assert answers(units)[2] == {"dependencies": [] if again else ["a"]}
+    units.complete("a")
+    assert not units.start("a", 3)  # a plain start is a re-run in any case
+    assert running(units) == ["a"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("how", ["complete", "fail"])
+def test_a_start_in_a_pool_waits_for_the_end_of_what_another_has_started(units: Units, how: str, before: bool) -> None:
+    units.want("a", ["dep"])
+    units.want("dep", [])
+    tickets = ["winner", "loser"]
+    for ticket in tickets if before else tickets[:1]:
+        units.start("a", ticket, pool=coder_sync.Pool(1))
+    units.complete("dep")
+    if not before:
+        assert units.start("a", "loser", pool=coder_sync.Pool(1))
+    assert answers(units) == {"winner": {"dependencies": ["dep"]}}
+    getattr(units, how)("a")
+    answer = answers(units)["loser"]
+    assert answer == {"dependencies": ["a"]} if how == "complete" else 'dependency "a" failed' in str(answer)
+    assert units.cancel("loser") is None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: names and headers, and the check before anything runs.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "unit"),
+    [
+        ("clone", "clone"),
+        ("10-clone.sh", "clone"),
+        ("10_clone.sh", "clone"),
+        ("007-a-b_c.tar.py", "a-b_c.tar"),
+        ("10clone.sh", "10clone"),
+        ("10", "10"),
+        ("clone-10.sh", "clone-10"),
+        ("10-Klone repo's \u00e9.sh", "Klone repo's \u00e9"),
+    ],
+)
+def test_a_unit_is_named_after_its_file(world: World, file: str, unit: str) -> None:
+    assert [s.unit for s in coder_sync.plan([startup(world, {file: ""})])] == [unit]
+
+
+@pytest.mark.parametrize("mark", ["#", "//", "--", ";", "  #", "#  "])
+def test_a_header_stands_in_the_scripts_own_comment_syntax(world: World, mark: str) -> None:
+    header = "\n".join(f"{mark} coder-sync: {words}" for words in ("unit b", "want a c", "timeout 1m30s", "extern a c"))
+    (script,) = coder_sync.plan([startup(world, {"x.sh": header})])
+    assert (script.unit, script.wants, script.timeout) == ("b", [("a", "success", 3), ("c", "success", 3)], 90.0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["want 'a b' --requires completion", 'want --requires completion "a b"', "want a\\ b --requires 'completion'"],
+)
+def test_header_words_may_be_quoted_as_in_a_shell(world: World, words: str) -> None:
+    files = {"a b": "", "x": f'# coder-sync: {words}\n# coder-sync: unit "it\'s mine"'}
+    script = coder_sync.plan([startup(world, files)])[1]
+    assert (script.unit, script.wants) == ("it's mine", [("a b", "completion", 2)])
+
+
+def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
+    lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
+    lines += [":"] * (48 - len(lines)) + ["# coder-sync: want yes", "# coder-sync: want too-late"]
+    (script, _) = coder_sync.plan([startup(world, {"x": "\n".join(lines), "yes": ""})])
+    assert script.wants == [("yes", "success", 50)]
+
+
+def test_windows_line_ends_in_headers_do_no_harm(world: World) -> None:
+    (script,) = coder_sync.plan(
+        [startup(world, {"x": "#!/bin/sh\n# coder-sync: unit y\r\n# coder-sync: timeout 1s\r\n"})]
+    )
+    assert (script.unit, script.timeout) == ("y", 1.0)
+
+
+def test_hidden_files_backups_directories_and_what_is_not_executable_are_left_out(world: World) -> None:
+    names = [".hidden", "a~", "a.bak", "a.dpkg-old", "#a#", "b"]
+    path = Path(startup(world, dict.fromkeys(names, "")))
+    (path / "README.txt").write_text("about these scripts")
+    (path / "c.d").mkdir()
+    (path / "gone").symlink_to("nowhere")
+    os.mkfifo(path / "pipe")
+    assert [s.unit for s in coder_sync.plan([str(path)])] == ["b"]
+
+
+def test_paths_may_be_files_and_directories(world: World) -> None:
+    one, other = startup(world, {"a": "", "b": ""}, "one"), startup(world, {"c": "# coder-sync: want a"}, "other")
+    assert [s.unit for s in coder_sync.plan([f"{one}/a", other])] == ["a", "c"]
+
+
+def test_a_program_needs_no_interpreter_line(world: World) -> None:
+    path = startup(world, {})
+    shutil.copy("/bin/true", path + "/10-true")
+    assert [s.unit for s in coder_sync.plan([path])] == ["true"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        (
+            "# coder-sync: wants a",
+            '"wants a" is not a header; use unit NAME, want DEP..., timeout DURATION, extern NAME',
+        ),
+        ("# coder-sync:", '"" is not a header; use unit NAME, want DEP..., timeout DURATION, extern NAME'),
+        (
+            "# coder-sync: unit a b",
+            '"unit a b" is not a header; use unit NAME, want DEP..., timeout DURATION, extern NAME',
+        ),
+        ("# coder-sync: want", "want: a name is missing"),
+        ("# coder-sync: extern", "extern: a name is missing"),
+        ("# coder-sync: want --requires completion", "want: a name is missing"),
+        ("# coder-sync: want a --requires", 'no such requirement: ""; use one of success, completion, start'),
+        ("# coder-sync: want a --requires done", 'no such requirement: "done"; use one of success, completion, start'),
+        (
+            "# coder-sync: timeout soon",
+            "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit",
+        ),
+        ("# coder-sync: want 'a", "No closing quotation"),
+        ("# coder-sync: unit ''", "a unit name must not be empty; was a variable unset?"),
+        ("# coder-sync: unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
+        ("# coder-sync: want clon", 'no file provides "clon"; did you mean "clone"?'),
+        ("# coder-sync: want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
+        ("# coder-sync: want x", "cycle detected: x -> x; a unit cannot depend on itself (x -> x)"),
+        ("# coder-sync: unit clone", 'unit "clone" is clone:1 already'),
+    ],
+)
+def test_a_mistake_in_a_header_is_told_with_file_and_line(world: World, text: str, mistake: str) -> None:
+    assert mistakes_of(world, {"clone": "", "x": f":\n{text}\n:"}) == [f"x:3: {mistake}"]
+
+
+def test_an_edge_with_two_requirements_is_a_mistake(world: World) -> None:
+    text = "# coder-sync: want a\n# coder-sync: want a --requires start"
+    (mistake,) = mistakes_of(world, {"a": "", "x": text})
+    assert mistake == 'x:3: unit "x" wants "a" with requirement success already, not start'
+
+
+def test_a_cycle_is_told_with_all_its_files(world: World) -> None:
+    files = {f"{i}0-{name}.sh": f"# coder-sync: want {dep}" for i, (name, dep) in enumerate(["ab", "bc", "ca"], 1)}
+    (mistake,) = mistakes_of(world, files)
+    assert mistake == "30-c.sh:2: cycle detected: c -> a -> b -> c (30-c.sh -> 10-a.sh -> 20-b.sh -> 30-c.sh)"
+
+
+def test_two_files_with_one_name_are_a_mistake(world: World) -> None:
+    assert mistakes_of(world, {"10-a.sh": "", "20-a.py": ""}) == ['20-a.py:1: unit "a" is 10-a.sh:1 already']
+
+
+def test_a_wanted_file_that_is_not_executable_is_named(world: World) -> None:
+    path = startup(world, {"a": "", "b": "# coder-sync: want a"})
+    os.chmod(path + "/a", 0o644)
+    assert mistakes_of(world, {}) == [
+        f'b:2: no file provides "a"; {path}/a would, but is not executable'.replace(path + "/", "")
+    ]
+
+
+def test_a_file_with_a_header_that_is_not_executable_is_a_mistake(world: World) -> None:
+    path = startup(world, {"a": "# coder-sync: unit b"})
+    os.chmod(path + "/a", 0o644)
+    assert mistakes_of(world, {}) == ["a:1: not executable; chmod +x a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("echo hello", "no interpreter: the first line must be #! and a program, as in #!/bin/sh"),
+        ("", "no interpreter: the first line must be #! and a program, as in #!/bin/sh"),
+        ("#!/no/such/sh\n", "its interpreter /no/such/sh does not exist or cannot be run"),
+        ("#!/etc/passwd\n", "its interpreter /etc/passwd does not exist or cannot be run"),
+        ("#!\n", "its interpreter  does not exist or cannot be run"),
+        ("#!/usr/bin/env nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
+        ("#!/usr/bin/env -S A=1 nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
+        ("#!/bin/sh\r\necho\r\n", "its first line ends in a carriage return; save it with Unix line ends"),
+        ("#!/usr/bin/env -S A=1 sh -e\n", ""),
+        ("#! /bin/sh -e\n", ""),
+    ],
+)
+def test_a_file_that_nothing_can_interpret_is_a_mistake(world: World, text: str, mistake: str) -> None:
+    path = Path(startup(world, {"a": ""}))
+    (path / "a").write_bytes(text.encode())
+    assert mistakes_of(world, {}) == ([f"a:1: {mistake}"] if mistake else [])
+
+
+def test_a_path_without_anything_to_run_is_a_mistake(world: World) -> None:
+    os.mkfifo(world.directory / "pipe")
+    for path, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), (".", "no executable files")):
+        done = world.run("boot", path)
+        assert done.returncode == 2 and f"{path}: {why}" in done.stderr, done
+
+
+def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World) -> None:
+    files = {
+        "10-good": "touch ran",
+        "20-word": "# coder-sync: after good",
+        "30-twice": "# coder-sync: unit good",
+        "40-typo": "# coder-sync: want godo\n# coder-sync: timeout x",
+        "50-cycle": "# coder-sync: want cycle",
+        "60-shebang": "#!/no/such\n",
+    }
+    done = booted(world, files)
+    told = [os.path.basename(line.split(": ")[0]) for line in done.stderr.splitlines()]
+    assert done.returncode == 2 and done.stdout == "" and not (world.directory / "ran").exists()
+    expected = {"20-word:2", "30-twice:2", "40-typo:2", "40-typo:3", "50-cycle:2", "60-shebang:1"}
+    assert told[0] == "error" and set(told[1:]) == expected and len(told) == 7, done.stderr
+
+
+def test_check_only_checks(world: World) -> None:
+    files = {"a": "touch ran", "b": "# coder-sync: want a"}
+    assert booted(world, files, "--check").stdout == "2 scripts, no mistakes\n"
+    files["b"] = "# coder-sync: want c"
+    assert booted(world, files, "--check").returncode == 2
+    assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
+
+
+def test_dry_run_shows_the_order_as_graph_does(world: World) -> None:
+    files = {"a": "touch ran", "b": "# coder-sync: want a", "c": "# coder-sync: want b --requires completion"}
+    out = booted(world, files, "--dry-run", env={**world.env, "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"}).stdout
+    assert [re.sub(r"\W*(\w+).*", r"\1", line) for line in out.splitlines()] == ["c", "b", "a"]
+    assert not (world.directory / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: one graph. Order, the agent it hosts or joins, what scripts and other terminals see.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_scripts_run_in_the_order_of_their_headers(world: World) -> None:
+    files = {
+        "10-last": "# coder-sync: want middle one\necho last",
+        "20-middle": "# coder-sync: want first\necho middle",
+        "30-first": "echo first",
+        "40-one": "# coder-sync: want middle --requires start\necho one",
+    }
+    out = [line.split("| ")[1] for line in boots(world, files).splitlines()]
+    assert out.index("first") < out.index("middle") < out.index("last") == 3 and out.index("one") < 3
+
+
+def test_independent_scripts_run_at_the_same_time(world: World) -> None:
+    one, other = Gate(world, "one"), Gate(world, "other")
+    boot = booting(world, {"a": "cat one", "b": "cat other"})
+    other.reached(), one.reached()
+    other.open(), one.open()
+    assert finish(boot).returncode == 0
+
+
+def test_a_script_sees_its_unit_the_socket_the_environment_and_no_input(world: World) -> None:
+    script = 'echo "$CODER_SYNC_UNIT,$CODER_AGENT_SOCKET_PATH,$MINE,$(cat | wc -c),$PWD,$#,$0"'
+    env = {**world.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
+    done = booted(world, {"10-a.sh": script}, "--socket-path", world.path, env=env)
+    directory = world.directory
+    assert done.stdout == f"a | a,{world.path},yes,0,{directory},0,{directory}/startup.d/10-a.sh\n"
+
+
+def test_a_script_starts_with_signals_and_descriptors_as_usual(world: World) -> None:
+    script = "grep -E 'SigBlk|SigIgn' /proc/self/status; ls /proc/self/fd"
+    lines = [line.split("| ")[1] for line in boots(world, {"a": script}).splitlines()]
+    masks = [int(line.split()[1], 16) & (1 << 31) - 1 for line in lines[:2]]  # above are those of the C library
+    assert masks == [0, 0] and lines[2:] == ["0", "1", "2", "3"]
+
+
+def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "cat gate", "b": "# coder-sync: want a"})
+    gate.reached()
+    assert re.findall(r"^(\w+) +(\w+)", world.ok("list"), re.M)[1:] == [("a", "started"), ("b", "pending")]
+    assert "a" in world.ok("why", "b") and "a" in world.ok("timeline") and "a" in world.ok("graph", "b")
+    gate.open()
+    assert finish(boot).returncode == 0 and not os.path.exists(world.path)
+
+
+def test_it_joins_the_agent_that_is_there(agent: World) -> None:
+    boots(agent, {"a": "", "b": "# coder-sync: want a"})
+    assert [agent.status("a"), agent.status("b")] == ["completed", "completed"]
+    assert agent.client.ping()["pid"] == agent.processes[0].pid
+
+
+def test_a_boot_may_be_repeated_on_an_agent_that_stays(agent: World) -> None:
+    for _ in range(2):
+        boots(agent, {"a": "echo a >> ran", "b": "# coder-sync: want a\necho b >> ran"})
+    assert read_lines(agent.directory / "ran") == ["a", "b", "a", "b"]
+
+
+def test_a_unit_from_outside_is_waited_for(world: World) -> None:
+    boot = booting(world, {"a": "# coder-sync: want disk\n# coder-sync: extern disk\necho a"})
+    until(lambda: world.run("status", "a").returncode == 0)
+    world.ok("run", "disk", "--", "true")
+    assert finish(boot).stdout == "a | a\n"
+
+
+def test_a_script_may_complete_early_and_go_on(world: World) -> None:
+    gate = Gate(world)
+    go = Gate(world, "go")
+    boot = booting(
+        world, {"a": "$SYNC complete a -q; cat gate; echo a", "b": "# coder-sync: want a\necho b", "c": "cat go"}
+    )
+    go.reached(), gate.reached()
+    hear(boot.stdout, "b | b")
+    assert world.status("a") == "completed"
+    gate.open()
+    hear(boot.stdout, "a | a")
+    go.open()
+    assert finish(boot).returncode == 0
+
+
+def test_the_boot_is_over_when_every_unit_has_ended_though_a_service_goes_on(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "echo up; $SYNC complete a -q; cat gate; echo $CODER_SYNC_UNIT says more; printf end"})
+    assert boot.wait(PATIENCE) == 0
+    gate.open()
+    assert finish(boot).stdout == "a | up\na | a says more\na | end\n"
+
+
+def test_what_goes_on_printing_keeps_nothing_of_the_agent(world: World) -> None:
+    gate, ready = Gate(world), Gate(world, "ready")
+    boot = booting(world, {"a": "$SYNC complete a -q; cat gate", "b": "cat ready"})
+    ready.reached()
+    peer = world.connect()
+    peer.call("ping")
+    ready.open()
+    assert boot.wait(PATIENCE) == 0 and peer.read() is None
+    gate.open()
+
+
+def test_a_script_may_want_more_and_start_again(world: World) -> None:
+    more = "$SYNC complete a -q; $SYNC want a b -q; $SYNC start a -q; cat b.done"
+    gate = Gate(world)
+    boot = booting(world, {"a": more, "b": "cat gate; echo b ran > b.done"})
+    gate.reached()
+    world.waiting("a")
+    gate.open()
+    hear(boot.stdout, "a | b ran")
+
+
+def test_an_outcome_told_by_the_script_counts(world: World) -> None:
+    done = booted(world, {"a": "$SYNC fail a --reason 'no disk' -q", "b": "# coder-sync: want a"})
+    assert done.returncode == 1
+    assert "failed: a (dependency" in done.stderr and "no disk" in done.stderr and "skipped: b" in done.stderr
+
+
+def test_a_failure_after_an_early_complete_is_told(world: World) -> None:
+    done = booted(world, {"a": "$SYNC complete a -q; exit 3", "b": "# coder-sync: want a\nsleep 0.3"})
+    assert done.returncode == 0 and "warning: a: exit code 3, after the unit had ended" in done.stderr
+
+
+def test_a_unit_ended_from_outside_leaves_its_place_to_the_next(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "cat gate", "b": "echo b", "c": "echo c"}, "--jobs", "1")
+    gate.reached()
+    world.ok("complete", "b")
+    gate.open()
+    assert finish(boot).stdout == "c | c\n"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: how many at once, failures, exit status.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_no_more_than_so_many_jobs_run_at_once(world: World, jobs: int) -> None:
+    files = {f"{i}-x{i}": "sleep 0.02" if i < 6 else "# coder-sync: want x1 x2\nsleep 0.02" for i in range(12)}
+    boots(world, files, "--jobs", str(jobs), "--timeline", "t.json")
+    assert most_at_once(world.directory / "t.json") == jobs
+
+
+def test_without_jobs_all_run_at_once(world: World) -> None:
+    gates = [Gate(world, f"gate{i}") for i in range(12)]
+    boot = booting(world, {f"x{i}": f"cat gate{i}" for i in range(12)})
+    for gate in gates:
+        gate.reached()
+    for gate in gates:
+        gate.open()
+    assert finish(boot).returncode == 0
+
+
+def test_a_failure_skips_its_dependents_and_independent_work_goes_on(world: World) -> None:
+    files = {"a": "exit 3", "b": "# coder-sync: want a\necho b", "c": "# coder-sync: want b", "d": "echo d"}
+    files.update(e="# coder-sync: want a --requires completion\necho e", f="kill -9 $$", g="exec /no/such/program")
+    done = booted(world, files)
+    assert done.returncode == 1 and {"d | d", "e | e"} <= set(done.stdout.splitlines())
+    assert "boot: 2 completed, 3 failed, 2 skipped" in done.stderr
+    for told in ("a (exit code 3); ", "f (killed by signal 9); ", "g (exit code 127); "):
+        assert f"failed: {told}" in done.stderr
+    assert 'skipped: b: dependency "a" failed (exit code 3)' in done.stderr
+    assert 'skipped: c: dependency "b" was skipped: dependency "a" failed' in done.stderr
+
+
+def test_fail_fast_stops_what_runs_at_the_first_failure(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "cat gate; exit 3", "b": "exec sleep 60", "c": "# coder-sync: want b"}, "--fail-fast")
+    gate.open()
+    done = finish(boot)
+    assert done.returncode == 1 and session(boot) == []
+    assert "failed: a (exit code 3)" in done.stderr and "failed: b (stopped: another unit failed)" in done.stderr
+    assert "not started: c: stopped: another unit failed" in done.stderr
+
+
+def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> None:
+    done = booted(world, {"a": "seq 1 30; printf 'the end' >&2; exit 2"}, "--quiet")
+    assert done.stdout == ""
+    shown = [line.strip("| ") for line in done.stderr.splitlines() if line.startswith("    | ")]
+    assert shown == [*map(str, range(22, 31)), "the end"]
+    assert re.search(r"in all \(1 failed\); critical path: a ", done.stderr)
+
+
+def test_a_quiet_boot_that_succeeds_says_nothing(world: World) -> None:
+    done = booted(world, {"a": "echo a"}, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_timeline_is_written_at_the_end(world: World) -> None:
+    boots(world, {"a": "", "b": "# coder-sync: want a"}, "--timeline", "t.svg")
+    assert (world.directory / "t.svg").read_text().startswith("<svg")
+
+
+def test_wrong_usage_is_refused(world: World) -> None:
+    for words in (["boot"], ["boot", ".", "--jobs", "many"], ["boot", ".", "--timeline", "t.doc"], ["boot", ".", "--"]):
+        assert world.run(*words).returncode == 2, words
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: signals and time.
+# ---------------------------------------------------------------------------------------------------------
+
+STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
+
+
+@needs_proc
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_reaches_everything_and_nothing_is_left(world: World, number: int, code: int) -> None:
+    gate = Gate(world)
+    text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
+    boot = booting(
+        world, {"a": text, "b": "# coder-sync: want a"}, "--grace", "300ms"
+    )  # for those that sh has ignore INT
+    gate.open()
+    until(lambda: len(session(boot)) >= 4)
+    boot.send_signal(number)
+    done = finish(boot)
+    assert done.returncode == code and session(boot) == []
+    assert f"stopped: boot got signal {number}" in done.stderr and "not started: b" in done.stderr
+
+
+@needs_proc
+def test_what_ignores_the_signal_is_killed_after_the_grace(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": STUBBORN}, "--grace", "200ms")
+    gate.open()
+    began = time.monotonic()
+    boot.terminate()
+    assert finish(boot).returncode == 143 and session(boot) == []
+    assert time.monotonic() - began >= 0.2
+
+
+@needs_proc
+def test_a_second_signal_kills_at_once(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(
+        world, {"a": STUBBORN, "b": "trap 'echo told > told' INT; while :; do sleep 0.01; done"}, "--grace", "10m"
+    )
+    gate.open()
+    boot.send_signal(signal.SIGINT)
+    until(lambda: read_lines(world.directory / "told"))
+    boot.send_signal(signal.SIGINT)
+    assert finish(boot).returncode == 130 and session(boot) == []
+
+
+@needs_proc
+def test_a_grandchild_that_ignores_the_signal_is_killed_though_its_script_obeyed(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": f"({STUBBORN}) & wait"}, "--grace", "200ms")
+    gate.open()
+    boot.terminate()
+    assert finish(boot).returncode == 143 and session(boot) == []
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "text",
+    ["exec sleep 60", "sleep 60 & sleep 60", STUBBORN.replace("cat gate;", ""), "(trap '' TERM; sleep 60) & sleep 60"],
+)
+def test_past_its_timeout_a_script_and_its_children_end_and_it_has_failed(world: World, text: str) -> None:
+    files = {"a": "# coder-sync: timeout 100ms\n" + text, "b": "# coder-sync: want a"}
+    boot = booting(world, files, "--grace", "100ms")
+    done = finish(boot)
+    assert done.returncode == 1 and session(boot) == []
+    assert "failed: a (timed out after 100ms)" in done.stderr and "skipped: b" in done.stderr
+
+
+def test_a_timeout_bounds_the_run_and_not_the_waiting(world: World) -> None:
+    files = {"a": "sleep 0.5", "b": "# coder-sync: want a\n# coder-sync: timeout 400ms\necho b"}
+    assert boots(world, files) == "b | b\n"
+
+
+def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World) -> None:
+    gate = Gate(world)
+    argv = f"trap '' HUP CHLD; exec $SYNC boot {startup(world, {'a': 'cat gate; echo a'})}"
+    boot = world.spawn(["sh", "-c", argv], env=world.env)
+    gate.reached()
+    boot.send_signal(signal.SIGHUP)
+    gate.open()
+    done = finish(boot)
+    assert (done.returncode, done.stdout) == (0, "a | a\n")
+
+
+@needs_proc
+def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World) -> None:
+    path = startup(world, {"a": "echo hello; sleep 60", "b": "# coder-sync: want a"})
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
+    seen = b""
+    while b"[0/2 ended, 1 waiting] a " not in seen:
+        seen += os.read(master, 4096)
+    os.write(master, b"\x03")
+    with contextlib.suppress(OSError):  # end of file on a terminal
+        while True:
+            seen += os.read(master, 4096)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
+    assert re.search(rb"\033\[3\dma\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
+    os.close(master)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: output.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_whole_in_order_and_never_mixed(world: World) -> None:
+    text = """#!/usr/bin/env python3
+import os, sys
+data = "".join(f"{os.environ['CODER_SYNC_UNIT']} {i} {'x' * (i % 300)}.\\n" for i in range(3000)).encode()
+while data:
+    data = data[os.write(1 + len(data) % 2, data[:3001]) :]
+"""
+    names = [f"unit-{i}" for i in range(4)]
+    lines = boots(world, dict.fromkeys(names, text)).splitlines()
+    assert len(lines) == 12000
+    for name in names:
+        assert [f"{name} | {name} {i} {'x' * (i % 300)}." for i in range(3000)] == [
+            n for n in lines if n.startswith(name)
+        ]
+
+
+def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -> None:
+    out = boots(world, {"a": "echo 1", "abc": "# coder-sync: want a\necho 2"})
+    assert out == "a   | 1\nabc | 2\n"
+    assert boots(world, {"n" * 60: "# coder-sync: want abc\necho 3"}).splitlines()[2].index(" | 3") == 24
+
+
+def test_a_line_is_shown_as_it_can_be(world: World) -> None:
+    shown = {
+        "printf 'no newline'": ["no newline"],
+        "printf 'one\\n\\nthree'": ["one", "", "three"],
+        "printf 'dos\\r\\n'": ["dos"],
+        "printf '10%%\\r50%%\\r100%%\\n'": ["100%"],
+        "printf 'caf\\351\\n'": ["caf\\xe9"],
+        "printf 'caf\\303\\251\\n'": ["caf\u00e9"],
+        "echo out; echo err >&2": ["out", "err"],
+        "exec >&- 2>&-; sleep 0.05": [],
+    }
+    said = boots(world, {f"x{i}": script for i, script in enumerate(shown)}, encoding="utf-8").splitlines()
+    for i, expected in enumerate(shown.values()):
+        assert [line[5:] for line in said if line.startswith(f"x{i} | ")] == expected
+
+
+def test_a_log_dir_keeps_a_file_a_unit_byte_for_byte(world: World) -> None:
+    files = {"a": "printf 'a\\000\\377\\r\\nend'", "b": "echo b >&2", "c": "# coder-sync: unit 'x/y z'\necho c"}
+    files["d"] = "# coder-sync: unit x_y_z\necho d"
+    files["e"] = "# coder-sync: unit " + "\u00e9" * 127 + "\necho e"
+    assert len(boots(world, files, "--log-dir", "logs/deep").splitlines()) == 6
+    logs = world.directory / "logs" / "deep"
+    assert (logs / "a.log").read_bytes() == b"a\0\xff\r\nend" and (logs / "b.log").read_bytes() == b"b\n"
+    assert sorted(p.read_bytes() for p in logs.iterdir() if p.name[0] not in "ab") == [b"c\n", b"d\n", b"e\n"]
+
+
+def test_quiet_with_a_log_dir_prints_none_of_it(world: World) -> None:
+    assert boots(world, {"a": "echo a"}, "--log-dir", "logs", "--quiet") == ""
+    assert (world.directory / "logs" / "a.log").read_text() == "a\n"
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#!/usr/bin/env python3\nfor _ in range(1000): print(('x' * 999 + chr(10)) * 100, end='')",
+        "head -c 30000000 /dev/zero | tr '\\000' x",
+        "head -c 3000000 /dev/urandom",
+    ],
+    ids=["100 MB", "a line of 30 MB", "binary"],
+)
+def test_much_output_hurts_neither_the_memory_nor_the_others(world: World, script: str) -> None:
+    with open(world.directory / "out", "wb") as out:
+        boot = booting(world, {"a": script, "b": "echo still here"}, "--stay", stdout=out)
+    hear(boot.stderr, "staying")
+    assert peak_memory(boot.pid) < 40
+    boot.terminate()
+    assert finish(boot).returncode == 0
+    seen = (world.directory / "out").read_bytes()
+    assert b"b | still here\n" in seen and len(seen) > 3e6 and max(map(len, seen.split(b"\n"))) < 80_000
+
+
+def test_a_stdout_that_is_closed_early_does_not_stop_the_boot(world: World) -> None:
+    boot = booting(world, {"a": "seq 1 100000", "b": "# coder-sync: want a\ntouch ran"})
+    hear(boot.stdout, "a | 1")
+    assert boot.stdout
+    boot.stdout.close()
+    assert boot.wait(PATIENCE) == 0 and (world.directory / "ran").exists()
+
+
+def test_a_stdout_that_was_never_open_does_not_stop_the_boot(world: World) -> None:
+    path = startup(world, {"a": "echo a; touch ran"})
+    done = finish(world.spawn(["sh", "-c", f"exec {world.env['SYNC']} boot {path} >&-"]))
+    assert done.returncode == 0 and (world.directory / "ran").exists()
+
+
+@needs_proc
+@pytest.mark.parametrize("together", [False, True], ids=["stdout", "both"])
+def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, together: bool) -> None:
+    stderr = subprocess.STDOUT if together else subprocess.PIPE
+    boot = booting(world, {"a": "yes", "b": "exec sleep 60"}, stderr=stderr)
+    assert boot.stdout
+
+    def full() -> bool:
+        size = struct.unpack("i", fcntl.ioctl(boot.stdout, termios.FIONREAD, b"1234"))[0]
+        return bool(size > 60000)
+
+    until(full)
+    for _ in range(3):
+        world.ok("list")  # the agent answers all the while
+    assert peak_memory(boot.pid) < 40
+    boot.terminate()
+    assert boot.wait(PATIENCE) == 143 and session(boot) == []
+
+
+def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
+    boot = booting(world, {"a": "seq 1 30000"}, "--stay")
+    until(lambda: world.run("status", "a", "-c", "status").stdout.endswith("completed\n"))
+    assert boot.stdout
+    lines = [boot.stdout.readline() for _ in range(30000)]
+    assert lines[-1] == "a | 30000\n"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: what comes after it, and process 1.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_becomes_the_command_in_the_same_process(world: World) -> None:
+    path = startup(world, {"a": "echo a"})
+    boot = world.popen(
+        "boot", path, "-q", "--", "sh", "-c", 'echo $$ "$@"; grep SigBlk /proc/$$/status; exit 7', "sh", "--x", ""
+    )
+    pid, blocked = finish(boot).stdout.splitlines()
+    assert pid == f"{boot.pid} --x " and blocked.split()[1].strip("0") == "" and boot.returncode == 7
+
+
+def test_the_command_has_no_agent_and_the_usual_signals(world: World) -> None:
+    script = "test -e $CODER_AGENT_SOCKET_PATH && echo agent; grep SigIgn /proc/$$/status; ls /proc/self/fd | xargs"
+    lines = boots(world, {"a": ""}, "-q", "--", "sh", "-c", script).splitlines()
+    assert lines[0].split()[1].strip("0") == "" and lines[1:] == ["0 1 2 3"]
+
+
+def test_a_failed_boot_becomes_the_command_only_if_always(world: World) -> None:
+    command = ["--", "echo", "hello"]
+    done = booted(world, {"a": "exit 3"}, *command)
+    assert (done.returncode, done.stdout) == (1, "")
+    done = booted(world, {"a": "exit 3"}, "--always", *command)
+    assert (done.returncode, done.stdout) == (0, "hello\n")
+
+
+def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "cat gate"}, "--always", "--", "echo", "hello")
+    gate.reached()
+    boot.terminate()
+    done = finish(boot)
+    assert (done.returncode, done.stdout) == (143, "")
+
+
+@pytest.mark.parametrize(("command", "code"), [("nosuchcommand", 127), ("/etc/passwd", 126)])
+def test_a_command_that_cannot_be_run(world: World, command: str, code: int) -> None:
+    done = booted(world, {"a": ""}, "-q", "--", command)
+    assert done.returncode == code and f"cannot run {command}: " in done.stderr
+
+
+def test_stay_goes_on_serving_until_a_signal(world: World) -> None:
+    boot = booting(world, {"a": "echo a"}, "--stay")
+    until(lambda: world.run("status", "a", "-c", "status").stdout.endswith("completed\n"))
+    assert world.ok("run", "more", "--want", "a", "--", "echo", "more") == "more\n"
+    boot.terminate()
+    done = finish(boot)
+    assert done.returncode == 0 and "staying" in done.stderr
+
+
+@needs_proc
+def test_services_end_with_a_boot_that_stays_and_no_warning_is_made_of_it(world: World) -> None:
+    boot = booting(world, {"a": "$SYNC complete a -q; exec sleep 60"}, "--stay")
+    hear(boot.stderr, "staying")
+    boot.terminate()
+    done = finish(boot)
+    assert done.returncode == 0 and "warning" not in done.stderr and session(boot) == []
+
+
+def as_process_one(world: World, path: str, *words: str) -> subprocess.Popen[str]:
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("no process namespaces here")
+    return world.spawn([*unshare, sys.executable, "-IS", str(FILE), "boot", path, *words])
+
+
+def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
+    orphan = "(setsid sh -c 'echo $$ > orphan' &)\nwhile ! test -s orphan; do :; done\n"
+    path = startup(world, {"a": orphan + "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo $PPID"})
+    done = finish(as_process_one(world, path, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status"))
+    assert done.stdout == "a | 1\n1\n", done
+
+
+def test_as_process_1_it_passes_signals_on(world: World) -> None:
+    gate = Gate(world)
+    path = startup(world, {"a": "trap 'echo told; exit' TERM; cat gate; while :; do sleep 0.01; done"})
+    outer = as_process_one(world, path)
+    gate.open()
+    boot = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
+    os.kill(boot, signal.SIGTERM)
+    done = finish(outer)
+    assert (
+        done.stdout.endswith("a | told\n") and "stopped: boot got signal 15" in done.stderr and done.returncode == 143
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: trouble to survive.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@needs_proc
+def test_a_daemon_that_keeps_the_output_open_holds_nothing_up_and_is_still_heard(world: World) -> None:
+    gate = Gate(world)
+    daemon = "(cat gate; echo from the daemon; printf 'its end') &\necho script"
+    boot = booting(world, {"a": daemon, "b": "# coder-sync: want a\necho b"}, "--log-dir", "logs")
+    gate.reached()
+    assert boot.wait(PATIENCE) == 0
+    gate.open()
+    assert finish(boot).stdout == "a | script\nb | b\na | from the daemon\na | its end\n"
+    assert (world.directory / "logs" / "a.log").read_text() == "script\nfrom the daemon\nits end"
+    until(lambda: session(boot) == [])
+
+
+@needs_proc
+def test_a_quiet_boot_leaves_no_output_open_behind_a_daemon(world: World) -> None:
+    boot = booting(world, {"a": "sleep 60 &"}, "--quiet")
+    assert finish(boot).returncode == 0  # which reads to the end of file
+    end_session(boot)
+
+
+@needs_proc
+def test_a_daemon_is_stopped_with_a_boot_that_is_stopped(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "sleep 60 &", "b": "# coder-sync: want a\ncat gate"})
+    gate.reached()
+    boot.terminate()
+    assert finish(boot).returncode == 143 and session(boot) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["", "with logs"])
+def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, options: list[str]) -> None:
+    path = startup(world, {f"x{i}": f": < hold; echo {i}" for i in range(300)})
+    gate = Gate(world, "hold")
+    command = f"ulimit -n 256; exec {world.env['SYNC']} boot {path} {' '.join(options)}"
+    boot = world.spawn(["sh", "-c", command])
+    until(lambda: len(session(boot)) >= 100)  # they stand at the gate
+    gate.keep_open(boot)
+    done = finish(boot)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(300))
+    assert not options or len(list((world.directory / "logs").iterdir())) == 300
+
+
+HOG = """#!/usr/bin/env python3
+import json, os, socket
+def connect():
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(0.3)
+    peer.connect(os.environ["CODER_AGENT_SOCKET_PATH"])
+    return peer
+def call(peer, method, **params):
+    peer.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\\n")
+    return peer.recv(65536)
+peers = [connect()]
+try:
+    while call(peers[-1], "ping"):
+        peers.append(connect())
+except OSError:
+    print("no descriptor is left")
+peers[0].settimeout(None)
+call(peers[0], "complete", unit="hog")
+while b'"started"' not in call(peers[0], "status", unit="late"):
+    pass
+open("gate", "w").close()
+"""
+
+
+def test_a_script_that_finds_no_descriptor_left_starts_when_there_is_one(world: World) -> None:
+    files = {f"x{i}": ": < hold" for i in range(30)}
+    gate = Gate(world, "hold")
+    os.mkfifo(world.directory / "gate")
+    files["hog"] = HOG.replace("\n", f"\n# coder-sync: want {' '.join(files)} --requires start\n", 1)
+    files["late"] = "# coder-sync: want hog\necho late"
+    files["open"] = "cat gate"
+    path = startup(world, files)
+    boot = world.spawn(["sh", "-c", f"ulimit -n 90; exec {world.env['SYNC']} boot {path}"])
+    hear(boot.stdout, "no descriptor is left")
+    gate.keep_open(boot)
+    done = finish(boot)
+    assert done.returncode == 0 and "late | late" in done.stdout, done
+
+
+def test_a_log_dir_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
+    (world.directory / "file").touch()
+    for path in ("file", "file/logs"):
+        done = booted(world, {"a": "echo a", "b": "# coder-sync: want a\necho b"}, "--log-dir", path)
+        assert done.returncode == 0 and done.stdout == "a | a\nb | b\n"
+        assert done.stderr.count(f"warning: no more logs in {path}: ") == 1, done.stderr
+
+
+def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: World) -> None:
+    logs = world.directory / "logs"
+    logs.mkdir()
+    mount = f"mount -t tmpfs -o size=64k none {logs} && "
+    if subprocess.run(["unshare", "--mount", "sh", "-c", mount + "true"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    path = startup(world, {"a": "seq 1 30000", "b": "# coder-sync: want a\necho b"})
+    script = mount + f"{world.env['SYNC']} boot {path} --log-dir {logs}; echo $?; wc -c < {logs}/a.log"
+    done = finish(world.spawn(["unshare", "--mount", "sh", "-c", script]))
+    lines = done.stdout.splitlines()
+    assert len(lines) == 30003 and lines[-3:] == ["b | b", "0", "65536"]
+    assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
+
+
+def test_a_script_edited_between_the_check_and_its_start_runs_as_it_is_then(world: World) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "cat gate", "b": "# coder-sync: want a\necho old"})
+    gate.reached()
+    startup(world, {"b": "echo new"})
+    gate.open()
+    assert finish(boot).stdout == "b | new\n"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda path: path.unlink(), "cannot be run: No such file or directory"),
+        (lambda path: path.chmod(0o644), "cannot be run: Permission denied"),
+        (lambda path: path.write_text("#!/no/such\n"), "cannot be run: No such file or directory"),
+        (lambda path: path.write_text("echo no interpreter\n"), "cannot be run: Exec format error"),
+    ],
+    ids=["deleted", "not executable", "no such interpreter", "no interpreter"],
+)
+def test_a_script_that_cannot_be_run_any_more_fails_alone(world: World, harm: Any, reason: str) -> None:
+    gate = Gate(world)
+    boot = booting(world, {"a": "cat gate", "b": "# coder-sync: want a", "c": "# coder-sync: want a\necho c"})
+    gate.reached()
+    harm(world.directory / "startup.d" / "b")
+    gate.open()
+    done = finish(boot)
+    assert done.returncode == 1 and done.stdout == "c | c\n" and f"failed: b ({reason}); " in done.stderr
+
+
+def test_paths_with_spaces_and_quotes_are_paths(world: World) -> None:
+    path = startup(world, {'10-it\'s a "b" $(x).sh': 'echo "$0"'}, "my 'dir' $HOME")
+    out = world.ok("boot", path, "--log-dir", "the logs'")
+    assert out == f'it\'s a "b" $(x) | {path}/10-it\'s a "b" $(x).sh\n'
+    assert len(list((world.directory / "the logs'").iterdir())) == 1
+
+
+def test_of_two_boots_at_the_same_time_each_script_runs_once_and_both_end_well(world: World) -> None:
+    gate = Gate(world)
+    files = {f"x{i}": f"echo x{i} >> ran" for i in range(5)}
+    files["b"] = "# coder-sync: want " + " ".join(files) + "\necho b >> ran; cat gate"
+    files["c"] = "# coder-sync: want b\necho c >> ran"
+    one = booting(world, files)
+    gate.reached()  # all x have completed
+    other = booting(world, files)
+    until(lambda: sum(e.kind == "waiting" and e.unit == "c" for e in world.client.status("c").history) == 2)
+    gate.open()
+    done = [finish(one), finish(other)]
+    assert [d.returncode for d in done] == [0, 0], done
+    assert sorted(read_lines(world.directory / "ran")) == sorted(files)
+    assert all("boot: 7 completed" in d.stderr for d in done)
+
+
+def test_two_boots_at_the_same_instant_both_end_well(world: World) -> None:
+    files = {f"x{i}": "" if i < 2 else f"# coder-sync: want x{i - 2}" for i in range(8)}
+    path = startup(world, files)
+    for _ in range(3):
+        both = [world.popen("boot", path) for _ in range(2)]
+        done = [finish(process) for process in both]
+        assert [d.returncode for d in done] == [0, 0], done
+
+
+def test_a_failure_in_one_boot_is_told_by_the_other(world: World) -> None:
+    gate = Gate(world)
+    files = {"a": "cat gate; exit 3", "b": "# coder-sync: want a"}
+    one = booting(world, files)
+    gate.reached()
+    other = booting(world, files)
+    until(lambda: sum(e.kind == "waiting" and e.unit == "b" for e in world.client.status("b").history) == 2)
+    gate.open()
+    for done in (finish(one), finish(other)):
+        assert done.returncode == 1 and "boot: 1 failed, 1 skipped" in done.stderr and "exit code 3" in done.stderr
+
+
+def test_when_the_agent_it_joined_goes_away_what_runs_ends_and_nothing_new_starts(world: World) -> None:
+    server, gate = world.serve(), Gate(world)
+    boot = booting(world, {"a": "cat gate; echo a", "b": "# coder-sync: want a\necho b"})
+    gate.reached()
+    server.kill()
+    hear(boot.stderr, "went away")
+    gate.open()
+    done = finish(boot)
+    assert done.returncode == 3 and done.stdout == "a | a\n" and "not started: b: the agent went away" in done.stderr
+
+
+def test_when_the_agent_it_joined_goes_away_before_anything_began_it_begins_again(world: World) -> None:
+    server = world.serve()
+    boot = booting(world, {"a": "# coder-sync: want x\n# coder-sync: extern x\necho a"})
+    world.waiting("a")
+    server.kill()
+    until(lambda: world.run("run", "x", "--", "true").returncode == 0)
+    assert finish(boot).stdout == "a | a\n"
+
+
+@needs_proc
+def test_a_boot_killed_on_the_agent_it_joined_fails_what_it_ran(agent: World) -> None:
+    gate = Gate(agent)
+    boot = booting(agent, {"a": "cat gate", "b": "# coder-sync: want a"})
+    gate.reached()
+    boot.kill()
+    until(lambda: agent.status("b") == "skipped")
+    assert agent.status("a") == "failed"
+    gate.open()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: ten real startup scripts, ordered by header lines only.
+# ---------------------------------------------------------------------------------------------------------
+
+TEN = {
+    "01-fetch.sh": "mkdir -p src && echo 'int main(void){return 0;}' > src/main.c && tar cf src.tar src && echo fetched",
+    "02-fetch-data.py": """#!/usr/bin/env python3
+# coder-sync: unit data
+import json
+json.dump([1, 2], open("data.json", "w"))
+""",
+    "03-unpack.sh": "# coder-sync: want fetch\nmkdir -p work && tar xf src.tar -C work && ls work/src",
+    "04-users.sh": "echo dev > user",
+    "05-configure.sh": """# coder-sync: want unpack users
+printf 'user=%s\\n' "$(cat user)" > config && test -f work/src/main.c
+""",
+    "06-build.sh": """# coder-sync: want unpack configure
+# coder-sync: timeout 10m
+cp work/src/main.c built && echo built
+""",
+    "07-migrate.py": """#!/usr/bin/env python3
+# coder-sync: want data configure
+import json
+print("rows", len(json.load(open("data.json"))))
+""",
+    "08-serve.sh": "# coder-sync: want build migrate\ntest -f built && echo up > service && echo serving",
+    "09-health.sh": "# coder-sync: want serve\ngrep up service",
+    "10-report.sh": "# coder-sync: want health --requires completion\necho done",
+}
+
+
+def test_ten_real_scripts_are_ordered_by_headers_only(world: World) -> None:
+    out = boots(world, TEN, "--timeline", "t.json")
+    said = [tuple(re.split(r" +\| ", line)) for line in out.splitlines()]
+    assert {("fetch", "fetched"), ("migrate", "rows 2"), ("serve", "serving"), ("health", "up")} <= set(said)
+    assert said[-1] == ("report", "done")
+    rows = {row["unit_name"]: row for row in json.loads((world.directory / "t.json").read_text())["units"]}
+    assert all(rows[dep]["ended"] <= row["started"] for row in rows.values() for dep in row["wants"])
+
+
+def test_with_one_of_ten_broken_a_newcomer_is_told_what_to_fix(world: World) -> None:
+    broken = {**TEN, "05-configure.sh": TEN["05-configure.sh"].replace("cat user", "cat usr")}
+    broken["05-configure.sh"] += "\ncat usr || exit 4"
+    done = booted(world, broken)
+    assert done.returncode == 1 and "failed: configure (exit code 4); " in done.stderr
+    assert "05-configure.sh\n" in done.stderr and re.search(r"    \| cat: .?usr.?: No such file", done.stderr)
+    assert 'skipped: build: dependency "configure" failed (exit code 4)' in done.stderr
+    assert "5 completed, 1 failed, 4 skipped" in done.stderr
+
+
+def test_a_boot_takes_as_long_as_its_critical_path(world: World) -> None:
+    layers = [[f"x{layer}-{i}" for i in range(4)] for layer in range(4)]
+    files = dict.fromkeys(layers[0], "sleep 0.1")
+    for before, layer in zip(layers, layers[1:]):
+        files.update((n, f"# coder-sync: want {' '.join(before)}\nsleep 0.1") for n in layer)
+    boots(world, files, "--timeline", "t.json")
+    data = json.loads((world.directory / "t.json").read_text())
+    assert data["seconds"] >= 0.4  # how much more is the benchmark's business
+    assert [step["unit_name"][:2] for step in data["critical_path"]] == ["x0", "x1", "x2", "x3"]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # README: its examples are run as written. A block that starts an agent begins a new session, in a directory
 # that holds only coder_sync.py; what differs from run to run (times, pids) is compared by its shape.
 # ---------------------------------------------------------------------------------------------------------
