@@ -7094,13 +7094,13 @@ def test_a_boot_killed_on_the_agent_it_joined_fails_what_it_ran(agent: World) ->
 # ---------------------------------------------------------------------------------------------------------
 
 TEN = {
-    "01-fetch.sh": "mkdir -p src && echo 'int main(void){return 0;}' > src/main.c && tar cf src.tar src && echo fetched",
+    "01-fetch.sh": "mkdir -p src && echo 'int main(void){return 0;}' > src/main.c && tar cf s.tar src && echo fetched",
     "02-fetch-data.py": """#!/usr/bin/env python3
 # coder-sync: unit data
 import json
 json.dump([1, 2], open("data.json", "w"))
 """,
-    "03-unpack.sh": "# coder-sync: want fetch\nmkdir -p work && tar xf src.tar -C work && ls work/src",
+    "03-unpack.sh": "# coder-sync: want fetch\nmkdir -p work && tar xf s.tar -C work && ls work/src",
     "04-users.sh": "echo dev > user",
     "05-configure.sh": """# coder-sync: want unpack users
 printf 'user=%s\\n' "$(cat user)" > config && test -f work/src/main.c
