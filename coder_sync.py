@@ -511,10 +511,17 @@ class Units:
             self._record(unit, "gave up", f"{who} ended while it waited")
             self._answer(ticket, Refused(f'unit "{name}" was not started: the process that was to own it has ended'))
             del unit.starts[ticket]
-            if unit.starts or unit.status != PENDING:
-                return
-        self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
-        self._propagate(unit)
+            self.give_up(name, f"lost: {who} ended without completing")
+        else:
+            self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
+            self._propagate(unit)
+
+    def give_up(self, name: str, reason: str) -> None:
+        """The only one who was to start a unit has given up: it fails, unless it has ended, or another start waits."""
+        unit = self.units[name]
+        if unit.status == PENDING and not unit.starts:
+            self._set(unit, FAILED, one_line(reason))
+            self._propagate(unit)
 
     def revoke(self, name: str, ticket: Any) -> None:
         """Take back a start whose answer found nobody: the unit is pending again."""
@@ -1278,7 +1285,9 @@ class Agent:
         self.began = time.monotonic()
         self.stopping = False
         self.owners: dict[Ticket, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
-        self._wake = -1  # write end of the pipe to the owners' thread, once there is one
+        self._woken, self._wake = os.pipe()  # to the owners' thread
+        os.set_blocking(self._wake, False)
+        self._watching = False  # whether there is one
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
@@ -1510,9 +1519,13 @@ class Agent:
     def _cancel(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
         """Give up a wait, unless its answer is under way already; one or the other, never both."""
         with self.lock:
-            missing = self.units.cancel(connection.pending.get(id), "timed out")
-            if missing is not None:
+            ticket = connection.pending.get(id)
+            missing = self.units.cancel(ticket, "timed out")
+            if ticket and missing is not None:
                 del connection.pending[id]
+                if ticket in connection.held:  # nobody else is to run it
+                    names = ", ".join(d.depends_on for d in missing[:5])
+                    self.units.give_up(ticket.unit, f"timed out waiting for {names}")
         return {"cancelled": missing is not None, "missing": self._suggest(missing or [])}
 
     def _events(self, connection: Connection, request: Any, since: int, follow: bool) -> list[Event]:
@@ -1565,10 +1578,9 @@ class Agent:
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             fd = -1
         self.owners[ticket] = (owner, fd)
-        if self._wake < 0:
-            read, self._wake = os.pipe()
-            os.set_blocking(self._wake, False)
-            Thread(target=self._watch_owners, args=(read,), daemon=True).start()
+        if not self._watching:
+            Thread(target=self._watch_owners, args=(self._woken,), daemon=True).start()
+            self._watching = True
         try:
             os.write(self._wake, b"!")
         except BlockingIOError:  # it has been woken often enough
