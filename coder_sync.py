@@ -1284,6 +1284,7 @@ class Agent:
         self.max_connections = MAX_CONNECTIONS
         self.began = time.monotonic()
         self.stopping = False
+        self.active = 0  # requests being answered
         self.owners: dict[Ticket, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
         self._woken, self._wake = os.pipe()  # to the owners' thread
         os.set_blocking(self._wake, False)
@@ -1334,6 +1335,15 @@ class Agent:
 
     def line(self, connection: Connection, line: bytes) -> bool:
         """Answer one request; False if the rest of the stream cannot be trusted."""
+        with self.lock:
+            self.active += 1
+        try:
+            return self._line(connection, line)
+        finally:
+            with self.lock:
+                self.active -= 1
+
+    def _line(self, connection: Connection, line: bytes) -> bool:
         request = None
         try:
             if len(line) > MAX_LINE:
@@ -1618,6 +1628,9 @@ class Agent:
             tickets = [t for c in self.connections for t in list(c.pending.values())]
         for ticket in tickets:
             ticket.connection.push(error_line(ticket.id, Unreachable("the agent is shutting down")))
+        deadline = time.monotonic() + 0.5
+        while self.active and time.monotonic() < deadline:  # whose request made us end may still wait for its answer
+            time.sleep(0.002)
 
 
 def make_server(agent: Agent, sock: Any) -> Any:
@@ -2537,7 +2550,8 @@ def critical_path(graph: Graph) -> list[tuple[Node, float]]:
         path.append((node, max(0.0, min(end(node, graph.now), until) - node.started)))
         until = node.started
         before = [nodes[d] for d in node.wants if d in nodes and 0 <= nodes[d].ended <= until]
-        node = nodes.get(node.released_by) or max(before, key=lambda n: n.ended, default=None)
+        before.sort(key=lambda one: one.ended)
+        node = nodes.get(node.released_by) or (before[-1] if before else None)
     return path[::-1]
 
 
