@@ -469,7 +469,7 @@ class Units:
         self._waits[ticket] = unit
         unit.starts[ticket] = (owner, pool)
         unit.waiting = self.clock()
-        unit.released_by = ""
+        unit.released_by, unit.holder = "", None
         if self._settle(unit):
             self._propagate(unit)
         elif ticket in self._waits:
@@ -512,6 +512,8 @@ class Units:
             self._answer(ticket, Refused(f'unit "{name}" was not started: the process that was to own it has ended'))
             del unit.starts[ticket]
             self.give_up(name, f"lost: {who} ended without completing")
+        elif unit.status == PENDING:
+            self.give_up(name, "lost: the process that was to start it ended without completing")
         else:
             self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
             self._propagate(unit)
@@ -534,7 +536,9 @@ class Units:
     def holds(self, name: str, ticket: Any) -> bool:
         """Whether the start that `ticket` asked for still waits or is still on."""
         unit = self.units.get(name)
-        return unit is not None and (ticket in unit.starts or (unit.status == STARTED and unit.holder is ticket))
+        return unit is not None and (
+            ticket in unit.starts or (unit.status in (PENDING, STARTED) and unit.holder is ticket)
+        )
 
     def cancel(self, ticket: Any, why: str = "gone") -> list[Dependency] | None:
         """Forget a wait and return what it lacked; None if it was answered already."""
@@ -543,6 +547,8 @@ class Units:
             return None
         missing = self.missing(unit)
         del unit.starts[ticket]
+        if unit.status == PENDING:
+            unit.holder = ticket  # should its owner end now, nobody will start the unit
         if unit.name:
             self._record(unit, "gave up", f"{why}; still missing: {', '.join(d.depends_on for d in missing[:5])}")
         else:
@@ -1014,7 +1020,9 @@ def resembling(name: str, names: Sequence[str]) -> str:
         from difflib import get_close_matches
     except (ImportError, OSError):  # no descriptor left to read it with
         return ""
-    return next(iter(get_close_matches(name, names[:5000], 1, 0.7)), "")
+    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
+    others = [n for n in get_close_matches(name, names[:5000], 3, 0.7) if n.translate(digits) != name.translate(digits)]
+    return others[0] if others else ""
 
 
 class Connection:
@@ -2546,9 +2554,12 @@ def critical_path(graph: Graph) -> list[tuple[Node, float]]:
     node = max((n for n in graph.nodes if n.started >= 0), key=lambda n: end(n, graph.now), default=None)
     path: list[tuple[Node, float]] = []
     until = float("inf")
-    while node and node.started >= 0 and len(path) <= len(nodes):
-        path.append((node, max(0.0, min(end(node, graph.now), until) - node.started)))
-        until = node.started
+    for _ in nodes:
+        if node is None:
+            break
+        if node.started >= 0:
+            path.append((node, max(0.0, min(end(node, graph.now), until) - node.started)))
+        until = node.started if node.started >= 0 else node.ended  # what was skipped ended with what it required
         before = [nodes[d] for d in node.wants if d in nodes and 0 <= nodes[d].ended <= until]
         before.sort(key=lambda one: one.ended)
         node = nodes.get(node.released_by) or (before[-1] if before else None)
@@ -2967,6 +2978,9 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     for number, line in enumerate(text.decode(errors="replace").splitlines()[:HEADER_LINES], 1):
         mark, found, rest = line.partition("coder-sync:")
         if not found or mark.strip() not in MARKS:
+            text_ = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+            if line.strip().startswith(MARKS) and text_.startswith(("coder-sync ", "coder-sync:")):
+                mistakes.append(f"{path}:{number}: not understood; a header is written `# coder-sync: WORD ...`")
             continue
         words = rest.split()
         if '"' in rest or "'" in rest:
@@ -2994,6 +3008,9 @@ def header(script: Script, words: list[str], number: int) -> None:
             requires, rest = "".join(rest[at + 1 : at + 2]), rest[:at] + rest[at + 2 :]
         if requires not in REQUIREMENTS:
             raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
+        odd = [w for w in rest if w[0] == "-" or w[-1] == ","]
+        if odd:
+            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
         script.wants += [(check_name(name), requires, number) for name in rest]
     elif verb == "extern":
         script.externs += map(check_name, rest)
@@ -3660,6 +3677,8 @@ class Boot:
         for job in self.jobs.values():
             if job.outcome in (SKIPPED, PENDING):
                 text += f"{'not started' if job.outcome == PENDING else SKIPPED}: {job.script.unit}: {job.reason}\n"
+        going_on = [job.script.unit for job in self.by_pid.values()]
+        text += f"still running: {names_of(going_on)}\n" if going_on else ""
         return text + (summary(graph) + "\n" if graph.nodes else "")
 
 
@@ -3876,12 +3895,19 @@ def cmd_ping(args: Args) -> int:
 def cmd_want(args: Args) -> int:
     """Declare dependencies."""
     client_of(args).want(args.unit, *args.deps, requires=args.requires)
-    say(args, f"{args.unit}: depends on {names_of(args.deps)}")
+    say(args, f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}")
     return 0
+
+
+def refuse_lonely_requires(args: Args) -> None:
+    """--requires says something about --want, and about nothing else. Raises UsageError."""
+    if args.requires != SUCCESS and not args.want:
+        raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
 
 
 def cmd_start(args: Args) -> int:
     """Wait until a unit may run, and mark it started."""
+    refuse_lonely_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
     started = client_of(args).start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait)
@@ -4093,6 +4119,7 @@ def agent_at(path: str) -> bool:
 
 def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
+    refuse_lonely_requires(args)
     env = environment(CODER_SYNC_UNIT=args.unit)
     client = client_of(args)
     report = Reporter(args, f"{args.unit}: ", 2)
@@ -4144,7 +4171,7 @@ class Option:
     def read(self, text: str) -> Any:
         """The value of a text. Raises UsageError."""
         if self.choices and text not in self.choices:
-            raise UsageError(f"{self.flags[-1]}: no such choice: {ascii(text)[:40]}; use {', '.join(self.choices)}")
+            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(self.choices)}")
         return self.convert(text) if self.convert else True
 
 
@@ -4439,6 +4466,10 @@ def dispatch(argv: Sequence[str]) -> int:
         put(f"coder_sync {__version__}\n")
         return 0
     if name not in COMMANDS:
+        if name == "exp":
+            raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
+        if name[0:1] == "-":
+            raise UsageError(f"{name!a}: which command? Options other than --socket-path follow the command")
         guess = resembling(name, list(COMMANDS))
         hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
         raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")

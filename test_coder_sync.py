@@ -1352,6 +1352,8 @@ class Model:
         if refusal is None:
             self.reopened = unit  # if it has failed or was skipped; a completed one stays so until it starts
             self.starts[ticket] = unit
+            if self.status(unit) != "skipped" or not self.hopeless(self.needs(unit)):
+                self.holders.pop(unit, None)
             if self.status(unit) == "skipped" and self.hopeless(self.needs(unit)):
                 self.tell(unit, DependencyFailed)
         return refusal
@@ -1377,15 +1379,21 @@ class Model:
                 self.statuses[unit] = "failed"
         elif self.status(unit) == "started" and self.holders[unit] == ticket:
             self.statuses[unit] = "failed"
+        elif self.status(unit) == "pending" and self.holders.get(unit) == ticket and unit not in self.starts.values():
+            self.statuses[unit] = "failed"  # it had given up waiting
 
     def revoke(self, unit: str, ticket: str) -> None:
         if self.status(unit) == "started" and self.holders[unit] == ticket:
             self.statuses[unit] = "pending"
             self.reopened = unit
+            del self.holders[unit]
 
     def cancel(self, ticket: str) -> list[str] | None:
         if ticket in self.starts:
-            return self.unmet(self.needs(self.starts.pop(ticket)))
+            unit = self.starts.pop(ticket)
+            if self.status(unit) == "pending":
+                self.holders[unit] = ticket  # should its owner end now, nobody will start the unit
+            return self.unmet(self.needs(unit))
         return self.unmet(self.waits.pop(ticket)) if ticket in self.waits else None
 
     # -- what follows from it
@@ -1519,7 +1527,7 @@ class Play:
             assert units.status(name).is_ready == (name in model.statuses and not model.unmet(needs))
             assert [d.depends_on for d in units.missing(unit)] == model.unmet(needs)
         for ticket, name in self.tickets.items():
-            on = name and model.status(name) == "started" and model.holders[name] == ticket
+            on = name and model.status(name) in ("started", "pending") and model.holders.get(name) == ticket
             assert units.holds(name, ticket) == bool(on or (name and ticket in model.starts))
 
     def check_cycle(self, cycle: list[str], unit: str, dependencies: list[str]) -> None:
@@ -4878,6 +4886,69 @@ def test_a_run_that_gives_up_waiting_fails_its_unit(agent: World) -> None:
 def test_a_start_that_gives_up_waiting_leaves_its_unit_pending(agent: World) -> None:
     assert agent.run("start", "a", "--want", "b", "--timeout", "10ms").returncode == 124
     assert agent.status("a") == "pending"
+
+
+def test_a_script_that_ends_after_its_start_gave_up_fails_its_unit(agent: World) -> None:
+    script = f"{sys.executable} -IS {FILE} start a --want b --timeout 10ms --pid $$; test $? = 124"
+    assert finish(agent.spawn(["sh", "-c", script])).returncode == 0
+    until(lambda: agent.status("a") == "failed")
+    assert agent.client.status("a").reason == ("lost: the process that was to start it ended without completing")
+
+
+def test_a_script_that_goes_on_after_its_start_gave_up_may_complete(agent: World) -> None:
+    me = f"{sys.executable} -IS {FILE}"
+    script = f"{me} start a --want b --timeout 10ms --pid $$; {me} complete a"
+    assert finish(agent.spawn(["sh", "-c", script])).returncode == 0
+    assert agent.status("a") == "completed"
+
+
+def test_the_critical_path_goes_on_through_a_unit_that_was_skipped(units: Units, clock: Clock) -> None:
+    units.want("middle", ["base"])
+    units.want("report", ["middle"], "completion")
+    units.start("base", "t1")
+    units.start("report", "t2")
+    clock.now += 60
+    units.fail("base")
+    clock.now += 1
+    units.complete("report")
+    assert [(n.unit_name, share) for n, share in coder_sync.critical_path(units.graph())] == [
+        ("base", 60),
+        ("report", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("# coder-sync want a", ":2: not understood"),
+        ("# codersync: want a", ":2: not understood"),
+        ("// coder_sync: want a", ":2: not understood"),
+        ("# coder-sync: want a --require start", '"--require" is neither an option'),
+        ("# coder-sync: want a, b", '"a," is neither an option'),
+    ],
+)
+def test_a_header_that_is_nearly_one_is_a_mistake(line: str, told: str) -> None:
+    mistakes: list[str] = []
+    coder_sync.read_script("x.sh", f"#!/bin/sh\n{line}\n".encode(), mistakes)
+    assert len(mistakes) == 1 and told in mistakes[0]
+
+
+def test_numbered_siblings_are_not_taken_for_slips_of_the_finger() -> None:
+    assert coder_sync.resembling("db-2", ["db-1", "db-22"]) == ""
+    assert coder_sync.resembling("db_1", ["db-2", "db-1"]) == "db-1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["exp", "start", "a"], "after exp comes sync"),
+        (["--quiet", "start", "a"], "Options other than --socket-path follow the command"),
+        (["start", "a", "--requires", "start"], "--requires is about the units of --want"),
+    ],
+)
+def test_a_call_that_cannot_mean_anything_says_what_was_meant(world: World, argv: list[str], told: str) -> None:
+    done = world.run(*argv)
+    assert done.returncode == 2 and told in done.stderr
 
 
 CLOCK_SET_BACK = """
