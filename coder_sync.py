@@ -895,11 +895,12 @@ def decode(line: bytes) -> Any:
 
 def _depth(line: bytes) -> int:
     """How deep the brackets of a line nest, those inside strings left out."""
+    others = bytes(b for b in range(256) if b not in b"[]{}")
+    outside = line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     depth = deepest = 0
-    for text in line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]:
-        for byte in text:
-            depth += (byte in b"[{") - (byte in b"]}")
-            deepest = max(deepest, depth)
+    for bracket in b"".join(outside).translate(None, others):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 
@@ -3956,10 +3957,13 @@ def cmd_list(args: Args) -> int:
 
 
 def json_text(value: Any) -> str:
-    """JSON for other programs."""
-    import json
+    """JSON for other programs; indented where a person may be reading, since that takes ten times as long."""
+    text = _dumps(value)
+    if len(text) < 1 << 16:
+        import json
 
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+    return text + "\n"
 
 
 def cmd_events(args: Args) -> int:
