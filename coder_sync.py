@@ -1939,8 +1939,8 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
     writer = threading.Thread(target=mail.run, daemon=True)
     writer.start()
     server = make_server(agent, sock)
-    threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
     mail.say(f"listening at {path} (pid {os.getpid()})")
+    threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
     notify(f"READY=1\nMAINPID={os.getpid()}")
     if ready >= 0:
         os.write(ready, b"ready")

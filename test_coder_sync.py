@@ -6708,9 +6708,13 @@ def test_what_ignores_the_signal_is_killed_after_the_grace(world: World) -> None
 def test_a_second_signal_kills_at_once(world: World) -> None:
     gate = Gate(world)
     boot = booting(
-        world, {"a": STUBBORN, "b": "trap 'echo told > told' INT; while :; do sleep 0.01; done"}, "--grace", "10m"
+        world,
+        {"a": STUBBORN, "b": "trap 'echo told > told' INT; : > trapped; while :; do sleep 0.01; done"},
+        "--grace",
+        "10m",
     )
     gate.open()
+    until((world.directory / "trapped").exists)
     boot.send_signal(signal.SIGINT)
     until(lambda: read_lines(world.directory / "told"))
     boot.send_signal(signal.SIGINT)
