@@ -1327,7 +1327,7 @@ class Agent:
                 if connection.pending or connection.held or connection in self.mail.watchers:
                     continue
                 idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
-                self._reply_error(connection, None, idle)
+                connection.reply(error_line(None, idle))
                 return
             lines = (buffer + chunk).split(b"\n")
             buffer = lines.pop()
@@ -1368,14 +1368,11 @@ class Agent:
         except SyncError as error:
             self._flush()
             self.mail.say(f"refused: {one_line(str(error))}")
-            return self._reply_error(connection, request, error) and not isinstance(error, ParseError)
+            return connection.reply(error_line(request, error)) and not isinstance(error, ParseError)
         self._flush()
         if result is None or request is None:  # the answer comes later, or nobody asked for one
             return True
         return connection.reply(encode({"id": request, "result": plain(result)}))
-
-    def _reply_error(self, connection: Connection, request: Any, error: SyncError) -> bool:
-        return connection.reply(error_line(request, error))
 
     def _call(self, connection: Connection, request: Any, message: dict[str, Any]) -> Any:
         if message.get("jsonrpc") != "2.0":
@@ -1849,7 +1846,17 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
             continue
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            return exit_code_of(status)
+
+
+def exit_code_of(status: int) -> int:
+    """The exit status in what waitpid returned, -N for signal N; os.waitstatus_to_exitcode is not in 3.8."""
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def ending(code: int) -> str:
+    """The reason for a unit whose command did not end well."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def shell_status(code: int) -> int:
@@ -3449,16 +3456,14 @@ class Boot:
             if alive_groups([pid]):
                 self.groups[pid] = job.kill_at
             self.output(job, last=True)
-            code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            code = exit_code_of(status)
             if code == 0 and not job.why:
                 self.ask("complete", job, unit=job.script.unit)
                 if self.lost:
                     self.ended(job, COMPLETED, "")
             else:
-                job.reason = job.why or (
-                    f"killed by signal {code - 128}" if os.WIFSIGNALED(status) else f"exit code {code}"
-                )
-                self.ask("fail", job, unit=job.script.unit, reason=job.reason, exit_code=code)
+                job.reason = job.why or ending(code)
+                self.ask("fail", job, unit=job.script.unit, reason=job.reason, exit_code=shell_status(code))
                 if self.lost:
                     self.ended(job, FAILED, job.reason)
 
@@ -4145,8 +4150,7 @@ def cmd_run(args: Args) -> int:
         put(f"error: {args.unit}: {error}\n", 2)
     try:
         if code:
-            why = why or (f"killed by signal {-code}" if code < 0 else "")
-            start.channel.call("fail", unit=args.unit, reason=why, exit_code=shell_status(code))
+            start.channel.call("fail", unit=args.unit, reason=why or ending(code), exit_code=shell_status(code))
         else:
             start.channel.call("complete", unit=args.unit)
     except SyncError as error:
