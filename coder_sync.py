@@ -36,6 +36,8 @@ rooms above it:
     Errors          one hierarchy; each knows its exit code and its JSON-RPC code
     Units           the dependency graph and its rules, pure
     Protocol        newline-delimited JSON-RPC 2.0
+    Processes and terminal
+                    what several rooms need of the system
     Agent           the daemon
     Client          the Python API
     Views           data to text, pure
@@ -48,29 +50,16 @@ reason nothing is imported here that a plain call does not need: `socket`, `json
 """
 
 import errno
+import os
 import sys
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from dataclasses import dataclass
     from typing import Any, NoReturn
 else:
-
-    class _Os:
-        """`os`, but imported only for what its C half does not have: the import is a tenth of a whole call."""
-
-        def __getattr__(self, name):
-            import posix
-
-            if name == "environ" or not hasattr(posix, name):
-                import os as posix
-            value = self.__dict__[name] = getattr(posix, name)
-            return value
-
-    os = _Os()
 
     def dataclass(cls):
         """Stand in for dataclasses.dataclass, whose import costs more than a whole client call."""
@@ -99,18 +88,6 @@ START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts w
 CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 REPORT_EVERY = 30.0
-
-
-def environment(**extra: str) -> dict[bytes, bytes]:
-    """The environment for a command, and what is added to it."""
-    base: dict[bytes, bytes] = os.environb if "os" in sys.modules else sys.modules["posix"].environ  # type: ignore
-    code = sys.getfilesystemencoding(), "surrogateescape"
-    return {**base, **{name.encode(*code): value.encode(*code) for name, value in extra.items()}}
-
-
-def getenv(name: str) -> str:
-    """An environment variable, empty if unset."""
-    return environment().get(name.encode(), b"").decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -930,6 +907,316 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Processes and terminal. What several rooms need of the system: standard output and error, the environment, who
+# a process is, which descriptors are open, signals, a command's run and its end. It may use Linux's /proc, and
+# makes do without.
+# ----------------------------------------------------------------------------------------------------------
+
+PROGRAM = os.path.basename(globals().get("__file__") or "coder_sync.py")
+
+
+def put(text: str, fd: int = 1) -> bool:
+    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
+    stream = sys.stdout if fd == 1 else sys.stderr
+    data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except BrokenPipeError:
+        os.dup2(null(), fd)
+        return False
+    except OSError as error:
+        if fd == 1:
+            raise SyncError(f"cannot write to standard output: {error.strerror}") from None
+    return True
+
+
+def say(text: str, fd: int = 1, quiet: bool = False) -> None:
+    """Print a line about what was done. What was done stays done if nobody can read it."""
+    if not quiet:
+        try:
+            put(text + "\n", fd)
+        except SyncError:
+            pass
+
+
+def null() -> int:
+    """A descriptor at its end for who reads, and of no interest for who writes: /dev/null, if there is one."""
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError:
+        from _socket import socketpair
+
+        one, other = socketpair()
+        other.close()
+        return one.detach()
+
+
+def terminal() -> tuple[int, bool, bool]:
+    """The width of standard output, whether it takes colour, and whether it shows more than ASCII."""
+    tty = os.isatty(1)
+    try:
+        width = os.get_terminal_size(1).columns
+    except OSError:
+        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
+    codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
+    locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
+    unicode = codec == "utf8" and "utf" in locale.lower()
+    return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
+
+
+def environment(**extra: str) -> dict[bytes, bytes]:
+    """The environment for a command, and what is added to it."""
+    return {**os.environb, **{os.fsencode(name): os.fsencode(value) for name, value in extra.items()}}
+
+
+def getenv(name: str) -> str:
+    """An environment variable, empty if unset."""
+    return os.environ.get(name, "")
+
+
+# -- who a process is ---------------------------------------------------------------------------------------
+
+
+def user_name(uid: int) -> str:
+    """The name of a user, or its number."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return f"uid {uid}"
+
+
+def birth(pid: int) -> str | None:
+    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone.
+
+    None when it cannot be told: no /proc, or no descriptor left to look.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+            fields = f.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # the 22nd in proc(5); two stand before the name's end
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH):
+            return None
+    except IndexError:
+        return None
+    try:
+        os.kill(pid, 0)  # there may be no /proc at all
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "" if os.path.exists("/proc/self/stat") else None
+
+
+def proc_line(pid: int, what: str) -> str:
+    """One value of /proc/PID/status, empty where there is none."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
+            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
+    except OSError:
+        return ""
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, short enough for a message; empty if unknown."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as f:
+            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return ""
+    if args[1:3] == ["-ISOO", "-c"]:  # our own executable form
+        args = args[4:]
+    args[:1] = [os.path.basename(a) for a in args[:1]]
+    text = one_line(" ".join(args)) or proc_line(pid, "Name")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- descriptors --------------------------------------------------------------------------------------------
+
+
+def open_files() -> int:
+    """How many descriptors this process may have."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def close_others(keep: Iterable[int]) -> None:
+    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
+    found: Iterable[int] = range(3, min(open_files(), 1 << 16))
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        try:
+            found = [int(name) for name in os.listdir(directory)]
+            break
+        except OSError:
+            pass
+    for fd in {fd for fd in found if fd > 2}.difference(keep):
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+
+
+# -- signals, and a command's run -----------------------------------------------------------------------------
+
+STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
+PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
+
+
+class Signals:
+    """Signals and the ends of children, taken one by one in `wait` and nowhere else until they are given back.
+
+    They are blocked here and in all threads that begin from now on. Those that we were started to ignore stay
+    ignored, as nohup(1) wants it; but not TERM, which is how an agent is told to end.
+    """
+
+    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
+        import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+
+        numbers = [getattr(signal, name) for name in names]
+        self.numbers = [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        self._of_children = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+        # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
+        # gets to `wait`, and children leave no exit status. A handler changes that, even if it is never run.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
+
+    def wait(self) -> tuple[int, bool]:
+        """Take the next signal: its number, and whether a process sent it, not the terminal (macOS: always so)."""
+        import _signal as signal
+
+        if not hasattr(signal, "sigwaitinfo"):
+            return signal.sigwait([*self.numbers, signal.SIGCHLD]), True
+        got = signal.sigwaitinfo([*self.numbers, signal.SIGCHLD])
+        return got.si_signo, got.si_code <= 0  # SI_USER and its kin; the kernel's own are positive
+
+    def give_back(self) -> None:
+        """Let signals have their usual effect again, as before a command takes our place.
+
+        Raises SystemExit(128+N) if one has come that `wait` did not take, so that none is lost, not even to process
+        1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
+        """
+        import _signal as signal
+
+        late = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
+        number = signal.sigwait(late) if late else 0
+        signal.signal(signal.SIGCHLD, self._of_children)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        if number:
+            sys.exit(128 + number)
+
+
+def end_on_term() -> None:
+    """Have TERM end us as Ctrl-C does, by an exception; process 1, too, which its usual effect would spare."""
+    import _signal as signal
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+
+    Raises CommandError if it cannot be run. What the terminal sends (Ctrl-C) goes to the whole foreground group,
+    so the command has it already; only what a process sent to us is passed on.
+    """
+    import _signal as signal
+
+    signals = Signals()
+    try:
+        try:
+            # Python ignores these two, and what we take is blocked; the command starts with neither.
+            defaults = [signal.SIGPIPE, signal.SIGXFSZ]
+            pid = os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults)
+        except (OSError, ValueError) as error:  # ValueError: an empty name
+            raise cannot_run(command[0], error) from None
+        while True:
+            number, sent = signals.wait()
+            if number == signal.SIGCHLD:
+                code = reap(pid)
+                if code is not None:
+                    return code
+            elif sent:
+                try:
+                    os.kill(pid, number)
+                except OSError:  # it has ended, or become another user
+                    pass
+    finally:
+        signals.give_back()
+
+
+def reap(pid: int = -1) -> int | None:
+    """Take the ends of all children, as process 1 must of every orphan; return that of `pid` if it is among them."""
+    code = None
+    while True:
+        try:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return code
+        if not ended:
+            return code
+        if ended == pid:
+            code = exit_code_of(status)
+
+
+def exit_code_of(status: int) -> int:
+    """The exit status in what waitpid returned, -N for signal N; os.waitstatus_to_exitcode is not in 3.8."""
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def ending(code: int) -> str:
+    """The reason for a unit whose command did not end well."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def shell_status(code: int) -> int:
+    """The exit status that a shell gives for what `supervise` returned."""
+    return code if code >= 0 else 128 - code
+
+
+def cannot_run(program: str, error: Exception) -> CommandError:
+    """The error for a command that could not be started."""
+    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
+
+
+def signal_group(group: int, number: int) -> None:
+    """Signal a process group that may be gone."""
+    try:
+        os.killpg(group, number)
+    except OSError:
+        pass
+
+
+def alive_groups(groups: Iterable[int]) -> set[int]:
+    """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
+    alive = set()
+    for group in groups:
+        try:
+            os.killpg(group, 0)
+            alive.add(group)
+        except ProcessLookupError:
+            pass
+        except OSError:
+            alive.add(group)
+    if not alive or not os.path.isdir("/proc/self"):
+        return alive
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as f:
+                status, _, its_group = f.read().rpartition(b")")[2].split()[:3]
+        except OSError:
+            continue
+        if status != b"Z":
+            found.add(int(its_group))
+    return alive & found
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Agent. Units behind one lock, served by socketserver.ThreadingUnixStreamServer, a thread a connection.
 #
 # What keeps it safe:
@@ -940,7 +1227,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 #   or cancelled, never both: both happen under the lock, and each removes it from Units.
 # - A thread blocks only on its own connection, and then for SEND_TIMEOUT at most; on others' it never does:
 #   what their socket does not take at once is left to the mail thread, within bounds of time and size.
-# - Log lines and events for watchers go through a queue to the mail thread as well.
+# - Events for watchers go through a queue to the mail thread as well, log lines to the log thread.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4096
@@ -948,6 +1235,7 @@ MAX_PENDING = 10_000  # requests of one connection that wait
 MAX_BACKLOG = 4 << 20  # bytes that may wait for one connection
 MAX_QUEUE = 200_000  # log lines and events on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
+REPLACE_TIMEOUT = 10.0  # seconds that an agent that is to be replaced may take to end
 SEND_TIMEOUT = 10  # seconds
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 PAUSE = 0.02  # seconds that the mail thread gathers events for, or waits before it tries a late peer again
@@ -971,6 +1259,7 @@ METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or
     "status": {"unit": str},
     "list": {"all": False},
     "graph": {},
+    "shutdown": {},
     "missing": {"id": object},
     "cancel": {"id": object},
     "events": {"since": 0, "follow": False},
@@ -1140,35 +1429,118 @@ class Ticket:
         self.connection, self.id, self.unit = connection, request, unit
 
 
-class Mail:
-    """The mail thread: what nobody who coordinates should wait for. Lines for people, each with a time; events for
-    those who follow them; what a client did not take at once. Events go out in batches, so that a follower costs
-    those who coordinate nothing.
+class Log:
+    """The agent's log: lines for people, each with a time, written by a thread of its own, so that nobody waits for it.
+
+    Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
     """
 
-    def __init__(self, level: int, path: str | None = None) -> None:
+    def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
 
-        self.level, self.path, self.fd = level, path, 2
+        self.level, self.path, self.fd = level, os.path.realpath(path) if path else "", 2
+        if path:
+            self.fd = self._open(self.path)
+        self.lost = 0
+        self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
+        self._thread: Any = None
+
+    def start(self) -> None:
+        """Begin to write."""
+        from threading import Thread
+
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def say(self, text: str, level: int = 1, wall: float = 0.0) -> None:
+        """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
+        if level > self.level:
+            return
+        if self._queue.qsize() < MAX_QUEUE:
+            self._queue.put((wall or time.time(), text))
+        else:
+            self.lost += 1
+
+    def event(self, event: Event) -> None:
+        """Queue a line about what happened to a unit."""
+        level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
+        if level <= self.level:
+            detail = f": {event.detail}" if event.detail else ""
+            self.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
+
+    def close(self, patience: float = 0.5) -> None:
+        """Write what is queued, for as long as `patience` seconds."""
+        self._queue.put(None)
+        if self._thread:
+            self._thread.join(patience)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                line = self._queue.get()
+                if line is None:
+                    return
+                self._write(*line)
+            except Exception:  # no reader, no room on the disk, no memory: the agent goes on, and so does its log
+                self.lost += 1
+
+    def _write(self, wall: float, text: str) -> None:
+        from select import POLLOUT, poll
+
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall)) + f".{int(wall % 1 * 1000):03d} "
+        lost = f"({self.lost} lines lost here) " if self.lost else ""
+        line = (stamp + lost + text + "\n").encode(errors="backslashreplace")[:4000]  # a pipe takes 4096 or says no
+        ready = poll()
+        ready.register(self.fd, POLLOUT)
+        if not ready.poll(0 if self.lost else 200):
+            raise BlockingIOError
+        os.write(self.fd, line)
+        self.lost = 0
+        if self.path:
+            self._rotate()
+
+    @staticmethod
+    def _open(path: str, more: int = 0) -> int:
+        # O_NONBLOCK: a pipe that nobody reads is an error, and no wait
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
+
+    def _rotate(self) -> None:
+        """Let a file that is full be FILE.1, and begin a new one; if there can be none, the old one goes on."""
+        import stat
+
+        found = os.fstat(self.fd)
+        if found.st_size <= MAX_LOG or not stat.S_ISREG(found.st_mode):  # what is no file has no end, and no successor
+            return
+        new = -1
+        try:
+            remove(self.path + ".new")
+            new = self._open(self.path + ".new", os.O_EXCL)
+            os.replace(self.path, self.path + ".1")
+            os.replace(self.path + ".new", self.path)
+            os.dup2(new, self.fd, inheritable=False)
+        except OSError:
+            pass
+        finally:
+            if new >= 0:
+                os.close(new)
+
+
+class Mail:
+    """The mail thread: events for those who follow them; what a client did not take at once. Events go out in
+    batches, so that a follower costs those who coordinate nothing.
+    """
+
+    def __init__(self, log: Log) -> None:
+        from _queue import SimpleQueue
+
+        self.log, self.level, self.say = log, log.level, log.say
         self.queue: SimpleQueue[Any] = SimpleQueue()
         self.watchers: dict[Connection, int] = {}  # who follows the events -> the last one it has
         self.late: dict[Connection, float] = {}  # who has not taken all -> when it must have
-        self.size = self.lost = 0
-        if path:
-            self._open()
-
-    def _open(self) -> None:
-        assert self.path
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self.fd, self.size = fd, os.fstat(fd).st_size
-
-    def say(self, text: str, level: int = 1) -> None:
-        """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
-        if level <= self.level and self.queue.qsize() < MAX_QUEUE:
-            self.queue.put((time.time(), text))
 
     def event(self, event: Event) -> None:
         """Queue something that happened to a unit."""
+        self.log.event(event)
         if self.queue.qsize() < MAX_QUEUE:
             self.queue.put(event)
 
@@ -1178,103 +1550,28 @@ class Mail:
         self.queue.put(())
 
     def run(self) -> None:
-        """Write until None comes; the body of the thread."""
+        """Send what there is, for ever; the body of the thread."""
         from _queue import Empty
 
-        batch: list[Any] = []
-        while None not in batch:
-            batch = []
+        while True:
+            batch: list[Any] = []
             try:
                 batch.append(self.queue.get(timeout=PAUSE if self.late else None))
                 if self.watchers:
                     time.sleep(PAUSE)
-                while batch[-1] is not None and len(batch) < 10_000:
+                while len(batch) < 10_000:
                     batch.append(self.queue.get_nowait())
             except Empty:
                 pass
             events = [(e.seq, encode({"method": "event", "params": plain(e)})) for e in batch if isinstance(e, Event)]
             for watcher, seen in list(self.watchers.items()) if events else ():
                 watcher.push(b"".join(data for seq, data in events if seq > seen))
-            for item in batch:
-                if isinstance(item, Event):
-                    if self.level >= (2 if item.kind in ("registered", "wants", "waiting", PENDING) else 1):
-                        self._write(
-                            item.wall, f"{item.unit}: {item.kind}" + (f": {item.detail}" if item.detail else "")
-                        )
-                elif item:
-                    self._write(*item)
             for connection, limit in list(self.late.items()):
                 if connection.retry():
                     self.late.pop(connection, None)
                 elif time.monotonic() > limit:
                     connection.drop()
                     self.late.pop(connection, None)
-
-    def _write(self, when: float, text: str) -> None:
-        from select import POLLOUT, poll
-
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) + f".{int(when % 1 * 1000):03d} "
-        lost = f"({self.lost} lines lost here) " if self.lost else ""
-        line = (stamp + lost + text + "\n").encode(errors="backslashreplace")[:4000]  # a pipe takes 4096 or says no
-        try:
-            ready = poll()
-            ready.register(self.fd, POLLOUT)
-            if not ready.poll(0 if self.lost else 200):
-                raise BlockingIOError
-            os.write(self.fd, line)
-            self.lost, self.size = 0, self.size + len(line)
-            if self.path and self.size > MAX_LOG:
-                os.rename(self.path, self.path + ".1")
-                os.close(self.fd)
-                self._open()
-        except OSError:  # nobody reads, or the disk is full: coordination goes on
-            self.lost += 1
-
-
-def birth(pid: int) -> str | None:
-    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone.
-
-    None when it cannot be told: no /proc, or no descriptor left to look.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            fields = f.read().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]  # the 22nd in proc(5); two stand before the name's end
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESRCH):
-            return None
-    except IndexError:
-        return None
-    try:
-        os.kill(pid, 0)  # there may be no /proc at all
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "" if os.path.exists("/proc/self/stat") else None
-
-
-def proc_line(pid: int, what: str) -> str:
-    """One value of /proc/PID/status, empty where there is none."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
-    except OSError:
-        return ""
-
-
-def command_of(pid: int) -> str:
-    """The command line of a process, short enough for a message; empty if unknown."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
-    except OSError:
-        return ""
-    if args[1:3] == ["-ISOO", "-c"]:  # our own executable form
-        args = args[4:]
-    args[:1] = [os.path.basename(a) for a in args[:1]]
-    text = one_line(" ".join(args)) or proc_line(pid, "Name")
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Agent:
@@ -1527,6 +1824,12 @@ class Agent:
             node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
         return graph
 
+    def _shutdown(self) -> dict[str, Any]:
+        import signal
+
+        os.kill(os.getpid(), signal.SIGTERM)  # what the main thread waits for
+        return {}
+
     def _missing(self, connection: Connection, request: Any, id: Any) -> list[Dependency]:
         with self.lock:
             missing = self.units.missing(connection.pending.get(id))
@@ -1685,75 +1988,132 @@ def make_server(agent: Agent, sock: Any) -> Any:
     return server
 
 
-def claim(path: str) -> int:
+def make_directories(path: str) -> None:
+    """Make the directory of a socket, and those above it, for us alone: a /run is empty at every boot."""
+    directory = os.path.dirname(path)
+    before = os.umask(0o077)
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise Refused(f"cannot make the directory {directory}: {why}; choose another --socket-path") from None
+    finally:
+        os.umask(before)
+
+
+def claim(path: str, replace: Callable[[str], None] | None = None) -> int:
     """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
 
-    Raises Refused if another process holds it. The file is removed by its holder, so the one that was locked
-    may not be the one that is there now; then it begins again.
+    Raises Refused if another process holds it, unless it is to be replaced: then it is told to end, and in the end
+    loses the file. The file is removed by its holder, so the one that was locked may not be the one that is there
+    now; then it begins again.
     """
     import fcntl
+    import stat
 
     lock = path + ".lock"
+    deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
-        try:
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:  # O_NONBLOCK: somebody may have put a pipe there
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise Refused(f"cannot create {lock}: {error.strerror}; choose another --socket-path") from None
+            raise Refused(f"cannot open {lock}{whose(lock)}: {error.strerror}; choose another --socket-path") from None
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Refused(f"{lock}{whose(lock)} is not a regular file; remove it or choose another --socket-path")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.lexists(lock) and os.path.samestat(os.fstat(fd), os.lstat(lock)):
-                return fd
+            if os.path.samestat(os.fstat(fd), os.lstat(lock)):
+                held, fd = fd, -1
+                return held
         except BlockingIOError:
-            pid = os.read(fd, 20).decode(errors="replace").strip()
-            who = f" (pid {pid})" if pid else ""
-            os.close(fd)
-            raise Refused(f"an agent{who} is serving {path} already; stop it or choose another --socket-path") from None
+            if replace is None:
+                pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
+                who = f" (pid {pid})" if pid.isdecimal() else ""
+                who += whose(lock)
+                raise Refused(
+                    f"an agent{who} is serving {path} already; stop it or choose another --socket-path"
+                ) from None
+            if time.monotonic() > deadline:
+                remove(lock, os.fstat(fd))
+            else:
+                replace(path)
+                time.sleep(0.02)
         except FileNotFoundError:
             pass
-        os.close(fd)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
 
-def listen(path: str, mode: int = 0o600, group: int = -1) -> Any:
+def whose(path: str) -> str:
+    """Whose a file is, for a message, if it is neither ours nor root's."""
+    try:
+        uid = os.lstat(path).st_uid
+    except OSError:
+        return ""
+    return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
+
+
+def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False) -> Any:
     """Return a socket that listens at `path`, and was never open to more than `mode`. Raises Refused.
 
-    A socket that nobody listens on is replaced; anything else at the path is left alone.
+    A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
     import socket
     import stat
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound = False
     try:
         if os.path.lexists(path):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise Refused(f"{path} exists and is not a socket; remove it or choose another --socket-path")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(1)
-                try:
-                    probe.connect(path)
-                    raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
-                except ConnectionRefusedError:
-                    os.unlink(path)
+            if not replace and has_listener(path):
+                raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
+            os.unlink(path)
         before = os.umask(0o177)
         try:
             sock.bind(path)
+            bound = True
         finally:
             os.umask(before)
         if group != -1:
-            os.chown(path, -1, group)
+            try:
+                os.chown(path, -1, group)
+            except PermissionError:
+                raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
         if mode != 0o600:
             os.chmod(path, mode)
         sock.listen(4096)
         return sock
-    except OSError as error:
+    except (OSError, Refused) as error:
         sock.close()
+        if bound:
+            remove(path)
+        if isinstance(error, Refused):
+            raise
         why = error.strerror or str(error)
         raise Refused(f"cannot listen at {path}: {why}; choose another --socket-path") from None
 
 
-def remove(path: str) -> None:
-    """Unlink a file that may be gone already."""
+def has_listener(path: str) -> bool:
+    """Whether somebody listens on a socket. Raises OSError if that cannot be told."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+            return True
+        except ConnectionRefusedError:
+            return False
+
+
+def remove(path: str, only: os.stat_result | None = None) -> None:
+    """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
     try:
-        os.unlink(path)
+        if only is None or os.path.samestat(os.lstat(path), only):
+            os.unlink(path)
     except OSError:
         pass
 
@@ -1793,198 +2153,139 @@ def notify(state: str) -> None:
 
 
 def detach() -> int:
-    """Go on in a child of its own session; return there a pipe to say b"ready" or an error on.
+    """Go on in a child of its own session; return there a pipe that wants a byte when the child is ready.
 
-    The parent returns -1 when the child is ready. Raises Refused with what the child said.
+    The parent ends here: well when the child is ready, else as the child does, which has said why.
     """
+    import signal
+
     read, write = os.pipe()
-    if os.fork():
-        os.close(write)
-        with open(read, "rb") as pipe:
-            answer = pipe.read()
-        if answer != b"ready":
-            raise Refused(answer.decode(errors="replace") or "the agent ended before it was ready")
-        return -1
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
+    child = os.fork()
+    if child:
+        code = 1
+        try:
+            os.close(write)
+            ready = os.read(read, 1)
+            code = 0 if ready else exit_code_of(os.waitpid(child, 0)[1])
+            if code < 0:
+                put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
+        except KeyboardInterrupt:
+            code = 130
+        finally:  # and never into what is now the child's to tidy up
+            os._exit(shell_status(code))
     os.close(read)
     os.setsid()
     os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    nothing = null()
+    for fd in (0, 1):
+        os.dup2(nothing, fd)
+    os.close(nothing)
     return write
 
 
-PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+def serve(
+    path: str,
+    *,
+    mode: int = 0o600,
+    group: int = -1,
+    level: int = 1,  # of the log: 0 quiet, 1, 2 verbose
+    log_file: str = "",
+    pid_file: str = "",
+    background: bool = False,
+    command: Sequence[str] = (),
+    body: Callable[[str, Agent], int] | None = None,
+    timeline: Callable[[Graph], None] | None = None,
+    replace: Callable[[str], None] | None = None,
+) -> int:
+    """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
 
-
-def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
-
-    Raises CommandError if it cannot be run. What the terminal sends (Ctrl-C) goes to the whole foreground group,
-    so the command has it already; only what somebody sent to us alone is passed on, and the two are told apart
-    by who sent it, where the system says so (not on macOS).
+    `body` is called with the path, `timeline` with the graph at the end, `replace` with the path as long as there
+    is another agent, to end it. Raises Refused.
     """
-    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+    import signal
+    import threading
+    from contextlib import ExitStack
 
-    mine = [getattr(signal, name) for name in PASSED_ON]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*mine, signal.SIGCHLD])
-    try:
-        # Python ignores these two, and `serve` blocks some for its threads; the command starts with neither.
-        pid = os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ])
-    except (OSError, ValueError) as error:  # ValueError: an empty name
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        raise cannot_run(command[0], error) from None
-    while True:
-        if hasattr(signal, "sigwaitinfo"):
-            got = signal.sigwaitinfo([*mine, signal.SIGCHLD])
-            number, sent = got.si_signo, got.si_code <= 0  # SI_USER and its kin; the kernel's own are positive
+    with ExitStack() as at_end:
+        sock = inherited_socket()
+        if background:
+            close_others([sock.fileno()] if sock else [])
+        if sock:
+            path, lock = sock.getsockname(), -1
         else:
-            number, sent = signal.sigwait([*mine, signal.SIGCHLD]), True
-        if number != signal.SIGCHLD:
-            if sent:
-                os.kill(pid, number)
-            continue
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return exit_code_of(status)
-
-
-def exit_code_of(status: int) -> int:
-    """The exit status in what waitpid returned, -N for signal N; os.waitstatus_to_exitcode is not in 3.8."""
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def ending(code: int) -> str:
-    """The reason for a unit whose command did not end well."""
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def shell_status(code: int) -> int:
-    """The exit status that a shell gives for what `supervise` returned."""
-    return code if code >= 0 else 128 - code
-
-
-def cannot_run(program: str, error: Exception) -> CommandError:
-    """The error for a command that could not be started."""
-    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
-
-
-@dataclass
-class Serving:
-    """What `serve` was asked for."""
-
-    path: str
-    mode: int = 0o600
-    group: int = -1
-    level: int = 1  # 0 quiet, 1, 2 verbose
-    log_file: str = ""
-    pid_file: str = ""
-    timeline: Callable[[Graph], None] = lambda graph: None  # called at the end
-    detach: bool = False
-    command: list[str] = []  # noqa: RUF012
-    body: Callable[[str, Agent], int] | None = None  # called with the path, for the agent's life
-
-
-def serve(wish: Serving) -> int:
-    """Be the agent until a signal or the end of the command; return the exit status. Raises Refused."""
-    sock = inherited_socket()
-    path = sock.getsockname() if sock else os.path.abspath(wish.path)
-    mine = sock is None
-    lock = -1
-    ready = -1
-    try:
-        if mine:
+            path = os.path.abspath(path)
             if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
                 raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-            lock = claim(path)
-            sock = listen(path, wish.mode, wish.group)
-            inode = os.lstat(path).st_ino
-        if wish.detach:
-            held, lock = lock, -1  # whatever happens, it is the child's to remove
-            ready = detach()
-            if ready < 0:
-                return 0
-            lock = held
-        if mine:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+            make_directories(path)
+            lock = claim(path, replace)
+            at_end.callback(os.close, lock)
+            at_end.callback(remove, path + ".lock", os.fstat(lock))
+            sock = listen(path, mode, group, replace is not None)
+            at_end.callback(remove, path, os.lstat(path))
+        at_end.callback(sock.close)
         try:
-            return _serve(wish, sock, path, ready)
+            log = Log(level if log_file or not background else -1, log_file)
+            pid_to = at_end.enter_context(open(pid_file, "w", encoding="ascii")) if pid_file else None
+        except OSError as error:
+            raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
+        if pid_to:
+            at_end.callback(remove, pid_file, os.fstat(pid_to.fileno()))
+        ready = detach() if background else -1
+        for file in (lock, pid_to.fileno() if pid_to else -1):
+            if file >= 0:
+                os.ftruncate(file, 0)
+                os.pwrite(file, b"%d\n" % os.getpid(), 0)
+
+        signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
+        threading.stack_size(STACK)
+        log.start()
+        at_end.callback(log.close)
+        mail = Mail(log)
+        threading.Thread(target=mail.run, daemon=True).start()
+        agent = Agent(mail)
+        agent.max_connections = connection_limit(raise_it=not (command or body))
+        server = make_server(agent, sock)
+        log.say(f"listening at {path} (pid {os.getpid()})")
+        threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
+        notify(f"READY=1\nMAINPID={os.getpid()}")
+        if background:
+            os.dup2(0, 2)
+            os.write(ready, b"!")
+            os.close(ready)
+        try:
+            if body:
+                return body(path, agent)
+            if command:
+                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
+            number = signal.SIGCHLD
+            while number == signal.SIGCHLD:
+                reap()
+                number = signal.Signals(signals.wait()[0])
+            log.say(f"stopping: got {number.name}")
+            return 0
         finally:
-            sock.close()
-            if mine and os.path.lexists(path) and os.lstat(path).st_ino == inode:
-                remove(path)
-    except Refused as error:
-        if ready < 0:
-            raise
-        os.write(ready, str(error).encode())
-        return error.exit_code
-    finally:
-        if lock >= 0:
-            remove(path + ".lock")
-            os.close(lock)
+            notify("STOPPING=1")
+            agent.stop()
+            if timeline:
+                timeline(agent.graph())
 
 
-def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
-    import _signal as signal
-    import threading
-
-    stops = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    passed_on = {getattr(signal, name) for name in PASSED_ON} if wish.command or wish.body else set()
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops | passed_on | {signal.SIGCHLD})  # for all threads to come
-    try:
-        mail = Mail(wish.level, wish.log_file or None)
-        if wish.pid_file:
-            with open(wish.pid_file, "w", encoding="ascii") as f:
-                f.write(f"{os.getpid()}\n")
-    except OSError as error:
-        raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
-    agent = Agent(mail)
-    agent.max_connections = _connection_limit(raise_it=not (wish.command or wish.body))
-    threading.stack_size(STACK)
-    writer = threading.Thread(target=mail.run, daemon=True)
-    writer.start()
-    server = make_server(agent, sock)
-    mail.say(f"listening at {path} (pid {os.getpid()})")
-    threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
-    notify(f"READY=1\nMAINPID={os.getpid()}")
-    if ready >= 0:
-        os.write(ready, b"ready")
-        os.close(ready)
-    try:
-        if wish.body:
-            return wish.body(path, agent)
-        if wish.command:
-            return shell_status(supervise(wish.command, environment(CODER_AGENT_SOCKET_PATH=path)))
-        while True:
-            number = signal.sigwait(stops)
-            if number != signal.SIGHUP or not wish.detach:
-                mail.say(f"stopping: got {next(name for name in PASSED_ON if getattr(signal, name) == number)}")
-                return 0
-    finally:
-        notify("STOPPING=1")
-        agent.stop()
-        wish.timeline(agent.graph())
-        if wish.pid_file:
-            remove(wish.pid_file)
-        mail.queue.put(None)
-        writer.join(0.5)
-
-
-def _connection_limit(raise_it: bool) -> int:
+def connection_limit(raise_it: bool) -> int:
     """How many connections the descriptor limit leaves room for; the limit is raised if only we are to have it."""
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + 64
-    if raise_it and soft < wanted:
+    if raise_it and open_files() < wanted:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         try:
-            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+            )
         except (ValueError, OSError):
-            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft - 24))
+            pass
+    return max(1, min(MAX_CONNECTIONS, open_files() - 24))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2169,16 +2470,6 @@ def expect(kind: type[Any], answer: Any) -> Any:
 def missing_of(answer: Any) -> list[Dependency]:
     """The dependencies that an answer or a notification says are missing."""
     return [record(Dependency, row) for row in expect(list, expect(dict, answer).get("missing"))]
-
-
-def user_name(uid: int) -> str:
-    """The name of a user, or its number."""
-    try:
-        import pwd
-
-        return pwd.getpwuid(uid).pw_name
-    except (ImportError, KeyError):
-        return f"uid {uid}"
 
 
 def refuse_strangers(path: str) -> None:
@@ -3221,7 +3512,7 @@ class Boot:
         self.status_shown = False
         self.status_at = 0.0
         self.width = min(24, max(map(wide, self.jobs)))
-        self.columns, self.colour, _ = terminal(args)
+        self.columns, self.colour, _ = terminal()
         self.tty = os.isatty(1) and not args.quiet
         self.log_trouble = self.paused = False
         self.lost = ""  # why there is no agent any more
@@ -3259,7 +3550,7 @@ class Boot:
         self.answers()
         code = self.loop()
         if self.args.stay and not self.signal:
-            say(self.args, "boot: staying until a signal", 2)
+            say("boot: staying until a signal", 2, self.args.quiet)
             self.loop(stay=True)
             code = code if self.signal else 1
         self.write(patience=1)
@@ -3707,70 +3998,11 @@ def hand_on(data: bytes, fd: int, patience: float) -> bytes:
     return b""
 
 
-def alive_groups(groups: Iterable[int]) -> set[int]:
-    """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
-    alive = set()
-    for group in groups:
-        try:
-            os.killpg(group, 0)
-            alive.add(group)
-        except ProcessLookupError:
-            pass
-        except OSError:
-            alive.add(group)
-    if not alive or not os.path.isdir("/proc/self"):
-        return alive
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/stat", "rb") as f:
-                state, _, its_group = f.read().rpartition(b")")[2].split()[:3]
-        except OSError:
-            continue
-        if state != b"Z":
-            found.add(int(its_group))
-    return alive & found
-
-
-def signal_group(group: int, number: int) -> None:
-    """Signal a process group that may be gone."""
-    try:
-        os.killpg(group, number)
-    except OSError:
-        pass
-
-
-def open_files() -> int:
-    """How many descriptors this process may have."""
-    import resource
-
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Command line. One small function a command, one table that says what each takes. A plain call is parsed from
 # the table directly; whatever that does not understand (help, mistakes) goes to argparse, built from the same
 # table, because importing argparse costs more than the call.
 # ----------------------------------------------------------------------------------------------------------
-
-PROGRAM = (globals().get("__file__") or "coder_sync.py").rpartition("/")[2]
-
-
-def put(text: str, fd: int = 1) -> bool:
-    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
-    stream = sys.stdout if fd == 1 else sys.stderr
-    data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        return False
-    except OSError as error:
-        if fd == 1:
-            raise SyncError(f"cannot write to standard output: {error.strerror}") from None
-    return True
 
 
 class Args:
@@ -3789,15 +4021,6 @@ def client_of(args: Args) -> Client:
     return Client(args.socket_path, args.connect_timeout)
 
 
-def say(args: Args, text: str, fd: int = 1) -> None:
-    """Tell what was done, unless --quiet. What was done stays done if nobody can read it."""
-    if not args.quiet:
-        try:
-            put(text + "\n", fd)
-        except SyncError:
-            pass
-
-
 class Reporter:
     """Says what a wait lacks; `waited` is whether there was one."""
 
@@ -3808,7 +4031,8 @@ class Reporter:
         self.waited = True
         how = f"still waiting after {span(waited)}" if waited else "waiting"
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
-        say(self.args, f"{self.who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more, self.fd)
+        text = f"{self.who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more
+        say(text, self.fd, self.args.quiet)
 
     def started(self, started: Started) -> str:
         """What a start found."""
@@ -3829,28 +4053,43 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    wish = Serving(args.socket_path or os.environ.get("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET)
-    wish.detach, wish.command, wish.level = args.detach, args.command, 2 * args.verbose or int(not args.quiet)
-    wish.log_file = args.log_file and os.path.abspath(args.log_file)
-    wish.pid_file = args.pid_file and os.path.abspath(args.pid_file)
-    wish.timeline = timeline_writer(args.timeline) if args.timeline else wish.timeline
-    wish.mode = args.mode or (0o660 if args.group else 0o600)
-    wish.group = group_id(args.group) if args.group else -1
+    options: dict[str, Any] = {
+        "mode": args.mode or (0o660 if args.group else 0o600),
+        "group": group_id(args.group) if args.group else -1,
+        "level": 2 * args.verbose or int(not args.quiet),
+        "log_file": args.log_file and os.path.abspath(args.log_file),
+        "pid_file": args.pid_file and os.path.abspath(args.pid_file),
+        "background": args.detach,
+        "timeline": timeline_writer(args.timeline) if args.timeline else None,
+        "replace": end_agent if args.replace else None,
+    }
     if not args.command:
-        return serve(wish)
+        return serve(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, **options)
     import tempfile
 
     try:
         if args.socket_path:
-            return serve(wish)
+            return serve(args.socket_path, command=args.command, **options)
         with tempfile.TemporaryDirectory(prefix="coder-sync-") as private:
-            wish.path = os.path.join(private, "agent.sock")
-            wish.level = 2 * args.verbose  # the command's output is what matters here
-            return serve(wish)
+            options["level"] = 2 * args.verbose  # the command's output is what matters here
+            return serve(os.path.join(private, "agent.sock"), command=args.command, **options)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
         raise CommandError(str(error), 125) from None
+
+
+def end_agent(path: str) -> None:
+    """Ask the agent at a path to end, and wait until it has gone, or for a few seconds."""
+    try:
+        channel = Channel(path)
+        try:
+            channel.answer(channel.request("shutdown"), 3.0)
+            channel.receive(3.0)
+        finally:
+            channel.close()
+    except SyncError:  # there is none, it has gone, or it does not answer: it is replaced all the same
+        pass
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
@@ -3901,7 +4140,7 @@ def cmd_ping(args: Args) -> int:
 def cmd_want(args: Args) -> int:
     """Declare dependencies."""
     client_of(args).want(args.unit, *args.deps, requires=args.requires)
-    say(args, f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}")
+    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}", quiet=args.quiet)
     return 0
 
 
@@ -3917,21 +4156,21 @@ def cmd_start(args: Args) -> int:
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
     started = client_of(args).start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait)
-    say(args, f"{args.unit}: {report.started(started)}")
+    say(f"{args.unit}: {report.started(started)}", quiet=args.quiet)
     return 0
 
 
 def cmd_complete(args: Args) -> int:
     """End a unit."""
     client_of(args).complete(args.unit, args.exit_code)
-    say(args, f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}")
+    say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
     return 0
 
 
 def cmd_fail(args: Args) -> int:
     """End a unit without success."""
     client_of(args).fail(args.unit, args.reason)
-    say(args, f"{args.unit}: failed")
+    say(f"{args.unit}: failed", quiet=args.quiet)
     return 0
 
 
@@ -3939,7 +4178,7 @@ def cmd_wait(args: Args) -> int:
     """Wait for units without being one."""
     report = Reporter(args, "")
     took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    say(args, f"{names_of(args.units)}: done" + (f" after {span(took)}" if report.waited else ""))
+    say(f"{names_of(args.units)}: done" + (f" after {span(took)}" if report.waited else ""), quiet=args.quiet)
     return 0
 
 
@@ -3979,19 +4218,6 @@ def cmd_events(args: Args) -> int:
     return 0
 
 
-def terminal(args: Args) -> tuple[int, bool, bool]:
-    """The width of standard output, whether it takes colour, and whether it shows more than ASCII."""
-    tty = os.isatty(1)
-    try:
-        width = os.get_terminal_size(1).columns
-    except OSError:
-        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
-    codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
-    locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
-    unicode = codec == "utf8" and "utf" in locale.lower()
-    return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
-
-
 def cmd_timeline(args: Args) -> int:
     """Show where the time went."""
     client = client_of(args)
@@ -4001,7 +4227,7 @@ def cmd_timeline(args: Args) -> int:
     if args.blame:
         put(blame_text(graph))
     elif args.output == "text":
-        put(timeline_text(graph, *terminal(args)))
+        put(timeline_text(graph, *terminal()))
     else:
         put(timeline_as(args.output, graph))
     return 0
@@ -4018,9 +4244,7 @@ def timeline_as(form: str, graph: Graph) -> str:
 
 def watch(args: Args, client: Client) -> int:
     """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
-    import signal
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_term()
     channel = Channel(client.socket_path)
     channel.call("events", follow=True, since=(1 << 31) - 1)
     if not os.isatty(1):
@@ -4039,7 +4263,7 @@ def watch(args: Args, client: Client) -> int:
         while True:
             shown = Graph(graph.now + time.monotonic() - taken, graph.nodes)
             rows = os.get_terminal_size(1).lines
-            lines = timeline_text(shown, *terminal(args)).splitlines()
+            lines = timeline_text(shown, *terminal()).splitlines()
             if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
                 lines = [lines[0], *lines[len(lines) - rows + 1 :]]
             put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
@@ -4049,14 +4273,14 @@ def watch(args: Args, client: Client) -> int:
                     pass
                 graph, taken = client.graph(), time.monotonic()
     finally:
-        put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal(args)))
+        put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
 
 
 def cmd_graph(args: Args) -> int:
     """Show what depends on what."""
     graph = part(client_of(args).graph(), args.units)
     if args.output == "tree":
-        put(graph_tree(graph, args.units, terminal(args)[2]))
+        put(graph_tree(graph, args.units, terminal()[2]))
     elif args.output == "json":
         put(json_text(graph_data(graph)))
     else:
@@ -4083,21 +4307,17 @@ def cmd_boot(args: Args) -> int:
             units.want(script.unit, [])
             for name, requires, _ in script.wants:
                 units.want(script.unit, [name], requires)
-        put(
-            graph_tree(units.graph(), (), terminal(args)[2])
-            if args.dry_run
-            else f"{len(scripts)} scripts, no mistakes\n"
-        )
+        put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
         return 0
     boot = Boot(scripts, args)
     write = timeline_writer(args.timeline) if args.timeline else None
-    wish = Serving(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, level=0, body=boot.run)
+    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
     for tries in range(100):
         try:
-            code = boot.run(wish.path) if agent_at(wish.path) else serve(wish)
+            code = boot.run(path) if agent_at(path) else serve(path, level=0, body=boot.run)
             break
         except (Refused, Unreachable) as error:  # another agent was faster, is about to begin, or to end
-            other = tries < 3 or agent_at(wish.path) or os.path.lexists(wish.path + ".lock")
+            other = tries < 3 or agent_at(path) or os.path.lexists(path + ".lock")
             if tries == 99 or (isinstance(error, Refused) and (boot.path or not other)):
                 raise
             boot.path = ""
@@ -4129,6 +4349,7 @@ def agent_at(path: str) -> bool:
 def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
     refuse_lonely_requires(args)
+    end_on_term()
     env = environment(CODER_SYNC_UNIT=args.unit)
     client = client_of(args)
     report = Reporter(args, f"{args.unit}: ", 2)
@@ -4142,7 +4363,7 @@ def cmd_run(args: Args) -> int:
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
         return shell_status(supervise(args.command, env))
     if report.waited:
-        say(args, f"{args.unit}: {report.started(start.result)}", 2)
+        say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     try:
         code, why = supervise(args.command, env), ""
     except CommandError as error:
@@ -4222,6 +4443,7 @@ COMMANDS = {
             Option(("-v", "--verbose"), None, False, "log every request"),
             Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
             Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
+            Option(("--replace",), None, False, "take the place of an agent that serves there: it is told to end"),
             Option(("--pid-file",), str, "", "write the process id there", "FILE"),
             Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
             Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),
@@ -4492,7 +4714,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             try:
                 os.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
-                os.open(os.devnull, os.O_RDWR)
+                null()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
