@@ -891,8 +891,8 @@ class Units:
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not unit.owner or by.pid != unit.owner.pid):
             raise Refused(
-                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit was '
-                f"started{self._by(unit.owner)}; if it is to be ended all the same, call from another shell"
+                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
+                f"was started{self._by(unit.owner)}; if it is to be ended all the same, call from another shell"
             )
         if unit.status == status:
             return unit
@@ -1823,7 +1823,7 @@ class Connection:
         self.sock = sock
         self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
         self.pending: dict[Any, Claim] = {}  # id of a request -> its claim, until it is answered
-        self.claims: dict[Claim, None] = {}  # all that may not be over
+        self.claims: dict[Claim, Claim] = {}  # all that may not be over
         self.unconfirmed: dict[Any, tuple[Claim, float]] = {}  # id -> claim, until when its client may confirm it
         self.members: list[Any] = []  # the units of a boot, of which more are to come
         self.services: dict[str, None] = {}  # units whose process runs on
@@ -2001,6 +2001,11 @@ class Agent:
             if isinstance(message.get("id"), (str, int)) and not isinstance(message["id"], bool):
                 request = message["id"]
             result = self._call(connection, request, message)
+            if isinstance(result, UnitStatus):
+                own = Dependency(result.unit_name, "", result.status, False)
+                self._suggest([own], "")
+                self._suggest(result.dependencies, result.unit_name)
+                result.did_you_mean = own.did_you_mean
             if result is not None and request is not None:  # else the answer comes later, or nobody asked for one
                 connection.outbox.append((None, {"id": request, "result": plain(result)}))
         except SyncError as error:
@@ -2027,7 +2032,11 @@ class Agent:
         if self.log.level > 1:
             shown = {name: value for name, value in params.items() if name != "env"}
             self.log.say(f"request: {method} {one_line(ascii(shown))[:200]}", 2)
-        return getattr(self, "_" + method)(connection, request, **params)
+        with self.lock:
+            try:
+                return getattr(self, "_" + method)(connection, request, **params)
+            finally:
+                self._distribute(connection)
 
     def _flush(self, connection: Connection) -> None:
         """Send what is in the outbox, and what a follower does not have yet. If that fails, all claims end."""
@@ -2068,10 +2077,10 @@ class Agent:
     def _message(self, claim: Claim, content: Any) -> dict[str, Any]:
         """What to send about a claim: an answer, an error, or a notification."""
         if isinstance(content, Waiting):
-            self._suggest(content.missing, claim.unit)
+            self._suggest(content.missing, claim.unit.name)
             return {"method": "waiting", "params": {"id": claim.ticket.id, **plain(content)}}
         if isinstance(content, TimedOut):
-            self._suggest(content.data, claim.unit)
+            self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
         return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
@@ -2133,122 +2142,76 @@ class Agent:
         connection.claims.clear()
         connection.services.clear()
 
-    def _expect(self, connection: Connection, claims: list[Claim]) -> None:
-        """Remember claims that the connection has made; those that are over are forgotten now and then."""
-        connection.claims.update(dict.fromkeys(claims))
-        if len(connection.claims) > MAX_PENDING:
-            connection.claims = {claim: None for claim in connection.claims if not self.units.is_over(claim)}
-
-    def _check_pending(self, connection: Connection) -> None:
-        if self.stopping:
-            raise Unreachable("the agent is shutting down")
-        if len(connection.pending) >= MAX_PENDING:
-            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
-
-    # -- the methods: each returns its result, or None if the answer comes later ---------------------------
+    # -- the methods, under the lock: each returns its result, or None if the answer comes later -----------
 
     def _ping(self, connection: Connection, request: Any) -> dict[str, Any]:
         return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
 
-    def _want(
-        self, connection: Connection, request: Any, unit: str, dependencies: list[str], requires: str
-    ) -> dict[str, Any]:
-        with self.lock:
-            node = self.units.want(unit, dependencies, requires)
-            self._distribute(connection)
-            return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
+    def _want(self, connection: Connection, request: Any, unit: str, dependencies: list[str], requires: str) -> Any:
+        node = self.units.want(unit, dependencies, requires)
+        return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
 
     def _start(
-        self,
-        connection: Connection,
-        request: Any,
-        unit: str,
-        dependencies: list[str],
-        requires: str,
-        hold: bool,
-        pid: int,
-        timeout: float,
-        progress: bool,
-        locks: list[str],
-        confirm: bool,
+        self, connection: Connection, request: Any, *, pid: int, hold: bool, confirm: bool, **params: Any
     ) -> None:
+        ticket = self._ticket(connection, request, params.pop("progress"), confirm)
         owner = self._process(connection, pid) if pid else connection.caller(hold)
-        ticket = self._ticket(connection, request, progress, confirm)
-        with self.lock:
-            self._check_pending(connection)
-            claim = self.units.start(unit, ticket, dependencies, requires, owner, hold or bool(pid), locks, timeout)
-            if pid and owner:
-                self._watch(claim, owner)
-            self._wait_or_answer(connection, claim)
+        names = {"name": params.pop("unit"), "held": hold or bool(pid), "owner": owner, "ticket": ticket}
+        claim = self.units.start(**names, **params)
+        if pid and owner:
+            self._watch(claim, owner)
+        self._expect(connection, claim)
 
-    def _wait(
-        self, connection: Connection, request: Any, units: list[str], requires: str, timeout: float, progress: bool
-    ) -> None:
+    def _wait(self, connection: Connection, request: Any, *, units: list[str], progress: bool, **params: Any) -> None:
         if not units:
             raise InvalidParams('wait: "units" must name at least one unit')
-        ticket = self._ticket(connection, request, progress)
-        with self.lock:
-            self._check_pending(connection)
-            self._wait_or_answer(connection, self.units.wait(units, ticket, requires, timeout))
+        self._expect(connection, self.units.wait(units, self._ticket(connection, request, progress), **params))
 
-    @staticmethod
-    def _ticket(connection: Connection, request: Any, progress: bool, confirm: bool = False) -> Ticket:
+    def _ticket(self, connection: Connection, request: Any, progress: bool, confirm: bool = False) -> Ticket:
         if request is None:
             raise InvalidRequest('start and wait need an "id"')
+        if self.stopping:
+            raise Unreachable("the agent is shutting down")
+        if len(connection.pending) >= MAX_PENDING:
+            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         return Ticket(connection, request, progress, confirm)
 
-    def _wait_or_answer(self, connection: Connection, claim: Claim) -> None:
-        connection.pending[claim.ticket.id] = claim
-        self._expect(connection, [claim])
+    def _expect(self, connection: Connection, claim: Claim) -> None:
+        """A request has become a claim, which is answered later or has just been."""
+        connection.pending[claim.ticket.id] = connection.claims[claim] = claim
+        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+            connection.claims = {c: c for c in connection.claims if not self.units.is_over(c)}
         if claim in claim.unit.line and claim.ticket.report_at < float("inf"):
             self._report(claim)
-        self._distribute(connection)
 
     def _confirm(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
-        with self.lock:
-            claim, _ = connection.unconfirmed.pop(id, (None, 0.0))
-            if claim:
-                self._arrived(connection, claim)
+        claim, _ = connection.unconfirmed.pop(id, (None, 0.0))
+        if claim:
+            self._arrived(connection, claim)
         return {"confirmed": claim is not None}
 
-    def _boot(
-        self, connection: Connection, request: Any, units: list[dict[str, Any]], jobs: int, more: bool
-    ) -> dict[str, Any]:
+    def _boot(self, connection: Connection, request: Any, units: list[dict[str, Any]], jobs: int, more: bool) -> Any:
         for row in units:
-            wants, locks = row.get("wants", {}), row.get("locks", [])
-            good = (
-                isinstance(wants, dict)
-                and isinstance(locks, list)
-                and len(row.keys() - {"unit", "wants", "locks"}) == 0
-            )
-            if not good or not all(isinstance(v, str) for v in wants.values()):
+            name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
+            good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
+            if not good or not all(isinstance(requires, str) for requires in wants.values()):
                 raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
-            connection.members.append((row.get("unit"), wants, locks))
-        count = len(connection.members)
-        if count > MAX_UNITS or sum(len(wants) for _, wants, _ in connection.members) > MAX_EDGES:
-            connection.members.clear()
-            raise Refused(f"a boot may have {MAX_UNITS} units and {MAX_EDGES} dependencies")
-        if not more:
-            members, connection.members = connection.members, []
-            owner = connection.caller(hold=True)
-            with self.lock:
-                self._check_pending(connection)
-                self._expect(connection, self.units.boot(members, Ticket(connection, None), owner, max(0, jobs)))
-                self._distribute(connection)
-        return {"units": count}
+            connection.members.append((name, wants, locks))
+        members = connection.members
+        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+            return {"units": len(members)}
+        connection.members = []
+        ticket, owner = Ticket(connection, None), connection.caller(hold=True)
+        connection.claims.update((claim, claim) for claim in self.units.boot(members, ticket, owner, max(0, jobs)))
+        return {"units": len(members)}
 
     def _complete(self, connection: Connection, request: Any, unit: str, env: dict[str, Any]) -> dict[str, Any]:
-        by = self._reporter(connection, unit)
-        with self.lock:
-            self.units.complete(unit, by, check_environment(env))
-            self._distribute(connection)
+        self.units.complete(unit, self._reporter(connection, unit), check_environment(env))
         return {"unit": unit, "status": COMPLETED}
 
     def _fail(self, connection: Connection, request: Any, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
-        by = self._reporter(connection, unit)
-        with self.lock:
-            self.units.fail(unit, reason or (f"exit code {exit_code}" if exit_code else ""), exit_code or None, by)
-            self._distribute(connection)
+        reason = reason or (f"exit code {exit_code}" if exit_code else "")
+        self.units.fail(unit, reason, exit_code or None, self._reporter(connection, unit))
         return {"unit": unit, "status": FAILED}
 
     def _reporter(self, connection: Connection, unit: str) -> Owner | None:
@@ -2257,78 +2220,58 @@ class Agent:
         return connection.caller(hold=False) if known and known.refused else None
 
     def _owner(self, connection: Connection, request: Any, unit: str, pid: int, log: str) -> dict[str, Any]:
+        known = self.units.units.get(unit)
+        if not known or not known.holder or known.holder not in connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
         owner = Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
-        with self.lock:
-            known = self.units.units.get(unit)
-            if not known or not known.holder or known.holder not in connection.claims:
-                raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-            self.units.own(known.holder, owner, one_line(log))
+        self.units.own(known.holder, owner, one_line(log))
         return {"unit": unit}
 
     def _retry(self, connection: Connection, request: Any, unit: str, detail: str) -> dict[str, Any]:
-        with self.lock:
-            self.units.retry(unit, detail)
-            self._distribute(connection)
+        self.units.retry(unit, detail)
         return {"unit": unit}
 
     def _running(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
-        with self.lock:
-            self.units.run_on(unit)
-            connection.services[unit] = None
+        self.units.run_on(unit)
+        connection.services[unit] = None
         return {"unit": unit}
 
     def _exited(self, connection: Connection, request: Any, unit: str, reason: str) -> dict[str, Any]:
-        with self.lock:
-            self.units.exit(unit, reason)
-            connection.services.pop(unit, None)
-            self._distribute(connection)
+        self.units.exit(unit, reason)
+        connection.services.pop(unit, None)
         return {"unit": unit}
 
     def _reset(self, connection: Connection, request: Any, units: list[str]) -> dict[str, Any]:
-        with self.lock:
-            names = self.units.reset(units)
-            self._distribute(connection)
-        return {"units": names}
+        return {"units": self.units.reset(units)}
 
     def _status(self, connection: Connection, request: Any, unit: str) -> UnitStatus:
-        with self.lock:
-            status = self.units.status(unit)
-            names = self.units.names() if status.status == NOT_REGISTERED else []
-            known = self.units.units.get(unit)
-        status.did_you_mean = resembling(unit, names)
-        self._suggest(status.dependencies, known)
-        return status
+        return self.units.status(unit)
 
     def _list(self, connection: Connection, request: Any, all: bool) -> list[dict[str, Any]]:
-        with self.lock:
-            units = self.units.snapshots(all)
         left_out = ("dependencies", "did_you_mean", "history", "environment")
-        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in units]
+        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
 
     def _graph(self, connection: Connection, request: Any) -> Graph:
-        return self.graph()
-
-    def graph(self) -> Graph:
-        """Everything, for pictures."""
-        with self.lock:
-            graph = self.units.graph()
-        running = [n for n in graph.nodes if n.owner and n.status == STARTED]
-        for node in running[:500]:
+        graph = self.units.graph()
+        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
             assert node.owner
             node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
         return graph
 
-    def _env(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
+    def graph(self) -> Graph:
+        """Everything, for the picture at the end."""
         with self.lock:
-            return {"env": self.units.environment(unit)}
+            return self.units.graph()
+
+    def _env(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
+        return {"env": self.units.environment(unit)}
 
     def _events(self, connection: Connection, request: Any, since: int, follow: bool) -> list[Event]:
         """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
-        with self.lock:
-            if follow:
-                connection.following = self.units.seq
-                self.followers.add(connection)
-            return [e for e in self.units.events.values() if e.seq > since]
+        if follow:
+            connection.following = self.units.seq
+            self.followers.add(connection)
+        return [e for e in self.units.events.values() if e.seq > since]
 
     def _shutdown(self, connection: Connection, request: Any) -> dict[str, Any]:
         import _signal as signal
@@ -2336,14 +2279,15 @@ class Agent:
         os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
         return {}
 
-    def _suggest(self, rows: list[Dependency], unit: Unit | None) -> None:
-        """Say which registered name each unregistered one may have meant: none that waits for `unit` itself."""
-        unknown = [row for row in rows if row.current_status == NOT_REGISTERED]
+    def _suggest(self, rows: list[Dependency], asker: str) -> None:
+        """Say which registered name each unregistered one may have meant: none that waits for the asker. Takes long."""
+        unknown = [row for row in rows if row.current_status == NOT_REGISTERED][:20]
         if unknown:
             with self.lock:
+                unit = self.units.units.get(asker)
                 behind = self.units.dependents(unit) if unit else set()
                 names = [name for name in self.units.names() if name not in behind]
-            for row in unknown[:20]:
+            for row in unknown:
                 row.did_you_mean = resembling(row.depends_on, names)
 
     # -- owners -------------------------------------------------------------------------------------------
