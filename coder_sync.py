@@ -2219,6 +2219,8 @@ def serve(
             if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
                 raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
             make_directories(path)
+            if replace:
+                replace(path)
             lock = claim(path, replace)
             at_end.callback(os.close, lock)
             at_end.callback(remove, path + ".lock", os.fstat(lock))
