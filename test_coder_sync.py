@@ -4494,16 +4494,6 @@ def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
     assert kinds_of(agent, "a")[-2:] == ["started", "completed"]
 
 
-def test_run_gives_its_command_standard_input_arguments_and_the_units_name(agent: World) -> None:
-    script = 'cat; echo "$CODER_SYNC_UNIT:$EXTRA:$#:$2"; echo err >&2'
-    env = {**agent.env, "EXTRA": "x"}
-    process = agent.popen(
-        "run", "my unit", "-q", "--", "sh", "-c", script, "0", "1", "--", env=env, stdin=subprocess.PIPE
-    )
-    out, err = process.communicate("hello\n", timeout=PATIENCE)
-    assert (out, err) == ("hello\nmy unit:x:2:--\n", "err\n")
-
-
 def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(agent: World) -> None:
     waiting = agent.popen("run", "b", "--want", "a", "--", "echo", "ran")
     agent.waiting("b")
@@ -4543,33 +4533,22 @@ def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World
     assert re.fullmatch(r"warning: a: its outcome \(exit code 6\) could not be reported: .*\n", err)
 
 
-def test_a_run_that_is_killed_fails_its_unit_and_its_waiters_are_told(agent: World) -> None:
+@pytest.mark.parametrize("dies", ["the run", "the command", "both"])
+def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, dies: str) -> None:
     process, pid = held(agent, "a")
     waiting = agent.popen("start", "b", "--want", "a")
     agent.waiting("b")
-    process.kill()
-    done = finish(waiting)
-    assert done.returncode == 4
-    reason = agent.client.status("a").reason
-    assert re.fullmatch(lost(process), reason)
-    assert done.stderr == f'error: unit "b" skipped: dependency "a" failed ({reason})\n'
+    if dies == "both":
+        process.send_signal(signal.SIGSTOP)  # so that it cannot report its command's end
+    end_of(*[process] * (dies != "the command"), pids=[pid] * (dies != "the run"))
+    done, failed = finish(waiting), agent.client.status("a")
+    assert (done.returncode, done.stderr) == (4, f'error: unit "b" skipped: dependency "a" failed ({failed.reason})\n')
+    if dies == "the command":
+        assert (failed.reason, failed.exit_code, finish(process).returncode) == ("killed by signal 9", 137, 137)
+    else:
+        assert re.fullmatch(lost(process), failed.reason)
+    assert dies != "the run" or alive(pid)  # and does not hold the unit
     end_of(pids=[pid])
-
-
-def test_a_command_that_is_killed_fails_its_unit(agent: World) -> None:
-    process, pid = held(agent, "a")
-    os.kill(pid, signal.SIGKILL)
-    assert finish(process).returncode == 137
-    failed = agent.client.status("a")
-    assert (failed.status, failed.reason, failed.exit_code) == ("failed", "killed by signal 9", 137)
-
-
-def test_a_run_and_its_command_killed_at_once_fail_the_unit(agent: World) -> None:
-    process, pid = held(agent, "a")
-    process.send_signal(signal.SIGSTOP)  # so that it cannot report its command's end
-    end_of(process, pids=[pid])
-    until(lambda: agent.status("a") == "failed")
-    assert re.fullmatch(lost(process), agent.client.status("a").reason)
 
 
 def test_a_run_that_is_killed_while_it_waits_leaves_nobody_hanging(agent: World) -> None:
@@ -4593,14 +4572,6 @@ def test_a_command_that_leaves_a_child_behind_is_done_when_it_ends_itself(agent:
     assert agent.client.status("a").reason == "exit code 3"
     with open(read, encoding="ascii") as pipe:
         os.kill(int(pipe.readline()), signal.SIGKILL)
-
-
-def test_a_child_left_behind_does_not_hold_the_unit_of_a_killed_run(agent: World) -> None:
-    process, pid = held(agent, "a")
-    process.kill()
-    until(lambda: agent.status("a") == "failed")
-    assert alive(pid)
-    end_of(pids=[pid])
 
 
 def test_a_command_that_closes_its_standard_streams_is_served_to_its_end(agent: World) -> None:
@@ -4659,17 +4630,11 @@ def test_a_script_that_owns_its_unit_and_dies_fails_it(agent: World, shell: str)
     assert re.search(lost(process, f"{shell} .*"), done.stderr)
 
 
-def test_a_script_that_ends_without_completing_fails_its_unit(agent: World) -> None:
-    done = agent.shell("coder start a --pid $$; exit 0")
-    assert done.returncode == 0
-    until(lambda: agent.status("a") == "failed")
-    assert "ended without completing" in agent.client.status("a").reason
-
-
-def test_a_script_that_completes_and_ends_has_completed(agent: World) -> None:
+def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: World) -> None:
     agent.shell("coder start a --pid $$ && coder complete a")
-    agent.shell("coder start b --pid $$")
+    assert agent.shell("coder start b --pid $$; exit 0").returncode == 0
     until(lambda: agent.status("b") == "failed")  # by then the end of the first was seen as well
+    assert "ended without completing" in agent.client.status("b").reason
     assert agent.status("a") == "completed"
 
 
@@ -4687,20 +4652,13 @@ def test_an_owner_that_dies_while_its_start_waits_is_told_and_not_started(agent:
     assert "started" not in kinds_of(agent, "a")
 
 
-def test_a_pid_that_is_not_alive_is_refused(agent: World) -> None:
+@pytest.mark.parametrize("zombie", [False, pytest.param(True, marks=LINUX)])
+def test_a_pid_that_is_not_alive_is_refused(agent: World, zombie: bool) -> None:
     gone = agent.spawn(["true"])
-    finish(gone)
+    until(lambda: os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)) if zombie else finish(gone)
     with pytest.raises(coder_sync.Refused, match=f"process {gone.pid} is not alive in the agent's process namespace"):
         agent.client.start("a", pid=gone.pid)
     assert agent.status("a") == "not registered"
-
-
-@LINUX
-def test_a_zombie_is_not_alive(agent: World) -> None:
-    zombie = agent.spawn(["true"])
-    until(lambda: os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT))
-    with pytest.raises(coder_sync.Refused, match="is not alive"):
-        agent.client.start("a", pid=zombie.pid)
 
 
 def test_without_pidfd_an_owner_that_dies_is_noticed_too(world: World) -> None:
@@ -4729,21 +4687,16 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     assert finish(late).returncode == 4
     world.client.complete("b")
     assert finish(waiting).returncode == 0
-    assert [(u.unit_name, u.status) for u in world.client.list()] == [
-        ("a", "completed"),
-        ("b", "completed"),
-        ("behind", "started"),
-        ("dying", "failed"),
-        ("late", "skipped"),
-    ]
+    units = {u.unit_name: u.status for u in world.client.list()}
+    found = [units.pop(name) for name in ("a", "b", "behind", "dying", "late")]
+    assert (found, units) == (["completed", "completed", "started", "failed", "skipped"], {})
 
 
-@pytest.mark.parametrize(("end", "status"), [("exit 0", "completed"), ("exit 7", "failed"), ("no-such", "failed")])
-def test_an_exit_trap_reports_how_a_script_ended(agent: World, end: str, status: str) -> None:
+@pytest.mark.parametrize(("end", "reason"), [("exit 0", ""), ("exit 7", "exit code 7"), ("no-such", "exit code 127")])
+def test_an_exit_trap_reports_how_a_script_ended(agent: World, end: str, reason: str) -> None:
     agent.shell(f"set -e; trap 'coder complete a --exit-code $?' EXIT; coder start a; {end}")
     found = agent.client.status("a")
-    assert found.status == status
-    assert found.reason == {"exit 0": "", "exit 7": "exit code 7", "no-such": "exit code 127"}[end]
+    assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
 def test_a_unit_that_was_skipped_is_revived_when_its_dependency_is_started_again(agent: World) -> None:
