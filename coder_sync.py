@@ -2514,8 +2514,8 @@ def whose(path: str) -> str:
     return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
 
 
-def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False) -> Any:
-    """Return a socket that listens at `path`, and was never open to more than `mode`. Raises Refused.
+def bind(path: str, replace: bool = False) -> Any:
+    """Return a socket bound to `path`, its owner's alone from its first moment. Raises Refused.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
@@ -2523,50 +2523,39 @@ def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False)
     import stat
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    bound = False
     try:
         if os.path.lexists(path):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise Refused(f"{path} exists and is not a socket; remove it or choose another --socket-path")
-            if not replace and has_listener(path):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
+            if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
                 raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
+            if answer != errno.ECONNREFUSED:
+                raise OSError(answer, os.strerror(answer))
             os.unlink(path)
         before = os.umask(0o177)
         try:
             sock.bind(path)
-            bound = True
         finally:
             os.umask(before)
-        if group != -1:
-            try:
-                os.chown(path, -1, group)
-            except PermissionError:
-                raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        if mode != 0o600:
-            os.chmod(path, mode)
-        sock.listen(4096)
         return sock
-    except (OSError, Refused) as error:
-        sock.close()
-        if bound:
-            remove(path)
-        if isinstance(error, Refused):
-            raise
+    except OSError as error:
         why = error.strerror or str(error)
         raise Refused(f"cannot listen at {path}: {why}; choose another --socket-path") from None
 
 
-def has_listener(path: str) -> bool:
-    """Whether somebody listens on a socket. Raises OSError if that cannot be told."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-            return True
-        except ConnectionRefusedError:
-            return False
+def share(path: str, mode: int, group: int) -> None:
+    """Give a socket its permissions and, unless it is -1, its group. Raises Refused."""
+    try:
+        if group != -1:
+            os.chown(path, -1, group)
+        os.chmod(path, mode)
+    except PermissionError:
+        raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
+    except OSError as error:
+        raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2679,11 +2668,15 @@ def serve(
             if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
                 raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
             make_directories(path)
+            if replace:
+                replace(path)
             lock = lock_path(path, replace)
             at_end.callback(os.close, lock)
             at_end.callback(remove, path + ".lock", os.fstat(lock))
-            sock = listen(path, mode, group, replace is not None)
+            sock = bind(path, replace is not None)
             at_end.callback(remove, path, os.lstat(path))
+            share(path, mode, group)
+            sock.listen(4096)
         at_end.callback(sock.close)
         try:
             log = Log(level if log_file or not background else -1, log_file)

@@ -65,6 +65,18 @@ SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
 coder_sync.main(sys.argv[2:])
 """  # what the first lines of the file do: compiled once, not for every process of every test
 PATIENCE = 30.0  # seconds after which something that should happen never will
+MARK = f"STARTED_BY_TESTS={os.getpid()}"  # in the environment of whatever a test starts
+KILL_MARKED = """
+import os, sys
+sys.stdin.read()  # ends with the tests, however they end
+for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if sys.argv[1].encode() in file.read().split(b"\\0"):
+                os.kill(int(pid), 9)
+    except OSError:
+        pass
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -105,7 +117,7 @@ class World:
         self.directory = directory
         self.path = str(directory / "agent.sock")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("CODER_", "LISTEN_", "NOTIFY_"))}
-        self.env["CODER_AGENT_SOCKET_PATH"] = self.path
+        self.env.update([MARK.split("=")], CODER_AGENT_SOCKET_PATH=self.path)
         self.processes: list[subprocess.Popen[str]] = []
 
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
@@ -173,6 +185,14 @@ class World:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # each is the leader of its session
             process.communicate(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_tests() -> Iterator[None]:
+    """Kill what tests have started when they end, even if they are killed."""
+    argv = [sys.executable, "-IS", "-c", KILL_MARKED, MARK]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True):
+        yield
 
 
 def coder_sync_event(data: dict[str, Any]) -> coder_sync.Event:
@@ -2207,9 +2227,8 @@ def altered(changes: str, *argv: str) -> list[str]:
 
 def stranger(*argv: str) -> list[str]:
     """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
-    modules = (
-        "fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver, tempfile, threading"
-    )
+    modules = "contextlib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    modules += ", tempfile, threading"
     changes = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid(65534)"
     return altered(changes, *argv)
 
@@ -2849,15 +2868,39 @@ def impostor(world: World, answer: bytes) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Daemon: its log, the background, a command's agent, supervisors, signals, who may serve where.
+# Daemon: its log, the background, who may serve where, signals, a command's agent, process 1, supervisors.
 # ---------------------------------------------------------------------------------------------------------
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} "
+FOREGROUND_OR_NOT = pytest.mark.parametrize("how", [[], ["--detach"]], ids=["foreground", "detached"])
+ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
 
-def busy_log(world: World, *options: str) -> list[str]:
-    """What an agent logs while a few things happen."""
-    agent = world.serve(*options, stderr=subprocess.PIPE)
+def files_of(directory: Path) -> dict[str, int]:
+    """The files in a directory and of what kind and mode each is."""
+    return {name: os.lstat(directory / name).st_mode for name in os.listdir(directory)}
+
+
+def without(*directories: str) -> list[str]:
+    """The beginning of a command line that runs where these directories are empty."""
+    code = "import os, sys\nfor d in sys.argv[1].split(): assert os.system(f'mount -t tmpfs none {d}') == 0"
+    code += "\nos.execv(sys.argv[2], sys.argv[2:])"
+    return ["unshare", "-m", *PYTHON, code, " ".join(directories)]
+
+
+def can_unshare(*options: str) -> bool:
+    return shutil.which("unshare") is not None and subprocess.run(["unshare", *options, "true"]).returncode == 0
+
+
+NAMESPACES = pytest.mark.skipif(not can_unshare("-m", "-fp", "--mount-proc"), reason="needs namespaces")
+
+
+# -- the log ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--quiet", "", "--verbose"])
+def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, option: str) -> None:
+    agent = world.serve(*filter(None, [option]), stderr=subprocess.PIPE)
     world.client.start("a", want=[])
     world.client.complete("a")
     with pytest.raises(coder_sync.Refused):
@@ -2865,29 +2908,20 @@ def busy_log(world: World, *options: str) -> list[str]:
     world.client.want("b", "a")
     world.client.fail("b", "no disk")
     done = stopped(agent)
-    assert done.returncode == 0
-    assert done.stdout == ""
-    return done.stderr.splitlines()
-
-
-def test_the_log_says_what_happens_one_line_each_with_a_time(world: World) -> None:
-    lines = busy_log(world)
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
     assert all(re.match(STAMP, line) for line in lines)
     texts = [re.sub(STAMP, "", line) for line in lines]
-    assert re.fullmatch(rf"listening at {world.path} \(pid \d+\)", texts[0])
-    assert texts[1:3] == ["a: started", "a: completed"]
-    assert texts[3].startswith('refused: unit "a" is completed')
-    assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
-
-
-def test_a_quiet_agent_logs_nothing(world: World) -> None:
-    assert busy_log(world, "--quiet") == []
-
-
-def test_a_verbose_agent_logs_requests_too(world: World) -> None:
-    text = "\n".join(busy_log(world, "--verbose"))
-    for part in ("request: start {", "b: registered", "b: wants: a", "a: started", "refused: "):
-        assert part in text
+    if option == "--quiet":
+        assert texts == []
+    elif option == "--verbose":
+        for part in ("request: start {", "b: registered", "b: wants: a", "a: started", "refused: "):
+            assert part in done.stderr
+    else:
+        assert re.fullmatch(rf"listening at {world.path} \(pid \d+\)", texts[0])
+        assert texts[1:3] == ["a: started", "a: completed"]
+        assert texts[3].startswith('refused: unit "a" is completed')
+        assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
 
 
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
@@ -2902,69 +2936,334 @@ def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
     assert stopped(agent).returncode == 0
 
 
-def test_detach_returns_when_the_socket_accepts_connections(world: World) -> None:
+@pytest.fixture
+def small_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_LOG", 1000)
+
+
+def written(path: Any, lines: int = 60) -> coder_sync.Log:
+    """A log that has written so many lines to a file, and goes on."""
+    log = coder_sync.Log(1, str(path))
+    log.start()
+    for i in range(lines):
+        log.say(f"line {i}")
+    until(lambda: not log._queue.qsize())
+    return log
+
+
+@pytest.mark.parametrize("through", ["its path", "a link"])
+def test_a_log_file_that_is_full_gets_a_successor(small_log: None, tmp_path: Path, through: str) -> None:
+    (tmp_path / "link").symlink_to("log")
+    log = written(tmp_path / ("log" if through == "its path" else "link"))
+    number = log.fd
+    log.close()
+    texts = [(tmp_path / name).read_text() for name in ("log.1", "log")]
+    assert set(os.listdir(tmp_path)) == {"log", "log.1", "link"} and (tmp_path / "link").is_symlink()
+    assert re.fullmatch(rf"({STAMP}line \d+\n)+", "".join(texts)) and "line 59\n" in "".join(texts)
+    assert all(len(text) < 1100 for text in texts) and log.lost == 0
+    assert os.path.samestat(os.fstat(number), os.stat(tmp_path / "log")) and not os.get_inheritable(number)
+    os.close(number)
+
+
+@pytest.mark.parametrize("kind", ["pipe", pytest.param("device", marks=ROOT)])
+def test_a_log_that_is_no_file_is_never_renamed(small_log: None, tmp_path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "log")
+        reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    else:
+        os.mknod(tmp_path / "log", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    before = files_of(tmp_path)
+    log = written(tmp_path / "log")
+    log.close()
+    assert files_of(tmp_path) == before and log.lost == 0
+    if kind == "pipe":
+        assert b"line 59\n" in os.read(reader, 65536)
+
+
+@pytest.mark.parametrize("trouble", ["a directory", "no descriptor"])
+def test_a_log_file_that_can_have_no_successor_goes_on(
+    small_log: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    log = coder_sync.Log(1, str(tmp_path / "log"))
+    if trouble == "a directory":
+        (tmp_path / "log.new").mkdir()
+    else:
+        monkeypatch.setattr(log, "_open", lambda *_: os.open(tmp_path / "missing" / "file", os.O_RDONLY))
+    log.start()
+    for i in range(60):
+        log.say(f"line {i}")
+    log.close(PATIENCE)
+    assert len((tmp_path / "log").read_text().splitlines()) == 60
+    assert os.path.samestat(os.fstat(log.fd), os.stat(tmp_path / "log"))
+
+
+def test_the_log_outlives_any_exception_and_counts_what_it_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = coder_sync.Log(1, str(tmp_path / "log"))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "localtime", lambda when: {}["no memory"])
+        log.start()
+        log.say("one")
+        log.say("two")
+        until(lambda: log.lost == 2)
+    log.say("three")
+    log.close(PATIENCE)
+    assert re.fullmatch(STAMP + r"\(2 lines lost here\) three\n", (tmp_path / "log").read_text())
+
+
+def test_the_log_takes_no_more_than_it_has_room_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
+    log = coder_sync.Log(1, str(tmp_path / "log"))
+    for i in range(5):
+        log.say(str(i))
+    log.start()
+    log.close(PATIENCE)
+    assert [line.split(" ", 2)[2] for line in (tmp_path / "log").read_text().splitlines()] == [
+        "(2 lines lost here) 0",
+        "1",
+        "2",
+    ]
+
+
+# -- the background -------------------------------------------------------------------------------------------
+
+
+def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
+    log, pid_file = world.directory / "log", world.directory / "pid"
     for _ in range(2):
-        with detached(world) as pid:
+        with detached(world, "--log-file", "log", "--pid-file", "pid", stdin=subprocess.PIPE) as pid:
             assert os.getsid(pid) == pid
             assert os.readlink(f"/proc/{pid}/cwd") == "/" if sys.platform.startswith("linux") else True
-        assert not os.path.lexists(world.path)
-
-
-def test_a_detached_agent_lets_go_of_its_callers_pipes(world: World) -> None:
-    process = world.popen("serve", "--detach", stdin=subprocess.PIPE)
-    assert finish(process).returncode == 0  # and not: waits for the agent to close them
-    os.kill(world.client.ping()["pid"], signal.SIGTERM)
-    until(lambda: not os.path.lexists(world.path))
-
-
-def test_a_detached_agent_writes_its_log_and_its_pid(world: World) -> None:
-    log, pid_file = world.directory / "log", world.directory / "pid"
-    with detached(world, "--log-file", "log", "--pid-file", "pid") as pid:
-        assert int(pid_file.read_text()) == pid
-        until(lambda: f"listening at {world.path} (pid {pid})" in log.read_text())
-    assert not pid_file.exists()
+            assert int(pid_file.read_text()) == pid
+            until(lambda pid=pid: f"listening at {world.path} (pid {pid})" in log.read_text())
+            os.kill(pid, signal.SIGHUP)
+            served(world)
+        assert files_of(world.directory).keys() == {"log"}
     assert re.fullmatch(f"({STAMP}.*\n)+", log.read_text())
-    assert stat.S_IMODE(log.stat().st_mode) & 0o077 == 0
+    assert (log.read_text().count("stopping: got SIGTERM"), log.read_text().count("SIGHUP")) == (2, 0)
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
-def test_a_detached_agent_survives_sighup(world: World) -> None:
-    with detached(world, "--log-file", "log") as pid:
-        os.kill(pid, signal.SIGHUP)
+@pytest.mark.parametrize("place", ["", pytest.param("/proc", marks=NAMESPACES), pytest.param("/dev", marks=NAMESPACES)])
+def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place: str) -> None:
+    with open(world.directory / "lock", "w") as mine, open(world.directory / "lock") as other:
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        argv = [*(without(place) if place else []), sys.executable, "-IS", str(FILE), "serve", "--detach"]
+        done = finish(world.spawn(argv, pass_fds=[mine.fileno()]))  # which waits for its pipes to be closed
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        mine.close()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         served(world)
-    assert (world.directory / "log").read_text().count("stopping: got SIGTERM") == 1
-    assert "SIGHUP" not in (world.directory / "log").read_text()
 
 
-def test_a_foreground_agent_ends_on_sighup(world: World) -> None:
+@NAMESPACES
+@pytest.mark.parametrize("places", ["/dev", "/proc", "/dev /proc"])
+def test_a_command_runs_where_dev_and_proc_are_empty(world: World, places: str) -> None:
+    argv = [*without(*places.split()), sys.executable, "-IS", str(FILE)]
+    done = finish(world.spawn([*argv, "serve", "--", *argv[-3:], "run", "a", "--", "sh", "-c", "echo ran; exit 3"]))
+    assert (done.returncode, done.stdout) == (3, "ran\n")
+    script = 'exec <&- >&- 2>&-; exec "$@" serve -- sh -c "exit 4"'
+    assert finish(world.spawn(["sh", "-c", script, "-", *argv])).returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "message"),
+    [
+        ("raise MemoryError", 125, "error: internal error .*"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before it was ready: killed by signal 9"),
+    ],
+)
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
+    world: World, trouble: str, code: int, message: str, ignored: bool
+) -> None:
+    changes = f"def notify(state):\n    {trouble}\ncoder_sync.notify = notify"
+    before = (lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)) if ignored else None
+    done = finish(world.spawn(altered(changes, "serve", "--detach"), preexec_fn=before))
+    assert done.returncode == code
+    assert re.fullmatch(message + "\n", done.stderr)
+
+
+def test_a_hangup_ends_an_agent_unless_it_was_started_to_ignore_it(world: World) -> None:
     assert stopped(world.serve(), signal.SIGHUP).returncode == 0
     assert os.listdir(world.directory) == []
+    agent = world.serve(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    agent.send_signal(signal.SIGHUP)
+    served(world)
+    assert stopped(agent).returncode == 0
 
 
-@pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
-@pytest.mark.parametrize("how", [[], ["--detach"]], ids=["foreground", "detached"])
-def test_a_file_that_cannot_be_written_is_said_at_once(world: World, how: list[str], option: str) -> None:
-    done = world.run("serve", *how, option, "missing/file")
-    assert done.returncode == 1
-    assert re.fullmatch("error: cannot write .*missing/file: No such file or directory\n", done.stderr)
+# -- who may serve where ----------------------------------------------------------------------------------------
+
+NO_SOCKET = r"{0}/agent.sock exists and is not a socket; .*"
+NO_LOCK = r"{0}/agent.sock.lock is not a regular file; .*"
+REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    "a file": (lambda d: (d / "agent.sock").write_text("precious"), [], NO_SOCKET),
+    "a directory": (lambda d: (d / "agent.sock").mkdir(), [], NO_SOCKET),
+    "a pipe": (lambda d: os.mkfifo(d / "agent.sock"), [], NO_SOCKET),
+    "a dangling link": (lambda d: (d / "agent.sock").symlink_to("elsewhere"), [], NO_SOCKET),
+    "a file, to be replaced": (lambda d: (d / "agent.sock").write_text("precious"), ["--replace"], NO_SOCKET),
+    "a pipe for a lock": (lambda d: os.mkfifo(d / "agent.sock.lock"), [], NO_LOCK),
+    "a link for a lock": (
+        lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"),
+        [],
+        "cannot open {0}/agent.sock.lock: Too many levels of symbolic links; .*",
+    ),
+    "a directory for a lock": (lambda d: (d / "agent.sock.lock").mkdir(), [], "cannot open {0}/agent.sock.lock: .*"),
+    "too long": (lambda d: None, ["--socket-path", "x" * 120], ".*/x+: too long for a socket path; .*"),
+    "a file for a directory": (
+        lambda d: (d / "file").write_text(""),
+        ["--socket-path", "file/deep/agent.sock"],
+        "cannot make the directory {0}/file/deep: Not a directory; .*",
+    ),
+    "no directory for the log": (lambda d: None, ["--log-file", "no/file"], "cannot write .*no/file: No such file .*"),
+    "no reader of the log": (lambda d: os.mkfifo(d / "f"), ["--log-file", "f"], "cannot write .*f: No such device .*"),
+    "no directory for the pid": (lambda d: None, ["--pid-file", "no/file"], "cannot write .*no/file: No such file .*"),
+}
+
+
+@FOREGROUND_OR_NOT
+@pytest.mark.parametrize(("prepare", "options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_serve_refuses_is_one_line_and_nothing_is_changed(
+    world: World, prepare: Callable[[Path], Any], options: list[str], message: str, how: list[str]
+) -> None:
+    prepare(world.directory)
+    before = files_of(world.directory)
+    done = world.run("serve", *how, *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(f"error: {message.format(world.directory)}\n", done.stderr)
+    assert files_of(world.directory) == before
+
+
+@contextlib.contextmanager
+def open_directory() -> Iterator[str]:
+    """A directory that everybody can enter; pytest's own are private."""
+    with tempfile.TemporaryDirectory(prefix="cs-") as directory:
+        os.chmod(directory, 0o755)
+        yield directory
+
+
+@pytest.mark.parametrize("below", ["", "run/"])
+def test_a_path_in_an_unwritable_directory_is_refused(world: World, below: str) -> None:
+    with open_directory() as directory:
+        os.chmod(directory, 0o555)
+        done = finish(world.spawn(stranger("serve", "--socket-path", f"{directory}/{below}agent.sock")))
+        assert done.returncode == 1
+        assert re.fullmatch(f"error: .*{directory}/.*: Permission denied; .*\n", done.stderr)
+        assert os.listdir(directory) == []
+        os.chmod(directory, 0o755)
+
+
+@ROOT
+def test_a_lock_of_another_user_is_named_as_such(world: World) -> None:
+    lock = world.path + ".lock"
+    with open(lock, "w+") as file:
+        os.chown(lock, 65534, -1)
+        file.write("1 but not the truth")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = world.run("serve")
+        assert re.fullmatch(rf"error: an agent \(of user nobody\) is serving {world.path} already; .*\n", done.stderr)
+    os.unlink(lock)
+    os.mkfifo(lock)
+    os.chown(lock, 65534, -1)
+    done = world.run("serve")
+    assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not a regular file; .*\n", done.stderr)
+
+
+def test_missing_directories_of_the_socket_are_made_for_its_owner_alone(world: World) -> None:
+    world.path = str(world.directory / "run" / "user" / "agent.sock")
+    agent = world.serve("--socket-path", world.path, preexec_fn=lambda: os.umask(0))
+    assert [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")] == [0o700, 0o700]
+    assert stopped(agent).returncode == 0
+    assert os.listdir(world.directory / "run" / "user") == []
+
+
+def test_the_permissions_of_the_socket_are_those_asked_for_whatever_the_umask(world: World) -> None:
+    gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
+    for umask, options, mode, group in [
+        (0, [], 0o600, os.getgid()),
+        (0o077, ["--mode", "660"], 0o660, os.getgid()),
+        (0o077, ["--mode", "0666"], 0o666, os.getgid()),
+        (0, ["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
+        (0, ["--group", str(gid), "--mode", "640"], 0o640, gid),
+    ]:
+        agent = world.serve(*options, preexec_fn=lambda umask=umask: os.umask(umask))
+        found = os.stat(world.path)
+        assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, group), options
+        stopped(agent)
+
+
+@ROOT
+def test_a_group_that_one_is_not_a_member_of_is_refused_and_nothing_is_left(world: World) -> None:
+    with open_directory() as directory:
+        os.chmod(directory, 0o777)
+        done = finish(world.spawn(stranger("serve", "--socket-path", f"{directory}/agent.sock", "--group", "12")))
+        assert done.returncode == 1
+        message = f"error: cannot give {directory}/agent.sock to group 12: be a member of the group, or root\n"
+        assert done.stderr == message
+        assert os.listdir(directory) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mode", "rw"], "rw"),
+        (["--mode", "778"], "778"),
+        (["--group", "no such group"], "no such group"),
+        (["--"], "-- COMMAND|COMMAND"),
+        (["--detach", "--", "true"], "exclude each other"),
+        (["true"], "true"),
+    ],
+)
+def test_serve_wrongly_asked_for_is_a_usage_error(call: Call, world: World, words: list[str], said: str) -> None:
+    done = call(world, "serve", *words)
+    assert done.returncode == 2 and re.match(f"error: .*({said})", done.stderr)
     assert os.listdir(world.directory) == []
 
 
-@pytest.mark.parametrize("how", [[], ["--detach"]], ids=["foreground", "detached"])
-def test_a_second_agent_is_refused_and_says_who_has_the_socket(world: World, how: list[str]) -> None:
+@pytest.mark.parametrize(("value", "code"), [("false", 0), ("0", 0), ("NO", 0), ("maybe", 2), (" true", 2)])
+def test_an_agent_that_is_not_enabled_does_not_serve(call: Call, world: World, value: str, code: int) -> None:
+    done = call(world, "serve", CODER_AGENT_SOCKET_SERVER_ENABLED=value)
+    assert done.returncode == code
+    said = f"CODER_AGENT_SOCKET_SERVER_ENABLED is '{value}'; use true or false" if code else "not serving: CODER_AGENT"
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert os.listdir(world.directory) == []
+
+
+@pytest.mark.parametrize(("value", "test"), [("NO", "! -S"), ("", "-S"), ("true", "-S"), ("1", "-S")])
+def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: World, value: str, test: str) -> None:
+    env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
+    done = world.run("serve", "--", "sh", "-c", f"test {test} $CODER_AGENT_SOCKET_PATH && echo ran; exit 5", env=env)
+    assert (done.returncode, done.stdout) == (5, "ran\n")
+
+
+# -- one agent after another ------------------------------------------------------------------------------------
+
+
+def serves(world: World, pid: int) -> bool:
+    try:
+        return bool(world.client.ping()["pid"] == pid)
+    except coder_sync.Unreachable:
+        return False
+
+
+def test_a_second_agent_is_refused_and_says_who_has_the_socket(world: World) -> None:
     first = world.serve()
-    done = world.run("serve", *how)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert f"(pid {first.pid})" in done.stderr
-    assert world.path in done.stderr
-    assert world.client.ping()["pid"] == first.pid
+    for how in ([], ["--detach"]):
+        done = world.run("serve", *how)
+        assert done.returncode == 1
+        start = f"error: an agent (pid {first.pid}) is serving {world.path} already; "
+        assert done.stderr.startswith(start)
+    assert serves(world, first.pid)
 
 
 def test_a_socket_left_by_a_killed_agent_is_replaced(world: World) -> None:
     stopped(world.serve(), signal.SIGKILL)
     assert os.path.exists(world.path)
     agent = world.serve()
-    assert world.client.ping()["pid"] == agent.pid
+    assert serves(world, agent.pid)
     assert stopped(agent).returncode == 0
     assert os.listdir(world.directory) == []
 
@@ -2985,7 +3284,7 @@ def test_of_ten_agents_that_start_at_the_same_instant_one_wins(world: World) -> 
                 done = finish(racer)
                 assert done.returncode == 1
                 assert "already" in done.stderr
-        assert world.client.ping()["pid"] == winner
+        assert serves(world, winner)
         stopped(next(r for r in racers if r.pid == winner), signal.SIGKILL)
 
 
@@ -3003,89 +3302,56 @@ def test_an_agent_that_starts_while_another_ends_serves_or_says_why_not(world: W
         old = new
 
 
-def serves(world: World, pid: int) -> bool:
-    try:
-        return bool(world.client.ping()["pid"] == pid)
-    except coder_sync.Unreachable:
-        return False
+@FOREGROUND_OR_NOT
+def test_replace_ends_an_agent_and_takes_its_place(world: World, how: list[str]) -> None:
+    first = world.serve("--replace")  # nobody is there: that is fine too
+    world.client.want("a")
+    waiting = world.popen("start", "b", "--want", "a")
+    world.waiting("b")
+    second = world.popen("serve", "--replace", *how)
+    assert finish(first).returncode == 0
+    assert finish(waiting).returncode == 3
+    pid = until(lambda: world.client.ping(wait=PATIENCE)["pid"])
+    assert pid != first.pid and (pid == second.pid) == (not how)
+    assert world.status("a") == "not registered"
+    assert world.run("serve").returncode == 1
 
 
-@pytest.mark.parametrize("kind", ["file", "directory", "link to a file", "dangling link", "pipe"])
-def test_what_is_not_a_socket_is_never_removed(world: World, kind: str) -> None:
-    path = Path(world.path)
-    if kind == "file":
-        path.write_text("precious")
-    elif kind == "directory":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
+@pytest.mark.parametrize("trouble", ["stopped", "without a lock", "no agent of ours"])
+def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble: str) -> None:
+    if trouble == "no agent of ours":
+        other = listener(world.path)
     else:
-        path.symlink_to("elsewhere")
-        if kind == "link to a file":
-            (world.directory / "elsewhere").write_text("precious")
-    before = {name: os.lstat(world.directory / name).st_mode for name in os.listdir(world.directory)}
-    done = world.run("serve")
-    assert done.returncode == 1
-    assert re.fullmatch(f"error: {world.path} exists and is not a socket; .*\n", done.stderr)
-    assert {name: os.lstat(world.directory / name).st_mode for name in os.listdir(world.directory)} == before
+        first = world.serve()
+    if trouble == "stopped":
+        first.send_signal(signal.SIGSTOP)
+    if trouble == "without a lock":
+        os.unlink(world.path + ".lock")
+    short = "coder_sync.REPLACE_TIMEOUT = 0.3; answer = coder_sync.Channel.answer\n"
+    short += "coder_sync.Channel.answer = lambda self, request, timeout: answer(self, request, 0.1)"
+    second = world.spawn(altered(short, "serve", "--replace"))
+    until(lambda: Path(world.path + ".lock").exists() and Path(world.path + ".lock").read_text() == f"{second.pid}\n")
+    if trouble == "stopped":
+        first.send_signal(signal.SIGCONT)
+        first.terminate()
+    if trouble == "no agent of ours":
+        other.close()
+    else:
+        assert finish(first).returncode == 0
+    assert serves(world, second.pid) and os.path.exists(world.path + ".lock")
+    assert stopped(second).returncode == 0 and os.listdir(world.directory) == []
 
 
-def test_a_path_too_long_for_a_socket_is_refused(world: World) -> None:
-    path = str(world.directory / ("x" * 120))
-    done = world.run("serve", "--socket-path", path)
-    assert done.returncode == 1
-    assert re.fullmatch(f"error: {path}: too long for a socket path; .*\n", done.stderr)
+def test_of_agents_that_replace_each_other_at_once_the_last_serves(world: World) -> None:
+    world.serve()
+    racers = [world.popen("serve", "--replace") for _ in range(4)]
+    until(lambda: sum(r.poll() is None for r in racers) == 1)
+    (last,) = [r for r in racers if r.poll() is None]
+    until(lambda: serves(world, last.pid))
+    assert all(finish(r).returncode == 0 for r in racers if r is not last)
 
 
-def test_a_path_in_a_missing_directory_is_refused(world: World) -> None:
-    done = world.run("serve", "--socket-path", "missing/agent.sock")
-    assert done.returncode == 1
-    assert re.fullmatch("error: .*missing/agent.sock.*: No such file or directory; .*\n", done.stderr)
-
-
-def test_a_path_in_an_unwritable_directory_is_refused(world: World) -> None:
-    with open_directory() as directory:
-        os.chmod(directory, 0o555)
-        done = finish(world.spawn(stranger("serve", "--socket-path", f"{directory}/agent.sock")))
-        assert done.returncode == 1
-        assert re.fullmatch(f"error: .*{directory}/agent.sock.*: Permission denied; .*\n", done.stderr)
-        assert os.listdir(directory) == []
-        os.chmod(directory, 0o755)
-
-
-@contextlib.contextmanager
-def open_directory() -> Iterator[str]:
-    """A directory that everybody can enter; pytest's own are private."""
-    with tempfile.TemporaryDirectory(prefix="cs-") as directory:
-        os.chmod(directory, 0o755)
-        yield directory
-
-
-def test_the_socket_is_its_owners_alone_whatever_the_umask(world: World) -> None:
-    world.serve(preexec_fn=lambda: os.umask(0))
-    assert stat.S_IMODE(os.stat(world.path).st_mode) == 0o600
-
-
-@pytest.mark.parametrize(("mode", "bits"), [("660", 0o660), ("0666", 0o666)])
-def test_mode_sets_the_permissions_of_the_socket(world: World, mode: str, bits: int) -> None:
-    world.serve("--mode", mode, preexec_fn=lambda: os.umask(0o077))
-    assert stat.S_IMODE(os.stat(world.path).st_mode) == bits
-
-
-@pytest.mark.parametrize("form", ["name", "number"])
-def test_group_shares_the_socket_with_a_group(world: World, form: str) -> None:
-    gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
-    world.serve("--group", grp.getgrgid(gid).gr_name if form == "name" else str(gid))
-    found = os.stat(world.path)
-    assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, gid)
-
-
-@pytest.mark.parametrize("words", [["--mode", "rw"], ["--mode", "778"], ["--group", "no such group"]])
-def test_a_bad_mode_or_group_is_a_usage_error(call: Call, world: World, words: list[str]) -> None:
-    done = call(world, "serve", *words)
-    assert done.returncode == 2
-    assert words[1] in done.stderr
-    assert os.listdir(world.directory) == []
+# -- its end ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -3118,40 +3384,23 @@ def test_an_agent_that_has_deaf_clients_ends_all_the_same(agent: World) -> None:
     assert os.listdir(agent.directory) == []
 
 
-def test_an_agent_does_not_remove_the_socket_of_its_successor(world: World) -> None:
+def test_an_agent_removes_neither_the_socket_nor_the_lock_of_its_successor(world: World) -> None:
     agent = world.serve()
     os.unlink(world.path)
-    other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    other.bind(world.path)
-    assert stopped(agent).returncode == 0
-    assert os.path.exists(world.path)
+    os.rename(world.path + ".lock", world.path + ".old")
+    (world.directory / "agent.sock.lock").write_text("")
+    with listener(world.path):
+        assert stopped(agent).returncode == 0
+    assert set(os.listdir(world.directory)) == {"agent.sock", "agent.sock.lock", "agent.sock.old"}
 
 
-@pytest.mark.parametrize("value", ["false", "0", "NO"])
-def test_a_disabled_agent_says_so_and_is_no_error(world: World, value: str) -> None:
-    env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
-    done = world.run("serve", env=env)
-    assert done.returncode == 0
-    assert "CODER_AGENT_SOCKET_SERVER_ENABLED" in done.stderr
-    assert os.listdir(world.directory) == []
-    done = world.run("serve", "--", "sh", "-c", "test ! -S $CODER_AGENT_SOCKET_PATH && echo ran; exit 5", env=env)
-    assert (done.returncode, done.stdout) == (5, "ran\n")
+# -- a command, under `serve` and under `run` -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["", "true", "1"])
-def test_an_enabled_agent_serves(world: World, value: str) -> None:
-    env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
-    world.ok("serve", "--", "sh", "-c", 'test -S "$CODER_AGENT_SOCKET_PATH"', env=env)
-
-
-@pytest.mark.parametrize("value", ["maybe", " true"])
-def test_an_agent_neither_enabled_nor_disabled_is_a_usage_error(call: Call, world: World, value: str) -> None:
-    done = call(world, "serve", CODER_AGENT_SOCKET_SERVER_ENABLED=value)
-    assert done.returncode == 2
-    assert re.fullmatch("error: CODER_AGENT_SOCKET_SERVER_ENABLED is .*; use true or false\n", done.stderr)
-
-
-# -- serve -- COMMAND -------------------------------------------------------------------------------------
+@pytest.fixture(params=["serve", "run"])
+def words(request: pytest.FixtureRequest) -> list[str]:
+    """What stands before `-- COMMAND`; run with an agent that is shared."""
+    return ["serve"] if request.param == "serve" else ["run", f"unit-{next(COUNT)}"]
 
 
 @pytest.fixture
@@ -3179,86 +3428,13 @@ def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(wo
 
 
 def test_serve_command_uses_a_socket_that_is_named(world: World) -> None:
-    out = world.ok("serve", "--socket-path", world.path, "--", "sh", "-c", 'echo "$CODER_AGENT_SOCKET_PATH"')
-    assert out == world.path + "\n"
+    argv = ["serve", "--socket-path", world.path, "--", "sh", "-c"]
+    assert world.ok(*argv, 'echo "$CODER_AGENT_SOCKET_PATH"') == world.path + "\n"
     assert os.listdir(world.directory) == []
-
-
-def test_serve_command_passes_standard_input_and_arguments(world: World) -> None:
-    process = world.popen(
-        "serve", "--", "sh", "-c", 'cat; echo "$#" "$@"', "-", "a b", "--", "-o", stdin=subprocess.PIPE
-    )
-    out, _ = process.communicate("hello\n", timeout=PATIENCE)
-    assert (process.returncode, out) == (0, "hello\n3 a b -- -o\n")
-
-
-CANNOT_RUN = [("missing-command", 127), ("./missing", 127), ("./plain", 126), ("./directory", 126), ("", 127)]
-
-
-@pytest.mark.parametrize(("command", "code"), CANNOT_RUN)
-@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
-def test_a_command_that_cannot_be_run_is_127_or_126(world: World, words: list[str], command: str, code: int) -> None:
-    (world.directory / "plain").write_text("#!/bin/sh\n")
-    (world.directory / "directory").mkdir()
-    if words[0] == "run":
-        world.serve()
-    done = world.run(*words, "--", command)
-    assert done.returncode == code
-    assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr)
-    if words[0] == "run":
-        failed = world.client.status("a")
-        assert (failed.status, failed.exit_code) == ("failed", code)
-        assert f"cannot run {command}" in failed.reason
-
-
-@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
-@pytest.mark.parametrize(("script", "code"), [("exit 255", 255), ("kill -KILL $$", 137)])
-def test_the_exit_status_of_a_command_is_returned(
-    shared: World, temporary: Path, world: World, words: list[str], script: str, code: int
-) -> None:
-    env = {**world.env, "CODER_AGENT_SOCKET_PATH": shared.path}
-    words = [words[0], *(f"{script} {next(COUNT)}" for _ in words[1:])]
-    assert world.run(*words, "--", "sh", "-c", script, env=env).returncode == code
-    assert os.listdir(temporary) == []
-
-
-@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
-def test_signals_are_passed_on_to_the_command(world: World, words: list[str]) -> None:
-    if words[0] == "run":
-        world.serve()
-    process = world.popen(*words, "--", *PYTHON, CATCH)
-    assert line_of(process.stdout) == "ready\n"
-    for number in SIGNALS:
-        process.send_signal(number)
-        assert line_of(process.stdout) == f"got {int(number)}\n"
-    assert finish(process).returncode == 9
-
-
-@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
-def test_a_signal_to_the_whole_group_reaches_the_command(world: World, words: list[str]) -> None:
-    if words[0] == "run":
-        world.serve()
-    process = world.popen(*words, "--", *PYTHON, CATCH)
-    assert line_of(process.stdout) == "ready\n"
-    os.killpg(process.pid, signal.SIGINT)
-    assert line_of(process.stdout) == "got 2\n"
-    process.terminate()
-    assert "got 15" in finish(process).stdout
-
-
-@pytest.mark.parametrize("words", [["serve"], ["run", "a"]], ids=["serve", "run"])
-def test_a_command_starts_with_default_signals_and_no_stray_descriptors(world: World, words: list[str]) -> None:
-    if words[0] == "run":
-        world.serve()
-    code = """import os, signal
-default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
-print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
-print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}") and not os.get_inheritable(n) is None][:4])"""
-    done = finish(world.popen(*words, "--", *PYTHON, code))
-    assert done.returncode == 0
-    first, second = done.stdout.splitlines()
-    assert first == "[] []"
-    assert second in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
+    agent = world.serve()
+    done = world.run(*argv, "echo ran")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert f"(pid {agent.pid})" in done.stderr
 
 
 def test_our_own_failure_before_the_command_is_125(world: World) -> None:
@@ -3269,48 +3445,194 @@ def test_our_own_failure_before_the_command_is_125(world: World) -> None:
     assert "too long for a socket path" in done.stderr
 
 
-def test_serve_command_on_a_socket_that_is_taken_is_125(agent: World) -> None:
-    done = agent.run("serve", "--socket-path", agent.path, "--", "echo", "ran")
-    assert (done.returncode, done.stdout) == (125, "")
-    assert f"(pid {agent.processes[0].pid})" in done.stderr
+def test_a_command_gets_standard_input_arguments_and_the_environment(shared: World, words: list[str]) -> None:
+    script = 'cat; echo "$CODER_SYNC_UNIT:$EXTRA:$#" "$@"; echo err >&2'
+    argv = [*words, "-q", "--", "sh", "-c", script, "0", "a b", "--", "-o"]
+    process = shared.popen(*argv, env={**shared.env, "EXTRA": "x"}, stdin=subprocess.PIPE)
+    out, err = process.communicate("hello\n", timeout=PATIENCE)
+    unit = words[1] if words[0] == "run" else ""
+    assert (process.returncode, out, err) == (0, f"hello\n{unit}:x:3 a b -- -o\n", "err\n")
 
 
-@pytest.mark.parametrize("words", [["serve", "--"], ["serve", "--detach", "--", "true"], ["serve", "true"]])
-def test_serve_with_a_command_wrongly_asked_for_is_a_usage_error(call: Call, world: World, words: list[str]) -> None:
-    done = call(world, *words)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("missing-command", 127), ("./missing", 127), ("./plain", 126), ("./directory", 126), ("", 127)],
+)
+def test_a_command_that_cannot_be_run_is_127_or_126(
+    shared: World, tmp_path: Path, words: list[str], command: str, code: int
+) -> None:
+    (tmp_path / "plain").write_text("#!/bin/sh\n")
+    (tmp_path / "directory").mkdir()
+    done = shared.run(*words, "--", command, cwd=str(tmp_path))
+    assert done.returncode == code
+    assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr)
+    if words[0] == "run":
+        failed = shared.client.status(words[1])
+        assert (failed.status, failed.exit_code) == ("failed", code)
+        assert f"cannot run {command}" in failed.reason
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 255", 255), ("kill -KILL $$", 137), ("exec sleep 0.05", 0)])
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGCHLD ignored"])
+def test_the_exit_status_of_a_command_is_returned_even_to_who_ignores_it(
+    shared: World, temporary: Path, world: World, words: list[str], script: str, code: int, ignored: bool
+) -> None:
+    before = (lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)) if ignored else None
+    env = {**world.env, "CODER_AGENT_SOCKET_PATH": shared.path}
+    assert world.run(*words, "--", "sh", "-c", script, env=env, preexec_fn=before).returncode == code
+    assert os.listdir(temporary) == []
+
+
+def test_signals_are_passed_on_to_the_command(shared: World, words: list[str]) -> None:
+    process = shared.popen(*words, "--", *PYTHON, CATCH)
+    assert line_of(process.stdout) == "ready\n"
+    for number in SIGNALS:
+        process.send_signal(number)
+        assert line_of(process.stdout) == f"got {int(number)}\n"
+    assert finish(process).returncode == 9
+
+
+def test_a_signal_to_the_whole_group_reaches_the_command(shared: World, words: list[str]) -> None:
+    process = shared.popen(*words, "--", *PYTHON, CATCH)
+    assert line_of(process.stdout) == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert line_of(process.stdout) == "got 2\n"
+    process.terminate()
+    assert "got 15" in finish(process).stdout
+
+
+def test_a_signal_for_a_command_that_is_gone_is_no_error(shared: World, words: list[str]) -> None:
+    late = "import os; kill = os.kill\ndef gone(*what):\n    kill(*what)\n    raise ProcessLookupError\nos.kill = gone"
+    process = shared.spawn(altered(late, *words, "--", "sleep", "60"))
+    until(lambda: "sleep" in children_of(process.pid).values())
+    process.terminate()
+    assert finish(process).returncode == 143
+
+
+def test_a_command_starts_with_default_signals_and_no_stray_descriptors(shared: World, words: list[str]) -> None:
+    code = """import os, signal
+default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
+print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
+print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}") and not os.get_inheritable(n) is None][:4])"""
+    done = finish(shared.popen(*words, "--", *PYTHON, code))
+    assert done.returncode == 0
+    first, second = done.stdout.splitlines()
+    assert first == "[] []"
+    assert second in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
+
+
+def test_a_command_under_nohup_is_not_hung_up(shared: World, words: list[str]) -> None:
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    process = shared.popen(
+        *words, "--", "sh", "-c", "echo on; read x; exit 3", preexec_fn=ignore, stdin=subprocess.PIPE
+    )
+    assert line_of(process.stdout) == "on\n"
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate("\n", timeout=PATIENCE)
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World, number: int) -> None:
+    agent = world.serve()
+    process, pid = held(world, "a")
+    agent.send_signal(signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pid) and sleeps(process.pid))
+    process.send_signal(number)
+    assert process.wait(5) == (-number if number == signal.SIGHUP else 128 + number)
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """The living and dead children of a process, and the name of each; a dead one's begins with a cross."""
+    found = {}
+    for other in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            name, _, rest = Path(f"/proc/{other}/stat").read_text().partition("(")[2].rpartition(")")
+            if rest.split()[1] == str(pid):
+                found[int(other)] = "+" * (rest.split()[0] == "Z") + name
+    return found
+
+
+def sleeps(pid: int) -> bool:
+    """Whether a process waits for something."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+@NAMESPACES
+@pytest.mark.parametrize("what", ["serve", "serve --", "run a --"])
+def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world: World, what: str) -> None:
+    orphans = "for i in 1 2 3; do (true & exec true); (sleep 0.01 & exec true); done"
+    words = what.split() + (["sh", "-c", f"{orphans}; echo on; sleep 60"] if what != "serve" else [])
+    if what == "run a --":
+        world.env["CODER_AGENT_SOCKET_PATH"] = shared.path
+        words[1] = f"one-{next(COUNT)}"
+    argv = ["unshare", "-fp", "--mount-proc", sys.executable, "-IS", str(FILE), *words]
+    outside = world.spawn(argv)
+    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if what != "serve" or serves_at(world.path)])
+    if what == "serve":
+        enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", orphans]
+        assert finish(world.spawn(enter)).returncode == 0
+    else:
+        assert line_of(outside.stdout) == "on\n"
+    time.sleep(0.1)  # for the last of them to end
+    until(lambda: not [name for name in children_of(inside).values() if name[0] == "+"], "no zombies")
+    os.kill(inside, signal.SIGTERM)
+    assert finish(outside).returncode == (0 if what == "serve" else 143)
+
+
+def serves_at(path: str) -> bool:
+    with contextlib.suppress(coder_sync.SyncError):
+        return bool(Client(path, 0).ping())
+    return False
+
+
+def test_signals_that_come_while_they_are_given_back_are_not_lost(world: World) -> None:
+    code = """import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import coder_sync
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+signals = coder_sync.Signals()
+os.kill(os.getpid(), signal.SIGUSR1)
+signals.give_back()
+print("blocked by somebody else:", [s.name for s in signal.sigpending()], flush=True)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+"""
+    done = finish(world.spawn([*PYTHON, code, str(HERE)]))
+    assert done.stdout == "blocked by somebody else: ['SIGUSR1']\n" and done.returncode == -signal.SIGUSR1
+    code = """import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import coder_sync
+signals = coder_sync.Signals()
+os.kill(os.getpid(), signal.SIGTERM)
+try:
+    signals.give_back()
+except SystemExit as end:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    print(end.code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, mask, flush=True)
+os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
+"""
+    done = finish(world.spawn([*PYTHON, code, str(HERE)]))
+    assert (done.stdout, done.returncode) == ("143 True set()\n", -signal.SIGTERM)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
 
 
-def notified(world: World, kind: str) -> tuple[socket.socket, str]:
-    """A datagram socket for NOTIFY_SOCKET, and its value."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.settimeout(PATIENCE)
-    name = str(world.directory / "notify") if kind == "path" else f"@coder-sync-{os.getpid()}-{next(COUNT)}"
-    sock.bind(name.replace("@", "\0", 1) if kind == "abstract" else name)
-    return sock, name
-
-
-@pytest.mark.parametrize("kind", ["path", pytest.param("abstract", marks=LINUX)])
+@pytest.mark.parametrize("kind", ["path", "detached", pytest.param("abstract", marks=LINUX)])
 def test_a_supervisor_is_told_when_the_agent_is_ready_and_when_it_stops(world: World, kind: str) -> None:
-    sock, name = notified(world, kind)
-    with sock:
-        agent = world.popen("serve", env={**world.env, "NOTIFY_SOCKET": name})
-        ready = sock.recv(1000).decode().splitlines()
-        assert ready[0] == "READY=1"
-        assert world.client.ping()["pid"] == agent.pid
-        agent.terminate()
+    name = f"@coder-sync-{os.getpid()}-{next(COUNT)}" if kind == "abstract" else str(world.directory / "notify")
+    env = {**world.env, "NOTIFY_SOCKET": name}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE)
+        sock.bind(name.replace("@", "\0", 1) if kind == "abstract" else name)
+        agent = world.popen("serve", *(["--detach"] if kind == "detached" else []), env=env)
+        ready = sock.recv(1000).decode()
+        pid = world.client.ping()["pid"]
+        assert ready == f"READY=1\nMAINPID={pid}" and (pid == agent.pid) == (kind != "detached")
+        os.kill(pid, signal.SIGTERM)
         assert sock.recv(1000).decode().splitlines()[0] == "STOPPING=1"
         assert finish(agent).returncode == 0
-
-
-def test_a_supervisor_is_told_the_pid_of_a_detached_agent(world: World) -> None:
-    sock, name = notified(world, "path")
-    with sock, detached(world, env={**world.env, "NOTIFY_SOCKET": name}) as pid:
-        assert sock.recv(1000).decode().split() == ["READY=1", f"MAINPID={pid}"]
 
 
 @pytest.mark.parametrize("value", ["/no/such/socket", "@"])
@@ -3318,15 +3640,15 @@ def test_a_supervisor_that_is_not_there_is_no_error(world: World, value: str) ->
     world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": value})
 
 
-def hand_over(world: World, sock: Any, count: str = "1", pid: str = "", **popen: Any) -> subprocess.Popen[str]:
+def hand_over(world: World, sock: Any, *options: str, count: str = "1", pid: str = "") -> subprocess.Popen[str]:
     """Start an agent as a supervisor does that hands over a listening socket at descriptor 3."""
     code = f"""import os, sys
 n = int(sys.argv[1])
 os.dup2(n, 3) if n != 3 else os.set_inheritable(3, True)
 os.environ.update(LISTEN_PID={pid!r} or str(os.getpid()), LISTEN_FDS={count!r}, LISTEN_FDNAMES="x")
 os.execv(sys.argv[2], sys.argv[2:])"""
-    argv = [*PYTHON, code, str(sock.fileno()), sys.executable, "-IS", str(FILE), "serve"]
-    return world.spawn(argv, pass_fds=[sock.fileno()], **popen)
+    argv = [*PYTHON, code, str(sock.fileno()), sys.executable, "-IS", str(FILE), "serve", *options]
+    return world.spawn(argv, pass_fds=[sock.fileno()])
 
 
 def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3337,20 +3659,22 @@ def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
     return sock
 
 
+@FOREGROUND_OR_NOT
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_socket_that_was_handed_over_is_used_as_it_is(world: World, blocking: bool) -> None:
+def test_a_socket_that_was_handed_over_is_used_as_it_is(world: World, blocking: bool, how: list[str]) -> None:
     path = str(world.directory / "given")
     with listener(path) as sock:
         os.chmod(path, 0o640)
         sock.setblocking(blocking)
         early = Peer(path)  # before there is an agent: nobody needs to retry
-        agent = hand_over(world, sock)
-        assert early.call("ping")["result"]["pid"] == agent.pid
-        assert Client(path, 0).ping()["pid"] == agent.pid
-        done = stopped(agent)
-    assert done.returncode == 0
-    assert f"listening at {path} " in done.stderr
-    assert os.listdir(world.directory) == ["given"]
+        agent = hand_over(world, sock, "--log-file", "log", *how)
+        pid = early.call("ping")["result"]["pid"]
+        assert Client(path, 0).ping()["pid"] == pid and (pid == agent.pid) == (not how)
+        os.kill(pid, signal.SIGTERM)
+        assert finish(agent).returncode == 0
+        until(lambda: not alive(pid))
+    assert f"listening at {path} " in (world.directory / "log").read_text()
+    assert set(os.listdir(world.directory)) == {"given", "log"}
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
 
 
@@ -3358,6 +3682,8 @@ def test_a_socket_that_was_handed_over_to_another_process_is_ignored(world: Worl
     with listener(str(world.directory / "given")) as sock:
         agent = hand_over(world, sock, pid="1")
         assert world.client.ping(wait=PATIENCE)["pid"] == agent.pid
+    env = {**world.env, "LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}
+    assert "LISTEN" not in world.ok("serve", "--", "env", env=env)
 
 
 @pytest.mark.parametrize("kind", ["two", "file", "datagram", "tcp", "deaf"])
@@ -3372,15 +3698,9 @@ def test_a_bad_hand_over_is_refused(world: World, kind: str) -> None:
     else:
         sock = listener(str(world.directory / "x"), socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM)
     with sock:
-        done = finish(hand_over(world, sock, "2" if kind == "two" else "1"))
+        done = finish(hand_over(world, sock, count="2" if kind == "two" else "1"))
     assert done.returncode == 1
     assert re.fullmatch("error: LISTEN_FDS .*descriptor 3.*\n", done.stderr)
-
-
-@LINUX
-def test_a_command_does_not_inherit_what_was_meant_for_the_agent(world: World) -> None:
-    env = {**world.env, "LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}
-    assert "LISTEN" not in world.ok("serve", "--", "env", env=env)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4113,16 +4433,6 @@ def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
     assert kinds_of(agent, "a")[-2:] == ["started", "completed"]
 
 
-def test_run_gives_its_command_standard_input_arguments_and_the_units_name(agent: World) -> None:
-    script = 'cat; echo "$CODER_SYNC_UNIT:$EXTRA:$#:$2"; echo err >&2'
-    env = {**agent.env, "EXTRA": "x"}
-    process = agent.popen(
-        "run", "my unit", "-q", "--", "sh", "-c", script, "0", "1", "--", env=env, stdin=subprocess.PIPE
-    )
-    out, err = process.communicate("hello\n", timeout=PATIENCE)
-    assert (out, err) == ("hello\nmy unit:x:2:--\n", "err\n")
-
-
 def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(agent: World) -> None:
     waiting = agent.popen("run", "b", "--want", "a", "--", "echo", "ran")
     agent.waiting("b")
@@ -4162,33 +4472,22 @@ def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World
     assert re.fullmatch(r"warning: a: its outcome \(exit code 6\) could not be reported: .*\n", err)
 
 
-def test_a_run_that_is_killed_fails_its_unit_and_its_waiters_are_told(agent: World) -> None:
+@pytest.mark.parametrize("dies", ["the run", "the command", "both"])
+def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, dies: str) -> None:
     process, pid = held(agent, "a")
     waiting = agent.popen("start", "b", "--want", "a")
     agent.waiting("b")
-    process.kill()
-    done = finish(waiting)
-    assert done.returncode == 4
-    reason = agent.client.status("a").reason
-    assert re.fullmatch(lost(process), reason)
-    assert done.stderr == f'error: unit "b" skipped: dependency "a" failed ({reason})\n'
+    if dies == "both":
+        process.send_signal(signal.SIGSTOP)  # so that it cannot report its command's end
+    end_of(*[process] * (dies != "the command"), pids=[pid] * (dies != "the run"))
+    done, failed = finish(waiting), agent.client.status("a")
+    assert (done.returncode, done.stderr) == (4, f'error: unit "b" skipped: dependency "a" failed ({failed.reason})\n')
+    if dies == "the command":
+        assert (failed.reason, failed.exit_code, finish(process).returncode) == ("killed by signal 9", 137, 137)
+    else:
+        assert re.fullmatch(lost(process), failed.reason)
+    assert dies != "the run" or alive(pid)  # and does not hold the unit
     end_of(pids=[pid])
-
-
-def test_a_command_that_is_killed_fails_its_unit(agent: World) -> None:
-    process, pid = held(agent, "a")
-    os.kill(pid, signal.SIGKILL)
-    assert finish(process).returncode == 137
-    failed = agent.client.status("a")
-    assert (failed.status, failed.reason, failed.exit_code) == ("failed", "killed by signal 9", 137)
-
-
-def test_a_run_and_its_command_killed_at_once_fail_the_unit(agent: World) -> None:
-    process, pid = held(agent, "a")
-    process.send_signal(signal.SIGSTOP)  # so that it cannot report its command's end
-    end_of(process, pids=[pid])
-    until(lambda: agent.status("a") == "failed")
-    assert re.fullmatch(lost(process), agent.client.status("a").reason)
 
 
 def test_a_run_that_is_killed_while_it_waits_leaves_nobody_hanging(agent: World) -> None:
@@ -4212,14 +4511,6 @@ def test_a_command_that_leaves_a_child_behind_is_done_when_it_ends_itself(agent:
     assert agent.client.status("a").reason == "exit code 3"
     with open(read, encoding="ascii") as pipe:
         os.kill(int(pipe.readline()), signal.SIGKILL)
-
-
-def test_a_child_left_behind_does_not_hold_the_unit_of_a_killed_run(agent: World) -> None:
-    process, pid = held(agent, "a")
-    process.kill()
-    until(lambda: agent.status("a") == "failed")
-    assert alive(pid)
-    end_of(pids=[pid])
 
 
 def test_a_command_that_closes_its_standard_streams_is_served_to_its_end(agent: World) -> None:
@@ -4278,17 +4569,11 @@ def test_a_script_that_owns_its_unit_and_dies_fails_it(agent: World, shell: str)
     assert re.search(lost(process, f"{shell} .*"), done.stderr)
 
 
-def test_a_script_that_ends_without_completing_fails_its_unit(agent: World) -> None:
-    done = agent.shell("coder start a --pid $$; exit 0")
-    assert done.returncode == 0
-    until(lambda: agent.status("a") == "failed")
-    assert "ended without completing" in agent.client.status("a").reason
-
-
-def test_a_script_that_completes_and_ends_has_completed(agent: World) -> None:
+def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: World) -> None:
     agent.shell("coder start a --pid $$ && coder complete a")
-    agent.shell("coder start b --pid $$")
+    assert agent.shell("coder start b --pid $$; exit 0").returncode == 0
     until(lambda: agent.status("b") == "failed")  # by then the end of the first was seen as well
+    assert "ended without completing" in agent.client.status("b").reason
     assert agent.status("a") == "completed"
 
 
@@ -4306,20 +4591,13 @@ def test_an_owner_that_dies_while_its_start_waits_is_told_and_not_started(agent:
     assert "started" not in kinds_of(agent, "a")
 
 
-def test_a_pid_that_is_not_alive_is_refused(agent: World) -> None:
+@pytest.mark.parametrize("zombie", [False, pytest.param(True, marks=LINUX)])
+def test_a_pid_that_is_not_alive_is_refused(agent: World, zombie: bool) -> None:
     gone = agent.spawn(["true"])
-    finish(gone)
+    until(lambda: os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)) if zombie else finish(gone)
     with pytest.raises(coder_sync.Refused, match=f"process {gone.pid} is not alive in the agent's process namespace"):
         agent.client.start("a", pid=gone.pid)
     assert agent.status("a") == "not registered"
-
-
-@LINUX
-def test_a_zombie_is_not_alive(agent: World) -> None:
-    zombie = agent.spawn(["true"])
-    until(lambda: os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT))
-    with pytest.raises(coder_sync.Refused, match="is not alive"):
-        agent.client.start("a", pid=zombie.pid)
 
 
 def test_without_pidfd_an_owner_that_dies_is_noticed_too(world: World) -> None:
@@ -4348,21 +4626,16 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     assert finish(late).returncode == 4
     world.client.complete("b")
     assert finish(waiting).returncode == 0
-    assert [(u.unit_name, u.status) for u in world.client.list()] == [
-        ("a", "completed"),
-        ("b", "completed"),
-        ("behind", "started"),
-        ("dying", "failed"),
-        ("late", "skipped"),
-    ]
+    units = {u.unit_name: u.status for u in world.client.list()}
+    found = [units.pop(name) for name in ("a", "b", "behind", "dying", "late")]
+    assert (found, units) == (["completed", "completed", "started", "failed", "skipped"], {})
 
 
-@pytest.mark.parametrize(("end", "status"), [("exit 0", "completed"), ("exit 7", "failed"), ("no-such", "failed")])
-def test_an_exit_trap_reports_how_a_script_ended(agent: World, end: str, status: str) -> None:
+@pytest.mark.parametrize(("end", "reason"), [("exit 0", ""), ("exit 7", "exit code 7"), ("no-such", "exit code 127")])
+def test_an_exit_trap_reports_how_a_script_ended(agent: World, end: str, reason: str) -> None:
     agent.shell(f"set -e; trap 'coder complete a --exit-code $?' EXIT; coder start a; {end}")
     found = agent.client.status("a")
-    assert found.status == status
-    assert found.reason == {"exit 0": "", "exit 7": "exit code 7", "no-such": "exit code 127"}[end]
+    assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
 def test_a_unit_that_was_skipped_is_revived_when_its_dependency_is_started_again(agent: World) -> None:
