@@ -265,7 +265,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
-MAX_ENVIRONMENT = 100_000  # characters that a unit starts with; the system has a limit too
+MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
 @dataclass
@@ -600,13 +600,13 @@ class Units:
             unit = claim.unit
             reason = f"lost: {self._who(claim.owner) or 'the process that held it'} ended without completing"
             if claim in unit.line:
-                missing = self._waits_for(unit, registered=False)
+                missing, late = self._waits_for(unit, registered=False), self._timed_out(unit)
                 del unit.line[claim]
                 self.waits -= 1
                 reason = f"lost: {self._who(claim.owner) or 'its start'} waited for {', '.join(missing)}, and {why}"
                 if error is TimedOut:
                     reason = f"timed out waiting for {', '.join(missing)}"
-                    self._answers.append((claim, self._timed_out(unit)))
+                    self._answers.append((claim, late))
                 elif error:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
                 self._record(unit, "gave up", f"{why}; still missing: {', '.join(missing)}")
@@ -614,18 +614,24 @@ class Units:
                 unit.holder = None
             else:
                 continue
+            if unit.boot is claim:
+                unit.boot = None
             ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
         changed = []
         for unit, (reason, held) in ended.items():
             if not unit.name:
                 self._unlink(unit)
-            elif held and not unit.line and unit.status in (PENDING, STARTED):
+            elif unit.holder or unit.status in ENDED:
+                continue  # another has it
+            elif held and not unit.line:
                 self._set(unit, FAILED, one_line(reason))
                 changed.append(unit)
             elif unit.status == STARTED:
                 self._set(unit, PENDING, "the client that asked for its start was gone")
                 changed.append(unit)
-        self._propagate(changed + [unit for unit in ended if unit.line and self._settle(unit)])
+            elif unit.line:
+                changed.append(unit)
+        self._propagate(changed + [unit for unit in changed if unit.status == PENDING and self._settle(unit)])
 
     def end_late(self, claims: Iterable[Claim]) -> None:
         """End those claims whose time is up."""
@@ -637,6 +643,9 @@ class Units:
 
         Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
         """
+        left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
+        if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
+            raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
         unit = self._end(name, COMPLETED, "", 0, by)
         if env:
             unit.environment, self.left_environment = env, True
@@ -751,8 +760,6 @@ class Units:
         merged: dict[str, str] = {}
         for other in self._before(unit) if unit and self.left_environment else ():
             merged.update(other.environment)
-        if sum(len(k) + len(v) for k, v in merged.items()) > MAX_ENVIRONMENT:
-            raise Refused(f'unit "{name}": its dependencies left an environment of over {MAX_ENVIRONMENT} characters')
         return merged
 
     def names(self) -> list[str]:
@@ -777,6 +784,8 @@ class Units:
         not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
         the dependency that just changed, if only that can have made a difference.
         """
+        if unit.status == STARTED:  # those in line stand there until the answer to the one before has arrived
+            return False
         if unit.unmet == 0:
             return bool(unit.line) and self._grant(unit, because)
         unit.ready = -1.0
@@ -796,8 +805,6 @@ class Units:
 
     def _grant(self, unit: Unit, because: Unit | None) -> bool:
         """Start a unit whose dependencies are met, unless a lock has no place."""
-        if unit.status == STARTED:  # the answer to the claim that was granted is on its way
-            return False
         if unit.ready < 0:
             unit.ready = self.clock()
             unit.released_by = because.name if because else unit.released_by
@@ -810,6 +817,7 @@ class Units:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         del unit.line[claim]
+        claim.deadline = float("inf")
         self.waits -= 1
         if not unit.name:
             self._answers.append((claim, {}))
@@ -817,7 +825,8 @@ class Units:
             return True
         unit.locks, unit.holder, unit.owner, unit.refused = claim.locks, claim, claim.owner, []
         if not claim.boot:
-            self._answers.append((claim, {"dependencies": [d.name for d in unit.wants]}))
+            names = [d.name for d in unit.wants]
+            self._answers.append((claim, {"dependencies": names, "env": self.environment(unit.name)}))
         self._set(unit, STARTED)
         return True
 
@@ -848,13 +857,8 @@ class Units:
 
         todo = deque(changed)
         while todo or self._freed:
-            if todo:
-                unit = todo.popleft()
-                for dependent in list(unit.wanted_by):
-                    if (dependent.line or dependent.status == PENDING) and self._settle(dependent, unit):
-                        todo.append(dependent)
             freed, self._freed = self._freed, []
-            for lock in freed:
+            for lock in freed:  # before the dependents, who have just become ready
                 for waiting in list(lock.line):
                     if len(lock.taken) >= lock.limit:
                         break
@@ -862,6 +866,11 @@ class Units:
                         del lock.line[waiting]
                     elif self._settle(waiting):
                         todo.append(waiting)
+            if todo:
+                unit = todo.popleft()
+                for dependent in list(unit.wanted_by):
+                    if (dependent.line or dependent.status == PENDING) and self._settle(dependent, unit):
+                        todo.append(dependent)
 
     def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
@@ -883,7 +892,8 @@ class Units:
         for dependent, requirement in unit.wanted_by.items():
             dependent.unmet += (old in MEETS[requirement]) - (status in MEETS[requirement])
         if boot and status != PENDING:
-            self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason}))
+            env = self.environment(unit.name) if status == STARTED else {}
+            self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
 
     def _end(self, name: str, status: str, reason: str, exit_code: int | None, by: Owner | None) -> Unit:
@@ -2759,8 +2769,8 @@ def whose(path: str) -> str:
     return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
 
 
-def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False) -> Any:
-    """Return a socket that listens at `path`, and was never open to more than `mode`. Raises Refused.
+def bind(path: str, replace: bool = False) -> Any:
+    """Return a socket bound to `path`, its owner's alone from its first moment. Raises Refused.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
@@ -2768,50 +2778,39 @@ def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False)
     import stat
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    bound = False
     try:
         if os.path.lexists(path):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise Refused(f"{path} exists and is not a socket; remove it or choose another --socket-path")
-            if not replace and has_listener(path):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
+            if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
                 raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
+            if answer != errno.ECONNREFUSED:
+                raise OSError(answer, os.strerror(answer))
             os.unlink(path)
         before = os.umask(0o177)
         try:
             sock.bind(path)
-            bound = True
         finally:
             os.umask(before)
-        if group != -1:
-            try:
-                os.chown(path, -1, group)
-            except PermissionError:
-                raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        if mode != 0o600:
-            os.chmod(path, mode)
-        sock.listen(4096)
         return sock
-    except (OSError, Refused) as error:
-        sock.close()
-        if bound:
-            remove(path)
-        if isinstance(error, Refused):
-            raise
+    except OSError as error:
         why = error.strerror or str(error)
         raise Refused(f"cannot listen at {path}: {why}; choose another --socket-path") from None
 
 
-def has_listener(path: str) -> bool:
-    """Whether somebody listens on a socket. Raises OSError if that cannot be told."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-            return True
-        except ConnectionRefusedError:
-            return False
+def share(path: str, mode: int, group: int) -> None:
+    """Give a socket its permissions and, unless it is -1, its group. Raises Refused."""
+    try:
+        if group != -1:
+            os.chown(path, -1, group)
+        os.chmod(path, mode)
+    except PermissionError:
+        raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
+    except OSError as error:
+        raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2924,11 +2923,15 @@ def serve(
             if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
                 raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
             make_directories(path)
+            if replace:
+                replace(path)
             lock = lock_path(path, replace)
             at_end.callback(os.close, lock)
             at_end.callback(remove, path + ".lock", os.fstat(lock))
-            sock = listen(path, mode, group, replace is not None)
+            sock = bind(path, replace is not None)
             at_end.callback(remove, path, os.lstat(path))
+            share(path, mode, group)
+            sock.listen(4096)
         at_end.callback(sock.close)
         try:
             log = Log(level if log_file or not background else -1, log_file)
