@@ -4760,7 +4760,7 @@ class Boot:
         job.running, job.code = False, code
         job.stop_at = job.ready_by = NEVER
         if alive_groups([job.pid]):
-            self.look_at = min(self.look_at, time.monotonic() + LOOK_EVERY)
+            self.look_at = 0.0
         else:
             del self.groups[job.pid]
         self.output(job, last=True)
@@ -5080,7 +5080,9 @@ class Boot:
                 text += f"not started: {job.script.unit}: {job.reason}\n"
         going_on = [job.script.unit for job in self.groups.values()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
-        lines = wrap(summary(graph), self.out.columns) if graph.nodes else []
+        lines = [summary(graph)] if graph.nodes else []
+        if os.isatty(2):
+            lines = [part for line in lines for part in wrap(line, self.out.columns)]
         return text + "".join(line + "\n" for line in lines)
 
     def remove_directory(self) -> None:
