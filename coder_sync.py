@@ -57,6 +57,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import ExitStack
     from dataclasses import dataclass
     from typing import Any, NoReturn
 else:
@@ -1438,9 +1439,8 @@ class Log:
     def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
 
-        self.level, self.path, self.fd = level, os.path.realpath(path) if path else "", 2
-        if path:
-            self.fd = self._open(self.path)
+        self.level, self.path = level, path
+        self.fd = self._open(path) if path else 2
         self.lost = 0
         self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
         self._thread: Any = None
@@ -1511,12 +1511,12 @@ class Log:
         found = os.fstat(self.fd)
         if found.st_size <= MAX_LOG or not stat.S_ISREG(found.st_mode):  # what is no file has no end, and no successor
             return
-        new = -1
+        path, new = os.path.realpath(self.path), -1
         try:
-            remove(self.path + ".new")
-            new = self._open(self.path + ".new", os.O_EXCL)
-            os.replace(self.path, self.path + ".1")
-            os.replace(self.path + ".new", self.path)
+            remove(path + ".new")
+            new = self._open(path + ".new", os.O_EXCL)
+            os.replace(path, path + ".1")
+            os.replace(path + ".new", path)
             os.dup2(new, self.fd, inheritable=False)
         except OSError:
             pass
@@ -2098,6 +2098,25 @@ def share(path: str, mode: int, group: int) -> None:
         raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
 
 
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None
+) -> tuple[Any, int]:
+    """Return a socket that listens at `path`, and the descriptor of its lock; at the end both files are removed."""
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    make_directories(path)
+    if replace:
+        replace(path)
+    lock = claim(path, replace)
+    at_end.callback(os.close, lock)
+    at_end.callback(remove, path + ".lock", os.fstat(lock))
+    sock = bind(path, replace is not None)
+    at_end.callback(remove, path, os.lstat(path))
+    share(path, mode, group)
+    sock.listen(4096)
+    return sock, lock
+
+
 def remove(path: str, only: os.stat_result | None = None) -> None:
     """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
     try:
@@ -2201,22 +2220,10 @@ def serve(
         sock = inherited_socket()
         if background:
             close_others([sock.fileno()] if sock else [])
-        if sock:
-            path, lock = sock.getsockname(), -1
-        else:
-            path = os.path.abspath(path)
-            if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-                raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-            make_directories(path)
-            if replace:
-                replace(path)
-            lock = claim(path, replace)
-            at_end.callback(os.close, lock)
-            at_end.callback(remove, path + ".lock", os.fstat(lock))
-            sock = bind(path, replace is not None)
-            at_end.callback(remove, path, os.lstat(path))
-            share(path, mode, group)
-            sock.listen(4096)
+        lock = -1
+        if sock is None:
+            sock, lock = listen(at_end, os.path.abspath(path), mode, group, replace)
+        path = sock.getsockname()
         at_end.callback(sock.close)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -2232,6 +2239,8 @@ def serve(
                 os.pwrite(file, b"%d\n" % os.getpid(), 0)
 
         signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
+        if body:  # which may end in a command that takes our place
+            at_end.callback(signals.give_back)
         threading.stack_size(STACK)
         log.start()
         at_end.callback(log.close)

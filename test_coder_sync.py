@@ -2972,7 +2972,7 @@ NAMESPACES = pytest.mark.skipif(not can_unshare("-m", "-fp", "--mount-proc"), re
 # -- the log ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["--quiet", "", "--verbose"])
+@pytest.mark.parametrize("option", ["--quiet", "", "--verbose", "--log-file=/dev/stderr"])
 def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, option: str) -> None:
     agent = world.serve(*filter(None, [option]), stderr=subprocess.PIPE)
     world.client.start("a", want=[])
