@@ -1431,7 +1431,7 @@ class Ticket:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own, so that nobody waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
     """
@@ -1501,7 +1501,7 @@ class Log:
 
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
-        # O_NONBLOCK: a pipe that nobody reads is an error, and no wait
+        # O_NONBLOCK: a pipe without a reader is an error, and no wait
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
 
     def _rotate(self) -> None:
@@ -2004,8 +2004,8 @@ def make_directories(path: str) -> None:
 def claim(path: str, replace: Callable[[str], None] | None = None) -> int:
     """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is told to end, and in the end
-    loses the file. The file is removed by its holder, so the one that was locked may not be the one that is there
+    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
+    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
     now; then it begins again.
     """
     import fcntl
@@ -2014,7 +2014,7 @@ def claim(path: str, replace: Callable[[str], None] | None = None) -> int:
     lock = path + ".lock"
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
-        try:  # O_NONBLOCK: somebody may have put a pipe there
+        try:  # O_NONBLOCK: another user may have put a pipe there
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Refused(f"cannot open {lock}{whose(lock)}: {error.strerror}; choose another --socket-path") from None
@@ -2147,7 +2147,7 @@ def inherited_socket() -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). Nobody there is no error."""
+    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
     import socket
 
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -4445,7 +4445,7 @@ COMMANDS = {
             Option(("-v", "--verbose"), None, False, "log every request"),
             Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
             Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
-            Option(("--replace",), None, False, "take the place of an agent that serves there: it is told to end"),
+            Option(("--replace",), None, False, "end an agent that serves there, and take its place"),
             Option(("--pid-file",), str, "", "write the process id there", "FILE"),
             Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
             Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),
