@@ -57,6 +57,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import ExitStack
     from dataclasses import dataclass
     from typing import Any, Literal, NoReturn
 
@@ -1710,7 +1711,7 @@ def resembling(name: str, names: Iterable[str]) -> str:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own, so that nobody waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
     """
@@ -1718,9 +1719,8 @@ class Log:
     def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
 
-        self.level, self.path, self.fd = level, os.path.realpath(path) if path else "", 2
-        if path:
-            self.fd = self._open(self.path)
+        self.level, self.path = level, path
+        self.fd = self._open(path) if path else 2
         self.lost = 0
         self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
         self._thread: Any = None
@@ -1781,7 +1781,7 @@ class Log:
 
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
-        # O_NONBLOCK: a pipe that nobody reads is an error, and no wait
+        # O_NONBLOCK: a pipe without a reader is an error, and no wait
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
 
     def _rotate(self) -> None:
@@ -1791,12 +1791,12 @@ class Log:
         found = os.fstat(self.fd)
         if found.st_size <= MAX_LOG or not stat.S_ISREG(found.st_mode):  # what is no file has no end, and no successor
             return
-        new = -1
+        path, new = os.path.realpath(self.path), -1
         try:
-            remove(self.path + ".new")
-            new = self._open(self.path + ".new", os.O_EXCL)
-            os.replace(self.path, self.path + ".1")
-            os.replace(self.path + ".new", self.path)
+            remove(path + ".new")
+            new = self._open(path + ".new", os.O_EXCL)
+            os.replace(path, path + ".1")
+            os.replace(path + ".new", path)
             os.dup2(new, self.fd, inheritable=False)
         except OSError:
             pass
@@ -2464,8 +2464,8 @@ def make_directories(path: str) -> None:
 def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
     """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is told to end, and in the end
-    loses the file. The file is removed by its holder, so the one that was locked may not be the one that is there
+    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
+    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
     now; then it begins again.
     """
     import fcntl
@@ -2474,7 +2474,7 @@ def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
     lock = path + ".lock"
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
-        try:  # O_NONBLOCK: somebody may have put a pipe there
+        try:  # O_NONBLOCK: another user may have put a pipe there
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Refused(f"cannot open {lock}{whose(lock)}: {error.strerror}; choose another --socket-path") from None
@@ -2558,6 +2558,25 @@ def share(path: str, mode: int, group: int) -> None:
         raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
 
 
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None
+) -> tuple[Any, int]:
+    """Return a socket that listens at `path`, and the descriptor of its lock; at the end both files are removed."""
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    make_directories(path)
+    if replace:
+        replace(path)
+    lock = lock_path(path, replace)
+    at_end.callback(os.close, lock)
+    at_end.callback(remove, path + ".lock", os.fstat(lock))
+    sock = bind(path, replace is not None)
+    at_end.callback(remove, path, os.lstat(path))
+    share(path, mode, group)
+    sock.listen(4096)
+    return sock, lock
+
+
 def remove(path: str, only: os.stat_result | None = None) -> None:
     """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
     try:
@@ -2588,7 +2607,7 @@ def inherited_socket() -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). Nobody there is no error."""
+    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
     import socket
 
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -2661,22 +2680,10 @@ def serve(
         sock = inherited_socket()
         if background:
             close_others([sock.fileno()] if sock else [])
-        if sock:
-            path, lock = sock.getsockname(), -1
-        else:
-            path = os.path.abspath(path)
-            if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-                raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-            make_directories(path)
-            if replace:
-                replace(path)
-            lock = lock_path(path, replace)
-            at_end.callback(os.close, lock)
-            at_end.callback(remove, path + ".lock", os.fstat(lock))
-            sock = bind(path, replace is not None)
-            at_end.callback(remove, path, os.lstat(path))
-            share(path, mode, group)
-            sock.listen(4096)
+        lock = -1
+        if sock is None:
+            sock, lock = listen(at_end, os.path.abspath(path), mode, group, replace)
+        path = sock.getsockname()
         at_end.callback(sock.close)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -2692,6 +2699,8 @@ def serve(
                 os.pwrite(file, b"%d\n" % os.getpid(), 0)
 
         signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
+        if body:  # which may end in a command that takes our place
+            at_end.callback(signals.give_back)
         threading.stack_size(STACK)
         log.start()
         at_end.callback(log.close)
@@ -4967,7 +4976,7 @@ COMMANDS = {
             Option(("-v", "--verbose"), None, False, "log every request"),
             Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
             Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
-            Option(("--replace",), None, False, "take the place of an agent that serves there: it is told to end"),
+            Option(("--replace",), None, False, "end an agent that serves there, and take its place"),
             Option(("--pid-file",), str, "", "write the process id there", "FILE"),
             Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
             Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),

@@ -94,11 +94,6 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 def until(condition: Callable[[], Any], what: str = "") -> Any:
     """Return the first true result of a question about another process; fail after PATIENCE."""
     deadline = time.monotonic() + PATIENCE
@@ -366,6 +361,11 @@ def rules() -> Rules:
 @pytest.fixture
 def units(rules: Rules) -> Units:
     return rules.units
+
+
+@pytest.fixture
+def clock(rules: Rules) -> Clock:
+    return rules.clock
 
 
 def statuses(units: Units) -> dict[str, str]:
@@ -2279,6 +2279,19 @@ def alive(pid: int) -> bool:
     return bool(coder_sync.birth(pid))
 
 
+def process_state(pid: int) -> str:
+    """The letter of ps(1): S sleeps, T is stopped, Z is a zombie."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def serves(world: World, pid: int = 0) -> bool:
+    """Whether an agent answers, and is the one that is meant."""
+    with contextlib.suppress(coder_sync.Unreachable):
+        found = world.client.ping()["pid"]
+        return bool(found == (pid or found))
+    return False
+
+
 class Ended(BaseException):
     """What os._exit raises in `Call`."""
 
@@ -2898,7 +2911,7 @@ NAMESPACES = pytest.mark.skipif(not can_unshare("-m", "-fp", "--mount-proc"), re
 # -- the log ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["--quiet", "", "--verbose"])
+@pytest.mark.parametrize("option", ["--quiet", "", "--verbose", "--log-file=/dev/stderr"])
 def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, option: str) -> None:
     agent = world.serve(*filter(None, [option]), stderr=subprocess.PIPE)
     world.client.start("a", want=[])
@@ -2980,20 +2993,11 @@ def test_a_log_that_is_no_file_is_never_renamed(small_log: None, tmp_path: Path,
         assert b"line 59\n" in os.read(reader, 65536)
 
 
-@pytest.mark.parametrize("trouble", ["a directory", "no descriptor"])
-def test_a_log_file_that_can_have_no_successor_goes_on(
-    small_log: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
-) -> None:
-    log = coder_sync.Log(1, str(tmp_path / "log"))
-    if trouble == "a directory":
-        (tmp_path / "log.new").mkdir()
-    else:
-        monkeypatch.setattr(log, "_open", lambda *_: os.open(tmp_path / "missing" / "file", os.O_RDONLY))
-    log.start()
-    for i in range(60):
-        log.say(f"line {i}")
+def test_a_log_file_that_can_have_no_successor_goes_on(small_log: None, tmp_path: Path) -> None:
+    (tmp_path / "log.new").mkdir()
+    log = written(tmp_path / "log")
     log.close(PATIENCE)
-    assert len((tmp_path / "log").read_text().splitlines()) == 60
+    assert len((tmp_path / "log").read_text().splitlines()) == 60 and log.lost == 0
     assert os.path.samestat(os.fstat(log.fd), os.stat(tmp_path / "log"))
 
 
@@ -3015,15 +3019,11 @@ def test_the_log_outlives_any_exception_and_counts_what_it_lost(
 def test_the_log_takes_no_more_than_it_has_room_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
     log = coder_sync.Log(1, str(tmp_path / "log"))
-    for i in range(5):
-        log.say(str(i))
+    for text in "abcde":
+        log.say(text)
     log.start()
     log.close(PATIENCE)
-    assert [line.split(" ", 2)[2] for line in (tmp_path / "log").read_text().splitlines()] == [
-        "(2 lines lost here) 0",
-        "1",
-        "2",
-    ]
+    assert re.sub(STAMP, "", (tmp_path / "log").read_text()) == "(2 lines lost here) a\nb\nc\n"
 
 
 # -- the background -------------------------------------------------------------------------------------------
@@ -3097,6 +3097,7 @@ def test_a_hangup_ends_an_agent_unless_it_was_started_to_ignore_it(world: World)
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 NO_SOCKET = r"{0}/agent.sock exists and is not a socket; .*"
+OPEN = "cannot open {0}/agent.sock.lock: "
 NO_LOCK = r"{0}/agent.sock.lock is not a regular file; .*"
 REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a file": (lambda d: (d / "agent.sock").write_text("precious"), [], NO_SOCKET),
@@ -3105,12 +3106,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a dangling link": (lambda d: (d / "agent.sock").symlink_to("elsewhere"), [], NO_SOCKET),
     "a file, to be replaced": (lambda d: (d / "agent.sock").write_text("precious"), ["--replace"], NO_SOCKET),
     "a pipe for a lock": (lambda d: os.mkfifo(d / "agent.sock.lock"), [], NO_LOCK),
-    "a link for a lock": (
-        lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"),
-        [],
-        "cannot open {0}/agent.sock.lock: Too many levels of symbolic links; .*",
-    ),
-    "a directory for a lock": (lambda d: (d / "agent.sock.lock").mkdir(), [], "cannot open {0}/agent.sock.lock: .*"),
+    "a link for a lock": (lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"), [], OPEN + "Too many .*"),
+    "a directory for a lock": (lambda d: (d / "agent.sock.lock").mkdir(), [], OPEN + "Is a directory; .*"),
     "too long": (lambda d: None, ["--socket-path", "x" * 120], ".*/x+: too long for a socket path; .*"),
     "a file for a directory": (
         lambda d: (d / "file").write_text(""),
@@ -3240,13 +3237,6 @@ def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: Worl
 
 
 # -- one agent after another ------------------------------------------------------------------------------------
-
-
-def serves(world: World, pid: int) -> bool:
-    try:
-        return bool(world.client.ping()["pid"] == pid)
-    except coder_sync.Unreachable:
-        return False
 
 
 def test_a_second_agent_is_refused_and_says_who_has_the_socket(world: World) -> None:
@@ -3538,7 +3528,7 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
     process, pid = held(world, "a")
     agent.send_signal(signal.SIGSTOP)
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not alive(pid) and sleeps(process.pid))
+    until(lambda: not alive(pid) and process_state(process.pid) == "S")
     process.send_signal(number)
     assert process.wait(5) == (-number if number == signal.SIGHUP else 128 + number)
 
@@ -3554,11 +3544,6 @@ def children_of(pid: int) -> dict[int, str]:
     return found
 
 
-def sleeps(pid: int) -> bool:
-    """Whether a process waits for something."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
-
-
 @NAMESPACES
 @pytest.mark.parametrize("what", ["serve", "serve --", "run a --"])
 def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world: World, what: str) -> None:
@@ -3569,7 +3554,7 @@ def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world
         words[1] = f"one-{next(COUNT)}"
     argv = ["unshare", "-fp", "--mount-proc", sys.executable, "-IS", str(FILE), *words]
     outside = world.spawn(argv)
-    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if what != "serve" or serves_at(world.path)])
+    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if what != "serve" or serves(world)])
     if what == "serve":
         enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", orphans]
         assert finish(world.spawn(enter)).returncode == 0
@@ -3581,39 +3566,27 @@ def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world
     assert finish(outside).returncode == (0 if what == "serve" else 143)
 
 
-def serves_at(path: str) -> bool:
-    with contextlib.suppress(coder_sync.SyncError):
-        return bool(Client(path, 0).ping())
-    return False
-
-
-def test_signals_that_come_while_they_are_given_back_are_not_lost(world: World) -> None:
+@pytest.mark.parametrize("blocked", [False, True], ids=["", "blocked before"])
+def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, blocked: bool) -> None:
     code = """import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import coder_sync
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-signals = coder_sync.Signals()
-os.kill(os.getpid(), signal.SIGUSR1)
-signals.give_back()
-print("blocked by somebody else:", [s.name for s in signal.sigpending()], flush=True)
-signal.pthread_sigmask(signal.SIG_SETMASK, [])
-"""
-    done = finish(world.spawn([*PYTHON, code, str(HERE)]))
-    assert done.stdout == "blocked by somebody else: ['SIGUSR1']\n" and done.returncode == -signal.SIGUSR1
-    code = """import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import coder_sync
+signal.pthread_sigmask(signal.SIG_BLOCK, [int(n) for n in sys.argv[2:]])
 signals = coder_sync.Signals()
 os.kill(os.getpid(), signal.SIGTERM)
 try:
     signals.give_back()
-except SystemExit as end:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    print(end.code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, mask, flush=True)
+    end = None
+except SystemExit as error:
+    end = error.code
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+print(end, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
 """
-    done = finish(world.spawn([*PYTHON, code, str(HERE)]))
-    assert (done.stdout, done.returncode) == ("143 True set()\n", -signal.SIGTERM)
+    done = finish(world.spawn([*PYTHON, code, str(HERE), *(["15"] if blocked else [])]))
+    assert done.stdout == ("None True [15]\n" if blocked else "143 True []\n")
+    assert done.returncode == -signal.SIGTERM
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -4542,7 +4515,7 @@ os.waitpid(job, 0)"""  # what a shell with job control does; a group without a p
     run, pid = sorted(int(line_of(shell.stdout)) for _ in range(2))
     os.killpg(run, signal.SIGTSTP)
     for one in (run, pid):
-        until(lambda one=one: Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] == "T", "stopped")
+        until(lambda one=one: process_state(one) == "T", "stopped")
     assert agent.status("a") == "started"
     os.killpg(run, signal.SIGCONT)
     os.kill(pid, signal.SIGTERM)
