@@ -4688,8 +4688,9 @@ def cmd_start(args: Args) -> int:
     refuse_lonely_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
-    started = client_of(args).start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait)
-    say(f"{args.unit}: {report.started(started)}", quiet=args.quiet)
+    with Start(client_of(args), args.unit, args.want, args.requires, args.timeout, (), on_wait, args.pid) as start:
+        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+        start.confirm()  # the last step: if we are killed before, the next in line has the unit
     return 0
 
 
