@@ -1632,9 +1632,9 @@ def test_what_is_encoded_is_decoded_and_both_codecs_write_the_same(
     assert coder_sync.decode(line) == {"jsonrpc": "2.0", **message} == json.loads(line)
 
 
-@pytest.mark.parametrize("line", [b'{"a":[1]}', b' {"a" : [1]}\r\n', b'\t{"a":[1]}  ', b'{"a":[0],"a":[1]}'])
-def test_space_around_a_value_is_fine(codec: str, line: bytes) -> None:
-    assert coder_sync.decode(line) == {"a": [1]}
+def test_space_around_a_value_is_fine(codec: str) -> None:
+    for line in (b'{"a":[1]}', b' {"a" : [1]}\r\n', b'\t{"a":[1]}  ', b'{"a":[0],"a":[1]}'):
+        assert coder_sync.decode(line) == {"a": [1]}
 
 
 GARBAGE = {
@@ -2432,7 +2432,8 @@ NO_REQUESTS = [
 def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: World, line: bytes) -> None:
     peer = shared.connect()
     peer.send(line + b"\n")
-    assert peer.read()["error"]["code"] == -32600
+    error = peer.read()["error"]
+    assert (error["code"], "batches" in error["message"]) == (-32600, line.startswith(b"["))
     assert peer.call("ping", "again")["id"] == "again"
     assert shared.status("never") == "not registered"
 
@@ -2479,12 +2480,11 @@ def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: Wo
     served(shared)
 
 
-@pytest.mark.parametrize("requires", ["", "Success", "ended", "completed"])
-def test_an_unknown_requirement_is_refused_by_the_agent(shared: World, requires: str) -> None:
-    for method, names in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]})):
-        more = {} if method == "wait" else {"dependencies": ["x"]}
-        answer = shared.connect().call(method, requires=requires, **names, **more)
-        assert "no such requirement" in answer["error"]["message"]
+def test_an_unknown_requirement_is_refused_by_the_agent(shared: World) -> None:
+    for requires in ("", "Success", "ended", "completed"):
+        for method, params in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]})):
+            answer = shared.connect().call(method, requires=requires, **params)
+            assert "no such requirement" in answer["error"]["message"]
     assert shared.status("odd") == "not registered"
 
 
@@ -2544,17 +2544,13 @@ def test_a_line_of_10_MB_is_refused_before_it_is_read(shared: World, end: bytes)
     served(shared)
 
 
-def test_a_request_in_single_bytes_is_put_together(shared: World) -> None:
+def test_requests_in_single_bytes_and_many_at_once_are_all_answered(shared: World) -> None:
+    line = b'{"jsonrpc":"2.0","id":%d,"method":"status","params":{"unit":"x"}}'
     peer = shared.connect()
-    for byte in b'{"jsonrpc":"2.0","id":"slow","method":"ping"}\n':
+    for byte in line % 7 + b"\n":
         peer.send(bytes([byte]))
-    assert peer.read()["id"] == "slow"
-
-
-def test_many_requests_at_once_are_all_answered(shared: World) -> None:
-    peer = shared.connect()
-    line = b'{"jsonrpc":"2.0","id":%d,"method":"status","params":{"unit":"x"}}\n'
-    peer.send(b"\r\n\n".join(line % i for i in range(300)))
+    assert peer.read()["id"] == 7
+    peer.send(b"\r\n\n".join(line % i for i in range(300)) + b"\n")
     assert [peer.read()["id"] for _ in range(300)] == list(range(300))
 
 
@@ -2705,7 +2701,7 @@ def test_a_client_gone_before_its_start_is_read_leaves_the_unit_to_others(world:
     peer.request("start", unit="a", hold=hold)
     peer.close()
     agent.send_signal(signal.SIGCONT)
-    until(lambda: kinds_of(world, "a")[-1:] in ([["pending"], ["failed"]] if hold else [["pending"]]))
+    until(lambda: (kinds_of(world, "a") or [""])[-1] in ("pending", "failed" if hold else "pending"))
     assert world.client.start("a").dependencies == []
 
 
@@ -2785,7 +2781,14 @@ def test_an_agent_that_starts_with_few_descriptors_refuses_what_it_has_no_room_f
     assert "result" in peers[0].call("start", unit="a")
     for peer in peers:
         peer.close()
-    world.client.ping(wait=PATIENCE)
+
+    def admitted() -> bool:  # the agent may not have seen yet that all have gone
+        peers = [world.connect() for _ in range(5)]
+        with contextlib.suppress(OSError):
+            return all("result" in (peer.call("ping") or {}) for peer in peers)
+        return False
+
+    until(admitted)
     served(world)
 
 
@@ -3792,18 +3795,17 @@ def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> Non
 SLEEPLESS = "import time\ndef fail(*_): raise SystemExit(99)\ntime.sleep = fail"
 
 
-@pytest.mark.parametrize("words", ["ping", "status a", "list"])
-def test_questions_try_once(world: World, words: str) -> None:
-    assert finish(world.spawn(altered(SLEEPLESS, *words.split()))).returncode == 3
+QUESTIONS = ["ping", "status a", "list"]
 
 
-@pytest.mark.parametrize("words", ["want a b", "start a", "complete a", "fail a", "wait a"])
-def test_what_coordinates_tries_again_unless_it_should_not(world: World, words: str) -> None:
+@pytest.mark.parametrize("words", [*QUESTIONS, "want a b", "start a", "complete a", "fail a", "wait a"])
+def test_questions_try_once_and_what_coordinates_again_unless_it_should_not(world: World, words: str) -> None:
     def status(*more: str, **env: str) -> int:
         return finish(world.spawn(altered(SLEEPLESS, *words.split(), *more), env={**world.env, **env})).returncode
 
-    assert status() == 99
-    assert status("--connect-timeout", "0") == status(CODER_SYNC_CONNECT_TIMEOUT="0") == 3
+    assert status() == (3 if words in QUESTIONS else 99)
+    if words not in QUESTIONS:
+        assert status("--connect-timeout", "0") == status(CODER_SYNC_CONNECT_TIMEOUT="0") == 3
 
 
 BOOTING = """import time
@@ -3930,27 +3932,21 @@ def test_an_agent_that_takes_no_connections(call: Call, world: World) -> None:
         assert "does not take connections; is it stopped or overloaded?" in unreachable(call, world)
 
 
-WAITING = ["start a --want b", "wait b", "run a --want b -- true"]
-
-
-@pytest.mark.parametrize("words", WAITING)
-def test_an_agent_killed_while_a_client_waits_is_3(world: World, words: str) -> None:
+@pytest.mark.parametrize("end", ["agent killed", "Ctrl-C"])
+@pytest.mark.parametrize("words", ["start a --want b", "wait b", "run a --want b -- true"])
+def test_a_client_that_waits_ends_with_its_agent_and_at_ctrl_c(world: World, words: str, end: str) -> None:
     agent = world.serve()
     process = world.popen(*words.split())
     line_of(process.stderr if "run" in words else process.stdout)
-    agent.kill()
-    done = finish(process)
-    assert done.returncode == 3
-    assert re.fullmatch("error: .*went away.*\n", done.stderr)
-
-
-@pytest.mark.parametrize("words", WAITING)
-def test_ctrl_c_while_waiting_is_130_without_a_word(agent: World, words: str) -> None:
-    process = agent.popen(*words.split())
-    line_of(process.stderr if "run" in words else process.stdout)
-    done = stopped(process, signal.SIGINT)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-    served(agent)
+    if end == "Ctrl-C":
+        done = stopped(process, signal.SIGINT)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+        served(world)
+    else:
+        agent.kill()
+        done = finish(process)
+        assert done.returncode == 3
+        assert re.fullmatch("error: .*went away.*\n", done.stderr)
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -4395,7 +4391,6 @@ def test_the_circular_script_of_the_documents_is_refused(shared: World) -> None:
     done = shared.shell("coder exp sync want unit-a unit-b\ncoder exp sync want unit-b unit-a", "bash")
     assert done.returncode == 1
     assert "cycle detected: unit-b -> unit-a -> unit-b" in done.stderr
-    assert shared.client.status("unit-b").dependencies == []
 
 
 def test_the_trap_of_the_documents_completes_a_script_that_fails(shared: World) -> None:
@@ -4410,12 +4405,9 @@ def test_the_trap_of_the_documents_leaves_a_unit_alone_that_did_not_start(mixed:
     assert mixed.status("on") == "started"
 
 
-def test_a_script_goes_on_where_there_is_no_cli(world: World) -> None:
+def test_scripts_go_on_without_the_cli_and_without_an_agent(world: World) -> None:
     done = finish(world.spawn(["/bin/sh", "-c", COMMAND_V], env={"PATH": "/nowhere", "UNIT_NAME": "a"}))
     assert (done.returncode, done.stdout) == (0, "Coder CLI not available, continuing without coordination\n")
-
-
-def test_scripts_that_must_go_on_go_on_without_an_agent(world: World) -> None:
     world.env["CODER_SYNC_CONNECT_TIMEOUT"] = "0"
     done = world.shell("set -e; coder exp sync start a > /dev/null 2>&1 || true; echo on")
     assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
@@ -4442,22 +4434,14 @@ WILD = {
 }
 
 
-@pytest.fixture(scope="module")
-def abc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """An agent with three units that have completed."""
-    with World(tmp_path_factory.mktemp("w")) as world:
-        world.serve()
-        world.end("a", "b", "c")
-        yield world
-
-
 @pytest.mark.parametrize("form", WILD)
-def test_the_forms_in_which_scripts_call_it(abc: World, form: str) -> None:
+def test_the_forms_in_which_scripts_call_it(shared: World, form: str) -> None:
     unit = f"post-codex-{next(COUNT)}"
-    done = abc.shell(WILD[form].replace("UNIT", unit), "bash")
+    shared.end("a", "b", "c")
+    done = shared.shell(WILD[form].replace("UNIT", unit), "bash")
     assert (done.returncode, done.stderr) == (0, "")
-    assert abc.status(unit) == "completed"
-    assert len(abc.client.status(unit).dependencies) == 3
+    assert shared.status(unit) == "completed"
+    assert len(shared.client.status(unit).dependencies) == 3
 
 
 @pytest.mark.parametrize("form", ["copied", "renamed", "linked", "link of a link", "relative", "space in the name"])
