@@ -2616,6 +2616,7 @@ class Startup:
         over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
         if known and not over:
             self.last = max(self.last, graph.now)
+        self.length = self.last - self.first
         self.bars = {u.unit_name: self._bar(u) for u in graph.nodes}
         self.units = sorted(  # in the order they started; those that have not, behind
             known, key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name)
@@ -2644,12 +2645,18 @@ class Startup:
             return [p for p in found[:2] if p[2] > p[1]] or found[: int(unit.waiting >= 0)]
         return [phase for phase in found if phase[2] > phase[1] or phase[0] == "running"]
 
+    def ran(self, unit: UnitStatus) -> float:
+        """How many seconds a unit ran."""
+        return self.bars[unit.unit_name].ended - unit.started if unit.started >= 0 else 0.0
+
     def took(self, unit: UnitStatus) -> str:
         """How long a unit ran, or waited if it has not started."""
         bar = self.bars[unit.unit_name]
-        if unit.started < 0 and unit.waiting < 0:
-            return "-"
-        return span(bar.ended - (bar.asked if unit.started < 0 else bar.started))
+        return (
+            "-"
+            if unit.started < 0 and unit.waiting < 0
+            else span(self.ran(unit) if unit.started >= 0 else bar.ended - bar.asked)
+        )
 
     def _critical_path(self) -> list[tuple[UnitStatus, float]]:
         """The chain of units that determined when the last one ended, each with its share in seconds.
@@ -2690,6 +2697,31 @@ class Startup:
             spare[name] = max(0.0, min(latest, default=self.last) - ended)
         return {name: 0.0 if name in self.critical else seconds for name, seconds in spare.items()}
 
+    def summary(self) -> str:
+        """The sentence people want; of a long critical path it names the longest steps."""
+        if not self.by_name:
+            return "no units yet"
+        count = {s: sum(u.status == s for u in self.by_name.values()) for s in (FAILED, SKIPPED, STARTED, PENDING)}
+        words = {STARTED: "still running", PENDING: "not started"}
+        rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
+        text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
+        if not self.path or self.length <= 0:
+            return text
+        longest = {u.unit_name for u, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
+        steps: list[str] = []
+        for u, share in self.path:
+            if u.unit_name in longest:
+                steps.append(f"{u.unit_name} {span(share)}")
+            elif steps[-1:] != ["..."]:
+                steps.append("...")
+        percent = 100 * sum(share for _, share in self.path) / self.length
+        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
+
+
+def summary(graph: Graph) -> str:
+    """How long a startup took and what it spent its time on, in a sentence."""
+    return Startup(graph).summary()
+
 
 def standing(unit: UnitStatus) -> str:
     """The status in a word for pictures, which show what is on its way."""
@@ -2700,35 +2732,9 @@ def standing(unit: UnitStatus) -> str:
     return "running" if unit.status == STARTED else unit.status
 
 
-def standing_and_reason(unit: UnitStatus) -> str:
-    """The same with the reason."""
-    return ": ".join(filter(None, (standing(unit), unit.reason or unit.exit_reason)))
-
-
-def summary(graph: Graph) -> str:
-    """The sentence people want; of a long critical path it names the longest steps."""
-    return _summary(Startup(graph))
-
-
-def _summary(startup: Startup) -> str:
-    if not startup.by_name:
-        return "no units yet"
-    length = startup.last - startup.first
-    count = {s: sum(u.status == s for u in startup.by_name.values()) for s in (FAILED, SKIPPED, STARTED, PENDING)}
-    words = {STARTED: "still running", PENDING: "not started"}
-    rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
-    text = f"{span(length)} in all" + (f" ({', '.join(rest)})" if rest else "")
-    if startup.path and length > 0:
-        longest = {u.unit_name for u, _ in sorted(startup.path, key=lambda step: -step[1])[:10]}
-        steps: list[str] = []
-        for u, share in startup.path:
-            if u.unit_name in longest:
-                steps.append(f"{u.unit_name} {span(share)}")
-            elif steps[-1:] != ["..."]:
-                steps.append("...")
-        percent = 100 * sum(share for _, share in startup.path) / length
-        text += f"; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
-    return text
+def described(unit: UnitStatus, word: str = "") -> str:
+    """The status, or another word for it, and the reason."""
+    return ": ".join(filter(None, (word or unit.status, unit.reason or unit.exit_reason)))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -2759,15 +2765,15 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     mark = {kind: both[not unicode] for kind, both in SHADES.items()}
     again, dots = ("\u2502", "\u2026") if unicode else ("|", "~")
     startup = Startup(graph)
-    said = wrap(_summary(startup), width, dots)
+    said = wrap(startup.summary(), width, dots)
     if not startup.units:
         return "\n".join(said) + "\n"
     label = {u.unit_name: u.unit_name if unicode else ascii(u.unit_name)[1:-1] for u in startup.units}
     names = min(max(map(wide, label.values())), max(8, min(width // 3, width - 32)))
-    bars, length = max(10, width - names - 22), startup.last - startup.first
-    scale = bars / length if length > 0 else 0.0
+    bars = max(10, width - names - 22)
+    scale = bars / startup.length if startup.length > 0 else 0.0
     axis = [" "] * bars
-    for tick in ticks(length, bars // 10):
+    for tick in ticks(startup.length, bars // 10):
         at, text = int(tick * scale + 1e-9), tick_text(tick)
         if at + len(text) <= bars:
             axis[at : at + len(text)] = text
@@ -2776,12 +2782,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
         return min(bars - 1, int((t - startup.first) * scale))
 
     lines = [" " * (names + 3) + "".join(axis).rstrip()]
-    meanings = {
-        again: "another try",
-        mark["locked out"]: "waits for a lock",
-        mark["running on"]: "runs on as a service",
-    }
-    explain: dict[str, str] = {}
+    drawn: set[str] = set()
     for u in startup.units:
         bar = [" "] * bars
         for kind, since, upto in sorted(startup.phases(u), key=lambda phase: list(SHADES).index(phase[0])):
@@ -2789,14 +2790,19 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
             bar[cell(since) : cell(since) + size] = mark[kind] * size
         for t in u.tries if u.started >= 0 else ():
             bar[cell(t)] = again
-        explain.update({sign: meaning for sign, meaning in meanings.items() if sign in bar})
+        drawn.update(bar)
         name, row = fit(label[u.unit_name], names, dots), "".join(bar)
         if colour:
             name = f"\033[1m{name}\033[0m" if u.unit_name in startup.critical else name
             row = f"\033[{COLOURS[u.status]}m{row}\033[0m"
         star = "*" if u.unit_name in startup.critical else " "
         lines.append(f"{star} {name} {row} {startup.took(u):>7} {standing(u)}")
-    legend = ", ".join(f"{sign} {meaning}" for sign, meaning in explain.items())
+    meanings = (
+        (again, "another try"),
+        (mark["running on"], "runs on as a service"),
+        (mark["locked out"], "waits for a lock"),
+    )
+    legend = ", ".join(f"{one} {meaning}" for one, meaning in meanings if one in drawn)
     return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
 
 
@@ -2811,9 +2817,10 @@ def blame_text(graph: Graph, width: int = 100, most: int = 25) -> str:
             met = its.started if u.wants[name] == START and startup.by_name[name].started >= 0 else its.ended
             upto = min(bar.ready, met)
             held[name] += max(0.0, upto - bar.asked) - max(0.0, min(its.started, upto) - max(its.asked, bar.asked))
-        for name in {u.released_by, *u.blocked_by.values()} & (held.keys() - u.wants.keys()):
-            held[name] += bar.started - bar.ready  # it had a lock
-    ran = {u.unit_name: startup.bars[u.unit_name].ended - u.started if u.started >= 0 else 0.0 for u in graph.nodes}
+        for name in {u.released_by, *u.blocked_by.values()} - u.wants.keys():
+            if name in held:  # it had a lock
+                held[name] += bar.started - bar.ready
+    ran = {u.unit_name: startup.ran(u) for u in graph.nodes}
     slack, text = startup.slack(), ""
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
         best = sorted((u for u in graph.nodes if by[u.unit_name] > 0), key=lambda u: -by[u.unit_name])
@@ -2825,22 +2832,21 @@ def blame_text(graph: Graph, width: int = 100, most: int = 25) -> str:
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "SLACK", "STATUS"], rows) + more + "\n"
     notes = "OTHERS WAITED adds up over all that waited, so it may exceed the whole. "
     notes += "SLACK is how much longer a unit could have taken without delaying the end."
-    return text + "\n".join([*wrap(notes, width), "", *wrap(_summary(startup), width)]) + "\n"
+    return text + "\n".join([*wrap(notes, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
     """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
     old, new = Startup(before), Startup(now)
-    ran = [{u.unit_name: s.bars[u.unit_name].ended - u.started for u in s.units if u.started >= 0} for s in (old, new)]
+    ran = [{u.unit_name: s.ran(u) for u in s.units if u.started >= 0} for s in (old, new)]
     change = {name: ran[1].get(name, 0.0) - ran[0].get(name, 0.0) for name in {**ran[1], **ran[0]}}
     rows = []
     for name in sorted(change, key=lambda name: (-abs(change[name]), name)):
         its = ["came" if name not in ran[0] else "went" if name not in ran[1] else signed(change[name])]
         rows.append([name, *(span(r[name]) if name in r else "-" for r in ran), *its])
-    wholes = [s.last - s.first for s in (old, new)]
-    more, shares = wholes[1] - wholes[0], [{u.unit_name: share for u, share in s.path} for s in (old, new)]
-    how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(wholes[0])})"
-    text = f"{span(wholes[1])} in all, {how if abs(more) >= 0.001 else 'as before'}"
+    more, shares = new.length - old.length, [{u.unit_name: share for u, share in s.path} for s in (old, new)]
+    how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
+    text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
     gains = {n: shares[1].get(n, 0.0) - shares[0].get(n, 0.0) for n in {**shares[1], **shares[0]}}
     worst = sorted((n for n in gains if abs(gains[n]) >= 0.001), key=lambda n: -abs(gains[n]))
     steps = [f"{n} {signed(gains[n])}" for n in worst[:5]]
@@ -2858,23 +2864,32 @@ def signed(seconds: float) -> str:
 
 TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
+SAVED: dict[str, Callable[[Any], Any]] = {  # what else of a unit is saved, and how it is read: it may be anything
+    "reason": one_line,
+    "released_by": lambda name: check_name(name) if name else "",
+    "wants": lambda wants: {check_name(d): REQUIREMENTS[REQUIREMENTS.index(r)] for d, r in wants.items()},
+    "exit_code": lambda code: None if code is None else int(code),
+    "is_waiting": bool,
+    "locks": lambda locks: list(map(check_name, locks)),
+    "blocked_by": lambda locks: {check_name(lock): check_name(unit) for lock, unit in locks.items()},
+    "running_on": bool,
+    "exit_reason": one_line,
+}
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
     """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
     startup = Startup(graph)
-    path = [{"unit_name": u.unit_name, "seconds": round(share, 3)} for u, share in startup.path]
+
+    def since(t: float) -> float | None:
+        return round(t - startup.first, 6) if t >= 0 else None
+
     units = []
     for u in startup.units:
-        row: dict[str, Any] = {"unit_name": u.unit_name, "status": u.status, "reason": u.reason}
-        times: dict[str, float] = {key: getattr(u, key) for key in TIMES}
-        row.update((key, round(t - startup.first, 6) if t >= 0 else None) for key, t in times.items())
-        row["tries"] = [round(t - startup.first, 6) for t in u.tries]
-        for key in ("released_by", "wants", "exit_code", "is_waiting", "locks", "blocked_by"):
-            row[key] = getattr(u, key)
-        units.append({**row, "running_on": u.running_on, "exit_reason": u.exit_reason})
-    length = round(startup.last - startup.first, 6)
-    head = {"version": TIMELINE_VERSION, "seconds": length, "summary": _summary(startup)}
+        times = {**{key: since(getattr(u, key)) for key in TIMES}, "tries": list(map(since, u.tries))}
+        units.append({"unit_name": u.unit_name, "status": u.status, **times, **{key: getattr(u, key) for key in SAVED}})
+    path = [{"unit_name": u.unit_name, "seconds": round(share, 3)} for u, share in startup.path]
+    head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
     return {**head, "critical_path": path, "units": units}
 
 
@@ -2886,33 +2901,25 @@ def timeline_graph(text: bytes, name: str) -> Graph:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        nodes = {row["unit_name"]: saved_unit(row) for row in data["units"]}
+        units = {row["unit_name"]: saved_unit(row) for row in data["units"]}
         now = saved_time(data["seconds"])
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, Refused, InvalidParams):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
-    for unit in list(nodes.values()):
-        for dependency in unit.wants:
-            nodes.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
-    return Graph(now, list(nodes.values()))
+    for dependency in [d for unit in units.values() for d in unit.wants]:
+        units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
+    return Graph(now, list(units.values()))
 
 
 def saved_unit(row: dict[str, Any]) -> UnitStatus:
     """One unit of a saved timeline, with nothing in it that a picture could stumble over. Raises as it happens."""
     unit = UnitStatus(check_name(row["unit_name"]), row["status"], False)
-    if unit.status not in (PENDING, STARTED, *ENDED):
-        raise ValueError
     for key in TIMES:
         setattr(unit, key, saved_time(row.get(key)))
-    unit.is_waiting = bool(row.get("is_waiting", unit.status == PENDING and unit.waiting >= 0))
-    unit.running_on = bool(row.get("running_on"))
-    unit.exit_code = None if row.get("exit_code") is None else int(row["exit_code"])
-    unit.reason, unit.exit_reason = one_line(row["reason"]), one_line(row.get("exit_reason", ""))
     unit.tries = [saved_time(t) for t in row.get("tries", ())]
-    unit.released_by = check_name(row["released_by"]) if row["released_by"] else ""
-    unit.locks = [check_name(lock) for lock in row.get("locks", ())]
-    unit.blocked_by = {check_name(k): check_name(v) for k, v in row.get("blocked_by", {}).items()}
-    unit.wants = {check_name(d): REQUIREMENTS[REQUIREMENTS.index(r)] for d, r in row["wants"].items()}
-    if max(unit.registered, unit.waiting, unit.started, unit.ended) < 0:
+    unit.is_waiting = unit.status == PENDING and unit.waiting >= 0  # the first version did not say
+    for key in SAVED.keys() & row.keys():
+        setattr(unit, key, SAVED[key](row[key]))
+    if unit.status not in (PENDING, STARTED, *ENDED) or not any(getattr(unit, key) >= 0 for key in TIMES[:4]):
         raise ValueError
     return unit
 
@@ -3023,13 +3030,12 @@ def hover_text(startup: Startup, unit: UnitStatus) -> str:
 def timeline_svg(graph: Graph) -> str:
     """The timeline as one self-contained picture."""
     startup = Startup(graph)
-    units, length = startup.units, startup.last - startup.first
-    column, row, bars = 7.4, 20, 760.0
+    units, column, row, bars = startup.units, 7.4, 20, 760.0
     left = 16 + column * min(max((wide(u.unit_name) for u in units), default=0), 60)
     right = left + bars + 70
-    outcomes = {u.unit_name: fit(standing_and_reason(u), 60).rstrip() for u in units}
+    outcomes = {u.unit_name: fit(described(u, standing(u)), 60).rstrip() for u in units}
     width = max(right + 8 + column * max(map(wide, outcomes.values()), default=0), 920 + left)
-    scale = bars / length if length > 0 else 0.0
+    scale = bars / startup.length if startup.length > 0 else 0.0
     body = []
 
     def at(t: float) -> float:
@@ -3052,11 +3058,11 @@ def timeline_svg(graph: Graph) -> str:
     def again(x: float, y: float) -> str:
         return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
 
-    said = wrap(_summary(startup), int((width - 16) / column))
+    said = wrap(startup.summary(), int((width - 16) / column))
     body += [text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
     top = 18 * len(said) + 44
     foot = top + row * len(units)
-    for tick in ticks(length, 10) if units else ():
+    for tick in ticks(startup.length, 10) if units else ():
         body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
         for y in (top - 14, foot + 14)[: 1 + (len(units) > 30)]:
             body.append(text(left + tick * scale, y, tick_text(tick), ' class="m" text-anchor="middle"'))
@@ -3134,7 +3140,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, de
         name, lead, below, level = todo.pop()
         node = nodes[name]
         below_these = list(node.wants)
-        text = f"{lead}{name} ({node.status}{': ' + node.reason if node.reason else ''})"
+        text = f"{lead}{name} ({described(node)})"
         if name in shown and below_these:
             lines.append(f"{lead}{name} (see above)")
             continue
@@ -3148,10 +3154,9 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, de
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
-def on_path(graph: Graph) -> tuple[set[str], set[tuple[str, str]]]:
-    """The units on the critical path, and the steps from one to the next."""
-    path = [u.unit_name for u, _ in Startup(graph).path]
-    return set(path), set(zip(path, path[1:]))
+def edges_of(graph: Graph) -> list[tuple[str, str, str]]:
+    """Every dependency with what waits for it and what that requires."""
+    return [(name, u.unit_name, requirement) for u in graph.nodes for name, requirement in u.wants.items()]
 
 
 def graph_dot(graph: Graph) -> str:
@@ -3161,20 +3166,18 @@ def graph_dot(graph: Graph) -> str:
         return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
-    critical, steps = on_path(graph)
-    bold = ", color=orangered, penwidth=3"
+    path = [u.unit_name for u, _ in Startup(graph).path]
+    critical, steps, bold = set(path), set(zip(path, path[1:])), ["color=orangered", "penwidth=3"]
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
     for u in graph.nodes:
-        style = "dashed" if u.status == NOT_REGISTERED else "filled"
-        about = quote(u.status + (": " + u.reason if u.reason else ""))
-        more = bold if u.unit_name in critical else ""
-        name, colour = quote(u.unit_name), fill.get(u.status, "white")
-        lines.append(f"  {name} [style={style}, fillcolor={colour}, tooltip={about}{more}];")
-    for u in graph.nodes:
-        for name, requirement in u.wants.items():
-            label = "" if requirement == SUCCESS else f", label={quote(requirement)}"
-            more = (label + (bold if (name, u.unit_name) in steps else ""))[2:]
-            lines.append(f"  {quote(name)} -> {quote(u.unit_name)}" + (f" [{more}];" if more else ";"))
+        words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
+        words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
+        words += bold if u.unit_name in critical else []
+        lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
+    for name, dependent, requirement in edges_of(graph):
+        words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
+        words += bold if (name, dependent) in steps else []
+        lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
@@ -3185,31 +3188,25 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    critical, steps = on_path(graph)
-    lines, edges, bold = ["flowchart LR"], 0, []
-    for u in graph.nodes:
-        lines.append(f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}")
-    for u in graph.nodes:
-        for name, requirement in u.wants.items():
-            label = "" if requirement == SUCCESS else f"|{requirement}|"
-            lines.append(f"  {ids[name]} -->{label} {ids[u.unit_name]}")
-            bold += [str(edges)] if (name, u.unit_name) in steps else []
-            edges += 1
+    path = [u.unit_name for u, _ in Startup(graph).path]
+    lines = ["flowchart LR"]
+    lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
+    edges, steps = edges_of(graph), set(zip(path, path[1:]))
+    for name, dependent, requirement in edges:
+        label = "" if requirement == SUCCESS else f"|{requirement}|"
+        lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
     fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
-    if critical:
-        marked = ",".join(ids[u.unit_name] for u in graph.nodes if u.unit_name in critical)
-        lines += ["  classDef critical stroke:#d2641e,stroke-width:3px", f"  class {marked} critical"]
+    bold = [str(i) for i, edge in enumerate(edges) if edge[:2] in steps]
+    lines += [f"  style {ids[name]} stroke:#d2641e,stroke-width:3px" for name in path]
     lines += [f"  linkStyle {','.join(bold)} stroke:#d2641e,stroke-width:3px"] if bold else []
     return "\n".join(lines) + "\n"
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
-    nodes = [{"unit_name": n.unit_name, "status": n.status, "reason": n.reason} for n in graph.nodes]
-    edges = [
-        {"unit_name": n.unit_name, "depends_on": d, "requirement": r} for n in graph.nodes for d, r in n.wants.items()
-    ]
+    nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r in edges_of(graph)]
     return {"units": nodes, "edges": edges}
 
 
@@ -3235,7 +3232,7 @@ def obstacles(unit: UnitStatus, units: dict[str, UnitStatus]) -> dict[str, str]:
 
 
 def why_text(graph: Graph, name: str) -> str:
-    """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root obstacles."""
+    """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
     units = {u.unit_name: u for u in graph.nodes}
     units.setdefault(name, UnitStatus(name, NOT_REGISTERED, False))
     held_up: list[str] = []
@@ -3256,7 +3253,7 @@ def why_text(graph: Graph, name: str) -> str:
 
 
 def why_all_text(graph: Graph) -> str:
-    """All that waits, runs long or was skipped, under what obstacles it; that which holds up most comes first."""
+    """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
     units = {u.unit_name: u for u in graph.nodes}
     stuck = [u for u in graph.nodes if u.is_waiting or u.status == SKIPPED]
     directly: dict[str, list[UnitStatus]] = {}  # who is held up by a unit, without others in between
@@ -3268,7 +3265,7 @@ def why_all_text(graph: Graph) -> str:
     for unit in graph.nodes:
         name, runs = unit.unit_name, graph.now - unit.started if unit.status == STARTED else 0.0
         gone = unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
-        gave_up = standing(unit) in ("gave up", FAILED)
+        gave_up = standing(unit) in ("gave up", FAILED, "exited")
         if name in lone or ((name in directly or gone or gave_up or runs >= LONG) and unit not in stuck):
             groups.setdefault(tuple(u.unit_name for u in directly.get(name, ())), []).append(unit)
     found: list[tuple[int, float, list[str]]] = []
@@ -3311,9 +3308,7 @@ def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
     what = names_of(list(found.values()))
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
-        return f"{name} is not registered: " + (
-            refused if unit.refusal else "nobody has called want, start or run on it"
-        )
+        return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
     if unit.status == SKIPPED:
         return f"{name} was skipped {span(now - unit.ended)} ago" + (f" because of {what}" if what else reason)
     if unit.status == PENDING:
@@ -3339,9 +3334,7 @@ def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; its process runs on" if unit.running_on else ""
     if unit.exited >= 0:
-        after = f"; its process ended {span(now - unit.exited)} ago" + (
-            f": {unit.exit_reason}" if unit.exit_reason else ""
-        )
+        after = ": ".join(filter(None, (f"; its process ended {span(now - unit.exited)} ago", unit.exit_reason)))
     return f"{ago} after running {span(unit.ended - unit.started)}{tries}{reason}; started{by} {how}{after}{log}"
 
 
