@@ -2779,7 +2779,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
             axis[at : at + len(text)] = text
 
     def cell(t: float) -> int:
-        return min(bars - 1, int((t - startup.first) * scale))
+        return max(0, min(bars - 1, int((t - startup.first) * scale)))
 
     lines = [" " * (names + 3) + "".join(axis).rstrip()]
     drawn: set[str] = set()
@@ -2915,7 +2915,7 @@ def saved_unit(row: dict[str, Any]) -> UnitStatus:
     unit = UnitStatus(check_name(row["unit_name"]), row["status"], False)
     for key in TIMES:
         setattr(unit, key, saved_time(row.get(key)))
-    unit.tries = [saved_time(t) for t in row.get("tries", ())]
+    unit.tries = [max(0.0, saved_time(t)) for t in row.get("tries", ())]
     unit.is_waiting = unit.status == PENDING and unit.waiting >= 0  # the first version did not say
     for key in SAVED.keys() & row.keys():
         setattr(unit, key, SAVED[key](row[key]))
@@ -2948,15 +2948,15 @@ def timeline_trace(graph: Graph) -> dict[str, Any]:
         events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": where["tid"]}})
         args = {"status": u.status, "reason": u.reason, "released_by": u.released_by, "wants": list(u.wants)}
         names = {"waiting": "waits", "locked out": f"waits for lock {', '.join(u.locks)}", "running on": "runs on"}
-        failed = {FAILED: {"cname": "terrible"}, SKIPPED: {"cname": "bad"}}.get(u.status, {})
         for kind, since, upto in startup.phases(u):
             ts, end_ts = (round((t - startup.first) * 1e6) for t in (since, upto))
             if kind != "running" and end_ts - ts < 1000:
                 continue
             name = " ".join(filter(None, (u.unit_name, names.get(kind))))
             what = {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": end_ts - ts, **where, "args": args}
-            grey = {"cname": "grey"} if kind in ("waiting", "locked out") else {}
-            events.append({**what, **(grey if kind != "running" and u.status != SKIPPED else failed)})
+            colour = "bad" if u.status == SKIPPED else "terrible" if u.status == FAILED else ""
+            colour = "grey" if kind in ("waiting", "locked out") and u.status != SKIPPED else colour
+            events.append({**what, "cname": colour} if colour else what)
             if kind == "running":
                 ran[u.unit_name] = ts, end_ts
         for i, t in enumerate(u.tries, 2):
@@ -3007,21 +3007,15 @@ LEGEND = (
 def hover_text(startup: Startup, unit: UnitStatus) -> str:
     """What the picture says of a unit when it is pointed at."""
     bar = startup.bars[unit.unit_name]
-    lines = [f"{unit.unit_name}: {unit.status}" + (f" ({unit.reason})" if unit.reason else "")]
-    lines += [
-        f"waited {span(bar.started - bar.asked)}" + (f", last for {unit.released_by}" if unit.released_by else "")
-    ]
+    reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
+    tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
+    lines = [f"{unit.unit_name}: {unit.status}{reason}", f"waited {span(bar.started - bar.asked)}{last}"]
     lines += [f"of it {span(bar.started - bar.ready)} for a lock"] if bar.started - bar.ready >= 0.001 else []
-    tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
-    lines += [f"ran {span(bar.ended - bar.started)}{tries}"] if unit.started >= 0 else []
-    if standing(unit) == "running on":
-        lines.append("its process runs on")
-    elif standing(unit) == "exited":
-        lines.append(
-            f"its process ended {span(unit.exited - bar.ended)} later"
-            + ": " * bool(unit.exit_reason)
-            + unit.exit_reason
-        )
+    lines += [f"ran {span(startup.ran(unit))}{tries}"] if unit.started >= 0 else []
+    lines += ["its process runs on"] if unit.running_on else []
+    if unit.exited >= 0:
+        later = f"its process ended {span(unit.exited - bar.ended)} later"
+        lines.append(": ".join(filter(None, (later, unit.exit_reason))))
     lines += ["depends on " + names_of(list(unit.wants))] if unit.wants else []
     lines += ["locks: " + names_of(unit.locks)] if unit.locks else []
     return "\n".join(lines)
