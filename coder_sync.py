@@ -57,6 +57,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import ExitStack
     from dataclasses import dataclass
     from typing import Any, Literal, NoReturn
 
@@ -472,7 +473,7 @@ class Units:
         self.locks: dict[str, Lock] = {}
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
-        self._freed: list[Lock] = []  # that have a place since their last unit was settled
+        self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
@@ -750,9 +751,11 @@ class Units:
         return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
 
     def graph(self) -> Graph:
-        """Everything, for pictures, in the order in which it became known."""
+        """Everything, for pictures, in the order in which it became known; also names that were only refused."""
         now = self.clock()
-        return Graph(round(now - self.began, 6), [self._snapshot(u, now) for u in self.units.values()])
+        refused = [name for name in self.refusals if name not in self.units]
+        nodes = [self._snapshot(u, now) for u in (*self.units.values(), *(Unit(name, now) for name in refused))]
+        return Graph(round(now - self.began, 6), nodes)
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins."""
@@ -858,13 +861,14 @@ class Units:
         todo = deque(changed)
         while todo or self._freed:
             freed, self._freed = self._freed, []
-            for lock in freed:  # before the dependents, who have just become ready
+            for lock, before in freed:  # before the dependents, who have just become ready
                 for waiting in list(lock.line):
                     if len(lock.taken) >= lock.limit:
                         break
                     if not waiting.line or waiting.unmet:
                         del lock.line[waiting]
                     elif self._settle(waiting):
+                        waiting.released_by = before.name
                         todo.append(waiting)
             if todo:
                 unit = todo.popleft()
@@ -878,7 +882,7 @@ class Units:
         if old == STARTED:
             for lock in unit.locks:
                 del lock.taken[unit]
-                self._freed.append(lock)
+                self._freed.append((lock, unit))
         boot = unit.boot
         unit.since = self.clock()
         if status == STARTED:
@@ -1965,7 +1969,7 @@ def resembling(name: str, names: Iterable[str]) -> str:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own, so that nobody waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
     """
@@ -1973,9 +1977,8 @@ class Log:
     def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
 
-        self.level, self.path, self.fd = level, os.path.realpath(path) if path else "", 2
-        if path:
-            self.fd = self._open(self.path)
+        self.level, self.path = level, path
+        self.fd = self._open(path) if path else 2
         self.lost = 0
         self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
         self._thread: Any = None
@@ -2036,7 +2039,7 @@ class Log:
 
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
-        # O_NONBLOCK: a pipe that nobody reads is an error, and no wait
+        # O_NONBLOCK: a pipe without a reader is an error, and no wait
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
 
     def _rotate(self) -> None:
@@ -2046,12 +2049,12 @@ class Log:
         found = os.fstat(self.fd)
         if found.st_size <= MAX_LOG or not stat.S_ISREG(found.st_mode):  # what is no file has no end, and no successor
             return
-        new = -1
+        path, new = os.path.realpath(self.path), -1
         try:
-            remove(self.path + ".new")
-            new = self._open(self.path + ".new", os.O_EXCL)
-            os.replace(self.path, self.path + ".1")
-            os.replace(self.path + ".new", self.path)
+            remove(path + ".new")
+            new = self._open(path + ".new", os.O_EXCL)
+            os.replace(path, path + ".1")
+            os.replace(path + ".new", path)
             os.dup2(new, self.fd, inheritable=False)
         except OSError:
             pass
@@ -2719,8 +2722,8 @@ def make_directories(path: str) -> None:
 def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
     """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is told to end, and in the end
-    loses the file. The file is removed by its holder, so the one that was locked may not be the one that is there
+    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
+    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
     now; then it begins again.
     """
     import fcntl
@@ -2729,7 +2732,7 @@ def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
     lock = path + ".lock"
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
-        try:  # O_NONBLOCK: somebody may have put a pipe there
+        try:  # O_NONBLOCK: another user may have put a pipe there
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Refused(f"cannot open {lock}{whose(lock)}: {error.strerror}; choose another --socket-path") from None
@@ -2813,6 +2816,25 @@ def share(path: str, mode: int, group: int) -> None:
         raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
 
 
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None
+) -> tuple[Any, int]:
+    """Return a socket that listens at `path`, and the descriptor of its lock; at the end both files are removed."""
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    make_directories(path)
+    if replace:
+        replace(path)
+    lock = lock_path(path, replace)
+    at_end.callback(os.close, lock)
+    at_end.callback(remove, path + ".lock", os.fstat(lock))
+    sock = bind(path, replace is not None)
+    at_end.callback(remove, path, os.lstat(path))
+    share(path, mode, group)
+    sock.listen(4096)
+    return sock, lock
+
+
 def remove(path: str, only: os.stat_result | None = None) -> None:
     """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
     try:
@@ -2843,7 +2865,7 @@ def inherited_socket() -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). Nobody there is no error."""
+    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
     import socket
 
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -2916,22 +2938,10 @@ def serve(
         sock = inherited_socket()
         if background:
             close_others([sock.fileno()] if sock else [])
-        if sock:
-            path, lock = sock.getsockname(), -1
-        else:
-            path = os.path.abspath(path)
-            if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-                raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-            make_directories(path)
-            if replace:
-                replace(path)
-            lock = lock_path(path, replace)
-            at_end.callback(os.close, lock)
-            at_end.callback(remove, path + ".lock", os.fstat(lock))
-            sock = bind(path, replace is not None)
-            at_end.callback(remove, path, os.lstat(path))
-            share(path, mode, group)
-            sock.listen(4096)
+        lock = -1
+        if sock is None:
+            sock, lock = listen(at_end, os.path.abspath(path), mode, group, replace)
+        path = sock.getsockname()
         at_end.callback(sock.close)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -2947,6 +2957,8 @@ def serve(
                 os.pwrite(file, b"%d\n" % os.getpid(), 0)
 
         signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
+        if body:  # which may end in a command that takes our place
+            at_end.callback(signals.give_back)
         threading.stack_size(STACK)
         log.start()
         at_end.callback(log.close)
@@ -3496,8 +3508,11 @@ def wait_for(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Views. Pure functions from data to text.
+# Views. Pure functions from data to text: tables, sentences, pictures. All pictures of a startup are drawn from
+# one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
 # ----------------------------------------------------------------------------------------------------------
+
+LONG = 30.0  # seconds after which `why` has a word about a unit that runs
 
 
 def span(seconds: float) -> str:
@@ -3517,169 +3532,13 @@ def names_of(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def state(row: Dependency) -> str:
-    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
-    status, ago = row.current_status, f"{span(row.age)} ago"
-    if status == NOT_REGISTERED:
-        text = f"{row.depends_on} not registered"
-        return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
-    if status == PENDING:
-        text = f"{row.depends_on} pending for {span(row.age)}"
-        return text + (f", waits for {', '.join(row.waits_for)}" if row.waits_for else ", not started yet")
-    text = f"{row.depends_on} {status} {ago}"
-    if row.reason:
-        text += f" ({row.reason})"
-    if row.owner and status == STARTED:
-        gone = ", which is no longer running" if row.owner.alive is False else ""
-        text += f" by {row.owner.command} (pid {row.owner.pid}){gone}"
-    return text
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
-    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError."""
-    lower = [h.lower() for h in header]
-    wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")] if columns else lower
-    for name in wanted:
-        if name not in lower:
-            raise UsageError(f'no such column: "{name}"; there are {", ".join(lower)}')
-    picked = [[row[lower.index(name)] for name in wanted] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*picked)]
-    return "".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() + "\n" for row in picked)
-
-
-def status_text(status: UnitStatus, columns: str = "") -> str:
-    """A unit and the table of its dependencies."""
-    text = f"Unit: {status.unit_name}\nStatus: {status.status}\nReady: {str(status.is_ready).lower()}\n"
-    if status.reason:
-        text += f"Reason: {status.reason}\n"
-    if status.owner:
-        gone = ", which is no longer running" if status.owner.alive is False else ""
-        text += f"Started by: {status.owner.command} (pid {status.owner.pid}){gone}\n"
-    if status.did_you_mean:
-        text += f"Did you mean: {status.did_you_mean}\n"
-    if status.dependencies:
-        header = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
-        rows = [
-            [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
-            for d in status.dependencies
-        ]
-        if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
-            header.append("REASON")
-        text += "\n" + table(header, rows, columns)
-    else:
-        text += "\nNo dependencies.\n"
-    if status.history:
-        first = status.history[0].time
-        lines = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
-        text += "\n" + table(["TIME", "EVENT", "DETAIL"], lines)
-    return text
-
-
-def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
-    """The table of all units; the reason has a column where anything failed or was skipped."""
-    header = ["UNIT", "STATUS", "READY"]
-    if any(u.reason for u in units) or "reason" in columns.lower():
-        header.append("REASON")
-    return table(header, [[u.unit_name, u.status, str(u.is_ready).lower(), u.reason] for u in units], columns)
-
-
-# -- pictures of a whole startup: all from one Graph --------------------------------------------------------
-
-
-def begin(node: UnitStatus) -> float:
-    """When a unit first showed up."""
-    return min(t for t in (node.registered, node.waiting, node.started) if t >= 0)
-
-
-def end(node: UnitStatus, now: float) -> float:
-    """When a unit ended, or now."""
-    return node.ended if node.ended >= 0 else now
-
-
-def phases(node: UnitStatus, last: float) -> tuple[float, float, float]:
-    """When a unit was asked for, when it started, when it ended; what has not been comes with what came next."""
-    to = end(node, last)
-    start = node.started if node.started >= 0 else to
-    return node.waiting if node.waiting >= 0 else start, start, to
-
-
-def took(node: UnitStatus, last: float) -> str:
-    """How long a unit ran, or waited if it has not started."""
-    asked, start, to = phases(node, last)
-    return span(to - start) if node.started >= 0 else span(start - asked) if node.waiting >= 0 else "-"
-
-
-def standing(node: UnitStatus) -> str:
-    """The status in a word for pictures, which show what is on its way."""
-    if node.status == PENDING:
-        return "waiting" if node.is_waiting else "gave up" if node.waiting >= 0 else "pending"
-    return "running" if node.status == STARTED else node.status
-
-
-def in_order(graph: Graph) -> list[UnitStatus]:
-    """Registered units in the order they started; those that have not, behind."""
-    units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
-    return sorted(units, key=lambda n: (n.started < 0, n.started if n.started >= 0 else begin(n), n.unit_name))
-
-
-def critical_path(graph: Graph) -> list[tuple[UnitStatus, float]]:
-    """The chain of units that determined when the last one ended, each with its share in seconds.
-
-    From the unit that ended last back to the dependency that released it (or, if none held it up, that ended last),
-    and so on: what really held up what, not what might have.
-    """
-    nodes = {n.unit_name: n for n in graph.nodes}
-    node = max((n for n in graph.nodes if n.started >= 0), key=lambda n: end(n, graph.now), default=None)
-    path: list[tuple[UnitStatus, float]] = []
-    until = float("inf")
-    for _ in nodes:
-        if node is None:
-            break
-        if node.started >= 0:
-            path.append((node, max(0.0, min(end(node, graph.now), until) - node.started)))
-        until = node.started if node.started >= 0 else node.ended  # what was skipped ended with what it required
-        before = [nodes[d] for d in node.wants if d in nodes and 0 <= nodes[d].ended <= until]
-        before.sort(key=lambda one: one.ended)
-        node = nodes.get(node.released_by) or (before[-1] if before else None)
-    return path[::-1]
-
-
-def extent(graph: Graph) -> tuple[float, float]:
-    """From the first sign of a unit to the end of the last, or now while any runs or waits."""
-    units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
-    going = any(n.status == STARTED or n.is_waiting for n in units)
-    last = max((n.ended for n in units), default=0.0)
-    return min(map(begin, units), default=0.0), graph.now if units and (going or last < 0) else last
-
-
-def summary(graph: Graph) -> str:
-    """The sentence people want; of a long critical path it names the longest steps."""
-    first, last = extent(graph)
-    path = critical_path(graph)
-    count = {s: sum(n.status == s for n in graph.nodes) for s in (FAILED, SKIPPED, STARTED, PENDING)}
-    words = {STARTED: "still running", PENDING: "not started"}
-    rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
-    text = f"{span(last - first)} in all" + (f" ({', '.join(rest)})" if rest else "")
-    if path and last > first:
-        longest = {n.unit_name for n, _ in sorted(path, key=lambda step: -step[1])[:10]}
-        steps: list[str] = []
-        for n, share in path:
-            if n.unit_name in longest:
-                steps.append(f"{n.unit_name} {span(share)}")
-            elif steps[-1:] != ["..."]:
-                steps.append("...")
-        percent = 100 * sum(share for _, share in path) / (last - first)
-        text += f"; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
-    return text if graph.nodes else "no units yet"
-
-
 def wide(text: str) -> int:
     """How many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
+    from unicodedata import category, east_asian_width
 
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(0 if category(c) in ("Mn", "Me", "Cf") else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
@@ -3702,98 +3561,493 @@ def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     return lines
 
 
+def json_text(value: Any) -> str:
+    """JSON for other programs and for people."""
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+# -- one unit, and tables -----------------------------------------------------------------------------------
+
+
+def owner_text(owner: Owner | None, by: str = "") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    return f"{by}{owner.command} (pid {owner.pid})" if owner.command else f"{by and ' '}(pid {owner.pid})"
+
+
+def dependency_text(row: Dependency) -> str:
+    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
+    status = row.current_status
+    if status == NOT_REGISTERED:
+        text = f"{row.depends_on} not registered"
+        return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
+    if status == PENDING:
+        text = f"{row.depends_on} pending for {span(row.age)}"
+        return text + (f", waits for {', '.join(row.waits_for)}" if row.waits_for else ", not started yet")
+    text = f"{row.depends_on} {status} {span(row.age)} ago"
+    if row.reason:
+        text += f" ({row.reason})"
+    if row.owner and status == STARTED:
+        text += owner_text(row.owner, " by ") + (", which is no longer running" if row.owner.alive is False else "")
+    return text
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
+    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError."""
+    lower = [title.lower() for title in titles]
+    wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")] if columns else lower
+    for name in wanted:
+        if name not in lower:
+            raise UsageError(f'no such column: "{name}"; there are {", ".join(lower)}')
+    picked = [[row[lower.index(name)] for name in wanted] for row in [titles, *rows]]
+    widths = [max(map(wide, column)) for column in zip(*picked)]
+    return "".join("  ".join(c + " " * (w - wide(c)) for c, w in zip(row, widths)).rstrip() + "\n" for row in picked)
+
+
+def status_text(status: UnitStatus, columns: str = "") -> str:
+    """A unit and the table of its dependencies."""
+    gone = ", which is no longer running" if status.owner and status.owner.alive is False else ""
+    facts = {
+        "Unit": status.unit_name,
+        "Status": status.status,
+        "Ready": str(status.is_ready).lower(),
+        "Reason": status.reason,
+        "Started by": owner_text(status.owner) + gone,
+        "Tries": str(len(status.tries) + 1) if status.tries else "",
+        "Runs on": "yes" if status.running_on else "",
+        "Ended since": status.exit_reason,
+        "Locks": ", ".join(status.locks),
+        "Waits for": ", ".join(status.waits_for) if status.is_waiting else "",
+        "Output": status.log,
+        "Refused": status.refusal,
+        "Did you mean": status.did_you_mean,
+    }
+    text = "".join(f"{title}: {fact}\n" for title, fact in facts.items() if fact)
+    if status.dependencies:
+        titles = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
+        rows = [
+            [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
+            for d in status.dependencies
+        ]
+        if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
+            titles.append("REASON")
+        text += "\n" + table(titles, rows, columns)
+    else:
+        text += "\nNo dependencies.\n"
+    if status.history:
+        first = status.history[0].time
+        lines = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
+        text += "\n" + table(["TIME", "EVENT", "DETAIL"], lines)
+    return text
+
+
+def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
+    """The table of all units; what they wait for and reasons have a column where there are any."""
+    rows = [
+        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), u.reason] for u in units
+    ]
+    titles = ["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"]
+    shown = [title for i, title in enumerate(titles) if i < 4 or any(row[i] for row in rows)]
+    text = table(titles, rows, columns or ",".join(shown))
+    return text if units else "no units yet\n"
+
+
+def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
+    """All units for programs."""
+    keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for")
+    return [{key: plain(getattr(u, key)) for key in keys} for u in units]
+
+
+# -- what every picture of a startup needs ------------------------------------------------------------------
+
+
+@dataclass
+class Bar:
+    """When a unit was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
+
+    What has not been comes with what follows it.
+    """
+
+    asked: float
+    ready: float
+    started: float
+    ended: float
+    exited: float
+
+
+class Startup:
+    """A graph, and what its pictures have in common."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.by_name = {u.unit_name: u for u in graph.nodes}
+        known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
+        signs = {
+            u.unit_name: min((t for t in (u.registered, u.waiting, u.started, u.ended) if t >= 0), default=0.0)
+            for u in known
+        }
+        self.first = min(signs.values(), default=0.0)
+        self.last = max((t for u in known for t in (u.waiting, u.started, u.ended)), default=0.0)
+        over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
+        if known and not over:
+            self.last = max(self.last, graph.now)
+        self.length = self.last - self.first
+        self.bars = {u.unit_name: self._bar(u) for u in graph.nodes}
+        self.units = sorted(  # in the order they started; those that have not, behind
+            known, key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name)
+        )
+        self.path = self._critical_path()
+        self.critical = {u.unit_name for u, _ in self.path}
+
+    def _bar(self, unit: UnitStatus) -> Bar:
+        ended = max(unit.started, unit.ended) if unit.ended >= 0 else self.last
+        started = unit.started if unit.started >= 0 else ended
+        asked = min(unit.waiting, started) if unit.waiting >= 0 else started
+        ready = min(max(unit.ready, asked), started) if unit.ready >= 0 else started
+        exited = self.last if unit.running_on else min(unit.exited, self.last)
+        return Bar(asked, ready, started, ended, max(ended, exited))
+
+    def phases(self, unit: UnitStatus) -> list[tuple[str, float, float]]:
+        """What a unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
+        bar = self.bars[unit.unit_name]
+        found = [
+            ("waiting", bar.asked, bar.ready),
+            ("locked out", bar.ready, bar.started),
+            ("running", bar.started, bar.ended),
+            ("running on", bar.ended, bar.exited),
+        ]
+        if unit.started < 0:  # then its wait is shown even if it took no time
+            return [p for p in found[:2] if p[2] > p[1]] or found[: int(unit.waiting >= 0)]
+        return [phase for phase in found if phase[2] > phase[1] or phase[0] == "running"]
+
+    def ran(self, unit: UnitStatus) -> float:
+        """How many seconds a unit ran."""
+        return self.bars[unit.unit_name].ended - unit.started if unit.started >= 0 else 0.0
+
+    def took(self, unit: UnitStatus) -> str:
+        """How long a unit ran, or waited if it has not started."""
+        bar = self.bars[unit.unit_name]
+        return (
+            "-"
+            if unit.started < 0 and unit.waiting < 0
+            else span(self.ran(unit) if unit.started >= 0 else bar.ended - bar.asked)
+        )
+
+    def _critical_path(self) -> list[tuple[UnitStatus, float]]:
+        """The chain of units that determined when the last one ended, each with its share in seconds.
+
+        From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
+        last), and so on: what really held up what, not what might have.
+        """
+        ran = [u for u in self.units if u.started >= 0]
+        unit = max(ran, key=lambda u: (self.bars[u.unit_name].ended, u.started), default=None)
+        path: list[tuple[UnitStatus, float]] = []
+        until = float("inf")
+        for _ in self.by_name:
+            if unit is None:
+                break
+            bar = self.bars[unit.unit_name]
+            if unit.started >= 0:
+                path.append((unit, max(0.0, min(bar.ended, until) - bar.started)))
+            until = bar.started  # what was skipped ended with what it required
+            before = [self.by_name[d] for d in unit.wants if d in self.by_name and 0 <= self.by_name[d].ended <= until]
+            unit = self.by_name.get(unit.released_by) or max(before, key=lambda u: u.ended, default=None)
+        return path[::-1]
+
+    def slack(self) -> dict[str, float]:
+        """How much longer each unit could have taken without delaying the end; none for the critical path.
+
+        A unit that ended with time to spare may use that of those that went on because of it, and no more.
+        """
+        spare: dict[str, float] = {}
+        going_on: dict[str, list[UnitStatus]] = {name: [] for name in self.by_name}
+        ran = [u for u in self.units if u.started >= 0]
+        for unit in ran:
+            for name in {d for d, r in unit.wants.items() if r != START} | {unit.released_by} - unit.wants.keys():
+                if name in going_on and self.bars[name].ended <= unit.started:
+                    going_on[name].append(unit)
+        for unit in reversed(ran):
+            name, ended = unit.unit_name, self.bars[unit.unit_name].ended
+            latest = (u.started + spare[u.unit_name] for u in going_on[name] if u.unit_name in spare)
+            spare[name] = max(0.0, min(latest, default=self.last) - ended)
+        return {name: 0.0 if name in self.critical else seconds for name, seconds in spare.items()}
+
+    def summary(self) -> str:
+        """The sentence people want; of a long critical path it names the longest steps."""
+        if not self.by_name:
+            return "no units yet"
+        count = {s: sum(u.status == s for u in self.by_name.values()) for s in (FAILED, SKIPPED, STARTED, PENDING)}
+        words = {STARTED: "still running", PENDING: "not started"}
+        rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
+        text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
+        if not self.path or self.length <= 0:
+            return text
+        longest = {u.unit_name for u, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
+        steps: list[str] = []
+        for u, share in self.path:
+            if u.unit_name in longest:
+                steps.append(f"{u.unit_name} {span(share)}")
+            elif steps[-1:] != ["..."]:
+                steps.append("...")
+        percent = 100 * sum(share for _, share in self.path) / self.length
+        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
+
+
+def summary(graph: Graph) -> str:
+    """How long a startup took and what it spent its time on, in a sentence."""
+    return Startup(graph).summary()
+
+
+def standing(unit: UnitStatus) -> str:
+    """The status in a word for pictures, which show what is on its way."""
+    if unit.status == PENDING:
+        return "waiting" if unit.is_waiting else "gave up" if unit.waiting >= 0 else "pending"
+    if unit.status == COMPLETED and (unit.running_on or unit.exited >= 0):
+        return "running on" if unit.running_on else "exited"
+    return "running" if unit.status == STARTED else unit.status
+
+
+def described(unit: UnitStatus, word: str = "") -> str:
+    """The status, or another word for it, and the reason."""
+    return ": ".join(filter(None, (word or unit.status, unit.reason or unit.exit_reason)))
+
+
+# -- the timeline -------------------------------------------------------------------------------------------
+
+
 def ticks(length: float, most: int) -> list[float]:
-    """Round numbers of seconds for an axis, at most `most` of them."""
-    steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 2, 5)] + [15.0, 30.0]
-    steps += [60.0 * m for m in (1, 2, 5, 10, 15, 30, 60, 120, 360, 720, 1440)]
+    """Round numbers of seconds for an axis, at most `most` of them behind 0 and not many less."""
+    steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
+    steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
+    steps += [86400.0, 2 * 86400.0]
     step = next((s for s in steps if length / s <= max(most, 1)), length or 1.0)
     return [i * step for i in range(int(length / step + 1e-9) + 1)]
 
 
+def tick_text(seconds: float) -> str:
+    """A time on an axis, exact: `span` rounds."""
+    if seconds >= 60 or not seconds:
+        return span(seconds) if seconds else "0"
+    return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
+
+
 COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
+SHADES = {"running on": "\u2500-", "waiting": "\u2591.", "locked out": "\u2592:", "running": "\u2588#"}
 
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
-    wait, run, dots = ("\u2591", "\u2588", "\u2026") if unicode else (".", "#", "~")
-    units, (first, last) = in_order(graph), extent(graph)
-    if not units:
-        return summary(graph) + "\n"
-    path = {n.unit_name for n, _ in critical_path(graph)}
-    label = {n.unit_name: n.unit_name if unicode else ascii(n.unit_name)[1:-1] for n in units}
+    mark = {kind: both[not unicode] for kind, both in SHADES.items()}
+    again, dots = ("\u2502", "\u2026") if unicode else ("|", "~")
+    startup = Startup(graph)
+    said = wrap(startup.summary(), width, dots)
+    if not startup.units:
+        return "\n".join(said) + "\n"
+    label = {u.unit_name: u.unit_name if unicode else ascii(u.unit_name)[1:-1] for u in startup.units}
     names = min(max(map(wide, label.values())), max(8, min(width // 3, width - 32)))
     bars = max(10, width - names - 22)
-    scale = bars / (last - first) if last > first else 0.0
+    scale = bars / startup.length if startup.length > 0 else 0.0
     axis = [" "] * bars
-    for tick in ticks(last - first, min(10, bars // 10)):
-        at, mark = int(tick * scale), span(tick) if tick else "0"
-        if at + len(mark) <= bars:
-            axis[at : at + len(mark)] = mark
+    for tick in ticks(startup.length, bars // 10):
+        at, text = int(tick * scale + 1e-9), tick_text(tick)
+        if at + len(text) <= bars:
+            axis[at : at + len(text)] = text
+
+    def cell(t: float) -> int:
+        return max(0, min(bars - 1, int((t - startup.first) * scale)))
+
     lines = [" " * (names + 3) + "".join(axis).rstrip()]
-    for n in units:
-        asked, start, to = phases(n, last)
-        a, b = (min(bars - 1, int((t - first) * scale)) for t in (asked, start))
-        c = max(b + 1, min(bars, round((to - first) * scale)))
-        ends = run if n.started >= 0 else wait if n.waiting >= 0 else " "
-        bar = (" " * a + wait * (b - a) + ends * (c - b)).ljust(bars)
-        name = fit(label[n.unit_name], names, dots)
+    drawn: set[str] = set()
+    for u in startup.units:
+        bar = [" "] * bars
+        for kind, since, upto in sorted(startup.phases(u), key=lambda phase: list(SHADES).index(phase[0])):
+            size = max(1, min(bars, round((upto - startup.first) * scale)) - cell(since))
+            bar[cell(since) : cell(since) + size] = mark[kind] * size
+        for t in u.tries if u.started >= 0 else ():
+            bar[cell(t)] = again
+        drawn.update(bar)
+        name, row = fit(label[u.unit_name], names, dots), "".join(bar)
         if colour:
-            name = f"\033[1m{name}\033[0m" if n.unit_name in path else name
-            bar = f"\033[{COLOURS[n.status]}m{bar}\033[0m"
-        lines.append(f"{'*' if n.unit_name in path else ' '} {name} {bar} {took(n, last):>7} {standing(n)}")
-    return "\n".join([*lines, "", *wrap(summary(graph), width, dots)]) + "\n"
+            name = f"\033[1m{name}\033[0m" if u.unit_name in startup.critical else name
+            row = f"\033[{COLOURS[u.status]}m{row}\033[0m"
+        star = "*" if u.unit_name in startup.critical else " "
+        lines.append(f"{star} {name} {row} {startup.took(u):>7} {standing(u)}")
+    meanings = (
+        (again, "another try"),
+        (mark["running on"], "runs on as a service"),
+        (mark["locked out"], "waits for a lock"),
+    )
+    legend = ", ".join(f"{one} {meaning}" for one, meaning in meanings if one in drawn)
+    return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
 
 
-def blame_text(graph: Graph, most: int = 25) -> str:
+def blame_text(graph: Graph, width: int = 100, most: int = 25) -> str:
     """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
-    _, last = extent(graph)
-    nodes = {n.unit_name: n for n in graph.nodes}
-    held = dict.fromkeys(nodes, 0.0)
-    for n in graph.nodes:
-        asked, start, _ = phases(n, last)
-        for name, requirement in n.wants.items():
-            d = nodes[name]
-            met = d.started if requirement == START and d.started >= 0 else end(d, last)
-            upto, (its, began, _) = min(start, met), phases(d, last)
-            held[name] += max(0.0, upto - asked) - max(0.0, min(began, upto) - max(its, asked))
-    ran = {n.unit_name: end(n, last) - n.started if n.started >= 0 else 0.0 for n in graph.nodes}
-    text = ""
+    startup = Startup(graph)
+    held = dict.fromkeys(startup.by_name, 0.0)
+    for u in graph.nodes:
+        bar = startup.bars[u.unit_name]
+        for name in u.wants.keys() & held.keys():
+            its = startup.bars[name]
+            met = its.started if u.wants[name] == START and startup.by_name[name].started >= 0 else its.ended
+            upto = min(bar.ready, met)
+            held[name] += max(0.0, upto - bar.asked) - max(0.0, min(its.started, upto) - max(its.asked, bar.asked))
+        for name in {u.released_by, *u.blocked_by.values()} - u.wants.keys():
+            if name in held:  # it had a lock
+                held[name] += bar.started - bar.ready
+    ran = {u.unit_name: startup.ran(u) for u in graph.nodes}
+    slack, text = startup.slack(), ""
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        best = sorted((n for n in graph.nodes if by[n.unit_name] > 0), key=lambda n: -by[n.unit_name])
-        body = [[n.unit_name, span(ran[n.unit_name]), span(held[n.unit_name]), n.status] for n in best[:most]]
+        best = sorted((u for u in graph.nodes if by[u.unit_name] > 0), key=lambda u: -by[u.unit_name])
+        rows = []
+        for name, status in [(u.unit_name, u.status) for u in best[:most]]:
+            spare = span(slack[name]) if name in slack else "-"
+            rows.append([name, span(ran[name]), span(held[name]), spare, status])
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], body) + more + "\n"
-    return text + summary(graph) + "\n"
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "SLACK", "STATUS"], rows) + more + "\n"
+    notes = "OTHERS WAITED adds up over all that waited, so it may exceed the whole. "
+    notes += "SLACK is how much longer a unit could have taken without delaying the end."
+    return text + "\n".join([*wrap(notes, width), "", *wrap(startup.summary(), width)]) + "\n"
+
+
+def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
+    """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
+    old, new = Startup(before), Startup(now)
+    ran = [{u.unit_name: s.ran(u) for u in s.units if u.started >= 0} for s in (old, new)]
+    change = {name: ran[1].get(name, 0.0) - ran[0].get(name, 0.0) for name in {**ran[1], **ran[0]}}
+    rows = []
+    for name in sorted(change, key=lambda name: (-abs(change[name]), name)):
+        its = ["came" if name not in ran[0] else "went" if name not in ran[1] else signed(change[name])]
+        rows.append([name, *(span(r[name]) if name in r else "-" for r in ran), *its])
+    more, shares = new.length - old.length, [{u.unit_name: share for u, share in s.path} for s in (old, new)]
+    how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
+    text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
+    gains = {n: shares[1].get(n, 0.0) - shares[0].get(n, 0.0) for n in {**shares[1], **shares[0]}}
+    worst = sorted((n for n in gains if abs(gains[n]) >= 0.001), key=lambda n: -abs(gains[n]))
+    steps = [f"{n} {signed(gains[n])}" for n in worst[:5]]
+    for i, n in enumerate(worst[:5]):
+        steps[i] += " (new on it)" if n not in shares[0] else " (no longer on it)" if n not in shares[1] else ""
+    steps += [f"{len(worst) - 5} more"] if len(worst) > 5 else []
+    text += f"; on the critical path: {', '.join(steps)}" if steps else ""
+    return table(["UNIT", "BEFORE", "NOW", "CHANGE"], rows) + "\n" + "\n".join(wrap(text, width)) + "\n"
+
+
+def signed(seconds: float) -> str:
+    """A difference: +1.2s, -350ms, 0."""
+    return "0" if abs(seconds) < 0.0005 else ("+" if seconds > 0 else "-") + span(abs(seconds))
+
+
+TIMELINE_VERSION = 2
+TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
+SAVED: dict[str, Callable[[Any], Any]] = {  # what else of a unit is saved, and how it is read: it may be anything
+    "reason": one_line,
+    "released_by": lambda name: check_name(name) if name else "",
+    "wants": lambda wants: {check_name(d): REQUIREMENTS[REQUIREMENTS.index(r)] for d, r in wants.items()},
+    "exit_code": lambda code: None if code is None else int(code),
+    "is_waiting": bool,
+    "locks": lambda locks: list(map(check_name, locks)),
+    "blocked_by": lambda locks: {check_name(lock): check_name(unit) for lock, unit in locks.items()},
+    "running_on": bool,
+    "exit_reason": one_line,
+}
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
     """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
-    first, last = extent(graph)
-    path = [{"unit_name": n.unit_name, "seconds": round(share, 3)} for n, share in critical_path(graph)]
+    startup = Startup(graph)
+
+    def since(t: float) -> float | None:
+        return round(t - startup.first, 6) if t >= 0 else None
+
     units = []
-    for n in in_order(graph):
-        times: dict[str, float] = {k: getattr(n, k) for k in ("registered", "waiting", "started", "ended")}
-        row: dict[str, Any] = {"unit_name": n.unit_name, "status": n.status, "reason": n.reason}
-        row.update((k, round(t - first, 6) if t >= 0 else None) for k, t in times.items())
-        units.append({**row, "released_by": n.released_by, "wants": n.wants})
-    return {"seconds": round(last - first, 6), "summary": summary(graph), "critical_path": path, "units": units}
+    for u in startup.units:
+        times = {**{key: since(getattr(u, key)) for key in TIMES}, "tries": list(map(since, u.tries))}
+        units.append({"unit_name": u.unit_name, "status": u.status, **times, **{key: getattr(u, key) for key in SAVED}})
+    path = [{"unit_name": u.unit_name, "seconds": round(share, 3)} for u, share in startup.path]
+    head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
+    return {**head, "critical_path": path, "units": units}
+
+
+def timeline_graph(text: bytes, name: str) -> Graph:
+    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError."""
+    import json
+
+    try:
+        data = json.loads(text)
+        if data.get("version", 1) > TIMELINE_VERSION:
+            raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
+        units = {row["unit_name"]: saved_unit(row) for row in data["units"]}
+        now = saved_time(data["seconds"])
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, Refused, InvalidParams):
+        raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
+    for dependency in [d for unit in units.values() for d in unit.wants]:
+        units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
+    return Graph(now, list(units.values()))
+
+
+def saved_unit(row: dict[str, Any]) -> UnitStatus:
+    """One unit of a saved timeline, with nothing in it that a picture could stumble over. Raises as it happens."""
+    unit = UnitStatus(check_name(row["unit_name"]), row["status"], False)
+    for key in TIMES:
+        setattr(unit, key, saved_time(row.get(key)))
+    unit.tries = [max(0.0, saved_time(t)) for t in row.get("tries", ())]
+    unit.is_waiting = unit.status == PENDING and unit.waiting >= 0  # the first version did not say
+    for key in SAVED.keys() & row.keys():
+        setattr(unit, key, SAVED[key](row[key]))
+    if unit.status not in (PENDING, STARTED, *ENDED) or not any(getattr(unit, key) >= 0 for key in TIMES[:4]):
+        raise ValueError
+    return unit
+
+
+def saved_time(value: Any) -> float:
+    """A time of a saved timeline."""
+    if value is None:
+        return -1.0
+    if isinstance(value, (int, float)) and -1e12 < value < 1e12:
+        return max(0.0, float(value))
+    raise ValueError
 
 
 def timeline_trace(graph: Graph) -> dict[str, Any]:
-    """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds."""
-    first, last = extent(graph)
-    events: list[dict[str, Any]] = []
-    for row, n in enumerate(in_order(graph), 1):
-        where = {"pid": 1, "tid": row}
-        events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": n.unit_name}})
-        events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": row}})
-        args = {"status": n.status, "reason": n.reason, "released_by": n.released_by, "wants": list(n.wants)}
-        times = [round((t - first) * 1e6) for t in phases(n, last)]
-        for kind, name, i in (("waiting", f"{n.unit_name} waits", 0), ("running", n.unit_name, 1)):
-            if times[i + 1] > times[i] or (i and n.started >= 0):
-                what = {"ph": "X", "cat": kind, "name": name, "ts": times[i], "dur": times[i + 1] - times[i]}
-                events.append({**what, **where, "args": args})
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds.
+
+    Arrows go from the end of what released a unit to its start. Waits of less than a millisecond are left out.
+    """
+    startup = Startup(graph)
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "startup"}}]
+    rows = {u.unit_name: row for row, u in enumerate(startup.units, 1)}
+    ran: dict[str, tuple[int, int]] = {}
+    for u in startup.units:
+        where = {"pid": 1, "tid": rows[u.unit_name]}
+        events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": u.unit_name}})
+        events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": where["tid"]}})
+        args = {"status": u.status, "reason": u.reason, "released_by": u.released_by, "wants": list(u.wants)}
+        names = {"waiting": "waits", "locked out": f"waits for lock {', '.join(u.locks)}", "running on": "runs on"}
+        for kind, since, upto in startup.phases(u):
+            ts, end_ts = (round((t - startup.first) * 1e6) for t in (since, upto))
+            if kind != "running" and end_ts - ts < 1000:
+                continue
+            name = " ".join(filter(None, (u.unit_name, names.get(kind))))
+            what = {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": end_ts - ts, **where, "args": args}
+            colour = "bad" if u.status == SKIPPED else "terrible" if u.status == FAILED else ""
+            colour = "grey" if kind in ("waiting", "locked out") and u.status != SKIPPED else colour
+            events.append({**what, "cname": colour} if colour else what)
+            if kind == "running":
+                ran[u.unit_name] = ts, end_ts
+        for i, t in enumerate(u.tries, 2):
+            at = round((t - startup.first) * 1e6)
+            events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at, **where})
+    for number, u in enumerate(startup.units, 1):
+        if u.unit_name in ran and u.released_by in ran:
+            began, ended = ran[u.released_by]
+            since = ran[u.unit_name][0]
+            arrow = {"cat": "released", "name": "released", "id": number, "pid": 1}
+            leave = max(began, min(ended - 1, since))
+            events.append({"ph": "s", **arrow, "tid": rows[u.released_by], "ts": leave})
+            events.append({"ph": "f", "bp": "e", **arrow, "tid": rows[u.unit_name], "ts": since})
+    return {"traceEvents": events if startup.units else [], "displayTimeUnit": "ms"}
 
 
 def xml(text: str) -> str:
@@ -3807,67 +4061,125 @@ def xml(text: str) -> str:
 
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
-.w{fill:#d5d9e0}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}.g{stroke:#888;opacity:.3}
+.w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{stroke:#fff;stroke-width:2}
 .y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
 .c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
-@media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.completed{fill:#4fb37a}
-.failed{fill:#e26060}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
+@media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
+.completed{fill:#4fb37a}.failed{fill:#e26060}.t{stroke:#16181d}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
+LEGEND = (
+    ("waiting", PENDING, "", "waits"),
+    ("locked out", PENDING, "", "waits for a lock"),
+    ("waiting", SKIPPED, "", "skipped"),
+    ("running", STARTED, "", "runs"),
+    ("running", COMPLETED, "", "completed"),
+    ("running", FAILED, "", "failed"),
+    ("running", COMPLETED, "", "another try"),
+    ("running on", COMPLETED, "", "runs on as a service"),
+    ("running", COMPLETED, " k", "on the critical path"),
+)
+
+
+def hover_text(startup: Startup, unit: UnitStatus) -> str:
+    """What the picture says of a unit when it is pointed at."""
+    bar = startup.bars[unit.unit_name]
+    reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
+    tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
+    lines = [f"{unit.unit_name}: {unit.status}{reason}", f"waited {span(bar.started - bar.asked)}{last}"]
+    lines += [f"of it {span(bar.started - bar.ready)} for a lock"] if bar.started - bar.ready >= 0.001 else []
+    lines += [f"ran {span(startup.ran(unit))}{tries}"] if unit.started >= 0 else []
+    lines += ["its process runs on"] if unit.running_on else []
+    if unit.exited >= 0:
+        later = f"its process ended {span(unit.exited - bar.ended)} later"
+        lines.append(": ".join(filter(None, (later, unit.exit_reason))))
+    lines += ["depends on " + names_of(list(unit.wants))] if unit.wants else []
+    lines += ["locks: " + names_of(unit.locks)] if unit.locks else []
+    return "\n".join(lines)
 
 
 def timeline_svg(graph: Graph) -> str:
     """The timeline as one self-contained picture."""
-    units, (first, last), path = in_order(graph), extent(graph), critical_path(graph)
-    marked = {n.unit_name for n, _ in path}
-    left = 16 + 7.4 * min(max((wide(n.unit_name) for n in units), default=0), 60)
-    bars, row, width = 760.0, 20, left + 910
-    scale = bars / (last - first) if last > first else 0.0
+    startup = Startup(graph)
+    units, column, row, bars = startup.units, 7.4, 20, 760.0
+    left = 16 + column * min(max((wide(u.unit_name) for u in units), default=0), 60)
+    right = left + bars + 70
+    outcomes = {u.unit_name: fit(described(u, standing(u)), 60).rstrip() for u in units}
+    width = max(right + 8 + column * max(map(wide, outcomes.values()), default=0), 920 + left)
+    scale = bars / startup.length if startup.length > 0 else 0.0
     body = []
+
+    def at(t: float) -> float:
+        return left + (t - startup.first) * scale
 
     def text(x: float, y: float, content: str, more: str = "") -> str:
         return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
 
-    def rect(kind: str, x: float, y: float, width: float, height: float) -> str:
-        return f'<rect class="{kind}" x="{x:.1f}" y="{y:.0f}" width="{width:.1f}" height="{height:.0f}"/>'
+    def rect(kind: str, x: float, y: float, size: float, height: float) -> str:
+        return f'<rect class="{kind}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height:.0f}"/>'
 
-    said = wrap(summary(graph), int((width - 16) / 7.4))
+    def sign(kind: str, x: float, y: float, size: float, status: str = COMPLETED, key: str = "") -> str:
+        """A phase of a unit in its row, which begins at y."""
+        if kind == "running on":
+            return rect(status, x, y + 9, size, 3)
+        if kind == "running":
+            return rect(status + key, x, y + 4, size, 12)
+        return rect("l" if kind == "locked out" else SKIPPED if status == SKIPPED else "w", x, y + 7, size, 6)
+
+    def again(x: float, y: float) -> str:
+        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
+
+    said = wrap(startup.summary(), int((width - 16) / column))
     body += [text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
     top = 18 * len(said) + 44
     foot = top + row * len(units)
-    for tick in ticks(last - first, 10) if units else ():
-        at = left + tick * scale
-        body.append(f'<path class="g" d="M{at:.1f} {top - 8}V{foot}"/>')
+    for tick in ticks(startup.length, 10) if units else ():
+        body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
         for y in (top - 14, foot + 14)[: 1 + (len(units) > 30)]:
-            body.append(text(at, y, span(tick) if tick else "0", ' class="m" text-anchor="middle"'))
-    for i, n in enumerate(units):
-        asked, start, to = phases(n, last)
-        about = [f"{n.unit_name}: {n.status}" + (f" ({n.reason})" if n.reason else "")]
-        about += [f"waited {span(start - asked)}" + (f", last for {n.released_by}" if n.released_by else "")]
-        about += [f"ran {span(to - start)}"] if n.started >= 0 else []
-        about += ["depends on " + names_of(list(n.wants))] if n.wants else []
-        at, key = top + row * i, " k" if n.unit_name in marked else ""
-        body.append(f"<g><title>{xml(chr(10).join(about))}</title>")
-        body.append(rect("z" if i % 2 else "y", 0, at, width, row))
-        body.append(text(8, at + 14, fit(n.unit_name, 60).rstrip(), ' class="h"' if key else ""))
-        if start > asked:
-            body.append(rect("w", left + (asked - first) * scale, at + 7, (start - asked) * scale, 6))
-        if n.started >= 0:
-            size = max(2.0, (to - start) * scale)
-            body.append(rect(n.status + key, min(left + (start - first) * scale, left + bars - size), at + 4, size, 12))
-        body.append(text(left + bars + 62, at + 14, took(n, last), ' text-anchor="end"'))
-        body.append(text(left + bars + 70, at + 14, standing(n), ' class="m"') + "</g>")
-    rows = {n.unit_name: top + row * i for i, n in enumerate(units)}
-    for (a, _), (b, _) in zip(path, path[1:]):
-        at = left + (b.started - first) * scale
-        body.append(f'<path class="c" d="M{at:.1f} {rows[a.unit_name] + 16}V{rows[b.unit_name] + 4}"/>')
-    sides = f'width="{width:.0f}" height="{foot + 24}"'
+            body.append(text(left + tick * scale, y, tick_text(tick), ' class="m" text-anchor="middle"'))
+    for i, u in enumerate(units):
+        y, key = top + row * i, " k" if u.unit_name in startup.critical else ""
+        body.append(f"<g><title>{xml(hover_text(startup, u))}</title>")
+        body.append(rect("z" if i % 2 else "y", 0, y, width, row))
+        body.append(text(8, y + 14, fit(u.unit_name, 60).rstrip(), ' class="h"' if key else ""))
+        for kind, since, upto in startup.phases(u):
+            size = max((upto - since) * scale, 2.0 if kind == "running" or u.started < 0 else 0.0)
+            if size >= 0.5:
+                body.append(sign(kind, min(at(since), left + bars - size), y, size, u.status, key))
+        body += [again(at(t), y) for t in u.tries if u.started >= 0]
+        body.append(text(right - 8, y + 14, startup.took(u), ' text-anchor="end"'))
+        body.append(text(right, y + 14, outcomes[u.unit_name], f' class="{FAILED if u.status == FAILED else "m"}"'))
+        body.append("</g>")
+    rows = {u.unit_name: top + row * i for i, u in enumerate(units)}
+    for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
+        body.append(f'<path class="c" d="M{at(b.started):.1f} {rows[a.unit_name] + 16}V{rows[b.unit_name] + 4}"/>')
+    x, y = 8.0, foot + 32 - 20 * (not units)
+    for kind, status, key, meaning in LEGEND if units else ():
+        if x + 30 + column * len(meaning) > width:
+            x, y = 8.0, y + row
+        body += [sign(kind, x, y, 24, status, key), text(x + 30, y + 14, meaning, ' class="m"')]
+        body += [again(x + 12, y)] if meaning == "another try" else []
+        x += 30 + column * (len(meaning) + 2)
+    sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {sides} viewBox="0 0 {width:.0f} {foot + 24}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {sides}>'
         f"<title>startup timeline</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</svg>\n"
     )
 
 
-def part(graph: Graph, names: Sequence[str]) -> Graph:
+def timeline_as(form: str, graph: Graph) -> str:
+    """The timeline in one of its forms for files."""
+    if form == "svg":
+        return timeline_svg(graph)
+    if form in ("json", "trace"):
+        return json_text(timeline_data(graph) if form == "json" else timeline_trace(graph))
+    return timeline_text(graph)
+
+
+# -- the graph ----------------------------------------------------------------------------------------------
+
+
+def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
     if not names:
         return graph
@@ -3899,7 +4211,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, de
         name, lead, below, level = todo.pop()
         node = nodes[name]
         below_these = list(node.wants)
-        text = f"{lead}{name} ({node.status}{': ' + node.reason if node.reason else ''})"
+        text = f"{lead}{name} ({described(node)})"
         if name in shown and below_these:
             lines.append(f"{lead}{name} (see above)")
             continue
@@ -3913,108 +4225,188 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, de
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
+def edges_of(graph: Graph) -> list[tuple[str, str, str]]:
+    """Every dependency with what waits for it and what that requires."""
+    return [(name, u.unit_name, requirement) for u in graph.nodes for name, requirement in u.wants.items()]
+
+
 def graph_dot(graph: Graph) -> str:
-    """The graph for Graphviz: an arrow from each unit to what it waits for."""
+    """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
+    path = [u.unit_name for u, _ in Startup(graph).path]
+    critical, steps, bold = set(path), set(zip(path, path[1:])), ["color=orangered", "penwidth=3"]
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
-    for n in graph.nodes:
-        style = "dashed" if n.status == NOT_REGISTERED else "filled"
-        lines.append(f"  {quote(n.unit_name)} [style={style}, fillcolor={fill.get(n.status, 'white')}, "
-                     f"tooltip={quote(n.status + (': ' + n.reason if n.reason else ''))}];")  # fmt: skip
-    for n in graph.nodes:
-        for name, requirement in n.wants.items():
-            label = "" if requirement == SUCCESS else f" [label={quote(requirement)}]"
-            lines.append(f"  {quote(n.unit_name)} -> {quote(name)}{label};")
+    for u in graph.nodes:
+        words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
+        words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
+        words += bold if u.unit_name in critical else []
+        lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
+    for name, dependent, requirement in edges_of(graph):
+        words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
+        words += bold if (name, dependent) in steps else []
+        lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
 def graph_mermaid(graph: Graph) -> str:
-    """The graph for Mermaid; names become entity codes wherever they could mean something."""
+    """The same for Mermaid; names become entity codes wherever they could mean something."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
-    ids = {n.unit_name: f"u{i}" for i, n in enumerate(graph.nodes)}
+    ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
+    path = [u.unit_name for u, _ in Startup(graph).path]
     lines = ["flowchart LR"]
-    for n in graph.nodes:
-        lines.append(f"  {ids[n.unit_name]}[{quote(n.unit_name)}]:::{n.status.replace(' ', '_')}")
-    for n in graph.nodes:
-        for name, requirement in n.wants.items():
-            label = "" if requirement == SUCCESS else f"|{requirement}|"
-            lines.append(f"  {ids[n.unit_name]} -->{label} {ids[name]}")
+    lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
+    edges, steps = edges_of(graph), set(zip(path, path[1:]))
+    for name, dependent, requirement in edges:
+        label = "" if requirement == SUCCESS else f"|{requirement}|"
+        lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
     fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
+    bold = [str(i) for i, edge in enumerate(edges) if edge[:2] in steps]
+    lines += [f"  style {ids[name]} stroke:#d2641e,stroke-width:3px" for name in path]
+    lines += [f"  linkStyle {','.join(bold)} stroke:#d2641e,stroke-width:3px"] if bold else []
     return "\n".join(lines) + "\n"
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
-    nodes = [{"unit_name": n.unit_name, "status": n.status, "reason": n.reason} for n in graph.nodes]
-    edges = [
-        {"unit_name": n.unit_name, "depends_on": d, "requirement": r} for n in graph.nodes for d, r in n.wants.items()
-    ]
+    nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r in edges_of(graph)]
     return {"units": nodes, "edges": edges}
+
+
+# -- why ----------------------------------------------------------------------------------------------------
+
+
+def obstacles(unit: UnitStatus, units: dict[str, UnitStatus]) -> dict[str, str]:
+    """What keeps a unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
+
+    Units, each in the words of a message: a dependency, or who has the lock that alone is missing.
+    """
+    gave_up = unit.status == FAILED and unit.started < 0 and unit.waiting >= 0
+    if unit.status == SKIPPED:
+        found = [d for d, r in unit.wants.items() if units[d].status in HOPELESS[r]]
+    elif unit.status == PENDING or gave_up:
+        found = [d for d, r in unit.wants.items() if units[d].status not in MEETS[r]]
+    else:
+        return {}
+    if not found:
+        locks = unit.blocked_by.items() if unit.is_waiting else ()
+        return {holder: f'lock {lock}, which "{holder}" has' for lock, holder in locks if holder in units}
+    return {d: f'"{d}"' + ("" if unit.wants[d] == SUCCESS else f" ({unit.wants[d]})") for d in found}
 
 
 def why_text(graph: Graph, name: str) -> str:
     """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
-    nodes = {n.unit_name: n for n in graph.nodes}
-    nodes.setdefault(name, UnitStatus(name, NOT_REGISTERED, True))
-    known = [n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED]
+    units = {u.unit_name: u for u in graph.nodes}
+    units.setdefault(name, UnitStatus(name, NOT_REGISTERED, True))
     held_up: list[str] = []
-    roots: list[str] = []
+    roots: list[UnitStatus] = []
     todo, seen = [name], {name}
     for each in todo:
-        node = nodes[each]
-        stop = HOPELESS if node.status == SKIPPED else MEETS
-        causes = {d: r for d, r in node.wants.items() if (nodes[d].status in stop[r]) == (stop is HOPELESS)}
-        causes = causes if node.status in (PENDING, SKIPPED) else {}
-        new = [d for d in causes if d not in seen]
+        found = obstacles(units[each], units)
+        new = [cause for cause in found if cause not in seen]
         todo += new
         seen.update(new)
-        guess = resembling(each, known) if node.status == NOT_REGISTERED and len(roots) < 20 else ""
-        (held_up if causes else roots).append(
-            story(node, graph.now, causes) + (f'; did you mean "{guess}"?' if guess else ".")
-        )
-    wanted = [n.unit_name for n in graph.nodes if name in n.wants]
-    if nodes[name].status == NOT_REGISTERED and wanted:
-        roots.append(f"It is wanted by {names_of(wanted)}.")
-    for lines, most in ((held_up, 8), (roots, 20)):
-        lines[most:] = [f"({len(lines) - most} more like these)"] if len(lines) > most else []
-    return "\n".join(held_up + roots) + "\n"
+        if found:
+            held_up.append(story(units[each], graph.now, found) + ".")
+        else:
+            roots.append(units[each])
+    wanted = [u.unit_name for u in graph.nodes if name in u.wants and units[name].status == NOT_REGISTERED]
+    lines = at_most(8, held_up) + at_most(20, stories(roots, units, graph.now))
+    return "\n".join(lines + ([f"It is wanted by {names_of(wanted)}."] if wanted else [])) + "\n"
 
 
-def story(node: UnitStatus, now: float, causes: dict[str, str]) -> str:
-    """One unit in one sentence without its full stop; `causes` are the dependencies that keep it from starting."""
-    name, reason = f'"{node.unit_name}"', f": {node.reason}" if node.reason else ""
-    what = names_of([f'"{d}"' + (f" ({r})" if r != SUCCESS else "") for d, r in causes.items()])
-    if node.status == NOT_REGISTERED:
-        return f"{name} is not registered: nobody has called want, start or run on it"
-    if node.status == SKIPPED:
-        return f"{name} was skipped {span(now - node.ended)} ago" + (f" because of {what}" if what else reason)
-    if node.status == PENDING and node.is_waiting:
-        what = what or "a place among those that may run at once"
-        return f"{name} has not started: for {span(now - node.waiting)} it has been waiting for {what}"
-    if node.status == PENDING:
+def why_all_text(graph: Graph) -> str:
+    """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
+    units = {u.unit_name: u for u in graph.nodes}
+    stuck = [u for u in graph.nodes if u.is_waiting or u.status == SKIPPED]
+    directly: dict[str, list[UnitStatus]] = {}  # who is held up by a unit, without others in between
+    for unit in stuck:
+        for cause in obstacles(unit, units):
+            directly.setdefault(cause, []).append(unit)
+    lone = {u.unit_name for u in stuck if not obstacles(u, units)}
+    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
+    for unit in graph.nodes:
+        name, runs = unit.unit_name, graph.now - unit.started if unit.status == STARTED else 0.0
+        gone = unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
+        gave_up = standing(unit) in ("gave up", FAILED, "exited")
+        if name in lone or ((name in directly or gone or gave_up or runs >= LONG) and unit not in stuck):
+            groups.setdefault(tuple(u.unit_name for u in directly.get(name, ())), []).append(unit)
+    found: list[tuple[int, float, list[str]]] = []
+    for above, roots in groups.items():
+        held = list(above)
+        seen = set(held)
+        for name in held:
+            new = [u.unit_name for u in directly.get(name, ()) if u.unit_name not in seen]
+            held += new
+            seen.update(new)
+        roots.sort(key=lambda u: -u.age)
+        lines = at_most(5 if held else 20, stories(roots, units, graph.now))
+        for word, skipped in (("held up", False), ("skipped", True)):
+            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
+            lines += [f"    {word}: {names_of(those)}"] if those else []
+        found.append((len(held), roots[0].age, lines))
+    found.sort(key=lambda group: (-group[0], -group[1]))
+    nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
+    return "\n\n".join("\n".join(lines) for _, _, lines in found) + "\n" if found else nothing + "\n"
+
+
+def at_most(most: int, lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    return lines[:most] + ([f"({len(lines) - most} more like these)"] if len(lines) > most else [])
+
+
+def stories(roots: list[UnitStatus], units: dict[str, UnitStatus], now: float) -> list[str]:
+    """Sentences on units that nothing else holds up; a name that nobody registered may be misspelt."""
+    known = [u.unit_name for u in units.values() if u.status != NOT_REGISTERED]
+    lines = []
+    for i, unit in enumerate(roots):
+        guess = resembling(unit.unit_name, known) if unit.status == NOT_REGISTERED and i < 20 else ""
+        lines.append(story(unit, now, obstacles(unit, units)) + (f'; did you mean "{guess}"?' if guess else "."))
+    return lines
+
+
+def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
+    """One unit in one sentence without its full stop; `found` are its obstacles."""
+    name, reason = f'"{unit.unit_name}"', f": {unit.reason}" if unit.reason else ""
+    what = names_of(list(found.values()))
+    if unit.status == NOT_REGISTERED:
+        refused = f"its want was refused: {unit.refusal}"
+        return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
+    if unit.status == SKIPPED:
+        return f"{name} was skipped {span(now - unit.ended)} ago" + (f" because of {what}" if what else reason)
+    if unit.status == PENDING:
+        if unit.is_waiting:
+            what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
+            return f"{name} has not started: for {span(now - unit.waiting)} it has been waiting for {what}"
         gave_up = "its start gave up, and nobody has called start again"
-        who = gave_up if node.waiting >= 0 else "nobody has called start on it"
+        who = gave_up if unit.waiting >= 0 else "nobody has called start on it"
+        who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
-    by = f" by {node.owner.command} (pid {node.owner.pid})" if node.owner else ""
-    waited = node.started - node.waiting
+    by, log = owner_text(unit.owner, " by "), f"; its output is in {unit.log}" if unit.log else ""
+    waited = unit.started - unit.waiting if unit.waiting >= 0 else 0.0
     how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
-    how += f", last for {node.released_by}" if node.released_by and waited >= 0.05 else ""
-    if node.status == STARTED:
-        gone = node.owner is not None and node.owner.alive is False
+    how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
+    if unit.status == STARTED:
+        gone = unit.owner is not None and unit.owner.alive is False
         still = "that process is gone: it ended without complete" if gone else "it is still running"
-        return f"{name} started {span(now - node.started)} ago{by}, {how}; {still}"
-    if node.started < 0:
-        return f"{name} {node.status} {span(now - node.ended)} ago without having started{reason}"
-    length = span(node.ended - node.started)
-    return f"{name} {node.status} {span(now - node.ended)} ago after running {length}{reason}; started{by} {how}"
+        again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
+        return f"{name} started {span(now - unit.started)} ago{by}, {how}; {still}{again}{log}"
+    ago = f"{name} {unit.status} {span(now - unit.ended)} ago"
+    if unit.started < 0:
+        return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
+    tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
+    after = "; its process runs on" if unit.running_on else ""
+    if unit.exited >= 0:
+        after = ": ".join(filter(None, (f"; its process ended {span(now - unit.exited)} ago", unit.exit_reason)))
+    return f"{ago} after running {span(unit.ended - unit.started)}{tries}{reason}; started{by} {how}{after}{log}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5148,7 +5540,7 @@ class Reporter:
         self.waited = True
         how = f"still waiting after {span(waited)}" if waited else "waiting"
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
-        text = f"{self.who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more
+        text = f"{self.who}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
         say(text, self.fd, self.args.quiet)
 
     def started(self, started: Started) -> str:
@@ -5272,8 +5664,9 @@ def cmd_start(args: Args) -> int:
     refuse_lonely_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
-    started = client_of(args).start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait)
-    say(f"{args.unit}: {report.started(started)}", quiet=args.quiet)
+    with Start(client_of(args), args.unit, args.want, args.requires, args.timeout, (), on_wait, args.pid) as start:
+        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+        start.confirm()  # the last step: if we are killed before, the next in line has the unit
     return 0
 
 
@@ -5310,21 +5703,10 @@ def cmd_list(args: Args) -> int:
     """Show all units."""
     units = client_of(args).list(args.all)
     if args.output == "json":
-        keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner")
-        put(json_text([{k: plain(getattr(u, k)) for k in keys} for u in units]))
+        put(json_text(list_data(units)))
     else:
         put(list_text(units, args.column))
     return 0
-
-
-def json_text(value: Any) -> str:
-    """JSON for other programs; indented where a person may be reading, since that takes ten times as long."""
-    text = _dumps(value)
-    if len(text) < 1 << 16:
-        import json
-
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-    return text + "\n"
 
 
 def cmd_events(args: Args) -> int:
@@ -5337,12 +5719,17 @@ def cmd_events(args: Args) -> int:
 
 def cmd_timeline(args: Args) -> int:
     """Show where the time went."""
-    client = client_of(args)
+    saved, width = getattr(args, "from"), terminal()[0]
     if args.watch:
-        return watch(args, client)
-    graph = client.graph()
-    if args.blame:
-        put(blame_text(graph))
+        if saved or args.compare:
+            raise UsageError("--watch shows an agent, not what was saved")
+        return watch(args, client_of(args))
+    before = saved_timeline(args.compare) if args.compare else None
+    graph = saved_timeline(saved) if saved else client_of(args).graph()
+    if before:
+        put(compare_text(before, graph, width))
+    elif args.blame:
+        put(blame_text(graph, width))
     elif args.output == "text":
         put(timeline_text(graph, *terminal()))
     else:
@@ -5350,13 +5737,13 @@ def cmd_timeline(args: Args) -> int:
     return 0
 
 
-def timeline_as(form: str, graph: Graph) -> str:
-    """The timeline in one of its forms for files."""
-    if form == "svg":
-        return timeline_svg(graph)
-    if form in ("json", "trace"):
-        return json_text(timeline_data(graph) if form == "json" else timeline_trace(graph))
-    return timeline_text(graph)
+def saved_timeline(path: str) -> Graph:
+    """The startup of which a `.json` timeline was saved. Raises UsageError."""
+    try:
+        with open(path, "rb") as f:
+            return timeline_graph(f.read(), path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def watch(args: Args, client: Client) -> int:
@@ -5395,7 +5782,7 @@ def watch(args: Args, client: Client) -> int:
 
 def cmd_graph(args: Args) -> int:
     """Show what depends on what."""
-    graph = part(client_of(args).graph(), args.units)
+    graph = part_of(client_of(args).graph(), args.units)
     if args.output == "tree":
         put(graph_tree(graph, args.units, terminal()[2]))
     elif args.output == "json":
@@ -5406,8 +5793,10 @@ def cmd_graph(args: Args) -> int:
 
 
 def cmd_why(args: Args) -> int:
-    """Say why a unit stands where it stands."""
-    put(why_text(client_of(args).graph(), check_name(args.unit)))
+    """Say why units stand where they stand; without names, why anything does not get on."""
+    names = list(map(check_name, args.units))
+    graph = client_of(args).graph()
+    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
     return 0
 
 
@@ -5569,7 +5958,7 @@ COMMANDS = {
             Option(("-v", "--verbose"), None, False, "log every request"),
             Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
             Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
-            Option(("--replace",), None, False, "take the place of an agent that serves there: it is told to end"),
+            Option(("--replace",), None, False, "end an agent that serves there, and take its place"),
             Option(("--pid-file",), str, "", "write the process id there", "FILE"),
             Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
             Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),
@@ -5645,7 +6034,13 @@ COMMANDS = {
         "show all units",
         questions=True,
     ),
-    "why": Command(cmd_why, ("unit",), (), "say why UNIT waits, was skipped, failed or took so long", questions=True),
+    "why": Command(
+        cmd_why,
+        ("units*",),
+        (),
+        "say why UNIT, or anything, waits, was skipped, failed or took so long",
+        questions=True,
+    ),
     "timeline": Command(
         cmd_timeline,
         (),
@@ -5655,6 +6050,8 @@ COMMANDS = {
             ),
             Option(("--blame",), None, False, "units by how long they ran, and by how long others waited for them"),
             Option(("--watch",), None, False, "live, until interrupted"),
+            Option(("--from",), str, "", "draw what `timeline -o json` saved there; needs no agent", "FILE"),
+            Option(("--compare",), str, "", "what changed since what was saved there, and what made it so", "FILE"),
         ),
         "show where the time went",
         questions=True,
@@ -5848,7 +6245,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except SystemExit as end:  # argparse's --help
         code = end.code if isinstance(end.code, int) else 2
     except TimedOut as error:
-        missing = "".join(f"  {state(d)}\n" for d in error.data)
+        missing = "".join(f"  {dependency_text(d)}\n" for d in error.data)
         put(f"{error.args[0]}\n{missing}", 2)
         code = error.exit_code
     except SyncError as error:
