@@ -647,10 +647,16 @@ class Units:
         left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
         if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        unit = self._end(name, COMPLETED, "", 0, by)
-        if env:
-            unit.environment, self.left_environment = env, True
-        return unit
+        if not env:
+            return self._end(name, COMPLETED, "", 0, by)
+        unit = self._registered(name)
+        before = unit.environment
+        unit.environment, self.left_environment = env, True  # first, since those that depend on it may start with it
+        try:
+            return self._end(name, COMPLETED, "", 0, by)
+        except Refused:
+            unit.environment = before
+            raise
 
     def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
         """End `name` without success: what requires it is skipped. Raises as `complete` does."""
@@ -4879,12 +4885,13 @@ class Boot:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
         import select
 
-        while not over() or any(job.ending() for job in self.groups.values()):
+        while True:
             if self.channel and self.channel.more():
                 self.answers()
-                continue
             now = time.monotonic()
             due = self.keep_time(now)
+            if over() and not any(job.ending() for job in self.groups.values()):
+                return
             if not self.out.pending:
                 if now >= self.out.live_at:
                     ended = len(self.jobs) - self.unfinished
@@ -5316,13 +5323,13 @@ class Boot:
                     view = view[os.write(job.log, view) :]
             except OSError as error:
                 self.no_log(error)
-        *lines, job.rest = (job.rest + chunk).split(b"\n")
-        while len(job.rest) > CUT or (last and job.rest):
-            at = min(CUT, len(job.rest))
-            while CUT - 4 < at < len(job.rest) and job.rest[at] & 0xC0 == 0x80:  # never inside a character
-                at -= 1
-            lines.append(job.rest[:at])
-            job.rest = job.rest[at:]
+        *whole, rest = (job.rest + chunk).split(b"\n")
+        lines = [piece for line in whole for piece in pieces(line)]
+        *more, job.rest = pieces(rest)
+        lines += more
+        if last and job.rest:
+            lines.append(job.rest)
+            job.rest = b""
         if self.out.quiet:
             lines = lines[-LAST_LINES:]
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
@@ -5486,6 +5493,17 @@ class Boot:
                 os.rmdir(self.directory)
             except OSError:
                 pass
+
+
+def pieces(line: bytes) -> Iterator[bytes]:
+    """A line in pieces of at most CUT bytes, cut between characters."""
+    while len(line) > CUT:
+        at = CUT
+        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
+            at -= 1
+        yield line[:at]
+        line = line[at:]
+    yield line
 
 
 def write_some(data: bytes, fd: int, patience: float) -> bytes:
