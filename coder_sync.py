@@ -5323,8 +5323,8 @@ class Boot:
                     view = view[os.write(job.log, view) :]
             except OSError as error:
                 self.no_log(error)
-        *whole, rest = (job.rest + chunk).split(b"\n")
-        lines = [piece for line in whole for piece in pieces(line)]
+        *ended, rest = (job.rest + chunk).split(b"\n")
+        lines = [piece for line in ended for piece in pieces(line)]
         *more, job.rest = pieces(rest)
         lines += more
         if last and job.rest:
