@@ -58,23 +58,27 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import ExitStack
     from dataclasses import dataclass
-    from typing import Any, NoReturn
+    from typing import Any, Literal, NoReturn
+
+    Requirement = Literal["success", "completion", "start"]
 else:
 
     def dataclass(cls):
         """Stand in for dataclasses.dataclass, whose import costs more than a whole client call."""
         names = tuple(cls.__annotations__)
+        defaults = {name: getattr(cls, name, None) for name in names}
+        required = sum(not hasattr(cls, name) for name in names)  # these come first
 
         def __init__(self, *args, **kwargs):
-            kwargs.update(zip(names, args))
-            for name in names:
-                setattr(self, name, kwargs.pop(name) if name in kwargs else getattr(cls, name))
-            if kwargs or len(args) > len(names):
-                raise TypeError(f"{cls.__name__}: unexpected arguments {sorted(kwargs)}")
+            given = {**defaults, **dict(zip(names, args)), **kwargs}
+            missing = [name for name in names[len(args) : required] if name not in kwargs]
+            if len(given) > len(names) or len(args) > len(names) or missing:
+                raise TypeError(f"{cls.__name__}: missing or unexpected arguments")
+            self.__dict__.update(given)
 
-        if "__init__" not in vars(cls):
-            cls.__init__ = __init__
+        cls.__init__ = __init__
         cls.__repr__ = lambda self: f"{cls.__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
         cls.__eq__ = lambda self, other: type(other) is cls and vars(self) == vars(other)
         cls.__hash__ = None
@@ -82,7 +86,24 @@ else:
 
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Dependency", "Owner", "Started", "SyncError", "UnitStatus"]
+__all__ = [
+    "AlreadyStarted",
+    "Client",
+    "CycleError",
+    "Dependency",
+    "DependencyFailed",
+    "Event",
+    "Graph",
+    "NotRegistered",
+    "Owner",
+    "Refused",
+    "Started",
+    "SyncError",
+    "TimedOut",
+    "UnitStatus",
+    "Unreachable",
+    "UsageError",
+]
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
@@ -131,10 +152,15 @@ class NotRegistered(Refused):
 
 
 class DependencyFailed(SyncError):
-    """A required dependency failed or was skipped, so waiting is over."""
+    """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
 
     exit_code = 4
     code = -32004
+
+    def __init__(self, message: str, data: Any = None) -> None:
+        super().__init__(message, data)
+        about = data if isinstance(data, dict) else {}
+        self.unit, self.reason = str(about.get("unit", "")), str(about.get("reason", ""))
 
 
 class UsageError(SyncError):
@@ -178,6 +204,11 @@ class TimedOut(SyncError):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
 
     exit_code = 124
+    code = -32006
+
+    def __str__(self) -> str:
+        missing = ", ".join(f"{row.depends_on} {row.current_status}" for row in self.data or ())
+        return str(self.args[0]) + (f": {missing}" if missing else "")
 
 
 class CommandError(SyncError):
@@ -188,10 +219,24 @@ class CommandError(SyncError):
         self.exit_code = exit_code
 
 
+ERRORS: dict[int, type[SyncError]] = {  # those that cross the wire, by their code
+    kind.code: kind
+    for kind in (
+        *(Refused, CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable, TimedOut),
+        *(InvalidRequest, MethodNotFound, InvalidParams, ParseError),
+    )
+}
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
-# A caller that must wait hands in a ticket, any hashable object; whoever makes the wait end finds
-# (ticket, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock around it.
+# A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
+# makes it end finds (claim, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock.
+#
+# A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
+# `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
+# Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
+# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
 # ----------------------------------------------------------------------------------------------------------
 
 NOT_REGISTERED = "not registered"  # only ever wanted by others
@@ -202,10 +247,17 @@ FAILED = "failed"
 SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
 ENDED = (COMPLETED, FAILED, SKIPPED)
 
-SUCCESS, COMPLETION, START = REQUIREMENTS = ("success", "completion", "start")
-MEETS = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
-HOPELESS = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}  # cannot be met any more
-REQUIRED_STATUS = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
+SUCCESS: Requirement = "success"
+COMPLETION: Requirement = "completion"
+START: Requirement = "start"
+REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
+MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
+HOPELESS: dict[str, tuple[str, ...]] = {
+    SUCCESS: (FAILED, SKIPPED),
+    COMPLETION: (),
+    START: (SKIPPED,),
+}  # cannot be met any more
+REQUIRED_STATUS: dict[str, str] = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
 
 MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
@@ -213,6 +265,9 @@ MAX_UNITS = 50_000
 MAX_EDGES = 500_000
 MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
+MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
+MAX_HISTORY = 200  # events that `status` shows
+MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
 @dataclass
@@ -245,24 +300,11 @@ class Dependency:
 
 
 @dataclass
-class UnitStatus:
-    """A snapshot of one unit, without its dependencies where they were not asked for."""
-
-    unit_name: str
-    status: str
-    is_ready: bool
-    reason: str = ""
-    exit_code: int | None = None
-    age: float = 0.0
-    owner: Owner | None = None
-    dependencies: list[Dependency] = []  # noqa: RUF012
-    did_you_mean: str = ""
-    history: list[Event] = []  # noqa: RUF012
-
-
-@dataclass
 class Event:
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
+
+    `before` is the number of the unit's event before; it stays with the agent.
+    """
 
     seq: int
     time: float
@@ -270,27 +312,44 @@ class Event:
     unit: str
     kind: str
     detail: str = ""
-
-    def __init__(self, seq: int, time: float, wall: float, unit: str, kind: str, detail: str = "") -> None:
-        self.seq, self.time, self.wall, self.unit, self.kind, self.detail = seq, time, wall, unit, kind, detail
+    before: int = 0
 
 
 @dataclass
-class Node:
-    """One unit as pictures need it. Times are seconds since the agent began, -1 for what has not been."""
+class UnitStatus:
+    """A snapshot of one unit. Times are seconds since the agent began, -1 for what has not been.
+
+    `dependencies` and `history` are there only where one unit was asked for.
+    """
 
     unit_name: str
     status: str
     is_ready: bool
-    is_waiting: bool
-    registered: float
-    waiting: float
-    started: float
-    ended: float
-    released_by: str  # the dependency that made it ready last
-    reason: str
-    wants: dict[str, str]  # dependency -> requirement
+    reason: str = ""
+    exit_code: int | None = None
+    age: float = 0.0  # seconds in the status
     owner: Owner | None = None
+    is_waiting: bool = False  # a start of it waits
+    waits_for: list[str] = []  # noqa: RUF012  (what a waiting or pending unit lacks, at most five)
+    registered: float = -1.0
+    waiting: float = -1.0  # when its start was asked for
+    ready: float = -1.0  # when its dependencies were met; from then to `started` it waited for a lock
+    started: float = -1.0
+    ended: float = -1.0
+    released_by: str = ""  # the dependency that made it ready last
+    wants: dict[str, str] = {}  # noqa: RUF012  (dependency -> requirement)
+    locks: list[str] = []  # noqa: RUF012
+    blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
+    tries: list[float] = []  # noqa: RUF012  (when each further try began)
+    running_on: bool = False  # it completed, and its process goes on: a service
+    exited: float = -1.0  # when the process of a service ended
+    exit_reason: str = ""
+    log: str = ""  # the file that has its output
+    refusal: str = ""  # why the last `want` or `start` of it was refused
+    environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
+    dependencies: list[Dependency] = []  # noqa: RUF012
+    did_you_mean: str = ""
+    history: list[Event] = []  # noqa: RUF012
 
 
 @dataclass
@@ -298,20 +357,27 @@ class Graph:
     """All units at one time, `now`, in seconds since the agent began."""
 
     now: float
-    nodes: list[Node]
+    nodes: list[UnitStatus]
 
 
-def check_name(name: object) -> str:
-    """Return `name` if it may name a unit, else raise Refused."""
+def check_name(name: object, what: str = "unit") -> str:
+    """Return `name` if it may name a unit (or a lock), else raise Refused, or InvalidParams for what is no text."""
     if not isinstance(name, str):
-        raise InvalidParams(f"a unit name must be a string, not {type(name).__name__}")
+        raise InvalidParams(f"a {what} name must be a string, not {type(name).__name__}")
     if not name:
-        raise Refused("a unit name must not be empty; was a variable unset?")
+        raise Refused(f"a {what} name must not be empty; was a variable unset?")
     if not name.isprintable():
-        raise Refused(f"unit name {ascii(name)[:80]} has a character that cannot be printed")
+        raise Refused(f"{what} name {ascii(name)[:80]} has a character that cannot be printed")
     if len(name.encode()) > MAX_NAME:
-        raise Refused(f'unit name "{name[:40]}..." is {len(name.encode())} bytes long; the limit is {MAX_NAME}')
+        raise Refused(f'{what} name "{name[:40]}..." is {len(name.encode())} bytes long; the limit is {MAX_NAME}')
     return name
+
+
+def check_requirement(requires: str) -> str:
+    """Return `requires` if it is a requirement, else raise Refused."""
+    if requires not in REQUIREMENTS:
+        raise Refused(f"no such requirement: {one_line(requires)[:40]}; use one of {', '.join(REQUIREMENTS)}")
+    return requires
 
 
 def one_line(text: str) -> str:
@@ -325,37 +391,63 @@ class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
     # fmt: off
-    __slots__ = ("ended", "exit_code", "holder", "name", "owner", "pool", "reason", "registered", "released_by",
-                 "since", "started", "starts", "status", "unmet", "waiting", "wanted_by", "wants")
+    __slots__ = ("boot", "ended", "environment", "exit_code", "exit_reason", "exited", "holder", "last_event", "line",
+                 "locks", "log", "name", "owner", "ready", "reason", "refused", "registered", "released_by", "root",
+                 "running", "since", "started", "status", "tries", "unmet", "waiting", "wanted_by", "wants")
     # fmt: on
 
     def __init__(self, name: str, now: float) -> None:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = now  # of the status
-        self.reason = ""
-        self.exit_code: int | None = None
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._set, never counted again
-        self.starts: dict[Any, tuple[Owner | None, Pool | None]] = {}  # tickets that wait, oldest first
-        self.pool: Pool | None = None  # whose place it takes while it is started
-        self.holder: Any = None  # ticket of the start that won
+        self.unmet = 0  # how many of `wants` are not met; kept by Units._set and _link, never counted again
+        self.line: dict[Claim, None] = {}  # claims that wait, oldest first
+        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
+        self.registered = self.waiting = -1.0  # when, for pictures; -1: not yet
+        self.last_event = 0
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget the last run."""
+        self.reason = self.root = ""  # why it failed or was skipped; and what failed in the first place
+        self.exit_code: int | None = None
+        self.holder: Claim | None = None  # the claim that was granted, until it ends
+        self.boot: Claim | None = None  # of a boot, which is notified of the unit's outcome
         self.owner: Owner | None = None
-        self.registered = self.waiting = self.started = self.ended = -1.0  # when, for pictures; -1: not yet
-        self.released_by = ""  # the dependency that made it ready last
+        self.locks: tuple[Lock, ...] = ()  # that it has while it is started
+        self.ready = self.started = self.ended = self.exited = -1.0
+        self.released_by = self.exit_reason = self.log = ""
+        self.tries: list[float] = []
+        self.running = False
+        self.environment: dict[str, str] = {}
 
 
-class Pool:
-    """Units of which at most `limit` are to be started at once; `ready` are those that wait for nothing else.
+class Lock:
+    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name)."""
 
-    A start in a pool is that of a boot, and another boot of the same scripts may be on its way. So what somebody else
-    has started, or completed while its owner lives, is waited for; the answer then names the unit itself.
-    """
+    def __init__(self, name: str, limit: int) -> None:
+        self.name, self.limit = name, limit
+        self.taken: dict[Unit, None] = {}
+        self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.running = limit, 0
-        self.ready: dict[Unit, None] = {}
+    def label(self) -> str:
+        """What it is called in messages."""
+        return f"lock {self.name}" if self.name else f"one of {self.limit} places to run"
+
+
+class Claim:
+    """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
+
+    __slots__ = ("boot", "confirmed", "deadline", "held", "locks", "owner", "ticket", "unit")
+
+    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False) -> None:
+        self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held
+        self.locks: tuple[Lock, ...] = ()
+        self.deadline = float("inf")
+        self.boot = False  # it is answered with every status of the unit, not once
+        self.confirmed = False  # the client says itself that its answer has arrived
 
 
 class Units:
@@ -372,17 +464,18 @@ class Units:
         alive: Callable[[Owner], bool | None] = lambda owner: None,
         tell: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        from collections import deque
-
         self.clock, self.wall, self.alive, self.tell = clock, wall, alive, tell
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
-        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.waits = 0  # claims in line
+        self.events: dict[int, Event] = {}  # by number
         self.seq = 0
-        self._freed: list[Pool] = []  # that have a place since their last unit was settled
-        self._waits: dict[Any, Unit] = {}  # ticket -> the unit it wants started
-        self._answers: list[tuple[Any, Any]] = []
+        self.locks: dict[str, Lock] = {}
+        self.left_environment = False  # whether any unit did
+        self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
+        self._freed: list[Lock] = []  # that have a place since their last unit was settled
+        self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
 
@@ -391,30 +484,9 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        if requires not in REQUIREMENTS:
-            raise Refused(f'unit "{name}": no such requirement: {requires}; use one of {", ".join(REQUIREMENTS)}')
-        unit = self.units.get(check_name(name)) or Unit(name, self.clock())
-        new: dict[str, Unit] = {}
-        for dependency in dependencies:
-            other = self.units.get(check_name(dependency))
-            if other is unit or dependency == name:
-                raise CycleError(f"cycle detected: {name} -> {name}; a unit cannot depend on itself", [name, name])
-            if other is None:
-                new[dependency] = Unit(dependency, self.clock())
-            elif other not in unit.wants:
-                cycle = self._cycle(unit, other)
-                if cycle:
-                    raise CycleError(f"cycle detected: {' -> '.join(cycle)}", cycle)
-                new[dependency] = other
-            elif unit.wants[other] != requires:
-                has = unit.wants[other]
-                raise Refused(f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}')
-        self._admit(unit, new)
-        for dependency, other in new.items():
-            self._record(unit, "wants", dependency if requires == SUCCESS else f"{dependency} ({requires})")
-            self._link(unit, other, requires)
-        if (unit.status == PENDING or unit.starts) and self._settle(unit):
-            self._propagate(unit)
+        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
+        if (unit.line or unit.status == PENDING) and self._settle(unit):
+            self._propagate([unit])
         return unit
 
     def start(
@@ -424,129 +496,224 @@ class Units:
         dependencies: Iterable[str] = (),
         requires: str = SUCCESS,
         owner: Owner | None = None,
-        pool: Pool | None = None,
-    ) -> bool:
-        """Ask for `name` to be started; the answer comes for `ticket`. Return whether it has to wait.
+        held: bool = False,
+        locks: Iterable[str] = (),
+        timeout: float = 0.0,
+    ) -> Claim:
+        """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
-        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed.
+        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        unit = self.want(name, dependencies, requires)
-        done = pool and unit.status == COMPLETED and unit.owner and self.alive(unit.owner)
-        if pool and (unit.status == STARTED or done):
-            return self.wait([name], ticket)
-        if unit.status == STARTED:
-            raise AlreadyStarted(f'unit "{name}" is already started{self._by(unit)}')
-        self._check_waits()
-        verdict = self._verdict(unit) if unit.status == SKIPPED else ""
-        if verdict:
-            unit.reason = verdict
-            self._answers.append((ticket, DependencyFailed(f'unit "{name}" skipped: {verdict}')))
-            return False
-        if unit.status in (FAILED, SKIPPED):  # another try: those behind it may hope again
-            self._set(unit, PENDING)
-        self._waits[ticket] = unit
-        unit.starts[ticket] = (owner, pool)
-        unit.waiting = self.clock()
-        unit.released_by, unit.holder = "", None
+        places = self._locks(locks)
+        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
+        if unit.status == STARTED and (unit.holder is None or unit.holder.confirmed):
+            if owner:
+                unit.refused = [*unit.refused[-99:], owner]
+            raise self._already_started(unit)
+        self._check_waits(1)
+        claim = Claim(unit, ticket, owner, held)
+        claim.locks = places
+        self._stand_in_line(claim, timeout)
         if self._settle(unit):
-            self._propagate(unit)
-        elif ticket in self._waits:
-            self._record(unit, "waiting", ", ".join(d.name for d in self._unmet(unit, 5)))
-        return ticket in self._waits
+            self._propagate([unit])
+        elif claim in unit.line:
+            self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
+        return claim
 
-    def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS) -> bool:
-        """Wait for units to meet `requires`, without being one. Return whether there is anything to wait for."""
-        if requires not in REQUIREMENTS:
-            raise Refused(f"no such requirement: {requires}; use one of {', '.join(REQUIREMENTS)}")
-        self._check_waits()
+    def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
+        """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
+        self._check_waits(1)
+        needs = dict.fromkeys(map(check_name, names), check_requirement(requires))
         waiter = Unit("", self.clock())
-        new = {n: self.units.get(check_name(n)) or Unit(n, self.clock()) for n in names}
-        self._admit(waiter, new)
-        for other in new.values():
-            self._link(waiter, other, requires)
-        self._waits[ticket] = waiter
-        waiter.starts[ticket] = (None, None)
+        new = {n: self.units.get(n) or Unit(n, self.clock()) for n in needs}
+        self._check_limits(sum(n not in self.units for n in new), len(new), "")
+        self.units.update(new)
+        for name, other in new.items():
+            self._link(waiter, other, needs[name])
+        claim = Claim(waiter, ticket)
+        self._stand_in_line(claim, timeout)
         self._settle(waiter)
-        return ticket in self._waits
+        return claim
 
-    def complete(self, name: str) -> None:
-        """End `name` with success. Raises NotRegistered, or Refused if it has ended otherwise."""
-        self._end(name, COMPLETED, "", 0)
+    def boot(
+        self,
+        members: list[tuple[str, dict[str, str], list[str]]],
+        ticket: Any,
+        owner: Owner | None = None,
+        jobs: int = 0,
+    ) -> list[Claim]:
+        """Claim all units of a members in one step: (name, dependency -> requirement, locks) each.
 
-    def fail(self, name: str, reason: str = "", exit_code: int | None = None) -> None:
+        At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
+        replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
+        Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
+        """
+        self._check_waits(len(members))
+        if len({name for name, _, _ in members}) < len(members):
+            raise Refused("a boot names a unit twice")
+        for name, wants, _ in members:
+            unit = self.units.get(check_name(name))
+            for requires in wants.values():
+                check_requirement(requires)
+            claim = next(iter(unit.line), unit.holder) if unit else None
+            if unit and (claim or (unit.status == STARTED and (not unit.owner or self.alive(unit.owner) is not False))):
+                owner = claim.owner if claim else unit.owner
+                how = "started" if unit.status == STARTED else "claimed"
+                raise Refused(f'unit "{name}" is {how}{self._by(owner)}; nothing was run: end that first')
+        places = [self._locks(locks) for _, _, locks in members]
+        everyone = (Lock("", jobs),) if jobs else ()
+        units = self._declare([(name, wants) for name, wants, _ in members], anew=True)
+        for unit in units:
+            if unit.status != PENDING:
+                self._set(unit, PENDING)
+        claims = []
+        for unit, locks in zip(units, places):
+            claim = Claim(unit, ticket, owner, held=True)
+            claim.boot, claim.locks = True, locks + everyone
+            unit.boot = claim
+            self._stand_in_line(claim, 0)
+            claims.append(claim)
+        started = [unit for unit in units if self._settle(unit)]
+        for unit in units:
+            if unit.line:
+                self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
+        self._propagate(started)
+        return claims
+
+    def delivered(self, claim: Claim) -> None:
+        """The answer to a claim has arrived: those who stood behind it in line are answered too."""
+        unit = claim.unit
+        if unit.holder is claim and not claim.confirmed:
+            claim.confirmed = True
+            unit.refused += [other.owner for other in unit.line if other.owner][:100]
+            self._answer_line(unit, self._already_started(unit))
+            if not claim.held:
+                unit.holder = None
+
+    def end_claims(self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None) -> None:
+        """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
+
+        `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
+        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
+        none, the unit of a held claim has failed, and that of any other is pending.
+        """
+        ended: dict[Unit, tuple[str, bool]] = {}
+        for claim in claims:
+            unit = claim.unit
+            reason = f"lost: {self._who(claim.owner) or 'the process that held it'} ended without completing"
+            if claim in unit.line:
+                missing, late = self._waits_for(unit, registered=False), self._timed_out(unit)
+                del unit.line[claim]
+                self.waits -= 1
+                reason = f"lost: {self._who(claim.owner) or 'its start'} waited for {', '.join(missing)}, and {why}"
+                if error is TimedOut:
+                    reason = f"timed out waiting for {', '.join(missing)}"
+                    self._answers.append((claim, late))
+                elif error:
+                    self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
+                self._record(unit, "gave up", f"{why}; still missing: {', '.join(missing)}")
+            elif unit.holder is claim:
+                unit.holder = None
+            else:
+                continue
+            if unit.boot is claim:
+                unit.boot = None
+            ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
+        changed = []
+        for unit, (reason, held) in ended.items():
+            if not unit.name:
+                self._unlink(unit)
+            elif unit.holder or unit.status in ENDED:
+                continue  # another has it
+            elif held and not unit.line:
+                self._set(unit, FAILED, one_line(reason))
+                changed.append(unit)
+            elif unit.status == STARTED:
+                self._set(unit, PENDING, "the client that asked for its start was gone")
+                changed.append(unit)
+            elif unit.line:
+                changed.append(unit)
+        self._propagate(changed + [unit for unit in changed if unit.status == PENDING and self._settle(unit)])
+
+    def end_late(self, claims: Iterable[Claim]) -> None:
+        """End those claims whose time is up."""
+        now = self.clock()
+        self.end_claims([c for c in claims if c.deadline <= now], "timed out", TimedOut)
+
+    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> Unit:
+        """End `name` with success; `env` is for those that depend on it.
+
+        Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
+        """
+        left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
+        if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
+            raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
+        unit = self._end(name, COMPLETED, "", 0, by)
+        if env:
+            unit.environment, self.left_environment = env, True
+        return unit
+
+    def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
         """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, one_line(reason), exit_code)
+        self._end(name, FAILED, one_line(reason), exit_code, by)
 
-    def lose(self, name: str, ticket: Any) -> None:
-        """The holder of a start is gone: its unit fails, unless it has ended, or another start of it waits."""
-        unit = self.units.get(name)
-        if unit is None or not self.holds(name, ticket):
-            return
-        waits = ticket in unit.starts
-        owner = unit.starts[ticket][0] if waits else unit.owner
-        who = f"process {owner.pid} ({owner.command})" if owner else "the process that held it"
-        if waits:
-            self._record(unit, "gave up", f"{who} ended while it waited")
-            self._answer(ticket, Refused(f'unit "{name}" was not started: the process that was to own it has ended'))
-            del unit.starts[ticket]
-            self.give_up(name, f"lost: {who} ended without completing")
-        elif unit.status == PENDING:
-            self.give_up(name, "lost: the process that was to start it ended without completing")
-        else:
-            self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
-            self._propagate(unit)
+    def reset(self, names: Iterable[str] = ()) -> list[str]:
+        """Make units that have ended pending again, with those skipped because of them; all if none is named.
 
-    def give_up(self, name: str, reason: str) -> None:
-        """The only one who was to start a unit has given up: it fails, unless it has ended, or another start waits."""
-        unit = self.units[name]
-        if unit.status == PENDING and not unit.starts:
-            self._set(unit, FAILED, one_line(reason))
-            self._propagate(unit)
+        Raises NotRegistered, or Refused while one of them is started. Returns the names.
+        """
+        todo = [self._registered(name) for name in names] or [
+            u for u in self.units.values() if u.status != NOT_REGISTERED
+        ]
+        for unit in todo:
+            if unit.status == STARTED:
+                raise Refused(f'unit "{unit.name}" is started{self._by(unit.owner)} and cannot be reset; end it first')
+        again: dict[Unit, None] = dict.fromkeys(u for u in todo if u.status in ENDED)
+        for unit in (todo := list(again)):
+            behind = [u for u in unit.wanted_by if u.status == SKIPPED and u not in again]
+            again.update(dict.fromkeys(behind))
+            todo += behind
+        for unit in again:
+            self._set(unit, PENDING)
+        self._propagate([unit for unit in again if self._settle(unit)])
+        return [unit.name for unit in again]
 
-    def revoke(self, name: str, ticket: Any) -> None:
-        """Take back a start whose answer found nobody: the unit is pending again."""
-        unit = self.units.get(name)
-        if unit and unit.status == STARTED and unit.holder is ticket:
-            self._set(unit, PENDING, "the client that asked for its start was gone")
-            self._settle(unit)
-            self._propagate(unit)
+    def own(self, claim: Claim, owner: Owner | None, log: str) -> None:
+        """The process that a claim runs, and the file with its output."""
+        claim.owner = claim.unit.owner = owner or claim.owner
+        claim.unit.log = log
 
-    def holds(self, name: str, ticket: Any) -> bool:
-        """Whether the start that `ticket` asked for still waits or is still on."""
-        unit = self.units.get(name)
-        return unit is not None and (
-            ticket in unit.starts or (unit.status in (PENDING, STARTED) and unit.holder is ticket)
-        )
+    def retry(self, name: str, detail: str) -> None:
+        """One more try of a started unit begins."""
+        unit = self._registered(name)
+        unit.tries = [*unit.tries[-999:], self.clock()]
+        self._record(unit, "retry", one_line(detail))
 
-    def cancel(self, ticket: Any, why: str = "gone") -> list[Dependency] | None:
-        """Forget a wait and return what it lacked; None if it was answered already."""
-        unit = self._waits.pop(ticket, None)
-        if unit is None:
-            return None
-        missing = self.missing(unit)
-        del unit.starts[ticket]
-        if unit.status == PENDING:
-            unit.holder = ticket  # should its owner end now, nobody will start the unit
-        if unit.name:
-            self._record(unit, "gave up", f"{why}; still missing: {', '.join(d.depends_on for d in missing[:5])}")
-        else:
-            self._unlink(unit)
-        return missing
+    def run_on(self, name: str) -> None:
+        """The process of a completed unit, a service, goes on."""
+        self._registered(name).running = True
 
-    def take_answers(self) -> list[tuple[Any, Any]]:
+    def exit(self, name: str, reason: str) -> None:
+        """The process of a completed unit has ended."""
+        unit = self._registered(name)
+        if unit.running:
+            unit.running, unit.exited, unit.exit_reason = False, self.clock(), one_line(reason)
+            self._record(unit, "exited", unit.exit_reason)
+
+    @staticmethod
+    def is_over(claim: Claim) -> bool:
+        """Whether a claim has ended."""
+        return claim not in claim.unit.line and claim.unit.holder is not claim
+
+    def take_answers(self) -> list[tuple[Claim, Any]]:
         """Return the answers that became known since the last call."""
         answers, self._answers = self._answers, []
         return answers
 
     # -- questions ----------------------------------------------------------------------------------------
 
-    def missing(self, what: Any) -> list[Dependency]:
-        """What a unit, or the wait of a ticket, still lacks. The one place that says why something waits."""
-        unit = what if isinstance(what, Unit) else self._waits.get(what)
-        return self.dependencies(unit, unmet_only=True) if unit else []
-
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared."""
+        """The edges of a unit, in the order they were declared. With `_waits_for`, what says why something waits."""
         now, rows = self.clock(), []
         for other, requirement in unit.wants.items():
             met = other.status in MEETS[requirement]
@@ -556,172 +723,299 @@ class Units:
             row.age, row.reason = round(now - other.since, 3), other.reason
             if not met:
                 row.owner = self._owner(other)
-                row.waits_for = [d.name for d in self._unmet(other, 4)] if other.status == PENDING else []
+                row.waits_for = self._waits_for(other) if other.status == PENDING else []
+            rows.append(row)
+        for lock, holder in self._busy(unit) if unmet_only else ():
+            row = Dependency(lock.label(), "free", "taken", False, "lock", round(now - holder.started, 3))
+            row.reason, row.owner = f"{holder.name} has it", self._owner(holder)
             rows.append(row)
         return rows
 
     def status(self, name: str) -> UnitStatus:
-        """A snapshot of one unit with its dependencies; `not registered` for a name nobody knows."""
+        """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
         unit = self.units.get(check_name(name)) or Unit(name, self.clock())
         snapshot = self._snapshot(unit, self.clock())
         snapshot.owner = self._owner(unit)
         snapshot.dependencies = self.dependencies(unit)
+        history: list[Event] = []
+        seq = unit.last_event
+        while seq in self.events and len(history) < MAX_HISTORY:
+            history.append(self.events[seq])
+            seq = self.events[seq].before
+        snapshot.history = history[::-1]
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Snapshots by name; `everything` includes names that were only ever wanted."""
+        """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
         now = self.clock()
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
         return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
 
     def graph(self) -> Graph:
-        """Everything, for pictures; owners as they were when they started their unit."""
+        """Everything, for pictures, in the order in which it became known."""
+        now = self.clock()
+        return Graph(round(now - self.began, 6), [self._snapshot(u, now) for u in self.units.values()])
 
-        def since(t: float) -> float:
-            return round(t - self.began, 6) if t >= 0 else -1.0
-
-        nodes = []
-        for u in self.units.values():
-            asked = min(u.waiting, u.started) if u.started >= 0 else u.waiting  # a re-run that waits: not yet
-            node = Node(u.name, u.status, u.unmet == 0, bool(u.starts), since(u.registered), since(asked),
-                        since(u.started), since(u.ended), u.released_by, u.reason, {}, u.owner)  # fmt: skip
-            node.wants = {d.name: requirement for d, requirement in u.wants.items()}
-            nodes.append(node)
-        return Graph(round(self.clock() - self.began, 6), nodes)
-
-    def history(self, name: str) -> list[Event]:
-        """What is remembered of one unit."""
-        return [e for e in self.events if e.unit == name]
+    def environment(self, name: str) -> dict[str, str]:
+        """What the dependencies of a unit, also through others, have left for it; the later in the graph wins."""
+        unit = self.units.get(check_name(name))
+        merged: dict[str, str] = {}
+        for other in self._before(unit) if unit and self.left_environment else ():
+            merged.update(other.environment)
+        return merged
 
     def names(self) -> list[str]:
         """The registered names, for suggestions."""
         return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
+
+    def dependents(self, unit: Unit) -> set[str]:
+        """The names of all that depend on a unit, also through others, and its own."""
+        found, todo = {unit.name}, [unit]
+        for one in todo:
+            new = [u for u in one.wanted_by if u.name not in found]
+            found.update(u.name for u in new)
+            todo += new
+        return found
 
     # -- the rules ----------------------------------------------------------------------------------------
 
     def _settle(self, unit: Unit, because: Unit | None = None) -> bool:
         """When may a unit start? Here. Return whether its status changed, so that others must be looked at.
 
-        Its requirements are all met: the oldest waiting start wins, the others are told. One of them can not
-        be met any more: it is skipped, and all who wait for it are told. Otherwise it goes on waiting.
-        `because` is the dependency that just changed, if only that can have made a difference.
+        Its requirements are all met and all its locks have a place: the first in line is granted. One of them can
+        not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
+        the dependency that just changed, if only that can have made a difference.
         """
+        if unit.status == STARTED:  # those in line stand there until the answer to the one before has arrived
+            return False
         if unit.unmet == 0:
-            if not unit.starts:
-                return False
-            unit.released_by = because.name if because else unit.released_by
-            ticket, (owner, pool) = next(iter(unit.starts.items()))
-            if pool and pool.running >= pool.limit:
-                pool.ready[unit] = None
-                return False
-            if pool:
-                pool.running += 1
-                unit.pool = pool
-            self._answer(ticket, {"dependencies": [d.name for d in unit.wants]})
-            del unit.starts[ticket]
-            unit.holder, unit.owner = ticket, owner
-            self._set(unit, STARTED)
-            for other in [t for t, (_, pool) in unit.starts.items() if pool]:
-                del unit.starts[other], self._waits[other]
-                self.wait([unit.name], other)
-            self._tell(unit, AlreadyStarted, f'unit "{unit.name}" is already started{self._by(unit)}')
-            if not unit.name:
-                self._unlink(unit)
-            return True
-        reason = self._verdict(unit, because)
-        if not reason:
+            return bool(unit.line) and self._grant(unit, because)
+        unit.ready = -1.0
+        reason, root, cause = self._verdict(unit, because)
+        if cause is None:
             return False
         skip = unit.status == PENDING and bool(unit.name)
         if skip:
             self._set(unit, SKIPPED, reason)
-        self._tell(unit, DependencyFailed, f'unit "{unit.name}" skipped: {reason}' if unit.name else reason)
+            unit.root = root
+        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
+        data = {"unit": cause.name, "reason": cause.reason}
+        self._answer_line(unit, DependencyFailed(text, data))
         if not unit.name:
             self._unlink(unit)
         return skip
 
+    def _grant(self, unit: Unit, because: Unit | None) -> bool:
+        """Start a unit whose dependencies are met, unless a lock has no place."""
+        if unit.ready < 0:
+            unit.ready = self.clock()
+            unit.released_by = because.name if because else unit.released_by
+        claim = next(iter(unit.line))
+        if self._busy(unit):
+            for lock in claim.locks:
+                lock.line.setdefault(unit)
+            return False
+        for lock in claim.locks:
+            lock.line.pop(unit, None)
+            lock.taken[unit] = None
+        del unit.line[claim]
+        claim.deadline = float("inf")
+        self.waits -= 1
+        if not unit.name:
+            self._answers.append((claim, {}))
+            self._unlink(unit)
+            return True
+        unit.locks, unit.holder, unit.owner, unit.refused = claim.locks, claim, claim.owner, []
+        if not claim.boot:
+            names = [d.name for d in unit.wants]
+            self._answers.append((claim, {"dependencies": names, "env": self.environment(unit.name)}))
+        self._set(unit, STARTED)
+        return True
+
     @staticmethod
-    def _verdict(unit: Unit, because: Unit | None = None) -> str:
-        """Why a unit cannot be started any more; empty while there is hope."""
+    def _verdict(unit: Unit, because: Unit | None = None) -> tuple[str, str, Unit | None]:
+        """Why a unit cannot be started any more, what failed in the first place, and the dependency it is about.
+
+        None for the dependency while there is hope.
+        """
         causes = (because,) if because else unit.wants
         cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
         if cause is None:
-            return ""
+            return "", "", None
         if cause.status == FAILED:
-            return f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
-        tail, root = cause.reason, cause.reason.rpartition(" was skipped: ")[2]
-        if len(tail) >= MAX_REASON:  # what failed in the first place matters most
-            tail = root if root.startswith("... ") else "... " + root
-        return f'dependency "{cause.name}" was skipped: {tail}'
+            text = f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
+            return text, text, cause
+        text = f'dependency "{cause.name}" was skipped: '
+        # What failed in the first place matters most, however long the chain is.
+        return (
+            text + (cause.reason if len(text + cause.reason) <= 2 * MAX_REASON else f"... {cause.root}"),
+            cause.root,
+            cause,
+        )
 
-    def _propagate(self, changed: Unit) -> None:
-        """Settle whoever depends on a changed unit, and so on; in a loop, since chains may be long."""
+    def _propagate(self, changed: list[Unit]) -> None:
+        """Settle whoever depends on changed units, and so on; in a loop, since chains may be long."""
         from collections import deque
 
-        todo = deque([changed])
-        while todo:
-            unit = todo.popleft()
-            for dependent in list(unit.wanted_by):
-                if (dependent.starts or dependent.status == PENDING) and self._settle(dependent, unit):
-                    todo.append(dependent)
-            for pool in self._freed:
-                while pool.ready and pool.running < pool.limit:
-                    next_one = next(iter(pool.ready))
-                    del pool.ready[next_one]
-                    if self._settle(next_one):
-                        todo.append(next_one)
-            self._freed.clear()
+        todo = deque(changed)
+        while todo or self._freed:
+            freed, self._freed = self._freed, []
+            for lock in freed:  # before the dependents, who have just become ready
+                for waiting in list(lock.line):
+                    if len(lock.taken) >= lock.limit:
+                        break
+                    if not waiting.line or waiting.unmet:
+                        del lock.line[waiting]
+                    elif self._settle(waiting):
+                        todo.append(waiting)
+            if todo:
+                unit = todo.popleft()
+                for dependent in list(unit.wanted_by):
+                    if (dependent.line or dependent.status == PENDING) and self._settle(dependent, unit):
+                        todo.append(dependent)
 
     def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
         old, unit.status = unit.status, status
-        if unit.pool and old == STARTED:
-            unit.pool.running -= 1
-            self._freed.append(unit.pool)
-            unit.pool = None
+        if old == STARTED:
+            for lock in unit.locks:
+                del lock.taken[unit]
+                self._freed.append(lock)
+        boot = unit.boot
         unit.since = self.clock()
-        unit.reason, unit.exit_code = reason, exit_code
         if status == STARTED:
-            unit.started, unit.ended = unit.since, -1.0
+            unit.started = unit.since
         elif status in ENDED:
             unit.ended = unit.since
-        elif status == PENDING and old != NOT_REGISTERED:
-            unit.started = unit.ended = -1.0
-            unit.holder = unit.owner = None
+            unit.holder = unit.boot = None
+        elif old != NOT_REGISTERED:
+            unit.begin_again()
+        unit.reason, unit.exit_code = reason, exit_code
         for dependent, requirement in unit.wanted_by.items():
             dependent.unmet += (old in MEETS[requirement]) - (status in MEETS[requirement])
+        if boot and status != PENDING:
+            env = self.environment(unit.name) if status == STARTED else {}
+            self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
 
-    def _end(self, name: str, status: str, reason: str, exit_code: int | None) -> None:
-        unit = self.units.get(check_name(name))
-        if unit is None or unit.status == NOT_REGISTERED:
-            raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+    def _end(self, name: str, status: str, reason: str, exit_code: int | None, by: Owner | None) -> Unit:
+        unit = self._registered(name)
+        refused = [(other.pid, other.born) for other in unit.refused]
+        if by and (by.pid, by.born) in refused and (not unit.owner or by.pid != unit.owner.pid):
+            raise Refused(
+                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
+                f"was started{self._by(unit.owner)}; if it is to be ended all the same, call from another shell"
+            )
         if unit.status == status:
-            return
+            return unit
         if unit.status in ENDED:
             why = f" ({unit.reason})" if unit.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
         self._set(unit, status, reason, exit_code)
-        self._tell(unit, Refused, f'unit "{name}" was {status} by another caller while its start waited')
-        self._propagate(unit)
+        self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
+        self._propagate([unit])
+        return unit
 
     # -- small parts --------------------------------------------------------------------------------------
 
-    def _admit(self, unit: Unit, new: dict[str, Unit]) -> None:
-        """Check the limits, then register `unit` and make the new names known."""
-        names = [n for n in new if n not in self.units]
-        if len(self.units) + len(names) + (unit.name != "" and unit.name not in self.units) > MAX_UNITS:
-            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_UNITS} units')
-        if self.edges + len(new) > MAX_EDGES:
-            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
-        self.units.update((n, new[n]) for n in names)
-        if unit.name and unit.status == NOT_REGISTERED:
-            self.units[unit.name] = unit
-            unit.registered = self.clock()
-            self._set(unit, PENDING)
+    def _declare(self, members: list[tuple[str, dict[str, str]]], anew: bool = False) -> list[Unit]:
+        """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
 
-    def _check_waits(self) -> None:
-        if len(self._waits) >= MAX_WAITS:
+        Raises CycleError, which is remembered for `why`, or Refused.
+        """
+        now = self.clock()
+        units, made, dropped, linked = [], [], [], []
+        name = ""
+
+        def known(name: str) -> Unit:
+            if name not in self.units:
+                self._check_limits(1, 0, members[0][0])
+                self.units[name] = Unit(check_name(name), now)
+                made.append(name)
+            return self.units[name]
+
+        try:
+            for name, _ in members:
+                units.append(known(name))
+                if anew and units[-1].status in ENDED:
+                    dropped += [(units[-1], *edge) for edge in units[-1].wants.items()]
+            for edge in dropped:
+                self._cut(*edge[:2])
+            for unit, (name, wants) in zip(units, members):
+                for dependency, requires in wants.items():
+                    other = known(dependency)
+                    has = unit.wants.get(other, requires)
+                    if has != requires:
+                        raise Refused(
+                            f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}'
+                        )
+                    if other not in unit.wants:
+                        self._check_limits(0, 1, name)
+                        cycle = self._cycle(unit, other)
+                        if cycle:
+                            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+                            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+                        self._link(unit, other, requires)
+                        linked.append((unit, other, requires))
+        except SyncError as error:
+            for unit, other, _ in reversed(linked):
+                self._cut(unit, other)
+            for edge in dropped:
+                self._link(*edge)
+            for each in made:
+                del self.units[each]
+            if name:
+                self.refusals.pop(name, None)
+                self.refusals[name] = one_line(str(error))
+                if len(self.refusals) > 1000:
+                    del self.refusals[next(iter(self.refusals))]
+            raise
+        for unit in units:
+            self.refusals.pop(unit.name, None)
+            if unit.status == NOT_REGISTERED:
+                unit.registered = now
+                self._set(unit, PENDING)
+        for unit, other, requires in linked:
+            self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
+        for _, other, _ in dropped:
+            self._forget(other)
+        return units
+
+    def _stand_in_line(self, claim: Claim, timeout: float) -> None:
+        unit = claim.unit
+        if unit.status in ENDED:  # another try: those behind it wait again
+            self._set(unit, PENDING)
+        unit.line[claim] = None
+        self.waits += 1
+        now = self.clock()
+        claim.deadline = now + timeout if timeout else float("inf")
+        if len(unit.line) == 1 and unit.status != STARTED:
+            unit.waiting, unit.ready, unit.released_by = now, -1.0, ""
+
+    def _locks(self, names: Iterable[str]) -> tuple[Lock, ...]:
+        wanted = list(dict.fromkeys(check_name(name, "lock") for name in names))
+        new = [name for name in wanted if name not in self.locks]
+        if len(wanted) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
+            raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
+        for name in new:
+            self.locks[name] = Lock(name, 1)
+        return tuple(self.locks[name] for name in wanted)
+
+    def _registered(self, name: str) -> Unit:
+        unit = self.units.get(check_name(name))
+        if unit is None or unit.status == NOT_REGISTERED:
+            raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+        return unit
+
+    def _check_limits(self, units: int, edges: int, name: str) -> None:
+        if len(self.units) + units > MAX_UNITS:
+            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_UNITS} units')
+        if self.edges + edges > MAX_EDGES:
+            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+
+    def _check_waits(self, more: int) -> None:
+        if self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
@@ -729,14 +1023,21 @@ class Units:
         unit.unmet += other.status not in MEETS[requirement]
         self.edges += 1
 
-    def _unlink(self, unit: Unit) -> None:
+    def _cut(self, unit: Unit, other: Unit) -> None:
+        requirement = unit.wants.pop(other)
+        del other.wanted_by[unit]
+        unit.unmet -= other.status not in MEETS[requirement]
+        self.edges -= 1
+
+    def _unlink(self, waiter: Unit) -> None:
         """Forget a `wait`, and the names that nobody else has any use for."""
-        for other in unit.wants:
-            del other.wanted_by[unit]
-            if other.status == NOT_REGISTERED and not other.wanted_by:
-                self.units.pop(other.name, None)
-        self.edges -= len(unit.wants)
-        unit.wants.clear()
+        for other in list(waiter.wants):
+            self._cut(waiter, other)
+            self._forget(other)
+
+    def _forget(self, unit: Unit) -> None:
+        if unit.status == NOT_REGISTERED and not unit.wanted_by:
+            self.units.pop(unit.name, None)
 
     def _cycle(self, unit: Unit, dependency: Unit) -> list[str] | None:
         """The cycle that an edge from `unit` to `dependency` would close, or None.
@@ -744,6 +1045,8 @@ class Units:
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
         """
+        if unit is dependency:
+            return [unit.name, unit.name]
         ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
         behind: dict[Unit, Unit | None] = {unit: None}
         fronts, here = ([dependency], [unit]), 0
@@ -768,42 +1071,108 @@ class Units:
             here = 1 - here
         return None
 
-    def _unmet(self, unit: Unit, most: int) -> list[Unit]:
+    @staticmethod
+    def _before(unit: Unit) -> list[Unit]:
+        """All that a unit depends on, also through others, dependencies before their dependents."""
+        order: list[Unit] = []
+        seen, todo = {unit}, [(unit, iter(unit.wants))]
+        while todo:
+            node, rest = todo[-1]
+            child = next((d for d in rest if d not in seen), None)
+            if child is None:
+                order.append(node)
+                todo.pop()
+            else:
+                seen.add(child)
+                todo.append((child, iter(child.wants)))
+        return order[:-1]
+
+    def _waits_for(self, unit: Unit, most: int = 5, registered: bool = True) -> list[str]:
+        """What a unit lacks, in words: dependencies by name, or, where only locks are missing, those and who has them.
+
+        Unless `registered`, names that nobody has registered are marked as such.
+        """
         from itertools import islice
 
         if not unit.unmet:
-            return []
-        return list(islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most))
+            return [f"{lock.label()}, which {holder.name} has" for lock, holder in self._busy(unit)[:most]]
+        lacks = islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most)
+        return [d.name + ("" if registered or d.status != NOT_REGISTERED else " (not registered)") for d in lacks]
 
-    def _answer(self, ticket: Any, result: Any) -> None:
-        del self._waits[ticket]
-        self._answers.append((ticket, result))
+    @staticmethod
+    def _busy(unit: Unit) -> list[tuple[Lock, Unit]]:
+        """The locks that the first claim in line would need and which have no place, and a unit that has each."""
+        claim = None if unit.unmet else next(iter(unit.line), None)
+        locks = claim.locks if claim else ()
+        return [(lock, next(iter(lock.taken))) for lock in locks if len(lock.taken) >= lock.limit]
 
-    def _tell(self, unit: Unit, error: type[SyncError], message: str) -> None:
-        """Give all starts that still wait the same error."""
-        for ticket in list(unit.starts):
-            self._answer(ticket, error(message))
-        unit.starts.clear()
+    def _answer_line(self, unit: Unit, error: SyncError) -> None:
+        """Answer all claims that still wait in line; a boot is notified of the status itself."""
+        self._answers += [(claim, error) for claim in unit.line if not claim.boot]
+        self.waits -= len(unit.line)
+        unit.line.clear()
+
+    def _already_started(self, unit: Unit) -> AlreadyStarted:
+        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.owner)}')
+
+    def _timed_out(self, unit: Unit) -> TimedOut:
+        what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
+        return TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
 
     def _snapshot(self, unit: Unit, now: float) -> UnitStatus:
-        ready = unit.unmet == 0 and unit.status != NOT_REGISTERED
-        row = UnitStatus(unit.name, unit.status, ready, unit.reason, unit.exit_code)
-        row.age, row.owner = round(now - unit.since, 3), unit.owner
-        return row
+        def since(t: float) -> float:
+            return round(t - self.began, 6) if t >= 0 else -1.0
+
+        claim = next(iter(unit.line), unit.holder)
+        locks = claim.locks if claim else unit.locks
+        return UnitStatus(
+            unit.name,
+            unit.status,
+            unit.unmet == 0,
+            unit.reason,
+            unit.exit_code,
+            round(now - unit.since, 3),
+            unit.owner,
+            bool(unit.line) and unit.status == PENDING,
+            self._waits_for(unit) if unit.status == PENDING else [],
+            since(unit.registered),
+            since(unit.waiting),
+            since(unit.ready),
+            since(unit.started),
+            since(unit.ended),
+            unit.released_by,
+            {d.name: requirement for d, requirement in unit.wants.items()},
+            [lock.name for lock in locks if lock.name],
+            {lock.name: holder.name for lock, holder in self._busy(unit) if lock.name},
+            [since(t) for t in unit.tries],
+            unit.running,
+            since(unit.exited),
+            unit.exit_reason,
+            unit.log,
+            self.refusals.get(unit.name, ""),
+            unit.environment,
+        )
 
     def _owner(self, unit: Unit) -> Owner | None:
         if unit.owner is None or unit.status != STARTED:
             return unit.owner
         return Owner(unit.owner.pid, unit.owner.command, self.alive(unit.owner), unit.owner.born)
 
-    def _by(self, unit: Unit) -> str:
-        return f" by {unit.owner.command} (pid {unit.owner.pid})" if unit.owner else ""
+    @staticmethod
+    def _who(owner: Owner | None) -> str:
+        return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
+
+    @staticmethod
+    def _by(owner: Owner | None) -> str:
+        return f" by {owner.command or 'process'} (pid {owner.pid})" if owner else ""
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
             self.seq += 1
-            event = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail)
-            self.events.append(event)
+            event = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail, unit.last_event)
+            unit.last_event = self.seq
+            self.events[self.seq] = event
+            self.events.pop(self.seq - MAX_EVENTS, None)
             self.tell(event)
 
 
@@ -882,14 +1251,22 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
+def error_message(request: Any, error: SyncError) -> dict[str, Any]:
+    """An error as an answer."""
+    body = {"code": error.code, "message": str(error.args[0])}
+    if error.data is not None:
+        body["data"] = plain(error.data)
+    return {"id": request, "error": body}
+
+
 def plain(value: Any) -> Any:
     """Return records as what JSON can hold."""
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (Owner, Dependency, UnitStatus, Event, Node, Graph)):
-        return {k: plain(v) for k, v in vars(value).items() if k != "born"}
+    if hasattr(value, "__annotations__"):  # a record
+        return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
     return value
 
 
@@ -899,7 +1276,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
         known = {k: data[k] for k in kind.__annotations__ if k in data}
         if known.get("owner"):
             known["owner"] = record(Owner, known["owner"])
-        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", Node)):
+        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", UnitStatus)):
             if field in known:
                 known[field] = [record(inner, row) for row in known[field]]
         return kind(**known)
@@ -1222,26 +1599,27 @@ def alive_groups(groups: Iterable[int]) -> set[int]:
 #
 # What keeps it safe:
 # - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
-# - A thread stays in its connection's read loop. A `start` that must wait leaves only its ticket behind, and
-#   is answered by whichever thread makes the unit ready. So the end of a client is seen at once, as end of
-#   file, by the thread that owns the connection; it cancels the tickets under the lock. A ticket is answered
-#   or cancelled, never both: both happen under the lock, and each removes it from Units.
-# - A thread blocks only on its own connection, and then for SEND_TIMEOUT at most; on others' it never does:
-#   what their socket does not take at once is left to the mail thread, within bounds of time and size.
-# - Events for watchers go through a queue to the mail thread as well, log lines to the log thread.
+# - Only a connection's own thread reads from and writes to its socket, and it blocks for SEND_TIMEOUT at most.
+#   Whoever makes a claim's answer known, whatever the thread, leaves it in the outbox of the claim's connection
+#   and wakes that connection's thread, both under the lock.
+# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next of its claims
+#   has waited long enough. So the end of a client is seen at once, and all its claims end in one step.
+# - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
+# - A follower of events reads the history from where it was; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4096
-MAX_PENDING = 10_000  # requests of one connection that wait
-MAX_BACKLOG = 4 << 20  # bytes that may wait for one connection
-MAX_QUEUE = 200_000  # log lines and events on their way out
+MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
-REPLACE_TIMEOUT = 10.0  # seconds that an agent that is to be replaced may take to end
+REPLACE_TIMEOUT = 10.0  # seconds
+MAX_PENDING = 10_000  # requests of one connection that wait
 SEND_TIMEOUT = 10  # seconds
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
-PAUSE = 0.02  # seconds that the mail thread gathers events for, or waits before it tries a late peer again
+CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
+PAUSE = 0.02  # seconds for which a follower's thread gathers events
 STACK = 256 * 1024
 
+OBJECTS: list[Any] = []  # the default of a parameter that is a list of objects; other lists are of strings
 METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or its type if it is required
     "ping": {},
     "want": {"unit": str, "dependencies": [], "requires": SUCCESS},
@@ -1251,20 +1629,29 @@ METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or
         "requires": SUCCESS,
         "hold": False,
         "pid": 0,
-        "jobs": 0,
+        "timeout": 0.0,
         "progress": False,
+        "locks": [],
+        "confirm": False,
     },
-    "wait": {"units": [], "requires": SUCCESS, "progress": False},
-    "complete": {"unit": str},
+    "confirm": {"id": object},
+    "wait": {"units": [], "requires": SUCCESS, "timeout": 0.0, "progress": False},
+    "boot": {"units": OBJECTS, "jobs": 0, "more": False},
+    "complete": {"unit": str, "env": {}},
     "fail": {"unit": str, "reason": "", "exit_code": 0},
+    "owner": {"unit": str, "pid": 0, "log": ""},
+    "retry": {"unit": str, "detail": ""},
+    "running": {"unit": str},
+    "exited": {"unit": str, "reason": ""},
+    "reset": {"units": []},
     "status": {"unit": str},
     "list": {"all": False},
     "graph": {},
-    "shutdown": {},
-    "missing": {"id": object},
-    "cancel": {"id": object},
+    "env": {"unit": str},
     "events": {"since": 0, "follow": False},
+    "shutdown": {},
 }
+KINDS = {str: "a string", int: "a whole number", float: "a number of seconds", bool: "true or false", dict: "an object"}
 
 
 def check_params(spec: dict[str, Any], params: Any) -> dict[str, Any]:
@@ -1285,153 +1672,47 @@ def check_params(spec: dict[str, Any], params: Any) -> dict[str, Any]:
             raise InvalidParams(f'parameter "{name}" is missing')
         value = params.get(name, default)
         if kind is object:  # the id of a request
-            good = type(value) in (str, int)
+            what, good = "a string or a whole number", type(value) in (str, int)
         elif kind is list:
-            good = type(value) is list and all(type(v) is str for v in value)
+            inner, what = (dict, "a list of objects") if default is OBJECTS else (str, "a list of strings")
+            good = type(value) is list and all(type(v) is inner for v in value)
+        elif kind is float:
+            what, good = KINDS[kind], type(value) in (int, float) and 0 <= value < 1e9
         else:
-            good = type(value) is kind and (not isinstance(value, int) or abs(value) < 2**31)
+            what, good = KINDS[kind], type(value) is kind and (not isinstance(value, int) or abs(value) < 2**31)
         if not good:
-            what = {str: "a string", int: "a whole number", bool: "true or false", list: "a list of strings"}
-            raise InvalidParams(f'parameter "{name}" must be {what.get(kind, "a string or a whole number")}')
+            raise InvalidParams(f'parameter "{name}" must be {what}')
         checked[name] = value
     return checked
 
 
-def error_line(request: Any, error: SyncError) -> bytes:
-    """An error as an answer."""
-    body = {"code": error.code, "message": str(error)}
-    if error.data is not None:
-        body["data"] = plain(error.data)
-    return encode({"id": request, "error": body})
+def check_environment(env: dict[str, Any]) -> dict[str, str]:
+    """Return the variables that a command leaves for others if they are some, else raise Refused."""
+    for name, value in env.items():
+        if not (name.isidentifier() and name.isascii()):
+            raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
+        if type(value) is not str or "\0" in value:
+            raise Refused(f"the environment variable {name} must have a text for a value")
+    if sum(len(k) + len(v) for k, v in env.items()) > MAX_LINE:
+        raise Refused(f"the environment that a unit leaves may have {MAX_LINE} characters")
+    return env
 
 
-def resembling(name: str, names: Sequence[str]) -> str:
+def resembling(name: str, names: Iterable[str]) -> str:
     """The one of `names` that `name` may have been meant to be, or nothing."""
     try:
         from difflib import get_close_matches
     except (ImportError, OSError):  # no descriptor left to read it with
         return ""
+    from itertools import islice
+
     digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
-    others = [n for n in get_close_matches(name, names[:5000], 3, 0.7) if n.translate(digits) != name.translate(digits)]
-    return others[0] if others else ""
-
-
-class Connection:
-    """One client. `pending` maps its requests that wait to their tickets, `held` tickets to the units they hold.
-
-    What is sent goes through one queue, in order. Our own thread may block on it; any other sends what the
-    socket takes, and what is left is late: the mail thread tries again until it is taken, or too old, or too much.
-    """
-
-    def __init__(self, sock: Any, mail: Mail) -> None:
-        from threading import Lock
-
-        self.sock, self.mail = sock, mail
-        self.pending: dict[Any, Ticket] = {}
-        self.held: dict[Ticket, str] = {}
-        self.pool: Pool | None = None  # of the starts that have a limit of "jobs"
-        self.owner: Owner | None = None  # who started a unit here last
-        self._mutex = Lock()  # guards the three below; never held while blocking
-        self._busy = False  # our own thread is sending and may block
-        self._first = b""  # what was late when it began
-        self._queue: list[bytes] = []
-        self._size = 0  # bytes in the queue
-
-    def hold_back(self) -> None:
-        """Keep what other threads push until the next `reply`."""
-        with self._mutex:
-            self._busy, self._first = True, self._take()
-
-    def reply(self, data: bytes) -> bool:
-        """Send from the connection's own thread; may block for SEND_TIMEOUT."""
-        with self._mutex:
-            first = self._first if self._busy else self._take()  # what was pushed since hold_back comes after
-            self._busy, self._first = True, b""
-            data = first + data
-        while data:
-            try:
-                self.sock.sendall(data)
-            except OSError:
-                self.drop()
-                return False  # and `_busy` stays: nobody sends any more
-            with self._mutex:
-                data = self._take()
-                self._busy = bool(data)
-        return True
-
-    def push(self, data: bytes) -> bool:
-        """Send from any thread; never blocks. False if the peer is gone, or has let too much pile up."""
-        with self._mutex:
-            self._queue.append(data)
-            self._size += len(data)
-            if (self._busy or self._send()) and self._size <= MAX_BACKLOG:
-                return True
-        self.drop()
-        return False
-
-    def retry(self) -> bool:
-        """Send more of what is late, from the mail thread; whether all of it is on its way now."""
-        with self._mutex:
-            if not self._busy and not self._send():
-                self.drop()
-                return True
-            return self._busy or not self._queue
-
-    def _take(self) -> bytes:
-        data = b"".join(self._queue)
-        self._queue.clear()
-        self._size = 0
-        return data
-
-    def _send(self) -> bool:
-        """Send what the socket takes at once, under the mutex."""
-        from socket import MSG_DONTWAIT
-
-        data = self._take()
-        try:
-            sent = self.sock.send(data, MSG_DONTWAIT) if data else 0
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return False
-        if sent < len(data):
-            self._queue, self._size = [data[sent:]], len(data) - sent
-            self.mail.retry_later(self)
-        return True
-
-    def drop(self) -> None:
-        """End the connection; its own thread sees end of file and cleans up."""
-        from socket import SHUT_RDWR
-
-        try:
-            self.sock.shutdown(SHUT_RDWR)
-        except OSError:
-            pass
-
-    def peer(self) -> int:
-        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
-        import socket
-        import struct
-
-        try:
-            if hasattr(socket, "SO_PEERCRED"):
-                return int(struct.unpack("3i", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-            return int(struct.unpack("i", self.sock.getsockopt(0, 2, 4))[0])  # macOS: SOL_LOCAL, LOCAL_PEERPID
-        except (OSError, struct.error):
-            return 0
-
-
-class Ticket:
-    """A request whose answer comes later."""
-
-    __slots__ = ("connection", "id", "unit")
-
-    def __init__(self, connection: Connection, request: Any, unit: str) -> None:
-        self.connection, self.id, self.unit = connection, request, unit
+    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
+    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own, so that nobody waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
     """
@@ -1439,9 +1720,8 @@ class Log:
     def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
 
-        self.level, self.path, self.fd = level, os.path.realpath(path) if path else "", 2
-        if path:
-            self.fd = self._open(self.path)
+        self.level, self.path = level, path
+        self.fd = self._open(path) if path else 2
         self.lost = 0
         self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
         self._thread: Any = None
@@ -1502,7 +1782,7 @@ class Log:
 
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
-        # O_NONBLOCK: a pipe that nobody reads is an error, and no wait
+        # O_NONBLOCK: a pipe without a reader is an error, and no wait
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
 
     def _rotate(self) -> None:
@@ -1512,12 +1792,12 @@ class Log:
         found = os.fstat(self.fd)
         if found.st_size <= MAX_LOG or not stat.S_ISREG(found.st_mode):  # what is no file has no end, and no successor
             return
-        new = -1
+        path, new = os.path.realpath(self.path), -1
         try:
-            remove(self.path + ".new")
-            new = self._open(self.path + ".new", os.O_EXCL)
-            os.replace(self.path, self.path + ".1")
-            os.replace(self.path + ".new", self.path)
+            remove(path + ".new")
+            new = self._open(path + ".new", os.O_EXCL)
+            os.replace(path, path + ".1")
+            os.replace(path + ".new", path)
             os.dup2(new, self.fd, inheritable=False)
         except OSError:
             pass
@@ -1526,76 +1806,132 @@ class Log:
                 os.close(new)
 
 
-class Mail:
-    """The mail thread: events for those who follow them; what a client did not take at once. Events go out in
-    batches, so that a follower costs those who coordinate nothing.
-    """
+class Ticket:
+    """Where the answer to a claim goes: the request with this id of a connection; without an id, notifications."""
 
-    def __init__(self, log: Log) -> None:
-        from _queue import SimpleQueue
+    __slots__ = ("confirm", "connection", "id", "report_at", "since")
 
-        self.log, self.level, self.say = log, log.level, log.say
-        self.queue: SimpleQueue[Any] = SimpleQueue()
-        self.watchers: dict[Connection, int] = {}  # who follows the events -> the last one it has
-        self.late: dict[Connection, float] = {}  # who has not taken all -> when it must have
+    def __init__(self, connection: Connection, request: Any, progress: bool = False, confirm: bool = False) -> None:
+        self.connection, self.id, self.confirm = connection, request, confirm
+        self.since = time.monotonic()
+        self.report_at = self.since + REPORT_EVERY if progress else float("inf")
 
-    def event(self, event: Event) -> None:
-        """Queue something that happened to a unit."""
-        self.log.event(event)
-        if self.queue.qsize() < MAX_QUEUE:
-            self.queue.put(event)
 
-    def retry_later(self, connection: Connection) -> None:
-        """Try again to send what a connection did not take."""
-        self.late.setdefault(connection, time.monotonic() + SEND_TIMEOUT)
-        self.queue.put(())
+@dataclass
+class Waiting:
+    """What a claim lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
 
-    def run(self) -> None:
-        """Send what there is, for ever; the body of the thread."""
-        from _queue import Empty
+    missing: list[Dependency]
+    waited: float
 
-        while True:
-            batch: list[Any] = []
+
+class Connection:
+    """One client and its thread. Others only append to `outbox` and call `wake`, under the agent's lock."""
+
+    def __init__(self, sock: Any) -> None:
+        from collections import deque
+
+        self.sock = sock
+        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
+        self.pending: dict[Any, Claim] = {}  # id of a request -> its claim, until it is answered
+        self.claims: dict[Claim, Claim] = {}  # all that may not be over
+        self.unconfirmed: dict[Any, tuple[Claim, float]] = {}  # id -> claim, until when its client may confirm it
+        self.members: list[Any] = []  # the units of a boot, of which more are to come
+        self.services: dict[str, None] = {}  # units whose process runs on
+        self.following = -1  # the number of the last event that it has, if it follows them
+        self.closed = self.woken = self.busy = False
+        self.wake_ends = wake_up_descriptors()
+
+    def wake(self) -> None:
+        """Make the connection's thread look at its outbox."""
+        if not self.woken and not self.closed:
+            self.woken = True
+            os.write(self.wake_ends[-1], WAKE_UP)
+
+    def drain(self) -> None:
+        """Take the wake-ups that have come; what was put into the outbox before them is sent next."""
+        os.read(self.wake_ends[0], 4096)
+        self.woken = False
+
+    def close(self) -> None:
+        """Give the wake-up descriptors back; nobody wakes us after."""
+        self.closed = True
+        for fd in self.wake_ends:
+            os.close(fd)
+
+    def due(self) -> float:
+        """When the thread has to look at its claims, on the monotonic clock."""
+        times = [min(claim.deadline, claim.ticket.report_at) for claim in list(self.pending.values())]
+        return min([*times, *(at for _, at in self.unconfirmed.values())], default=float("inf"))
+
+    def send(self, data: bytes) -> bool:
+        """Send, within SEND_TIMEOUT. False if the peer is gone or does not read: then the connection is over."""
+        from socket import SHUT_RDWR
+
+        try:
+            self.sock.sendall(data)
+            return True
+        except OSError:
             try:
-                batch.append(self.queue.get(timeout=PAUSE if self.late else None))
-                if self.watchers:
-                    time.sleep(PAUSE)
-                while len(batch) < 10_000:
-                    batch.append(self.queue.get_nowait())
-            except Empty:
+                self.sock.shutdown(SHUT_RDWR)
+            except OSError:
                 pass
-            events = [(e.seq, encode({"method": "event", "params": plain(e)})) for e in batch if isinstance(e, Event)]
-            for watcher, seen in list(self.watchers.items()) if events else ():
-                watcher.push(b"".join(data for seq, data in events if seq > seen))
-            for connection, limit in list(self.late.items()):
-                if connection.retry():
-                    self.late.pop(connection, None)
-                elif time.monotonic() > limit:
-                    connection.drop()
-                    self.late.pop(connection, None)
+            return False
+
+    def peer(self) -> int:
+        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
+        import socket
+        import struct
+
+        try:
+            if hasattr(socket, "SO_PEERCRED"):
+                return int(struct.unpack("3i", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+            return int(struct.unpack("i", self.sock.getsockopt(0, 2, 4))[0])  # macOS: SOL_LOCAL, LOCAL_PEERPID
+        except (OSError, struct.error):
+            return 0
+
+    def caller(self, hold: bool) -> Owner | None:
+        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+        pid = self.peer()
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0)
+        return Owner(pid, command_of(pid), None, birth(pid)) if pid else None
+
+
+WAKE_UP = (1).to_bytes(8, sys.byteorder)  # what eventfd(2) takes; a pipe does not mind
+
+
+def wake_up_descriptors() -> tuple[int, ...]:
+    """Descriptors to wake a thread with, the first to poll and read, the last to write; only one where eventfd is."""
+    if hasattr(os, "eventfd"):
+        return (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),)
+    ends = os.pipe()
+    for fd in ends:
+        os.set_blocking(fd, False)
+    return ends
 
 
 class Agent:
     """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
 
-    def __init__(self, mail: Mail) -> None:
+    def __init__(self, log: Log) -> None:
         from threading import Lock
 
         if sys.version_info[:2] == (3, 10):  # its C scanner looks for its exception there, and does not import it
             import json.decoder  # noqa: F401
 
         self.lock = Lock()
-        self.mail = mail
-        self.units = Units(time.monotonic, time.time, self._alive, mail.event)
+        self.log = log
+        self.units = Units(time.monotonic, time.time, self._alive, self._event)
         self.connections: set[Connection] = set()
-        self.max_connections = MAX_CONNECTIONS
+        self.followers: set[Connection] = set()
+        self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
-        self.active = 0  # requests being answered
-        self.owners: dict[Ticket, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
-        self._woken, self._wake = os.pipe()  # to the owners' thread
-        os.set_blocking(self._wake, False)
-        self._watching = False  # whether there is one
+        self.owners: dict[Claim, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
+        self._owners_wake = os.pipe()
+        os.set_blocking(self._owners_wake[1], False)
+        self._watching = False  # whether the owners' thread runs
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
@@ -1604,54 +1940,67 @@ class Agent:
         import socket
         import struct
 
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_TIMEOUT, 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
-        connection = Connection(sock, self.mail)
+        try:
+            connection = Connection(sock)
+        except OSError as error:
+            self.log.say(f"refused a connection: {error.strerror}", 0)
+            return
         with self.lock:
             self.connections.add(connection)
         try:
-            self._read(connection)
+            self._converse(connection)
         except OSError:  # the peer vanished
             pass
         finally:
-            self._gone(connection)
-
-    def _read(self, connection: Connection) -> None:
-        buffer = b""
-        while True:
-            try:
-                chunk = connection.sock.recv(8192)
-            except BlockingIOError:  # IDLE_TIMEOUT
-                if connection.pending or connection.held or connection in self.mail.watchers:
-                    continue
-                idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
-                connection.reply(error_line(None, idle))
-                return
-            lines = (buffer + chunk).split(b"\n")
-            buffer = lines.pop()
-            if not chunk and buffer:  # end of file after half a line, or a last line without its newline
-                lines, buffer = [*lines, buffer], b""
-            for line in lines:
-                if line.strip() and not self.line(connection, line):
-                    return
-            if len(buffer) > MAX_LINE:
-                self.line(connection, buffer)
-                return
-            if not chunk:
-                return
-
-    def line(self, connection: Connection, line: bytes) -> bool:
-        """Answer one request; False if the rest of the stream cannot be trusted."""
-        with self.lock:
-            self.active += 1
-        try:
-            return self._line(connection, line)
-        finally:
             with self.lock:
-                self.active -= 1
+                self.connections.discard(connection)
+                self.followers.discard(connection)
+                connection.close()
+                self._end_all(connection)
+
+    def _converse(self, connection: Connection) -> None:
+        """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
+        from select import POLLIN, poll
+
+        poller = poll()
+        poller.register(connection.sock, POLLIN)
+        poller.register(connection.wake_ends[0], POLLIN)
+        buffer, idle_since = b"", time.monotonic()
+        while True:
+            connection.busy = False
+            pause = min(connection.due(), idle_since + IDLE_TIMEOUT) - time.monotonic()
+            ready = [fd for fd, _ in poller.poll(max(0, pause) * 1000 + 1)]
+            connection.busy = True
+            if connection.wake_ends[0] in ready:
+                time.sleep(PAUSE if connection.following >= 0 else 0)
+                connection.drain()
+            if connection.due() <= time.monotonic():
+                self._due(connection)
+            self._flush(connection)
+            if connection.sock.fileno() in ready:
+                chunk = connection.sock.recv(65536)
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
+                    lines, buffer = [*lines, buffer], b""
+                for line in lines:  # whatever becomes of the answers: what was received is done
+                    if line.strip() and not self._line(connection, line):
+                        return
+                if not chunk:
+                    return
+                idle_since = time.monotonic()
+            elif time.monotonic() >= idle_since + IDLE_TIMEOUT:
+                with self.lock:
+                    used = connection.services or any(not self.units.is_over(claim) for claim in connection.claims)
+                if not used and connection.following < 0:
+                    idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
+                    connection.send(encode(error_message(None, idle)))
+                    return
+                idle_since = time.monotonic()
 
     def _line(self, connection: Connection, line: bytes) -> bool:
-        request = None
+        """Do one request and answer it; False if the rest of the stream cannot be trusted."""
+        request, trusted = None, True
         try:
             if len(line) > MAX_LINE:
                 raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
@@ -1663,14 +2012,19 @@ class Agent:
             if isinstance(message.get("id"), (str, int)) and not isinstance(message["id"], bool):
                 request = message["id"]
             result = self._call(connection, request, message)
+            if isinstance(result, UnitStatus):
+                own = Dependency(result.unit_name, "", result.status, False)
+                self._suggest([own], "")
+                self._suggest(result.dependencies, result.unit_name)
+                result.did_you_mean = own.did_you_mean
+            if result is not None and request is not None:  # else the answer comes later, or nobody asked for one
+                connection.outbox.append((None, {"id": request, "result": plain(result)}))
         except SyncError as error:
-            self._flush()
-            self.mail.say(f"refused: {one_line(str(error))}")
-            return connection.reply(error_line(request, error)) and not isinstance(error, ParseError)
-        self._flush()
-        if result is None or request is None:  # the answer comes later, or nobody asked for one
-            return True
-        return connection.reply(encode({"id": request, "result": plain(result)}))
+            self.log.say(f"refused: {one_line(str(error))}")
+            connection.outbox.append((None, error_message(request, error)))
+            trusted = not isinstance(error, ParseError)
+        self._flush(connection)
+        return trusted
 
     def _call(self, connection: Connection, request: Any, message: dict[str, Any]) -> Any:
         if message.get("jsonrpc") != "2.0":
@@ -1686,275 +2040,365 @@ class Agent:
         if request in connection.pending:
             raise InvalidRequest(f"id {one_line(ascii(request))[:60]} is in use by a request that still waits")
         params = check_params(spec, message.get("params", {}))
-        if self.mail.level > 1:
-            self.mail.say(f"request: {method} {one_line(ascii(params))[:200]}", 2)
-        if method in ("start", "wait", "missing", "cancel", "events"):
-            if request is None:
-                raise InvalidRequest(f'{method} needs an "id"')
-            return getattr(self, "_" + method)(connection, request, **params)
-        return self.graph() if method == "graph" else getattr(self, "_" + method)(**params)
-
-    def _flush(self) -> None:
-        """Send the answers that became known, without the lock."""
-        while True:
-            with self.lock:
-                answers = self.units.take_answers()
-            for ticket, result in answers:
-                ticket.connection.pending.pop(ticket.id, None)
-                if isinstance(result, SyncError):
-                    ticket.connection.push(error_line(ticket.id, result))
-                elif not ticket.connection.push(encode({"id": ticket.id, "result": result})) and ticket.unit:
-                    with self.lock:  # nobody is there to run it
-                        self.units.revoke(ticket.unit, ticket)
-            if not answers:
-                return
-
-    def _gone(self, connection: Connection) -> None:
-        """The peer is gone: forget what it waits for, and fail what it held."""
+        if self.log.level > 1:
+            shown = {name: value for name, value in params.items() if name != "env"}
+            self.log.say(f"request: {method} {one_line(ascii(shown))[:200]}", 2)
         with self.lock:
-            self.connections.discard(connection)
-            self.mail.watchers.pop(connection, None)
-            self.mail.late.pop(connection, None)
-            for ticket, unit in connection.held.items():
-                self.units.lose(unit, ticket)
-            for ticket in list(connection.pending.values()):
-                self.units.cancel(ticket, "its caller went away")
-        self._flush()
+            try:
+                return getattr(self, "_" + method)(connection, request, **params)
+            finally:
+                self._distribute(connection)
 
-    # -- the methods --------------------------------------------------------------------------------------
+    def _flush(self, connection: Connection) -> None:
+        """Send what is in the outbox, and what a follower does not have yet. If that fails, all claims end."""
+        sent = True
+        while sent and connection.outbox:
+            lines, delivered, size = [], [], 0
+            while connection.outbox and size < 65536:
+                claim, content = connection.outbox.popleft()
+                lines.append(encode(self._message(claim, content) if claim else content))
+                size += len(lines[-1])
+                if claim and isinstance(content, dict):
+                    delivered.append(claim)
+            sent = connection.send(b"".join(lines))
+            if delivered and sent:
+                with self.lock:
+                    for claim in delivered:
+                        if claim.ticket.confirm:
+                            connection.unconfirmed[claim.ticket.id] = (claim, time.monotonic() + CONFIRM_TIMEOUT)
+                        else:
+                            self._arrived(connection, claim)
+        while sent and connection.following >= 0:
+            with self.lock:
+                first = connection.following + 1
+                events = [
+                    self.units.events[n] for n in range(first, self.units.seq + 1)[:1000] if n in self.units.events
+                ]
+            if not events:
+                break
+            sent = events[0].seq == first  # else it is too far behind: what it lacks is forgotten
+            sent = connection.send(b"".join(encode({"method": "event", "params": plain(e)}) for e in events)) and sent
+            connection.following = events[-1].seq
+        if not sent:
+            connection.following = -1
+            with self.lock:
+                self._end_all(connection)
+                connection.outbox.clear()
 
-    def _ping(self) -> dict[str, Any]:
+    def _message(self, claim: Claim, content: Any) -> dict[str, Any]:
+        """What to send about a claim: an answer, an error, or a notification."""
+        if isinstance(content, Waiting):
+            self._suggest(content.missing, claim.unit.name)
+            return {"method": "waiting", "params": {"id": claim.ticket.id, **plain(content)}}
+        if isinstance(content, TimedOut):
+            self._suggest(content.data, claim.unit.name)
+        if isinstance(content, SyncError):
+            return error_message(claim.ticket.id, content)
+        return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
+
+    def _due(self, connection: Connection) -> None:
+        """End the claims whose time is up, and say of the others what they still lack."""
+        now = time.monotonic()
+        with self.lock:
+            self.units.end_late(list(connection.pending.values()))
+            self._distribute(connection)
+            for claim in connection.pending.values():
+                if claim.ticket.report_at <= now:
+                    claim.ticket.report_at += REPORT_EVERY
+                    self._report(claim)
+            for request, (claim, at) in list(connection.unconfirmed.items()):
+                if at <= now:
+                    del connection.unconfirmed[request]
+                    self._arrived(connection, claim)
+
+    # -- under the lock -----------------------------------------------------------------------------------
+
+    def _distribute(self, mine: Connection | None = None) -> None:
+        """Put the answers that became known into the outboxes, and wake the threads; `mine` is awake."""
+        for claim, answer in self.units.take_answers():
+            connection = claim.ticket.connection
+            if claim.boot or connection.pending.pop(claim.ticket.id, None):  # else `stop` has answered it
+                connection.outbox.append((claim, answer))
+                if connection is not mine:
+                    connection.wake()
+        if self.news:
+            self.news = False
+            for follower in self.followers:
+                follower.wake()
+
+    def _event(self, event: Event) -> None:
+        self.log.event(event)
+        self.news = True
+
+    def _report(self, claim: Claim) -> None:
+        missing = self.units.dependencies(claim.unit, unmet_only=True)
+        waited = round(time.monotonic() - claim.ticket.since, 3)
+        claim.ticket.connection.outbox.append((claim, Waiting(missing, waited)))
+
+    def _arrived(self, connection: Connection, claim: Claim) -> None:
+        self.units.delivered(claim)
+        if claim in self.owners:  # from now on it ends with its process, not with its connection
+            connection.claims.pop(claim, None)
+        self._distribute(connection)
+
+    def _end_all(self, connection: Connection) -> None:
+        """The peer of a connection is gone."""
+        if not self.stopping:
+            self.units.end_claims(list(connection.claims), "its caller went away")
+            for unit in connection.services:
+                self.units.exit(unit, "not known: the process that ran it is gone")
+            self._distribute()
+        connection.pending.clear()
+        connection.unconfirmed.clear()
+        connection.claims.clear()
+        connection.services.clear()
+
+    # -- the methods, under the lock: each returns its result, or None if the answer comes later -----------
+
+    def _ping(self, connection: Connection, request: Any) -> dict[str, Any]:
         return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
 
-    def _want(self, unit: str, dependencies: list[str], requires: str) -> dict[str, Any]:
-        with self.lock:
-            self.units.want(unit, dependencies, requires)
-            return {"unit": unit, "dependencies": [d.name for d in self.units.units[unit].wants]}
+    def _want(self, connection: Connection, request: Any, unit: str, dependencies: list[str], requires: str) -> Any:
+        node = self.units.want(unit, dependencies, requires)
+        return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
 
     def _start(
-        self,
-        connection: Connection,
-        request: Any,
-        unit: str,
-        dependencies: list[str],
-        requires: str,
-        progress: bool,
-        hold: bool,
-        pid: int,
-        jobs: int,
+        self, connection: Connection, request: Any, *, pid: int, hold: bool, confirm: bool, **params: Any
     ) -> None:
-        ticket = Ticket(connection, request, unit)
-        if jobs and connection.pool is None:
-            connection.pool = Pool(max(1, jobs))
-        owner = self._caller(connection, pid, hold)
-        with self.lock:
-            self._expect(ticket)
-            try:
-                waits = self.units.start(unit, ticket, dependencies, requires, owner, connection.pool if jobs else None)
-            except SyncError:
-                del connection.pending[request]
-                raise
-            missing = self.units.missing(ticket) if waits and progress else []
-            if hold:
-                connection.held[ticket] = unit
-                if len(connection.held) > MAX_PENDING:
-                    connection.held = {t: u for t, u in connection.held.items() if self.units.holds(u, t)}
-            if pid and owner:
-                self._watch(ticket, owner)
-        self._progress(connection, request, missing)
+        ticket = self._ticket(connection, request, params.pop("progress"), confirm)
+        owner = self._process(connection, pid) if pid else connection.caller(hold)
+        names = {"name": params.pop("unit"), "held": hold or bool(pid), "owner": owner, "ticket": ticket}
+        claim = self.units.start(**names, **params)
+        if pid and owner:
+            self._watch(claim, owner)
+        self._expect(connection, claim)
 
-    def _wait(self, connection: Connection, request: Any, units: list[str], requires: str, progress: bool) -> None:
+    def _wait(self, connection: Connection, request: Any, *, units: list[str], progress: bool, **params: Any) -> None:
         if not units:
             raise InvalidParams('wait: "units" must name at least one unit')
-        ticket = Ticket(connection, request, "")
-        with self.lock:
-            self._expect(ticket)
-            try:
-                waits = self.units.wait(units, ticket, requires)
-            except SyncError:
-                del connection.pending[request]
-                raise
-            missing = self.units.missing(ticket) if waits and progress else []
-        self._progress(connection, request, missing)
+        self._expect(connection, self.units.wait(units, self._ticket(connection, request, progress), **params))
 
-    def _expect(self, ticket: Ticket) -> None:
+    def _ticket(self, connection: Connection, request: Any, progress: bool, confirm: bool = False) -> Ticket:
+        if request is None:
+            raise InvalidRequest('start and wait need an "id"')
         if self.stopping:
             raise Unreachable("the agent is shutting down")
-        if len(ticket.connection.pending) >= MAX_PENDING:
+        if len(connection.pending) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
-        ticket.connection.pending[ticket.id] = ticket
+        return Ticket(connection, request, progress, confirm)
 
-    def _progress(self, connection: Connection, request: Any, missing: list[Dependency]) -> None:
-        self._flush()
-        if missing:
-            self._suggest(missing)
-            connection.reply(encode({"method": "waiting", "params": {"id": request, "missing": plain(missing)}}))
+    def _expect(self, connection: Connection, claim: Claim) -> None:
+        """A request has become a claim, which is answered later or has just been."""
+        connection.pending[claim.ticket.id] = connection.claims[claim] = claim
+        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+            connection.claims = {c: c for c in connection.claims if not self.units.is_over(c)}
+        if claim in claim.unit.line and claim.ticket.report_at < float("inf"):
+            self._report(claim)
 
-    def _complete(self, unit: str) -> dict[str, Any]:
-        with self.lock:
-            self.units.complete(unit)
+    def _confirm(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
+        claim, _ = connection.unconfirmed.pop(id, (None, 0.0))
+        if claim:
+            self._arrived(connection, claim)
+        return {"confirmed": claim is not None}
+
+    def _boot(self, connection: Connection, request: Any, units: list[dict[str, Any]], jobs: int, more: bool) -> Any:
+        for row in units:
+            name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
+            good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
+            if not good or not all(isinstance(requires, str) for requires in wants.values()):
+                raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
+            connection.members.append((name, wants, locks))
+        members = connection.members
+        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+            return {"units": len(members)}
+        connection.members = []
+        ticket, owner = Ticket(connection, None), connection.caller(hold=True)
+        connection.claims.update((claim, claim) for claim in self.units.boot(members, ticket, owner, max(0, jobs)))
+        return {"units": len(members)}
+
+    def _complete(self, connection: Connection, request: Any, unit: str, env: dict[str, Any]) -> dict[str, Any]:
+        self.units.complete(unit, self._reporter(connection, unit), check_environment(env))
         return {"unit": unit, "status": COMPLETED}
 
-    def _fail(self, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
-        with self.lock:
-            self.units.fail(unit, reason or (f"exit code {exit_code}" if exit_code else ""), exit_code or None)
+    def _fail(self, connection: Connection, request: Any, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
+        reason = reason or (f"exit code {exit_code}" if exit_code else "")
+        self.units.fail(unit, reason, exit_code or None, self._reporter(connection, unit))
         return {"unit": unit, "status": FAILED}
 
-    def _status(self, unit: str) -> UnitStatus:
-        with self.lock:
-            status = self.units.status(unit)
-            status.history = self.units.history(unit)
-            names = self.units.names() if status.status == NOT_REGISTERED else []
-        status.did_you_mean = resembling(unit, names)
-        self._suggest(status.dependencies)
-        return status
+    def _reporter(self, connection: Connection, unit: str) -> Owner | None:
+        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return connection.caller(hold=False) if known and known.refused else None
 
-    def _list(self, all: bool) -> list[dict[str, Any]]:
-        with self.lock:
-            units = self.units.snapshots(all)
-        left_out = ("dependencies", "did_you_mean", "history")
-        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in units]
+    def _owner(self, connection: Connection, request: Any, unit: str, pid: int, log: str) -> dict[str, Any]:
+        known = self.units.units.get(unit)
+        if not known or not known.holder or known.holder not in connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        owner = Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
+        self.units.own(known.holder, owner, one_line(log))
+        return {"unit": unit}
 
-    def graph(self) -> Graph:
-        """Everything, for pictures."""
-        with self.lock:
-            graph = self.units.graph()
-        running = [n for n in graph.nodes if n.owner and n.status == STARTED]
-        for node in running[:500]:
+    def _retry(self, connection: Connection, request: Any, unit: str, detail: str) -> dict[str, Any]:
+        self.units.retry(unit, detail)
+        return {"unit": unit}
+
+    def _running(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
+        self.units.run_on(unit)
+        connection.services[unit] = None
+        return {"unit": unit}
+
+    def _exited(self, connection: Connection, request: Any, unit: str, reason: str) -> dict[str, Any]:
+        self.units.exit(unit, reason)
+        connection.services.pop(unit, None)
+        return {"unit": unit}
+
+    def _reset(self, connection: Connection, request: Any, units: list[str]) -> dict[str, Any]:
+        return {"units": self.units.reset(units)}
+
+    def _status(self, connection: Connection, request: Any, unit: str) -> UnitStatus:
+        return self.units.status(unit)
+
+    def _list(self, connection: Connection, request: Any, all: bool) -> list[dict[str, Any]]:
+        left_out = ("dependencies", "did_you_mean", "history", "environment")
+        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
+
+    def _graph(self, connection: Connection, request: Any) -> Graph:
+        graph = self.units.graph()
+        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
             assert node.owner
             node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
         return graph
 
-    def _shutdown(self) -> dict[str, Any]:
-        import signal
-
-        os.kill(os.getpid(), signal.SIGTERM)  # what the main thread waits for
-        return {}
-
-    def _missing(self, connection: Connection, request: Any, id: Any) -> list[Dependency]:
+    def graph(self) -> Graph:
+        """Everything, for the picture at the end."""
         with self.lock:
-            missing = self.units.missing(connection.pending.get(id))
-        return self._suggest(missing)
+            return self.units.graph()
 
-    def _cancel(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
-        """Give up a wait, unless its answer is under way already; one or the other, never both."""
-        with self.lock:
-            ticket = connection.pending.get(id)
-            missing = self.units.cancel(ticket, "timed out")
-            if ticket and missing is not None:
-                del connection.pending[id]
-                if ticket in connection.held:  # nobody else is to run it
-                    names = ", ".join(d.depends_on for d in missing[:5])
-                    self.units.give_up(ticket.unit, f"timed out waiting for {names}")
-        return {"cancelled": missing is not None, "missing": self._suggest(missing or [])}
+    def _env(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
+        return {"env": self.units.environment(unit)}
 
     def _events(self, connection: Connection, request: Any, since: int, follow: bool) -> list[Event]:
         """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
         if follow:
-            connection.hold_back()
-        with self.lock:
-            if follow:
-                self.mail.watchers[connection] = self.units.seq
-            return [e for e in self.units.events if e.seq > since]
+            connection.following = self.units.seq
+            self.followers.add(connection)
+        return [e for e in self.units.events.values() if e.seq > since]
 
-    def _suggest(self, rows: list[Dependency]) -> list[Dependency]:
-        """Say which registered name each unregistered one may have meant."""
-        unknown = [row for row in rows if row.current_status == NOT_REGISTERED]
+    def _shutdown(self, connection: Connection, request: Any) -> dict[str, Any]:
+        import _signal as signal
+
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+        return {}
+
+    def _suggest(self, rows: list[Dependency], asker: str) -> None:
+        """Say which registered name each unregistered one may have meant: none that waits for the asker. Takes long."""
+        unknown = [row for row in rows if row.current_status == NOT_REGISTERED][:20]
         if unknown:
             with self.lock:
-                names = self.units.names()
-            for row in unknown[:20]:
+                unit = self.units.units.get(asker)
+                behind = self.units.dependents(unit) if unit else set()
+                names = [name for name in self.units.names() if name not in behind]
+            for row in unknown:
                 row.did_you_mean = resembling(row.depends_on, names)
-        return rows
 
     # -- owners -------------------------------------------------------------------------------------------
 
-    def _caller(self, connection: Connection, pid: int, hold: bool) -> Owner | None:
-        """Who starts the unit: the named process, the caller itself if it holds the unit, else its script."""
-        if hold and connection.owner and not pid:
-            return connection.owner
+    def _process(self, connection: Connection, pid: int) -> Owner:
+        """The process that is to own a unit. Raises Refused if there is none."""
         peer = connection.peer()
-        if pid:
-            if not peer or len(proc_line(peer, "NSpid").split()) > 1:
-                raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
-            if pid < 0 or birth(pid) == "":
-                raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
-        else:
-            pid = peer if hold or not peer else int(proc_line(peer, "PPid") or 0)
-        connection.owner = Owner(pid, command_of(pid), None, birth(pid)) if pid else None
-        return connection.owner
+        if not peer or len(proc_line(peer, "NSpid").split()) > 1:
+            raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
+        if pid < 0 or birth(pid) == "":
+            raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
+        return Owner(pid, command_of(pid), None, birth(pid))
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
         now = birth(owner.pid)
         return None if now is None or not (owner.born or now == "") else now == owner.born
 
-    def _watch(self, ticket: Ticket, owner: Owner) -> None:
+    def _watch(self, claim: Claim, owner: Owner) -> None:
         """Have the owners' thread notice when the process ends. Called under the lock."""
-        from threading import Thread
+        import _thread
 
         try:
             fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             fd = -1
-        self.owners[ticket] = (owner, fd)
+        self.owners[claim] = (owner, fd)
         if not self._watching:
-            Thread(target=self._watch_owners, args=(self._woken,), daemon=True).start()
+            _thread.start_new_thread(self._watch_owners, ())
             self._watching = True
         try:
-            os.write(self._wake, b"!")
+            os.write(self._owners_wake[1], b"!")
         except BlockingIOError:  # it has been woken often enough
             pass
 
-    def _watch_owners(self, wake: int) -> None:
+    def _watch_owners(self) -> None:
         """The owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        while True:
+            try:
+                self._look_at_owners()
+            except Exception as error:  # out of memory, say: the owners must be watched all the same
+                self.log.say(f"trouble while watching processes: {one_line(repr(error))}; trying again", 0)
+                time.sleep(1)
+
+    def _look_at_owners(self) -> None:
         from select import POLLIN, poll
 
-        while True:
-            with self.lock:
-                for ticket in [t for t in self.owners if not self.units.holds(t.unit, t)]:
-                    fd = self.owners.pop(ticket)[1]
-                    if fd >= 0:
-                        os.close(fd)
-                owners = dict(self.owners)
-            waiting = poll()
-            waiting.register(wake, POLLIN)
-            for _, fd in owners.values():
+        with self.lock:
+            for claim in [c for c in self.owners if self.units.is_over(c)]:
+                fd = self.owners.pop(claim)[1]
                 if fd >= 0:
-                    waiting.register(fd, POLLIN)
-            ready = {fd for fd, _ in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None)}
-            if wake in ready:
-                os.read(wake, 4096)
-            for ticket, (owner, fd) in owners.items():
-                if fd in ready or (fd < 0 and self._alive(owner) is False):
-                    with self.lock:
-                        self.units.lose(ticket.unit, ticket)
-            self._flush()
+                    os.close(fd)
+            owners = dict(self.owners)
+        waiting, wake = poll(), self._owners_wake[0]
+        for fd in (wake, *(fd for _, fd in owners.values() if fd >= 0)):
+            waiting.register(fd, POLLIN)
+        ready = {fd for fd, _ in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None)}
+        if wake in ready:
+            os.read(wake, 4096)
+        gone = [c for c, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        with self.lock:
+            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self._distribute()
 
     def stop(self) -> None:
-        """Tell everybody who waits that it is over."""
+        """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
+        over = Unreachable("the agent is shutting down")
         with self.lock:
             self.stopping = True
-            tickets = [t for c in self.connections for t in list(c.pending.values())]
-        for ticket in tickets:
-            ticket.connection.push(error_line(ticket.id, Unreachable("the agent is shutting down")))
+            for connection in self.connections:
+                connection.outbox.extend((None, error_message(request, over)) for request in connection.pending)
+                connection.pending.clear()
+                connection.wake()
+            connections = list(self.connections)
         deadline = time.monotonic() + 0.5
-        while self.active and time.monotonic() < deadline:  # whose request made us end may still wait for its answer
+        while any(c.outbox or c.busy for c in connections if not c.closed) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
-def make_server(agent: Agent, sock: Any) -> Any:
-    """Return a socketserver that hands each connection on a listening socket to the agent, in its own thread."""
+def make_server(agent: Agent, sock: Any, most: int) -> Any:
+    """Return a socketserver that hands each connection on a listening socket to the agent, in its own thread.
+
+    At most `most` connections are open at once.
+    """
+    import _thread
     import socketserver
+    from weakref import WeakSet
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             agent.serve_connection(self.request)
 
     class Server(socketserver.ThreadingUnixStreamServer):
-        daemon_threads = True
-        block_on_close = False  # else the mixin remembers every thread there ever was
         exhausted = False
+
+        def __init__(self) -> None:
+            super().__init__("", Handler, bind_and_activate=False)
+            self.socket.close()
+            self.socket = sock
+            self.open: WeakSet[Any] = WeakSet()  # connections; one whose thread could not begin leaves by itself
 
         def get_request(self) -> Any:
             try:
@@ -1963,30 +2407,46 @@ def make_server(agent: Agent, sock: Any) -> Any:
                 return request
             except OSError as error:  # out of descriptors or memory: say so once, and do not spin
                 if not self.exhausted:
-                    agent.mail.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
+                    agent.log.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
                 self.exhausted = True
                 time.sleep(0.05)
                 raise
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            if len(agent.connections) < agent.max_connections:
+            if len(self.open) < most:
+                self.open.add(request)
                 return True
-            limit = Unreachable(f"the agent has reached its limit of {agent.max_connections} connections")
-            Connection(request, agent.mail).push(error_line(None, limit))
-            agent.mail.say(f"refused: {limit}")
+            limit = Unreachable(f"the agent has reached its limit of {most} connections")
+            request.setblocking(False)
+            request.send(encode(error_message(None, limit)))
+            agent.log.say(f"refused: {limit}")
             return False
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+        def shutdown_request(self, request: Any) -> None:
+            self.open.discard(request)
+            super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             _, error, trace = sys.exc_info()
             while trace and trace.tb_next:
                 trace = trace.tb_next
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            agent.mail.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+            agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
 
-    server = Server("", Handler, bind_and_activate=False)
-    server.socket.close()
-    server.socket = sock
-    return server
+        def accept_for_ever(self) -> None:
+            """The body of the accepting thread; whatever goes wrong, it goes on."""
+            while True:
+                try:
+                    self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
+                except Exception as error:
+                    agent.log.say(f"trouble while accepting connections: {one_line(repr(error))}; trying again", 0)
+                    time.sleep(0.05)
+
+    return Server()
 
 
 def make_directories(path: str) -> None:
@@ -2002,11 +2462,11 @@ def make_directories(path: str) -> None:
         os.umask(before)
 
 
-def claim(path: str, replace: Callable[[str], None] | None = None) -> int:
+def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
     """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is told to end, and in the end
-    loses the file. The file is removed by its holder, so the one that was locked may not be the one that is there
+    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
+    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
     now; then it begins again.
     """
     import fcntl
@@ -2015,7 +2475,7 @@ def claim(path: str, replace: Callable[[str], None] | None = None) -> int:
     lock = path + ".lock"
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
-        try:  # O_NONBLOCK: somebody may have put a pipe there
+        try:  # O_NONBLOCK: another user may have put a pipe there
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Refused(f"cannot open {lock}{whose(lock)}: {error.strerror}; choose another --socket-path") from None
@@ -2055,8 +2515,8 @@ def whose(path: str) -> str:
     return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
 
 
-def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False) -> Any:
-    """Return a socket that listens at `path`, and was never open to more than `mode`. Raises Refused.
+def bind(path: str, replace: bool = False) -> Any:
+    """Return a socket bound to `path`, its owner's alone from its first moment. Raises Refused.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
@@ -2064,50 +2524,58 @@ def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False)
     import stat
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    bound = False
     try:
         if os.path.lexists(path):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise Refused(f"{path} exists and is not a socket; remove it or choose another --socket-path")
-            if not replace and has_listener(path):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
+            if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
                 raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
+            if answer != errno.ECONNREFUSED:
+                raise OSError(answer, os.strerror(answer))
             os.unlink(path)
         before = os.umask(0o177)
         try:
             sock.bind(path)
-            bound = True
         finally:
             os.umask(before)
-        if group != -1:
-            try:
-                os.chown(path, -1, group)
-            except PermissionError:
-                raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        if mode != 0o600:
-            os.chmod(path, mode)
-        sock.listen(4096)
         return sock
-    except (OSError, Refused) as error:
-        sock.close()
-        if bound:
-            remove(path)
-        if isinstance(error, Refused):
-            raise
+    except OSError as error:
         why = error.strerror or str(error)
         raise Refused(f"cannot listen at {path}: {why}; choose another --socket-path") from None
 
 
-def has_listener(path: str) -> bool:
-    """Whether somebody listens on a socket. Raises OSError if that cannot be told."""
-    import socket
+def share(path: str, mode: int, group: int) -> None:
+    """Give a socket its permissions and, unless it is -1, its group. Raises Refused."""
+    try:
+        if group != -1:
+            os.chown(path, -1, group)
+        os.chmod(path, mode)
+    except PermissionError:
+        raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
+    except OSError as error:
+        raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
 
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-            return True
-        except ConnectionRefusedError:
-            return False
+
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None
+) -> tuple[Any, int]:
+    """Return a socket that listens at `path`, and the descriptor of its lock; at the end both files are removed."""
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    make_directories(path)
+    if replace:
+        replace(path)
+    lock = lock_path(path, replace)
+    at_end.callback(os.close, lock)
+    at_end.callback(remove, path + ".lock", os.fstat(lock))
+    sock = bind(path, replace is not None)
+    at_end.callback(remove, path, os.lstat(path))
+    share(path, mode, group)
+    sock.listen(4096)
+    return sock, lock
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2140,7 +2608,7 @@ def inherited_socket() -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). Nobody there is no error."""
+    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
     import socket
 
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -2213,18 +2681,10 @@ def serve(
         sock = inherited_socket()
         if background:
             close_others([sock.fileno()] if sock else [])
-        if sock:
-            path, lock = sock.getsockname(), -1
-        else:
-            path = os.path.abspath(path)
-            if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-                raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-            make_directories(path)
-            lock = claim(path, replace)
-            at_end.callback(os.close, lock)
-            at_end.callback(remove, path + ".lock", os.fstat(lock))
-            sock = listen(path, mode, group, replace is not None)
-            at_end.callback(remove, path, os.lstat(path))
+        lock = -1
+        if sock is None:
+            sock, lock = listen(at_end, os.path.abspath(path), mode, group, replace)
+        path = sock.getsockname()
         at_end.callback(sock.close)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -2240,16 +2700,15 @@ def serve(
                 os.pwrite(file, b"%d\n" % os.getpid(), 0)
 
         signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
+        if body:  # which may end in a command that takes our place
+            at_end.callback(signals.give_back)
         threading.stack_size(STACK)
         log.start()
         at_end.callback(log.close)
-        mail = Mail(log)
-        threading.Thread(target=mail.run, daemon=True).start()
-        agent = Agent(mail)
-        agent.max_connections = connection_limit(raise_it=not (command or body))
-        server = make_server(agent, sock)
+        agent = Agent(log)
+        server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
         log.say(f"listening at {path} (pid {os.getpid()})")
-        threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
+        threading.Thread(target=server.accept_for_ever, daemon=True).start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
             os.dup2(0, 2)
@@ -2277,7 +2736,8 @@ def connection_limit(raise_it: bool) -> int:
     """How many connections the descriptor limit leaves room for; the limit is raised if only we are to have it."""
     import resource
 
-    wanted = MAX_CONNECTIONS + 64
+    each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
+    wanted = each * MAX_CONNECTIONS + 64
     if raise_it and open_files() < wanted:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         try:
@@ -2286,14 +2746,16 @@ def connection_limit(raise_it: bool) -> int:
             )
         except (ValueError, OSError):
             pass
-    return max(1, min(MAX_CONNECTIONS, open_files() - 24))
+    return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Client. The Python API and what the command line is made of. Every call has a connection of its own, so a
-# Client may be used from several threads; `unit` keeps one open while its block runs. Waits are told, not
-# polled. Times are in seconds.
+# Client may be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the
+# agent answers when the time has come, and keeps the time. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
+
+LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
 
 
 def duration(text: str) -> float:
@@ -2345,7 +2807,7 @@ class Channel:
         while True:
             self.sock = socket(AF_UNIX, SOCK_STREAM)
             try:
-                refuse_strangers(path)
+                refuse_foreign(path)
                 self.sock.settimeout(REPLY_TIMEOUT)
                 self.sock.connect(path)
                 return
@@ -2388,7 +2850,7 @@ class Channel:
 
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
-        self.sock.settimeout(max(timeout, 0.0))
+        self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
@@ -2421,7 +2883,7 @@ class Channel:
             message = self.receive(deadline - time.monotonic())
             if message is None:
                 raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
-            if message.get("id") == request or (message.get("id") is None and "error" in message):
+            if is_answer(message, request):
                 return result_of(message)
 
     def call(self, method: str, **params: Any) -> Any:
@@ -2437,14 +2899,25 @@ class Channel:
         return self.sock.fileno()
 
     def close(self) -> None:
-        """Hang up; the agent forgets what the connection waits for."""
+        """Hang up; the claims of the connection end."""
         self.sock.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
 RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+
+
+def is_answer(message: dict[str, Any], request: int) -> bool:
+    """Whether a message is the answer to a request, or an error that is about the connection."""
+    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
 
 
 def result_of(message: dict[str, Any]) -> Any:
@@ -2454,10 +2927,9 @@ def result_of(message: dict[str, Any]) -> Any:
         return message.get("result")
     if not isinstance(error, dict):
         raise Unreachable("the agent's answer has an error that is none")
-    kinds: list[type[SyncError]] = [CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable]
-    kinds += [ParseError, MethodNotFound, InvalidParams, InvalidRequest]
-    kind = next((k for k in kinds if k.code == error.get("code")), Refused)
-    raise kind(str(error.get("message")), error.get("data"))
+    code, data = error.get("code"), error.get("data")
+    kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
+    raise kind(str(error.get("message")), missing_of({"missing": data}) if kind is TimedOut else data)
 
 
 def expect(kind: type[Any], answer: Any) -> Any:
@@ -2473,7 +2945,7 @@ def missing_of(answer: Any) -> list[Dependency]:
     return [record(Dependency, row) for row in expect(list, expect(dict, answer).get("missing"))]
 
 
-def refuse_strangers(path: str) -> None:
+def refuse_foreign(path: str) -> None:
     """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
     if path == DEFAULT_SOCKET and os.geteuid() != 0:
         uid = os.lstat(path).st_uid
@@ -2485,9 +2957,8 @@ def explain(path: str, error: OSError) -> str:
     """Why an agent could not be reached, and what to do, in one line."""
     import stat
 
-    start = f"start one with `{PROGRAM} serve --detach`"
-    if os.path.basename(DEFAULT_SOCKET) != os.path.basename(path):
-        start = f"start one with `{PROGRAM} serve --detach --socket-path {path}`"
+    start = f"start one with `{PROGRAM} serve --detach"
+    start += "`" if path == DEFAULT_SOCKET else f" --socket-path {path}`"
     try:
         found = os.lstat(path)
     except OSError:
@@ -2499,8 +2970,10 @@ def explain(path: str, error: OSError) -> str:
         why = f"permission denied{whose}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
         why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
-    elif error.errno == errno.ECONNREFUSED:
+    elif error.errno == errno.ECONNREFUSED and os.path.lexists(path + ".lock"):
         why = f"connection refused; the agent that made it is gone; {start}"
+    elif error.errno == errno.ECONNREFUSED:
+        why = f"connection refused; who made it is gone: build the tunnel again if it was one, else {start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
     else:
@@ -2508,101 +2981,150 @@ def explain(path: str, error: OSError) -> str:
     return f"cannot reach an agent at {path}: {why}"
 
 
+def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
+    """Refuse what cannot be meant, before anything is registered. Raises TypeError, ValueError or Refused."""
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"a list of names is needed, not {names!r}")
+    for name in (unit, *names):
+        if not isinstance(name, str):
+            raise TypeError(f"a name must be a str, not {type(name).__name__}")
+        check_name(name)
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
+    if not 0 <= timeout < 1e9:
+        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+
+
 class Client:
     """Talk to an agent. All times in seconds.
 
-    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
+    Every call may raise Unreachable (no agent, or it went away), Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it), and TypeError or ValueError for an argument that cannot be
+    meant. `exit_code` of an error is the command line's.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Calls that coordinate try for `connect_timeout` to reach an agent that may still be booting, default
-        $CODER_SYNC_CONNECT_TIMEOUT or 3 seconds; questions try once. Nothing is connected yet.
+        Calls try for `connect_timeout` to reach an agent that may still be booting. Default is
+        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
+        connected yet.
         """
         self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-        if connect_timeout is None:
-            text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
-            connect_timeout = duration(text) if text else CONNECT_TIMEOUT
-        self.connect_timeout = connect_timeout
+        text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
+        given = duration(text) if text and connect_timeout is None else connect_timeout
+        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
+        self._question_timeout = 0.0 if given is None else given
 
-    def _call(self, kind: type[Any], method: str, patience: float, **params: Any) -> Any:
-        channel = Channel(self.socket_path, patience)
-        try:
+    def _do(self, method: str, **params: Any) -> dict[str, Any]:
+        with Channel(self.socket_path, self.connect_timeout) as channel:
+            return dict(expect(dict, channel.call(method, **params)))
+
+    def _ask(self, kind: type[Any], method: str, **params: Any) -> Any:
+        with Channel(self.socket_path, self._question_timeout) as channel:
             return expect(kind, channel.call(method, **params))
-        finally:
-            channel.close()
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
-        answer: dict[str, Any] = self._call(dict, "ping", wait)
-        return answer
+        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
+            return dict(expect(dict, channel.call("ping")))
 
-    def want(self, unit: str, *dependencies: str, requires: str = SUCCESS) -> list[str]:
+    def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        answer = self._call(
-            dict, "want", self.connect_timeout, unit=unit, dependencies=list(dependencies), requires=requires
-        )
-        return [str(name) for name in expect(dict, answer).get("dependencies") or ()]
+        return [str(name) for name in self.declare(unit, *dependencies, requires=requires).get("dependencies") or ()]
+
+    def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
+        """As `want`, but return the `dependencies` and the `status` of the unit."""
+        check_arguments(unit, dependencies)
+        return self._do("want", unit=unit, dependencies=list(dependencies), requires=requires)
 
     def start(
         self,
         unit: str,
         want: Iterable[str] = (),
-        requires: str = SUCCESS,
+        requires: Requirement = SUCCESS,
         timeout: float = START_TIMEOUT,
         pid: int = 0,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
+        locks: Iterable[str] = (),
     ) -> Started:
         """Wait until `unit` may run and mark it started, in one step. `timeout` 0 waits without limit.
 
         `want` adds dependencies first; `pid` names a process whose end fails the unit if it is still started
-        then; `on_wait` is called with what is missing, and the seconds waited, when the wait begins and every
-        30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed, TimedOut.
+        then; of the units with one of `locks` one is started at a time; `on_wait` is called with what is missing,
+        and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
+        DependencyFailed, TimedOut.
         """
-        with Start(self, unit, want, requires, timeout, pid, on_wait=on_wait, hold=False) as start:
-            return start.result
+        start = Start(self, unit, want, requires, timeout, locks, on_wait, pid=pid)
+        with start:
+            start.confirm()
+        return start.result
 
     def wait(
         self,
         *units: str,
-        requires: str = SUCCESS,
+        requires: Requirement = SUCCESS,
         timeout: float = START_TIMEOUT,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
     ) -> float:
         """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
-        channel = Channel(self.socket_path, self.connect_timeout)
-        try:
+        check_arguments("units", units, timeout)
+        with Channel(self.socket_path, self.connect_timeout) as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
-        finally:
-            channel.close()
         return time.monotonic() - began
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call(dict, "fail", self.connect_timeout, unit=unit, exit_code=exit_code)
+            self._do("fail", unit=unit, exit_code=exit_code)
         else:
-            self._call(dict, "complete", self.connect_timeout, unit=unit)
+            self._do("complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", self.connect_timeout, unit=unit, reason=reason)
+        self._do("fail", unit=unit, reason=reason)
+
+    def reset(self, *units: str) -> list[str]:
+        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+
+        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        """
+        check_arguments("units", units)
+        return [str(name) for name in self._do("reset", units=list(units)).get("units") or ()]
+
+    def env(self, unit: str) -> dict[str, str]:
+        """Return the environment variables that `unit` would start with: what its dependencies have left."""
+        answer = expect(dict, self._ask(dict, "env", unit=unit).get("env"))
+        return {str(name): str(value) for name, value in answer.items()}
+
+    def shutdown(self) -> None:
+        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
+        with Channel(self.socket_path, self._question_timeout) as channel:
+            channel.call("shutdown")
+            deadline = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(deadline - time.monotonic()):
+                    pass
+                raise Unreachable(f"the agent at {self.socket_path} was told to end and has not; is it stopped?")
+            except Unreachable:
+                if time.monotonic() >= deadline:
+                    raise
+        while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._call(dict, "status", 0, unit=unit))
+        status: UnitStatus = record(UnitStatus, self._ask(dict, "status", unit=unit))
         return status
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return [record(UnitStatus, row) for row in self._call(list, "list", 0, all=everything)]
+        return [record(UnitStatus, row) for row in self._ask(list, "list", all=everything)]
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._call(dict, "graph", 0))
+        graph: Graph = record(Graph, self._ask(dict, "graph"))
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
@@ -2611,24 +3133,28 @@ class Client:
         The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
         with Unreachable, as it does when the agent ends.
         """
-        channel = Channel(self.socket_path)
-        try:
-            for row in channel.call("events", follow=follow, since=since):
+        with Channel(self.socket_path, self._question_timeout) as channel:
+            for row in expect(list, channel.call("events", follow=follow, since=since)):
                 yield record(Event, row)
             while follow:
                 message = channel.receive(3600.0)
                 if message and message.get("method") == "event":
-                    yield record(Event, message["params"])
-        finally:
-            channel.close()
+                    yield record(Event, expect(dict, message.get("params")))
 
-    def unit(self, unit: str, want: Iterable[str] = (), requires: str = SUCCESS, timeout: float = 300.0) -> Start:
+    def unit(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+    ) -> Start:
         """Return a context manager that starts `unit`, and completes it at the end of its block.
 
         A block that raises fails the unit, with the exception's text as the reason; so does the end of the
-        process. Entering raises as `start` does.
+        process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
         """
-        return Start(self, unit, want, requires, timeout, 0, None, hold=True)
+        return Start(self, unit, want, requires, timeout, locks, hold=True)
 
 
 class Start:
@@ -2638,35 +3164,54 @@ class Start:
         self,
         client: Client,
         unit: str,
-        want: Iterable[str],
-        requires: str,
-        timeout: float,
-        pid: int,
-        on_wait: Callable[[list[Dependency], float], None] | None,
-        hold: bool,
+        want: Iterable[str] = (),
+        requires: str = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+        pid: int = 0,
+        hold: bool = False,
     ) -> None:
-        self.client, self.unit, self.timeout, self.on_wait = client, unit, timeout, on_wait
-        self.params = {"unit": unit, "dependencies": list(want), "requires": requires, "pid": pid, "hold": hold}
+        wanted, names = ((each if isinstance(each, str) else list(each)) for each in (want, locks))
+        check_arguments(unit, wanted, timeout)
+        check_arguments(unit, names)
+        if type(pid) is not int:
+            raise TypeError(f"a pid is an int, not {type(pid).__name__}")
+        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
+        self.params = {"unit": unit, "dependencies": wanted, "requires": requires, "locks": names, "pid": pid}
+        self.result = Started(unit, [], 0.0)
+        self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
+
+    def __repr__(self) -> str:
+        return f"Start({self.result!r})"
 
     def __enter__(self) -> Start:
         began = time.monotonic()
         self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
         try:
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
+            params = {**self.params, "hold": self.hold, "confirm": not self.hold}
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **params)
+            names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
+            self.environment = {str(k): str(v) for k, v in expect(dict, result.get("env") or {}).items()}
         except BaseException:
             self.channel.close()
             raise
-        names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
         self.result = Started(self.unit, names, time.monotonic() - began)
         return self
 
+    def confirm(self) -> None:
+        """Say that the answer has arrived; until then the agent would give the unit to the next in line."""
+        self.channel.request("confirm", id=1)
+
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        code = error.code if isinstance(error, SystemExit) else None
         try:
-            if self.params["hold"]:
-                if error is None:
-                    self.channel.call("complete", unit=self.unit)
-                else:
-                    self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+            if self.hold and (error is None or (isinstance(error, SystemExit) and code in (None, 0))):
+                self.channel.call("complete", unit=self.unit)
+            elif self.hold and isinstance(code, int):
+                self.channel.call("fail", unit=self.unit, exit_code=code)
+            elif self.hold:
+                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
         except SyncError:
             if error is None:  # else the block's own exception matters more
                 raise
@@ -2684,37 +3229,25 @@ def wait_for(
 ) -> Any:
     """Send a request that may wait; report what is missing now and then; return its result.
 
-    The time is ours: when it is up the agent is asked to cancel, and either does, and says what was missing,
-    or has just answered. So a unit is never started for a caller who has given up. Raises TimedOut.
+    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
+    is only for one that no longer answers. Raises TimedOut, and what the agent answers.
     """
-    request = channel.request(method, progress=on_wait is not None, **params)
-    began = time.monotonic()
-    deadline = began + timeout if timeout else float("inf")
-    report_at, report = began + REPORT_EVERY, 0
+    request = channel.request(method, timeout=timeout, progress=True, **params)
+    deadline = time.monotonic() + timeout + LATE if timeout else float("inf")
+    missing: list[Dependency] = []
     while True:
-        now = time.monotonic()
-        message = channel.receive(max(0.0, min(deadline, report_at) - now))
-        if message is None and time.monotonic() >= deadline:
-            break
+        message = channel.receive(deadline - time.monotonic())
         if message is None:
-            report_at += REPORT_EVERY
-            report = channel.request("missing", id=request) if on_wait else 0
-        elif message.get("method") == "waiting" and on_wait:
-            on_wait(missing_of(message.get("params")), 0.0)
-        elif message.get("id") == request or message.get("id") is None:
+            on = "dependencies of " if method == "start" else ""
+            raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
+        if message.get("method") == "waiting":
+            about = expect(dict, message.get("params"))
+            if about.get("id") == request:
+                missing = missing_of(about)
+                if on_wait:
+                    on_wait(missing, float(about.get("waited") or 0.0))
+        elif is_answer(message, request):
             return result_of(message)
-        elif message.get("id") == report and on_wait:
-            on_wait(missing_of({"missing": result_of(message)}), time.monotonic() - began)
-    cancel, missing = channel.request("cancel", id=request), []
-    message = channel.receive(5.0)
-    while message is not None:
-        if message.get("id") == request:
-            return result_of(message)
-        if message.get("id") == cancel:
-            missing = missing_of(result_of(message))
-            break
-        message = channel.receive(5.0)
-    raise TimedOut(f"timeout waiting for {'dependencies of ' if method == 'start' else ''}{what}", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2808,43 +3341,43 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
 # -- pictures of a whole startup: all from one Graph --------------------------------------------------------
 
 
-def begin(node: Node) -> float:
+def begin(node: UnitStatus) -> float:
     """When a unit first showed up."""
     return min(t for t in (node.registered, node.waiting, node.started) if t >= 0)
 
 
-def end(node: Node, now: float) -> float:
+def end(node: UnitStatus, now: float) -> float:
     """When a unit ended, or now."""
     return node.ended if node.ended >= 0 else now
 
 
-def phases(node: Node, last: float) -> tuple[float, float, float]:
+def phases(node: UnitStatus, last: float) -> tuple[float, float, float]:
     """When a unit was asked for, when it started, when it ended; what has not been comes with what came next."""
     to = end(node, last)
     start = node.started if node.started >= 0 else to
     return node.waiting if node.waiting >= 0 else start, start, to
 
 
-def took(node: Node, last: float) -> str:
+def took(node: UnitStatus, last: float) -> str:
     """How long a unit ran, or waited if it has not started."""
     asked, start, to = phases(node, last)
     return span(to - start) if node.started >= 0 else span(start - asked) if node.waiting >= 0 else "-"
 
 
-def standing(node: Node) -> str:
+def standing(node: UnitStatus) -> str:
     """The status in a word for pictures, which show what is on its way."""
     if node.status == PENDING:
         return "waiting" if node.is_waiting else "gave up" if node.waiting >= 0 else "pending"
     return "running" if node.status == STARTED else node.status
 
 
-def in_order(graph: Graph) -> list[Node]:
+def in_order(graph: Graph) -> list[UnitStatus]:
     """Registered units in the order they started; those that have not, behind."""
     units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
     return sorted(units, key=lambda n: (n.started < 0, n.started if n.started >= 0 else begin(n), n.unit_name))
 
 
-def critical_path(graph: Graph) -> list[tuple[Node, float]]:
+def critical_path(graph: Graph) -> list[tuple[UnitStatus, float]]:
     """The chain of units that determined when the last one ended, each with its share in seconds.
 
     From the unit that ended last back to the dependency that released it (or, if none held it up, that ended last),
@@ -2852,7 +3385,7 @@ def critical_path(graph: Graph) -> list[tuple[Node, float]]:
     """
     nodes = {n.unit_name: n for n in graph.nodes}
     node = max((n for n in graph.nodes if n.started >= 0), key=lambda n: end(n, graph.now), default=None)
-    path: list[tuple[Node, float]] = []
+    path: list[tuple[UnitStatus, float]] = []
     until = float("inf")
     for _ in nodes:
         if node is None:
@@ -3185,7 +3718,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 def why_text(graph: Graph, name: str) -> str:
     """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
     nodes = {n.unit_name: n for n in graph.nodes}
-    nodes.setdefault(name, Node(name, NOT_REGISTERED, False, False, -1.0, -1.0, -1.0, -1.0, "", "", {}))
+    nodes.setdefault(name, UnitStatus(name, NOT_REGISTERED, True))
     known = [n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED]
     held_up: list[str] = []
     roots: list[str] = []
@@ -3210,7 +3743,7 @@ def why_text(graph: Graph, name: str) -> str:
     return "\n".join(held_up + roots) + "\n"
 
 
-def story(node: Node, now: float, causes: dict[str, str]) -> str:
+def story(node: UnitStatus, now: float, causes: dict[str, str]) -> str:
     """One unit in one sentence without its full stop; `causes` are the dependencies that keep it from starting."""
     name, reason = f'"{node.unit_name}"', f": {node.reason}" if node.reason else ""
     what = names_of([f'"{d}"' + (f" ({r})" if r != SUCCESS else "") for d, r in causes.items()])
@@ -4358,7 +4891,7 @@ def cmd_run(args: Args) -> int:
     client = client_of(args)
     report = Reporter(args, f"{args.unit}: ", 2)
     on_wait = None if args.quiet else report
-    start = Start(client, args.unit, args.want, args.requires, args.timeout, 0, on_wait, hold=True)
+    start = Start(client, args.unit, args.want, args.requires, args.timeout, (), on_wait, hold=True)
     try:
         start.__enter__()
     except Unreachable as error:
@@ -4868,7 +5401,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = end.code if isinstance(end.code, int) else 2
     except TimedOut as error:
         missing = "".join(f"  {state(d)}\n" for d in error.data)
-        put(f"{error}\n{missing}", 2)
+        put(f"{error.args[0]}\n{missing}", 2)
         code = error.exit_code
     except SyncError as error:
         put(f"error: {error}\n", 2)
