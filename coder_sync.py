@@ -4562,8 +4562,8 @@ class Reporter:
         self.args, self.who, self.fd, self.waited = args, who, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
+        how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
-        how = f"still waiting after {span(waited)}" if waited else "waiting"
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
         text = f"{self.who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more
         say(text, self.fd, self.args.quiet)
