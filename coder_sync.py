@@ -4692,7 +4692,8 @@ def cmd_start(args: Args) -> int:
     refuse_lonely_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
-    started = client_of(args).start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait)
+    client = client_of(args)
+    started = client.start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait, args.lock)
     say(f"{args.unit}: {report.started(started)}", quiet=args.quiet)
     return 0
 
@@ -4716,6 +4717,31 @@ def cmd_wait(args: Args) -> int:
     report = Reporter(args, "")
     took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     say(f"{names_of(args.units)}: done" + (f" after {span(took)}" if report.waited else ""), quiet=args.quiet)
+    return 0
+
+
+def cmd_reset(args: Args) -> int:
+    """Make units that have ended pending again."""
+    names = client_of(args).reset(*args.units)
+    say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+    return 0
+
+
+def cmd_shutdown(args: Args) -> int:
+    """End the agent."""
+    client = client_of(args)
+    client.shutdown()
+    say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
+    return 0
+
+
+def cmd_env(args: Args) -> int:
+    """Print what a unit would start with, for a shell's `eval`."""
+    variables = client_of(args).env(args.unit)
+    for name in variables:
+        if not (name.isidentifier() and name.isascii()):
+            raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
+    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
     return 0
 
 
@@ -4891,7 +4917,7 @@ def cmd_run(args: Args) -> int:
     client = client_of(args)
     report = Reporter(args, f"{args.unit}: ", 2)
     on_wait = None if args.quiet else report
-    start = Start(client, args.unit, args.want, args.requires, args.timeout, (), on_wait, hold=True)
+    start = Start(client, args.unit, args.want, args.requires, args.timeout, args.lock, on_wait, hold=True)
     try:
         start.__enter__()
     except Unreachable as error:
@@ -5073,6 +5099,7 @@ LIMIT = "how long to wait, as in 30s, 10m or 1h30m; 0: no limit"
 TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURATION", help=LIMIT)
 REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
 WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
+LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
 OUTPUT = Argument("-o", "--output", choices=("table", "json"), default="table", help="form")
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
 TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
@@ -5115,6 +5142,7 @@ COMMANDS = {
             UNIT,
             WANT,
             REQUIRES,
+            LOCK,
             TIMEOUT,
             Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
             QUIET,
@@ -5140,6 +5168,7 @@ COMMANDS = {
             UNIT,
             WANT,
             REQUIRES,
+            LOCK,
             TIMEOUT,
             Argument("--optional", action="store_true", help="run COMMAND even if there is no agent"),
             QUIET,
@@ -5170,6 +5199,19 @@ COMMANDS = {
         "wait for units without being one",
         "wait pip-install git-clone --timeout 2m",
         (Argument("units", nargs="+", metavar="UNIT", help="names of the units"), REQUIRES, TIMEOUT, QUIET),
+    ),
+    "reset": Command(
+        cmd_reset,
+        "make units that have ended pending again, and those skipped because of them",
+        "reset pip-install",
+        (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all)"), QUIET),
+    ),
+    "shutdown": Command(cmd_shutdown, "end the agent, and return when it has ended", "shutdown", (QUIET,)),
+    "env": Command(
+        cmd_env,
+        "print the variables that UNIT would start with, as its dependencies have left them, for `eval`",
+        "env pip-install",
+        (UNIT,),
     ),
     "status": Command(
         cmd_status, "show UNIT and its dependencies", "status pip-install --output json", (UNIT, OUTPUT, COLUMN)

@@ -1985,7 +1985,7 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
 UNITS_THERE = ["apt", "my unit", "it's $(exit)", "pip"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "s": ["serve", "start", "status"],
+    "st": ["start", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
     "--socket-path=/x exp sync want a p": ["pip"],
@@ -3823,14 +3823,16 @@ def test_a_start_that_waits_says_for_what_and_then_that_it_is_done(agent: World)
     assert re.fullmatch(r"a: started after \S+\n", done.stdout)
 
 
-def test_a_start_that_waits_for_long_says_so_again_and_again(agent: World) -> None:
-    process = agent.spawn(altered("coder_sync.REPORT_EVERY = 0.02", "start", "a", "--want", "apt"))
+def test_a_start_that_waits_for_long_says_so_again_and_again(world: World) -> None:
+    world.spawn(altered("coder_sync.REPORT_EVERY = 0.02", "serve"), stderr=subprocess.DEVNULL)
+    world.client.ping(wait=PATIENCE)
+    process = world.popen("start", "a", "--want", "apt")
     assert line_of(process.stdout) == "a: waiting for apt not registered\n"
-    agent.client.want("apt", "disk")
+    world.client.want("apt", "disk")
     pattern = r"a: still waiting after \S+ for apt pending for \S+, waits for disk\n"
     until(lambda: re.fullmatch(pattern, line_of(process.stdout)))
     assert re.fullmatch(pattern, line_of(process.stdout))
-    agent.client.complete("apt")
+    world.client.complete("apt")
     assert finish(process).returncode == 0
 
 
@@ -3993,6 +3995,66 @@ def test_the_socket_path_of_the_command_line_comes_before_that_of_the_environmen
         "exp sync --socket-path PATH list",
     ):
         assert call(agent, *line.replace("PATH", agent.path).split(), **nowhere).returncode == 0
+
+
+def test_reset_makes_what_has_ended_pending_again(call: Call, agent: World) -> None:
+    assert call.ok(agent, "reset") == "no unit has ended\n"
+    agent.client.start("b")
+    agent.client.want("a", "b")
+    assert call(agent, "reset", "b").returncode == 1
+    agent.client.fail("b")
+    assert call.ok(agent, "reset", "b") == "pending again: b, a\n"
+    assert (agent.status("a"), agent.status("b")) == ("pending", "pending")
+    agent.client.complete("b")
+    assert call.ok(agent, "reset", "-q") == ""
+    assert agent.status("b") == "pending"
+
+
+def test_env_prints_what_a_shell_takes_back_unchanged(call: Call, agent: World) -> None:
+    values = {"A": "it's $HOME `id` \\ \"", "B_2": "two\nlines", "C": ""}
+    agent.client.want("a", "b")
+    agent.connect().call("start", unit="b")
+    agent.connect().call("complete", unit="b", env=values)
+    out = call.ok(agent, "env", "a")
+    assert out.startswith("export A='it'\\''s $HOME ")
+    done = finish(agent.spawn(["sh", "-c", 'eval "$1"; printf "%s|" "$A" "$B_2" "$C"', "sh", out]))
+    assert (done.stdout, done.stderr) == ("|".join([*values.values(), ""]), "")
+    assert call.ok(agent, "env", "b") == ""
+
+
+@pytest.mark.parametrize("name", ["x y", "$(exit)", "1a", "", "\u00e4"])
+def test_env_prints_no_name_that_a_shell_cannot_take(
+    call: Call, world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Client, "env", lambda client, unit: {"GOOD": "1", name: "2"})
+    done = call(world, "env", "a")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: the agent knows a variable that no shell can take: ")
+
+
+def test_shutdown_ends_the_agent_and_returns_when_it_has(call: Call, agent: World) -> None:
+    assert call.ok(agent, "shutdown") == f"agent at {agent.path}: ended\n"
+    assert not os.path.exists(agent.path)
+    assert call(agent, "shutdown").returncode == 3
+
+
+def test_of_the_units_with_one_lock_one_is_started_at_a_time(agent: World) -> None:
+    agent.ok("start", "a", "--lock", "apt", "--lock", "pip")
+    done = agent.run("start", "b", "--lock=apt", "-t1ms")
+    assert done.returncode == 124 and "lock apt" in done.stderr
+    process = agent.popen("run", "c", "--lock", "pip", "--", "true")
+    agent.waiting("c")
+    agent.ok("complete", "a")
+    assert finish(process).returncode == 0
+
+
+def test_a_question_tries_as_long_as_it_is_told_to(call: Call, world: World) -> None:
+    assert call(world, "list").returncode == 3  # at once
+    waiting = [world.popen("list", "--connect-timeout=30s")]
+    waiting.append(world.popen("ping", env={**world.env, "CODER_SYNC_CONNECT_TIMEOUT": "30s"}))
+    time.sleep(0.3)  # they are trying
+    world.serve()
+    assert [finish(process).returncode for process in waiting] == [0, 0]
 
 
 STATUS_TABLE = """\
