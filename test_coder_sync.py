@@ -4001,10 +4001,12 @@ def test_reset_makes_what_has_ended_pending_again(call: Call, agent: World) -> N
     assert call.ok(agent, "reset") == "no unit has ended\n"
     agent.client.start("b")
     agent.client.want("a", "b")
+    agent.client.start("c")
+    agent.client.complete("c")
     assert call(agent, "reset", "b").returncode == 1
     agent.client.fail("b")
     assert call.ok(agent, "reset", "b") == "pending again: b, a\n"
-    assert (agent.status("a"), agent.status("b")) == ("pending", "pending")
+    assert [agent.status(name) for name in "abc"] == ["pending", "pending", "completed"]
     agent.client.complete("b")
     assert call.ok(agent, "reset", "-q") == ""
     assert agent.status("b") == "pending"
