@@ -1,15 +1,8 @@
 #!/bin/sh
-# fmt: off
-''''exec python3 -ISOO -c '
-import sys
-from _frozen_importlib_external import SourceFileLoader
-coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
-coder_sync.__file__ = sys.argv[1]
-SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
-coder_sync.main(sys.argv[2:])
-' "$0" "$@"
-'''
-# fmt: on
+""":"
+exec python3 -IS "$0" "$@"
+"""
+
 from __future__ import annotations
 
 __doc__ = """Startup coordination for scripts that run in parallel: one file, agent and command line.
@@ -25,6 +18,7 @@ let others go on:
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py wait UNIT...           wait for units without being one
     coder_sync.py status UNIT | list     what stands where;  ping: is there an agent?
+    coder_sync.py install [PATH]         make every call faster
 
 Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
 was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
@@ -39,17 +33,20 @@ rooms above it:
     Agent           the daemon
     Client          the Python API
     Views           data to text, pure
+    Install         a copy with its bytecode
     Command line    one small function a command
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`, and keep its bytecode beside it; a client call is mostly interpreter start. For the same
-reason nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
+system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
+start, so nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
 `typing` each cost more than everything the call does.
 """
 
 import errno
 import sys
 import time
+
+(NEEDED := "Python 3.8 or later")  # an older one stops here, and shows this line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,6 +89,7 @@ else:
 
 
 __version__ = "0.1.0"
+FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 __all__ = ["Client", "Dependency", "Owner", "Started", "SyncError", "UnitStatus"]
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -1882,6 +1880,7 @@ class Serving:
     pid_file: str = ""
     timeline: Callable[[Graph], None] = lambda graph: None  # called at the end
     detach: bool = False
+    advice: str = ""  # goes to the log
     command: list[str] = []  # noqa: RUF012
     body: Callable[[str, Agent], int] | None = None  # called with the path, for the agent's life
 
@@ -1947,6 +1946,8 @@ def _serve(wish: Serving, sock: Any, path: str, ready: int) -> int:
     writer.start()
     server = make_server(agent, sock)
     mail.say(f"listening at {path} (pid {os.getpid()})")
+    if wish.advice:
+        mail.say(wish.advice)
     threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
     notify(f"READY=1\nMAINPID={os.getpid()}")
     if ready >= 0:
@@ -3749,12 +3750,151 @@ def open_files() -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
+# bytecode behind the lines of sh that make it executable. However it is called, START runs, which reads the file
+# once: a call that is made while the file is replaced sees all of the old one or all of the new one.
+# ----------------------------------------------------------------------------------------------------------
+
+HEAD = """\
+#!/bin/sh
+# coder_sync {version}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`) and its bytecode
+exec {python} -IS -c '{start}' "$0" "$@"
+"""
+
+START = """\
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
+
+from _frozen_importlib_external import MAGIC_NUMBER
+from marshal import loads
+
+if sys.argv[0] == "-c":
+    del sys.argv[0]
+__file__ = sys.argv[0]
+
+
+def code():
+    with open(__file__, "rb", 0) as file:
+        data = file.read()
+    at = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
+    if at >= 0:
+        return loads(memoryview(data)[at + 16 :])
+    from zipimport import zipimporter
+
+    return zipimporter(__file__).get_code("coder_sync")
+
+
+exec(code())
+"""
+
+
+def slowness() -> str:
+    """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
+    from importlib.util import MAGIC_NUMBER
+
+    try:
+        with open(FILE, "rb") as file:
+            if MAGIC_NUMBER + bytes([1, 0, 0, 0]) in file.read():
+                return ""
+    except OSError:
+        return ""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
+
+
+def python_says(python: str, *words: str, **options: Any) -> str:
+    """What an interpreter prints. Raises Refused if it fails."""
+    import subprocess
+
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            [python, *words], **streams, **options, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise Refused(f"cannot run {python}: {error.strerror}") from None
+    if done.returncode:
+        why = one_line(done.stdout.strip().rpartition("\n")[2])
+        raise Refused(f"{python} cannot run coder_sync, which needs {NEEDED}: {why}")
+    return done.stdout
+
+
+def application(python: str) -> bytes:
+    """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
+    import io
+    import shlex
+    import tempfile
+    import zipfile
+
+    if zipfile.is_zipfile(FILE):
+        with zipfile.ZipFile(FILE) as archive:
+            source = archive.read("coder_sync.py")
+    else:
+        with open(FILE, "rb") as file:
+            source = file.read()
+    with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
+        path = os.path.join(directory, "coder_sync.py")
+        with open(path, "wb") as file:
+            file.write(source)
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        env["PYTHONHASHSEED"] = "0"  # the same input gives the same bytes
+        words = ("-sS", "-m", "compileall", "-bq", "--invalidation-mode", "unchecked-hash", "coder_sync.py")
+        python_says(python or sys.executable, *words, cwd=directory, env=env)
+        with open(path + "c", "rb") as file:
+            bytecode = file.read()
+    head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=START)
+    data = io.BytesIO(head.encode())
+    with zipfile.ZipFile(data, "a") as archive:
+        for name, part in (("__main__.py", START.encode()), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, part)
+    return data.getvalue()
+
+
+def install(path: str, python: str) -> str:
+    """Write the copy beside a path, try it, rename it; return where. Raises Refused."""
+    import tempfile
+
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
+    beside = ""
+    try:
+        data = application(python)
+        fd, beside = tempfile.mkstemp(prefix=".coder-sync-", dir=os.path.dirname(path))
+        with open(fd, "wb") as file:
+            file.write(data)
+            mode = 0o777 & ~os.umask(0o077)
+            os.umask(0o777 & ~mode)
+            if os.path.exists(path):
+                old = os.stat(path)
+                mode = old.st_mode & 0o777
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.chown(fd, old.st_uid, old.st_gid)
+            os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
+            os.fsync(fd)
+        if python_says(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n":
+            raise Refused(f"cannot install {path}: the copy does not run")
+        os.rename(beside, path)
+        beside = ""
+    except OSError as error:
+        raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
+    finally:
+        if beside:
+            os.unlink(beside)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Command line. One small function a command, one table that says what each takes. A plain call is parsed from
 # the table directly; whatever that does not understand (help, mistakes) goes to argparse, built from the same
 # table, because importing argparse costs more than the call.
 # ----------------------------------------------------------------------------------------------------------
 
-PROGRAM = (globals().get("__file__") or "coder_sync.py").rpartition("/")[2]
+PROGRAM = FILE.rpartition("/")[2]
 
 
 def put(text: str, fd: int = 1) -> bool:
@@ -3836,6 +3976,7 @@ def cmd_serve(args: Args) -> int:
     wish.timeline = timeline_writer(args.timeline) if args.timeline else wish.timeline
     wish.mode = args.mode or (0o660 if args.group else 0o600)
     wish.group = group_id(args.group) if args.group else -1
+    wish.advice = slowness()
     if not args.command:
         return serve(wish)
     import tempfile
@@ -4158,6 +4299,14 @@ def cmd_run(args: Args) -> int:
     return shell_status(code)
 
 
+def cmd_install(args: Args) -> int:
+    """Write a copy that is not compiled at each call."""
+    python = os.path.abspath(args.python) if "/" in args.python else args.python
+    for path in args.paths or [FILE]:
+        say(args, f"{install(path, python)}: installed for {python or sys.executable}")
+    return 0
+
+
 @dataclass
 class Option:
     """One option: its spellings, how its value is read (None: it takes none), its default, its help.
@@ -4326,6 +4475,12 @@ COMMANDS = {
         "show what depends on what, for all units or for some",
         questions=True,
     ),
+    "install": Command(
+        cmd_install,
+        ("paths*",),
+        (Option(("--python",), str, "", "the interpreter that is to run it (python3)", "PROGRAM"), QUIET),
+        "write a copy of this program to PATH (its own place), with its bytecode: calls of it are fast",
+    ),
     "events": Command(
         cmd_events,
         (),
@@ -4343,7 +4498,14 @@ def options_of(command: Command) -> tuple[Option, ...]:
 
 def usage_of(name: str) -> str:
     """The positionals of a command as its usage line has them."""
-    shown = {"unit": "UNIT", "deps+": "DEP...", "units+": "UNIT...", "units*": "[UNIT]...", "paths+": "PATH..."}
+    shown = {
+        "unit": "UNIT",
+        "deps+": "DEP...",
+        "units+": "UNIT...",
+        "units*": "[UNIT]...",
+        "paths+": "PATH...",
+        "paths*": "[PATH]...",
+    }
     text = " ".join([name, *(shown[word] for word in COMMANDS[name].positionals)])
     tail = {"may": " [-- COMMAND ARG...]", "must": " -- COMMAND ARG..."}
     return f"{PROGRAM} {text} [OPTION]..." + tail.get(COMMANDS[name].takes_command, "")
