@@ -3792,7 +3792,7 @@ exec(code())
 
 def slowness() -> str:
     """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
-    from importlib.util import MAGIC_NUMBER
+    from _frozen_importlib_external import MAGIC_NUMBER
 
     try:
         with open(FILE, "rb") as file:
