@@ -3789,6 +3789,16 @@ def code():
 exec(code())
 """
 
+COMPILE = """\
+import sys
+from importlib.util import MAGIC_NUMBER, source_hash
+from marshal import dumps
+
+source = sys.stdin.buffer.read()
+code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
+"""
+
 
 def slowness() -> str:
     """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
@@ -3804,28 +3814,27 @@ def slowness() -> str:
     return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
 
 
-def python_says(python: str, *words: str, **options: Any) -> str:
-    """What an interpreter prints. Raises Refused if it fails."""
+def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
+    """What an interpreter prints, in the same environment each time. Raises Refused if it fails."""
     import subprocess
 
-    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
+    streams: Any = {"input": data, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        done: subprocess.CompletedProcess[str] = subprocess.run(
-            [python, *words], **streams, **options, text=True, errors="replace", check=False
-        )
+        done: Any = subprocess.run([python, *words], **streams, env=env, cwd="/", check=False)
     except OSError as error:
         raise Refused(f"cannot run {python}: {error.strerror}") from None
     if done.returncode:
-        why = one_line(done.stdout.strip().rpartition("\n")[2])
+        why = one_line(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
         raise Refused(f"{python} cannot run coder_sync, which needs {NEEDED}: {why}")
-    return done.stdout
+    return done.stdout  # type: ignore[no-any-return]
 
 
 def application(python: str) -> bytes:
     """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
     import io
     import shlex
-    import tempfile
     import zipfile
 
     if zipfile.is_zipfile(FILE):
@@ -3834,21 +3843,12 @@ def application(python: str) -> bytes:
     else:
         with open(FILE, "rb") as file:
             source = file.read()
-    with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
-        path = os.path.join(directory, "coder_sync.py")
-        with open(path, "wb") as file:
-            file.write(source)
-        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        env["PYTHONHASHSEED"] = "0"  # the same input gives the same bytes
-        words = ("-sS", "-m", "compileall", "-bq", "--invalidation-mode", "unchecked-hash", "coder_sync.py")
-        python_says(python or sys.executable, *words, cwd=directory, env=env)
-        with open(path + "c", "rb") as file:
-            bytecode = file.read()
+    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=START)
     data = io.BytesIO(head.encode())
     with zipfile.ZipFile(data, "a") as archive:
         for name, part in (("__main__.py", START.encode()), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
-            entry = zipfile.ZipInfo(name)
+            entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, part)
     return data.getvalue()
@@ -3876,7 +3876,7 @@ def install(path: str, python: str) -> str:
                     os.chown(fd, old.st_uid, old.st_gid)
             os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
             os.fsync(fd)
-        if python_says(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n":
+        if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
         os.rename(beside, path)
         beside = ""
