@@ -7492,3 +7492,102 @@ def test_the_readme_documents_every_command_and_method() -> None:
     for method, params in coder_sync.METHODS.items():
         assert f"`{method}`" in README, method
         assert all(param in README for param in params)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attack: random input against real processes, for a time; `nox -s attack -- --minutes N` runs these, and nothing
+# else does. A failure names its seed: ATTACK_SEED=N repeats what was sent.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def rounds() -> Iterator[random.Random]:
+    """Sources of chance until the time is up, each with a seed that is printed."""
+    end, first = time.monotonic() + float(os.environ.get("ATTACK_SECONDS", "5")), os.environ.get("ATTACK_SEED")
+    for seed in itertools.count(int(first) if first else random.randrange(1 << 32)):
+        print(f"ATTACK_SEED={seed}", end="\r")
+        yield random.Random(seed)
+        if first or time.monotonic() > end:
+            return
+
+
+def odd_value(chance: random.Random, depth: int = 0) -> Any:
+    """A value for a parameter: often of the right type, sometimes at a limit."""
+    text = chance.choice(["a", "b", "c", "", "a\n", "\u00e9" * 130, "\ud800", "success", "completion", "x" * 70_000])
+    number = chance.choice([0, 1, -1, 2**31, 2**63, 10**400, 0.5, 1e308, os.getpid()])
+    if depth < 3 and chance.random() < 0.3:
+        return chance.choice([[odd_value(chance, depth + 1) for _ in range(chance.randrange(4))], {text[:9]: number}])
+    return chance.choice([text, text, number, True, False, None])
+
+
+def odd_line(chance: random.Random) -> bytes:
+    """A request, mutated more or less."""
+    method = chance.choice([*coder_sync.METHODS, *coder_sync.METHODS, "shutdown?", ""])
+    names = [*coder_sync.METHODS.get(method, {}), "more"]
+    params: Any = {name: odd_value(chance) for name in names if chance.random() < 0.7}
+    if "unit" in params and chance.random() < 0.7:
+        params.update(unit=chance.choice("abcdef"), requires="success", dependencies=chance.sample("abcdef", 2))
+    message = {"jsonrpc": "2.0", "id": odd_value(chance, 2), "method": method, "params": params}
+    for key in list(message):
+        if chance.random() < 0.05:
+            message[key] = odd_value(chance)
+    line = bytearray(json.dumps(message).encode())
+    for _ in range(chance.choice([0, 0, 0, 1, 1, 5, 100])):
+        at = chance.randrange(len(line) + 1)
+        line[at : at + chance.randrange(4)] = chance.choice([b"", b"{", b"[", b'"', b"\\", b"\0", b"\xff", b"1", b"\n"])
+    return bytes(line[: chance.choice([-1, 10**9, 10**9, 10**9])]) + chance.choice([b"\n", b"\n", b"\r\n", b""])
+
+
+@pytest.mark.attack
+def test_attack_with_lines(world: World) -> None:
+    log = world.directory / "log"
+    agent = world.serve("--verbose", "--log-file", str(log))
+    for chance in rounds():
+        for _ in range(20):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(chance.choice([0.001, 0.05]))
+                sock.connect(world.path)
+                with contextlib.suppress(OSError):  # it may hang up on us
+                    sock.sendall(b"".join(odd_line(chance) for _ in range(chance.randrange(1, 20))))
+                    if chance.random() < 0.5:
+                        sock.shutdown(socket.SHUT_WR)
+                    while chance.random() < 0.9 and sock.recv(1 << 16):
+                        pass
+        assert world.client.ping()["pid"] == agent.pid
+        assert "internal error" not in log.read_text(errors="replace")
+        if log.stat().st_size > 1 << 20:
+            log.write_bytes(b"")
+    assert stopped(agent).returncode == 0
+
+
+HEADER_WORDS = ["unit", "want", "timeout", "extern", "unti", "a", "b", "''", '"', "\\", "--requires", "start", "10m",
+                "-5", "\u00e9", "\x00", "\t", "#", "$(false)", "a" * 300, ","]  # fmt: skip
+
+
+@pytest.mark.attack
+def test_attack_with_headers(world: World) -> None:
+    directory = world.directory / "startup.d"
+    for chance in rounds():
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        for _ in range(chance.randrange(1, 6)):
+            lines = [chance.choice(["#!/bin/sh", "#!/usr/bin/env -S x", "\ufeff#!", "", "\x7fELF"])]
+            for _ in range(chance.randrange(1, 6)):
+                start = chance.choice(
+                    ["# coder-sync:", "# coder-sync: ", "// coder-sync:", "#coder-sync", "--coder-sync: "]
+                )
+                lines.append(start + " ".join(chance.choices(HEADER_WORDS, k=chance.randrange(5))))
+            data = bytearray(chance.choice(["\n", "\n", "\r\n"]).join(lines).encode())
+            for _ in range(chance.choice([0, 0, 3])):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            file = (
+                os.fsencode(directory)
+                + b"/"
+                + chance.choice([b"10-a", b"a.sh", b"b", b"20_b.py", b"\xff", b"-", b"c d"])
+            )
+            with open(file, "wb") as f:
+                f.write(data)
+            os.chmod(file, chance.choice([0o755, 0o755, 0o755, 0o644]))
+        for how in ("--check", "--dry-run"):
+            done = world.run("boot", how, str(directory), errors="replace")
+            assert done.returncode in (0, 1, 2), done
+            assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
