@@ -3752,7 +3752,8 @@ def open_files() -> int:
 # ----------------------------------------------------------------------------------------------------------
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
 # bytecode behind the lines of sh that make it executable. However it is called, START runs, which reads the file
-# once: a call that is made while the file is replaced sees all of the old one or all of the new one.
+# once: a call that is made while the file is replaced sees all of the old one or all of the new one. `python3 PATH`
+# looks for START where it was a moment before, so it has its place and its size in every copy.
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD = """\
@@ -3762,6 +3763,7 @@ exec {python} -IS -c '{start}' "$0" "$@"
 """
 
 START = """\
+import gc
 import sys
 
 if sys.version_info < (3, 8):
@@ -3772,7 +3774,7 @@ from marshal import loads
 
 if sys.argv[0] == "-c":
     del sys.argv[0]
-__file__ = sys.argv[0]
+__file__, __name__ = sys.argv[0], "coder_sync"
 
 
 def code():
@@ -3781,13 +3783,19 @@ def code():
     at = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
     if at >= 0:
         return loads(memoryview(data)[at + 16 :])
-    from zipimport import zipimporter
+    from io import BytesIO
+    from zipfile import ZipFile
 
-    return zipimporter(__file__).get_code("coder_sync")
+    return compile(ZipFile(BytesIO(data)).read("coder_sync.py"), __file__, "exec")
 
 
+gc.disable()  # all that comes now stays
 exec(code())
+gc.enable()
+main()
 """
+
+PLACE = 2048  # bytes for the first lines, and for START
 
 COMPILE = """\
 import sys
@@ -3845,9 +3853,10 @@ def application(python: str) -> bytes:
             source = file.read()
     bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=START)
-    data = io.BytesIO(head.encode())
+    data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
-        for name, part in (("__main__.py", START.encode()), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+        main = START.encode().ljust(PLACE, b"\n")
+        for name, part in (("__main__.py", main), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, part)
