@@ -1,15 +1,8 @@
 #!/bin/sh
-# fmt: off
-''''exec python3 -ISOO -c '
-import sys
-from _frozen_importlib_external import SourceFileLoader
-coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
-coder_sync.__file__ = sys.argv[1]
-SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
-coder_sync.main(sys.argv[2:])
-' "$0" "$@"
-'''
-# fmt: on
+""":"
+exec python3 -IS "$0" "$@"
+"""
+
 from __future__ import annotations
 
 __doc__ = """Startup coordination for scripts that run in parallel: one file, agent and command line.
@@ -25,6 +18,7 @@ let others go on:
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py wait UNIT...           wait for units without being one
     coder_sync.py status UNIT | list     what stands where;  ping: is there an agent?
+    coder_sync.py install [PATH]         make every call faster
 
 Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
 was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
@@ -41,11 +35,12 @@ rooms above it:
     Agent           the daemon
     Client          the Python API
     Views           data to text, pure
+    Install         a copy with its bytecode
     Command line    one small function a command
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`, and keep its bytecode beside it; a client call is mostly interpreter start. For the same
-reason nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
+system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
+start, so nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
 `typing` each cost more than everything the call does.
 """
 
@@ -53,6 +48,8 @@ import errno
 import os
 import sys
 import time
+
+(NEEDED := "Python 3.8 or later")  # an older one stops here, and shows this line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,6 +101,7 @@ __all__ = [
     "Unreachable",
     "UsageError",
 ]
+FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
@@ -1293,7 +1291,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # makes do without.
 # ----------------------------------------------------------------------------------------------------------
 
-PROGRAM = os.path.basename(globals().get("__file__") or "coder_sync.py")
+PROGRAM = FILE.rpartition("/")[2]
 
 
 def put(text: str, fd: int = 1) -> bool:
@@ -2670,6 +2668,7 @@ def serve(
     body: Callable[[str, Agent], int] | None = None,
     timeline: Callable[[Graph], None] | None = None,
     replace: Callable[[str], None] | None = None,
+    advice: str = "",  # goes to the log
 ) -> int:
     """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
 
@@ -2711,6 +2710,8 @@ def serve(
         agent = Agent(log)
         server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
         log.say(f"listening at {path} (pid {os.getpid()})")
+        if advice:
+            log.say(advice)
         threading.Thread(target=server.accept_for_ever, daemon=True).start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
@@ -4916,6 +4917,154 @@ def hand_on(data: bytes, fd: int, patience: float) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
+# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs, which reads the file
+# once: a call that is made while the file is replaced sees all of the old one or all of the new one. `python3 PATH`
+# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy.
+# ----------------------------------------------------------------------------------------------------------
+
+HEAD = """\
+#!/bin/sh
+# coder_sync {version}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`) and its bytecode
+exec {python} -IS -c '{start}' "$0" "$@"
+"""
+
+LAUNCHER = """\
+import gc
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
+
+from _frozen_importlib_external import MAGIC_NUMBER
+from marshal import loads
+
+if sys.argv[0] == "-c":
+    del sys.argv[0]
+__file__, __name__ = sys.argv[0], "coder_sync"
+
+
+def code():
+    with open(__file__, "rb", 0) as file:
+        data = file.read()
+    at = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
+    if at >= 0:
+        return loads(memoryview(data)[at + 16 :])
+    from io import BytesIO
+    from zipfile import ZipFile
+
+    return compile(ZipFile(BytesIO(data)).read("coder_sync.py"), __file__, "exec")
+
+
+gc.disable()  # all that comes now stays
+exec(code())
+gc.enable()
+main()
+"""
+
+PLACE = 2048  # bytes for the first lines, and for LAUNCHER
+
+COMPILE = """\
+import sys
+from importlib.util import MAGIC_NUMBER, source_hash
+from marshal import dumps
+
+source = sys.stdin.buffer.read()
+code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
+"""
+
+
+def slowness() -> str:
+    """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
+    from _frozen_importlib_external import MAGIC_NUMBER
+
+    try:
+        with open(FILE, "rb") as file:
+            if MAGIC_NUMBER + bytes([1, 0, 0, 0]) in file.read():
+                return ""
+    except OSError:
+        return ""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
+
+
+def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
+    """What an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    import subprocess
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
+    streams: Any = {"input": data, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        done: Any = subprocess.run([python, *words], **streams, env=env, cwd="/", check=False)
+    except OSError as error:
+        raise Refused(f"cannot run {python}: {error.strerror}") from None
+    if done.returncode:
+        why = one_line(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+        raise Refused(f"{python} cannot run coder_sync, which needs {NEEDED}: {why}")
+    return done.stdout  # type: ignore[no-any-return]
+
+
+def application(python: str) -> bytes:
+    """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
+    import io
+    import shlex
+    import zipfile
+
+    if zipfile.is_zipfile(FILE):
+        with zipfile.ZipFile(FILE) as archive:
+            source = archive.read("coder_sync.py")
+    else:
+        with open(FILE, "rb") as file:
+            source = file.read()
+    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
+    head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
+    data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
+    with zipfile.ZipFile(data, "a") as archive:
+        launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
+        for name, part in (("__main__.py", launcher), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+            entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, part)
+    return data.getvalue()
+
+
+def install(path: str, python: str) -> str:
+    """Write the copy beside a path, try it, rename it; return where. Raises Refused."""
+    import tempfile
+
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
+    beside = ""
+    try:
+        data = application(python)
+        fd, beside = tempfile.mkstemp(prefix=".coder-sync-", dir=os.path.dirname(path))
+        with open(fd, "wb") as file:
+            file.write(data)
+            mode = 0o777 & ~os.umask(0o077)
+            os.umask(0o777 & ~mode)
+            if os.path.exists(path):
+                old = os.stat(path)
+                mode = old.st_mode & 0o777
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.chown(fd, old.st_uid, old.st_gid)
+            os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
+            os.fsync(fd)
+        if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
+            raise Refused(f"cannot install {path}: the copy does not run")
+        os.rename(beside, path)
+        beside = ""
+    except OSError as error:
+        raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
+    finally:
+        if beside:
+            os.unlink(beside)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Command line. One small function a command, one table that says what each takes, in argparse's own words. The
 # table is read by our own parser, because importing argparse costs more than a call; by argparse for the help
 # pages; and by completion.
@@ -4978,6 +5127,7 @@ def cmd_serve(args: Args) -> int:
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
         "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
+        "advice": slowness(),
         "replace": end_agent if args.replace else None,
     }
     if not args.command:
@@ -5332,6 +5482,14 @@ def cmd_completion(args: Args) -> int:
     return 0
 
 
+def cmd_install(args: Args) -> int:
+    """Write a copy that is not compiled at each call."""
+    python = os.path.abspath(args.python) if "/" in args.python else args.python
+    for path in args.paths or [FILE]:
+        say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    return 0
+
+
 def shell_word(text: str) -> str:
     """A text as one word of a shell."""
     quoted = text.replace("'", "'\\''")
@@ -5580,6 +5738,16 @@ COMMANDS = {
         "wait for units without being one",
         "wait pip-install git-clone --timeout 2m",
         (Argument("units", nargs="+", metavar="UNIT", help="names of the units"), REQUIRES, TIMEOUT, QUIET),
+    ),
+    "install": Command(
+        cmd_install,
+        "write a copy of this program to PATH, with its bytecode: calls of it are fast",
+        "install /usr/local/bin/coder_sync",
+        (
+            Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
+            Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
+            QUIET,
+        ),
     ),
     "reset": Command(
         cmd_reset,

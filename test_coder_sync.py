@@ -5,9 +5,11 @@ Sections: helpers; Units (the rules); Protocol; Agent; Command line; Run and own
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import grp
 import itertools
 import json
@@ -32,6 +34,7 @@ import textwrap
 import threading
 import time
 import types
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,14 +63,6 @@ from coder_sync import (
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "coder_sync.py"
-LOAD = """
-import sys
-from importlib.machinery import SourceFileLoader
-coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
-coder_sync.__file__ = sys.argv[1]
-SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
-coder_sync.main(sys.argv[2:])
-"""  # what the first lines of the file do: compiled once, not for every process of every test
 PYTHON = [sys.executable, "-IS", "-c"]
 PATIENCE = 30.0  # seconds after which something that should happen never will
 MARK = f"STARTED_BY_TESTS={os.getpid()}"  # in the environment of whatever a test starts
@@ -110,6 +105,16 @@ def until(condition: Callable[[], Any], what: str = "") -> Any:
     raise AssertionError(f"never happened: {what or condition}")
 
 
+@functools.lru_cache(maxsize=None)
+def installed() -> Path:
+    """The installed copy, by the Python that runs the tests."""
+    directory = tempfile.mkdtemp(prefix="coder-sync-tests-")
+    atexit.register(shutil.rmtree, directory)
+    path = Path(directory, "coder_sync.py")
+    subprocess.run([sys.executable, "-IS", str(FILE), "install", "--quiet", str(path)], check=True)
+    return path
+
+
 class World:
     """A directory, a socket path in it, and commands that use it. Everything it started is killed at the end."""
 
@@ -122,7 +127,7 @@ class World:
 
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
         """Start `coder_sync.py ARGV...`; stdout and stderr are pipes unless said otherwise."""
-        return self.spawn([*PYTHON, LOAD, str(FILE), *argv], **options)
+        return self.spawn([*PYTHON, coder_sync.LAUNCHER, str(installed()), *argv], **options)
 
     def spawn(self, argv: list[str], **options: Any) -> subprocess.Popen[str]:
         settings: dict[str, Any] = {"env": self.env, "cwd": str(self.directory), "text": True}
@@ -156,8 +161,7 @@ class World:
 
     def install(self, path: Path) -> None:
         """Make an executable copy of the file."""
-        path.write_bytes(FILE.read_bytes())
-        path.chmod(0o755)
+        shutil.copy(installed(), path)
 
     def serve(self, *options: str, **popen: Any) -> subprocess.Popen[str]:
         """Start an agent and wait until it answers."""
@@ -1900,7 +1904,7 @@ def test_nothing_is_kept_from_one_command_line_to_the_next() -> None:
         assert coder_sync.parse("start", ["--want", "a", "u", "--want", "b"]).want == ["a", "b"]
         assert coder_sync.parse("graph", ["u"]).units == ["u"]
     assert (coder_sync.parse("start", ["u"]).want, coder_sync.parse("graph", []).units) == ([], [])
-    assert coder_sync.parse("start", ["u"]).timeout == coder_sync.START_TIMEOUT
+    assert coder_sync.parse("start", ["u"]).timeout == coder_sync.LAUNCHER_TIMEOUT
 
 
 def test_words_after_two_dashes_are_positionals_or_the_command() -> None:
@@ -3758,7 +3762,9 @@ def test_quiet_says_nothing(agent: World) -> None:
 
 def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World) -> None:
     words = ["start", "a", "--want", "b", "--requires=start", "-qt1ms"]
-    done = finish(agent.spawn([sys.executable, "-IS", "-X", "importtime", "-c", LOAD, str(FILE), *words]))
+    done = finish(
+        agent.spawn([sys.executable, "-IS", "-X", "importtime", "-c", coder_sync.LAUNCHER, str(installed()), *words])
+    )
     assert done.returncode == 124
     imported = {line.split()[-1] for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "_socket" in imported
@@ -4187,7 +4193,10 @@ def unreachable(call: Call, world: World, *words: str) -> str:
 
 THERE: dict[str, tuple[Callable[[str], Any], str]] = {
     "nothing": (lambda path: None, "no such file; .*serve --detach --socket-path PATH"),
-    "a stale socket": (lambda path: listener(path).close(), "connection refused; who made it is gone: build the tunnel"),
+    "a stale socket": (
+        lambda path: listener(path).close(),
+        "connection refused; who made it is gone: build the tunnel",
+    ),
     "a file": (lambda path: Path(path).write_text("x"), "not a socket; remove it"),
     "a directory": (os.mkdir, "not a socket\n"),
 }
@@ -4741,87 +4750,234 @@ def test_the_forms_in_which_scripts_call_it(shared: World, form: str) -> None:
     assert len(shared.client.status(unit).dependencies) == 3
 
 
-@pytest.mark.parametrize("form", ["copied", "renamed", "linked", "link of a link", "relative", "space in the name"])
-def test_the_executable_form_works_however_it_is_installed(shared: World, world: World, form: str) -> None:
-    directory = world.directory / ("my tools" if form == "space in the name" else "tools")
-    directory.mkdir()
-    tool = directory / ("coder_sync.py" if form == "copied" else "coder")
-    if "link" in form:
-        real = world.directory / "coder_sync.py"
-        shutil.copy(FILE, real)
-        tool.symlink_to(real)
-        if form == "link of a link":
-            tool = directory / "again"
-            tool.symlink_to("coder")
-    else:
-        shutil.copy(FILE, tool)
-    tool.chmod(0o755)
-    argv = [os.path.join("tools", tool.name) if form == "relative" else str(tool), "exp", "sync"]
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    for _ in range(2):  # the second finds the bytecode of the first
-        done = finish(world.spawn([*argv, "ping"], env=env))
-        assert (done.returncode, done.stderr) == (0, "")
-    done = finish(world.spawn([*argv, "frobnicate"], env=env))
-    assert (done.returncode, done.stdout) == (2, "")
-
-
-def test_the_executable_form_keeps_arguments_as_they_are(shared: World, world: World) -> None:
-    world.shell_env()
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    name = "a 'b' \"c\" $d `e` \\ * \u00e4"
-    done = finish(world.spawn(["coder", "want", name, "-q", "x"], env=env))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert name in [u.unit_name for u in shared.client.list()]
-
-
-def test_the_executable_form_is_not_led_astray_by_what_lies_about(shared: World, world: World) -> None:
-    for module in ("json", "socket", "argparse", "threading", "errno", "time"):
-        (world.directory / f"{module}.py").write_text("raise SystemExit(77)")
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    env.update(PYTHONPATH=str(world.directory), PYTHONSTARTUP="x", PYTHONINSPECT="1", PYTHONHASHSEED="random")
-    for words in (["ping"], ["list", "-o", "json"], ["list", "--help"]):
-        done = finish(world.spawn(["coder", *words], env=env))
-        assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_executable_form_works_under_busybox(shared: World, world: World) -> None:
-    busybox = shutil.which("busybox")
-    if not busybox:
-        pytest.skip("there is no busybox")
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    tool = str(world.directory / "bin" / "coder")
-    script = f"set -e; {tool} start bb; {tool} complete bb; {tool} serve -- {tool} run x -- echo ran"
-    done = finish(world.spawn([busybox, "sh", tool, "ping"], env=env))
-    assert (done.returncode, done.stderr) == (0, "")
-    done = finish(world.spawn([busybox, "sh", "-c", script], env=env))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("ran\n")
-
-
-@pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
-def test_the_executable_form_may_be_given_to_a_shell(shared: World, world: World, shell: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"there is no {shell}")
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    done = finish(world.spawn([shell, str(world.directory / "bin" / "coder"), "ping"], env=env))
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_executable_form_works_from_an_unwritable_directory(shared: World, world: World) -> None:
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    tools = world.directory / "bin"
-    (tools / "__pycache__").write_text("a file where the bytecode would be")  # stops root too
-    tools.chmod(0o555)
-    done = finish(world.spawn(["coder", "ping"], env=env))
-    tools.chmod(0o755)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(os.listdir(tools)) == ["__pycache__", "coder"]
-
-
-def test_serve_in_the_executable_form_runs_scripts(world: World) -> None:
+def test_serve_runs_scripts(world: World) -> None:
     script = "coder exp sync run b --want a -- echo b & coder exp sync run a -- echo a; wait"
     done = world.shell(f"coder serve -- sh -c '{script}'")
     assert (done.returncode, done.stdout) == (0, "a\nb\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Install: the plain file and the installed copy, however they are called; how a copy comes to be.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def tool(world: World, form: str = "installed", name: str = "coder") -> str:
+    """The file as somebody may have it in a directory of its own."""
+    directory = world.directory / f"{form} tools"
+    directory.mkdir(exist_ok=True)
+    shutil.copy(FILE if form == "plain" else installed(), directory / name)
+    return str(directory / name)
+
+
+def command(world: World, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run any command with this Python as `python3` in PATH."""
+    return finish(world.spawn(list(argv), **{"env": world.shell_env(), **options}))
+
+
+def install(world: World, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return command(world, sys.executable, "-IS", str(FILE), "install", *words, **options)
+
+
+def pythons(oldest: str, newest: str) -> list[str]:
+    """Other Pythons of this machine, from one version to before another."""
+    found = [str(p) for p in Path.home().glob(".pyenv/versions/*/bin/python") if "venv" not in str(p)]
+    found += filter(None, (shutil.which(f"python3.{minor}") for minor in range(6, 15)))
+    versions: dict[str, str] = {}
+    for python in found:
+        ask = [python, "-c", "import sys; sys.stdout.write('%d.%02d' % sys.version_info[:2])"]
+        version = subprocess.run(ask, capture_output=True, text=True).stdout
+        if oldest <= version < newest and version != f"{sys.version_info[0]}.{sys.version_info[1]:02}":
+            versions.setdefault(version, python)
+    return list(versions.values())
+
+
+@pytest.mark.parametrize("form", ["plain", "installed"])
+def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -> None:
+    path, python = tool(world, form), os.path.join(os.path.dirname(sys.executable), "python3")
+    (world.directory / "link").symlink_to(path)
+    (world.directory / "link of a link").symlink_to("link")
+    env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
+    for argv in (
+        [path],
+        [python, path],
+        ["./link of a link"],
+        [python, "link"],
+        [os.path.relpath(path, world.directory)],
+    ):
+        done = command(world, *argv, "exp", "sync", "ping", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert command(world, *argv, "--help", env=env).stdout.startswith(
+            f"usage: {os.path.basename(argv[-1])} COMMAND"
+        )
+        assert command(world, *argv, "frobnicate", env=env).returncode == 2
+    assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
+
+
+@pytest.mark.parametrize("form", ["plain", "installed"])
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh", "busybox sh"])
+def test_any_shell_may_read_its_first_lines(shared: World, world: World, form: str, shell: str) -> None:
+    program, *rest = shell.split()
+    words = [shutil.which(program) or pytest.skip(f"there is no {shell}"), *rest]
+    path, env = tool(world, form), {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    name = "a 'b' \"c\" $d `e` \\ * \u00e4"
+    done = command(world, *words, path, "want", name, "-q", "x", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert name in [u.unit_name for u in shared.client.list()]
+    assert command(world, *words, path, "ping", env={"PATH": "/nowhere"}).returncode == 127
+
+
+@pytest.mark.parametrize("form", ["plain", "installed"])
+def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, form: str) -> None:
+    path = tool(world, form)
+    for module in ("json", "socket", "argparse", "threading", "errno", "time", "coder_sync"):
+        (world.directory / f"{module}.py").write_text("raise SystemExit(77)")
+    planted = os.path.join(os.path.dirname(path), "__pycache__")
+    os.mkdir(planted)
+    for name in ("coder", "coder_sync"):
+        Path(planted, f"{name}.{sys.implementation.cache_tag}.pyc").write_bytes(b"bytecode of somebody else")
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path, "PYTHONPATH": str(world.directory)}
+    env.update(PYTHONSTARTUP="x", PYTHONINSPECT="1", PYTHONHASHSEED="random")
+    for words in (["ping"], ["list", "-o", "json"], ["list", "--help"]):
+        done = command(world, path, *words, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_other_users_call_it_and_may_write_nothing(world: World) -> None:
+    python, become = shutil.which("python3", path="/usr/bin:/bin"), ["setpriv", "--reuid=65534", "--clear-groups"]
+    if os.getuid() or not python or not shutil.which("setpriv"):
+        pytest.skip("only root can become somebody else")
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o755)
+    try:
+        shutil.copy(FILE, directory / "plain")
+        assert install(world, str(directory / "copy")).returncode == 0
+        for path in (directory / "plain", directory / "copy"):
+            script = f"{path} serve -- {path} run x -- echo ran; {python} {path} --version"
+            done = command(world, *become, "sh", "-c", script, env={"PATH": "/usr/bin:/bin"}, cwd="/")
+            assert (done.stdout, done.stderr) == (f"ran\ncoder_sync {coder_sync.__version__}\n", "")
+        done = command(world, *become, python, str(directory / "plain"), "install", env={}, cwd="/")
+        assert done.returncode == 1 and "Permission denied; nothing was changed" in done.stderr
+        assert sorted(os.listdir(directory)) == ["copy", "plain"]
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_the_copy_is_an_archive_with_the_source_as_it_was(world: World) -> None:
+    path = tool(world)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.read("coder_sync.py") == FILE.read_bytes()
+    if shutil.which("unzip"):
+        done = subprocess.run(["unzip", "-p", path, "coder_sync.py"], capture_output=True)
+        assert (done.stdout, done.stderr) == (FILE.read_bytes(), b"")
+
+
+def test_the_copy_is_imported_from_as_any_archive_is(shared: World, world: World) -> None:
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path, "PYTHONPATH": tool(world)}
+    code = "import coder_sync as c; print(c.Client().ping()['pid'] > 0, c.Client.unit.__doc__ > '', c.PROGRAM)"
+    assert command(world, sys.executable, "-c", code, env=env).stdout == "True True coder\n"
+    assert command(world, sys.executable, "-m", "coder_sync", "ping", env=env).returncode == 0
+
+
+def test_the_same_input_gives_the_same_bytes(world: World) -> None:
+    again, other = str(world.directory / "again"), str(world.directory / "other")
+    for source, path, seed in ((str(FILE), again, "1"), (again, other, "2"), (other, other, "3")):
+        env = {**world.shell_env(), "PYTHONHASHSEED": seed}
+        done = command(world, sys.executable, source, "install", path, env=env)
+        assert (done.returncode, done.stdout) == (0, f"{path}: installed for {sys.executable}\n")
+        assert Path(path).read_bytes() == installed().read_bytes()
+
+
+def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: World) -> None:
+    others = pythons("3.08", "3.14")
+    if not others:
+        pytest.skip("there is no other Python")
+    path, python = tool(world), others[-1]
+    said = "`coder install` would make every call faster"
+    assert said not in command(world, path, "serve", "-v", "--", "true").stderr
+    for argv, expected in (([python, path], 1), ([sys.executable, tool(world, "plain")], 1)):
+        done = command(world, *argv, "serve", "-v", "--", "true")
+        assert (done.returncode, done.stderr.count(said)) == (0, expected)
+    assert said not in command(world, python, path, "serve", "--", "true").stderr
+    done = command(world, path, "install", "--python", python)
+    assert (done.returncode, done.stdout) == (0, f"{path}: installed for {python}\n")
+    for argv in ([path], [python, path]):
+        assert said not in command(world, *argv, "serve", "-v", "--", "true").stderr
+    assert command(world, path, "install").returncode == 0  # by the other Python, which `path` now calls
+    assert said not in command(world, python, path, "serve", "-v", "--", "true").stderr
+
+
+def test_too_old_a_python_is_told_which_is_needed(world: World) -> None:
+    old = pythons("2.07", "3.08")
+    if not old:
+        pytest.skip("there is no old Python")
+    for python in old:
+        plain = command(world, python, str(FILE), "ping")
+        assert plain.returncode == 1 and '(NEEDED := "Python 3.8 or later")' in plain.stderr
+        copy = command(world, python, tool(world), "ping")
+        assert copy.returncode == 1 and copy.stderr.startswith("error: coder_sync needs Python 3.8 or later, and this")
+        assert copy.stderr.count("\n") == 1
+        done = install(world, "--python", python, "copy")
+        assert done.returncode == 1 and "cannot run coder_sync, which needs Python 3.8 or later" in done.stderr
+    assert not (world.directory / "copy").exists()
+
+
+def test_install_keeps_mode_and_owner_and_follows_links(world: World) -> None:
+    real, link = world.directory / "real", world.directory / "link"
+    real.write_bytes(FILE.read_bytes())
+    link.symlink_to("real")
+    for mode, expected in ((0o640, 0o750), (0o755, 0o755), (0o600, 0o700)):
+        real.chmod(mode)
+        if os.getuid() == 0:
+            os.chown(real, 65534, 65534)
+        before = real.stat()
+        assert command(world, sys.executable, str(link), "install").returncode == 0  # in place
+        after = real.stat()
+        assert (stat.S_IMODE(after.st_mode), after.st_uid, after.st_gid) == (expected, before.st_uid, before.st_gid)
+        assert link.is_symlink() and real.read_bytes() == installed().read_bytes()
+    world.spawn(["sh", "-c", f"umask 027; exec {sys.executable} {FILE} install new"]).wait()
+    assert stat.S_IMODE((world.directory / "new").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("trouble", ["directory", "fifo", "no directory", "full disk", "no python", "broken python"])
+def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trouble: str) -> None:
+    path, words, options = tool(world), [], {}
+    if trouble == "directory":
+        path, said = os.path.dirname(path), "a directory is there"
+    elif trouble == "fifo":
+        os.unlink(path)
+        os.mkfifo(path)
+        said = "no regular file is there"
+    elif trouble == "no directory":
+        path, said = "/nowhere/coder", "No such file or directory; nothing was changed"
+    elif trouble == "full disk":
+        size = installed().stat().st_size - 1
+        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        said = "File too large; nothing was changed"
+    else:
+        words, said = ["--python", "./none"], "cannot run"
+        if trouble == "broken python":
+            (world.directory / "none").write_text("#!/bin/sh\necho damaged >&2; exit 1\n")
+            (world.directory / "none").chmod(0o755)
+            said = "cannot run coder_sync, which needs Python 3.8 or later: damaged"
+    world.shell_env()
+    before = sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*"))
+    done = install(world, path, *words, **options)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
+
+
+def test_calls_see_the_old_copy_or_the_new_one(world: World) -> None:
+    path, others = tool(world), pythons("3.08", "3.14")[:1] or [sys.executable]
+    loop = "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do %s --version || exit; done"
+    calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'") * 2]
+    while any(process.poll() is None for process in calls):
+        for python in (others[0], sys.executable):
+            assert install(world, "-q", "--python", python, path).returncode == 0
+    for process in calls:
+        done = finish(process)
+        assert (done.returncode, done.stderr, set(done.stdout.splitlines())) == (0, "", {"coder_sync 0.1.0"})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5160,7 +5316,7 @@ time.time = set_back
 
 
 def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> None:
-    world.spawn([*PYTHON, CLOCK_SET_BACK + LOAD, str(FILE), "serve"], stderr=subprocess.DEVNULL)
+    world.spawn([*PYTHON, CLOCK_SET_BACK + coder_sync.LAUNCHER, str(installed()), "serve"], stderr=subprocess.DEVNULL)
     world.client.ping(wait=PATIENCE)
     world.ok("start", "a")
     waits = world.popen("start", "b", "--want", "a", "--timeout", "20s")
@@ -7694,9 +7850,8 @@ def shape(text: str, world: World) -> str:
     text = text.replace(world.path, "agent.sock")
     text = re.sub(r"\b\d+(\.\d+)?(ms|s|%)", "TIME", text)
     text = re.sub(r"by [^\n]{0,80}? \(pid \d+\)", "by WHOM", text).replace(str(world.directory) + "/", "")
-    return re.sub(
-        r" {2,}", "  ", re.sub(r"pid \d+", "pid PID", text)
-    ).strip()  # the width of a column is that of a time
+    # the width of a column is that of a time
+    return re.sub(r" {2,}", "  ", re.sub(r"pid \d+", "pid PID", text)).strip()
 
 
 @pytest.mark.parametrize("session", examples(README), ids=lambda session: session[0][0][:20])
@@ -7723,3 +7878,102 @@ def test_the_readme_documents_every_command_and_method() -> None:
     for method, params in coder_sync.METHODS.items():
         assert f"`{method}`" in README, method
         assert all(param in README for param in params)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attack: random input against real processes, for a time; `nox -s attack -- --minutes N` runs these, and nothing
+# else does. A failure names its seed: ATTACK_SEED=N repeats what was sent.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def rounds() -> Iterator[random.Random]:
+    """Sources of chance until the time is up, each with a seed that is printed."""
+    end, first = time.monotonic() + float(os.environ.get("ATTACK_SECONDS", "5")), os.environ.get("ATTACK_SEED")
+    for seed in itertools.count(int(first) if first else random.randrange(1 << 32)):
+        print(f"ATTACK_SEED={seed}", end="\r")
+        yield random.Random(seed)
+        if first or time.monotonic() > end:
+            return
+
+
+def odd_value(chance: random.Random, depth: int = 0) -> Any:
+    """A value for a parameter: often of the right type, sometimes at a limit."""
+    text = chance.choice(["a", "b", "c", "", "a\n", "\u00e9" * 130, "\ud800", "success", "completion", "x" * 70_000])
+    number = chance.choice([0, 1, -1, 2**31, 2**63, 10**400, 0.5, 1e308, os.getpid()])
+    if depth < 3 and chance.random() < 0.3:
+        return chance.choice([[odd_value(chance, depth + 1) for _ in range(chance.randrange(4))], {text[:9]: number}])
+    return chance.choice([text, text, number, True, False, None])
+
+
+def odd_line(chance: random.Random) -> bytes:
+    """A request, mutated more or less."""
+    method = chance.choice([*coder_sync.METHODS, *coder_sync.METHODS, "shutdown?", ""])
+    names = [*coder_sync.METHODS.get(method, {}), "more"]
+    params: Any = {name: odd_value(chance) for name in names if chance.random() < 0.7}
+    if "unit" in params and chance.random() < 0.7:
+        params.update(unit=chance.choice("abcdef"), requires="success", dependencies=chance.sample("abcdef", 2))
+    message = {"jsonrpc": "2.0", "id": odd_value(chance, 2), "method": method, "params": params}
+    for key in list(message):
+        if chance.random() < 0.05:
+            message[key] = odd_value(chance)
+    line = bytearray(json.dumps(message).encode())
+    for _ in range(chance.choice([0, 0, 0, 1, 1, 5, 100])):
+        at = chance.randrange(len(line) + 1)
+        line[at : at + chance.randrange(4)] = chance.choice([b"", b"{", b"[", b'"', b"\\", b"\0", b"\xff", b"1", b"\n"])
+    return bytes(line[: chance.choice([-1, 10**9, 10**9, 10**9])]) + chance.choice([b"\n", b"\n", b"\r\n", b""])
+
+
+@pytest.mark.attack
+def test_attack_with_lines(world: World) -> None:
+    log = world.directory / "log"
+    agent = world.serve("--verbose", "--log-file", str(log))
+    for chance in rounds():
+        for _ in range(20):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(chance.choice([0.001, 0.05]))
+                sock.connect(world.path)
+                with contextlib.suppress(OSError):  # it may hang up on us
+                    sock.sendall(b"".join(odd_line(chance) for _ in range(chance.randrange(1, 20))))
+                    if chance.random() < 0.5:
+                        sock.shutdown(socket.SHUT_WR)
+                    while chance.random() < 0.9 and sock.recv(1 << 16):
+                        pass
+        assert world.client.ping()["pid"] == agent.pid
+        assert "internal error" not in log.read_text(errors="replace")
+        if log.stat().st_size > 1 << 20:
+            log.write_bytes(b"")
+    assert stopped(agent).returncode == 0
+
+
+HEADER_WORDS = ["unit", "want", "timeout", "extern", "unti", "a", "b", "''", '"', "\\", "--requires", "start", "10m",
+                "-5", "\u00e9", "\x00", "\t", "#", "$(false)", "a" * 300, ","]  # fmt: skip
+
+
+@pytest.mark.attack
+def test_attack_with_headers(world: World) -> None:
+    directory = world.directory / "startup.d"
+    for chance in rounds():
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        for _ in range(chance.randrange(1, 6)):
+            lines = [chance.choice(["#!/bin/sh", "#!/usr/bin/env -S x", "\ufeff#!", "", "\x7fELF"])]
+            for _ in range(chance.randrange(1, 6)):
+                start = chance.choice(
+                    ["# coder-sync:", "# coder-sync: ", "// coder-sync:", "#coder-sync", "--coder-sync: "]
+                )
+                lines.append(start + " ".join(chance.choices(HEADER_WORDS, k=chance.randrange(5))))
+            data = bytearray(chance.choice(["\n", "\n", "\r\n"]).join(lines).encode())
+            for _ in range(chance.choice([0, 0, 3])):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            file = (
+                os.fsencode(directory)
+                + b"/"
+                + chance.choice([b"10-a", b"a.sh", b"b", b"20_b.py", b"\xff", b"-", b"c d"])
+            )
+            with open(file, "wb") as f:
+                f.write(data)
+            os.chmod(file, chance.choice([0o755, 0o755, 0o755, 0o644]))
+        for how in ("--check", "--dry-run"):
+            done = world.run("boot", how, str(directory), errors="replace")
+            assert done.returncode in (0, 1, 2), done
+            assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
