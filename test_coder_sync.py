@@ -4693,6 +4693,13 @@ def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, fo
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("form", ["plain", "installed"])
+def test_whoever_calls_it_is_shown_as_what_was_called(agent: World, form: str) -> None:
+    run = agent.spawn([tool(agent, form), "run", "a", "--", "sleep", "60"], env=agent.shell_env())
+    owner = until(lambda: agent.connect().call("list")["result"] and agent.client.status("a").owner)
+    assert (owner.pid, owner.command) == (run.pid, "coder run a -- sleep 60")
+
+
 def test_other_users_call_it_and_may_write_nothing(world: World) -> None:
     python, become = shutil.which("python3", path="/usr/bin:/bin"), ["setpriv", "--reuid=65534", "--clear-groups"]
     if os.getuid() or not python or not shutil.which("setpriv"):
