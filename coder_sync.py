@@ -1406,8 +1406,8 @@ def command_of(pid: int) -> str:
             args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
         return ""
-    if args[1:3] == ["-ISOO", "-c"]:  # our own executable form
-        args = args[4:]
+    if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
+        args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:1] = [os.path.basename(a) for a in args[:1]]
     text = one_line(" ".join(args)) or proc_line(pid, "Name")
     return text if len(text) <= 60 else text[:57] + "..."
@@ -5022,8 +5022,13 @@ def application(python: str) -> bytes:
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
+<<<<<<< HEAD
         launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
         for name, part in (("__main__.py", launcher), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+=======
+        start = START.encode().ljust(PLACE, b"\n")
+        for name, part in (("__main__.py", start), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+>>>>>>> install
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, part)

@@ -802,8 +802,8 @@ MESSAGES = {
     "start a #1 x by=42; boot #b a": 'unit "a" is claimed by script 42 (pid 42); nothing was run: end that first',
     "start a #1 by=42; reset a": 'unit "a" is started by script 42 (pid 42) and cannot be reset; end it first',
     "start a #1 by=42; start a #2 by=43; complete a by=43": 'unit "a": a report of process 43 does not count: its '
-    "start was refused, because the unit was started by script 42 (pid 42); if it is to be ended all the same, call from "
-    "another shell",
+    "start was refused, because the unit was started by script 42 (pid 42); if it is to be ended all the same, "
+    "call from another shell",
     "want b a; want b a!start": 'unit "b" wants "a" with requirement success already, not start',
     "want b a!perfect": "no such requirement: perfect; use one of success, completion, start",
 }
@@ -944,7 +944,7 @@ LIMITS = {
         2,
         "start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x; lose #2; start c #5 a",
         "!Refused, !Refused, !Refused",
-    ),  # fmt: skip
+    ),
     "locks": ("MAX_LOCKS", 1, "start a #1 lock=k; start b #2 lock=l; start c #3 lock=k", "#1 ok, !Refused"),
 }
 
@@ -1093,7 +1093,7 @@ def test_a_graph_says_when_a_unit_did_what_and_who_let_it_go(rules: Rules) -> No
     rules.play("sleep 1; start b #1 z a; sleep 1; want a; complete a; sleep 1; want z; complete z; sleep 1; complete b")
     rules.play("sleep 1; start c #2 x")
     graph = rules.units.graph()
-    b, z, a, c, x = graph.nodes
+    b, _, _, c, x = graph.nodes
     assert (graph.now, b.registered, b.waiting, b.ready, b.started, b.ended) == (5, 1, 1, 3, 3, 4)
     assert (b.status, b.released_by, b.wants) == ("completed", "z", {"z": "success", "a": "success"})
     assert (c.is_waiting, c.registered, c.waiting, c.ready, c.started, c.ended) == (True, 5, 5, -1, -1, -1)
@@ -1904,7 +1904,7 @@ def test_nothing_is_kept_from_one_command_line_to_the_next() -> None:
         assert coder_sync.parse("start", ["--want", "a", "u", "--want", "b"]).want == ["a", "b"]
         assert coder_sync.parse("graph", ["u"]).units == ["u"]
     assert (coder_sync.parse("start", ["u"]).want, coder_sync.parse("graph", []).units) == ([], [])
-    assert coder_sync.parse("start", ["u"]).timeout == coder_sync.LAUNCHER_TIMEOUT
+    assert coder_sync.parse("start", ["u"]).timeout == coder_sync.START_TIMEOUT
 
 
 def test_words_after_two_dashes_are_positionals_or_the_command() -> None:
@@ -4840,6 +4840,13 @@ def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, fo
     for words in (["ping"], ["list", "-o", "json"], ["list", "--help"]):
         done = command(world, path, *words, env=env)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("form", ["plain", "installed"])
+def test_whoever_calls_it_is_shown_as_what_was_called(agent: World, form: str) -> None:
+    run = agent.spawn([tool(agent, form), "run", "a", "--", "sleep", "60"], env=agent.shell_env())
+    owner = until(lambda: agent.connect().call("list")["result"] and agent.client.status("a").owner)
+    assert (owner.pid, owner.command) == (run.pid, "coder run a -- sleep 60")
 
 
 def test_other_users_call_it_and_may_write_nothing(world: World) -> None:
