@@ -1595,6 +1595,261 @@ def alive_groups(groups: Iterable[int]) -> set[int]:
     return alive & found
 
 
+# -- is it ready? ---------------------------------------------------------------------------------------------
+
+PROBE_TIMEOUT = 5.0  # for one try
+
+
+def address_of(text: str, port: int = 0) -> tuple[str, int]:
+    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+
+    Raises UsageError.
+    """
+    host, _, number = text.rpartition(":")
+    if port and (":" not in text or text[-1:] == "]"):
+        host, number = text, str(port)
+    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+        raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
+    return host.strip("[]"), int(number)
+
+
+def check_probe(text: str) -> None:
+    """Raises UsageError for a probe that can be known to be wrong without a try."""
+    kind, colon, rest = text.partition(":")
+    if kind == "tcp" and colon:
+        address_of(rest)
+    elif text.startswith("http://"):
+        address_of(text[7:].partition("/")[0], 80)
+    elif (colon and kind in ("unix", "file") and not rest) or not text:
+        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+
+
+def connect(host: str, port: int, timeout: float) -> Any:
+    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    import socket
+
+    if host:
+        return socket.create_connection((host, port), timeout)
+    try:
+        return socket.create_connection(("127.0.0.1", port), timeout)
+    except OSError as error:
+        try:
+            return socket.create_connection(("::1", port), timeout)
+        except OSError:
+            raise error from None
+
+
+def http_status(text: str, timeout: float) -> int:
+    """The status with which an http:// address answers. Raises OSError."""
+    where, _, path = text[7:].partition("/")
+    with connect(*address_of(where, 80), timeout) as sock:
+        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+        line = b""
+        while b"\n" not in line and len(line) < 1024:
+            chunk = sock.recv(1024)
+            if not chunk:
+                break
+            line += chunk
+    words = line.split(b"\n")[0].split()
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise OSError(0, "its answer is not HTTP")
+    return int(words[1])
+
+
+class Prober:
+    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
+
+    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them
+    (`reap`). `error` is what the last try lacked, in a few words.
+    """
+
+    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+        import threading
+
+        self.error = "not tried yet"
+        self._text, self._env = text, env
+        self._group = 0  # of a command that is being tried
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._ready, self._done = os.pipe()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._ready
+
+    def ready(self) -> bool:
+        """Whether a try has succeeded."""
+        return not self.error
+
+    def close(self) -> None:
+        """No more tries; a command that is being tried is killed."""
+        self._closed.set()
+        with self._lock:
+            if self._group:
+                signal_group(self._group, 9)
+        os.close(self._ready)
+
+    def _run(self) -> None:
+        pause = 0.1
+        try:
+            while not self._closed.is_set():
+                self.error = self._try()
+                if not self.error:
+                    break
+                self._closed.wait(pause)
+                pause = min(2 * pause, 1.0)
+        finally:
+            os.close(self._done)
+
+    def _try(self) -> str:
+        """Try once; return what is lacking."""
+        kind, colon, rest = self._text.partition(":")
+        try:
+            if kind == "file" and colon:
+                return "" if os.path.exists(rest) else "no such file"
+            if kind == "tcp" and colon:
+                connect(*address_of(rest), PROBE_TIMEOUT).close()
+                return ""
+            if kind == "unix" and colon:
+                from _socket import AF_UNIX, SOCK_STREAM, socket
+
+                sock = socket(AF_UNIX, SOCK_STREAM)
+                try:
+                    sock.settimeout(PROBE_TIMEOUT)
+                    sock.connect(rest)
+                finally:
+                    sock.close()
+                return ""
+            if self._text.startswith("http://"):
+                status = http_status(self._text, PROBE_TIMEOUT)
+                return "" if status < 400 else f"HTTP status {status}"
+            return self._command()
+        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            return one_line(getattr(error, "strerror", None) or str(error))
+
+    def _command(self) -> str:
+        import _signal as signal
+        import select
+
+        read, write = os.pipe()
+        nothing = null()
+        try:
+            with self._lock:
+                if self._closed.is_set():
+                    return "no more tries"
+                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
+                self._group = os.posix_spawnp(
+                    "sh",
+                    ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text],
+                    self._env,
+                    file_actions=[*streams, (os.POSIX_SPAWN_DUP2, write, 3)],
+                    setpgroup=0,
+                    setsigmask=[],
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+                )
+            os.close(write)
+            write = -1
+            answered = select.poll()
+            answered.register(read, select.POLLIN)
+            if not answered.poll(PROBE_TIMEOUT * 1000):
+                signal_group(self._group, 9)
+                return f"no end within {PROBE_TIMEOUT:.0f}s"
+            status = os.read(read, 16).strip()
+            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
+        finally:
+            with self._lock:
+                self._group = 0
+            for fd in (read, write, nothing):
+                if fd >= 0:
+                    os.close(fd)
+
+
+class Notified:
+    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
+
+    def __init__(self, path: str) -> None:
+        from _socket import AF_UNIX, SOCK_DGRAM, socket
+
+        self.error = "it has not said READY=1"
+        self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
+        self._sock.setblocking(False)
+        try:
+            self._sock.bind(path)
+        except OSError:
+            self._sock.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._sock.fileno()
+
+    def ready(self) -> bool:
+        """Take what was said; return whether READY=1 was."""
+        try:
+            while self.error:
+                if b"READY=1" in self._sock.recv(4096).split(b"\n"):
+                    self.error = ""
+        except OSError:
+            pass
+        return not self.error
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._sock.close()
+        os.unlink(self._path)
+
+
+# -- what a command leaves to others ----------------------------------------------------------------------------
+
+MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+
+
+def private_directory() -> str:
+    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
+    base = getenv("TMPDIR") or "/tmp"
+    for number in range(100):
+        path = os.path.join(base, f"coder-sync-{os.getpid()}-{time.time_ns() + number:x}")
+        try:
+            os.mkdir(path, 0o700)
+            return path
+        except FileExistsError:
+            continue
+        except OSError:
+            break
+    return ""
+
+
+def exported(path: str) -> dict[str, str]:
+    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    if not path:
+        return {}
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
+        with open(fd, "rb") as file:
+            data = file.read(MAX_ENV + 1) or b""
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    values: dict[str, str] = {}
+    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
+        name, found, value = line.partition("=")
+        if not line:
+            continue
+        if not found or not name.isidentifier() or not name.isascii() or "\0" in value:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
+        values[name] = value
+    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
+        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    return values
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Agent. Units behind one lock, served by socketserver.ThreadingUnixStreamServer, a thread a connection.
 #
@@ -4157,9 +4412,9 @@ def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then every script is a
-# `start` that waits in the agent like any other, on one connection that holds them all; when one is answered
-# its script is spawned. One thread and one poll do everything: answers, output, ends, signals, time.
+# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims
+# all units at the agent, which says, as their turn comes, which script to spawn. One thread and one poll do
+# everything: what the agent says, output, ends, probes, signals, time.
 #
 # What keeps it safe: a script's end is what the system reports of its process, not the end of its output,
 # which a daemon may keep open. Every group of processes is signalled until it is gone, with a bound. Output is
@@ -4169,20 +4424,53 @@ def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
 HEADER_LINES = 50
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
+FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
+PING_AFTER = 5.0  # seconds of silence from the agent
+LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
+LONGEST_DELAY = 30.0  # between two tries
+NEVER = float("inf")
 MARKS = ("#", "//", "--", ";")
 BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
+HEADERS = {
+    "unit": "NAME",
+    "want": "NAME... [--requires REQUIREMENT]",
+    "after": "NAME...",
+    "before": "NAME...",
+    "extern": "NAME...",
+    "lock": "NAME...",
+    "timeout": "DURATION",
+    "ready": "PROBE",
+    "ready-timeout": "DURATION",
+    "retry": "N [DELAY]",
+}
+
+
+@dataclass
+class Edge:
+    """What a script wants, and the file and line that say so."""
+
+    dependency: str
+    requires: str
+    place: str
 
 
 @dataclass
 class Script:
-    """One file that `boot` runs: its unit, what it wants (dependency, requirement, line), its limit in seconds."""
+    """One file that `boot` runs, and what its headers say. Times are in seconds."""
 
     path: str
     unit: str
-    wants: list[tuple[str, str, int]]
+    place: str  # the file and line that name the unit
+    wants: list[Edge]
+    after: list[Edge]
+    before: list[Edge]
     externs: list[str]
+    locks: list[str]
     timeout: float = 0.0
-    line: int = 1  # that names it
+    ready: str = ""
+    ready_timeout: float = 300.0
+    retries: int = 0
+    delay: float = 1.0
 
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
@@ -4191,56 +4479,77 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     digits = len(name) - len(name.lstrip("0123456789"))
     if digits and name[digits : digits + 1] in ("-", "_"):
         name = name[digits + 1 :]
-    script = Script(path, name.rpartition(".")[0] or name, [], [])
+    script = Script(path, name.rpartition(".")[0] or name, f"{path}:1", [], [], [], [], [])
     for number, line in enumerate(text.decode(errors="replace").splitlines()[:HEADER_LINES], 1):
         mark, found, rest = line.partition("coder-sync:")
-        if not found or mark.strip() not in MARKS:
-            text_ = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-            if line.strip().startswith(MARKS) and text_.startswith(("coder-sync ", "coder-sync:")):
-                mistakes.append(f"{path}:{number}: not understood; a header is written `# coder-sync: WORD ...`")
-            continue
-        words = rest.split()
-        if '"' in rest or "'" in rest:
-            import shlex
-
-            try:
-                words = shlex.split(rest)
-            except ValueError as error:
-                mistakes.append(f"{path}:{number}: {error}")
-                continue
         try:
-            header(script, words, number)
-        except SyncError as error:
+            if found and mark.strip() in MARKS:
+                read_header(script, rest.strip(), f"{path}:{number}")
+            elif looks_like_header(line.strip()):
+                raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
+        except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
             mistakes.append(f"{path}:{number}: {error}")
+    try:
+        check_name(script.unit)
+    except Refused as error:
+        mistakes.append(f"{script.place}: {error}; rename the file, or add: unit NAME")
     return script
 
 
-def header(script: Script, words: list[str], number: int) -> None:
-    """Take one header line. Raises UsageError or Refused."""
-    verb, rest = (words[0], words[1:]) if words else ("", [])
-    if verb == "want":
-        requires = SUCCESS
-        if "--requires" in rest:
-            at = rest.index("--requires")
-            requires, rest = "".join(rest[at + 1 : at + 2]), rest[:at] + rest[at + 2 :]
+def looks_like_header(line: str) -> bool:
+    """Whether a comment was meant to be a header, and is not only about us."""
+    words = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync").replace(":", " ").split()
+    return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+
+
+def read_header(script: Script, text: str, place: str) -> None:
+    """Take what a header says. Raises UsageError, Refused or ValueError."""
+    verb, rest = (*text.split(None, 1), "", "")[:2]
+    if verb == "ready":
+        check_probe(rest)
+        script.ready = rest
+        return
+    words = rest.split()
+    if '"' in rest or "'" in rest or "\\" in rest:
+        import shlex
+
+        words = shlex.split(rest)
+    count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
+    if verb not in HEADERS or (count and len(words) not in count):
+        known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
+        raise UsageError(f'"{text}" is not a header; use {known}')
+    requires: str = SUCCESS
+    if verb == "want" and "--requires" in words:
+        at = words.index("--requires")
+        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
         if requires not in REQUIREMENTS:
             raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
-        odd = [w for w in rest if w[0] == "-" or w[-1] == ","]
-        if odd:
-            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
-        script.wants += [(check_name(name), requires, number) for name in rest]
-    elif verb == "extern":
-        script.externs += map(check_name, rest)
-    elif verb == "unit" and len(rest) == 1:
-        script.unit, script.line = check_name(rest[0]), number
-    elif verb == "timeout" and len(rest) == 1:
-        script.timeout = duration(rest[0])
-    else:
-        raise UsageError(
-            f'"{" ".join(words)}" is not a header; use unit NAME, want DEP..., timeout DURATION, extern NAME'
-        )
-    if not rest:
+    if not words:
         raise UsageError(f"{verb}: a name is missing")
+    if verb == "timeout":
+        script.timeout = duration(words[0])
+    elif verb == "ready-timeout":
+        script.ready_timeout = duration(words[0])
+    elif verb == "retry":
+        if not words[0].isdecimal() or int(words[0]) > 1000:
+            raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
+        script.retries, script.delay = int(words[0]), duration(words[1]) if words[1:] else script.delay
+    else:
+        odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
+        if odd and verb != "unit":
+            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
+        read_names(script, verb, [check_name(name) for name in words], requires, place)
+
+
+def read_names(script: Script, verb: str, names: list[str], requires: str, place: str) -> None:
+    """Take the names that a header has."""
+    if verb == "unit":
+        script.unit, script.place = names[0], place
+    elif verb in ("extern", "lock"):
+        (script.externs if verb == "extern" else script.locks).extend(names)
+    else:
+        edges = {"want": script.wants, "after": script.after, "before": script.before}[verb]
+        edges += [Edge(name, COMPLETION if verb == "after" else requires, place) for name in names]
 
 
 def check_interpreter(path: str, text: bytes) -> str:
@@ -4257,66 +4566,53 @@ def check_interpreter(path: str, text: bytes) -> str:
     if os.path.basename(program) == "env":
         import shutil
 
-        program = next((w for w in words[1:] if w[0] != "-" and "=" not in w), "")
+        program = program_of_env(words[1:])
         return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
     return "" if os.access(program, os.X_OK) else f"its interpreter {program} does not exist or cannot be run"
+
+
+def program_of_env(words: list[str]) -> str:
+    """The program in the arguments of env(1)."""
+    rest = iter(words)
+    for word in rest:
+        if word[:2] == "-S" and word[2:]:
+            return word[2:]
+        if word in ("--unset", "--chdir") or (word[0] == "-" and word[1:2] != "-" and word[-1] in "uC"):
+            next(rest, "")  # the option's value
+        elif word[0] != "-" and "=" not in word:
+            return word
+    return ""
 
 
 def plan(paths: Sequence[str]) -> list[Script]:
     """Read and check everything. Raises UsageError with every mistake, a line each."""
     mistakes: list[str] = []
-    scripts: list[Script] = []
-    left_out: dict[str, str] = {}
-    for given in paths:
-        files = [given]
-        try:
-            if os.path.isdir(given):
-                names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
-                files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
-            elif not os.path.isfile(given):  # a pipe, say, which would block
-                raise OSError(0, "no such file or directory")
-        except OSError as error:
-            mistakes.append(f"{given}: cannot be read: {error.strerror}")
-            continue
-        for path in files:
-            try:
-                with open(path, "rb") as f:
-                    text = f.read(65536)
-            except OSError as error:
-                mistakes.append(f"{path}: cannot be read: {error.strerror}")
-                continue
-            script = read_script(os.path.abspath(path), text, mistakes)
-            wrong = check_interpreter(path, text)
-            if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-                left_out[script.unit] = path
-                continue
-            if wrong:
-                mistakes.append(f"{script.path}:1: {wrong}")
-            scripts.append(script)
+    left_out: dict[str, str] = {}  # unit -> a file that is no script because it is not executable
+    scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
-        if script.unit in by_name:
-            other = by_name[script.unit]
-            mistakes.append(f'{script.path}:{script.line}: unit "{script.unit}" is {other.path}:{other.line} already')
-        by_name.setdefault(script.unit, script)
+        other = by_name.setdefault(script.unit, script)
+        if other is not script:
+            mistakes.append(f'{script.place}: unit "{script.unit}" is {other.place} already')
     externs = {name for script in scripts for name in script.externs}
-    units = Units(time.monotonic, time.time)
     for script in scripts:
-        for name, requires, number in script.wants:
-            where = f"{script.path}:{number}"
-            try:
-                units.want(script.unit, [name], requires)
-            except CycleError as error:
-                files = [os.path.basename(by_name[n].path) for n in error.data if n in by_name]
-                mistakes.append(f"{where}: {error} ({' -> '.join(files)})")
-            except SyncError as error:
-                mistakes.append(f"{where}: {error}")
+        for edge in script.wants:
+            name = edge.dependency
             if name not in by_name and name not in externs:
                 guess = resembling(name, list(by_name))
                 hint = f'; did you mean "{guess}"?' if guess else "; if it comes from outside, add: extern " + name
                 if name in left_out:
                     hint = f"; {left_out[name]} would, but is not executable"
-                mistakes.append(f'{where}: no file provides "{name}"{hint}')
+                mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
+    for script in scripts:
+        for edge in script.before:
+            if edge.dependency in by_name:
+                add_edge(by_name[edge.dependency], Edge(script.unit, SUCCESS, edge.place))
+    for script in scripts:
+        for edge in script.after:
+            if edge.dependency in by_name:
+                add_edge(script, edge)
+    check_edges(scripts, mistakes)
     if not scripts and not mistakes:
         mistakes.append(f"{' '.join(paths)}: no executable files")
     if mistakes:
@@ -4324,218 +4620,369 @@ def plan(paths: Sequence[str]) -> list[Script]:
     return scripts
 
 
+def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
+    """The scripts of a directory, or one file."""
+    files = [given]
+    try:
+        if os.path.isdir(given):
+            names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
+            files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+        elif not os.path.isfile(given):  # a pipe, say, which would block
+            raise OSError(0, "no such file or directory")
+    except OSError as error:
+        mistakes.append(f"{given}: cannot be read: {error.strerror}")
+        return
+    for path in files:
+        try:
+            with open(path, "rb") as f:
+                text = f.read(65536)
+        except OSError as error:
+            mistakes.append(f"{path}: cannot be read: {error.strerror}")
+            continue
+        if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
+            left_out[read_script(path, b"", []).unit] = path
+            continue
+        script = read_script(os.path.abspath(path), text, mistakes)
+        wrong = check_interpreter(path, text)
+        if wrong:
+            mistakes.append(f"{script.path}:1: {wrong}")
+        yield script
+
+
+def add_edge(script: Script, edge: Edge) -> None:
+    """Have a script want something, unless it says itself what it wants of it."""
+    if all(other.dependency != edge.dependency for other in script.wants):
+        script.wants.append(edge)
+
+
+def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
+    """The graph of the scripts; what its rules forbid is a mistake."""
+    units = Units(time.monotonic, time.time)
+    places: dict[tuple[str, str], str] = {}
+    for script in scripts:
+        try:
+            units.want(script.unit, [])
+        except Refused:  # its name is a mistake that is known
+            continue
+        for edge in script.wants:
+            places.setdefault((script.unit, edge.dependency), edge.place)
+            try:
+                units.want(script.unit, [edge.dependency], edge.requires)
+            except CycleError as error:
+                steps = [places.get(step, "") for step in zip(error.data, error.data[1:])]
+                told = ", ".join(os.path.basename(step) for step in steps)
+                mistakes.append(f"{edge.place}: {error} ({told})")
+            except SyncError as error:
+                mistakes.append(f"{edge.place}: {error}")
+    return units
+
+
+def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list[Script]:
+    """Those scripts, and what they want, also through others, that is not done yet. Raises UsageError."""
+    by_name = {script.unit: script for script in scripts}
+    for name in only:
+        if name not in by_name:
+            guess = resembling(name, list(by_name))
+            raise UsageError(f'--only: no file provides "{name}"' + (f'; did you mean "{guess}"?' if guess else ""))
+    taken, rest = set(only), list(only)
+    while rest:
+        script = by_name[rest.pop()]
+        new = {e.dependency for e in script.wants if e not in script.after} - taken - done
+        new &= set(by_name)
+        taken |= new
+        rest += new
+    for script in scripts:
+        script.wants = [e for e in script.wants if e not in script.after or e.dependency in taken]
+    return [script for script in scripts if script.unit in taken]
+
+
+@dataclass
+class BootOptions:
+    """How to boot."""
+
+    jobs: int = 0  # at once; 0 is no limit
+    grace: float = 10.0
+    log_dir: str = ""
+    fail_fast: bool = False
+    stay: bool = False
+    quiet: bool = False
+
+
 class Job:
     """A script on its way: its process, its output, its end."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
-        self.pid = 0  # its own process and the number of its group, once there is one
+        self.began = 0.0  # its first or latest try; 0 if it never could
+        self.tries = 0
+        self.again_at = NEVER  # when the next try begins
+        self.env: dict[str, str] = {}  # what its dependencies export
+        self.pid = 0  # its process, and the number of its process group
+        self.running = False  # its process; the group may live on
+        self.running_on = False  # and the agent knows that it is a service
+        self.code = 0  # with which it ended
         self.out = -1  # read end of its output
-        self.log = -1  # its file in --log-dir
+        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.env_path = ""  # its $CODER_SYNC_ENV
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []
-        self.began = 0.0
-        self.running = False
-        self.kill_at = self.stop_at = float("inf")
-        self.why = ""  # why we stopped it
+        self.prober: Prober | Notified | None = None  # while it is not ready
+        self.stop_at = self.ready_by = self.kill_at = NEVER
+        self.kills = 0
+        self.signalled = False  # by `stop`
+        self.why = ""  # we ended it
+        self.reported = False  # that it has completed
         self.outcome = ""  # the unit's, as the agent has it
         self.reason = ""
+        self.died = ""  # how its process ended after its unit had completed
+
+    def ending(self) -> bool:
+        """Whether its processes are to end."""
+        return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
 
 
-class Local(Connection):
-    """A boot's connection to the agent in its own process: a Channel whose requests are calls, without a socket."""
+class Output:
+    """Standard output: the lines of scripts, as fast as it takes them, and on a terminal the live line under them."""
 
-    def __init__(self, agent: Agent) -> None:
-        from collections import deque
-        from threading import get_ident
+    def __init__(self, units: Iterable[str], quiet: bool) -> None:
+        self.quiet = quiet
+        self.pending = b""
+        self._width = min(24, max(map(wide, units)))
+        self.columns, self._colour, unicode = terminal()
+        self._dots = "\u2026" if unicode else "~"
+        self.tty = os.isatty(1) and not quiet
+        self._live = False  # whether the live line stands there
+        self.live_at = 0.0 if self.tty else NEVER  # when it is drawn again
 
-        super().__init__(None, agent.mail)
-        self._agent, self._thread, self._ident = agent, get_ident(), get_ident
-        self._messages: deque[Any] = deque()
-        self._next = 0
-        self._ends = os.pipe()  # for what other threads push
-        for fd in self._ends:
-            os.set_blocking(fd, False)
-        agent.connections.add(self)
+    def lines(self, unit: str, texts: list[str]) -> None:
+        """Print lines of a unit."""
+        if not self.quiet:
+            name = fit(unit, self._width, self._dots)
+            if self._colour:  # red is for failures
+                name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
+            self.clear()
+            self.pending += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
 
-    def peer(self) -> int:
-        return os.getpid()
+    def write(self, patience: float = 0) -> None:
+        """Pass on what standard output takes without blocking, or, with patience, with pauses of so many seconds."""
+        self.pending = write_some(self.pending, 1, patience)
 
-    def reply(self, data: bytes) -> bool:
-        self._messages.append(_loads(data.decode()))
-        return True
+    def live(self, head: str, items: list[str], now: float) -> None:
+        """Draw the live line: as many items as fit."""
+        self.live_at = now + 1
+        text, shown = head, 0
+        for item in items:
+            left = len(items) - shown - 1
+            more = f", +{left} more" if left else ""
+            longer = f"{text}{', ' if shown else ' '}{item}"
+            if wide(longer + more) >= self.columns:
+                break
+            text, shown = longer, shown + 1
+        if shown < len(items):
+            text += f"{',' if shown else ''} +{len(items) - shown} more"
+        put("\r\033[K" + text)
+        self._live = True
 
-    def push(self, data: bytes) -> bool:
-        self.reply(data)
-        if self._ident() != self._thread:
-            try:
-                os.write(self._ends[1], b"!")
-            except BlockingIOError:  # it has been woken often enough
-                pass
-        return True
-
-    def request(self, method: str, **params: Any) -> int:
-        self._next += 1
-        self._agent.line(self, encode({"id": self._next, "method": method, "params": params}))
-        return self._next
-
-    def call(self, method: str, **params: Any) -> Any:
-        request = self.request(method, **params)
-        return result_of(next(m for m in self._messages if m.get("id") == request))
-
-    def receive(self, timeout: float) -> dict[str, Any] | None:
-        if not self._messages:
-            try:
-                os.read(self._ends[0], 4096)
-            except BlockingIOError:
-                pass
-        return self._messages.popleft() if self._messages else None
-
-    def more(self) -> bool:
-        return bool(self._messages)
-
-    def fileno(self) -> int:
-        return self._ends[0]
-
-    def close(self) -> None:
-        for fd in self._ends:
-            os.close(fd)
+    def clear(self) -> None:
+        """Remove the live line."""
+        if self._live:
+            put("\r\033[K")
+            self._live, self.live_at = False, 0.0
 
 
 class Boot:
-    """Runs scripts in the order of their graph against an agent, hosted in the same process or not."""
+    """Runs scripts in the order of their graph, as an agent's client."""
 
-    def __init__(self, scripts: list[Script], args: Args) -> None:
-        self.jobs = {s.unit: Job(s) for s in scripts}
-        self.unfinished = len(scripts)
-        self.path = ""  # of the agent's socket, once it is used
-        self.args = args
-        self.by_pid: dict[int, Job] = {}
-        self.by_fd: dict[int, Job] = {}
-        self.groups: dict[int, float] = {}  # of ended scripts that left processes behind -> when to kill them
-        self.later: list[Job] = []  # that may start, once the system has room for them
-        self.signals = -1  # a pipe with the numbers of those that came
-        self.log_names: dict[str, str] = {}  # unit -> its file in --log-dir
-        taken = set()
-        for unit in self.jobs:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            self.log_names[unit] = name
-        self.asked: dict[int, tuple[str, Job]] = {}  # id of a request -> what it was
-        self.printed = b""  # on its way to standard output
-        self.signal = 0  # that told us to stop
-        self.stopping = False
-        self.status_shown = False
-        self.status_at = 0.0
-        self.width = min(24, max(map(wide, self.jobs)))
-        self.columns, self.colour, _ = terminal()
-        self.tty = os.isatty(1) and not args.quiet
-        self.log_trouble = self.paused = False
-        self.lost = ""  # why there is no agent any more
-        self.graph: Graph | None = None
-
-    def run(self, path: str, agent: Agent | None = None) -> int:
-        """Boot against the agent at `path`, or in this process; return the exit status.
-
-        Raises Unreachable if the agent goes away before any script has begun.
-        """
+    def __init__(self, scripts: list[Script], options: BootOptions, signals: Signals) -> None:
         import select
 
-        self.path, self.env = path, environment(CODER_AGENT_SOCKET_PATH=path)
-        self.jobs, self.asked = {unit: Job(job.script) for unit, job in self.jobs.items()}, {}
-        self.unfinished = len(self.jobs)
-        self.channel = Local(agent) if agent else Channel(path, CONNECT_TIMEOUT)
-        self.catch_signals()
+        self.jobs = {s.unit: Job(s) for s in scripts}
+        self.options, self.signals = options, signals
+        self.unfinished = len(scripts)
+        self.by_pid: dict[int, Job] = {}
+        self.by_fd: dict[int, Job] = {}  # its output
+        self.groups: dict[int, Job] = {}  # process groups that may have members
+        self.look_at = NEVER  # when to look which of them have gone
+        self.out = Output(self.jobs, options.quiet)
+        self.paused = self.log_trouble = False
         self.poll = select.poll()
-        self.poll.register(self.channel.fileno(), select.POLLIN)
-        self.poll.register(self.signals, select.POLLIN)
-        limit = (open_files() - 48) // (2 if self.args.log_dir else 1)  # a script has a pipe, and perhaps a log
-        most = max(1, min(self.args.jobs or limit, limit))
-        if self.args.log_dir:
-            try:
-                os.makedirs(self.args.log_dir, exist_ok=True)
-            except OSError as error:
-                self.no_log(error)
-        for job in self.jobs.values():
-            for requires in REQUIREMENTS:
-                names = [name for name, r, _ in job.script.wants if r == requires]
-                if names:
-                    self.ask("want", job, unit=job.script.unit, dependencies=names, requires=requires)
-        for job in self.jobs.values():
-            self.ask("start", job, unit=job.script.unit, hold=True, jobs=most)
-        self.answers()
-        code = self.loop()
-        if self.args.stay and not self.signal:
-            say("boot: staying until a signal", 2, self.args.quiet)
-            self.loop(stay=True)
-            code = code if self.signal else 1
-        self.write(patience=1)
-        if self.by_fd and not self.signal and os.fork() == 0:  # somebody must go on reading what services print
-            self.pump()
-        return code
+        self.handlers: dict[int, Callable[[], None]] = {}
+        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
+        self.channel: Channel | None = None
+        self.claimed = False
+        self.heard = self.began = time.monotonic()
+        self.pinged = False
+        self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
+        self.signal = 0  # that told us to stop
+        self.stopping = 0  # the signal that ends everything
+        self.lost = ""  # why there is no agent any more
+        self.directory = ""  # for files of commands
+        self.graph: Graph | None = None
 
-    def catch_signals(self) -> None:
-        """Have a thread put them into a pipe; those that we were started to ignore stay ignored."""
-        import _signal as signal
-        import threading
+    def run(self, channel: Channel) -> int:
+        """Boot against an agent; return the exit status. Raises Refused if it does not let us, Unreachable."""
+        from threading import Thread
 
-        if self.signals >= 0:
-            return
-        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-        taken = [signal.SIGCHLD, *(n for n in stops if signal.getsignal(n) != signal.SIG_IGN)]
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no ends to wait for
-        signal.pthread_sigmask(signal.SIG_BLOCK, taken)
-        self.signals, write = os.pipe()
+        self.channel = channel
+        self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
+        self.null, self.directory = null(), private_directory()
+        self.watch(channel.fileno(), self.answers)
+        numbers, write = os.pipe()
+        self.watch(numbers, lambda: self.got_signals(os.read(numbers, 4096)))
+        self.leaving = False
 
-        def wait_for_signals() -> None:
-            while True:
-                os.write(write, bytes([signal.sigwait(taken)]))
+        def pass_signals_on() -> None:
+            while not self.leaving:
+                os.write(write, bytes([self.signals.wait()[0]]))
 
-        threading.Thread(target=wait_for_signals, daemon=True).start()
+        thread = Thread(target=pass_signals_on, daemon=True)
+        thread.start()
+        try:
+            if self.options.log_dir:
+                self.make_log_dir()
+            self.claim()
+            self.loop(lambda: not self.unfinished and (not self.out.pending or bool(self.signal)))
+            code = self.finish()
+            if self.options.stay and not self.signal:
+                say("boot: staying until a signal", 2, self.options.quiet)
+                self.report_at = NEVER
+                self.loop(lambda: bool(self.signal or self.lost))
+                code = 128 + self.signal if self.signal else 3
+            self.out.write(patience=1)
+            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal and os.fork() == 0:
+                self.relay()
+            return code
+        finally:
+            import _signal as signal
+
+            self.leaving = True
+            os.kill(os.getpid(), signal.SIGCHLD)
+            thread.join()
+            os.write(write, bytes([signal.SIGCHLD]))  # so that there is something to read
+            late = [n for n in os.read(numbers, 4096) if n != signal.SIGCHLD]
+            self.signal = self.signal or (late[0] if late else 0)
+            self.remove_directory()
 
     # -- the loop -----------------------------------------------------------------------------------------
 
-    def loop(self, stay: bool = False) -> int:
-        """Handle whatever happens until every unit has ended, or, to stay, until a signal has been obeyed."""
+    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+        """Have something called whenever there is something to read."""
         import select
 
-        while not self.over(stay) or (self.printed and not self.signal):
-            if self.channel.more():
+        self.handlers[fd] = handler
+        self.poll.register(fd, select.POLLIN)
+
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no more."""
+        if self.handlers.pop(fd, None):
+            self.poll.unregister(fd)
+
+    def loop(self, over: Callable[[], bool]) -> None:
+        """Handle whatever happens until it is over and nothing that is to end still runs."""
+        import select
+
+        while not over() or any(job.ending() for job in self.groups.values()):
+            if self.channel and self.channel.more():
                 self.answers()
                 continue
             now = time.monotonic()
             due = self.keep_time(now)
-            self.show_status(now)
-            want_out = [(1, select.POLLOUT)] if self.printed else []
-            for fd, mask in want_out:
-                self.poll.register(fd, mask)
-            due = min(due, self.status_at) if self.tty and not self.printed else due
+            if not self.out.pending:
+                if now >= self.out.live_at:
+                    ended = len(self.jobs) - self.unfinished
+                    running = self.running(now)
+                    waiting = self.unfinished - len(running)
+                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.live_at)
+            self.pause(len(self.out.pending) >= FULL)
+            if self.out.pending:
+                self.poll.register(1, select.POLLOUT)
             ready = self.poll.poll(max(0, due - now) * 1000 + 1)
-            for fd, _ in want_out:
-                self.poll.unregister(fd)
+            if self.out.pending:
+                self.poll.unregister(1)
             for fd, event in ready:
-                if fd == self.channel.fileno():
-                    self.answers()
-                elif fd == self.signals:
-                    for number in os.read(fd, 4096):
-                        self.got_signal(number)
-                elif fd == 1 and fd not in self.by_fd:
-                    self.write(broken=bool(event & select.POLLERR))
-                elif fd in self.by_fd and len(self.printed) < 1 << 18:
-                    self.output(self.by_fd[fd])
-            self.pause(len(self.printed) >= 1 << 18)
-        return self.finish() if not stay else 0
+                if fd == 1:
+                    self.out.pending = b"" if event & select.POLLERR else self.out.pending
+                    self.out.write()
+                elif fd in self.handlers:  # it may be gone since
+                    self.handlers[fd]()
 
-    def over(self, stay: bool) -> bool:
-        """Whether every unit has its outcome (to stay: a signal came) and nothing that was told to end still runs."""
-        done = bool(self.signal or self.lost) if stay else not self.unfinished
-        return done and not (self.stopping and self.by_pid) and not self.doomed()
+    def pause(self, full: bool) -> None:
+        """Read no output while our own is not taken."""
+        if full != self.paused:
+            self.paused = full
+            for fd, job in self.by_fd.items():
+                self.forget(fd) if full else self.watch(fd, self.reader(job))
 
-    def ask(self, method: str, job: Job, **params: Any) -> None:
-        """Send a request about a job's unit; `answers` gets what comes back."""
+    def reader(self, job: Job) -> Callable[[], None]:
+        """What reads a job's output."""
+        return lambda: self.output(job)
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        due = min(now + 60, self.report_at)
+        if now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            self.ask("graph")
         if not self.lost:
+            due = min(due, self.watch_agent(now))
+        if now >= self.look_at:
+            self.forget_groups()
+        for job in list(self.groups.values()):
+            if now >= job.ready_by:
+                lacks = job.prober.error if job.prober else ""
+                self.end(job, f"not ready after {span(job.script.ready_timeout)} ({lacks})")
+            if now >= job.stop_at:
+                self.end(job, f"timed out after {span(job.script.timeout)}")
+            if now >= job.kill_at:
+                self.kill(job, now)
+            due = min(due, job.ready_by, job.stop_at, job.kill_at)
+        for job in self.jobs.values() if self.unfinished else ():
+            if now >= job.again_at and job.pid not in self.groups:
+                job.again_at = NEVER
+                self.spawn(job)
+            due = min(due, max(job.again_at, now + 0.02))
+        return min(due, self.look_at)
+
+    def watch_agent(self, now: float) -> float:
+        """Ask an agent that is silent whether it lives, and take its silence for an end; return when to look again."""
+        if now >= self.heard + PING_AFTER and not self.pinged:
+            self.pinged, self.heard = True, now
+            self.ask("ping")
+        elif self.pinged and now >= self.heard + REPLY_TIMEOUT:
+            self.answers()  # it may be we who slept
+            if self.pinged and not self.lost:
+                path = self.channel.path if self.channel else ""
+                self.gone(
+                    Unreachable(f"the agent at {path} has not answered for {REPLY_TIMEOUT:.0f} s; is it stopped?")
+                )
+        return self.heard + (REPLY_TIMEOUT if self.pinged else PING_AFTER)
+
+    # -- the agent ----------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Ask for all units at once, in as many lines as it takes."""
+        limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
+        limit -= 3 * sum(bool(job.script.ready) for job in self.jobs.values())
+        jobs = max(1, min(self.options.jobs or limit, limit))
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for job in self.jobs.values():
+            wants = {edge.dependency: edge.requires for edge in job.script.wants}
+            row = {"unit": job.script.unit, "wants": wants, "locks": job.script.locks}
+            length = len(encode(row))
+            if rows and size + length > MAX_LINE - 1024:
+                self.ask("boot", units=rows, jobs=jobs, more=True)
+                rows, size = [], 0
+            rows.append(row)
+            size += length
+        self.ask("boot", units=rows, jobs=jobs, more=False)
+
+    def ask(self, method: str, job: Job | None = None, **params: Any) -> None:
+        """Send a request; `answer` gets what comes back."""
+        if self.channel and not self.lost:
+            if job:
+                params["unit"] = job.script.unit
             try:
                 self.asked[self.channel.request(method, **params)] = (method, job)
             except Unreachable as error:
@@ -4544,113 +4991,153 @@ class Boot:
     def answers(self) -> None:
         """Handle what the agent says."""
         try:
-            message = self.channel.receive(0)
-            while message is not None:
+            message = self.channel.receive(0) if self.channel and not self.lost else None
+            while message is not None and self.channel:
+                self.heard, self.pinged = time.monotonic(), False
                 if message.get("id") in self.asked:
                     self.answer(message, *self.asked.pop(message["id"]))
-                message = self.channel.receive(0) if self.channel.more() else None
+                elif message.get("method") == "unit":
+                    self.changed(expect(dict, message.get("params")))
+                message = self.channel.receive(0)
         except Unreachable as error:
             self.gone(error)
 
-    def gone(self, error: Unreachable) -> None:
-        """An agent we joined has ended: what runs may finish, nothing new starts."""
-        if not self.signal and not any(job.pid for job in self.jobs.values()):
-            raise error  # we may begin again
-        self.lost = str(error)
-        self.poll.unregister(self.channel.fileno())
-        put(f"error: {error}\n", 2)
-        for job in self.jobs.values():
-            if not job.running:
-                self.ended(job, PENDING, "the agent went away")
-
-    def answer(self, message: dict[str, Any], method: str, job: Job) -> None:
-        """Handle one answer about a job."""
-        name = job.script.unit
+    def answer(self, message: dict[str, Any], method: str, job: Job | None) -> None:
+        """Handle the answer to a request. Raises what the agent says of our claim."""
         try:
             result = result_of(message)
-            if method == "start" and result["dependencies"] == [name]:  # another boot has run it
-                self.ended(job, COMPLETED, "")
-            elif method == "start" and self.stopping:
-                self.ask("fail", job, unit=name, reason="the boot was stopped")
-            elif method == "start" and not job.outcome:
+        except SyncError as error:
+            if method == "boot":
+                raise
+            if method == "fail" and job and job.outcome != FAILED:
+                self.service_ended(job)
+            elif method == "complete" and job and not job.outcome:
+                self.fail(job, str(error))
+            return
+        if method == "boot":
+            self.claimed = True
+        elif method == "graph" and not self.unfinished:
+            self.graph = record(Graph, result)
+        elif method == "graph":
+            self.out.clear()
+            say(self.progress(record(Graph, result)), 2)
+
+    def changed(self, news: dict[str, Any]) -> None:
+        """Handle what the agent says about a unit: it may start, or it has ended."""
+        job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
+        if job is None or job.outcome:
+            return
+        if status == STARTED and not job.tries:
+            if self.stopping:
+                self.fail(job, job.why)
+            else:
+                job.env = expect(dict, news.get("env") or {})
                 self.spawn(job)
-            elif method == "wait":  # for the end of the unit, which its script, or another, may have reported
-                self.ended(job, COMPLETED, "")
-        except DependencyFailed as error:
-            status = FAILED if str(error).startswith(f'dependency "{name}" failed') else SKIPPED
-            self.ended(job, status, str(error).replace(f'unit "{name}" skipped: ', ""))
-        except Refused as error:
-            if method == "fail" and not job.why:  # it had completed before its script went wrong
-                put(f"warning: {name}: {job.reason}, after the unit had ended\n", 2)
-            elif method not in ("complete", "fail"):
-                self.ended(job, FAILED, str(error))
+        elif status in (COMPLETED, FAILED, SKIPPED):
+            self.ended(job, str(status), str(news.get("reason") or ""))
+
+    def gone(self, error: Unreachable) -> None:
+        """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
+        if not self.claimed:
+            raise error
+        if self.channel and not self.lost:
+            self.lost = str(error)
+            self.forget(self.channel.fileno())
+            self.out.clear()
+            put(f"error: {error}\n", 2)
+            for job in self.jobs.values():
+                if job.again_at < NEVER and job.began:
+                    self.ended(job, FAILED, job.reason)
+                elif not job.running:
+                    self.ended(job, PENDING, "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
         """A unit has its outcome."""
         if job.outcome:
             return
-        job.outcome, job.reason = status, job.reason or reason
+        job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
         self.unfinished -= 1
-        if status != COMPLETED and self.args.fail_fast and not self.stopping:
-            self.stop_all(15, "stopped: another unit failed")
+        if status == COMPLETED and job.running:
+            job.running_on = True
+            self.ask("running", job)
+        elif job.running:  # it says so itself, or somebody else: it may tidy up
+            job.stop_at = time.monotonic() + self.options.grace
+        if status != COMPLETED and self.options.fail_fast and not self.stopping:
+            self.stop(15, "stopped: another unit failed")
 
     # -- processes ----------------------------------------------------------------------------------------
 
     def spawn(self, job: Job) -> None:
-        """Start a script in a process group of its own."""
+        """Begin a try: start the script in a process group of its own."""
         import _signal as signal
-        import select
 
         script = job.script
-        env = {**self.env, b"CODER_SYNC_UNIT": script.unit.encode()}
-        job.began = time.monotonic()
+        read = write = -1
         try:
-            job.out, write = os.pipe()
-            try:
-                actions = [
-                    (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, write, 1),
-                    (os.POSIX_SPAWN_DUP2, write, 2),
-                ]
-                job.pid = os.posix_spawn(
-                    script.path,
-                    [script.path],
-                    env,
-                    file_actions=actions,
-                    setpgroup=0,
-                    setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
-                )
-            finally:
-                os.close(write)
+            env = self.prepare(job)
+            read, write = os.pipe()
+            streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.null, 0), (write, 1), (write, 2))]
+            defaults = [signal.SIGPIPE, signal.SIGXFSZ]
+            job.pid = os.posix_spawn(
+                script.path, [script.path], env, file_actions=streams, setpgroup=0, setsigmask=[], setsigdef=defaults
+            )
         except OSError as error:
-            if job.out >= 0:
-                os.close(job.out)
-                job.out = -1
+            if read >= 0:
+                os.close(read)
+            self.close_prober(job)
             if self.by_pid and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
-                self.later.append(job)
-                return
-            job.reason = f"cannot be run: {error.strerror}"
-            self.ask("fail", job, unit=script.unit, reason=job.reason)
-            self.ended(job, FAILED, job.reason)
+                job.again_at = time.monotonic() + 0.05  # the system may have room for it then
+            else:
+                self.fail(job, f"cannot be run: {error.strerror}")
             return
-        os.set_blocking(job.out, False)
-        job.running = True
-        job.stop_at = job.began + script.timeout if script.timeout else float("inf")
-        self.by_pid[job.pid] = self.by_fd[job.out] = job
+        finally:
+            if write >= 0:
+                os.close(write)
+        os.set_blocking(read, False)
+        job.began, job.running, job.why = time.monotonic(), True, ""
+        job.tries += 1
+        job.out, job.kill_at, job.kills = read, NEVER, 0
+        job.stop_at = job.began + script.timeout if script.timeout else NEVER
+        job.ready_by = job.began + script.ready_timeout if script.ready and script.ready_timeout else NEVER
+        self.by_pid[job.pid] = self.by_fd[read] = self.groups[job.pid] = job
         if not self.paused:
-            self.poll.register(job.out, select.POLLIN)
-        self.ask("wait", job, units=[script.unit])
-        if self.args.log_dir and not self.log_trouble:
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-                path = os.path.join(self.args.log_dir, self.log_names[script.unit] + ".log")
-                job.log = os.open(path, flags, 0o644)
-            except OSError as error:
-                self.no_log(error)
+            self.watch(read, self.reader(job))
+        if self.options.log_dir and not self.log_trouble:
+            self.open_log(job)
+        self.ask("owner", job, pid=job.pid, log=os.fsencode(job.log_path).decode(errors="replace"))
+        if job.tries > 1:
+            text = f"try {job.tries} of {script.retries + 1} after {job.reason}"
+            self.ask("retry", job, detail=text)
+            self.take(job, f"{text}\n".encode())
+        if script.ready:
+            self.probe(job, env)
+
+    def prepare(self, job: Job) -> dict[bytes, bytes]:
+        """The environment for a try, and the socket at which it may say that it is ready. Raises OSError."""
+        added = {**job.env, "CODER_SYNC_UNIT": job.script.unit}
+        if self.directory:
+            number = list(self.jobs).index(job.script.unit)
+            job.env_path = added["CODER_SYNC_ENV"] = os.path.join(self.directory, f"{number}.env")
+            if job.tries:
+                remove(job.env_path)
+        if job.script.ready == "notify":
+            if not self.directory:
+                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+            added["NOTIFY_SOCKET"] = job.env_path[:-3] + "notify"
+            job.prober = Notified(added["NOTIFY_SOCKET"])
+        return {**self.env, **{os.fsencode(name): os.fsencode(value) for name, value in added.items()}}
+
+    def probe(self, job: Job, env: dict[bytes, bytes]) -> None:
+        """Begin to ask whether a script is ready."""
+        try:
+            job.prober = job.prober or Prober(job.script.ready, env)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            self.end(job, f"cannot be probed: {one_line(str(error))}")
+        else:
+            self.watch(job.prober.fileno(), lambda: self.probed(job))
 
     def reap(self) -> None:
-        """Take the ends of all processes that have one: scripts, and, as pid 1, whatever was left to us."""
+        """Take the ends of all processes that have one: scripts, and, as process 1, whatever was left to us."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -4659,89 +5146,157 @@ class Boot:
             if not pid:
                 return
             job = self.by_pid.pop(pid, None)
-            if job is None:
-                continue
-            job.running = False
-            if alive_groups([pid]):
-                self.groups[pid] = job.kill_at
-            self.output(job, last=True)
-            code = exit_code_of(status)
-            if code == 0 and not job.why:
-                self.ask("complete", job, unit=job.script.unit)
-                if self.lost:
-                    self.ended(job, COMPLETED, "")
-            else:
-                job.reason = job.why or ending(code)
-                self.ask("fail", job, unit=job.script.unit, reason=job.reason, exit_code=shell_status(code))
-                if self.lost:
-                    self.ended(job, FAILED, job.reason)
+            if job:
+                self.process_ended(job, exit_code_of(status))
 
-    def doomed(self) -> list[int]:
-        """Groups left behind that were told to end; one that outlives KILL by a second is given up."""
-        late, doomed = time.monotonic() - 1, [group for group, at in self.groups.items() if at < float("inf")]
-        alive = alive_groups(doomed)
-        for group in doomed:
-            if self.groups[group] < late or group not in alive:
-                del self.groups[group]
-        return [group for group in doomed if group in self.groups]
+    def process_ended(self, job: Job, code: int) -> None:
+        """The process of a script has ended."""
+        job.running, job.code = False, code
+        job.stop_at = job.ready_by = NEVER
+        if alive_groups([job.pid]):
+            self.look_at = 0.0
+        else:
+            del self.groups[job.pid]
+        self.output(job, last=True)
+        early = job.prober is not None
+        self.close_prober(job)
+        how = job.why or (f"ended before it was ready ({ending(code)})" if early else ending(code) if code else "")
+        if job.outcome == COMPLETED or job.reported:
+            self.service_ended(job)
+        elif job.outcome:
+            pass
+        elif not how:
+            self.complete(job)
+        elif job.tries <= job.script.retries and not (self.stopping or self.lost):
+            job.reason = how
+            job.again_at = time.monotonic() + min(job.script.delay * 2 ** (job.tries - 1), LONGEST_DELAY)
+        else:
+            self.fail(job, how, code)
+        if job.pid in self.groups and job.outcome != COMPLETED and not job.reported:
+            self.end(job, "")  # what a failure leaves behind ends with it
+        if self.stopping:
+            self.signal_in_order()
 
-    def got_signal(self, number: int) -> None:
+    def complete(self, job: Job) -> None:
+        """Report that a script has done its work, and what it leaves to others."""
+        try:
+            env = exported(job.env_path)
+        except Refused as error:
+            self.fail(job, str(error))
+            return
+        job.reported = True
+        self.ask("complete", job, env=env)
+        if self.lost:
+            self.ended(job, COMPLETED, "")
+
+    def fail(self, job: Job, reason: str, code: int = 0) -> None:
+        """Report that a unit has failed."""
+        job.again_at, job.reported = NEVER, False
+        self.ask("fail", job, reason=reason, exit_code=shell_status(code))
+        if self.lost:
+            self.ended(job, FAILED, reason)
+
+    def service_ended(self, job: Job) -> None:
+        """The process of a unit that has completed has ended."""
+        how = ending(job.code)
+        if not job.running_on and job.code:
+            self.ask("running", job)
+        self.ask("exited", job, reason=how)
+        if job.code and not job.why:
+            job.died = how
+            self.out.clear()
+            say(f"warning: {job.script.unit}: ended after its unit had completed ({how})", 2)
+            if self.options.fail_fast and not self.stopping:
+                self.stop(15, "stopped: another unit ended")
+
+    def probed(self, job: Job) -> None:
+        """A prober has something to say."""
+        if job.prober and job.prober.ready():
+            self.close_prober(job)
+            job.ready_by = NEVER
+            self.complete(job)
+
+    def close_prober(self, job: Job) -> None:
+        if job.prober:
+            self.forget(job.prober.fileno())
+            job.prober.close()
+            job.prober = None
+
+    def forget_groups(self) -> None:
+        """Forget process groups that are gone, before their numbers are those of others."""
+        now = time.monotonic()
+        left = [pid for pid, job in self.groups.items() if not job.running]
+        for pid in set(left) - alive_groups(left):
+            del self.groups[pid]
+        left = [pid for pid in left if pid in self.groups]
+        urgent = any(self.groups[pid].ending() for pid in left)
+        self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
+        if self.stopping:
+            self.signal_in_order()
+
+    # -- ends ---------------------------------------------------------------------------------------------
+
+    def got_signals(self, numbers: bytes) -> None:
+        """Obey signals: the first is passed on, the second kills."""
         import _signal as signal
 
-        if number == signal.SIGCHLD:
+        if signal.SIGCHLD in numbers:
             self.reap()
-            return
-        again, self.signal = self.signal, number
-        self.stop_all(9 if again else number, f"stopped: boot got signal {number}")
+        for number in numbers:
+            if number != signal.SIGCHLD:
+                again, self.signal = self.signal, number
+                self.stop(9 if again else number, f"stopped: boot got signal {number}")
 
-    def stop_all(self, number: int, why: str) -> None:
-        """Signal everything that runs; what is still there after --grace is killed. Nothing new starts."""
-        self.stopping = True
-        for job in self.by_pid.values():
-            self.stop(job, number, why)
-        for group, at in self.groups.items():
-            self.groups[group] = min(at, time.monotonic() + self.args.grace)
-        for group in self.doomed():
-            signal_group(group, number)
-        for job in self.later:
-            self.ask("fail", job, unit=job.script.unit, reason=why)
-            self.ended(job, PENDING, why)
-        self.later.clear()
-        for request, (method, job) in list(self.asked.items()):
-            if method == "start" or (method == "wait" and not job.pid):
-                self.channel.request("cancel", id=request)
-                self.ended(job, PENDING, why)
+    def stop(self, number: int, why: str) -> None:
+        """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
+        self.forget_groups()
+        self.stopping = number
+        latest = time.monotonic() + (0 if number == 9 else self.options.grace)
+        for job in self.groups.values():
+            job.why = job.why or why
+            job.stop_at = job.ready_by = NEVER
+            job.kill_at = min(job.kill_at, latest)
+        for job in self.jobs.values():
+            if not (job.outcome or job.running or job.reported):
+                job.why = job.why or why
+                self.fail(job, why)
+        self.forget_groups()
 
-    def stop(self, job: Job, number: int, why: str) -> None:
+    def signal_in_order(self) -> None:
+        """Pass the signal on to those that run, and that nothing wants which does, also through others."""
+        wanted: set[str] = set()
+        todo = list(self.groups.values())
+        while todo:
+            new = {edge.dependency for edge in todo.pop().script.wants} - wanted
+            wanted |= new
+            todo += [self.jobs[name] for name in new if name in self.jobs]
+        for pid, job in self.groups.items():
+            if job.script.unit not in wanted and not job.signalled:
+                job.signalled = True
+                signal_group(pid, self.stopping)
+
+    def end(self, job: Job, why: str) -> None:
+        """End a script and what it has started: TERM, and KILL after --grace."""
         job.why = job.why or why
-        job.kill_at = min(job.kill_at, time.monotonic() + self.args.grace)
-        job.stop_at = float("inf")
-        signal_group(job.pid, number)
+        job.stop_at = job.ready_by = NEVER
+        job.kill_at = min(job.kill_at, time.monotonic() + self.options.grace)
+        self.look_at = 0.0
+        signal_group(job.pid, 15)
 
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        due = now + 3600
-        for job in self.by_pid.values():
-            if now >= job.stop_at:
-                self.stop(job, 15, f"timed out after {span(job.script.timeout)}")
-            if now >= job.kill_at:
-                signal_group(job.pid, 9)
-                job.kill_at = now + 1
-            due = min(due, job.stop_at, job.kill_at)
-        later, self.later = self.later, []
-        for job in later:
-            self.spawn(job)
-        doomed = self.doomed()
-        for group in doomed:
-            if now >= self.groups[group]:
-                signal_group(group, 9)
-        return min(due, now + 0.05) if doomed or self.later else due
+    def kill(self, job: Job, now: float) -> None:
+        """End a process group for good, or give it up."""
+        if job.kills and not job.running:
+            del self.groups[job.pid]
+        else:
+            job.kills += 1
+            job.kill_at = now + 1
+            signal_group(job.pid, 9)
 
     # -- output -------------------------------------------------------------------------------------------
 
     def output(self, job: Job, last: bool = False) -> None:
-        """Take what a script has printed: whole lines go on with its name in front, the rest waits."""
-        for _ in range(64 if last else 1):  # a script has ended: what is left is in the pipe, which is bounded
+        """Take what a script has printed; when it has ended, all that is in the pipe, which is bounded."""
+        for _ in range(64 if last else 1):
             try:
                 chunk = os.read(job.out, 65536) if job.out >= 0 else b""
             except BlockingIOError:
@@ -4750,135 +5305,157 @@ class Boot:
                 self.close_output(job)
                 last = True
                 break
-            if job.log >= 0:
-                try:
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[os.write(job.log, view) :]
-                except OSError as error:
-                    self.no_log(error)
-            *lines, job.rest = (job.rest + chunk).split(b"\n")
-            while len(job.rest) > CUT:
-                lines.append(job.rest[:CUT])
-                job.rest = job.rest[CUT:]
-            self.lines(job, lines)
+            self.take(job, chunk)
         if last and job.rest:
-            self.lines(job, [job.rest])
-            job.rest = b""
+            self.take(job, b"", last=True)
 
-    def lines(self, job: Job, lines: list[bytes]) -> None:
-        name = fit(job.script.unit, self.width)
-        if self.colour:
-            number = 31 + sum(map(ord, job.script.unit)) % 6
-            name = f"\033[{number}m{name}\033[0m"
-        if self.args.quiet:
+    def take(self, job: Job, chunk: bytes, last: bool = False) -> None:
+        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        if job.log >= 0:
+            try:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(job.log, view) :]
+            except OSError as error:
+                self.no_log(error)
+        *lines, job.rest = (job.rest + chunk).split(b"\n")
+        while len(job.rest) > CUT or (last and job.rest):
+            at = min(CUT, len(job.rest))
+            while CUT - 4 < at < len(job.rest) and job.rest[at] & 0xC0 == 0x80:  # never inside a character
+                at -= 1
+            lines.append(job.rest[:at])
+            job.rest = job.rest[at:]
+        if self.out.quiet:
             lines = lines[-LAST_LINES:]
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
         job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        if not self.args.quiet:
-            self.clear_status()
-            self.printed += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
+        self.out.lines(job.script.unit, texts)
 
     def close_output(self, job: Job) -> None:
         if job.out >= 0:
             del self.by_fd[job.out]
-            if not self.paused:
-                self.poll.unregister(job.out)
+            self.forget(job.out)
             os.close(job.out)
             job.out = -1
         if job.log >= 0:
             os.close(job.log)
             job.log = -1
 
-    def pause(self, full: bool) -> None:
-        """Read no output while our own is not taken."""
-        import select
+    def make_log_dir(self) -> None:
+        """Make the directory, and choose a file for each unit."""
+        taken = set()
+        for unit, job in self.jobs.items():
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            job.log_path = os.path.abspath(os.path.join(self.options.log_dir, name + ".log"))
+        try:
+            os.makedirs(self.options.log_dir, exist_ok=True)
+        except OSError as error:
+            self.no_log(error)
 
-        if full != self.paused:
-            self.paused = full
-            for fd in self.by_fd:
-                if full:
-                    self.poll.unregister(fd)
-                else:
-                    self.poll.register(fd, select.POLLIN)
-
-    def write(self, broken: bool = False, patience: float = 0) -> None:
-        """Hand on what standard output takes without blocking, or, with patience, with pauses of so many seconds."""
-        self.printed = b"" if broken else hand_on(self.printed, 1, patience)
+    def open_log(self, job: Job) -> None:
+        """Open a unit's file; a further try adds to it."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if job.tries > 1 else os.O_TRUNC)
+        try:
+            job.log = os.open(job.log_path, flags, 0o644)
+        except OSError as error:
+            self.no_log(error)
 
     def no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
         if not self.log_trouble:
-            put(f"warning: no more logs in {self.args.log_dir}: {error.strerror}\n", 2)
+            self.out.clear()
+            put(f"warning: no more logs in {self.options.log_dir}: {error.strerror}\n", 2)
         self.log_trouble = True
         for job in self.jobs.values():
+            job.log_path = ""
             if job.log >= 0:
                 os.close(job.log)
                 job.log = -1
 
-    def show_status(self, now: float) -> None:
-        """The live line on a terminal: what runs and for how long, how many wait."""
-        if not self.tty or self.printed or now < self.status_at:
-            return
-        self.status_at = now + 1
-        running = [f"{j.script.unit} {span(now - j.began)}" for j in self.by_pid.values() if not j.outcome]
-        done = sum(bool(j.outcome) for j in self.jobs.values())
-        text = f"[{done}/{len(self.jobs)} ended, {len(self.jobs) - done - len(running)} waiting] {', '.join(running)}"
-        put("\r\033[K" + fit(text, self.columns - 1).rstrip())
-        self.status_shown = True
-
-    def clear_status(self) -> None:
-        if self.status_shown:
-            put("\r\033[K")
-            self.status_shown, self.status_at = False, 0.0
-
-    def pump(self) -> NoReturn:
+    def relay(self) -> NoReturn:
         """In a child of its own: print what services go on printing, until they end."""
         import _signal as signal
         import select
 
         try:
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2) if self.args.quiet else (0, 2):
-                os.dup2(null, fd)
-            logs = [job.log for job in self.by_fd.values()]
-            for fd in map(int, os.listdir("/dev/fd")):
-                if fd > 2 and fd not in self.by_fd and fd not in logs:  # the agent's, whose clients wait for its end
-                    try:
-                        os.close(fd)
-                    except OSError:
-                        pass
+            for fd in (0, 1, 2) if self.out.quiet else (0, 2):
+                os.dup2(self.null, fd)
+            close_others(
+                [*self.by_fd, *(job.log for job in self.by_fd.values())]
+            )  # the agent's clients wait for its end
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            self.poll, self.paused = select.poll(), True
-            self.pause(False)
+            self.poll = select.poll()
+            for fd, job in self.by_fd.items():
+                self.watch(fd, self.reader(job))
             while self.by_fd:
                 for fd, _ in self.poll.poll():
-                    self.output(self.by_fd[fd])
-                    self.write(patience=1e6)
+                    self.handlers[fd]()
+                    self.out.write(patience=1e6)
         finally:  # and never into the parent's ways out
             os._exit(0)
 
-    # -- the end ------------------------------------------------------------------------------------------
+    # -- reports ------------------------------------------------------------------------------------------
+
+    def running(self, now: float) -> list[str]:
+        """What runs and has not ended, for how long, and what a service lacks."""
+        shown = []
+        for job in self.by_pid.values():
+            if not job.outcome:
+                more = [f"try {job.tries} of {job.script.retries + 1}"] if job.tries > 1 else []
+                more += [f"not ready: {job.prober.error}"] if job.prober else []
+                shown.append(f"{job.script.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
+        return shown
+
+    def progress(self, graph: Graph) -> str:
+        """What runs and what waits, and for what."""
+        rows = {row.unit_name: row for row in graph.nodes}
+
+        def whom(name: str) -> str:
+            row = rows.get(name)
+            if name in self.jobs or row is None:
+                return name
+            by = f" by {row.owner.command} (pid {row.owner.pid})" if row.owner and row.status == STARTED else ""
+            return f"{name}, {row.status}{by}"
+
+        now = time.monotonic()
+        waiting = []
+        for unit, job in self.jobs.items():
+            row = rows.get(unit)
+            if job.again_at < NEVER and job.tries:
+                waiting.append(f"{unit} to try again after {job.reason}")
+            elif not job.outcome and not job.running and row:
+                waiting.append(
+                    " ".join([unit, "for", "; ".join(map(whom, row.waits_for))] if row.waits_for else [unit])
+                )
+        running = self.running(now)
+        text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
+        text += f"; running: {names_of(running)}" if running else ""
+        return text + (f"; waiting: {names_of(waiting)}" if waiting else "")
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
-        self.clear_status()
-        self.write(patience=1)
-        whole = Graph(0.0, [])
-        try:
-            whole = whole if self.lost else record(Graph, self.channel.call("graph"))
-        except Unreachable:  # the agent of another boot, which had no more to do either
-            pass
-        mine = Graph(whole.now, [n for n in whole.nodes if n.unit_name in self.jobs])
-        bad = [j for j in self.jobs.values() if j.outcome != COMPLETED]
-        if bad or not self.args.quiet:
-            report = self.report(mine)
+        for job in self.jobs.values():
+            if job.outcome != COMPLETED:
+                self.close_output(job)
+        lost = self.lost
+        self.ask("graph")
+        self.loop(lambda: bool(self.graph or self.lost))
+        self.out.clear()
+        self.out.write(patience=1)
+        self.forget_groups()
+        graph = self.graph or Graph(0.0, [])
+        self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
+        bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
+        if bad or not self.options.quiet:
+            report = self.report(self.graph)
             if self.signal:  # told to stop, we do not wait for a reader that has
-                hand_on(report.encode(errors="backslashreplace"), 2, 1)
+                write_some(report.encode(errors="backslashreplace"), 2, 1)
             else:
                 put(report, 2)
-        self.graph = mine
-        return 128 + self.signal if self.signal else 3 if self.lost else 1 if bad else 0
+        return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def report(self, graph: Graph) -> str:
         """What failed with its last lines, what was skipped and why, how long it took."""
@@ -4886,18 +5463,34 @@ class Boot:
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
-            if job.outcome == FAILED:
-                text += f"failed: {job.script.unit} ({job.reason}); {job.script.path}\n"
+            if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
+                how = f"completed, then ended: {job.died}" if job.died else job.reason
+                text += f"{'died' if job.died else 'failed'}: {job.script.unit} ({how}); {job.script.path}\n"
                 text += "".join(f"    | {line}\n" for line in job.last)
         for job in self.jobs.values():
-            if job.outcome in (SKIPPED, PENDING):
-                text += f"{'not started' if job.outcome == PENDING else SKIPPED}: {job.script.unit}: {job.reason}\n"
-        going_on = [job.script.unit for job in self.by_pid.values()]
+            if job.outcome == SKIPPED:
+                text += f"skipped: {job.script.unit}: {job.reason}\n"
+            elif job.outcome == PENDING or (job.outcome == FAILED and job.why and not job.tries):
+                text += f"not started: {job.script.unit}: {job.reason}\n"
+        going_on = [job.script.unit for job in self.groups.values()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
-        return text + (summary(graph) + "\n" if graph.nodes else "")
+        lines = [summary(graph)] if graph.nodes else []
+        if os.isatty(2):
+            lines = [part for line in lines for part in wrap(line, self.out.columns)]
+        return text + "".join(line + "\n" for line in lines)
+
+    def remove_directory(self) -> None:
+        """Remove the files of commands."""
+        if self.directory:
+            try:
+                for name in os.listdir(self.directory):
+                    os.unlink(os.path.join(self.directory, name))
+                os.rmdir(self.directory)
+            except OSError:
+                pass
 
 
-def hand_on(data: bytes, fd: int, patience: float) -> bytes:
+def write_some(data: bytes, fd: int, patience: float) -> bytes:
     """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
 
     Waits for a slow reader, but drops what one does not take for `patience` seconds, or ever.
@@ -5022,13 +5615,8 @@ def application(python: str) -> bytes:
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
-<<<<<<< HEAD
         launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
         for name, part in (("__main__.py", launcher), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
-=======
-        start = START.encode().ljust(PLACE, b"\n")
-        for name, part in (("__main__.py", start), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
->>>>>>> install
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, part)
@@ -5395,54 +5983,63 @@ def cmd_why(args: Args) -> int:
 
 def cmd_boot(args: Args) -> int:
     """Run scripts in the order that their headers ask for."""
+    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
     try:
         scripts = plan(args.paths)
+        scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
     except UsageError as error:
         put(f"error: nothing was run:\n{error}\n", 2)
         return error.exit_code
     if args.check or args.dry_run:
-        units = Units(time.monotonic, time.time)
-        for script in scripts:
-            units.want(script.unit, [])
-            for name, requires, _ in script.wants:
-                units.want(script.unit, [name], requires)
+        units = check_edges(scripts, [])
         put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
         return 0
-    boot = Boot(scripts, args)
     write = timeline_writer(args.timeline) if args.timeline else None
-    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-    for tries in range(100):
-        try:
-            code = boot.run(path) if agent_at(path) else serve(path, level=0, body=boot.run)
-            break
-        except (Refused, Unreachable) as error:  # another agent was faster, is about to begin, or to end
-            other = tries < 3 or agent_at(path) or os.path.lexists(path + ".lock")
-            if tries == 99 or (isinstance(error, Refused) and (boot.path or not other)):
-                raise
-            boot.path = ""
-            time.sleep(0.03)
+    signals = Signals(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))
+    boot = Boot(
+        scripts,
+        BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet),
+        signals,
+    )
+    code = boot_at(path, boot)
     if write and boot.graph:
         write(boot.graph)
+    signals.give_back()
     if args.command and not boot.signal and (code == 0 or args.always):
         import _signal as signal
 
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         try:
             os.execvp(args.command[0], args.command)
         except (OSError, ValueError) as error:
             raise cannot_run(args.command[0], error) from None
-    return code
+    return 128 + boot.signal if boot.signal else code
 
 
-def agent_at(path: str) -> bool:
-    """Whether an agent answers."""
+def boot_at(path: str, boot: Boot) -> int:
+    """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
+    if path == DEFAULT_SOCKET and os.path.lexists(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
+        owner = user_name(os.lstat(path).st_uid)
+        raise Refused(f"{path} belongs to {owner}, not to you or root; choose another --socket-path")
     try:
-        Client(path, 0).ping()
-        return True
+        channel = Channel(path)
     except Unreachable:
-        return False
+        try:
+            return serve(path, level=0, body=lambda path, agent: boot.run(Channel(path)))
+        except Refused:
+            if boot.channel:
+                raise
+            channel = Channel(path, CONNECT_TIMEOUT)  # another agent was faster
+    return boot.run(channel)
+
+
+def completed_at(path: str) -> set[str]:
+    """The units that the agent at a path, if there is one, has as completed."""
+    try:
+        return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
+    except Unreachable:
+        return set()
 
 
 def cmd_run(args: Args) -> int:
@@ -5728,12 +6325,15 @@ COMMANDS = {
             Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
             Argument("--check", action="store_true", help="only check the headers"),
             Argument("--dry-run", action="store_true", help="only show the order"),
+            Argument(
+                "--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"
+            ),
             Argument("--fail-fast", action="store_true", help="stop everything at the first failure"),
             Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
             Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
             TIMELINE,
             Argument("--always", action="store_true", help="become COMMAND even if a unit failed"),
-            Argument("--stay", action="store_true", help="go on serving until a signal"),
+            Argument("--stay", action="store_true", help="go on serving until a signal; the exit status is then 128+N"),
             QUIET,
         ),
         "*",
