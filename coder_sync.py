@@ -1,15 +1,8 @@
 #!/bin/sh
-# fmt: off
-''''exec python3 -ISOO -c '
-import sys
-from _frozen_importlib_external import SourceFileLoader
-coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
-coder_sync.__file__ = sys.argv[1]
-SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
-coder_sync.main(sys.argv[2:])
-' "$0" "$@"
-'''
-# fmt: on
+""":"
+exec python3 -IS "$0" "$@"
+"""
+
 from __future__ import annotations
 
 __doc__ = """Startup coordination for scripts that run in parallel: one file, agent and command line.
@@ -25,6 +18,7 @@ let others go on:
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py wait UNIT...           wait for units without being one
     coder_sync.py status UNIT | list     what stands where;  ping: is there an agent?
+    coder_sync.py install [PATH]         make every call faster
 
 Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
 was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
@@ -41,11 +35,12 @@ rooms above it:
     Agent           the daemon
     Client          the Python API
     Views           data to text, pure
+    Install         a copy with its bytecode
     Command line    one small function a command
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`, and keep its bytecode beside it; a client call is mostly interpreter start. For the same
-reason nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
+system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
+start, so nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
 `typing` each cost more than everything the call does.
 """
 
@@ -54,8 +49,11 @@ import os
 import sys
 import time
 
+(NEEDED := "Python 3.8 or later")  # an older one stops here, and shows this line
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from dataclasses import dataclass
@@ -103,6 +101,7 @@ __all__ = [
     "Unreachable",
     "UsageError",
 ]
+FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
@@ -1298,7 +1297,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # makes do without.
 # ----------------------------------------------------------------------------------------------------------
 
-PROGRAM = os.path.basename(globals().get("__file__") or "coder_sync.py")
+PROGRAM = FILE.rpartition("/")[2]
 
 
 def put(text: str, fd: int = 1) -> bool:
@@ -1413,8 +1412,8 @@ def command_of(pid: int) -> str:
             args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
         return ""
-    if args[1:3] == ["-ISOO", "-c"]:  # our own executable form
-        args = args[4:]
+    if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
+        args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:1] = [os.path.basename(a) for a in args[:1]]
     text = one_line(" ".join(args)) or proc_line(pid, "Name")
     return text if len(text) <= 60 else text[:57] + "..."
@@ -2930,6 +2929,7 @@ def serve(
     body: Callable[[str, Agent], int] | None = None,
     timeline: Callable[[Graph], None] | None = None,
     replace: Callable[[str], None] | None = None,
+    advice: str = "",  # goes to the log
 ) -> int:
     """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
 
@@ -2971,6 +2971,8 @@ def serve(
         agent = Agent(log)
         server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
         log.say(f"listening at {path} (pid {os.getpid()})")
+        if advice:
+            log.say(advice)
         threading.Thread(target=server.accept_for_ever, daemon=True).start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
@@ -3438,8 +3440,8 @@ class Start:
         wanted, names = ((each if isinstance(each, str) else list(each)) for each in (want, locks))
         check_arguments(unit, wanted, timeout)
         check_arguments(unit, names)
-        if type(pid) is not int:
-            raise TypeError(f"a pid is an int, not {type(pid).__name__}")
+        if type(pid) is not int or not (on_wait is None or callable(on_wait)):
+            raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
         self.params = {"unit": unit, "dependencies": wanted, "requires": requires, "locks": names, "pid": pid}
         self.result = Started(unit, [], 0.0)
@@ -5526,9 +5528,157 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. One small function a command, one table that says what each takes. A plain call is parsed from
-# the table directly; whatever that does not understand (help, mistakes) goes to argparse, built from the same
-# table, because importing argparse costs more than the call.
+# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
+# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs, which reads the file
+# once: a call that is made while the file is replaced sees all of the old one or all of the new one. `python3 PATH`
+# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy.
+# ----------------------------------------------------------------------------------------------------------
+
+HEAD = """\
+#!/bin/sh
+# coder_sync {version}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`) and its bytecode
+exec {python} -IS -c '{start}' "$0" "$@"
+"""
+
+LAUNCHER = """\
+import gc
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
+
+from _frozen_importlib_external import MAGIC_NUMBER
+from marshal import loads
+
+if sys.argv[0] == "-c":
+    del sys.argv[0]
+__file__, __name__ = sys.argv[0], "coder_sync"
+
+
+def code():
+    with open(__file__, "rb", 0) as file:
+        data = file.read()
+    at = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
+    if at >= 0:
+        return loads(memoryview(data)[at + 16 :])
+    from io import BytesIO
+    from zipfile import ZipFile
+
+    return compile(ZipFile(BytesIO(data)).read("coder_sync.py"), __file__, "exec")
+
+
+gc.disable()  # all that comes now stays
+exec(code())
+gc.enable()
+main()
+"""
+
+PLACE = 2048  # bytes for the first lines, and for LAUNCHER
+
+COMPILE = """\
+import sys
+from importlib.util import MAGIC_NUMBER, source_hash
+from marshal import dumps
+
+source = sys.stdin.buffer.read()
+code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
+"""
+
+
+def slowness() -> str:
+    """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
+    from _frozen_importlib_external import MAGIC_NUMBER
+
+    try:
+        with open(FILE, "rb") as file:
+            if MAGIC_NUMBER + bytes([1, 0, 0, 0]) in file.read():
+                return ""
+    except OSError:
+        return ""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
+
+
+def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
+    """What an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    import subprocess
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
+    streams: Any = {"input": data, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        done: Any = subprocess.run([python, *words], **streams, env=env, cwd="/", check=False)
+    except OSError as error:
+        raise Refused(f"cannot run {python}: {error.strerror}") from None
+    if done.returncode:
+        why = one_line(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+        raise Refused(f"{python} cannot run coder_sync, which needs {NEEDED}: {why}")
+    return done.stdout  # type: ignore[no-any-return]
+
+
+def application(python: str) -> bytes:
+    """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
+    import io
+    import shlex
+    import zipfile
+
+    if zipfile.is_zipfile(FILE):
+        with zipfile.ZipFile(FILE) as archive:
+            source = archive.read("coder_sync.py")
+    else:
+        with open(FILE, "rb") as file:
+            source = file.read()
+    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
+    head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
+    data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
+    with zipfile.ZipFile(data, "a") as archive:
+        launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
+        for name, part in (("__main__.py", launcher), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+            entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, part)
+    return data.getvalue()
+
+
+def install(path: str, python: str) -> str:
+    """Write the copy beside a path, try it, rename it; return where. Raises Refused."""
+    import tempfile
+
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
+    beside = ""
+    try:
+        data = application(python)
+        fd, beside = tempfile.mkstemp(prefix=".coder-sync-", dir=os.path.dirname(path))
+        with open(fd, "wb") as file:
+            file.write(data)
+            mode = 0o777 & ~os.umask(0o077)
+            os.umask(0o777 & ~mode)
+            if os.path.exists(path):
+                old = os.stat(path)
+                mode = old.st_mode & 0o777
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.chown(fd, old.st_uid, old.st_gid)
+            os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
+            os.fsync(fd)
+        if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
+            raise Refused(f"cannot install {path}: the copy does not run")
+        os.rename(beside, path)
+        beside = ""
+    except OSError as error:
+        raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
+    finally:
+        if beside:
+            os.unlink(beside)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line. One small function a command, one table that says what each takes, in argparse's own words. The
+# table is read by our own parser, because importing argparse costs more than a call; by argparse for the help
+# pages; and by completion.
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -5555,8 +5705,8 @@ class Reporter:
         self.args, self.who, self.fd, self.waited = args, who, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
+        how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
-        how = f"still waiting after {span(waited)}" if waited else "waiting"
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
         text = f"{self.who}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
         say(text, self.fd, self.args.quiet)
@@ -5588,6 +5738,7 @@ def cmd_serve(args: Args) -> int:
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
         "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
+        "advice": slowness(),
         "replace": end_agent if args.replace else None,
     }
     if not args.command:
@@ -5641,9 +5792,12 @@ def group_id(name: str) -> int:
     import grp
 
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        if number < (1 << 32) - 1:  # the last number stands for none
+            return number
     except KeyError:
-        raise UsageError(f"no such group: {name}") from None
+        pass
+    raise UsageError(f"no such group: {ascii(name)[:40]}")
 
 
 def mode_bits(text: str) -> int:
@@ -5666,8 +5820,9 @@ def cmd_ping(args: Args) -> int:
 
 def cmd_want(args: Args) -> int:
     """Declare dependencies."""
-    client_of(args).want(args.unit, *args.deps, requires=args.requires)
-    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}", quiet=args.quiet)
+    status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
+    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
     return 0
 
 
@@ -5682,7 +5837,8 @@ def cmd_start(args: Args) -> int:
     refuse_lonely_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
-    with Start(client_of(args), args.unit, args.want, args.requires, args.timeout, (), on_wait, args.pid) as start:
+    client, locks = client_of(args), args.lock
+    with Start(client, args.unit, args.want, args.requires, args.timeout, locks, on_wait, args.pid) as start:
         say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
         start.confirm()  # the last step: if we are killed before, the next in line has the unit
     return 0
@@ -5707,6 +5863,31 @@ def cmd_wait(args: Args) -> int:
     report = Reporter(args, "")
     took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     say(f"{names_of(args.units)}: done" + (f" after {span(took)}" if report.waited else ""), quiet=args.quiet)
+    return 0
+
+
+def cmd_reset(args: Args) -> int:
+    """Make units that have ended pending again."""
+    names = client_of(args).reset(*args.units)
+    say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+    return 0
+
+
+def cmd_shutdown(args: Args) -> int:
+    """End the agent."""
+    client = client_of(args)
+    client.shutdown()
+    say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
+    return 0
+
+
+def cmd_env(args: Args) -> int:
+    """Print what a unit would start with, for a shell's `eval`."""
+    variables = client_of(args).env(args.unit)
+    for name in variables:
+        if not (name.isidentifier() and name.isascii()):
+            raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
+    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
     return 0
 
 
@@ -5887,7 +6068,7 @@ def cmd_run(args: Args) -> int:
     client = client_of(args)
     report = Reporter(args, f"{args.unit}: ", 2)
     on_wait = None if args.quiet else report
-    start = Start(client, args.unit, args.want, args.requires, args.timeout, (), on_wait, hold=True)
+    start = Start(client, args.unit, args.want, args.requires, args.timeout, args.lock, on_wait, hold=True)
     try:
         start.__enter__()
     except Unreachable as error:
@@ -5912,41 +6093,140 @@ def cmd_run(args: Args) -> int:
     return shell_status(code)
 
 
-@dataclass
-class Option:
-    """One option: its spellings, how its value is read (None: it takes none), its default, its help.
+def cmd_completion(args: Args) -> int:
+    """Print the completion script of a shell; with a command line after --, what its last word may become."""
+    if args.command:
+        put("".join(word + "\n" for word in candidates(args.command)))
+    else:
+        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
+    return 0
 
-    A default that is a list makes it repeatable.
+
+def cmd_install(args: Args) -> int:
+    """Write a copy that is not compiled at each call."""
+    python = os.path.abspath(args.python) if "/" in args.python else args.python
+    for path in args.paths or [FILE]:
+        say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    return 0
+
+
+def shell_word(text: str) -> str:
+    """A text as one word of a shell."""
+    quoted = text.replace("'", "'\\''")
+    return f"'{quoted}'"
+
+
+SHELL_SCRIPTS = {
+    "bash": """\
+_coder_sync() {
+    local word
+    COMPREPLY=()
+    while IFS= read -r word; do
+        printf -v word %q "$word"
+        COMPREPLY+=("$word")
+    done < <("$1" completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o default -F _coder_sync PROGRAM
+""",
+    "zsh": """\
+_coder_sync() {
+    local -a found
+    found=(${(f)"$(${(Q)words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( $#found )); then compadd -a found; else _files; fi
+}
+compdef _coder_sync PROGRAM
+""",
+    "fish": """\
+function __coder_sync
+    set -l words (commandline -opc) (commandline -ct)
+    set -l found ($words[1] completion fish -- $words[2..-1] 2>/dev/null)
+    if set -q found[1]
+        printf '%s\\n' $found
+    else
+        __fish_complete_path $words[-1]
+    end
+end
+complete -c PROGRAM -f -a '(__coder_sync)'
+""",
+}
+
+
+def candidates(line: Sequence[str]) -> list[str]:
+    """What the last word of a command line may become; nothing where it is a file, or is not ours to know."""
+    words = [word for word in line[:-1] if word != "="]  # bash makes three words of --output=json
+    last = line[-1].strip("'\"=").replace("\\", "")
+    _, rest = command_line(words)
+    if "--" in words or (rest and rest[0] not in COMMANDS):
+        return []
+    arguments = arguments_of(rest[0]) if rest else COMMON
+    options = {flag: option for option in arguments for flag in option.names if option.is_option}
+    flag, equals, _ = last.partition("=")
+    asked, prefix, found = [argument for argument in arguments if not argument.is_option], "", []
+    if words and words[-1] in options and options[words[-1]].takes_value:
+        asked = [options[words[-1]]]
+    elif equals and flag in options:
+        asked, prefix = [options[flag]], flag + "="
+    elif last[:1] == "-":
+        asked, found = [], list(options)
+    elif not rest:
+        found = list(COMMANDS)
+    for argument in asked:
+        found += argument.words.get("choices") or ()
+    if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
+        found += known_units(words)
+    return [prefix + word for word in found if (prefix + word).startswith(last)]
+
+
+def known_units(words: Sequence[str]) -> list[str]:
+    """The names that the agent of a command line knows; none if there is no agent."""
+    try:
+        client = Client(dict(zip(words, words[1:])).get("--socket-path", ""), 0)
+        return [unit.unit_name for unit in client.list(everything=True)]
+    except SyncError:
+        return []
+
+
+class Argument:
+    """An option or a positional of a command, declared in the words of argparse's add_argument.
+
+    But the default of a text is an empty one, and of what may be repeated an empty list.
     """
 
-    flags: tuple[str, ...]
-    convert: Callable[[str], Any] | None
-    default: Any
-    help: str
-    metavar: str = "VALUE"
-    choices: tuple[str, ...] = ()
+    def __init__(self, *names: str, **words: Any) -> None:
+        self.names, self.words = names, words
+        self.dest = words.get("dest") or names[-1].lstrip("-").replace("-", "_")
+        self.is_option = names[0][0] == "-"
+        self.takes_value = words.get("action", "store") in ("store", "append")
+        self.is_repeated = words.get("nargs") in ("*", "+") or words.get("action") == "append"
+        self.is_required = not self.is_option and words.get("nargs") not in ("*", "?")
+        if self.takes_value:
+            words.setdefault("default", [] if self.is_repeated else "")
 
-    def dest(self) -> str:
-        """The attribute of Args."""
-        return self.flags[-1].lstrip("-").replace("-", "_")
+    def default(self) -> Any:
+        """The value where the command line has none; a text is read as if it stood there."""
+        default = self.words.get("default", False)
+        return self.read(default) if default and isinstance(default, str) else default
 
     def read(self, text: str) -> Any:
         """The value of a text. Raises UsageError."""
-        if self.choices and text not in self.choices:
-            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(self.choices)}")
-        return self.convert(text) if self.convert else True
+        choices = self.words.get("choices")
+        if choices and text not in choices:
+            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
+        return self.words.get("type", str)(text)
 
 
 @dataclass
 class Command:
-    """One command: what runs it, its positionals (the last may take one "+" or no "*" or more words), options."""
+    """One command: what runs it, what it does, an example, its options and positionals (the last may be repeated).
+
+    `command` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
+    """
 
     run: Callable[[Args], int]
-    positionals: tuple[str, ...]
-    options: tuple[Option, ...]
     help: str
-    takes_command: str = ""  # "-- COMMAND": "may" or "must" follow
-    questions: bool = False  # asks only: tries to connect once, and is not quiet
+    example: str
+    arguments: tuple[Argument, ...] = ()
+    command: str = ""
 
 
 def whole(text: str) -> int:
@@ -5956,252 +6236,315 @@ def whole(text: str) -> int:
     raise UsageError(f"not a whole number: {ascii(text)[:40]}")
 
 
-WHERE = f"where the agent listens (CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})"
-SOCKET = Option(("--socket-path",), str, "", WHERE, "PATH")
-PATIENT = "how long to try to reach an agent that still boots (CODER_SYNC_CONNECT_TIMEOUT, else 3s)"
-PATIENCE = Option(("--connect-timeout",), duration, None, PATIENT, "DURATION")
-QUIET = Option(("-q", "--quiet"), None, False, "say nothing but errors")
-TIMEOUT = Option(("-t", "--timeout"), duration, START_TIMEOUT, "how long to wait (5m); 0: no limit", "DURATION")
-REQUIRES = Option(("--requires",), str, SUCCESS, "what to require of the dependencies", "WHAT", REQUIREMENTS)
-WANT = Option(("--want",), str, [], "depend on this unit as well; may be given several times", "DEP")
-OUTPUT = Option(("-o", "--output"), str, "table", "table or json", "FORMAT", ("table", "json"))
-COLUMN = Option(("-c", "--column"), str, "", "which columns of the table to show, separated by commas", "COLUMNS")
+COMMON = (
+    Argument(
+        "--socket-path",
+        metavar="PATH",
+        help=f"where the agent listens (default: $CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})",
+    ),
+    Argument(
+        "--connect-timeout",
+        type=duration,
+        default=None,
+        metavar="DURATION",
+        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
+        "questions try once)",
+    ),
+    Argument("-h", "--help", action="help", help="show this help"),
+)
+UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
+QUIET = Argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+LIMIT = "how long to wait, as in 30s, 10m or 1h30m; 0: no limit"
+TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURATION", help=LIMIT)
+REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
+WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
+LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
+OUTPUT = Argument("-o", "--output", choices=("table", "json"), default="table", help="form")
+COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
+TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
 
 COMMANDS = {
     "serve": Command(
         cmd_serve,
-        (),
+        "run the agent: until a signal, or for the life of COMMAND on a private socket",
+        "serve --detach --log-file /tmp/coder-sync.log",
         (
             QUIET,
-            Option(("-v", "--verbose"), None, False, "log every request"),
-            Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
-            Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
-            Option(("--replace",), None, False, "end an agent that serves there, and take its place"),
-            Option(("--pid-file",), str, "", "write the process id there", "FILE"),
-            Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
-            Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),
-            Option(("--group",), str, "", "group of the socket", "GROUP"),
+            Argument("-v", "--verbose", action="store_true", help="log every request"),
+            Argument("-d", "--detach", action="store_true", help="go to the background once connections are accepted"),
+            Argument("--replace", action="store_true", help="end the agent that serves there, and take its place"),
+            Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
+            Argument("--pid-file", metavar="FILE", help="write the process id there"),
+            TIMELINE,
+            Argument("--mode", type=mode_bits, default=0, help="permissions (default: 600, or 660 with --group)"),
+            Argument("--group", help="group of the socket, by name or number (default: yours)"),
         ),
-        "run the agent: until a signal, or for the life of COMMAND on a private socket",
-        "may",
+        "*",
     ),
     "ping": Command(
         cmd_ping,
-        (),
-        (Option(("-w", "--wait"), duration, 0.0, "how long to wait for an agent (0: try once)", "DURATION"),),
         "say whether an agent answers",
-        questions=True,
+        "ping --wait 10s",
+        (Argument("-w", "--wait", type=duration, default="0s", metavar="DURATION", help="how long to try"),),
     ),
-    "want": Command(cmd_want, ("unit", "deps+"), (REQUIRES, QUIET), "make UNIT depend on DEP..., all or none"),
+    "want": Command(
+        cmd_want,
+        "make UNIT depend on DEP..., all or none",
+        "want pip-install git-clone apt-install",
+        (UNIT, Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"), REQUIRES, QUIET),
+    ),
     "start": Command(
         cmd_start,
-        ("unit",),
-        (WANT, REQUIRES, TIMEOUT, Option(("--pid",), whole, 0, "fail the unit if this process ends", "PID"), QUIET),
         "wait until UNIT may run, and mark it started",
+        "start pip-install --want git-clone --timeout 10m",
+        (
+            UNIT,
+            WANT,
+            REQUIRES,
+            LOCK,
+            TIMEOUT,
+            Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
+            QUIET,
+        ),
     ),
     "complete": Command(
         cmd_complete,
-        ("unit",),
-        (Option(("--exit-code",), whole, 0, "fail the unit if N is not 0", "N"), QUIET),
         "end UNIT, so that others may go on",
+        "complete pip-install --exit-code $?",
+        (UNIT, Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"), QUIET),
     ),
     "fail": Command(
         cmd_fail,
-        ("unit",),
-        (Option(("--reason",), str, "", "why, for those who are skipped because of it", "TEXT"), QUIET),
         "end UNIT without success, so that what requires it is skipped",
+        'fail git-clone --reason "no network"',
+        (UNIT, Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"), QUIET),
     ),
     "run": Command(
         cmd_run,
-        ("unit",),
+        "start UNIT, run COMMAND, complete UNIT or fail it, in one process",
+        "run pip-install --want git-clone -- pip install -r requirements.txt",
         (
+            UNIT,
             WANT,
             REQUIRES,
+            LOCK,
             TIMEOUT,
-            Option(("--optional",), None, False, "run COMMAND even if there is no agent"),
+            Argument("--optional", action="store_true", help="run COMMAND even if there is no agent"),
             QUIET,
         ),
-        "start UNIT, run COMMAND, complete UNIT or fail it, in one process",
-        "must",
+        "+",
     ),
     "boot": Command(
         cmd_boot,
-        ("paths+",),
+        "run the scripts of a directory in the order that their headers ask for; then become COMMAND",
+        "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
         (
-            Option(("-j", "--jobs"), whole, 0, "how many scripts may run at once (0: no limit)", "N"),
-            Option(("--check",), None, False, "only check the headers"),
-            Option(("--dry-run",), None, False, "only show the order"),
-            Option(("--only",), str, [], "run only this unit and what it wants that is not completed", "UNIT"),
-            Option(("--fail-fast",), None, False, "stop everything at the first failure"),
-            Option(("--grace",), duration, 10.0, "how long a script may take to end when told to (10s)", "DURATION"),
-            Option(("--log-dir",), str, "", "keep each unit's output in a file there", "DIR"),
-            Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
-            Option(("--always",), None, False, "become COMMAND even if a unit failed"),
-            Option(("--stay",), None, False, "go on serving until a signal; the exit status is then 128+N"),
+            Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
+            Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
+            Argument("--check", action="store_true", help="only check the headers"),
+            Argument("--dry-run", action="store_true", help="only show the order"),
+            Argument(
+                "--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"
+            ),
+            Argument("--fail-fast", action="store_true", help="stop everything at the first failure"),
+            Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
+            Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
+            TIMELINE,
+            Argument("--always", action="store_true", help="become COMMAND even if a unit failed"),
+            Argument("--stay", action="store_true", help="go on serving until a signal; the exit status is then 128+N"),
             QUIET,
         ),
-        "run the scripts of a directory in the order that their headers ask for; then become COMMAND",
-        "may",
+        "*",
     ),
-    "wait": Command(cmd_wait, ("units+",), (REQUIRES, TIMEOUT, QUIET), "wait for units without being one"),
-    "status": Command(cmd_status, ("unit",), (OUTPUT, COLUMN), "show UNIT and its dependencies", questions=True),
+    "wait": Command(
+        cmd_wait,
+        "wait for units without being one",
+        "wait pip-install git-clone --timeout 2m",
+        (Argument("units", nargs="+", metavar="UNIT", help="names of the units"), REQUIRES, TIMEOUT, QUIET),
+    ),
+    "install": Command(
+        cmd_install,
+        "write a copy of this program to PATH, with its bytecode: calls of it are fast",
+        "install /usr/local/bin/coder_sync",
+        (
+            Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
+            Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
+            QUIET,
+        ),
+    ),
+    "reset": Command(
+        cmd_reset,
+        "make units that have ended pending again, and those skipped because of them",
+        "reset pip-install",
+        (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all)"), QUIET),
+    ),
+    "shutdown": Command(cmd_shutdown, "end the agent, and return when it has ended", "shutdown", (QUIET,)),
+    "env": Command(
+        cmd_env,
+        "print the variables that UNIT would start with, as its dependencies have left them, for `eval`",
+        "env pip-install",
+        (UNIT,),
+    ),
+    "status": Command(
+        cmd_status, "show UNIT and its dependencies", "status pip-install --output json", (UNIT, OUTPUT, COLUMN)
+    ),
     "list": Command(
         cmd_list,
-        (),
-        (Option(("-a", "--all"), None, False, "also names that were only ever wanted"), OUTPUT, COLUMN),
         "show all units",
-        questions=True,
+        "list --column unit,status",
+        (Argument("-a", "--all", action="store_true", help="also names that were only ever wanted"), OUTPUT, COLUMN),
     ),
     "why": Command(
         cmd_why,
-        ("units*",),
-        (),
-        "say why UNIT, or anything, waits, was skipped, failed or took so long",
-        questions=True,
+        "say why UNIT waits, was skipped, failed or took so long",
+        "why pip-install",
+        (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all that is stuck)"),),
     ),
     "timeline": Command(
         cmd_timeline,
-        (),
-        (
-            Option(
-                ("-o", "--output"), str, "text", "text, svg, json or trace", "FORMAT", ("text", "svg", "json", "trace")
-            ),
-            Option(("--blame",), None, False, "units by how long they ran, and by how long others waited for them"),
-            Option(("--watch",), None, False, "live, until interrupted"),
-            Option(("--from",), str, "", "draw what `timeline -o json` saved there; needs no agent", "FILE"),
-            Option(("--compare",), str, "", "what changed since what was saved there, and what made it so", "FILE"),
-        ),
         "show where the time went",
-        questions=True,
+        "timeline --output svg > startup.svg",
+        (
+            Argument("-o", "--output", choices=("text", "svg", "json", "trace"), default="text", help="form"),
+            Argument("--blame", action="store_true", help="units by how long they ran, and how long others waited"),
+            Argument("--watch", action="store_true", help="live, until interrupted"),
+            Argument("--from", metavar="FILE", help="draw what `timeline -o json` saved there; needs no agent"),
+            Argument("--compare", metavar="FILE", help="what changed since what was saved there, and what made it so"),
+        ),
     ),
     "graph": Command(
         cmd_graph,
-        ("units*",),
-        (
-            Option(
-                ("-o", "--output"),
-                str,
-                "tree",
-                "tree, dot, mermaid or json",
-                "FORMAT",
-                ("tree", "dot", "mermaid", "json"),
-            ),
-        ),
         "show what depends on what, for all units or for some",
-        questions=True,
+        "graph pip-install --output mermaid",
+        (
+            Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all)"),
+            Argument("-o", "--output", choices=("tree", "dot", "mermaid", "json"), default="tree", help="form"),
+        ),
     ),
     "events": Command(
         cmd_events,
-        (),
-        (Option(("-f", "--follow"), None, False, "go on with what happens next"),),
         "print what happened, one JSON object a line",
-        questions=True,
+        "events --follow",
+        (Argument("-f", "--follow", action="store_true", help="go on with what happens next"),),
+    ),
+    "completion": Command(
+        cmd_completion,
+        "print a script with which a shell completes our command lines",
+        "completion bash >> ~/.bashrc",
+        (Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),),
+        "*",
     ),
 }
 
 
-def options_of(command: Command) -> tuple[Option, ...]:
-    """The options of a command with those that all have."""
-    return (*command.options, SOCKET, PATIENCE)
+def arguments_of(name: str) -> tuple[Argument, ...]:
+    """What a command takes, with the options that all have."""
+    return (*COMMANDS[name].arguments, *COMMON)
 
 
 def usage_of(name: str) -> str:
-    """The positionals of a command as its usage line has them."""
-    shown = {"unit": "UNIT", "deps+": "DEP...", "units+": "UNIT...", "units*": "[UNIT]...", "paths+": "PATH..."}
-    text = " ".join([name, *(shown[word] for word in COMMANDS[name].positionals)])
-    tail = {"may": " [-- COMMAND ARG...]", "must": " -- COMMAND ARG..."}
-    return f"{PROGRAM} {text} [OPTION]..." + tail.get(COMMANDS[name].takes_command, "")
+    """The usage line of a command."""
+    forms = {None: "{}", "+": "{}...", "*": "[{}]...", "?": "[{}]"}
+    positionals = [a for a in COMMANDS[name].arguments if not a.is_option]
+    shown = [forms[a.words.get("nargs")].format(a.words["metavar"]) for a in positionals]
+    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].command]
+    return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
 
 
-def parse(name: str, argv: Sequence[str]) -> Args:
-    """Parse the words after the command. Raises UsageError; argparse ends the process for --help."""
-    command = COMMANDS[name]
-    before, after = list(argv), None
-    if "--" in before:
-        cut = before.index("--")
-        before, after = before[:cut], before[cut + 1 :]
-    parsed = parse_plainly(command, before) or parse_with_argparse(name, before)
-    values, words = parsed
-    if command.takes_command:
-        values["command"] = after or []
-        if after == [] or (command.takes_command == "must" and not after):
-            raise UsageError(f"{name}: a command must follow --; usage: {usage_of(name)}")
-    else:
-        words += after or []
-    *single, last = command.positionals or ("",)
-    many = last[-1:] in ("+", "*")
-    least = len(command.positionals) - (last[-1:] == "*")
-    over = len(words) > len(command.positionals) and not many
-    if len(words) < least or over:
-        what = f"unexpected {words[len(command.positionals)]!a}" if over else "too few arguments"
-        hint = "; did you forget -- before the command?" if command.takes_command and over else ""
-        raise UsageError(f"{name}: {what}{hint}; usage: {usage_of(name)}")
-    values.update(zip(single, words))
-    if last:
-        values[last.rstrip("+*")] = words[len(single) :] if many else words[-1]
-    if command.questions:
-        values["connect_timeout"], values["quiet"] = 0.0, False
+def argparse_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
+    import argparse
+
+    about, example = COMMANDS[name].help, f"example: {PROGRAM} {COMMANDS[name].example}"
+    form = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    parser = argparse.ArgumentParser(
+        usage=usage_of(name),
+        description=about,
+        epilog=example,
+        formatter_class=form,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    for argument in arguments_of(name):
+        default = " (default: %(default)s)" if argument.words.get("default") else ""
+        parser.add_argument(*argument.names, **{**argument.words, "help": argument.words["help"] + default})
+    return parser
+
+
+def parse(name: str, words: Sequence[str]) -> Args:
+    """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
+    cut = words.index("--") if "--" in words else len(words)
+    after = words[cut + 1 :]
+    values: dict[str, Any] = {argument.dest: argument.default() for argument in arguments_of(name)}
+    try:
+        rest = parse_options(name, words[:cut], values)
+        if COMMANDS[name].command:
+            values["command"] = [*after]
+            if not after and (cut < len(words) or COMMANDS[name].command == "+"):
+                raise UsageError(f"a command must follow --; usage: {usage_of(name)}")
+        else:
+            rest += after
+        positionals = [argument for argument in COMMANDS[name].arguments if not argument.is_option]
+        if len(rest) < sum(argument.is_required for argument in positionals):
+            raise UsageError(f"too few arguments; usage: {usage_of(name)}")
+        for argument in positionals:
+            if argument.is_repeated:
+                values[argument.dest], rest = rest, []
+            elif rest:
+                values[argument.dest] = argument.read(rest.pop(0))
+        if rest:
+            hint = "; did you forget -- before the command?" if COMMANDS[name].command else ""
+            raise UsageError(f"unexpected {ascii(rest[0])[:60]}{hint}; usage: {usage_of(name)}")
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
     return Args(values)
 
 
-def parse_plainly(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]] | None:
-    """Options spelt out and positionals; None for anything else, which argparse understands or explains."""
-    options = options_of(command)
-    values: dict[str, Any] = {o.dest(): list(o.default) if type(o.default) is list else o.default for o in options}
-    flags = {flag: option for option in options for flag in option.flags}
-    rest: list[str] = []
-    todo = iter(words)
-    for word in todo:
-        if word[:1] != "-" or word == "-":
+def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
+    """Put the values of the options into `values`; return the other words. Raises UsageError."""
+    flags = {flag: option for option in arguments_of(name) for flag in option.names if option.is_option}
+    todo, rest = list(words), []
+    while todo:
+        word = todo.pop(0)
+        flag, text = flag_in(word, flags)
+        option = flags.get(flag)
+        if not flag:
             rest.append(word)
-            continue
-        option = flags.get(word)
-        text = "" if option is None or option.convert is None else next(todo, "-")
-        if option is None or text[:1] == "-":
-            return None
-        try:
-            value = option.read(text)
-        except UsageError:
-            return None
-        if type(option.default) is list:
-            values[option.dest()].append(value)
-        else:
-            values[option.dest()] = value
-    return values, rest
-
-
-def parse_with_argparse(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The same by argparse."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{name}: {message}; see `{PROGRAM} {name} --help`")
-
-    command = COMMANDS[name]
-    parser = Parser(prog=f"{PROGRAM} {name}", usage=usage_of(name), description=command.help, allow_abbrev=False)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    for option in options_of(command):
-        if option.convert is None:
-            parser.add_argument(*option.flags, action="store_true", default=False, help=option.help)
-            continue
-
-        def convert(text: str, option: Option = option) -> Any:
+        elif option is None:
+            guess = resembling(flag, list(flags))
+            hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
+            raise UsageError(f"no such option: {ascii(flag)[:40]}; {hint}")
+        elif option.takes_value:
+            if text is None:
+                if not todo or flag_in(todo[0], flags)[0]:
+                    raise UsageError(f"{flag} needs a value; one that begins with - is written {option.names[-1]}=-...")
+                text = todo.pop(0)
             try:
-                return option.read(text)
+                value = option.read(text)
             except UsageError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
+                raise UsageError(f"{flag}: {error}") from None
+            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
+        elif option.words["action"] == "help":
+            put(argparse_of(name).format_help())
+            raise SystemExit(0)
+        else:
+            values[option.dest] = True
+            if text is not None and (flag[:2] == "--" or "-" + text[:1] not in flags):
+                raise UsageError(f"{flag} takes no value")
+            if text is not None:  # -qv is -q -v
+                todo.insert(0, "-" + text)
+    return rest
 
-        parser.add_argument(
-            *option.flags,
-            type=convert,
-            action="append" if type(option.default) is list else "store",
-            default=list(option.default) if type(option.default) is list else option.default,
-            metavar=option.metavar,
-            help=option.help.replace("%", "%%"),
-        )
-    values = vars(parser.parse_intermixed_args(words))
-    return values, values.pop("words")
+
+def flag_in(word: str, flags: Iterable[str]) -> tuple[str, str | None]:
+    """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
+    flag, equals, text = word.partition("=")
+    if flag in flags:
+        return flag, text if equals else None
+    if word[:2] in flags and "-" + flag not in flags:
+        return word[:2], word[2:]
+    is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
+    return flag if is_option else "", None
 
 
 def overview() -> str:
@@ -6215,22 +6558,36 @@ usually one script; it starts when the units it depends on are done.
 
 {chr(10).join(lines)}
 
-`{PROGRAM} COMMAND --help` tells more. `{PROGRAM} exp sync COMMAND` does the same.
+`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
 """
+
+
+def common_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words before the first that is neither an option that all commands have nor its value."""
+    end = 0
+    while words[end:] and words[end].partition("=")[0] in ("--socket-path", "--connect-timeout"):
+        end += 1 if "=" in words[end] else 2
+    return list(words[:end]), list(words[end:])
+
+
+def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options before the command; the command and what follows it, without the words `exp sync` in front."""
+    options, rest = common_options(words)
+    if rest[:2] == ["exp", "sync"]:
+        more, rest = common_options(rest[2:])
+        options += more
+    return options, rest
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
-    words = list(argv)
-    if words[:2] == ["exp", "sync"]:
-        words = words[2:]
-    moved: list[str] = []  # options before the command
-    while words and words[0].startswith("--") and words[0].partition("=")[0] in ("--socket-path", "--connect-timeout"):
-        count = 1 if "=" in words[0] else 2
-        moved, words = moved + words[:count], words[count:]
+    options, words = command_line(argv)
     if not words:
         raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
     name, rest = words[0], words[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
     if name in ("-h", "--help", "help"):
         put(overview())
         return 0
@@ -6241,11 +6598,12 @@ def dispatch(argv: Sequence[str]) -> int:
         if name == "exp":
             raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
         if name[0:1] == "-":
-            raise UsageError(f"{name!a}: which command? Options other than --socket-path follow the command")
+            which = "which command? Options other than --socket-path follow the command"
+            raise UsageError(f"{ascii(name)[:60]}: {which}")
         guess = resembling(name, list(COMMANDS))
         hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
         raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
-    return COMMANDS[name].run(parse(name, [*moved, *rest]))
+    return COMMANDS[name].run(parse(name, [*options, *rest]))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
