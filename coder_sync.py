@@ -5100,6 +5100,7 @@ TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURA
 REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
 WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
 LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
+PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 OUTPUT = Argument("-o", "--output", choices=("table", "json"), default="table", help="form")
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
 TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
@@ -5170,6 +5171,10 @@ COMMANDS = {
             REQUIRES,
             LOCK,
             TIMEOUT,
+            Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+            Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+            Argument("--retry", type=whole, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+            Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
             Argument("--optional", action="store_true", help="run COMMAND even if there is no agent"),
             QUIET,
         ),
@@ -5182,6 +5187,9 @@ COMMANDS = {
         (
             Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
             Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
+            Argument(
+                "--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"
+            ),
             Argument("--check", action="store_true", help="only check the headers"),
             Argument("--dry-run", action="store_true", help="only show the order"),
             Argument("--fail-fast", action="store_true", help="stop everything at the first failure"),
@@ -5198,7 +5206,13 @@ COMMANDS = {
         cmd_wait,
         "wait for units without being one",
         "wait pip-install git-clone --timeout 2m",
-        (Argument("units", nargs="+", metavar="UNIT", help="names of the units"), REQUIRES, TIMEOUT, QUIET),
+        (
+            Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
+            Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
+            REQUIRES,
+            TIMEOUT,
+            QUIET,
+        ),
     ),
     "reset": Command(
         cmd_reset,
@@ -5222,7 +5236,12 @@ COMMANDS = {
         "list --column unit,status",
         (Argument("-a", "--all", action="store_true", help="also names that were only ever wanted"), OUTPUT, COLUMN),
     ),
-    "why": Command(cmd_why, "say why UNIT waits, was skipped, failed or took so long", "why pip-install", (UNIT,)),
+    "why": Command(
+        cmd_why,
+        "say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck",
+        "why pip-install",
+        (Argument("unit", nargs="?", metavar="UNIT", help="name of the unit (default: all that are stuck)"),),
+    ),
     "timeline": Command(
         cmd_timeline,
         "show where the time went",
@@ -5230,6 +5249,8 @@ COMMANDS = {
         (
             Argument("-o", "--output", choices=("text", "svg", "json", "trace"), default="text", help="form"),
             Argument("--blame", action="store_true", help="units by how long they ran, and how long others waited"),
+            Argument("--from", dest="saved", metavar="FILE", help="of a saved .json timeline, not of the agent"),
+            Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
             Argument("--watch", action="store_true", help="live, until interrupted"),
         ),
     ),
