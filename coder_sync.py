@@ -1502,16 +1502,21 @@ def end_on_term() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+def supervise(
+    command: list[str], env: dict[bytes, bytes], readiness: Readiness | None = None, came: list[int] | None = None
+) -> int:
     """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
 
-    Raises CommandError if it cannot be run. What the terminal sends (Ctrl-C) goes to the whole foreground group,
-    so the command has it already; only what a process sent to us is passed on.
+    `readiness` notices when it is ready, `came` gets the signals that came. What the terminal sends (Ctrl-C) goes to
+    the whole foreground group, so the command has it already; only what a process sent to us is passed on. Raises
+    CommandError if the command cannot be run.
     """
     import _signal as signal
 
     signals = Signals()
     try:
+        if readiness:
+            readiness.begin()
         try:
             # Python ignores these two, and what we take is blocked; the command starts with neither.
             defaults = [signal.SIGPIPE, signal.SIGXFSZ]
@@ -1524,7 +1529,12 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
                 code = reap(pid)
                 if code is not None:
                     return code
-            elif sent:
+                if readiness:
+                    readiness.look(pid)
+                continue
+            if came is not None:
+                came.append(number)
+            if sent:
                 try:
                     os.kill(pid, number)
                 except OSError:  # it has ended, or become another user
@@ -1689,6 +1699,15 @@ class Prober:
         """Whether a try has succeeded."""
         return not self.error
 
+    def wait(self, timeout: float) -> bool:
+        """Wait for that, for so many seconds; return whether it has."""
+        import select
+
+        done = select.poll()
+        done.register(self._ready, select.POLLIN)
+        done.poll(None if timeout == float("inf") else max(0.0, timeout) * 1000)
+        return self.ready()
+
     def close(self) -> None:
         """No more tries; a command that is being tried is killed."""
         self._closed.set()
@@ -1807,9 +1826,78 @@ class Notified:
         os.unlink(self._path)
 
 
+class Readiness:
+    """Whether the command that `supervise` runs is ready, or has not been for too long and is ended.
+
+    `look` is called at each SIGCHLD; a thread sends one when there is something to see. `on_ready` is called there.
+    """
+
+    GRACE = 10.0  # seconds from TERM to KILL
+
+    def __init__(self, prober: Callable[[], Prober | Notified], timeout: float, on_ready: Callable[[], None]) -> None:
+        self.prober: Prober | Notified | None = None
+        self.is_ready = self.is_late = False
+        self._make, self._timeout, self._on_ready = prober, timeout, on_ready
+
+    def begin(self) -> None:
+        """Start to probe, once signals are blocked for the threads that this takes. Raises OSError."""
+        import threading
+
+        self.prober = self._make()
+        self._deadline = time.monotonic() + self._timeout if self._timeout else float("inf")
+        threading.Thread(target=self._wait, args=(self.prober.fileno(),), daemon=True).start()
+
+    def _wait(self, fd: int) -> None:
+        import _signal as signal
+        import select
+
+        ready = select.poll()
+        ready.register(fd, select.POLLIN)
+        ready.poll(self._timeout * 1000 if self._timeout else None)
+        for pause in (0.0, self.GRACE):
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    def look(self, pid: int) -> None:
+        """See whether the command is ready, or late."""
+        if self.prober and not self.is_ready and not self.is_late and self.prober.ready():
+            self.is_ready = True
+            self._on_ready()
+        elif not self.is_ready and time.monotonic() >= self._deadline:
+            os.kill(pid, 9 if self.is_late and time.monotonic() >= self._deadline + self.GRACE else 15)
+            self.is_late = True
+
+    def reason(self, code: int) -> str:
+        """Why the unit of a command that ended with `code` has failed; empty if it was ready."""
+        if self.is_ready or not self.prober:
+            return ""
+        if self.is_late:
+            return f"not ready after {self._timeout:g}s: {self.prober.error}"
+        return f"ended before it was ready ({ending(code)})"
+
+    def close(self) -> None:
+        """Probe no more."""
+        if self.prober:
+            self.prober.close()
+
+
 # -- what a command leaves to others ----------------------------------------------------------------------------
 
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+
+
+def private_file() -> tuple[int, str]:
+    """An empty file without a name: its descriptor, and a path by which a command may open it; -1, "" where none can be.
+
+    Unlike one in a directory it is gone when we are, however we end.
+    """
+    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+        try:
+            file = os.memfd_create("coder-sync")
+            return file, f"/proc/{os.getpid()}/fd/{file}"
+        except OSError:
+            pass
+    return -1, ""
 
 
 def private_directory() -> str:
@@ -5713,10 +5801,10 @@ class Reporter:
 
     def started(self, started: Started) -> str:
         """What a start found."""
-        if not started.dependencies:
-            return "started; it has no dependencies"
         if self.waited:
             return f"started after {span(started.waited)}"
+        if not started.dependencies:
+            return "started; it has no dependencies"
         return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
@@ -5859,10 +5947,23 @@ def cmd_fail(args: Args) -> int:
 
 
 def cmd_wait(args: Args) -> int:
-    """Wait for units without being one."""
-    report = Reporter(args, "")
-    took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    say(f"{names_of(args.units)}: done" + (f" after {span(took)}" if report.waited else ""), quiet=args.quiet)
+    """Wait for units without being one, and for probes."""
+    if not args.units and not args.ready:
+        raise UsageError("wait: name a unit, or what is to be --ready")
+    for probe in args.ready:
+        check_probe(probe)
+    began, report = time.monotonic(), Reporter(args, "")
+    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    if args.units:
+        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+    for prober in probers.values():
+        if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
+            lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
+            put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
+            return TimedOut.exit_code
+    took = time.monotonic() - began
+    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
     return 0
 
 
@@ -5918,7 +6019,7 @@ def cmd_events(args: Args) -> int:
 
 def cmd_timeline(args: Args) -> int:
     """Show where the time went."""
-    saved, width = getattr(args, "from"), terminal()[0]
+    saved, width = args.saved, terminal()[0]
     if args.watch:
         if saved or args.compare:
             raise UsageError("--watch shows an agent, not what was saved")
@@ -6063,8 +6164,9 @@ def completed_at(path: str) -> set[str]:
 def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
     refuse_lonely_requires(args)
+    if args.ready:
+        check_probe(args.ready)
     end_on_term()
-    env = environment(CODER_SYNC_UNIT=args.unit)
     client = client_of(args)
     report = Reporter(args, f"{args.unit}: ", 2)
     on_wait = None if args.quiet else report
@@ -6075,22 +6177,102 @@ def cmd_run(args: Args) -> int:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, env))
+        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    try:
-        code, why = supervise(args.command, env), ""
-    except CommandError as error:
-        code, why = error.exit_code, str(error)
-        put(f"error: {args.unit}: {error}\n", 2)
-    try:
-        if code:
-            start.channel.call("fail", unit=args.unit, reason=why or ending(code), exit_code=shell_status(code))
+    return Run(args.unit, args.command, start, args.ready == "notify").tries(
+        args.retry, args.retry_delay, args.ready, args.ready_timeout
+    )
+
+
+class Run:
+    """The command of a started unit: run, perhaps more than once, and reported on the connection that has the unit."""
+
+    def __init__(self, unit: str, command: list[str], start: Start, notifies: bool) -> None:
+        self.unit, self.command, self.start = unit, command, start
+        self.file, self.left = private_file()  # for what the command leaves
+        self.directory = private_directory() if notifies or not self.left else ""
+        self.left = self.left or (os.path.join(self.directory, "env") if self.directory else "")
+        self.came: list[int] = []  # signals: nothing is tried again after one
+
+    def tries(self, more: int, delay: float, ready: str, ready_timeout: float) -> int:
+        """Run the command, at most `more` times again if it fails; return its exit status."""
+        most = more + 1
+        try:
+            while True:
+                readiness = Readiness(lambda: self.prober(ready), ready_timeout, self.is_ready) if ready else None
+                code, why = self.once(readiness)
+                if readiness and readiness.is_ready:
+                    self.report("exited", reason=ending(code))
+                    return shell_status(code)
+                if not why:
+                    self.complete()
+                    return 0
+                if not more or self.came:
+                    self.report("fail", reason=why, exit_code=shell_status(code))
+                    return shell_status(code) or 1
+                detail = f"try {most - more + 1} of {most} after {why}"
+                put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+                try:
+                    time.sleep(delay)
+                except BaseException:  # a signal
+                    self.start.channel.request("fail", unit=self.unit, reason=f"stopped between two tries; {why}")
+                    raise
+                more, delay = more - 1, min(2 * delay, 30.0)
+                self.report("retry", detail=detail)
+        finally:
+            for name in os.listdir(self.directory) if self.directory else ():
+                remove(os.path.join(self.directory, name))
+            if self.directory:
+                os.rmdir(self.directory)
+
+    def once(self, readiness: Readiness | None) -> tuple[int, str]:
+        """Run the command once; return its exit status and, unless it ended well, why the unit has failed."""
+        env = {**self.start.environment, "CODER_SYNC_UNIT": self.unit}
+        if self.left:
+            env["CODER_SYNC_ENV"] = self.left
+        if readiness and self.directory:
+            env["NOTIFY_SOCKET"] = os.path.join(self.directory, "notify")
+        if self.file >= 0:
+            os.ftruncate(self.file, 0)
         else:
-            start.channel.call("complete", unit=args.unit)
-    except SyncError as error:
-        put(f"warning: {args.unit}: its outcome (exit code {shell_status(code)}) could not be reported: {error}\n", 2)
-    return shell_status(code)
+            remove(self.left)
+        try:
+            code = supervise(self.command, environment(**env), readiness, self.came)
+        except CommandError as error:
+            put(f"error: {self.unit}: {error}\n", 2)
+            return error.exit_code, str(error)
+        except OSError as error:
+            return 125, f"cannot be probed: {error.strerror}"
+        finally:
+            if readiness:
+                readiness.close()
+        return code, readiness.reason(code) if readiness else ending(code) if code else ""
+
+    def prober(self, ready: str) -> Prober | Notified:
+        """What finds out whether the command is ready."""
+        if ready == "notify":
+            return Notified(os.path.join(self.directory, "notify"))
+        return Prober(ready, environment(**self.start.environment, CODER_SYNC_UNIT=self.unit))
+
+    def is_ready(self) -> None:
+        """The command is ready, and goes on."""
+        self.complete()
+        self.report("running")
+
+    def complete(self) -> None:
+        """The unit is done, unless what the command left for others cannot be read."""
+        try:
+            self.report("complete", env=exported(self.left))
+        except Refused as error:
+            self.report("fail", reason=str(error))
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent; without it the command goes on all the same."""
+        try:
+            self.start.channel.call(method, unit=self.unit, **params)
+        except SyncError as error:
+            put(f"warning: {self.unit}: {method} may not have been reported: {error}\n", 2)
 
 
 def cmd_completion(args: Args) -> int:
@@ -6259,6 +6441,7 @@ TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURA
 REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
 WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
 LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
+PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 OUTPUT = Argument("-o", "--output", choices=("table", "json"), default="table", help="form")
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
 TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
@@ -6329,6 +6512,10 @@ COMMANDS = {
             REQUIRES,
             LOCK,
             TIMEOUT,
+            Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+            Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+            Argument("--retry", type=whole, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+            Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
             Argument("--optional", action="store_true", help="run COMMAND even if there is no agent"),
             QUIET,
         ),
@@ -6358,9 +6545,15 @@ COMMANDS = {
     ),
     "wait": Command(
         cmd_wait,
-        "wait for units without being one",
-        "wait pip-install git-clone --timeout 2m",
-        (Argument("units", nargs="+", metavar="UNIT", help="names of the units"), REQUIRES, TIMEOUT, QUIET),
+        "wait for units without being one, and for what is to be ready",
+        "wait pip-install --ready tcp:5432 --timeout 2m",
+        (
+            Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
+            Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
+            REQUIRES,
+            TIMEOUT,
+            QUIET,
+        ),
     ),
     "install": Command(
         cmd_install,
@@ -6396,7 +6589,7 @@ COMMANDS = {
     ),
     "why": Command(
         cmd_why,
-        "say why UNIT waits, was skipped, failed or took so long",
+        "say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck",
         "why pip-install",
         (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all that is stuck)"),),
     ),
@@ -6407,9 +6600,9 @@ COMMANDS = {
         (
             Argument("-o", "--output", choices=("text", "svg", "json", "trace"), default="text", help="form"),
             Argument("--blame", action="store_true", help="units by how long they ran, and how long others waited"),
+            Argument("--from", dest="saved", metavar="FILE", help="of a saved .json timeline, not of the agent"),
+            Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
             Argument("--watch", action="store_true", help="live, until interrupted"),
-            Argument("--from", metavar="FILE", help="draw what `timeline -o json` saved there; needs no agent"),
-            Argument("--compare", metavar="FILE", help="what changed since what was saved there, and what made it so"),
         ),
     ),
     "graph": Command(
