@@ -1887,7 +1887,7 @@ MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 
 
 def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; -1, "" where none can be.
+    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
 
     Unlike one in a directory it is gone when we are, however we end.
     """
@@ -6203,13 +6203,14 @@ class Run:
                 readiness = Readiness(lambda: self.prober(ready), ready_timeout, self.is_ready) if ready else None
                 code, why = self.once(readiness)
                 if readiness and readiness.is_ready:
-                    self.report("exited", reason=ending(code))
+                    self.report("exited", "its end", reason=ending(code))
                     return shell_status(code)
                 if not why:
                     self.complete()
                     return 0
                 if not more or self.came:
-                    self.report("fail", reason=why, exit_code=shell_status(code))
+                    outcome = f"its outcome (exit code {shell_status(code)})"
+                    self.report("fail", outcome, reason=why, exit_code=shell_status(code))
                     return shell_status(code) or 1
                 detail = f"try {most - more + 1} of {most} after {why}"
                 put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
@@ -6219,7 +6220,7 @@ class Run:
                     self.start.channel.request("fail", unit=self.unit, reason=f"stopped between two tries; {why}")
                     raise
                 more, delay = more - 1, min(2 * delay, 30.0)
-                self.report("retry", detail=detail)
+                self.report("retry", detail, detail=detail)
         finally:
             for name in os.listdir(self.directory) if self.directory else ():
                 remove(os.path.join(self.directory, name))
@@ -6258,21 +6259,21 @@ class Run:
     def is_ready(self) -> None:
         """The command is ready, and goes on."""
         self.complete()
-        self.report("running")
+        self.report("running", "that it runs on")
 
     def complete(self) -> None:
         """The unit is done, unless what the command left for others cannot be read."""
         try:
-            self.report("complete", env=exported(self.left))
+            self.report("complete", "its outcome (exit code 0)", env=exported(self.left))
         except Refused as error:
-            self.report("fail", reason=str(error))
+            self.report("fail", "its outcome (exit code 0)", reason=str(error))
 
-    def report(self, method: str, **params: Any) -> None:
+    def report(self, method: str, what: str, **params: Any) -> None:
         """Tell the agent; without it the command goes on all the same."""
         try:
             self.start.channel.call(method, unit=self.unit, **params)
         except SyncError as error:
-            put(f"warning: {self.unit}: {method} may not have been reported: {error}\n", 2)
+            put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
 def cmd_completion(args: Args) -> int:
