@@ -2353,7 +2353,7 @@ def free(world: World, pid: int, peers: list[Peer]) -> None:
     for peer in peers:
         peer.close()
     world.client.ping(wait=PATIENCE)
-    until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] - 3)
+    until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] - 2)
 
 
 def kinds_of(world: World, unit: str) -> list[str]:
