@@ -7715,7 +7715,7 @@ def test_the_status_line_shows_what_fits_and_how_many_more(world: World) -> None
     seen = on_terminal(world, files, 70, [b", +5 more"], b"\x03")
     lines = re.findall(rb"\r\033\[K(\[[^\r^]*)", seen)
     assert max(map(len, lines)) < 70 and b"\xe2\x80\xa6" not in seen
-    assert re.fullmatch(rb"\[0/6 ended, 0 waiting\] a-unit-with-a-long-name-0 \d+m?s, \+5 more", lines[-1]), lines
+    assert re.fullmatch(rb"\[0/6 ended, 0 waiting\] a-unit-with-a-long-name-0 [\d.]+m?s, \+5 more", lines[-1]), lines
     summary = seen.rpartition(b"    |")[2].splitlines()
     assert all(len(line) <= 70 for line in summary if line.startswith(b"6")), "the last lines are wrapped"
 
