@@ -6059,7 +6059,7 @@ def boot_at(path: str, boot: Boot) -> int:
         channel = Channel(path)
     except Unreachable:
         try:
-            return serve(path, level=0, body=lambda agent, accept: host(path, boot, agent, accept))
+            return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
         except Refused:
             if boot.channel:
                 raise
@@ -6067,7 +6067,7 @@ def boot_at(path: str, boot: Boot) -> int:
     return boot.run(channel)
 
 
-def host(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
+def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
     from threading import Thread
