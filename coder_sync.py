@@ -2181,7 +2181,7 @@ class Connection:
     def __init__(self, sock: Any) -> None:
         from collections import deque
 
-        self.sock = sock
+        self.sock: Any = sock
         self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
         self.pending: dict[Any, Claim] = {}  # id of a request -> its claim, until it is answered
         self.claims: dict[Claim, Claim] = {}  # all that may not be over
@@ -3014,15 +3014,15 @@ def serve(
     pid_file: str = "",
     background: bool = False,
     command: Sequence[str] = (),
-    body: Callable[[str, Agent], int] | None = None,
+    body: Callable[[Agent, Callable[[], None]], int] | None = None,
     timeline: Callable[[Graph], None] | None = None,
     replace: Callable[[str], None] | None = None,
     advice: str = "",  # goes to the log
 ) -> int:
     """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
 
-    `body` is called with the path, `timeline` with the graph at the end, `replace` with the path as long as there
-    is another agent, to end it. Raises Refused.
+    `body` is called with the agent and with what begins to take connections, `timeline` with the graph at the end,
+    `replace` with the path as long as there is another agent, to end it. Raises Refused.
     """
     import signal
     import threading
@@ -3061,7 +3061,9 @@ def serve(
         log.say(f"listening at {path} (pid {os.getpid()})")
         if advice:
             log.say(advice)
-        threading.Thread(target=server.accept_for_ever, daemon=True).start()
+        accepting = threading.Thread(target=server.accept_for_ever, daemon=True)
+        if not body:
+            accepting.start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
             os.dup2(0, 2)
@@ -3069,7 +3071,7 @@ def serve(
             os.close(ready)
         try:
             if body:
-                return body(path, agent)
+                return body(agent, accepting.start)
             if command:
                 return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
             number = signal.SIGCHLD
@@ -3148,8 +3150,11 @@ class Started:
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    def __init__(self, path: str, connect_timeout: float = 0.0) -> None:
-        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason."""
+    def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
+        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
+
+        `sock` is a socket that leads to the agent already.
+        """
         from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
 
         self.path = path
@@ -3157,7 +3162,8 @@ class Channel:
         self._buffer = b""
         self._messages: list[Any] = []
         deadline, pause = time.monotonic() + connect_timeout, 0.005
-        while True:
+        self.sock: Any = sock
+        while not sock:
             self.sock = socket(AF_UNIX, SOCK_STREAM)
             try:
                 refuse_foreign(path)
@@ -3249,7 +3255,7 @@ class Channel:
 
     def fileno(self) -> int:
         """The descriptor to poll."""
-        return self.sock.fileno()
+        return int(self.sock.fileno())
 
     def close(self) -> None:
         """Hang up; the claims of the connection end."""
@@ -4913,11 +4919,14 @@ class Boot:
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel) -> int:
-        """Boot against an agent; return the exit status. Raises Refused if it does not let us, Unreachable."""
+    def run(self, channel: Channel, claimed: Callable[[], None] = lambda: None) -> int:
+        """Boot against an agent; return the exit status. Calls `claimed` when it has let us.
+
+        Raises Refused if it does not, and Unreachable.
+        """
         from threading import Thread
 
-        self.channel = channel
+        self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         self.watch(channel.fileno(), self.answers)
@@ -4943,7 +4952,7 @@ class Boot:
                 self.loop(lambda: bool(self.signal or self.lost))
                 code = 128 + self.signal if self.signal else 3
             self.out.write(patience=1)
-            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal and os.fork() == 0:
+            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal:
                 self.relay()
             return code
         finally:
@@ -5110,7 +5119,9 @@ class Boot:
                 self.fail(job, str(error))
             return
         if method == "boot":
-            self.claimed = True
+            self.claimed = expect(dict, result).get("units") == len(self.jobs)  # else more are to come
+            if self.claimed:
+                self.when_claimed()
         elif method == "graph" and not self.unfinished:
             self.graph = record(Graph, result)
         elif method == "graph":
@@ -5470,11 +5481,15 @@ class Boot:
                 os.close(job.log)
                 job.log = -1
 
-    def relay(self) -> NoReturn:
-        """In a child of its own: print what services go on printing, until they end."""
+    def relay(self) -> None:
+        """Have a child of ours print what services go on printing, until they end."""
         import _signal as signal
         import select
+        import warnings
 
+        warnings.simplefilter("ignore")  # of a fork beside threads: the child uses nothing that they may hold
+        if os.fork():
+            return
         try:
             for fd in (0, 1, 2) if self.out.quiet else (0, 2):
                 os.dup2(self.null, fd)
@@ -6145,12 +6160,22 @@ def boot_at(path: str, boot: Boot) -> int:
         channel = Channel(path)
     except Unreachable:
         try:
-            return serve(path, level=0, body=lambda path, agent: boot.run(Channel(path)))
+            return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
         except Refused:
             if boot.channel:
                 raise
             channel = Channel(path, CONNECT_TIMEOUT)  # another agent was faster
     return boot.run(channel)
+
+
+def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
+    """Boot against our own agent, which takes other connections when all units are claimed."""
+    from socket import socketpair
+    from threading import Thread
+
+    ours, theirs = socketpair()
+    Thread(target=agent.serve_connection, args=(theirs,), daemon=True).start()
+    return boot.run(Channel(path, sock=ours), accept)
 
 
 def completed_at(path: str) -> set[str]:
