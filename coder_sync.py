@@ -1,15 +1,8 @@
 #!/bin/sh
-# fmt: off
-''''exec python3 -ISOO -c '
-import sys
-from _frozen_importlib_external import SourceFileLoader
-coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
-coder_sync.__file__ = sys.argv[1]
-SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
-coder_sync.main(sys.argv[2:])
-' "$0" "$@"
-'''
-# fmt: on
+""":"
+exec python3 -IS "$0" "$@"
+"""
+
 from __future__ import annotations
 
 __doc__ = """Startup coordination for scripts that run in parallel: one file, agent and command line.
@@ -25,6 +18,7 @@ let others go on:
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py wait UNIT...           wait for units without being one
     coder_sync.py status UNIT | list     what stands where;  ping: is there an agent?
+    coder_sync.py install [PATH]         make every call faster
 
 Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
 was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
@@ -41,11 +35,12 @@ rooms above it:
     Agent           the daemon
     Client          the Python API
     Views           data to text, pure
+    Install         a copy with its bytecode
     Command line    one small function a command
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`, and keep its bytecode beside it; a client call is mostly interpreter start. For the same
-reason nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
+system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
+start, so nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
 `typing` each cost more than everything the call does.
 """
 
@@ -54,26 +49,33 @@ import os
 import sys
 import time
 
+(NEEDED := "Python 3.8 or later")  # an older one stops here, and shows this line
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import ExitStack
     from dataclasses import dataclass
-    from typing import Any, NoReturn
+    from typing import Any, Literal, NoReturn
+
+    Requirement = Literal["success", "completion", "start"]
 else:
 
     def dataclass(cls):
         """Stand in for dataclasses.dataclass, whose import costs more than a whole client call."""
         names = tuple(cls.__annotations__)
+        defaults = {name: getattr(cls, name, None) for name in names}
+        required = sum(not hasattr(cls, name) for name in names)  # these come first
 
         def __init__(self, *args, **kwargs):
-            kwargs.update(zip(names, args))
-            for name in names:
-                setattr(self, name, kwargs.pop(name) if name in kwargs else getattr(cls, name))
-            if kwargs or len(args) > len(names):
-                raise TypeError(f"{cls.__name__}: unexpected arguments {sorted(kwargs)}")
+            given = {**defaults, **dict(zip(names, args)), **kwargs}
+            missing = [name for name in names[len(args) : required] if name not in kwargs]
+            if len(given) > len(names) or len(args) > len(names) or missing:
+                raise TypeError(f"{cls.__name__}: missing or unexpected arguments")
+            self.__dict__.update(given)
 
-        if "__init__" not in vars(cls):
-            cls.__init__ = __init__
+        cls.__init__ = __init__
         cls.__repr__ = lambda self: f"{cls.__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
         cls.__eq__ = lambda self, other: type(other) is cls and vars(self) == vars(other)
         cls.__hash__ = None
@@ -81,7 +83,25 @@ else:
 
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Dependency", "Owner", "Started", "SyncError", "UnitStatus"]
+__all__ = [
+    "AlreadyStarted",
+    "Client",
+    "CycleError",
+    "Dependency",
+    "DependencyFailed",
+    "Event",
+    "Graph",
+    "NotRegistered",
+    "Owner",
+    "Refused",
+    "Started",
+    "SyncError",
+    "TimedOut",
+    "UnitStatus",
+    "Unreachable",
+    "UsageError",
+]
+FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
@@ -130,10 +150,15 @@ class NotRegistered(Refused):
 
 
 class DependencyFailed(SyncError):
-    """A required dependency failed or was skipped, so waiting is over."""
+    """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
 
     exit_code = 4
     code = -32004
+
+    def __init__(self, message: str, data: Any = None) -> None:
+        super().__init__(message, data)
+        about = data if isinstance(data, dict) else {}
+        self.unit, self.reason = str(about.get("unit", "")), str(about.get("reason", ""))
 
 
 class UsageError(SyncError):
@@ -177,6 +202,11 @@ class TimedOut(SyncError):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
 
     exit_code = 124
+    code = -32006
+
+    def __str__(self) -> str:
+        missing = ", ".join(f"{row.depends_on} {row.current_status}" for row in self.data or ())
+        return str(self.args[0]) + (f": {missing}" if missing else "")
 
 
 class CommandError(SyncError):
@@ -187,10 +217,24 @@ class CommandError(SyncError):
         self.exit_code = exit_code
 
 
+ERRORS: dict[int, type[SyncError]] = {  # those that cross the wire, by their code
+    kind.code: kind
+    for kind in (
+        *(Refused, CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable, TimedOut),
+        *(InvalidRequest, MethodNotFound, InvalidParams, ParseError),
+    )
+}
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
-# A caller that must wait hands in a ticket, any hashable object; whoever makes the wait end finds
-# (ticket, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock around it.
+# A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
+# makes it end finds (claim, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock.
+#
+# A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
+# `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
+# Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
+# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
 # ----------------------------------------------------------------------------------------------------------
 
 NOT_REGISTERED = "not registered"  # only ever wanted by others
@@ -201,10 +245,17 @@ FAILED = "failed"
 SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
 ENDED = (COMPLETED, FAILED, SKIPPED)
 
-SUCCESS, COMPLETION, START = REQUIREMENTS = ("success", "completion", "start")
-MEETS = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
-HOPELESS = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}  # cannot be met any more
-REQUIRED_STATUS = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
+SUCCESS: Requirement = "success"
+COMPLETION: Requirement = "completion"
+START: Requirement = "start"
+REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
+MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
+HOPELESS: dict[str, tuple[str, ...]] = {
+    SUCCESS: (FAILED, SKIPPED),
+    COMPLETION: (),
+    START: (SKIPPED,),
+}  # cannot be met any more
+REQUIRED_STATUS: dict[str, str] = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
 
 MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
@@ -212,6 +263,9 @@ MAX_UNITS = 50_000
 MAX_EDGES = 500_000
 MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
+MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
+MAX_HISTORY = 200  # events that `status` shows
+MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
 @dataclass
@@ -244,24 +298,11 @@ class Dependency:
 
 
 @dataclass
-class UnitStatus:
-    """A snapshot of one unit, without its dependencies where they were not asked for."""
-
-    unit_name: str
-    status: str
-    is_ready: bool
-    reason: str = ""
-    exit_code: int | None = None
-    age: float = 0.0
-    owner: Owner | None = None
-    dependencies: list[Dependency] = []  # noqa: RUF012
-    did_you_mean: str = ""
-    history: list[Event] = []  # noqa: RUF012
-
-
-@dataclass
 class Event:
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
+
+    `before` is the number of the unit's event before; it stays with the agent.
+    """
 
     seq: int
     time: float
@@ -269,27 +310,44 @@ class Event:
     unit: str
     kind: str
     detail: str = ""
-
-    def __init__(self, seq: int, time: float, wall: float, unit: str, kind: str, detail: str = "") -> None:
-        self.seq, self.time, self.wall, self.unit, self.kind, self.detail = seq, time, wall, unit, kind, detail
+    before: int = 0
 
 
 @dataclass
-class Node:
-    """One unit as pictures need it. Times are seconds since the agent began, -1 for what has not been."""
+class UnitStatus:
+    """A snapshot of one unit. Times are seconds since the agent began, -1 for what has not been.
+
+    `dependencies` and `history` are there only where one unit was asked for.
+    """
 
     unit_name: str
     status: str
     is_ready: bool
-    is_waiting: bool
-    registered: float
-    waiting: float
-    started: float
-    ended: float
-    released_by: str  # the dependency that made it ready last
-    reason: str
-    wants: dict[str, str]  # dependency -> requirement
+    reason: str = ""
+    exit_code: int | None = None
+    age: float = 0.0  # seconds in the status
     owner: Owner | None = None
+    is_waiting: bool = False  # a start of it waits
+    waits_for: list[str] = []  # noqa: RUF012  (what a waiting or pending unit lacks, at most five)
+    registered: float = -1.0
+    waiting: float = -1.0  # when its start was asked for
+    ready: float = -1.0  # when its dependencies were met; from then to `started` it waited for a lock
+    started: float = -1.0
+    ended: float = -1.0
+    released_by: str = ""  # the dependency that made it ready last
+    wants: dict[str, str] = {}  # noqa: RUF012  (dependency -> requirement)
+    locks: list[str] = []  # noqa: RUF012
+    blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
+    tries: list[float] = []  # noqa: RUF012  (when each further try began)
+    running_on: bool = False  # it completed, and its process goes on: a service
+    exited: float = -1.0  # when the process of a service ended
+    exit_reason: str = ""
+    log: str = ""  # the file that has its output
+    refusal: str = ""  # why the last `want` or `start` of it was refused
+    environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
+    dependencies: list[Dependency] = []  # noqa: RUF012
+    did_you_mean: str = ""
+    history: list[Event] = []  # noqa: RUF012
 
 
 @dataclass
@@ -297,20 +355,27 @@ class Graph:
     """All units at one time, `now`, in seconds since the agent began."""
 
     now: float
-    nodes: list[Node]
+    nodes: list[UnitStatus]
 
 
-def check_name(name: object) -> str:
-    """Return `name` if it may name a unit, else raise Refused."""
+def check_name(name: object, what: str = "unit") -> str:
+    """Return `name` if it may name a unit (or a lock), else raise Refused, or InvalidParams for what is no text."""
     if not isinstance(name, str):
-        raise InvalidParams(f"a unit name must be a string, not {type(name).__name__}")
+        raise InvalidParams(f"a {what} name must be a string, not {type(name).__name__}")
     if not name:
-        raise Refused("a unit name must not be empty; was a variable unset?")
+        raise Refused(f"a {what} name must not be empty; was a variable unset?")
     if not name.isprintable():
-        raise Refused(f"unit name {ascii(name)[:80]} has a character that cannot be printed")
+        raise Refused(f"{what} name {ascii(name)[:80]} has a character that cannot be printed")
     if len(name.encode()) > MAX_NAME:
-        raise Refused(f'unit name "{name[:40]}..." is {len(name.encode())} bytes long; the limit is {MAX_NAME}')
+        raise Refused(f'{what} name "{name[:40]}..." is {len(name.encode())} bytes long; the limit is {MAX_NAME}')
     return name
+
+
+def check_requirement(requires: str) -> str:
+    """Return `requires` if it is a requirement, else raise Refused."""
+    if requires not in REQUIREMENTS:
+        raise Refused(f"no such requirement: {one_line(requires)[:40]}; use one of {', '.join(REQUIREMENTS)}")
+    return requires
 
 
 def one_line(text: str) -> str:
@@ -324,37 +389,63 @@ class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
     # fmt: off
-    __slots__ = ("ended", "exit_code", "holder", "name", "owner", "pool", "reason", "registered", "released_by",
-                 "since", "started", "starts", "status", "unmet", "waiting", "wanted_by", "wants")
+    __slots__ = ("boot", "ended", "environment", "exit_code", "exit_reason", "exited", "holder", "last_event", "line",
+                 "locks", "log", "name", "owner", "ready", "reason", "refused", "registered", "released_by", "root",
+                 "running", "since", "started", "status", "tries", "unmet", "waiting", "wanted_by", "wants")
     # fmt: on
 
     def __init__(self, name: str, now: float) -> None:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = now  # of the status
-        self.reason = ""
-        self.exit_code: int | None = None
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._set, never counted again
-        self.starts: dict[Any, tuple[Owner | None, Pool | None]] = {}  # tickets that wait, oldest first
-        self.pool: Pool | None = None  # whose place it takes while it is started
-        self.holder: Any = None  # ticket of the start that won
+        self.unmet = 0  # how many of `wants` are not met; kept by Units._set and _link, never counted again
+        self.line: dict[Claim, None] = {}  # claims that wait, oldest first
+        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
+        self.registered = self.waiting = -1.0  # when, for pictures; -1: not yet
+        self.last_event = 0
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget the last run."""
+        self.reason = self.root = ""  # why it failed or was skipped; and what failed in the first place
+        self.exit_code: int | None = None
+        self.holder: Claim | None = None  # the claim that was granted, until it ends
+        self.boot: Claim | None = None  # of a boot, which is notified of the unit's outcome
         self.owner: Owner | None = None
-        self.registered = self.waiting = self.started = self.ended = -1.0  # when, for pictures; -1: not yet
-        self.released_by = ""  # the dependency that made it ready last
+        self.locks: tuple[Lock, ...] = ()  # that it has while it is started
+        self.ready = self.started = self.ended = self.exited = -1.0
+        self.released_by = self.exit_reason = self.log = ""
+        self.tries: list[float] = []
+        self.running = False
+        self.environment: dict[str, str] = {}
 
 
-class Pool:
-    """Units of which at most `limit` are to be started at once; `ready` are those that wait for nothing else.
+class Lock:
+    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name)."""
 
-    A start in a pool is that of a boot, and another boot of the same scripts may be on its way. So what somebody else
-    has started, or completed while its owner lives, is waited for; the answer then names the unit itself.
-    """
+    def __init__(self, name: str, limit: int) -> None:
+        self.name, self.limit = name, limit
+        self.taken: dict[Unit, None] = {}
+        self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.running = limit, 0
-        self.ready: dict[Unit, None] = {}
+    def label(self) -> str:
+        """What it is called in messages."""
+        return f"lock {self.name}" if self.name else f"one of {self.limit} places to run"
+
+
+class Claim:
+    """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
+
+    __slots__ = ("boot", "confirmed", "deadline", "held", "locks", "owner", "ticket", "unit")
+
+    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False) -> None:
+        self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held
+        self.locks: tuple[Lock, ...] = ()
+        self.deadline = float("inf")
+        self.boot = False  # it is answered with every status of the unit, not once
+        self.confirmed = False  # the client says itself that its answer has arrived
 
 
 class Units:
@@ -371,17 +462,18 @@ class Units:
         alive: Callable[[Owner], bool | None] = lambda owner: None,
         tell: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        from collections import deque
-
         self.clock, self.wall, self.alive, self.tell = clock, wall, alive, tell
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
-        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.waits = 0  # claims in line
+        self.events: dict[int, Event] = {}  # by number
         self.seq = 0
-        self._freed: list[Pool] = []  # that have a place since their last unit was settled
-        self._waits: dict[Any, Unit] = {}  # ticket -> the unit it wants started
-        self._answers: list[tuple[Any, Any]] = []
+        self.locks: dict[str, Lock] = {}
+        self.left_environment = False  # whether any unit did
+        self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
+        self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
+        self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
 
@@ -390,30 +482,9 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        if requires not in REQUIREMENTS:
-            raise Refused(f'unit "{name}": no such requirement: {requires}; use one of {", ".join(REQUIREMENTS)}')
-        unit = self.units.get(check_name(name)) or Unit(name, self.clock())
-        new: dict[str, Unit] = {}
-        for dependency in dependencies:
-            other = self.units.get(check_name(dependency))
-            if other is unit or dependency == name:
-                raise CycleError(f"cycle detected: {name} -> {name}; a unit cannot depend on itself", [name, name])
-            if other is None:
-                new[dependency] = Unit(dependency, self.clock())
-            elif other not in unit.wants:
-                cycle = self._cycle(unit, other)
-                if cycle:
-                    raise CycleError(f"cycle detected: {' -> '.join(cycle)}", cycle)
-                new[dependency] = other
-            elif unit.wants[other] != requires:
-                has = unit.wants[other]
-                raise Refused(f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}')
-        self._admit(unit, new)
-        for dependency, other in new.items():
-            self._record(unit, "wants", dependency if requires == SUCCESS else f"{dependency} ({requires})")
-            self._link(unit, other, requires)
-        if (unit.status == PENDING or unit.starts) and self._settle(unit):
-            self._propagate(unit)
+        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
+        if (unit.line or unit.status == PENDING) and self._settle(unit):
+            self._propagate([unit])
         return unit
 
     def start(
@@ -423,129 +494,230 @@ class Units:
         dependencies: Iterable[str] = (),
         requires: str = SUCCESS,
         owner: Owner | None = None,
-        pool: Pool | None = None,
-    ) -> bool:
-        """Ask for `name` to be started; the answer comes for `ticket`. Return whether it has to wait.
+        held: bool = False,
+        locks: Iterable[str] = (),
+        timeout: float = 0.0,
+    ) -> Claim:
+        """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
-        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed.
+        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        unit = self.want(name, dependencies, requires)
-        done = pool and unit.status == COMPLETED and unit.owner and self.alive(unit.owner)
-        if pool and (unit.status == STARTED or done):
-            return self.wait([name], ticket)
-        if unit.status == STARTED:
-            raise AlreadyStarted(f'unit "{name}" is already started{self._by(unit)}')
-        self._check_waits()
-        verdict = self._verdict(unit) if unit.status == SKIPPED else ""
-        if verdict:
-            unit.reason = verdict
-            self._answers.append((ticket, DependencyFailed(f'unit "{name}" skipped: {verdict}')))
-            return False
-        if unit.status in (FAILED, SKIPPED):  # another try: those behind it may hope again
-            self._set(unit, PENDING)
-        self._waits[ticket] = unit
-        unit.starts[ticket] = (owner, pool)
-        unit.waiting = self.clock()
-        unit.released_by, unit.holder = "", None
+        places = self._locks(locks)
+        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
+        if unit.status == STARTED and (unit.holder is None or unit.holder.confirmed):
+            if owner:
+                unit.refused = [*unit.refused[-99:], owner]
+            raise self._already_started(unit)
+        self._check_waits(1)
+        claim = Claim(unit, ticket, owner, held)
+        claim.locks = places
+        self._stand_in_line(claim, timeout)
         if self._settle(unit):
-            self._propagate(unit)
-        elif ticket in self._waits:
-            self._record(unit, "waiting", ", ".join(d.name for d in self._unmet(unit, 5)))
-        return ticket in self._waits
+            self._propagate([unit])
+        elif claim in unit.line:
+            self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
+        return claim
 
-    def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS) -> bool:
-        """Wait for units to meet `requires`, without being one. Return whether there is anything to wait for."""
-        if requires not in REQUIREMENTS:
-            raise Refused(f"no such requirement: {requires}; use one of {', '.join(REQUIREMENTS)}")
-        self._check_waits()
+    def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
+        """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
+        self._check_waits(1)
+        needs = dict.fromkeys(map(check_name, names), check_requirement(requires))
         waiter = Unit("", self.clock())
-        new = {n: self.units.get(check_name(n)) or Unit(n, self.clock()) for n in names}
-        self._admit(waiter, new)
-        for other in new.values():
-            self._link(waiter, other, requires)
-        self._waits[ticket] = waiter
-        waiter.starts[ticket] = (None, None)
+        new = {n: self.units.get(n) or Unit(n, self.clock()) for n in needs}
+        self._check_limits(sum(n not in self.units for n in new), len(new), "")
+        self.units.update(new)
+        for name, other in new.items():
+            self._link(waiter, other, needs[name])
+        claim = Claim(waiter, ticket)
+        self._stand_in_line(claim, timeout)
         self._settle(waiter)
-        return ticket in self._waits
+        return claim
 
-    def complete(self, name: str) -> None:
-        """End `name` with success. Raises NotRegistered, or Refused if it has ended otherwise."""
-        self._end(name, COMPLETED, "", 0)
+    def boot(
+        self,
+        members: list[tuple[str, dict[str, str], list[str]]],
+        ticket: Any,
+        owner: Owner | None = None,
+        jobs: int = 0,
+    ) -> list[Claim]:
+        """Claim all units of a members in one step: (name, dependency -> requirement, locks) each.
 
-    def fail(self, name: str, reason: str = "", exit_code: int | None = None) -> None:
+        At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
+        replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
+        Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
+        """
+        self._check_waits(len(members))
+        if len({name for name, _, _ in members}) < len(members):
+            raise Refused("a boot names a unit twice")
+        for name, wants, _ in members:
+            unit = self.units.get(check_name(name))
+            for requires in wants.values():
+                check_requirement(requires)
+            claim = next(iter(unit.line), unit.holder) if unit else None
+            if unit and (claim or (unit.status == STARTED and (not unit.owner or self.alive(unit.owner) is not False))):
+                owner = claim.owner if claim else unit.owner
+                how = "started" if unit.status == STARTED else "claimed"
+                raise Refused(f'unit "{name}" is {how}{self._by(owner)}; nothing was run: end that first')
+        places = [self._locks(locks) for _, _, locks in members]
+        everyone = (Lock("", jobs),) if jobs else ()
+        units = self._declare([(name, wants) for name, wants, _ in members], anew=True)
+        for unit in units:
+            if unit.status != PENDING:
+                self._set(unit, PENDING)
+        claims = []
+        for unit, locks in zip(units, places):
+            claim = Claim(unit, ticket, owner, held=True)
+            claim.boot, claim.locks = True, locks + everyone
+            unit.boot = claim
+            self._stand_in_line(claim, 0)
+            claims.append(claim)
+        started = [unit for unit in units if self._settle(unit)]
+        for unit in units:
+            if unit.line:
+                self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
+        self._propagate(started)
+        return claims
+
+    def delivered(self, claim: Claim) -> None:
+        """The answer to a claim has arrived: those who stood behind it in line are answered too."""
+        unit = claim.unit
+        if unit.holder is claim and not claim.confirmed:
+            claim.confirmed = True
+            unit.refused += [other.owner for other in unit.line if other.owner][:100]
+            self._answer_line(unit, self._already_started(unit))
+            if not claim.held:
+                unit.holder = None
+
+    def end_claims(self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None) -> None:
+        """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
+
+        `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
+        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
+        none, the unit of a held claim has failed, and that of any other is pending.
+        """
+        ended: dict[Unit, tuple[str, bool]] = {}
+        for claim in claims:
+            unit = claim.unit
+            reason = f"lost: {self._who(claim.owner) or 'the process that held it'} ended without completing"
+            if claim in unit.line:
+                missing, late = self._waits_for(unit, registered=False), self._timed_out(unit)
+                del unit.line[claim]
+                self.waits -= 1
+                reason = f"lost: {self._who(claim.owner) or 'its start'} waited for {', '.join(missing)}, and {why}"
+                if error is TimedOut:
+                    reason = f"timed out waiting for {', '.join(missing)}"
+                    self._answers.append((claim, late))
+                elif error:
+                    self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
+                self._record(unit, "gave up", f"{why}; still missing: {', '.join(missing)}")
+            elif unit.holder is claim:
+                unit.holder = None
+            else:
+                continue
+            if unit.boot is claim:
+                unit.boot = None
+            ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
+        changed = []
+        for unit, (reason, held) in ended.items():
+            if not unit.name:
+                self._unlink(unit)
+            elif unit.holder or unit.status in ENDED:
+                continue  # another has it
+            elif held and not unit.line:
+                self._set(unit, FAILED, one_line(reason))
+                changed.append(unit)
+            elif unit.status == STARTED:
+                self._set(unit, PENDING, "the client that asked for its start was gone")
+                changed.append(unit)
+            elif unit.line:
+                changed.append(unit)
+        self._propagate(changed + [unit for unit in changed if unit.status == PENDING and self._settle(unit)])
+
+    def end_late(self, claims: Iterable[Claim]) -> None:
+        """End those claims whose time is up."""
+        now = self.clock()
+        self.end_claims([c for c in claims if c.deadline <= now], "timed out", TimedOut)
+
+    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> Unit:
+        """End `name` with success; `env` is for those that depend on it.
+
+        Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
+        """
+        left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
+        if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
+            raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
+        if not env:
+            return self._end(name, COMPLETED, "", 0, by)
+        unit = self._registered(name)
+        before = unit.environment
+        unit.environment, self.left_environment = env, True  # first, since those that depend on it may start with it
+        try:
+            return self._end(name, COMPLETED, "", 0, by)
+        except Refused:
+            unit.environment = before
+            raise
+
+    def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
         """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, one_line(reason), exit_code)
+        self._end(name, FAILED, one_line(reason), exit_code, by)
 
-    def lose(self, name: str, ticket: Any) -> None:
-        """The holder of a start is gone: its unit fails, unless it has ended, or another start of it waits."""
-        unit = self.units.get(name)
-        if unit is None or not self.holds(name, ticket):
-            return
-        waits = ticket in unit.starts
-        owner = unit.starts[ticket][0] if waits else unit.owner
-        who = f"process {owner.pid} ({owner.command})" if owner else "the process that held it"
-        if waits:
-            self._record(unit, "gave up", f"{who} ended while it waited")
-            self._answer(ticket, Refused(f'unit "{name}" was not started: the process that was to own it has ended'))
-            del unit.starts[ticket]
-            self.give_up(name, f"lost: {who} ended without completing")
-        elif unit.status == PENDING:
-            self.give_up(name, "lost: the process that was to start it ended without completing")
-        else:
-            self._set(unit, FAILED, one_line(f"lost: {who} ended without completing"))
-            self._propagate(unit)
+    def reset(self, names: Iterable[str] = ()) -> list[str]:
+        """Make units that have ended pending again, with those skipped because of them; all if none is named.
 
-    def give_up(self, name: str, reason: str) -> None:
-        """The only one who was to start a unit has given up: it fails, unless it has ended, or another start waits."""
-        unit = self.units[name]
-        if unit.status == PENDING and not unit.starts:
-            self._set(unit, FAILED, one_line(reason))
-            self._propagate(unit)
+        Raises NotRegistered, or Refused while one of them is started. Returns the names.
+        """
+        todo = [self._registered(name) for name in names] or [
+            u for u in self.units.values() if u.status != NOT_REGISTERED
+        ]
+        for unit in todo:
+            if unit.status == STARTED:
+                raise Refused(f'unit "{unit.name}" is started{self._by(unit.owner)} and cannot be reset; end it first')
+        again: dict[Unit, None] = dict.fromkeys(u for u in todo if u.status in ENDED)
+        for unit in (todo := list(again)):
+            behind = [u for u in unit.wanted_by if u.status == SKIPPED and u not in again]
+            again.update(dict.fromkeys(behind))
+            todo += behind
+        for unit in again:
+            self._set(unit, PENDING)
+        self._propagate([unit for unit in again if self._settle(unit)])
+        return [unit.name for unit in again]
 
-    def revoke(self, name: str, ticket: Any) -> None:
-        """Take back a start whose answer found nobody: the unit is pending again."""
-        unit = self.units.get(name)
-        if unit and unit.status == STARTED and unit.holder is ticket:
-            self._set(unit, PENDING, "the client that asked for its start was gone")
-            self._settle(unit)
-            self._propagate(unit)
+    def own(self, claim: Claim, owner: Owner | None, log: str) -> None:
+        """The process that a claim runs, and the file with its output."""
+        claim.owner = claim.unit.owner = owner or claim.owner
+        claim.unit.log = log
 
-    def holds(self, name: str, ticket: Any) -> bool:
-        """Whether the start that `ticket` asked for still waits or is still on."""
-        unit = self.units.get(name)
-        return unit is not None and (
-            ticket in unit.starts or (unit.status in (PENDING, STARTED) and unit.holder is ticket)
-        )
+    def retry(self, name: str, detail: str) -> None:
+        """One more try of a started unit begins."""
+        unit = self._registered(name)
+        unit.tries = [*unit.tries[-999:], self.clock()]
+        self._record(unit, "retry", one_line(detail))
 
-    def cancel(self, ticket: Any, why: str = "gone") -> list[Dependency] | None:
-        """Forget a wait and return what it lacked; None if it was answered already."""
-        unit = self._waits.pop(ticket, None)
-        if unit is None:
-            return None
-        missing = self.missing(unit)
-        del unit.starts[ticket]
-        if unit.status == PENDING:
-            unit.holder = ticket  # should its owner end now, nobody will start the unit
-        if unit.name:
-            self._record(unit, "gave up", f"{why}; still missing: {', '.join(d.depends_on for d in missing[:5])}")
-        else:
-            self._unlink(unit)
-        return missing
+    def run_on(self, name: str) -> None:
+        """The process of a completed unit, a service, goes on."""
+        self._registered(name).running = True
 
-    def take_answers(self) -> list[tuple[Any, Any]]:
+    def exit(self, name: str, reason: str) -> None:
+        """The process of a completed unit has ended."""
+        unit = self._registered(name)
+        if unit.running:
+            unit.running, unit.exited, unit.exit_reason = False, self.clock(), one_line(reason)
+            self._record(unit, "exited", unit.exit_reason)
+
+    @staticmethod
+    def is_over(claim: Claim) -> bool:
+        """Whether a claim has ended."""
+        return claim not in claim.unit.line and claim.unit.holder is not claim
+
+    def take_answers(self) -> list[tuple[Claim, Any]]:
         """Return the answers that became known since the last call."""
         answers, self._answers = self._answers, []
         return answers
 
     # -- questions ----------------------------------------------------------------------------------------
 
-    def missing(self, what: Any) -> list[Dependency]:
-        """What a unit, or the wait of a ticket, still lacks. The one place that says why something waits."""
-        unit = what if isinstance(what, Unit) else self._waits.get(what)
-        return self.dependencies(unit, unmet_only=True) if unit else []
-
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared."""
+        """The edges of a unit, in the order they were declared. With `_waits_for`, what says why something waits."""
         now, rows = self.clock(), []
         for other, requirement in unit.wants.items():
             met = other.status in MEETS[requirement]
@@ -555,172 +727,302 @@ class Units:
             row.age, row.reason = round(now - other.since, 3), other.reason
             if not met:
                 row.owner = self._owner(other)
-                row.waits_for = [d.name for d in self._unmet(other, 4)] if other.status == PENDING else []
+                row.waits_for = self._waits_for(other) if other.status == PENDING else []
+            rows.append(row)
+        for lock, holder in self._busy(unit) if unmet_only else ():
+            row = Dependency(lock.label(), "free", "taken", False, "lock", round(now - holder.started, 3))
+            row.reason, row.owner = f"{holder.name} has it", self._owner(holder)
             rows.append(row)
         return rows
 
     def status(self, name: str) -> UnitStatus:
-        """A snapshot of one unit with its dependencies; `not registered` for a name nobody knows."""
+        """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
         unit = self.units.get(check_name(name)) or Unit(name, self.clock())
         snapshot = self._snapshot(unit, self.clock())
         snapshot.owner = self._owner(unit)
         snapshot.dependencies = self.dependencies(unit)
+        history: list[Event] = []
+        seq = unit.last_event
+        while seq in self.events and len(history) < MAX_HISTORY:
+            history.append(self.events[seq])
+            seq = self.events[seq].before
+        snapshot.history = history[::-1]
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Snapshots by name; `everything` includes names that were only ever wanted."""
+        """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
         now = self.clock()
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
         return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
 
     def graph(self) -> Graph:
-        """Everything, for pictures; owners as they were when they started their unit."""
+        """Everything, for pictures, in the order in which it became known; also names that were only refused."""
+        now = self.clock()
+        refused = [name for name in self.refusals if name not in self.units]
+        nodes = [self._snapshot(u, now) for u in (*self.units.values(), *(Unit(name, now) for name in refused))]
+        return Graph(round(now - self.began, 6), nodes)
 
-        def since(t: float) -> float:
-            return round(t - self.began, 6) if t >= 0 else -1.0
-
-        nodes = []
-        for u in self.units.values():
-            asked = min(u.waiting, u.started) if u.started >= 0 else u.waiting  # a re-run that waits: not yet
-            node = Node(u.name, u.status, u.unmet == 0, bool(u.starts), since(u.registered), since(asked),
-                        since(u.started), since(u.ended), u.released_by, u.reason, {}, u.owner)  # fmt: skip
-            node.wants = {d.name: requirement for d, requirement in u.wants.items()}
-            nodes.append(node)
-        return Graph(round(self.clock() - self.began, 6), nodes)
-
-    def history(self, name: str) -> list[Event]:
-        """What is remembered of one unit."""
-        return [e for e in self.events if e.unit == name]
+    def environment(self, name: str) -> dict[str, str]:
+        """What the dependencies of a unit, also through others, have left for it; the later in the graph wins."""
+        unit = self.units.get(check_name(name))
+        merged: dict[str, str] = {}
+        for other in self._before(unit) if unit and self.left_environment else ():
+            merged.update(other.environment)
+        return merged
 
     def names(self) -> list[str]:
         """The registered names, for suggestions."""
         return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
+
+    def dependents(self, unit: Unit) -> set[str]:
+        """The names of all that depend on a unit, also through others, and its own."""
+        found, todo = {unit.name}, [unit]
+        for one in todo:
+            new = [u for u in one.wanted_by if u.name not in found]
+            found.update(u.name for u in new)
+            todo += new
+        return found
 
     # -- the rules ----------------------------------------------------------------------------------------
 
     def _settle(self, unit: Unit, because: Unit | None = None) -> bool:
         """When may a unit start? Here. Return whether its status changed, so that others must be looked at.
 
-        Its requirements are all met: the oldest waiting start wins, the others are told. One of them can not
-        be met any more: it is skipped, and all who wait for it are told. Otherwise it goes on waiting.
-        `because` is the dependency that just changed, if only that can have made a difference.
+        Its requirements are all met and all its locks have a place: the first in line is granted. One of them can
+        not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
+        the dependency that just changed, if only that can have made a difference.
         """
+        if unit.status == STARTED:  # those in line stand there until the answer to the one before has arrived
+            return False
         if unit.unmet == 0:
-            if not unit.starts:
-                return False
-            unit.released_by = because.name if because else unit.released_by
-            ticket, (owner, pool) = next(iter(unit.starts.items()))
-            if pool and pool.running >= pool.limit:
-                pool.ready[unit] = None
-                return False
-            if pool:
-                pool.running += 1
-                unit.pool = pool
-            self._answer(ticket, {"dependencies": [d.name for d in unit.wants]})
-            del unit.starts[ticket]
-            unit.holder, unit.owner = ticket, owner
-            self._set(unit, STARTED)
-            for other in [t for t, (_, pool) in unit.starts.items() if pool]:
-                del unit.starts[other], self._waits[other]
-                self.wait([unit.name], other)
-            self._tell(unit, AlreadyStarted, f'unit "{unit.name}" is already started{self._by(unit)}')
-            if not unit.name:
-                self._unlink(unit)
-            return True
-        reason = self._verdict(unit, because)
-        if not reason:
+            return bool(unit.line) and self._grant(unit, because)
+        unit.ready = -1.0
+        reason, root, cause = self._verdict(unit, because)
+        if cause is None:
             return False
         skip = unit.status == PENDING and bool(unit.name)
         if skip:
             self._set(unit, SKIPPED, reason)
-        self._tell(unit, DependencyFailed, f'unit "{unit.name}" skipped: {reason}' if unit.name else reason)
+            unit.root = root
+        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
+        data = {"unit": cause.name, "reason": cause.reason}
+        self._answer_line(unit, DependencyFailed(text, data))
         if not unit.name:
             self._unlink(unit)
         return skip
 
+    def _grant(self, unit: Unit, because: Unit | None) -> bool:
+        """Start a unit whose dependencies are met, unless a lock has no place."""
+        if unit.ready < 0:
+            unit.ready = self.clock()
+            unit.released_by = because.name if because else unit.released_by
+        claim = next(iter(unit.line))
+        if self._busy(unit):
+            for lock in claim.locks:
+                lock.line.setdefault(unit)
+            return False
+        for lock in claim.locks:
+            lock.line.pop(unit, None)
+            lock.taken[unit] = None
+        del unit.line[claim]
+        claim.deadline = float("inf")
+        self.waits -= 1
+        if not unit.name:
+            self._answers.append((claim, {}))
+            self._unlink(unit)
+            return True
+        unit.locks, unit.holder, unit.owner, unit.refused = claim.locks, claim, claim.owner, []
+        if not claim.boot:
+            names = [d.name for d in unit.wants]
+            self._answers.append((claim, {"dependencies": names, "env": self.environment(unit.name)}))
+        self._set(unit, STARTED)
+        return True
+
     @staticmethod
-    def _verdict(unit: Unit, because: Unit | None = None) -> str:
-        """Why a unit cannot be started any more; empty while there is hope."""
+    def _verdict(unit: Unit, because: Unit | None = None) -> tuple[str, str, Unit | None]:
+        """Why a unit cannot be started any more, what failed in the first place, and the dependency it is about.
+
+        None for the dependency while there is hope.
+        """
         causes = (because,) if because else unit.wants
         cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
         if cause is None:
-            return ""
+            return "", "", None
         if cause.status == FAILED:
-            return f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
-        tail, root = cause.reason, cause.reason.rpartition(" was skipped: ")[2]
-        if len(tail) >= MAX_REASON:  # what failed in the first place matters most
-            tail = root if root.startswith("... ") else "... " + root
-        return f'dependency "{cause.name}" was skipped: {tail}'
+            text = f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
+            return text, text, cause
+        text = f'dependency "{cause.name}" was skipped: '
+        # What failed in the first place matters most, however long the chain is.
+        return (
+            text + (cause.reason if len(text + cause.reason) <= 2 * MAX_REASON else f"... {cause.root}"),
+            cause.root,
+            cause,
+        )
 
-    def _propagate(self, changed: Unit) -> None:
-        """Settle whoever depends on a changed unit, and so on; in a loop, since chains may be long."""
+    def _propagate(self, changed: list[Unit]) -> None:
+        """Settle whoever depends on changed units, and so on; in a loop, since chains may be long."""
         from collections import deque
 
-        todo = deque([changed])
-        while todo:
-            unit = todo.popleft()
-            for dependent in list(unit.wanted_by):
-                if (dependent.starts or dependent.status == PENDING) and self._settle(dependent, unit):
-                    todo.append(dependent)
-            for pool in self._freed:
-                while pool.ready and pool.running < pool.limit:
-                    next_one = next(iter(pool.ready))
-                    del pool.ready[next_one]
-                    if self._settle(next_one):
-                        todo.append(next_one)
-            self._freed.clear()
+        todo = deque(changed)
+        while todo or self._freed:
+            freed, self._freed = self._freed, []
+            for lock, before in freed:  # before the dependents, who have just become ready
+                for waiting in list(lock.line):
+                    if len(lock.taken) >= lock.limit:
+                        break
+                    if not waiting.line or waiting.unmet:
+                        del lock.line[waiting]
+                    elif self._settle(waiting):
+                        waiting.released_by = before.name
+                        todo.append(waiting)
+            if todo:
+                unit = todo.popleft()
+                for dependent in list(unit.wanted_by):
+                    if (dependent.line or dependent.status == PENDING) and self._settle(dependent, unit):
+                        todo.append(dependent)
 
     def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
         old, unit.status = unit.status, status
-        if unit.pool and old == STARTED:
-            unit.pool.running -= 1
-            self._freed.append(unit.pool)
-            unit.pool = None
+        if old == STARTED:
+            for lock in unit.locks:
+                del lock.taken[unit]
+                self._freed.append((lock, unit))
+        boot = unit.boot
         unit.since = self.clock()
-        unit.reason, unit.exit_code = reason, exit_code
         if status == STARTED:
-            unit.started, unit.ended = unit.since, -1.0
+            unit.started = unit.since
         elif status in ENDED:
             unit.ended = unit.since
-        elif status == PENDING and old != NOT_REGISTERED:
-            unit.started = unit.ended = -1.0
-            unit.holder = unit.owner = None
+            unit.holder = unit.boot = None
+        elif old != NOT_REGISTERED:
+            unit.begin_again()
+        unit.reason, unit.exit_code = reason, exit_code
         for dependent, requirement in unit.wanted_by.items():
             dependent.unmet += (old in MEETS[requirement]) - (status in MEETS[requirement])
+        if boot and status != PENDING:
+            env = self.environment(unit.name) if status == STARTED else {}
+            self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
 
-    def _end(self, name: str, status: str, reason: str, exit_code: int | None) -> None:
-        unit = self.units.get(check_name(name))
-        if unit is None or unit.status == NOT_REGISTERED:
-            raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+    def _end(self, name: str, status: str, reason: str, exit_code: int | None, by: Owner | None) -> Unit:
+        unit = self._registered(name)
+        refused = [(other.pid, other.born) for other in unit.refused]
+        if by and (by.pid, by.born) in refused and (not unit.owner or by.pid != unit.owner.pid):
+            raise Refused(
+                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
+                f"was started{self._by(unit.owner)}; if it is to be ended all the same, call from another shell"
+            )
         if unit.status == status:
-            return
+            return unit
         if unit.status in ENDED:
             why = f" ({unit.reason})" if unit.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
         self._set(unit, status, reason, exit_code)
-        self._tell(unit, Refused, f'unit "{name}" was {status} by another caller while its start waited')
-        self._propagate(unit)
+        self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
+        self._propagate([unit])
+        return unit
 
     # -- small parts --------------------------------------------------------------------------------------
 
-    def _admit(self, unit: Unit, new: dict[str, Unit]) -> None:
-        """Check the limits, then register `unit` and make the new names known."""
-        names = [n for n in new if n not in self.units]
-        if len(self.units) + len(names) + (unit.name != "" and unit.name not in self.units) > MAX_UNITS:
-            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_UNITS} units')
-        if self.edges + len(new) > MAX_EDGES:
-            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
-        self.units.update((n, new[n]) for n in names)
-        if unit.name and unit.status == NOT_REGISTERED:
-            self.units[unit.name] = unit
-            unit.registered = self.clock()
-            self._set(unit, PENDING)
+    def _declare(self, members: list[tuple[str, dict[str, str]]], anew: bool = False) -> list[Unit]:
+        """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
 
-    def _check_waits(self) -> None:
-        if len(self._waits) >= MAX_WAITS:
+        Raises CycleError, which is remembered for `why`, or Refused.
+        """
+        now = self.clock()
+        units, made, dropped, linked = [], [], [], []
+        name = ""
+
+        def known(name: str) -> Unit:
+            if name not in self.units:
+                self._check_limits(1, 0, members[0][0])
+                self.units[name] = Unit(check_name(name), now)
+                made.append(name)
+            return self.units[name]
+
+        try:
+            for name, _ in members:
+                units.append(known(name))
+                if anew and units[-1].status in ENDED:
+                    dropped += [(units[-1], *edge) for edge in units[-1].wants.items()]
+            for edge in dropped:
+                self._cut(*edge[:2])
+            for unit, (name, wants) in zip(units, members):
+                for dependency, requires in wants.items():
+                    other = known(dependency)
+                    has = unit.wants.get(other, requires)
+                    if has != requires:
+                        raise Refused(
+                            f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}'
+                        )
+                    if other not in unit.wants:
+                        self._check_limits(0, 1, name)
+                        cycle = self._cycle(unit, other)
+                        if cycle:
+                            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+                            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+                        self._link(unit, other, requires)
+                        linked.append((unit, other, requires))
+        except SyncError as error:
+            for unit, other, _ in reversed(linked):
+                self._cut(unit, other)
+            for edge in dropped:
+                self._link(*edge)
+            for each in made:
+                del self.units[each]
+            if name:
+                self.refusals.pop(name, None)
+                self.refusals[name] = one_line(str(error))
+                if len(self.refusals) > 1000:
+                    del self.refusals[next(iter(self.refusals))]
+            raise
+        for unit in units:
+            self.refusals.pop(unit.name, None)
+            if unit.status == NOT_REGISTERED:
+                unit.registered = now
+                self._set(unit, PENDING)
+        for unit, other, requires in linked:
+            self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
+        for _, other, _ in dropped:
+            self._forget(other)
+        return units
+
+    def _stand_in_line(self, claim: Claim, timeout: float) -> None:
+        unit = claim.unit
+        if unit.status in ENDED:  # another try: those behind it wait again
+            self._set(unit, PENDING)
+        unit.line[claim] = None
+        self.waits += 1
+        now = self.clock()
+        claim.deadline = now + timeout if timeout else float("inf")
+        if len(unit.line) == 1 and unit.status != STARTED:
+            unit.waiting, unit.ready, unit.released_by = now, -1.0, ""
+
+    def _locks(self, names: Iterable[str]) -> tuple[Lock, ...]:
+        wanted = list(dict.fromkeys(check_name(name, "lock") for name in names))
+        new = [name for name in wanted if name not in self.locks]
+        if len(wanted) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
+            raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
+        for name in new:
+            self.locks[name] = Lock(name, 1)
+        return tuple(self.locks[name] for name in wanted)
+
+    def _registered(self, name: str) -> Unit:
+        unit = self.units.get(check_name(name))
+        if unit is None or unit.status == NOT_REGISTERED:
+            raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+        return unit
+
+    def _check_limits(self, units: int, edges: int, name: str) -> None:
+        if len(self.units) + units > MAX_UNITS:
+            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_UNITS} units')
+        if self.edges + edges > MAX_EDGES:
+            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+
+    def _check_waits(self, more: int) -> None:
+        if self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
@@ -728,14 +1030,21 @@ class Units:
         unit.unmet += other.status not in MEETS[requirement]
         self.edges += 1
 
-    def _unlink(self, unit: Unit) -> None:
+    def _cut(self, unit: Unit, other: Unit) -> None:
+        requirement = unit.wants.pop(other)
+        del other.wanted_by[unit]
+        unit.unmet -= other.status not in MEETS[requirement]
+        self.edges -= 1
+
+    def _unlink(self, waiter: Unit) -> None:
         """Forget a `wait`, and the names that nobody else has any use for."""
-        for other in unit.wants:
-            del other.wanted_by[unit]
-            if other.status == NOT_REGISTERED and not other.wanted_by:
-                self.units.pop(other.name, None)
-        self.edges -= len(unit.wants)
-        unit.wants.clear()
+        for other in list(waiter.wants):
+            self._cut(waiter, other)
+            self._forget(other)
+
+    def _forget(self, unit: Unit) -> None:
+        if unit.status == NOT_REGISTERED and not unit.wanted_by:
+            self.units.pop(unit.name, None)
 
     def _cycle(self, unit: Unit, dependency: Unit) -> list[str] | None:
         """The cycle that an edge from `unit` to `dependency` would close, or None.
@@ -743,6 +1052,8 @@ class Units:
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
         """
+        if unit is dependency:
+            return [unit.name, unit.name]
         ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
         behind: dict[Unit, Unit | None] = {unit: None}
         fronts, here = ([dependency], [unit]), 0
@@ -767,42 +1078,108 @@ class Units:
             here = 1 - here
         return None
 
-    def _unmet(self, unit: Unit, most: int) -> list[Unit]:
+    @staticmethod
+    def _before(unit: Unit) -> list[Unit]:
+        """All that a unit depends on, also through others, dependencies before their dependents."""
+        order: list[Unit] = []
+        seen, todo = {unit}, [(unit, iter(unit.wants))]
+        while todo:
+            node, rest = todo[-1]
+            child = next((d for d in rest if d not in seen), None)
+            if child is None:
+                order.append(node)
+                todo.pop()
+            else:
+                seen.add(child)
+                todo.append((child, iter(child.wants)))
+        return order[:-1]
+
+    def _waits_for(self, unit: Unit, most: int = 5, registered: bool = True) -> list[str]:
+        """What a unit lacks, in words: dependencies by name, or, where only locks are missing, those and who has them.
+
+        Unless `registered`, names that nobody has registered are marked as such.
+        """
         from itertools import islice
 
         if not unit.unmet:
-            return []
-        return list(islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most))
+            return [f"{lock.label()}, which {holder.name} has" for lock, holder in self._busy(unit)[:most]]
+        lacks = islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most)
+        return [d.name + ("" if registered or d.status != NOT_REGISTERED else " (not registered)") for d in lacks]
 
-    def _answer(self, ticket: Any, result: Any) -> None:
-        del self._waits[ticket]
-        self._answers.append((ticket, result))
+    @staticmethod
+    def _busy(unit: Unit) -> list[tuple[Lock, Unit]]:
+        """The locks that the first claim in line would need and which have no place, and a unit that has each."""
+        claim = None if unit.unmet else next(iter(unit.line), None)
+        locks = claim.locks if claim else ()
+        return [(lock, next(iter(lock.taken))) for lock in locks if len(lock.taken) >= lock.limit]
 
-    def _tell(self, unit: Unit, error: type[SyncError], message: str) -> None:
-        """Give all starts that still wait the same error."""
-        for ticket in list(unit.starts):
-            self._answer(ticket, error(message))
-        unit.starts.clear()
+    def _answer_line(self, unit: Unit, error: SyncError) -> None:
+        """Answer all claims that still wait in line; a boot is notified of the status itself."""
+        self._answers += [(claim, error) for claim in unit.line if not claim.boot]
+        self.waits -= len(unit.line)
+        unit.line.clear()
+
+    def _already_started(self, unit: Unit) -> AlreadyStarted:
+        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.owner)}')
+
+    def _timed_out(self, unit: Unit) -> TimedOut:
+        what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
+        return TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
 
     def _snapshot(self, unit: Unit, now: float) -> UnitStatus:
-        ready = unit.unmet == 0 and unit.status != NOT_REGISTERED
-        row = UnitStatus(unit.name, unit.status, ready, unit.reason, unit.exit_code)
-        row.age, row.owner = round(now - unit.since, 3), unit.owner
-        return row
+        def since(t: float) -> float:
+            return round(t - self.began, 6) if t >= 0 else -1.0
+
+        claim = next(iter(unit.line), unit.holder)
+        locks = claim.locks if claim else unit.locks
+        return UnitStatus(
+            unit.name,
+            unit.status,
+            unit.unmet == 0,
+            unit.reason,
+            unit.exit_code,
+            round(now - unit.since, 3),
+            unit.owner,
+            bool(unit.line) and unit.status == PENDING,
+            self._waits_for(unit) if unit.status == PENDING else [],
+            since(unit.registered),
+            since(unit.waiting),
+            since(unit.ready),
+            since(unit.started),
+            since(unit.ended),
+            unit.released_by,
+            {d.name: requirement for d, requirement in unit.wants.items()},
+            [lock.name for lock in locks if lock.name],
+            {lock.name: holder.name for lock, holder in self._busy(unit) if lock.name},
+            [since(t) for t in unit.tries],
+            unit.running,
+            since(unit.exited),
+            unit.exit_reason,
+            unit.log,
+            self.refusals.get(unit.name, ""),
+            unit.environment,
+        )
 
     def _owner(self, unit: Unit) -> Owner | None:
         if unit.owner is None or unit.status != STARTED:
             return unit.owner
         return Owner(unit.owner.pid, unit.owner.command, self.alive(unit.owner), unit.owner.born)
 
-    def _by(self, unit: Unit) -> str:
-        return f" by {unit.owner.command} (pid {unit.owner.pid})" if unit.owner else ""
+    @staticmethod
+    def _who(owner: Owner | None) -> str:
+        return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
+
+    @staticmethod
+    def _by(owner: Owner | None) -> str:
+        return f" by {owner.command or 'process'} (pid {owner.pid})" if owner else ""
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
             self.seq += 1
-            event = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail)
-            self.events.append(event)
+            event = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail, unit.last_event)
+            unit.last_event = self.seq
+            self.events[self.seq] = event
+            self.events.pop(self.seq - MAX_EVENTS, None)
             self.tell(event)
 
 
@@ -881,14 +1258,22 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
+def error_message(request: Any, error: SyncError) -> dict[str, Any]:
+    """An error as an answer."""
+    body = {"code": error.code, "message": str(error.args[0])}
+    if error.data is not None:
+        body["data"] = plain(error.data)
+    return {"id": request, "error": body}
+
+
 def plain(value: Any) -> Any:
     """Return records as what JSON can hold."""
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (Owner, Dependency, UnitStatus, Event, Node, Graph)):
-        return {k: plain(v) for k, v in vars(value).items() if k != "born"}
+    if hasattr(value, "__annotations__"):  # a record
+        return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
     return value
 
 
@@ -898,7 +1283,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
         known = {k: data[k] for k in kind.__annotations__ if k in data}
         if known.get("owner"):
             known["owner"] = record(Owner, known["owner"])
-        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", Node)):
+        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", UnitStatus)):
             if field in known:
                 known[field] = [record(inner, row) for row in known[field]]
         return kind(**known)
@@ -912,7 +1297,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # makes do without.
 # ----------------------------------------------------------------------------------------------------------
 
-PROGRAM = os.path.basename(globals().get("__file__") or "coder_sync.py")
+PROGRAM = FILE.rpartition("/")[2]
 
 
 def put(text: str, fd: int = 1) -> bool:
@@ -1027,8 +1412,8 @@ def command_of(pid: int) -> str:
             args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
         return ""
-    if args[1:3] == ["-ISOO", "-c"]:  # our own executable form
-        args = args[4:]
+    if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
+        args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:1] = [os.path.basename(a) for a in args[:1]]
     text = one_line(" ".join(args)) or proc_line(pid, "Name")
     return text if len(text) <= 60 else text[:57] + "..."
@@ -1117,16 +1502,21 @@ def end_on_term() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+def supervise(
+    command: list[str], env: dict[bytes, bytes], readiness: Readiness | None = None, came: list[int] | None = None
+) -> int:
     """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
 
-    Raises CommandError if it cannot be run. What the terminal sends (Ctrl-C) goes to the whole foreground group,
-    so the command has it already; only what a process sent to us is passed on.
+    `readiness` notices when it is ready, `came` gets the signals that came. What the terminal sends (Ctrl-C) goes to
+    the whole foreground group, so the command has it already; only what a process sent to us is passed on. Raises
+    CommandError if the command cannot be run.
     """
     import _signal as signal
 
     signals = Signals()
     try:
+        if readiness:
+            readiness.begin()
         try:
             # Python ignores these two, and what we take is blocked; the command starts with neither.
             defaults = [signal.SIGPIPE, signal.SIGXFSZ]
@@ -1139,7 +1529,12 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
                 code = reap(pid)
                 if code is not None:
                     return code
-            elif sent:
+                if readiness:
+                    readiness.look(pid)
+                continue
+            if came is not None:
+                came.append(number)
+            if sent:
                 try:
                     os.kill(pid, number)
                 except OSError:  # it has ended, or become another user
@@ -1216,31 +1611,365 @@ def alive_groups(groups: Iterable[int]) -> set[int]:
     return alive & found
 
 
+# -- is it ready? ---------------------------------------------------------------------------------------------
+
+PROBE_TIMEOUT = 5.0  # for one try
+
+
+def address_of(text: str, port: int = 0) -> tuple[str, int]:
+    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+
+    Raises UsageError.
+    """
+    host, _, number = text.rpartition(":")
+    if port and (":" not in text or text[-1:] == "]"):
+        host, number = text, str(port)
+    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+        raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
+    return host.strip("[]"), int(number)
+
+
+def check_probe(text: str) -> None:
+    """Raises UsageError for a probe that can be known to be wrong without a try."""
+    kind, colon, rest = text.partition(":")
+    if kind == "tcp" and colon:
+        address_of(rest)
+    elif text.startswith("http://"):
+        address_of(text[7:].partition("/")[0], 80)
+    elif (colon and kind in ("unix", "file") and not rest) or not text:
+        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+
+
+def connect(host: str, port: int, timeout: float) -> Any:
+    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    import socket
+
+    if host:
+        return socket.create_connection((host, port), timeout)
+    try:
+        return socket.create_connection(("127.0.0.1", port), timeout)
+    except OSError as error:
+        try:
+            return socket.create_connection(("::1", port), timeout)
+        except OSError:
+            raise error from None
+
+
+def http_status(text: str, timeout: float) -> int:
+    """The status with which an http:// address answers. Raises OSError."""
+    where, _, path = text[7:].partition("/")
+    with connect(*address_of(where, 80), timeout) as sock:
+        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+        line = b""
+        while b"\n" not in line and len(line) < 1024:
+            chunk = sock.recv(1024)
+            if not chunk:
+                break
+            line += chunk
+    words = line.split(b"\n")[0].split()
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise OSError(0, "its answer is not HTTP")
+    return int(words[1])
+
+
+class Prober:
+    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
+
+    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them
+    (`reap`). `error` is what the last try lacked, in a few words.
+    """
+
+    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+        import threading
+
+        self.error = "not tried yet"
+        self._text, self._env = text, env
+        self._group = 0  # of a command that is being tried
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._ready, self._done = os.pipe()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._ready
+
+    def ready(self) -> bool:
+        """Whether a try has succeeded."""
+        return not self.error
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for that, for so many seconds; return whether it has."""
+        import select
+
+        done = select.poll()
+        done.register(self._ready, select.POLLIN)
+        done.poll(None if timeout == float("inf") else max(0.0, timeout) * 1000)
+        return self.ready()
+
+    def close(self) -> None:
+        """No more tries; a command that is being tried is killed."""
+        self._closed.set()
+        with self._lock:
+            if self._group:
+                signal_group(self._group, 9)
+        os.close(self._ready)
+
+    def _run(self) -> None:
+        pause = 0.1
+        try:
+            while not self._closed.is_set():
+                self.error = self._try()
+                if not self.error:
+                    break
+                self._closed.wait(pause)
+                pause = min(2 * pause, 1.0)
+        finally:
+            os.close(self._done)
+
+    def _try(self) -> str:
+        """Try once; return what is lacking."""
+        kind, colon, rest = self._text.partition(":")
+        try:
+            if kind == "file" and colon:
+                return "" if os.path.exists(rest) else "no such file"
+            if kind == "tcp" and colon:
+                connect(*address_of(rest), PROBE_TIMEOUT).close()
+                return ""
+            if kind == "unix" and colon:
+                from _socket import AF_UNIX, SOCK_STREAM, socket
+
+                sock = socket(AF_UNIX, SOCK_STREAM)
+                try:
+                    sock.settimeout(PROBE_TIMEOUT)
+                    sock.connect(rest)
+                finally:
+                    sock.close()
+                return ""
+            if self._text.startswith("http://"):
+                status = http_status(self._text, PROBE_TIMEOUT)
+                return "" if status < 400 else f"HTTP status {status}"
+            return self._command()
+        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            return one_line(getattr(error, "strerror", None) or str(error))
+
+    def _command(self) -> str:
+        import _signal as signal
+        import select
+
+        read, write = os.pipe()
+        nothing = null()
+        try:
+            with self._lock:
+                if self._closed.is_set():
+                    return "no more tries"
+                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
+                self._group = os.posix_spawnp(
+                    "sh",
+                    ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text],
+                    self._env,
+                    file_actions=[*streams, (os.POSIX_SPAWN_DUP2, write, 3)],
+                    setpgroup=0,
+                    setsigmask=[],
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+                )
+            os.close(write)
+            write = -1
+            answered = select.poll()
+            answered.register(read, select.POLLIN)
+            if not answered.poll(PROBE_TIMEOUT * 1000):
+                signal_group(self._group, 9)
+                return f"no end within {PROBE_TIMEOUT:.0f}s"
+            status = os.read(read, 16).strip()
+            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
+        finally:
+            with self._lock:
+                self._group = 0
+            for fd in (read, write, nothing):
+                if fd >= 0:
+                    os.close(fd)
+
+
+class Notified:
+    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
+
+    def __init__(self, path: str) -> None:
+        from _socket import AF_UNIX, SOCK_DGRAM, socket
+
+        self.error = "it has not said READY=1"
+        self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
+        self._sock.setblocking(False)
+        try:
+            self._sock.bind(path)
+        except OSError:
+            self._sock.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._sock.fileno()
+
+    def ready(self) -> bool:
+        """Take what was said; return whether READY=1 was."""
+        try:
+            while self.error:
+                if b"READY=1" in self._sock.recv(4096).split(b"\n"):
+                    self.error = ""
+        except OSError:
+            pass
+        return not self.error
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._sock.close()
+        os.unlink(self._path)
+
+
+class Readiness:
+    """Whether the command that `supervise` runs is ready, or has not been for too long and is ended.
+
+    `look` is called at each SIGCHLD; a thread sends one when there is something to see. `on_ready` is called there.
+    """
+
+    GRACE = 10.0  # seconds from TERM to KILL
+
+    def __init__(self, prober: Callable[[], Prober | Notified], timeout: float, on_ready: Callable[[], None]) -> None:
+        self.prober: Prober | Notified | None = None
+        self.is_ready = self.is_late = False
+        self._make, self._timeout, self._on_ready = prober, timeout, on_ready
+
+    def begin(self) -> None:
+        """Start to probe, once signals are blocked for the threads that this takes. Raises OSError."""
+        import threading
+
+        self.prober = self._make()
+        self._deadline = time.monotonic() + self._timeout if self._timeout else float("inf")
+        threading.Thread(target=self._wait, args=(self.prober.fileno(),), daemon=True).start()
+
+    def _wait(self, fd: int) -> None:
+        import _signal as signal
+        import select
+
+        ready = select.poll()
+        ready.register(fd, select.POLLIN)
+        ready.poll(self._timeout * 1000 if self._timeout else None)
+        for pause in (0.0, self.GRACE):
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    def look(self, pid: int) -> None:
+        """See whether the command is ready, or late."""
+        if self.prober and not self.is_ready and not self.is_late and self.prober.ready():
+            self.is_ready = True
+            self._on_ready()
+        elif not self.is_ready and time.monotonic() >= self._deadline:
+            os.kill(pid, 9 if self.is_late and time.monotonic() >= self._deadline + self.GRACE else 15)
+            self.is_late = True
+
+    def reason(self, code: int) -> str:
+        """Why the unit of a command that ended with `code` has failed; empty if it was ready."""
+        if self.is_ready or not self.prober:
+            return ""
+        if self.is_late:
+            return f"not ready after {self._timeout:g}s: {self.prober.error}"
+        return f"ended before it was ready ({ending(code)})"
+
+    def close(self) -> None:
+        """Probe no more."""
+        if self.prober:
+            self.prober.close()
+
+
+# -- what a command leaves to others ----------------------------------------------------------------------------
+
+MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+
+
+def private_file() -> tuple[int, str]:
+    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+
+    Unlike one in a directory it is gone when we are, however we end.
+    """
+    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+        try:
+            file = os.memfd_create("coder-sync")
+            return file, f"/proc/{os.getpid()}/fd/{file}"
+        except OSError:
+            pass
+    return -1, ""
+
+
+def private_directory() -> str:
+    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
+    base = getenv("TMPDIR") or "/tmp"
+    for number in range(100):
+        path = os.path.join(base, f"coder-sync-{os.getpid()}-{time.time_ns() + number:x}")
+        try:
+            os.mkdir(path, 0o700)
+            return path
+        except FileExistsError:
+            continue
+        except OSError:
+            break
+    return ""
+
+
+def exported(path: str) -> dict[str, str]:
+    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    if not path:
+        return {}
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
+        with open(fd, "rb") as file:
+            data = file.read(MAX_ENV + 1) or b""
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    values: dict[str, str] = {}
+    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
+        name, found, value = line.partition("=")
+        if not line:
+            continue
+        if not found or not name.isidentifier() or not name.isascii() or "\0" in value:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
+        values[name] = value
+    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
+        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    return values
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Agent. Units behind one lock, served by socketserver.ThreadingUnixStreamServer, a thread a connection.
 #
 # What keeps it safe:
 # - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
-# - A thread stays in its connection's read loop. A `start` that must wait leaves only its ticket behind, and
-#   is answered by whichever thread makes the unit ready. So the end of a client is seen at once, as end of
-#   file, by the thread that owns the connection; it cancels the tickets under the lock. A ticket is answered
-#   or cancelled, never both: both happen under the lock, and each removes it from Units.
-# - A thread blocks only on its own connection, and then for SEND_TIMEOUT at most; on others' it never does:
-#   what their socket does not take at once is left to the mail thread, within bounds of time and size.
-# - Events for watchers go through a queue to the mail thread as well, log lines to the log thread.
+# - Only a connection's own thread reads from and writes to its socket, and it blocks for SEND_TIMEOUT at most.
+#   Whoever makes a claim's answer known, whatever the thread, leaves it in the outbox of the claim's connection
+#   and wakes that connection's thread, both under the lock.
+# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next of its claims
+#   has waited long enough. So the end of a client is seen at once, and all its claims end in one step.
+# - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
+# - A follower of events reads the history from where it was; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4096
-MAX_PENDING = 10_000  # requests of one connection that wait
-MAX_BACKLOG = 4 << 20  # bytes that may wait for one connection
-MAX_QUEUE = 200_000  # log lines and events on their way out
+MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
-REPLACE_TIMEOUT = 10.0  # seconds that an agent that is to be replaced may take to end
+REPLACE_TIMEOUT = 10.0  # seconds
+MAX_PENDING = 10_000  # requests of one connection that wait
 SEND_TIMEOUT = 10  # seconds
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
-PAUSE = 0.02  # seconds that the mail thread gathers events for, or waits before it tries a late peer again
+CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
+PAUSE = 0.02  # seconds for which a follower's thread gathers events
 STACK = 256 * 1024
 
+OBJECTS: list[Any] = []  # the default of a parameter that is a list of objects; other lists are of strings
 METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or its type if it is required
     "ping": {},
     "want": {"unit": str, "dependencies": [], "requires": SUCCESS},
@@ -1250,20 +1979,29 @@ METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or
         "requires": SUCCESS,
         "hold": False,
         "pid": 0,
-        "jobs": 0,
+        "timeout": 0.0,
         "progress": False,
+        "locks": [],
+        "confirm": False,
     },
-    "wait": {"units": [], "requires": SUCCESS, "progress": False},
-    "complete": {"unit": str},
+    "confirm": {"id": object},
+    "wait": {"units": [], "requires": SUCCESS, "timeout": 0.0, "progress": False},
+    "boot": {"units": OBJECTS, "jobs": 0, "more": False},
+    "complete": {"unit": str, "env": {}},
     "fail": {"unit": str, "reason": "", "exit_code": 0},
+    "owner": {"unit": str, "pid": 0, "log": ""},
+    "retry": {"unit": str, "detail": ""},
+    "running": {"unit": str},
+    "exited": {"unit": str, "reason": ""},
+    "reset": {"units": []},
     "status": {"unit": str},
     "list": {"all": False},
     "graph": {},
-    "shutdown": {},
-    "missing": {"id": object},
-    "cancel": {"id": object},
+    "env": {"unit": str},
     "events": {"since": 0, "follow": False},
+    "shutdown": {},
 }
+KINDS = {str: "a string", int: "a whole number", float: "a number of seconds", bool: "true or false", dict: "an object"}
 
 
 def check_params(spec: dict[str, Any], params: Any) -> dict[str, Any]:
@@ -1284,153 +2022,47 @@ def check_params(spec: dict[str, Any], params: Any) -> dict[str, Any]:
             raise InvalidParams(f'parameter "{name}" is missing')
         value = params.get(name, default)
         if kind is object:  # the id of a request
-            good = type(value) in (str, int)
+            what, good = "a string or a whole number", type(value) in (str, int)
         elif kind is list:
-            good = type(value) is list and all(type(v) is str for v in value)
+            inner, what = (dict, "a list of objects") if default is OBJECTS else (str, "a list of strings")
+            good = type(value) is list and all(type(v) is inner for v in value)
+        elif kind is float:
+            what, good = KINDS[kind], type(value) in (int, float) and 0 <= value < 1e9
         else:
-            good = type(value) is kind and (not isinstance(value, int) or abs(value) < 2**31)
+            what, good = KINDS[kind], type(value) is kind and (not isinstance(value, int) or abs(value) < 2**31)
         if not good:
-            what = {str: "a string", int: "a whole number", bool: "true or false", list: "a list of strings"}
-            raise InvalidParams(f'parameter "{name}" must be {what.get(kind, "a string or a whole number")}')
+            raise InvalidParams(f'parameter "{name}" must be {what}')
         checked[name] = value
     return checked
 
 
-def error_line(request: Any, error: SyncError) -> bytes:
-    """An error as an answer."""
-    body = {"code": error.code, "message": str(error)}
-    if error.data is not None:
-        body["data"] = plain(error.data)
-    return encode({"id": request, "error": body})
+def check_environment(env: dict[str, Any]) -> dict[str, str]:
+    """Return the variables that a command leaves for others if they are some, else raise Refused."""
+    for name, value in env.items():
+        if not (name.isidentifier() and name.isascii()):
+            raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
+        if type(value) is not str or "\0" in value:
+            raise Refused(f"the environment variable {name} must have a text for a value")
+    if sum(len(k) + len(v) for k, v in env.items()) > MAX_LINE:
+        raise Refused(f"the environment that a unit leaves may have {MAX_LINE} characters")
+    return env
 
 
-def resembling(name: str, names: Sequence[str]) -> str:
+def resembling(name: str, names: Iterable[str]) -> str:
     """The one of `names` that `name` may have been meant to be, or nothing."""
     try:
         from difflib import get_close_matches
     except (ImportError, OSError):  # no descriptor left to read it with
         return ""
+    from itertools import islice
+
     digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
-    others = [n for n in get_close_matches(name, names[:5000], 3, 0.7) if n.translate(digits) != name.translate(digits)]
-    return others[0] if others else ""
-
-
-class Connection:
-    """One client. `pending` maps its requests that wait to their tickets, `held` tickets to the units they hold.
-
-    What is sent goes through one queue, in order. Our own thread may block on it; any other sends what the
-    socket takes, and what is left is late: the mail thread tries again until it is taken, or too old, or too much.
-    """
-
-    def __init__(self, sock: Any, mail: Mail) -> None:
-        from threading import Lock
-
-        self.sock, self.mail = sock, mail
-        self.pending: dict[Any, Ticket] = {}
-        self.held: dict[Ticket, str] = {}
-        self.pool: Pool | None = None  # of the starts that have a limit of "jobs"
-        self.owner: Owner | None = None  # who started a unit here last
-        self._mutex = Lock()  # guards the three below; never held while blocking
-        self._busy = False  # our own thread is sending and may block
-        self._first = b""  # what was late when it began
-        self._queue: list[bytes] = []
-        self._size = 0  # bytes in the queue
-
-    def hold_back(self) -> None:
-        """Keep what other threads push until the next `reply`."""
-        with self._mutex:
-            self._busy, self._first = True, self._take()
-
-    def reply(self, data: bytes) -> bool:
-        """Send from the connection's own thread; may block for SEND_TIMEOUT."""
-        with self._mutex:
-            first = self._first if self._busy else self._take()  # what was pushed since hold_back comes after
-            self._busy, self._first = True, b""
-            data = first + data
-        while data:
-            try:
-                self.sock.sendall(data)
-            except OSError:
-                self.drop()
-                return False  # and `_busy` stays: nobody sends any more
-            with self._mutex:
-                data = self._take()
-                self._busy = bool(data)
-        return True
-
-    def push(self, data: bytes) -> bool:
-        """Send from any thread; never blocks. False if the peer is gone, or has let too much pile up."""
-        with self._mutex:
-            self._queue.append(data)
-            self._size += len(data)
-            if (self._busy or self._send()) and self._size <= MAX_BACKLOG:
-                return True
-        self.drop()
-        return False
-
-    def retry(self) -> bool:
-        """Send more of what is late, from the mail thread; whether all of it is on its way now."""
-        with self._mutex:
-            if not self._busy and not self._send():
-                self.drop()
-                return True
-            return self._busy or not self._queue
-
-    def _take(self) -> bytes:
-        data = b"".join(self._queue)
-        self._queue.clear()
-        self._size = 0
-        return data
-
-    def _send(self) -> bool:
-        """Send what the socket takes at once, under the mutex."""
-        from socket import MSG_DONTWAIT
-
-        data = self._take()
-        try:
-            sent = self.sock.send(data, MSG_DONTWAIT) if data else 0
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return False
-        if sent < len(data):
-            self._queue, self._size = [data[sent:]], len(data) - sent
-            self.mail.retry_later(self)
-        return True
-
-    def drop(self) -> None:
-        """End the connection; its own thread sees end of file and cleans up."""
-        from socket import SHUT_RDWR
-
-        try:
-            self.sock.shutdown(SHUT_RDWR)
-        except OSError:
-            pass
-
-    def peer(self) -> int:
-        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
-        import socket
-        import struct
-
-        try:
-            if hasattr(socket, "SO_PEERCRED"):
-                return int(struct.unpack("3i", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-            return int(struct.unpack("i", self.sock.getsockopt(0, 2, 4))[0])  # macOS: SOL_LOCAL, LOCAL_PEERPID
-        except (OSError, struct.error):
-            return 0
-
-
-class Ticket:
-    """A request whose answer comes later."""
-
-    __slots__ = ("connection", "id", "unit")
-
-    def __init__(self, connection: Connection, request: Any, unit: str) -> None:
-        self.connection, self.id, self.unit = connection, request, unit
+    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
+    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own, so that nobody waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
     """
@@ -1438,9 +2070,8 @@ class Log:
     def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
 
-        self.level, self.path, self.fd = level, os.path.realpath(path) if path else "", 2
-        if path:
-            self.fd = self._open(self.path)
+        self.level, self.path = level, path
+        self.fd = self._open(path) if path else 2
         self.lost = 0
         self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
         self._thread: Any = None
@@ -1501,7 +2132,7 @@ class Log:
 
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
-        # O_NONBLOCK: a pipe that nobody reads is an error, and no wait
+        # O_NONBLOCK: a pipe without a reader is an error, and no wait
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
 
     def _rotate(self) -> None:
@@ -1511,12 +2142,12 @@ class Log:
         found = os.fstat(self.fd)
         if found.st_size <= MAX_LOG or not stat.S_ISREG(found.st_mode):  # what is no file has no end, and no successor
             return
-        new = -1
+        path, new = os.path.realpath(self.path), -1
         try:
-            remove(self.path + ".new")
-            new = self._open(self.path + ".new", os.O_EXCL)
-            os.replace(self.path, self.path + ".1")
-            os.replace(self.path + ".new", self.path)
+            remove(path + ".new")
+            new = self._open(path + ".new", os.O_EXCL)
+            os.replace(path, path + ".1")
+            os.replace(path + ".new", path)
             os.dup2(new, self.fd, inheritable=False)
         except OSError:
             pass
@@ -1525,76 +2156,132 @@ class Log:
                 os.close(new)
 
 
-class Mail:
-    """The mail thread: events for those who follow them; what a client did not take at once. Events go out in
-    batches, so that a follower costs those who coordinate nothing.
-    """
+class Ticket:
+    """Where the answer to a claim goes: the request with this id of a connection; without an id, notifications."""
 
-    def __init__(self, log: Log) -> None:
-        from _queue import SimpleQueue
+    __slots__ = ("confirm", "connection", "id", "report_at", "since")
 
-        self.log, self.level, self.say = log, log.level, log.say
-        self.queue: SimpleQueue[Any] = SimpleQueue()
-        self.watchers: dict[Connection, int] = {}  # who follows the events -> the last one it has
-        self.late: dict[Connection, float] = {}  # who has not taken all -> when it must have
+    def __init__(self, connection: Connection, request: Any, progress: bool = False, confirm: bool = False) -> None:
+        self.connection, self.id, self.confirm = connection, request, confirm
+        self.since = time.monotonic()
+        self.report_at = self.since + REPORT_EVERY if progress else float("inf")
 
-    def event(self, event: Event) -> None:
-        """Queue something that happened to a unit."""
-        self.log.event(event)
-        if self.queue.qsize() < MAX_QUEUE:
-            self.queue.put(event)
 
-    def retry_later(self, connection: Connection) -> None:
-        """Try again to send what a connection did not take."""
-        self.late.setdefault(connection, time.monotonic() + SEND_TIMEOUT)
-        self.queue.put(())
+@dataclass
+class Waiting:
+    """What a claim lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
 
-    def run(self) -> None:
-        """Send what there is, for ever; the body of the thread."""
-        from _queue import Empty
+    missing: list[Dependency]
+    waited: float
 
-        while True:
-            batch: list[Any] = []
+
+class Connection:
+    """One client and its thread. Others only append to `outbox` and call `wake`, under the agent's lock."""
+
+    def __init__(self, sock: Any) -> None:
+        from collections import deque
+
+        self.sock: Any = sock
+        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
+        self.pending: dict[Any, Claim] = {}  # id of a request -> its claim, until it is answered
+        self.claims: dict[Claim, Claim] = {}  # all that may not be over
+        self.unconfirmed: dict[Any, tuple[Claim, float]] = {}  # id -> claim, until when its client may confirm it
+        self.members: list[Any] = []  # the units of a boot, of which more are to come
+        self.services: dict[str, None] = {}  # units whose process runs on
+        self.following = -1  # the number of the last event that it has, if it follows them
+        self.closed = self.woken = self.busy = False
+        self.wake_ends = wake_up_descriptors()
+
+    def wake(self) -> None:
+        """Make the connection's thread look at its outbox."""
+        if not self.woken and not self.closed:
+            self.woken = True
+            os.write(self.wake_ends[-1], WAKE_UP)
+
+    def drain(self) -> None:
+        """Take the wake-ups that have come; what was put into the outbox before them is sent next."""
+        os.read(self.wake_ends[0], 4096)
+        self.woken = False
+
+    def close(self) -> None:
+        """Give the wake-up descriptors back; nobody wakes us after."""
+        self.closed = True
+        for fd in self.wake_ends:
+            os.close(fd)
+
+    def due(self) -> float:
+        """When the thread has to look at its claims, on the monotonic clock."""
+        times = [min(claim.deadline, claim.ticket.report_at) for claim in list(self.pending.values())]
+        return min([*times, *(at for _, at in self.unconfirmed.values())], default=float("inf"))
+
+    def send(self, data: bytes) -> bool:
+        """Send, within SEND_TIMEOUT. False if the peer is gone or does not read: then the connection is over."""
+        from socket import SHUT_RDWR
+
+        try:
+            self.sock.sendall(data)
+            return True
+        except OSError:
             try:
-                batch.append(self.queue.get(timeout=PAUSE if self.late else None))
-                if self.watchers:
-                    time.sleep(PAUSE)
-                while len(batch) < 10_000:
-                    batch.append(self.queue.get_nowait())
-            except Empty:
+                self.sock.shutdown(SHUT_RDWR)
+            except OSError:
                 pass
-            events = [(e.seq, encode({"method": "event", "params": plain(e)})) for e in batch if isinstance(e, Event)]
-            for watcher, seen in list(self.watchers.items()) if events else ():
-                watcher.push(b"".join(data for seq, data in events if seq > seen))
-            for connection, limit in list(self.late.items()):
-                if connection.retry():
-                    self.late.pop(connection, None)
-                elif time.monotonic() > limit:
-                    connection.drop()
-                    self.late.pop(connection, None)
+            return False
+
+    def peer(self) -> int:
+        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
+        import socket
+        import struct
+
+        try:
+            if hasattr(socket, "SO_PEERCRED"):
+                return int(struct.unpack("3i", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+            return int(struct.unpack("i", self.sock.getsockopt(0, 2, 4))[0])  # macOS: SOL_LOCAL, LOCAL_PEERPID
+        except (OSError, struct.error):
+            return 0
+
+    def caller(self, hold: bool) -> Owner | None:
+        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+        pid = self.peer()
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0)
+        return Owner(pid, command_of(pid), None, birth(pid)) if pid else None
+
+
+WAKE_UP = (1).to_bytes(8, sys.byteorder)  # what eventfd(2) takes; a pipe does not mind
+
+
+def wake_up_descriptors() -> tuple[int, ...]:
+    """Descriptors to wake a thread with, the first to poll and read, the last to write; only one where eventfd is."""
+    if hasattr(os, "eventfd"):
+        return (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),)
+    ends = os.pipe()
+    for fd in ends:
+        os.set_blocking(fd, False)
+    return ends
 
 
 class Agent:
     """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
 
-    def __init__(self, mail: Mail) -> None:
+    def __init__(self, log: Log) -> None:
         from threading import Lock
 
         if sys.version_info[:2] == (3, 10):  # its C scanner looks for its exception there, and does not import it
             import json.decoder  # noqa: F401
 
         self.lock = Lock()
-        self.mail = mail
-        self.units = Units(time.monotonic, time.time, self._alive, mail.event)
+        self.log = log
+        self.units = Units(time.monotonic, time.time, self._alive, self._event)
         self.connections: set[Connection] = set()
-        self.max_connections = MAX_CONNECTIONS
+        self.followers: set[Connection] = set()
+        self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
-        self.active = 0  # requests being answered
-        self.owners: dict[Ticket, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
-        self._woken, self._wake = os.pipe()  # to the owners' thread
-        os.set_blocking(self._wake, False)
-        self._watching = False  # whether there is one
+        self.owners: dict[Claim, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
+        self._owners_wake = os.pipe()
+        os.set_blocking(self._owners_wake[1], False)
+        self._watching = False  # whether the owners' thread runs
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
@@ -1603,54 +2290,67 @@ class Agent:
         import socket
         import struct
 
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_TIMEOUT, 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
-        connection = Connection(sock, self.mail)
+        try:
+            connection = Connection(sock)
+        except OSError as error:
+            self.log.say(f"refused a connection: {error.strerror}", 0)
+            return
         with self.lock:
             self.connections.add(connection)
         try:
-            self._read(connection)
+            self._converse(connection)
         except OSError:  # the peer vanished
             pass
         finally:
-            self._gone(connection)
-
-    def _read(self, connection: Connection) -> None:
-        buffer = b""
-        while True:
-            try:
-                chunk = connection.sock.recv(8192)
-            except BlockingIOError:  # IDLE_TIMEOUT
-                if connection.pending or connection.held or connection in self.mail.watchers:
-                    continue
-                idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
-                connection.reply(error_line(None, idle))
-                return
-            lines = (buffer + chunk).split(b"\n")
-            buffer = lines.pop()
-            if not chunk and buffer:  # end of file after half a line, or a last line without its newline
-                lines, buffer = [*lines, buffer], b""
-            for line in lines:
-                if line.strip() and not self.line(connection, line):
-                    return
-            if len(buffer) > MAX_LINE:
-                self.line(connection, buffer)
-                return
-            if not chunk:
-                return
-
-    def line(self, connection: Connection, line: bytes) -> bool:
-        """Answer one request; False if the rest of the stream cannot be trusted."""
-        with self.lock:
-            self.active += 1
-        try:
-            return self._line(connection, line)
-        finally:
             with self.lock:
-                self.active -= 1
+                self.connections.discard(connection)
+                self.followers.discard(connection)
+                connection.close()
+                self._end_all(connection)
+
+    def _converse(self, connection: Connection) -> None:
+        """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
+        from select import POLLIN, poll
+
+        poller = poll()
+        poller.register(connection.sock, POLLIN)
+        poller.register(connection.wake_ends[0], POLLIN)
+        buffer, idle_since = b"", time.monotonic()
+        while True:
+            connection.busy = False
+            pause = min(connection.due(), idle_since + IDLE_TIMEOUT) - time.monotonic()
+            ready = [fd for fd, _ in poller.poll(max(0, pause) * 1000 + 1)]
+            connection.busy = True
+            if connection.wake_ends[0] in ready:
+                time.sleep(PAUSE if connection.following >= 0 else 0)
+                connection.drain()
+            if connection.due() <= time.monotonic():
+                self._due(connection)
+            self._flush(connection)
+            if connection.sock.fileno() in ready:
+                chunk = connection.sock.recv(65536)
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
+                    lines, buffer = [*lines, buffer], b""
+                for line in lines:  # whatever becomes of the answers: what was received is done
+                    if line.strip() and not self._line(connection, line):
+                        return
+                if not chunk:
+                    return
+                idle_since = time.monotonic()
+            elif time.monotonic() >= idle_since + IDLE_TIMEOUT:
+                with self.lock:
+                    used = connection.services or any(not self.units.is_over(claim) for claim in connection.claims)
+                if not used and connection.following < 0:
+                    idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
+                    connection.send(encode(error_message(None, idle)))
+                    return
+                idle_since = time.monotonic()
 
     def _line(self, connection: Connection, line: bytes) -> bool:
-        request = None
+        """Do one request and answer it; False if the rest of the stream cannot be trusted."""
+        request, trusted = None, True
         try:
             if len(line) > MAX_LINE:
                 raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
@@ -1662,14 +2362,19 @@ class Agent:
             if isinstance(message.get("id"), (str, int)) and not isinstance(message["id"], bool):
                 request = message["id"]
             result = self._call(connection, request, message)
+            if isinstance(result, UnitStatus):
+                own = Dependency(result.unit_name, "", result.status, False)
+                self._suggest([own], "")
+                self._suggest(result.dependencies, result.unit_name)
+                result.did_you_mean = own.did_you_mean
+            if result is not None and request is not None:  # else the answer comes later, or nobody asked for one
+                connection.outbox.append((None, {"id": request, "result": plain(result)}))
         except SyncError as error:
-            self._flush()
-            self.mail.say(f"refused: {one_line(str(error))}")
-            return connection.reply(error_line(request, error)) and not isinstance(error, ParseError)
-        self._flush()
-        if result is None or request is None:  # the answer comes later, or nobody asked for one
-            return True
-        return connection.reply(encode({"id": request, "result": plain(result)}))
+            self.log.say(f"refused: {one_line(str(error))}")
+            connection.outbox.append((None, error_message(request, error)))
+            trusted = not isinstance(error, ParseError)
+        self._flush(connection)
+        return trusted
 
     def _call(self, connection: Connection, request: Any, message: dict[str, Any]) -> Any:
         if message.get("jsonrpc") != "2.0":
@@ -1685,275 +2390,365 @@ class Agent:
         if request in connection.pending:
             raise InvalidRequest(f"id {one_line(ascii(request))[:60]} is in use by a request that still waits")
         params = check_params(spec, message.get("params", {}))
-        if self.mail.level > 1:
-            self.mail.say(f"request: {method} {one_line(ascii(params))[:200]}", 2)
-        if method in ("start", "wait", "missing", "cancel", "events"):
-            if request is None:
-                raise InvalidRequest(f'{method} needs an "id"')
-            return getattr(self, "_" + method)(connection, request, **params)
-        return self.graph() if method == "graph" else getattr(self, "_" + method)(**params)
-
-    def _flush(self) -> None:
-        """Send the answers that became known, without the lock."""
-        while True:
-            with self.lock:
-                answers = self.units.take_answers()
-            for ticket, result in answers:
-                ticket.connection.pending.pop(ticket.id, None)
-                if isinstance(result, SyncError):
-                    ticket.connection.push(error_line(ticket.id, result))
-                elif not ticket.connection.push(encode({"id": ticket.id, "result": result})) and ticket.unit:
-                    with self.lock:  # nobody is there to run it
-                        self.units.revoke(ticket.unit, ticket)
-            if not answers:
-                return
-
-    def _gone(self, connection: Connection) -> None:
-        """The peer is gone: forget what it waits for, and fail what it held."""
+        if self.log.level > 1:
+            shown = {name: value for name, value in params.items() if name != "env"}
+            self.log.say(f"request: {method} {one_line(ascii(shown))[:200]}", 2)
         with self.lock:
-            self.connections.discard(connection)
-            self.mail.watchers.pop(connection, None)
-            self.mail.late.pop(connection, None)
-            for ticket, unit in connection.held.items():
-                self.units.lose(unit, ticket)
-            for ticket in list(connection.pending.values()):
-                self.units.cancel(ticket, "its caller went away")
-        self._flush()
+            try:
+                return getattr(self, "_" + method)(connection, request, **params)
+            finally:
+                self._distribute(connection)
 
-    # -- the methods --------------------------------------------------------------------------------------
+    def _flush(self, connection: Connection) -> None:
+        """Send what is in the outbox, and what a follower does not have yet. If that fails, all claims end."""
+        sent = True
+        while sent and connection.outbox:
+            lines, delivered, size = [], [], 0
+            while connection.outbox and size < 65536:
+                claim, content = connection.outbox.popleft()
+                lines.append(encode(self._message(claim, content) if claim else content))
+                size += len(lines[-1])
+                if claim and isinstance(content, dict):
+                    delivered.append(claim)
+            sent = connection.send(b"".join(lines))
+            if delivered and sent:
+                with self.lock:
+                    for claim in delivered:
+                        if claim.ticket.confirm:
+                            connection.unconfirmed[claim.ticket.id] = (claim, time.monotonic() + CONFIRM_TIMEOUT)
+                        else:
+                            self._arrived(connection, claim)
+        while sent and connection.following >= 0:
+            with self.lock:
+                first = connection.following + 1
+                events = [
+                    self.units.events[n] for n in range(first, self.units.seq + 1)[:1000] if n in self.units.events
+                ]
+            if not events:
+                break
+            sent = events[0].seq == first  # else it is too far behind: what it lacks is forgotten
+            sent = connection.send(b"".join(encode({"method": "event", "params": plain(e)}) for e in events)) and sent
+            connection.following = events[-1].seq
+        if not sent:
+            connection.following = -1
+            with self.lock:
+                self._end_all(connection)
+                connection.outbox.clear()
 
-    def _ping(self) -> dict[str, Any]:
+    def _message(self, claim: Claim, content: Any) -> dict[str, Any]:
+        """What to send about a claim: an answer, an error, or a notification."""
+        if isinstance(content, Waiting):
+            self._suggest(content.missing, claim.unit.name)
+            return {"method": "waiting", "params": {"id": claim.ticket.id, **plain(content)}}
+        if isinstance(content, TimedOut):
+            self._suggest(content.data, claim.unit.name)
+        if isinstance(content, SyncError):
+            return error_message(claim.ticket.id, content)
+        return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
+
+    def _due(self, connection: Connection) -> None:
+        """End the claims whose time is up, and say of the others what they still lack."""
+        now = time.monotonic()
+        with self.lock:
+            self.units.end_late(list(connection.pending.values()))
+            self._distribute(connection)
+            for claim in connection.pending.values():
+                if claim.ticket.report_at <= now:
+                    claim.ticket.report_at += REPORT_EVERY
+                    self._report(claim)
+            for request, (claim, at) in list(connection.unconfirmed.items()):
+                if at <= now:
+                    del connection.unconfirmed[request]
+                    self._arrived(connection, claim)
+
+    # -- under the lock -----------------------------------------------------------------------------------
+
+    def _distribute(self, mine: Connection | None = None) -> None:
+        """Put the answers that became known into the outboxes, and wake the threads; `mine` is awake."""
+        for claim, answer in self.units.take_answers():
+            connection = claim.ticket.connection
+            if claim.boot or connection.pending.pop(claim.ticket.id, None):  # else `stop` has answered it
+                connection.outbox.append((claim, answer))
+                if connection is not mine:
+                    connection.wake()
+        if self.news:
+            self.news = False
+            for follower in self.followers:
+                follower.wake()
+
+    def _event(self, event: Event) -> None:
+        self.log.event(event)
+        self.news = True
+
+    def _report(self, claim: Claim) -> None:
+        missing = self.units.dependencies(claim.unit, unmet_only=True)
+        waited = round(time.monotonic() - claim.ticket.since, 3)
+        claim.ticket.connection.outbox.append((claim, Waiting(missing, waited)))
+
+    def _arrived(self, connection: Connection, claim: Claim) -> None:
+        self.units.delivered(claim)
+        if claim in self.owners:  # from now on it ends with its process, not with its connection
+            connection.claims.pop(claim, None)
+        self._distribute(connection)
+
+    def _end_all(self, connection: Connection) -> None:
+        """The peer of a connection is gone."""
+        if not self.stopping:
+            self.units.end_claims(list(connection.claims), "its caller went away")
+            for unit in connection.services:
+                self.units.exit(unit, "not known: the process that ran it is gone")
+            self._distribute()
+        connection.pending.clear()
+        connection.unconfirmed.clear()
+        connection.claims.clear()
+        connection.services.clear()
+
+    # -- the methods, under the lock: each returns its result, or None if the answer comes later -----------
+
+    def _ping(self, connection: Connection, request: Any) -> dict[str, Any]:
         return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
 
-    def _want(self, unit: str, dependencies: list[str], requires: str) -> dict[str, Any]:
-        with self.lock:
-            self.units.want(unit, dependencies, requires)
-            return {"unit": unit, "dependencies": [d.name for d in self.units.units[unit].wants]}
+    def _want(self, connection: Connection, request: Any, unit: str, dependencies: list[str], requires: str) -> Any:
+        node = self.units.want(unit, dependencies, requires)
+        return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
 
     def _start(
-        self,
-        connection: Connection,
-        request: Any,
-        unit: str,
-        dependencies: list[str],
-        requires: str,
-        progress: bool,
-        hold: bool,
-        pid: int,
-        jobs: int,
+        self, connection: Connection, request: Any, *, pid: int, hold: bool, confirm: bool, **params: Any
     ) -> None:
-        ticket = Ticket(connection, request, unit)
-        if jobs and connection.pool is None:
-            connection.pool = Pool(max(1, jobs))
-        owner = self._caller(connection, pid, hold)
-        with self.lock:
-            self._expect(ticket)
-            try:
-                waits = self.units.start(unit, ticket, dependencies, requires, owner, connection.pool if jobs else None)
-            except SyncError:
-                del connection.pending[request]
-                raise
-            missing = self.units.missing(ticket) if waits and progress else []
-            if hold:
-                connection.held[ticket] = unit
-                if len(connection.held) > MAX_PENDING:
-                    connection.held = {t: u for t, u in connection.held.items() if self.units.holds(u, t)}
-            if pid and owner:
-                self._watch(ticket, owner)
-        self._progress(connection, request, missing)
+        ticket = self._ticket(connection, request, params.pop("progress"), confirm)
+        owner = self._process(connection, pid) if pid else connection.caller(hold)
+        names = {"name": params.pop("unit"), "held": hold or bool(pid), "owner": owner, "ticket": ticket}
+        claim = self.units.start(**names, **params)
+        if pid and owner:
+            self._watch(claim, owner)
+        self._expect(connection, claim)
 
-    def _wait(self, connection: Connection, request: Any, units: list[str], requires: str, progress: bool) -> None:
+    def _wait(self, connection: Connection, request: Any, *, units: list[str], progress: bool, **params: Any) -> None:
         if not units:
             raise InvalidParams('wait: "units" must name at least one unit')
-        ticket = Ticket(connection, request, "")
-        with self.lock:
-            self._expect(ticket)
-            try:
-                waits = self.units.wait(units, ticket, requires)
-            except SyncError:
-                del connection.pending[request]
-                raise
-            missing = self.units.missing(ticket) if waits and progress else []
-        self._progress(connection, request, missing)
+        self._expect(connection, self.units.wait(units, self._ticket(connection, request, progress), **params))
 
-    def _expect(self, ticket: Ticket) -> None:
+    def _ticket(self, connection: Connection, request: Any, progress: bool, confirm: bool = False) -> Ticket:
+        if request is None:
+            raise InvalidRequest('start and wait need an "id"')
         if self.stopping:
             raise Unreachable("the agent is shutting down")
-        if len(ticket.connection.pending) >= MAX_PENDING:
+        if len(connection.pending) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
-        ticket.connection.pending[ticket.id] = ticket
+        return Ticket(connection, request, progress, confirm)
 
-    def _progress(self, connection: Connection, request: Any, missing: list[Dependency]) -> None:
-        self._flush()
-        if missing:
-            self._suggest(missing)
-            connection.reply(encode({"method": "waiting", "params": {"id": request, "missing": plain(missing)}}))
+    def _expect(self, connection: Connection, claim: Claim) -> None:
+        """A request has become a claim, which is answered later or has just been."""
+        connection.pending[claim.ticket.id] = connection.claims[claim] = claim
+        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+            connection.claims = {c: c for c in connection.claims if not self.units.is_over(c)}
+        if claim in claim.unit.line and claim.ticket.report_at < float("inf"):
+            self._report(claim)
 
-    def _complete(self, unit: str) -> dict[str, Any]:
-        with self.lock:
-            self.units.complete(unit)
+    def _confirm(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
+        claim, _ = connection.unconfirmed.pop(id, (None, 0.0))
+        if claim:
+            self._arrived(connection, claim)
+        return {"confirmed": claim is not None}
+
+    def _boot(self, connection: Connection, request: Any, units: list[dict[str, Any]], jobs: int, more: bool) -> Any:
+        for row in units:
+            name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
+            good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
+            if not good or not all(isinstance(requires, str) for requires in wants.values()):
+                raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
+            connection.members.append((name, wants, locks))
+        members = connection.members
+        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+            return {"units": len(members)}
+        connection.members = []
+        ticket, owner = Ticket(connection, None), connection.caller(hold=True)
+        connection.claims.update((claim, claim) for claim in self.units.boot(members, ticket, owner, max(0, jobs)))
+        return {"units": len(members)}
+
+    def _complete(self, connection: Connection, request: Any, unit: str, env: dict[str, Any]) -> dict[str, Any]:
+        self.units.complete(unit, self._reporter(connection, unit), check_environment(env))
         return {"unit": unit, "status": COMPLETED}
 
-    def _fail(self, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
-        with self.lock:
-            self.units.fail(unit, reason or (f"exit code {exit_code}" if exit_code else ""), exit_code or None)
+    def _fail(self, connection: Connection, request: Any, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
+        reason = reason or (f"exit code {exit_code}" if exit_code else "")
+        self.units.fail(unit, reason, exit_code or None, self._reporter(connection, unit))
         return {"unit": unit, "status": FAILED}
 
-    def _status(self, unit: str) -> UnitStatus:
-        with self.lock:
-            status = self.units.status(unit)
-            status.history = self.units.history(unit)
-            names = self.units.names() if status.status == NOT_REGISTERED else []
-        status.did_you_mean = resembling(unit, names)
-        self._suggest(status.dependencies)
-        return status
+    def _reporter(self, connection: Connection, unit: str) -> Owner | None:
+        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return connection.caller(hold=False) if known and known.refused else None
 
-    def _list(self, all: bool) -> list[dict[str, Any]]:
-        with self.lock:
-            units = self.units.snapshots(all)
-        left_out = ("dependencies", "did_you_mean", "history")
-        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in units]
+    def _owner(self, connection: Connection, request: Any, unit: str, pid: int, log: str) -> dict[str, Any]:
+        known = self.units.units.get(unit)
+        if not known or not known.holder or known.holder not in connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        owner = Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
+        self.units.own(known.holder, owner, one_line(log))
+        return {"unit": unit}
 
-    def graph(self) -> Graph:
-        """Everything, for pictures."""
-        with self.lock:
-            graph = self.units.graph()
-        running = [n for n in graph.nodes if n.owner and n.status == STARTED]
-        for node in running[:500]:
+    def _retry(self, connection: Connection, request: Any, unit: str, detail: str) -> dict[str, Any]:
+        self.units.retry(unit, detail)
+        return {"unit": unit}
+
+    def _running(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
+        self.units.run_on(unit)
+        connection.services[unit] = None
+        return {"unit": unit}
+
+    def _exited(self, connection: Connection, request: Any, unit: str, reason: str) -> dict[str, Any]:
+        self.units.exit(unit, reason)
+        connection.services.pop(unit, None)
+        return {"unit": unit}
+
+    def _reset(self, connection: Connection, request: Any, units: list[str]) -> dict[str, Any]:
+        return {"units": self.units.reset(units)}
+
+    def _status(self, connection: Connection, request: Any, unit: str) -> UnitStatus:
+        return self.units.status(unit)
+
+    def _list(self, connection: Connection, request: Any, all: bool) -> list[dict[str, Any]]:
+        left_out = ("dependencies", "did_you_mean", "history", "environment")
+        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
+
+    def _graph(self, connection: Connection, request: Any) -> Graph:
+        graph = self.units.graph()
+        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
             assert node.owner
             node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
         return graph
 
-    def _shutdown(self) -> dict[str, Any]:
-        import signal
-
-        os.kill(os.getpid(), signal.SIGTERM)  # what the main thread waits for
-        return {}
-
-    def _missing(self, connection: Connection, request: Any, id: Any) -> list[Dependency]:
+    def graph(self) -> Graph:
+        """Everything, for the picture at the end."""
         with self.lock:
-            missing = self.units.missing(connection.pending.get(id))
-        return self._suggest(missing)
+            return self.units.graph()
 
-    def _cancel(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
-        """Give up a wait, unless its answer is under way already; one or the other, never both."""
-        with self.lock:
-            ticket = connection.pending.get(id)
-            missing = self.units.cancel(ticket, "timed out")
-            if ticket and missing is not None:
-                del connection.pending[id]
-                if ticket in connection.held:  # nobody else is to run it
-                    names = ", ".join(d.depends_on for d in missing[:5])
-                    self.units.give_up(ticket.unit, f"timed out waiting for {names}")
-        return {"cancelled": missing is not None, "missing": self._suggest(missing or [])}
+    def _env(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
+        return {"env": self.units.environment(unit)}
 
     def _events(self, connection: Connection, request: Any, since: int, follow: bool) -> list[Event]:
         """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
         if follow:
-            connection.hold_back()
-        with self.lock:
-            if follow:
-                self.mail.watchers[connection] = self.units.seq
-            return [e for e in self.units.events if e.seq > since]
+            connection.following = self.units.seq
+            self.followers.add(connection)
+        return [e for e in self.units.events.values() if e.seq > since]
 
-    def _suggest(self, rows: list[Dependency]) -> list[Dependency]:
-        """Say which registered name each unregistered one may have meant."""
-        unknown = [row for row in rows if row.current_status == NOT_REGISTERED]
+    def _shutdown(self, connection: Connection, request: Any) -> dict[str, Any]:
+        import _signal as signal
+
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+        return {}
+
+    def _suggest(self, rows: list[Dependency], asker: str) -> None:
+        """Say which registered name each unregistered one may have meant: none that waits for the asker. Takes long."""
+        unknown = [row for row in rows if row.current_status == NOT_REGISTERED][:20]
         if unknown:
             with self.lock:
-                names = self.units.names()
-            for row in unknown[:20]:
+                unit = self.units.units.get(asker)
+                behind = self.units.dependents(unit) if unit else set()
+                names = [name for name in self.units.names() if name not in behind]
+            for row in unknown:
                 row.did_you_mean = resembling(row.depends_on, names)
-        return rows
 
     # -- owners -------------------------------------------------------------------------------------------
 
-    def _caller(self, connection: Connection, pid: int, hold: bool) -> Owner | None:
-        """Who starts the unit: the named process, the caller itself if it holds the unit, else its script."""
-        if hold and connection.owner and not pid:
-            return connection.owner
+    def _process(self, connection: Connection, pid: int) -> Owner:
+        """The process that is to own a unit. Raises Refused if there is none."""
         peer = connection.peer()
-        if pid:
-            if not peer or len(proc_line(peer, "NSpid").split()) > 1:
-                raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
-            if pid < 0 or birth(pid) == "":
-                raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
-        else:
-            pid = peer if hold or not peer else int(proc_line(peer, "PPid") or 0)
-        connection.owner = Owner(pid, command_of(pid), None, birth(pid)) if pid else None
-        return connection.owner
+        if not peer or len(proc_line(peer, "NSpid").split()) > 1:
+            raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
+        if pid < 0 or birth(pid) == "":
+            raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
+        return Owner(pid, command_of(pid), None, birth(pid))
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
         now = birth(owner.pid)
         return None if now is None or not (owner.born or now == "") else now == owner.born
 
-    def _watch(self, ticket: Ticket, owner: Owner) -> None:
+    def _watch(self, claim: Claim, owner: Owner) -> None:
         """Have the owners' thread notice when the process ends. Called under the lock."""
-        from threading import Thread
+        import _thread
 
         try:
             fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             fd = -1
-        self.owners[ticket] = (owner, fd)
+        self.owners[claim] = (owner, fd)
         if not self._watching:
-            Thread(target=self._watch_owners, args=(self._woken,), daemon=True).start()
+            _thread.start_new_thread(self._watch_owners, ())
             self._watching = True
         try:
-            os.write(self._wake, b"!")
+            os.write(self._owners_wake[1], b"!")
         except BlockingIOError:  # it has been woken often enough
             pass
 
-    def _watch_owners(self, wake: int) -> None:
+    def _watch_owners(self) -> None:
         """The owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        while True:
+            try:
+                self._look_at_owners()
+            except Exception as error:  # out of memory, say: the owners must be watched all the same
+                self.log.say(f"trouble while watching processes: {one_line(repr(error))}; trying again", 0)
+                time.sleep(1)
+
+    def _look_at_owners(self) -> None:
         from select import POLLIN, poll
 
-        while True:
-            with self.lock:
-                for ticket in [t for t in self.owners if not self.units.holds(t.unit, t)]:
-                    fd = self.owners.pop(ticket)[1]
-                    if fd >= 0:
-                        os.close(fd)
-                owners = dict(self.owners)
-            waiting = poll()
-            waiting.register(wake, POLLIN)
-            for _, fd in owners.values():
+        with self.lock:
+            for claim in [c for c in self.owners if self.units.is_over(c)]:
+                fd = self.owners.pop(claim)[1]
                 if fd >= 0:
-                    waiting.register(fd, POLLIN)
-            ready = {fd for fd, _ in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None)}
-            if wake in ready:
-                os.read(wake, 4096)
-            for ticket, (owner, fd) in owners.items():
-                if fd in ready or (fd < 0 and self._alive(owner) is False):
-                    with self.lock:
-                        self.units.lose(ticket.unit, ticket)
-            self._flush()
+                    os.close(fd)
+            owners = dict(self.owners)
+        waiting, wake = poll(), self._owners_wake[0]
+        for fd in (wake, *(fd for _, fd in owners.values() if fd >= 0)):
+            waiting.register(fd, POLLIN)
+        ready = {fd for fd, _ in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None)}
+        if wake in ready:
+            os.read(wake, 4096)
+        gone = [c for c, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        with self.lock:
+            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self._distribute()
 
     def stop(self) -> None:
-        """Tell everybody who waits that it is over."""
+        """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
+        over = Unreachable("the agent is shutting down")
         with self.lock:
             self.stopping = True
-            tickets = [t for c in self.connections for t in list(c.pending.values())]
-        for ticket in tickets:
-            ticket.connection.push(error_line(ticket.id, Unreachable("the agent is shutting down")))
+            for connection in self.connections:
+                connection.outbox.extend((None, error_message(request, over)) for request in connection.pending)
+                connection.pending.clear()
+                connection.wake()
+            connections = list(self.connections)
         deadline = time.monotonic() + 0.5
-        while self.active and time.monotonic() < deadline:  # whose request made us end may still wait for its answer
+        while any(c.outbox or c.busy for c in connections if not c.closed) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
-def make_server(agent: Agent, sock: Any) -> Any:
-    """Return a socketserver that hands each connection on a listening socket to the agent, in its own thread."""
+def make_server(agent: Agent, sock: Any, most: int) -> Any:
+    """Return a socketserver that hands each connection on a listening socket to the agent, in its own thread.
+
+    At most `most` connections are open at once.
+    """
+    import _thread
     import socketserver
+    from weakref import WeakSet
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             agent.serve_connection(self.request)
 
     class Server(socketserver.ThreadingUnixStreamServer):
-        daemon_threads = True
-        block_on_close = False  # else the mixin remembers every thread there ever was
         exhausted = False
+
+        def __init__(self) -> None:
+            super().__init__("", Handler, bind_and_activate=False)
+            self.socket.close()
+            self.socket = sock
+            self.open: WeakSet[Any] = WeakSet()  # connections; one whose thread could not begin leaves by itself
 
         def get_request(self) -> Any:
             try:
@@ -1962,30 +2757,46 @@ def make_server(agent: Agent, sock: Any) -> Any:
                 return request
             except OSError as error:  # out of descriptors or memory: say so once, and do not spin
                 if not self.exhausted:
-                    agent.mail.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
+                    agent.log.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
                 self.exhausted = True
                 time.sleep(0.05)
                 raise
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            if len(agent.connections) < agent.max_connections:
+            if len(self.open) < most:
+                self.open.add(request)
                 return True
-            limit = Unreachable(f"the agent has reached its limit of {agent.max_connections} connections")
-            Connection(request, agent.mail).push(error_line(None, limit))
-            agent.mail.say(f"refused: {limit}")
+            limit = Unreachable(f"the agent has reached its limit of {most} connections")
+            request.setblocking(False)
+            request.send(encode(error_message(None, limit)))
+            agent.log.say(f"refused: {limit}")
             return False
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+        def shutdown_request(self, request: Any) -> None:
+            self.open.discard(request)
+            super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             _, error, trace = sys.exc_info()
             while trace and trace.tb_next:
                 trace = trace.tb_next
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            agent.mail.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+            agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
 
-    server = Server("", Handler, bind_and_activate=False)
-    server.socket.close()
-    server.socket = sock
-    return server
+        def accept_for_ever(self) -> None:
+            """The body of the accepting thread; whatever goes wrong, it goes on."""
+            while True:
+                try:
+                    self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
+                except Exception as error:
+                    agent.log.say(f"trouble while accepting connections: {one_line(repr(error))}; trying again", 0)
+                    time.sleep(0.05)
+
+    return Server()
 
 
 def make_directories(path: str) -> None:
@@ -2001,11 +2812,11 @@ def make_directories(path: str) -> None:
         os.umask(before)
 
 
-def claim(path: str, replace: Callable[[str], None] | None = None) -> int:
+def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
     """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is told to end, and in the end
-    loses the file. The file is removed by its holder, so the one that was locked may not be the one that is there
+    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
+    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
     now; then it begins again.
     """
     import fcntl
@@ -2014,7 +2825,7 @@ def claim(path: str, replace: Callable[[str], None] | None = None) -> int:
     lock = path + ".lock"
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
-        try:  # O_NONBLOCK: somebody may have put a pipe there
+        try:  # O_NONBLOCK: another user may have put a pipe there
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Refused(f"cannot open {lock}{whose(lock)}: {error.strerror}; choose another --socket-path") from None
@@ -2054,8 +2865,8 @@ def whose(path: str) -> str:
     return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
 
 
-def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False) -> Any:
-    """Return a socket that listens at `path`, and was never open to more than `mode`. Raises Refused.
+def bind(path: str, replace: bool = False) -> Any:
+    """Return a socket bound to `path`, its owner's alone from its first moment. Raises Refused.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
@@ -2063,50 +2874,58 @@ def listen(path: str, mode: int = 0o600, group: int = -1, replace: bool = False)
     import stat
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    bound = False
     try:
         if os.path.lexists(path):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise Refused(f"{path} exists and is not a socket; remove it or choose another --socket-path")
-            if not replace and has_listener(path):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
+            if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
                 raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
+            if answer != errno.ECONNREFUSED:
+                raise OSError(answer, os.strerror(answer))
             os.unlink(path)
         before = os.umask(0o177)
         try:
             sock.bind(path)
-            bound = True
         finally:
             os.umask(before)
-        if group != -1:
-            try:
-                os.chown(path, -1, group)
-            except PermissionError:
-                raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        if mode != 0o600:
-            os.chmod(path, mode)
-        sock.listen(4096)
         return sock
-    except (OSError, Refused) as error:
-        sock.close()
-        if bound:
-            remove(path)
-        if isinstance(error, Refused):
-            raise
+    except OSError as error:
         why = error.strerror or str(error)
         raise Refused(f"cannot listen at {path}: {why}; choose another --socket-path") from None
 
 
-def has_listener(path: str) -> bool:
-    """Whether somebody listens on a socket. Raises OSError if that cannot be told."""
-    import socket
+def share(path: str, mode: int, group: int) -> None:
+    """Give a socket its permissions and, unless it is -1, its group. Raises Refused."""
+    try:
+        if group != -1:
+            os.chown(path, -1, group)
+        os.chmod(path, mode)
+    except PermissionError:
+        raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
+    except OSError as error:
+        raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
 
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-            return True
-        except ConnectionRefusedError:
-            return False
+
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None
+) -> tuple[Any, int]:
+    """Return a socket that listens at `path`, and the descriptor of its lock; at the end both files are removed."""
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    make_directories(path)
+    if replace:
+        replace(path)
+    lock = lock_path(path, replace)
+    at_end.callback(os.close, lock)
+    at_end.callback(remove, path + ".lock", os.fstat(lock))
+    sock = bind(path, replace is not None)
+    at_end.callback(remove, path, os.lstat(path))
+    share(path, mode, group)
+    sock.listen(4096)
+    return sock, lock
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2139,7 +2958,7 @@ def inherited_socket() -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). Nobody there is no error."""
+    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
     import socket
 
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -2195,14 +3014,15 @@ def serve(
     pid_file: str = "",
     background: bool = False,
     command: Sequence[str] = (),
-    body: Callable[[str, Agent], int] | None = None,
+    body: Callable[[Agent, Callable[[], None]], int] | None = None,
     timeline: Callable[[Graph], None] | None = None,
     replace: Callable[[str], None] | None = None,
+    advice: str = "",  # goes to the log
 ) -> int:
     """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
 
-    `body` is called with the path, `timeline` with the graph at the end, `replace` with the path as long as there
-    is another agent, to end it. Raises Refused.
+    `body` is called with the agent and with what begins to take connections, `timeline` with the graph at the end,
+    `replace` with the path as long as there is another agent, to end it. Raises Refused.
     """
     import signal
     import threading
@@ -2212,18 +3032,10 @@ def serve(
         sock = inherited_socket()
         if background:
             close_others([sock.fileno()] if sock else [])
-        if sock:
-            path, lock = sock.getsockname(), -1
-        else:
-            path = os.path.abspath(path)
-            if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-                raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-            make_directories(path)
-            lock = claim(path, replace)
-            at_end.callback(os.close, lock)
-            at_end.callback(remove, path + ".lock", os.fstat(lock))
-            sock = listen(path, mode, group, replace is not None)
-            at_end.callback(remove, path, os.lstat(path))
+        lock = -1
+        if sock is None:
+            sock, lock = listen(at_end, os.path.abspath(path), mode, group, replace)
+        path = sock.getsockname()
         at_end.callback(sock.close)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -2239,16 +3051,19 @@ def serve(
                 os.pwrite(file, b"%d\n" % os.getpid(), 0)
 
         signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
+        if body:  # which may end in a command that takes our place
+            at_end.callback(signals.give_back)
         threading.stack_size(STACK)
         log.start()
         at_end.callback(log.close)
-        mail = Mail(log)
-        threading.Thread(target=mail.run, daemon=True).start()
-        agent = Agent(mail)
-        agent.max_connections = connection_limit(raise_it=not (command or body))
-        server = make_server(agent, sock)
+        agent = Agent(log)
+        server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
         log.say(f"listening at {path} (pid {os.getpid()})")
-        threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
+        if advice:
+            log.say(advice)
+        accepting = threading.Thread(target=server.accept_for_ever, daemon=True)
+        if not body:
+            accepting.start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
             os.dup2(0, 2)
@@ -2256,7 +3071,7 @@ def serve(
             os.close(ready)
         try:
             if body:
-                return body(path, agent)
+                return body(agent, accepting.start)
             if command:
                 return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
             number = signal.SIGCHLD
@@ -2276,7 +3091,8 @@ def connection_limit(raise_it: bool) -> int:
     """How many connections the descriptor limit leaves room for; the limit is raised if only we are to have it."""
     import resource
 
-    wanted = MAX_CONNECTIONS + 64
+    each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
+    wanted = each * MAX_CONNECTIONS + 64
     if raise_it and open_files() < wanted:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         try:
@@ -2285,14 +3101,16 @@ def connection_limit(raise_it: bool) -> int:
             )
         except (ValueError, OSError):
             pass
-    return max(1, min(MAX_CONNECTIONS, open_files() - 24))
+    return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Client. The Python API and what the command line is made of. Every call has a connection of its own, so a
-# Client may be used from several threads; `unit` keeps one open while its block runs. Waits are told, not
-# polled. Times are in seconds.
+# Client may be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the
+# agent answers when the time has come, and keeps the time. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
+
+LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
 
 
 def duration(text: str) -> float:
@@ -2332,8 +3150,11 @@ class Started:
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    def __init__(self, path: str, connect_timeout: float = 0.0) -> None:
-        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason."""
+    def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
+        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
+
+        `sock` is a socket that leads to the agent already.
+        """
         from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
 
         self.path = path
@@ -2341,10 +3162,11 @@ class Channel:
         self._buffer = b""
         self._messages: list[Any] = []
         deadline, pause = time.monotonic() + connect_timeout, 0.005
-        while True:
+        self.sock: Any = sock
+        while not sock:
             self.sock = socket(AF_UNIX, SOCK_STREAM)
             try:
-                refuse_strangers(path)
+                refuse_foreign(path)
                 self.sock.settimeout(REPLY_TIMEOUT)
                 self.sock.connect(path)
                 return
@@ -2387,7 +3209,7 @@ class Channel:
 
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
-        self.sock.settimeout(max(timeout, 0.0))
+        self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
@@ -2420,7 +3242,7 @@ class Channel:
             message = self.receive(deadline - time.monotonic())
             if message is None:
                 raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
-            if message.get("id") == request or (message.get("id") is None and "error" in message):
+            if is_answer(message, request):
                 return result_of(message)
 
     def call(self, method: str, **params: Any) -> Any:
@@ -2433,17 +3255,28 @@ class Channel:
 
     def fileno(self) -> int:
         """The descriptor to poll."""
-        return self.sock.fileno()
+        return int(self.sock.fileno())
 
     def close(self) -> None:
-        """Hang up; the agent forgets what the connection waits for."""
+        """Hang up; the claims of the connection end."""
         self.sock.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
 RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+
+
+def is_answer(message: dict[str, Any], request: int) -> bool:
+    """Whether a message is the answer to a request, or an error that is about the connection."""
+    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
 
 
 def result_of(message: dict[str, Any]) -> Any:
@@ -2453,10 +3286,9 @@ def result_of(message: dict[str, Any]) -> Any:
         return message.get("result")
     if not isinstance(error, dict):
         raise Unreachable("the agent's answer has an error that is none")
-    kinds: list[type[SyncError]] = [CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable]
-    kinds += [ParseError, MethodNotFound, InvalidParams, InvalidRequest]
-    kind = next((k for k in kinds if k.code == error.get("code")), Refused)
-    raise kind(str(error.get("message")), error.get("data"))
+    code, data = error.get("code"), error.get("data")
+    kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
+    raise kind(str(error.get("message")), missing_of({"missing": data}) if kind is TimedOut else data)
 
 
 def expect(kind: type[Any], answer: Any) -> Any:
@@ -2472,7 +3304,7 @@ def missing_of(answer: Any) -> list[Dependency]:
     return [record(Dependency, row) for row in expect(list, expect(dict, answer).get("missing"))]
 
 
-def refuse_strangers(path: str) -> None:
+def refuse_foreign(path: str) -> None:
     """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
     if path == DEFAULT_SOCKET and os.geteuid() != 0:
         uid = os.lstat(path).st_uid
@@ -2484,9 +3316,8 @@ def explain(path: str, error: OSError) -> str:
     """Why an agent could not be reached, and what to do, in one line."""
     import stat
 
-    start = f"start one with `{PROGRAM} serve --detach`"
-    if os.path.basename(DEFAULT_SOCKET) != os.path.basename(path):
-        start = f"start one with `{PROGRAM} serve --detach --socket-path {path}`"
+    start = f"start one with `{PROGRAM} serve --detach"
+    start += "`" if path == DEFAULT_SOCKET else f" --socket-path {path}`"
     try:
         found = os.lstat(path)
     except OSError:
@@ -2498,8 +3329,10 @@ def explain(path: str, error: OSError) -> str:
         why = f"permission denied{whose}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
         why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
-    elif error.errno == errno.ECONNREFUSED:
+    elif error.errno == errno.ECONNREFUSED and os.path.lexists(path + ".lock"):
         why = f"connection refused; the agent that made it is gone; {start}"
+    elif error.errno == errno.ECONNREFUSED:
+        why = f"connection refused; who made it is gone: build the tunnel again if it was one, else {start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
     else:
@@ -2507,101 +3340,150 @@ def explain(path: str, error: OSError) -> str:
     return f"cannot reach an agent at {path}: {why}"
 
 
+def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
+    """Refuse what cannot be meant, before anything is registered. Raises TypeError, ValueError or Refused."""
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"a list of names is needed, not {names!r}")
+    for name in (unit, *names):
+        if not isinstance(name, str):
+            raise TypeError(f"a name must be a str, not {type(name).__name__}")
+        check_name(name)
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
+    if not 0 <= timeout < 1e9:
+        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+
+
 class Client:
     """Talk to an agent. All times in seconds.
 
-    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
+    Every call may raise Unreachable (no agent, or it went away), Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it), and TypeError or ValueError for an argument that cannot be
+    meant. `exit_code` of an error is the command line's.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Calls that coordinate try for `connect_timeout` to reach an agent that may still be booting, default
-        $CODER_SYNC_CONNECT_TIMEOUT or 3 seconds; questions try once. Nothing is connected yet.
+        Calls try for `connect_timeout` to reach an agent that may still be booting. Default is
+        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
+        connected yet.
         """
         self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-        if connect_timeout is None:
-            text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
-            connect_timeout = duration(text) if text else CONNECT_TIMEOUT
-        self.connect_timeout = connect_timeout
+        text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
+        given = duration(text) if text and connect_timeout is None else connect_timeout
+        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
+        self._question_timeout = 0.0 if given is None else given
 
-    def _call(self, kind: type[Any], method: str, patience: float, **params: Any) -> Any:
-        channel = Channel(self.socket_path, patience)
-        try:
+    def _do(self, method: str, **params: Any) -> dict[str, Any]:
+        with Channel(self.socket_path, self.connect_timeout) as channel:
+            return dict(expect(dict, channel.call(method, **params)))
+
+    def _ask(self, kind: type[Any], method: str, **params: Any) -> Any:
+        with Channel(self.socket_path, self._question_timeout) as channel:
             return expect(kind, channel.call(method, **params))
-        finally:
-            channel.close()
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
-        answer: dict[str, Any] = self._call(dict, "ping", wait)
-        return answer
+        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
+            return dict(expect(dict, channel.call("ping")))
 
-    def want(self, unit: str, *dependencies: str, requires: str = SUCCESS) -> list[str]:
+    def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        answer = self._call(
-            dict, "want", self.connect_timeout, unit=unit, dependencies=list(dependencies), requires=requires
-        )
-        return [str(name) for name in expect(dict, answer).get("dependencies") or ()]
+        return [str(name) for name in self.declare(unit, *dependencies, requires=requires).get("dependencies") or ()]
+
+    def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
+        """As `want`, but return the `dependencies` and the `status` of the unit."""
+        check_arguments(unit, dependencies)
+        return self._do("want", unit=unit, dependencies=list(dependencies), requires=requires)
 
     def start(
         self,
         unit: str,
         want: Iterable[str] = (),
-        requires: str = SUCCESS,
+        requires: Requirement = SUCCESS,
         timeout: float = START_TIMEOUT,
         pid: int = 0,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
+        locks: Iterable[str] = (),
     ) -> Started:
         """Wait until `unit` may run and mark it started, in one step. `timeout` 0 waits without limit.
 
         `want` adds dependencies first; `pid` names a process whose end fails the unit if it is still started
-        then; `on_wait` is called with what is missing, and the seconds waited, when the wait begins and every
-        30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed, TimedOut.
+        then; of the units with one of `locks` one is started at a time; `on_wait` is called with what is missing,
+        and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
+        DependencyFailed, TimedOut.
         """
-        with Start(self, unit, want, requires, timeout, pid, on_wait=on_wait, hold=False) as start:
-            return start.result
+        start = Start(self, unit, want, requires, timeout, locks, on_wait, pid=pid)
+        with start:
+            start.confirm()
+        return start.result
 
     def wait(
         self,
         *units: str,
-        requires: str = SUCCESS,
+        requires: Requirement = SUCCESS,
         timeout: float = START_TIMEOUT,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
     ) -> float:
         """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
-        channel = Channel(self.socket_path, self.connect_timeout)
-        try:
+        check_arguments("units", units, timeout)
+        with Channel(self.socket_path, self.connect_timeout) as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
-        finally:
-            channel.close()
         return time.monotonic() - began
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call(dict, "fail", self.connect_timeout, unit=unit, exit_code=exit_code)
+            self._do("fail", unit=unit, exit_code=exit_code)
         else:
-            self._call(dict, "complete", self.connect_timeout, unit=unit)
+            self._do("complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", self.connect_timeout, unit=unit, reason=reason)
+        self._do("fail", unit=unit, reason=reason)
+
+    def reset(self, *units: str) -> list[str]:
+        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+
+        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        """
+        check_arguments("units", units)
+        return [str(name) for name in self._do("reset", units=list(units)).get("units") or ()]
+
+    def env(self, unit: str) -> dict[str, str]:
+        """Return the environment variables that `unit` would start with: what its dependencies have left."""
+        answer = expect(dict, self._ask(dict, "env", unit=unit).get("env"))
+        return {str(name): str(value) for name, value in answer.items()}
+
+    def shutdown(self) -> None:
+        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
+        with Channel(self.socket_path, self._question_timeout) as channel:
+            channel.call("shutdown")
+            deadline = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(deadline - time.monotonic()):
+                    pass
+                raise Unreachable(f"the agent at {self.socket_path} was told to end and has not; is it stopped?")
+            except Unreachable:
+                if time.monotonic() >= deadline:
+                    raise
+        while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._call(dict, "status", 0, unit=unit))
+        status: UnitStatus = record(UnitStatus, self._ask(dict, "status", unit=unit))
         return status
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return [record(UnitStatus, row) for row in self._call(list, "list", 0, all=everything)]
+        return [record(UnitStatus, row) for row in self._ask(list, "list", all=everything)]
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._call(dict, "graph", 0))
+        graph: Graph = record(Graph, self._ask(dict, "graph"))
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
@@ -2610,24 +3492,28 @@ class Client:
         The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
         with Unreachable, as it does when the agent ends.
         """
-        channel = Channel(self.socket_path)
-        try:
-            for row in channel.call("events", follow=follow, since=since):
+        with Channel(self.socket_path, self._question_timeout) as channel:
+            for row in expect(list, channel.call("events", follow=follow, since=since)):
                 yield record(Event, row)
             while follow:
                 message = channel.receive(3600.0)
                 if message and message.get("method") == "event":
-                    yield record(Event, message["params"])
-        finally:
-            channel.close()
+                    yield record(Event, expect(dict, message.get("params")))
 
-    def unit(self, unit: str, want: Iterable[str] = (), requires: str = SUCCESS, timeout: float = 300.0) -> Start:
+    def unit(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+    ) -> Start:
         """Return a context manager that starts `unit`, and completes it at the end of its block.
 
         A block that raises fails the unit, with the exception's text as the reason; so does the end of the
-        process. Entering raises as `start` does.
+        process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
         """
-        return Start(self, unit, want, requires, timeout, 0, None, hold=True)
+        return Start(self, unit, want, requires, timeout, locks, hold=True)
 
 
 class Start:
@@ -2637,35 +3523,54 @@ class Start:
         self,
         client: Client,
         unit: str,
-        want: Iterable[str],
-        requires: str,
-        timeout: float,
-        pid: int,
-        on_wait: Callable[[list[Dependency], float], None] | None,
-        hold: bool,
+        want: Iterable[str] = (),
+        requires: str = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+        pid: int = 0,
+        hold: bool = False,
     ) -> None:
-        self.client, self.unit, self.timeout, self.on_wait = client, unit, timeout, on_wait
-        self.params = {"unit": unit, "dependencies": list(want), "requires": requires, "pid": pid, "hold": hold}
+        wanted, names = ((each if isinstance(each, str) else list(each)) for each in (want, locks))
+        check_arguments(unit, wanted, timeout)
+        check_arguments(unit, names)
+        if type(pid) is not int or not (on_wait is None or callable(on_wait)):
+            raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
+        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
+        self.params = {"unit": unit, "dependencies": wanted, "requires": requires, "locks": names, "pid": pid}
+        self.result = Started(unit, [], 0.0)
+        self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
+
+    def __repr__(self) -> str:
+        return f"Start({self.result!r})"
 
     def __enter__(self) -> Start:
         began = time.monotonic()
         self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
         try:
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
+            params = {**self.params, "hold": self.hold, "confirm": not self.hold}
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **params)
+            names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
+            self.environment = {str(k): str(v) for k, v in expect(dict, result.get("env") or {}).items()}
         except BaseException:
             self.channel.close()
             raise
-        names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
         self.result = Started(self.unit, names, time.monotonic() - began)
         return self
 
+    def confirm(self) -> None:
+        """Say that the answer has arrived; until then the agent would give the unit to the next in line."""
+        self.channel.request("confirm", id=1)
+
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        code = error.code if isinstance(error, SystemExit) else None
         try:
-            if self.params["hold"]:
-                if error is None:
-                    self.channel.call("complete", unit=self.unit)
-                else:
-                    self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+            if self.hold and (error is None or (isinstance(error, SystemExit) and code in (None, 0))):
+                self.channel.call("complete", unit=self.unit)
+            elif self.hold and isinstance(code, int):
+                self.channel.call("fail", unit=self.unit, exit_code=code)
+            elif self.hold:
+                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
         except SyncError:
             if error is None:  # else the block's own exception matters more
                 raise
@@ -2683,42 +3588,33 @@ def wait_for(
 ) -> Any:
     """Send a request that may wait; report what is missing now and then; return its result.
 
-    The time is ours: when it is up the agent is asked to cancel, and either does, and says what was missing,
-    or has just answered. So a unit is never started for a caller who has given up. Raises TimedOut.
+    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
+    is only for one that no longer answers. Raises TimedOut, and what the agent answers.
     """
-    request = channel.request(method, progress=on_wait is not None, **params)
-    began = time.monotonic()
-    deadline = began + timeout if timeout else float("inf")
-    report_at, report = began + REPORT_EVERY, 0
+    request = channel.request(method, timeout=timeout, progress=True, **params)
+    deadline = time.monotonic() + timeout + LATE if timeout else float("inf")
+    missing: list[Dependency] = []
     while True:
-        now = time.monotonic()
-        message = channel.receive(max(0.0, min(deadline, report_at) - now))
-        if message is None and time.monotonic() >= deadline:
-            break
+        message = channel.receive(deadline - time.monotonic())
         if message is None:
-            report_at += REPORT_EVERY
-            report = channel.request("missing", id=request) if on_wait else 0
-        elif message.get("method") == "waiting" and on_wait:
-            on_wait(missing_of(message.get("params")), 0.0)
-        elif message.get("id") == request or message.get("id") is None:
+            on = "dependencies of " if method == "start" else ""
+            raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
+        if message.get("method") == "waiting":
+            about = expect(dict, message.get("params"))
+            if about.get("id") == request:
+                missing = missing_of(about)
+                if on_wait:
+                    on_wait(missing, float(about.get("waited") or 0.0))
+        elif is_answer(message, request):
             return result_of(message)
-        elif message.get("id") == report and on_wait:
-            on_wait(missing_of({"missing": result_of(message)}), time.monotonic() - began)
-    cancel, missing = channel.request("cancel", id=request), []
-    message = channel.receive(5.0)
-    while message is not None:
-        if message.get("id") == request:
-            return result_of(message)
-        if message.get("id") == cancel:
-            missing = missing_of(result_of(message))
-            break
-        message = channel.receive(5.0)
-    raise TimedOut(f"timeout waiting for {'dependencies of ' if method == 'start' else ''}{what}", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Views. Pure functions from data to text.
+# Views. Pure functions from data to text: tables, sentences, pictures. All pictures of a startup are drawn from
+# one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
 # ----------------------------------------------------------------------------------------------------------
+
+LONG = 30.0  # seconds after which `why` has a word about a unit that runs
 
 
 def span(seconds: float) -> str:
@@ -2738,169 +3634,13 @@ def names_of(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def state(row: Dependency) -> str:
-    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
-    status, ago = row.current_status, f"{span(row.age)} ago"
-    if status == NOT_REGISTERED:
-        text = f"{row.depends_on} not registered"
-        return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
-    if status == PENDING:
-        text = f"{row.depends_on} pending for {span(row.age)}"
-        return text + (f", waits for {', '.join(row.waits_for)}" if row.waits_for else ", not started yet")
-    text = f"{row.depends_on} {status} {ago}"
-    if row.reason:
-        text += f" ({row.reason})"
-    if row.owner and status == STARTED:
-        gone = ", which is no longer running" if row.owner.alive is False else ""
-        text += f" by {row.owner.command} (pid {row.owner.pid}){gone}"
-    return text
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
-    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError."""
-    lower = [h.lower() for h in header]
-    wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")] if columns else lower
-    for name in wanted:
-        if name not in lower:
-            raise UsageError(f'no such column: "{name}"; there are {", ".join(lower)}')
-    picked = [[row[lower.index(name)] for name in wanted] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*picked)]
-    return "".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() + "\n" for row in picked)
-
-
-def status_text(status: UnitStatus, columns: str = "") -> str:
-    """A unit and the table of its dependencies."""
-    text = f"Unit: {status.unit_name}\nStatus: {status.status}\nReady: {str(status.is_ready).lower()}\n"
-    if status.reason:
-        text += f"Reason: {status.reason}\n"
-    if status.owner:
-        gone = ", which is no longer running" if status.owner.alive is False else ""
-        text += f"Started by: {status.owner.command} (pid {status.owner.pid}){gone}\n"
-    if status.did_you_mean:
-        text += f"Did you mean: {status.did_you_mean}\n"
-    if status.dependencies:
-        header = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
-        rows = [
-            [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
-            for d in status.dependencies
-        ]
-        if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
-            header.append("REASON")
-        text += "\n" + table(header, rows, columns)
-    else:
-        text += "\nNo dependencies.\n"
-    if status.history:
-        first = status.history[0].time
-        lines = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
-        text += "\n" + table(["TIME", "EVENT", "DETAIL"], lines)
-    return text
-
-
-def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
-    """The table of all units; the reason has a column where anything failed or was skipped."""
-    header = ["UNIT", "STATUS", "READY"]
-    if any(u.reason for u in units) or "reason" in columns.lower():
-        header.append("REASON")
-    return table(header, [[u.unit_name, u.status, str(u.is_ready).lower(), u.reason] for u in units], columns)
-
-
-# -- pictures of a whole startup: all from one Graph --------------------------------------------------------
-
-
-def begin(node: Node) -> float:
-    """When a unit first showed up."""
-    return min(t for t in (node.registered, node.waiting, node.started) if t >= 0)
-
-
-def end(node: Node, now: float) -> float:
-    """When a unit ended, or now."""
-    return node.ended if node.ended >= 0 else now
-
-
-def phases(node: Node, last: float) -> tuple[float, float, float]:
-    """When a unit was asked for, when it started, when it ended; what has not been comes with what came next."""
-    to = end(node, last)
-    start = node.started if node.started >= 0 else to
-    return node.waiting if node.waiting >= 0 else start, start, to
-
-
-def took(node: Node, last: float) -> str:
-    """How long a unit ran, or waited if it has not started."""
-    asked, start, to = phases(node, last)
-    return span(to - start) if node.started >= 0 else span(start - asked) if node.waiting >= 0 else "-"
-
-
-def standing(node: Node) -> str:
-    """The status in a word for pictures, which show what is on its way."""
-    if node.status == PENDING:
-        return "waiting" if node.is_waiting else "gave up" if node.waiting >= 0 else "pending"
-    return "running" if node.status == STARTED else node.status
-
-
-def in_order(graph: Graph) -> list[Node]:
-    """Registered units in the order they started; those that have not, behind."""
-    units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
-    return sorted(units, key=lambda n: (n.started < 0, n.started if n.started >= 0 else begin(n), n.unit_name))
-
-
-def critical_path(graph: Graph) -> list[tuple[Node, float]]:
-    """The chain of units that determined when the last one ended, each with its share in seconds.
-
-    From the unit that ended last back to the dependency that released it (or, if none held it up, that ended last),
-    and so on: what really held up what, not what might have.
-    """
-    nodes = {n.unit_name: n for n in graph.nodes}
-    node = max((n for n in graph.nodes if n.started >= 0), key=lambda n: end(n, graph.now), default=None)
-    path: list[tuple[Node, float]] = []
-    until = float("inf")
-    for _ in nodes:
-        if node is None:
-            break
-        if node.started >= 0:
-            path.append((node, max(0.0, min(end(node, graph.now), until) - node.started)))
-        until = node.started if node.started >= 0 else node.ended  # what was skipped ended with what it required
-        before = [nodes[d] for d in node.wants if d in nodes and 0 <= nodes[d].ended <= until]
-        before.sort(key=lambda one: one.ended)
-        node = nodes.get(node.released_by) or (before[-1] if before else None)
-    return path[::-1]
-
-
-def extent(graph: Graph) -> tuple[float, float]:
-    """From the first sign of a unit to the end of the last, or now while any runs or waits."""
-    units = [n for n in graph.nodes if n.status != NOT_REGISTERED]
-    going = any(n.status == STARTED or n.is_waiting for n in units)
-    last = max((n.ended for n in units), default=0.0)
-    return min(map(begin, units), default=0.0), graph.now if units and (going or last < 0) else last
-
-
-def summary(graph: Graph) -> str:
-    """The sentence people want; of a long critical path it names the longest steps."""
-    first, last = extent(graph)
-    path = critical_path(graph)
-    count = {s: sum(n.status == s for n in graph.nodes) for s in (FAILED, SKIPPED, STARTED, PENDING)}
-    words = {STARTED: "still running", PENDING: "not started"}
-    rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
-    text = f"{span(last - first)} in all" + (f" ({', '.join(rest)})" if rest else "")
-    if path and last > first:
-        longest = {n.unit_name for n, _ in sorted(path, key=lambda step: -step[1])[:10]}
-        steps: list[str] = []
-        for n, share in path:
-            if n.unit_name in longest:
-                steps.append(f"{n.unit_name} {span(share)}")
-            elif steps[-1:] != ["..."]:
-                steps.append("...")
-        percent = 100 * sum(share for _, share in path) / (last - first)
-        text += f"; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
-    return text if graph.nodes else "no units yet"
-
-
 def wide(text: str) -> int:
     """How many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
+    from unicodedata import category, east_asian_width
 
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(0 if category(c) in ("Mn", "Me", "Cf") else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
@@ -2923,98 +3663,493 @@ def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     return lines
 
 
+def json_text(value: Any) -> str:
+    """JSON for other programs and for people."""
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+# -- one unit, and tables -----------------------------------------------------------------------------------
+
+
+def owner_text(owner: Owner | None, by: str = "") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    return f"{by}{owner.command} (pid {owner.pid})" if owner.command else f"{by and ' '}(pid {owner.pid})"
+
+
+def dependency_text(row: Dependency) -> str:
+    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
+    status = row.current_status
+    if status == NOT_REGISTERED:
+        text = f"{row.depends_on} not registered"
+        return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
+    if status == PENDING:
+        text = f"{row.depends_on} pending for {span(row.age)}"
+        return text + (f", waits for {', '.join(row.waits_for)}" if row.waits_for else ", not started yet")
+    text = f"{row.depends_on} {status} {span(row.age)} ago"
+    if row.reason:
+        text += f" ({row.reason})"
+    if row.owner and status == STARTED:
+        text += owner_text(row.owner, " by ") + (", which is no longer running" if row.owner.alive is False else "")
+    return text
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
+    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError."""
+    lower = [title.lower() for title in titles]
+    wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")] if columns else lower
+    for name in wanted:
+        if name not in lower:
+            raise UsageError(f'no such column: "{name}"; there are {", ".join(lower)}')
+    picked = [[row[lower.index(name)] for name in wanted] for row in [titles, *rows]]
+    widths = [max(map(wide, column)) for column in zip(*picked)]
+    return "".join("  ".join(c + " " * (w - wide(c)) for c, w in zip(row, widths)).rstrip() + "\n" for row in picked)
+
+
+def status_text(status: UnitStatus, columns: str = "") -> str:
+    """A unit and the table of its dependencies."""
+    gone = ", which is no longer running" if status.owner and status.owner.alive is False else ""
+    facts = {
+        "Unit": status.unit_name,
+        "Status": status.status,
+        "Ready": str(status.is_ready).lower(),
+        "Reason": status.reason,
+        "Started by": owner_text(status.owner) + gone,
+        "Tries": str(len(status.tries) + 1) if status.tries else "",
+        "Runs on": "yes" if status.running_on else "",
+        "Ended since": status.exit_reason,
+        "Locks": ", ".join(status.locks),
+        "Waits for": ", ".join(status.waits_for) if status.is_waiting else "",
+        "Output": status.log,
+        "Refused": status.refusal,
+        "Did you mean": status.did_you_mean,
+    }
+    text = "".join(f"{title}: {fact}\n" for title, fact in facts.items() if fact)
+    if status.dependencies:
+        titles = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
+        rows = [
+            [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
+            for d in status.dependencies
+        ]
+        if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
+            titles.append("REASON")
+        text += "\n" + table(titles, rows, columns)
+    else:
+        text += "\nNo dependencies.\n"
+    if status.history:
+        first = status.history[0].time
+        lines = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
+        text += "\n" + table(["TIME", "EVENT", "DETAIL"], lines)
+    return text
+
+
+def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
+    """The table of all units; what they wait for and reasons have a column where there are any."""
+    rows = [
+        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), u.reason] for u in units
+    ]
+    titles = ["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"]
+    shown = [title for i, title in enumerate(titles) if i < 4 or any(row[i] for row in rows)]
+    text = table(titles, rows, columns or ",".join(shown))
+    return text if units else "no units yet\n"
+
+
+def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
+    """All units for programs."""
+    keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for")
+    return [{key: plain(getattr(u, key)) for key in keys} for u in units]
+
+
+# -- what every picture of a startup needs ------------------------------------------------------------------
+
+
+@dataclass
+class Bar:
+    """When a unit was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
+
+    What has not been comes with what follows it.
+    """
+
+    asked: float
+    ready: float
+    started: float
+    ended: float
+    exited: float
+
+
+class Startup:
+    """A graph, and what its pictures have in common."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.by_name = {u.unit_name: u for u in graph.nodes}
+        known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
+        signs = {
+            u.unit_name: min((t for t in (u.registered, u.waiting, u.started, u.ended) if t >= 0), default=0.0)
+            for u in known
+        }
+        self.first = min(signs.values(), default=0.0)
+        self.last = max((t for u in known for t in (u.waiting, u.started, u.ended)), default=0.0)
+        over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
+        if known and not over:
+            self.last = max(self.last, graph.now)
+        self.length = self.last - self.first
+        self.bars = {u.unit_name: self._bar(u) for u in graph.nodes}
+        self.units = sorted(  # in the order they started; those that have not, behind
+            known, key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name)
+        )
+        self.path = self._critical_path()
+        self.critical = {u.unit_name for u, _ in self.path}
+
+    def _bar(self, unit: UnitStatus) -> Bar:
+        ended = max(unit.started, unit.ended) if unit.ended >= 0 else self.last
+        started = unit.started if unit.started >= 0 else ended
+        asked = min(unit.waiting, started) if unit.waiting >= 0 else started
+        ready = min(max(unit.ready, asked), started) if unit.ready >= 0 else started
+        exited = self.last if unit.running_on else min(unit.exited, self.last)
+        return Bar(asked, ready, started, ended, max(ended, exited))
+
+    def phases(self, unit: UnitStatus) -> list[tuple[str, float, float]]:
+        """What a unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
+        bar = self.bars[unit.unit_name]
+        found = [
+            ("waiting", bar.asked, bar.ready),
+            ("locked out", bar.ready, bar.started),
+            ("running", bar.started, bar.ended),
+            ("running on", bar.ended, bar.exited),
+        ]
+        if unit.started < 0:  # then its wait is shown even if it took no time
+            return [p for p in found[:2] if p[2] > p[1]] or found[: int(unit.waiting >= 0)]
+        return [phase for phase in found if phase[2] > phase[1] or phase[0] == "running"]
+
+    def ran(self, unit: UnitStatus) -> float:
+        """How many seconds a unit ran."""
+        return self.bars[unit.unit_name].ended - unit.started if unit.started >= 0 else 0.0
+
+    def took(self, unit: UnitStatus) -> str:
+        """How long a unit ran, or waited if it has not started."""
+        bar = self.bars[unit.unit_name]
+        return (
+            "-"
+            if unit.started < 0 and unit.waiting < 0
+            else span(self.ran(unit) if unit.started >= 0 else bar.ended - bar.asked)
+        )
+
+    def _critical_path(self) -> list[tuple[UnitStatus, float]]:
+        """The chain of units that determined when the last one ended, each with its share in seconds.
+
+        From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
+        last), and so on: what really held up what, not what might have.
+        """
+        ran = [u for u in self.units if u.started >= 0]
+        unit = max(ran, key=lambda u: (self.bars[u.unit_name].ended, u.started), default=None)
+        path: list[tuple[UnitStatus, float]] = []
+        until = float("inf")
+        for _ in self.by_name:
+            if unit is None:
+                break
+            bar = self.bars[unit.unit_name]
+            if unit.started >= 0:
+                path.append((unit, max(0.0, min(bar.ended, until) - bar.started)))
+            until = bar.started  # what was skipped ended with what it required
+            before = [self.by_name[d] for d in unit.wants if d in self.by_name and 0 <= self.by_name[d].ended <= until]
+            unit = self.by_name.get(unit.released_by) or max(before, key=lambda u: u.ended, default=None)
+        return path[::-1]
+
+    def slack(self) -> dict[str, float]:
+        """How much longer each unit could have taken without delaying the end; none for the critical path.
+
+        A unit that ended with time to spare may use that of those that went on because of it, and no more.
+        """
+        spare: dict[str, float] = {}
+        going_on: dict[str, list[UnitStatus]] = {name: [] for name in self.by_name}
+        ran = [u for u in self.units if u.started >= 0]
+        for unit in ran:
+            for name in {d for d, r in unit.wants.items() if r != START} | {unit.released_by} - unit.wants.keys():
+                if name in going_on and self.bars[name].ended <= unit.started:
+                    going_on[name].append(unit)
+        for unit in reversed(ran):
+            name, ended = unit.unit_name, self.bars[unit.unit_name].ended
+            latest = (u.started + spare[u.unit_name] for u in going_on[name] if u.unit_name in spare)
+            spare[name] = max(0.0, min(latest, default=self.last) - ended)
+        return {name: 0.0 if name in self.critical else seconds for name, seconds in spare.items()}
+
+    def summary(self) -> str:
+        """The sentence people want; of a long critical path it names the longest steps."""
+        if not self.by_name:
+            return "no units yet"
+        count = {s: sum(u.status == s for u in self.by_name.values()) for s in (FAILED, SKIPPED, STARTED, PENDING)}
+        words = {STARTED: "still running", PENDING: "not started"}
+        rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
+        text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
+        if not self.path or self.length <= 0:
+            return text
+        longest = {u.unit_name for u, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
+        steps: list[str] = []
+        for u, share in self.path:
+            if u.unit_name in longest:
+                steps.append(f"{u.unit_name} {span(share)}")
+            elif steps[-1:] != ["..."]:
+                steps.append("...")
+        percent = 100 * sum(share for _, share in self.path) / self.length
+        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
+
+
+def summary(graph: Graph) -> str:
+    """How long a startup took and what it spent its time on, in a sentence."""
+    return Startup(graph).summary()
+
+
+def standing(unit: UnitStatus) -> str:
+    """The status in a word for pictures, which show what is on its way."""
+    if unit.status == PENDING:
+        return "waiting" if unit.is_waiting else "gave up" if unit.waiting >= 0 else "pending"
+    if unit.status == COMPLETED and (unit.running_on or unit.exited >= 0):
+        return "running on" if unit.running_on else "exited"
+    return "running" if unit.status == STARTED else unit.status
+
+
+def described(unit: UnitStatus, word: str = "") -> str:
+    """The status, or another word for it, and the reason."""
+    return ": ".join(filter(None, (word or unit.status, unit.reason or unit.exit_reason)))
+
+
+# -- the timeline -------------------------------------------------------------------------------------------
+
+
 def ticks(length: float, most: int) -> list[float]:
-    """Round numbers of seconds for an axis, at most `most` of them."""
-    steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 2, 5)] + [15.0, 30.0]
-    steps += [60.0 * m for m in (1, 2, 5, 10, 15, 30, 60, 120, 360, 720, 1440)]
+    """Round numbers of seconds for an axis, at most `most` of them behind 0 and not many less."""
+    steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
+    steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
+    steps += [86400.0, 2 * 86400.0]
     step = next((s for s in steps if length / s <= max(most, 1)), length or 1.0)
     return [i * step for i in range(int(length / step + 1e-9) + 1)]
 
 
+def tick_text(seconds: float) -> str:
+    """A time on an axis, exact: `span` rounds."""
+    if seconds >= 60 or not seconds:
+        return span(seconds) if seconds else "0"
+    return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
+
+
 COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
+SHADES = {"running on": "\u2500-", "waiting": "\u2591.", "locked out": "\u2592:", "running": "\u2588#"}
 
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
-    wait, run, dots = ("\u2591", "\u2588", "\u2026") if unicode else (".", "#", "~")
-    units, (first, last) = in_order(graph), extent(graph)
-    if not units:
-        return summary(graph) + "\n"
-    path = {n.unit_name for n, _ in critical_path(graph)}
-    label = {n.unit_name: n.unit_name if unicode else ascii(n.unit_name)[1:-1] for n in units}
+    mark = {kind: both[not unicode] for kind, both in SHADES.items()}
+    again, dots = ("\u2502", "\u2026") if unicode else ("|", "~")
+    startup = Startup(graph)
+    said = wrap(startup.summary(), width, dots)
+    if not startup.units:
+        return "\n".join(said) + "\n"
+    label = {u.unit_name: u.unit_name if unicode else ascii(u.unit_name)[1:-1] for u in startup.units}
     names = min(max(map(wide, label.values())), max(8, min(width // 3, width - 32)))
     bars = max(10, width - names - 22)
-    scale = bars / (last - first) if last > first else 0.0
+    scale = bars / startup.length if startup.length > 0 else 0.0
     axis = [" "] * bars
-    for tick in ticks(last - first, min(10, bars // 10)):
-        at, mark = int(tick * scale), span(tick) if tick else "0"
-        if at + len(mark) <= bars:
-            axis[at : at + len(mark)] = mark
+    for tick in ticks(startup.length, bars // 10):
+        at, text = int(tick * scale + 1e-9), tick_text(tick)
+        if at + len(text) <= bars:
+            axis[at : at + len(text)] = text
+
+    def cell(t: float) -> int:
+        return max(0, min(bars - 1, int((t - startup.first) * scale)))
+
     lines = [" " * (names + 3) + "".join(axis).rstrip()]
-    for n in units:
-        asked, start, to = phases(n, last)
-        a, b = (min(bars - 1, int((t - first) * scale)) for t in (asked, start))
-        c = max(b + 1, min(bars, round((to - first) * scale)))
-        ends = run if n.started >= 0 else wait if n.waiting >= 0 else " "
-        bar = (" " * a + wait * (b - a) + ends * (c - b)).ljust(bars)
-        name = fit(label[n.unit_name], names, dots)
+    drawn: set[str] = set()
+    for u in startup.units:
+        bar = [" "] * bars
+        for kind, since, upto in sorted(startup.phases(u), key=lambda phase: list(SHADES).index(phase[0])):
+            size = max(1, min(bars, round((upto - startup.first) * scale)) - cell(since))
+            bar[cell(since) : cell(since) + size] = mark[kind] * size
+        for t in u.tries if u.started >= 0 else ():
+            bar[cell(t)] = again
+        drawn.update(bar)
+        name, row = fit(label[u.unit_name], names, dots), "".join(bar)
         if colour:
-            name = f"\033[1m{name}\033[0m" if n.unit_name in path else name
-            bar = f"\033[{COLOURS[n.status]}m{bar}\033[0m"
-        lines.append(f"{'*' if n.unit_name in path else ' '} {name} {bar} {took(n, last):>7} {standing(n)}")
-    return "\n".join([*lines, "", *wrap(summary(graph), width, dots)]) + "\n"
+            name = f"\033[1m{name}\033[0m" if u.unit_name in startup.critical else name
+            row = f"\033[{COLOURS[u.status]}m{row}\033[0m"
+        star = "*" if u.unit_name in startup.critical else " "
+        lines.append(f"{star} {name} {row} {startup.took(u):>7} {standing(u)}")
+    meanings = (
+        (again, "another try"),
+        (mark["running on"], "runs on as a service"),
+        (mark["locked out"], "waits for a lock"),
+    )
+    legend = ", ".join(f"{one} {meaning}" for one, meaning in meanings if one in drawn)
+    return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
 
 
-def blame_text(graph: Graph, most: int = 25) -> str:
+def blame_text(graph: Graph, width: int = 100, most: int = 25) -> str:
     """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
-    _, last = extent(graph)
-    nodes = {n.unit_name: n for n in graph.nodes}
-    held = dict.fromkeys(nodes, 0.0)
-    for n in graph.nodes:
-        asked, start, _ = phases(n, last)
-        for name, requirement in n.wants.items():
-            d = nodes[name]
-            met = d.started if requirement == START and d.started >= 0 else end(d, last)
-            upto, (its, began, _) = min(start, met), phases(d, last)
-            held[name] += max(0.0, upto - asked) - max(0.0, min(began, upto) - max(its, asked))
-    ran = {n.unit_name: end(n, last) - n.started if n.started >= 0 else 0.0 for n in graph.nodes}
-    text = ""
+    startup = Startup(graph)
+    held = dict.fromkeys(startup.by_name, 0.0)
+    for u in graph.nodes:
+        bar = startup.bars[u.unit_name]
+        for name in u.wants.keys() & held.keys():
+            its = startup.bars[name]
+            met = its.started if u.wants[name] == START and startup.by_name[name].started >= 0 else its.ended
+            upto = min(bar.ready, met)
+            held[name] += max(0.0, upto - bar.asked) - max(0.0, min(its.started, upto) - max(its.asked, bar.asked))
+        for name in {u.released_by, *u.blocked_by.values()} - u.wants.keys():
+            if name in held:  # it had a lock
+                held[name] += bar.started - bar.ready
+    ran = {u.unit_name: startup.ran(u) for u in graph.nodes}
+    slack, text = startup.slack(), ""
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        best = sorted((n for n in graph.nodes if by[n.unit_name] > 0), key=lambda n: -by[n.unit_name])
-        body = [[n.unit_name, span(ran[n.unit_name]), span(held[n.unit_name]), n.status] for n in best[:most]]
+        best = sorted((u for u in graph.nodes if by[u.unit_name] > 0), key=lambda u: -by[u.unit_name])
+        rows = []
+        for name, status in [(u.unit_name, u.status) for u in best[:most]]:
+            spare = span(slack[name]) if name in slack else "-"
+            rows.append([name, span(ran[name]), span(held[name]), spare, status])
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], body) + more + "\n"
-    return text + summary(graph) + "\n"
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "SLACK", "STATUS"], rows) + more + "\n"
+    notes = "OTHERS WAITED adds up over all that waited, so it may exceed the whole. "
+    notes += "SLACK is how much longer a unit could have taken without delaying the end."
+    return text + "\n".join([*wrap(notes, width), "", *wrap(startup.summary(), width)]) + "\n"
+
+
+def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
+    """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
+    old, new = Startup(before), Startup(now)
+    ran = [{u.unit_name: s.ran(u) for u in s.units if u.started >= 0} for s in (old, new)]
+    change = {name: ran[1].get(name, 0.0) - ran[0].get(name, 0.0) for name in {**ran[1], **ran[0]}}
+    rows = []
+    for name in sorted(change, key=lambda name: (-abs(change[name]), name)):
+        its = ["came" if name not in ran[0] else "went" if name not in ran[1] else signed(change[name])]
+        rows.append([name, *(span(r[name]) if name in r else "-" for r in ran), *its])
+    more, shares = new.length - old.length, [{u.unit_name: share for u, share in s.path} for s in (old, new)]
+    how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
+    text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
+    gains = {n: shares[1].get(n, 0.0) - shares[0].get(n, 0.0) for n in {**shares[1], **shares[0]}}
+    worst = sorted((n for n in gains if abs(gains[n]) >= 0.001), key=lambda n: -abs(gains[n]))
+    steps = [f"{n} {signed(gains[n])}" for n in worst[:5]]
+    for i, n in enumerate(worst[:5]):
+        steps[i] += " (new on it)" if n not in shares[0] else " (no longer on it)" if n not in shares[1] else ""
+    steps += [f"{len(worst) - 5} more"] if len(worst) > 5 else []
+    text += f"; on the critical path: {', '.join(steps)}" if steps else ""
+    return table(["UNIT", "BEFORE", "NOW", "CHANGE"], rows) + "\n" + "\n".join(wrap(text, width)) + "\n"
+
+
+def signed(seconds: float) -> str:
+    """A difference: +1.2s, -350ms, 0."""
+    return "0" if abs(seconds) < 0.0005 else ("+" if seconds > 0 else "-") + span(abs(seconds))
+
+
+TIMELINE_VERSION = 2
+TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
+SAVED: dict[str, Callable[[Any], Any]] = {  # what else of a unit is saved, and how it is read: it may be anything
+    "reason": one_line,
+    "released_by": lambda name: check_name(name) if name else "",
+    "wants": lambda wants: {check_name(d): REQUIREMENTS[REQUIREMENTS.index(r)] for d, r in wants.items()},
+    "exit_code": lambda code: None if code is None else int(code),
+    "is_waiting": bool,
+    "locks": lambda locks: list(map(check_name, locks)),
+    "blocked_by": lambda locks: {check_name(lock): check_name(unit) for lock, unit in locks.items()},
+    "running_on": bool,
+    "exit_reason": one_line,
+}
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
     """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
-    first, last = extent(graph)
-    path = [{"unit_name": n.unit_name, "seconds": round(share, 3)} for n, share in critical_path(graph)]
+    startup = Startup(graph)
+
+    def since(t: float) -> float | None:
+        return round(t - startup.first, 6) if t >= 0 else None
+
     units = []
-    for n in in_order(graph):
-        times: dict[str, float] = {k: getattr(n, k) for k in ("registered", "waiting", "started", "ended")}
-        row: dict[str, Any] = {"unit_name": n.unit_name, "status": n.status, "reason": n.reason}
-        row.update((k, round(t - first, 6) if t >= 0 else None) for k, t in times.items())
-        units.append({**row, "released_by": n.released_by, "wants": n.wants})
-    return {"seconds": round(last - first, 6), "summary": summary(graph), "critical_path": path, "units": units}
+    for u in startup.units:
+        times = {**{key: since(getattr(u, key)) for key in TIMES}, "tries": list(map(since, u.tries))}
+        units.append({"unit_name": u.unit_name, "status": u.status, **times, **{key: getattr(u, key) for key in SAVED}})
+    path = [{"unit_name": u.unit_name, "seconds": round(share, 3)} for u, share in startup.path]
+    head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
+    return {**head, "critical_path": path, "units": units}
+
+
+def timeline_graph(text: bytes, name: str) -> Graph:
+    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError."""
+    import json
+
+    try:
+        data = json.loads(text)
+        if data.get("version", 1) > TIMELINE_VERSION:
+            raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
+        units = {row["unit_name"]: saved_unit(row) for row in data["units"]}
+        now = saved_time(data["seconds"])
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, Refused, InvalidParams):
+        raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
+    for dependency in [d for unit in units.values() for d in unit.wants]:
+        units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
+    return Graph(now, list(units.values()))
+
+
+def saved_unit(row: dict[str, Any]) -> UnitStatus:
+    """One unit of a saved timeline, with nothing in it that a picture could stumble over. Raises as it happens."""
+    unit = UnitStatus(check_name(row["unit_name"]), row["status"], False)
+    for key in TIMES:
+        setattr(unit, key, saved_time(row.get(key)))
+    unit.tries = [max(0.0, saved_time(t)) for t in row.get("tries", ())]
+    unit.is_waiting = unit.status == PENDING and unit.waiting >= 0  # the first version did not say
+    for key in SAVED.keys() & row.keys():
+        setattr(unit, key, SAVED[key](row[key]))
+    if unit.status not in (PENDING, STARTED, *ENDED) or not any(getattr(unit, key) >= 0 for key in TIMES[:4]):
+        raise ValueError
+    return unit
+
+
+def saved_time(value: Any) -> float:
+    """A time of a saved timeline."""
+    if value is None:
+        return -1.0
+    if isinstance(value, (int, float)) and -1e12 < value < 1e12:
+        return max(0.0, float(value))
+    raise ValueError
 
 
 def timeline_trace(graph: Graph) -> dict[str, Any]:
-    """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds."""
-    first, last = extent(graph)
-    events: list[dict[str, Any]] = []
-    for row, n in enumerate(in_order(graph), 1):
-        where = {"pid": 1, "tid": row}
-        events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": n.unit_name}})
-        events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": row}})
-        args = {"status": n.status, "reason": n.reason, "released_by": n.released_by, "wants": list(n.wants)}
-        times = [round((t - first) * 1e6) for t in phases(n, last)]
-        for kind, name, i in (("waiting", f"{n.unit_name} waits", 0), ("running", n.unit_name, 1)):
-            if times[i + 1] > times[i] or (i and n.started >= 0):
-                what = {"ph": "X", "cat": kind, "name": name, "ts": times[i], "dur": times[i + 1] - times[i]}
-                events.append({**what, **where, "args": args})
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds.
+
+    Arrows go from the end of what released a unit to its start. Waits of less than a millisecond are left out.
+    """
+    startup = Startup(graph)
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "startup"}}]
+    rows = {u.unit_name: row for row, u in enumerate(startup.units, 1)}
+    ran: dict[str, tuple[int, int]] = {}
+    for u in startup.units:
+        where = {"pid": 1, "tid": rows[u.unit_name]}
+        events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": u.unit_name}})
+        events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": where["tid"]}})
+        args = {"status": u.status, "reason": u.reason, "released_by": u.released_by, "wants": list(u.wants)}
+        names = {"waiting": "waits", "locked out": f"waits for lock {', '.join(u.locks)}", "running on": "runs on"}
+        for kind, since, upto in startup.phases(u):
+            ts, end_ts = (round((t - startup.first) * 1e6) for t in (since, upto))
+            if kind != "running" and end_ts - ts < 1000:
+                continue
+            name = " ".join(filter(None, (u.unit_name, names.get(kind))))
+            what = {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": end_ts - ts, **where, "args": args}
+            colour = "bad" if u.status == SKIPPED else "terrible" if u.status == FAILED else ""
+            colour = "grey" if kind in ("waiting", "locked out") and u.status != SKIPPED else colour
+            events.append({**what, "cname": colour} if colour else what)
+            if kind == "running":
+                ran[u.unit_name] = ts, end_ts
+        for i, t in enumerate(u.tries, 2):
+            at = round((t - startup.first) * 1e6)
+            events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at, **where})
+    for number, u in enumerate(startup.units, 1):
+        if u.unit_name in ran and u.released_by in ran:
+            began, ended = ran[u.released_by]
+            since = ran[u.unit_name][0]
+            arrow = {"cat": "released", "name": "released", "id": number, "pid": 1}
+            leave = max(began, min(ended - 1, since))
+            events.append({"ph": "s", **arrow, "tid": rows[u.released_by], "ts": leave})
+            events.append({"ph": "f", "bp": "e", **arrow, "tid": rows[u.unit_name], "ts": since})
+    return {"traceEvents": events if startup.units else [], "displayTimeUnit": "ms"}
 
 
 def xml(text: str) -> str:
@@ -3028,67 +4163,125 @@ def xml(text: str) -> str:
 
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
-.w{fill:#d5d9e0}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}.g{stroke:#888;opacity:.3}
+.w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{stroke:#fff;stroke-width:2}
 .y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
 .c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
-@media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.completed{fill:#4fb37a}
-.failed{fill:#e26060}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
+@media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
+.completed{fill:#4fb37a}.failed{fill:#e26060}.t{stroke:#16181d}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
+LEGEND = (
+    ("waiting", PENDING, "", "waits"),
+    ("locked out", PENDING, "", "waits for a lock"),
+    ("waiting", SKIPPED, "", "skipped"),
+    ("running", STARTED, "", "runs"),
+    ("running", COMPLETED, "", "completed"),
+    ("running", FAILED, "", "failed"),
+    ("running", COMPLETED, "", "another try"),
+    ("running on", COMPLETED, "", "runs on as a service"),
+    ("running", COMPLETED, " k", "on the critical path"),
+)
+
+
+def hover_text(startup: Startup, unit: UnitStatus) -> str:
+    """What the picture says of a unit when it is pointed at."""
+    bar = startup.bars[unit.unit_name]
+    reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
+    tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
+    lines = [f"{unit.unit_name}: {unit.status}{reason}", f"waited {span(bar.started - bar.asked)}{last}"]
+    lines += [f"of it {span(bar.started - bar.ready)} for a lock"] if bar.started - bar.ready >= 0.001 else []
+    lines += [f"ran {span(startup.ran(unit))}{tries}"] if unit.started >= 0 else []
+    lines += ["its process runs on"] if unit.running_on else []
+    if unit.exited >= 0:
+        later = f"its process ended {span(unit.exited - bar.ended)} later"
+        lines.append(": ".join(filter(None, (later, unit.exit_reason))))
+    lines += ["depends on " + names_of(list(unit.wants))] if unit.wants else []
+    lines += ["locks: " + names_of(unit.locks)] if unit.locks else []
+    return "\n".join(lines)
 
 
 def timeline_svg(graph: Graph) -> str:
     """The timeline as one self-contained picture."""
-    units, (first, last), path = in_order(graph), extent(graph), critical_path(graph)
-    marked = {n.unit_name for n, _ in path}
-    left = 16 + 7.4 * min(max((wide(n.unit_name) for n in units), default=0), 60)
-    bars, row, width = 760.0, 20, left + 910
-    scale = bars / (last - first) if last > first else 0.0
+    startup = Startup(graph)
+    units, column, row, bars = startup.units, 7.4, 20, 760.0
+    left = 16 + column * min(max((wide(u.unit_name) for u in units), default=0), 60)
+    right = left + bars + 70
+    outcomes = {u.unit_name: fit(described(u, standing(u)), 60).rstrip() for u in units}
+    width = max(right + 8 + column * max(map(wide, outcomes.values()), default=0), 920 + left)
+    scale = bars / startup.length if startup.length > 0 else 0.0
     body = []
+
+    def at(t: float) -> float:
+        return left + (t - startup.first) * scale
 
     def text(x: float, y: float, content: str, more: str = "") -> str:
         return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
 
-    def rect(kind: str, x: float, y: float, width: float, height: float) -> str:
-        return f'<rect class="{kind}" x="{x:.1f}" y="{y:.0f}" width="{width:.1f}" height="{height:.0f}"/>'
+    def rect(kind: str, x: float, y: float, size: float, height: float) -> str:
+        return f'<rect class="{kind}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height:.0f}"/>'
 
-    said = wrap(summary(graph), int((width - 16) / 7.4))
+    def sign(kind: str, x: float, y: float, size: float, status: str = COMPLETED, key: str = "") -> str:
+        """A phase of a unit in its row, which begins at y."""
+        if kind == "running on":
+            return rect(status, x, y + 9, size, 3)
+        if kind == "running":
+            return rect(status + key, x, y + 4, size, 12)
+        return rect("l" if kind == "locked out" else SKIPPED if status == SKIPPED else "w", x, y + 7, size, 6)
+
+    def again(x: float, y: float) -> str:
+        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
+
+    said = wrap(startup.summary(), int((width - 16) / column))
     body += [text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
     top = 18 * len(said) + 44
     foot = top + row * len(units)
-    for tick in ticks(last - first, 10) if units else ():
-        at = left + tick * scale
-        body.append(f'<path class="g" d="M{at:.1f} {top - 8}V{foot}"/>')
+    for tick in ticks(startup.length, 10) if units else ():
+        body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
         for y in (top - 14, foot + 14)[: 1 + (len(units) > 30)]:
-            body.append(text(at, y, span(tick) if tick else "0", ' class="m" text-anchor="middle"'))
-    for i, n in enumerate(units):
-        asked, start, to = phases(n, last)
-        about = [f"{n.unit_name}: {n.status}" + (f" ({n.reason})" if n.reason else "")]
-        about += [f"waited {span(start - asked)}" + (f", last for {n.released_by}" if n.released_by else "")]
-        about += [f"ran {span(to - start)}"] if n.started >= 0 else []
-        about += ["depends on " + names_of(list(n.wants))] if n.wants else []
-        at, key = top + row * i, " k" if n.unit_name in marked else ""
-        body.append(f"<g><title>{xml(chr(10).join(about))}</title>")
-        body.append(rect("z" if i % 2 else "y", 0, at, width, row))
-        body.append(text(8, at + 14, fit(n.unit_name, 60).rstrip(), ' class="h"' if key else ""))
-        if start > asked:
-            body.append(rect("w", left + (asked - first) * scale, at + 7, (start - asked) * scale, 6))
-        if n.started >= 0:
-            size = max(2.0, (to - start) * scale)
-            body.append(rect(n.status + key, min(left + (start - first) * scale, left + bars - size), at + 4, size, 12))
-        body.append(text(left + bars + 62, at + 14, took(n, last), ' text-anchor="end"'))
-        body.append(text(left + bars + 70, at + 14, standing(n), ' class="m"') + "</g>")
-    rows = {n.unit_name: top + row * i for i, n in enumerate(units)}
-    for (a, _), (b, _) in zip(path, path[1:]):
-        at = left + (b.started - first) * scale
-        body.append(f'<path class="c" d="M{at:.1f} {rows[a.unit_name] + 16}V{rows[b.unit_name] + 4}"/>')
-    sides = f'width="{width:.0f}" height="{foot + 24}"'
+            body.append(text(left + tick * scale, y, tick_text(tick), ' class="m" text-anchor="middle"'))
+    for i, u in enumerate(units):
+        y, key = top + row * i, " k" if u.unit_name in startup.critical else ""
+        body.append(f"<g><title>{xml(hover_text(startup, u))}</title>")
+        body.append(rect("z" if i % 2 else "y", 0, y, width, row))
+        body.append(text(8, y + 14, fit(u.unit_name, 60).rstrip(), ' class="h"' if key else ""))
+        for kind, since, upto in startup.phases(u):
+            size = max((upto - since) * scale, 2.0 if kind == "running" or u.started < 0 else 0.0)
+            if size >= 0.5:
+                body.append(sign(kind, min(at(since), left + bars - size), y, size, u.status, key))
+        body += [again(at(t), y) for t in u.tries if u.started >= 0]
+        body.append(text(right - 8, y + 14, startup.took(u), ' text-anchor="end"'))
+        body.append(text(right, y + 14, outcomes[u.unit_name], f' class="{FAILED if u.status == FAILED else "m"}"'))
+        body.append("</g>")
+    rows = {u.unit_name: top + row * i for i, u in enumerate(units)}
+    for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
+        body.append(f'<path class="c" d="M{at(b.started):.1f} {rows[a.unit_name] + 16}V{rows[b.unit_name] + 4}"/>')
+    x, y = 8.0, foot + 32 - 20 * (not units)
+    for kind, status, key, meaning in LEGEND if units else ():
+        if x + 30 + column * len(meaning) > width:
+            x, y = 8.0, y + row
+        body += [sign(kind, x, y, 24, status, key), text(x + 30, y + 14, meaning, ' class="m"')]
+        body += [again(x + 12, y)] if meaning == "another try" else []
+        x += 30 + column * (len(meaning) + 2)
+    sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {sides} viewBox="0 0 {width:.0f} {foot + 24}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {sides}>'
         f"<title>startup timeline</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</svg>\n"
     )
 
 
-def part(graph: Graph, names: Sequence[str]) -> Graph:
+def timeline_as(form: str, graph: Graph) -> str:
+    """The timeline in one of its forms for files."""
+    if form == "svg":
+        return timeline_svg(graph)
+    if form in ("json", "trace"):
+        return json_text(timeline_data(graph) if form == "json" else timeline_trace(graph))
+    return timeline_text(graph)
+
+
+# -- the graph ----------------------------------------------------------------------------------------------
+
+
+def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
     if not names:
         return graph
@@ -3120,7 +4313,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, de
         name, lead, below, level = todo.pop()
         node = nodes[name]
         below_these = list(node.wants)
-        text = f"{lead}{name} ({node.status}{': ' + node.reason if node.reason else ''})"
+        text = f"{lead}{name} ({described(node)})"
         if name in shown and below_these:
             lines.append(f"{lead}{name} (see above)")
             continue
@@ -3134,114 +4327,194 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, de
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
+def edges_of(graph: Graph) -> list[tuple[str, str, str]]:
+    """Every dependency with what waits for it and what that requires."""
+    return [(name, u.unit_name, requirement) for u in graph.nodes for name, requirement in u.wants.items()]
+
+
 def graph_dot(graph: Graph) -> str:
-    """The graph for Graphviz: an arrow from each unit to what it waits for."""
+    """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
+    path = [u.unit_name for u, _ in Startup(graph).path]
+    critical, steps, bold = set(path), set(zip(path, path[1:])), ["color=orangered", "penwidth=3"]
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
-    for n in graph.nodes:
-        style = "dashed" if n.status == NOT_REGISTERED else "filled"
-        lines.append(f"  {quote(n.unit_name)} [style={style}, fillcolor={fill.get(n.status, 'white')}, "
-                     f"tooltip={quote(n.status + (': ' + n.reason if n.reason else ''))}];")  # fmt: skip
-    for n in graph.nodes:
-        for name, requirement in n.wants.items():
-            label = "" if requirement == SUCCESS else f" [label={quote(requirement)}]"
-            lines.append(f"  {quote(n.unit_name)} -> {quote(name)}{label};")
+    for u in graph.nodes:
+        words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
+        words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
+        words += bold if u.unit_name in critical else []
+        lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
+    for name, dependent, requirement in edges_of(graph):
+        words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
+        words += bold if (name, dependent) in steps else []
+        lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
 def graph_mermaid(graph: Graph) -> str:
-    """The graph for Mermaid; names become entity codes wherever they could mean something."""
+    """The same for Mermaid; names become entity codes wherever they could mean something."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
-    ids = {n.unit_name: f"u{i}" for i, n in enumerate(graph.nodes)}
+    ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
+    path = [u.unit_name for u, _ in Startup(graph).path]
     lines = ["flowchart LR"]
-    for n in graph.nodes:
-        lines.append(f"  {ids[n.unit_name]}[{quote(n.unit_name)}]:::{n.status.replace(' ', '_')}")
-    for n in graph.nodes:
-        for name, requirement in n.wants.items():
-            label = "" if requirement == SUCCESS else f"|{requirement}|"
-            lines.append(f"  {ids[n.unit_name]} -->{label} {ids[name]}")
+    lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
+    edges, steps = edges_of(graph), set(zip(path, path[1:]))
+    for name, dependent, requirement in edges:
+        label = "" if requirement == SUCCESS else f"|{requirement}|"
+        lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
     fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
+    bold = [str(i) for i, edge in enumerate(edges) if edge[:2] in steps]
+    lines += [f"  style {ids[name]} stroke:#d2641e,stroke-width:3px" for name in path]
+    lines += [f"  linkStyle {','.join(bold)} stroke:#d2641e,stroke-width:3px"] if bold else []
     return "\n".join(lines) + "\n"
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
-    nodes = [{"unit_name": n.unit_name, "status": n.status, "reason": n.reason} for n in graph.nodes]
-    edges = [
-        {"unit_name": n.unit_name, "depends_on": d, "requirement": r} for n in graph.nodes for d, r in n.wants.items()
-    ]
+    nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r in edges_of(graph)]
     return {"units": nodes, "edges": edges}
+
+
+# -- why ----------------------------------------------------------------------------------------------------
+
+
+def obstacles(unit: UnitStatus, units: dict[str, UnitStatus]) -> dict[str, str]:
+    """What keeps a unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
+
+    Units, each in the words of a message: a dependency, or who has the lock that alone is missing.
+    """
+    gave_up = unit.status == FAILED and unit.started < 0 and unit.waiting >= 0
+    if unit.status == SKIPPED:
+        found = [d for d, r in unit.wants.items() if units[d].status in HOPELESS[r]]
+    elif unit.status == PENDING or gave_up:
+        found = [d for d, r in unit.wants.items() if units[d].status not in MEETS[r]]
+    else:
+        return {}
+    if not found:
+        locks = unit.blocked_by.items() if unit.is_waiting else ()
+        return {holder: f'lock {lock}, which "{holder}" has' for lock, holder in locks if holder in units}
+    return {d: f'"{d}"' + ("" if unit.wants[d] == SUCCESS else f" ({unit.wants[d]})") for d in found}
 
 
 def why_text(graph: Graph, name: str) -> str:
     """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
-    nodes = {n.unit_name: n for n in graph.nodes}
-    nodes.setdefault(name, Node(name, NOT_REGISTERED, False, False, -1.0, -1.0, -1.0, -1.0, "", "", {}))
-    known = [n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED]
+    units = {u.unit_name: u for u in graph.nodes}
+    units.setdefault(name, UnitStatus(name, NOT_REGISTERED, True))
     held_up: list[str] = []
-    roots: list[str] = []
+    roots: list[UnitStatus] = []
     todo, seen = [name], {name}
     for each in todo:
-        node = nodes[each]
-        stop = HOPELESS if node.status == SKIPPED else MEETS
-        causes = {d: r for d, r in node.wants.items() if (nodes[d].status in stop[r]) == (stop is HOPELESS)}
-        causes = causes if node.status in (PENDING, SKIPPED) else {}
-        new = [d for d in causes if d not in seen]
+        found = obstacles(units[each], units)
+        new = [cause for cause in found if cause not in seen]
         todo += new
         seen.update(new)
-        guess = resembling(each, known) if node.status == NOT_REGISTERED and len(roots) < 20 else ""
-        (held_up if causes else roots).append(
-            story(node, graph.now, causes) + (f'; did you mean "{guess}"?' if guess else ".")
-        )
-    wanted = [n.unit_name for n in graph.nodes if name in n.wants]
-    if nodes[name].status == NOT_REGISTERED and wanted:
-        roots.append(f"It is wanted by {names_of(wanted)}.")
-    for lines, most in ((held_up, 8), (roots, 20)):
-        lines[most:] = [f"({len(lines) - most} more like these)"] if len(lines) > most else []
-    return "\n".join(held_up + roots) + "\n"
+        if found:
+            held_up.append(story(units[each], graph.now, found) + ".")
+        else:
+            roots.append(units[each])
+    wanted = [u.unit_name for u in graph.nodes if name in u.wants and units[name].status == NOT_REGISTERED]
+    lines = at_most(8, held_up) + at_most(20, stories(roots, units, graph.now))
+    return "\n".join(lines + ([f"It is wanted by {names_of(wanted)}."] if wanted else [])) + "\n"
 
 
-def story(node: Node, now: float, causes: dict[str, str]) -> str:
-    """One unit in one sentence without its full stop; `causes` are the dependencies that keep it from starting."""
-    name, reason = f'"{node.unit_name}"', f": {node.reason}" if node.reason else ""
-    what = names_of([f'"{d}"' + (f" ({r})" if r != SUCCESS else "") for d, r in causes.items()])
-    if node.status == NOT_REGISTERED:
-        return f"{name} is not registered: nobody has called want, start or run on it"
-    if node.status == SKIPPED:
-        return f"{name} was skipped {span(now - node.ended)} ago" + (f" because of {what}" if what else reason)
-    if node.status == PENDING and node.is_waiting:
-        what = what or "a place among those that may run at once"
-        return f"{name} has not started: for {span(now - node.waiting)} it has been waiting for {what}"
-    if node.status == PENDING:
+def why_all_text(graph: Graph) -> str:
+    """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
+    units = {u.unit_name: u for u in graph.nodes}
+    stuck = [u for u in graph.nodes if u.is_waiting or u.status == SKIPPED]
+    directly: dict[str, list[UnitStatus]] = {}  # who is held up by a unit, without others in between
+    for unit in stuck:
+        for cause in obstacles(unit, units):
+            directly.setdefault(cause, []).append(unit)
+    lone = {u.unit_name for u in stuck if not obstacles(u, units)}
+    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
+    for unit in graph.nodes:
+        name, runs = unit.unit_name, graph.now - unit.started if unit.status == STARTED else 0.0
+        gone = unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
+        gave_up = standing(unit) in ("gave up", FAILED, "exited")
+        if name in lone or ((name in directly or gone or gave_up or runs >= LONG) and unit not in stuck):
+            groups.setdefault(tuple(u.unit_name for u in directly.get(name, ())), []).append(unit)
+    found: list[tuple[int, float, list[str]]] = []
+    for above, roots in groups.items():
+        held = list(above)
+        seen = set(held)
+        for name in held:
+            new = [u.unit_name for u in directly.get(name, ()) if u.unit_name not in seen]
+            held += new
+            seen.update(new)
+        roots.sort(key=lambda u: -u.age)
+        lines = at_most(5 if held else 20, stories(roots, units, graph.now))
+        for word, skipped in (("held up", False), ("skipped", True)):
+            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
+            lines += [f"    {word}: {names_of(those)}"] if those else []
+        found.append((len(held), roots[0].age, lines))
+    found.sort(key=lambda group: (-group[0], -group[1]))
+    nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
+    return "\n\n".join("\n".join(lines) for _, _, lines in found) + "\n" if found else nothing + "\n"
+
+
+def at_most(most: int, lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    return lines[:most] + ([f"({len(lines) - most} more like these)"] if len(lines) > most else [])
+
+
+def stories(roots: list[UnitStatus], units: dict[str, UnitStatus], now: float) -> list[str]:
+    """Sentences on units that nothing else holds up; a name that nobody registered may be misspelt."""
+    known = [u.unit_name for u in units.values() if u.status != NOT_REGISTERED]
+    lines = []
+    for i, unit in enumerate(roots):
+        guess = resembling(unit.unit_name, known) if unit.status == NOT_REGISTERED and i < 20 else ""
+        lines.append(story(unit, now, obstacles(unit, units)) + (f'; did you mean "{guess}"?' if guess else "."))
+    return lines
+
+
+def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
+    """One unit in one sentence without its full stop; `found` are its obstacles."""
+    name, reason = f'"{unit.unit_name}"', f": {unit.reason}" if unit.reason else ""
+    what = names_of(list(found.values()))
+    if unit.status == NOT_REGISTERED:
+        refused = f"its want was refused: {unit.refusal}"
+        return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
+    if unit.status == SKIPPED:
+        return f"{name} was skipped {span(now - unit.ended)} ago" + (f" because of {what}" if what else reason)
+    if unit.status == PENDING:
+        if unit.is_waiting:
+            what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
+            return f"{name} has not started: for {span(now - unit.waiting)} it has been waiting for {what}"
         gave_up = "its start gave up, and nobody has called start again"
-        who = gave_up if node.waiting >= 0 else "nobody has called start on it"
+        who = gave_up if unit.waiting >= 0 else "nobody has called start on it"
+        who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
-    by = f" by {node.owner.command} (pid {node.owner.pid})" if node.owner else ""
-    waited = node.started - node.waiting
+    by, log = owner_text(unit.owner, " by "), f"; its output is in {unit.log}" if unit.log else ""
+    waited = unit.started - unit.waiting if unit.waiting >= 0 else 0.0
     how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
-    how += f", last for {node.released_by}" if node.released_by and waited >= 0.05 else ""
-    if node.status == STARTED:
-        gone = node.owner is not None and node.owner.alive is False
+    how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
+    if unit.status == STARTED:
+        gone = unit.owner is not None and unit.owner.alive is False
         still = "that process is gone: it ended without complete" if gone else "it is still running"
-        return f"{name} started {span(now - node.started)} ago{by}, {how}; {still}"
-    if node.started < 0:
-        return f"{name} {node.status} {span(now - node.ended)} ago without having started{reason}"
-    length = span(node.ended - node.started)
-    return f"{name} {node.status} {span(now - node.ended)} ago after running {length}{reason}; started{by} {how}"
+        again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
+        return f"{name} started {span(now - unit.started)} ago{by}, {how}; {still}{again}{log}"
+    ago = f"{name} {unit.status} {span(now - unit.ended)} ago"
+    if unit.started < 0:
+        return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
+    tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
+    after = "; its process runs on" if unit.running_on else ""
+    if unit.exited >= 0:
+        after = ": ".join(filter(None, (f"; its process ended {span(now - unit.exited)} ago", unit.exit_reason)))
+    return f"{ago} after running {span(unit.ended - unit.started)}{tries}{reason}; started{by} {how}{after}{log}"
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then every script is a
-# `start` that waits in the agent like any other, on one connection that holds them all; when one is answered
-# its script is spawned. One thread and one poll do everything: answers, output, ends, signals, time.
+# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims
+# all units at the agent, which says, as their turn comes, which script to spawn. One thread and one poll do
+# everything: what the agent says, output, ends, probes, signals, time.
 #
 # What keeps it safe: a script's end is what the system reports of its process, not the end of its output,
 # which a daemon may keep open. Every group of processes is signalled until it is gone, with a bound. Output is
@@ -3251,20 +4524,53 @@ def story(node: Node, now: float, causes: dict[str, str]) -> str:
 HEADER_LINES = 50
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
+FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
+PING_AFTER = 5.0  # seconds of silence from the agent
+LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
+LONGEST_DELAY = 30.0  # between two tries
+NEVER = float("inf")
 MARKS = ("#", "//", "--", ";")
 BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
+HEADERS = {
+    "unit": "NAME",
+    "want": "NAME... [--requires REQUIREMENT]",
+    "after": "NAME...",
+    "before": "NAME...",
+    "extern": "NAME...",
+    "lock": "NAME...",
+    "timeout": "DURATION",
+    "ready": "PROBE",
+    "ready-timeout": "DURATION",
+    "retry": "N [DELAY]",
+}
+
+
+@dataclass
+class Edge:
+    """What a script wants, and the file and line that say so."""
+
+    dependency: str
+    requires: str
+    place: str
 
 
 @dataclass
 class Script:
-    """One file that `boot` runs: its unit, what it wants (dependency, requirement, line), its limit in seconds."""
+    """One file that `boot` runs, and what its headers say. Times are in seconds."""
 
     path: str
     unit: str
-    wants: list[tuple[str, str, int]]
+    place: str  # the file and line that name the unit
+    wants: list[Edge]
+    after: list[Edge]
+    before: list[Edge]
     externs: list[str]
+    locks: list[str]
     timeout: float = 0.0
-    line: int = 1  # that names it
+    ready: str = ""
+    ready_timeout: float = 300.0
+    retries: int = 0
+    delay: float = 1.0
 
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
@@ -3273,56 +4579,77 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     digits = len(name) - len(name.lstrip("0123456789"))
     if digits and name[digits : digits + 1] in ("-", "_"):
         name = name[digits + 1 :]
-    script = Script(path, name.rpartition(".")[0] or name, [], [])
+    script = Script(path, name.rpartition(".")[0] or name, f"{path}:1", [], [], [], [], [])
     for number, line in enumerate(text.decode(errors="replace").splitlines()[:HEADER_LINES], 1):
         mark, found, rest = line.partition("coder-sync:")
-        if not found or mark.strip() not in MARKS:
-            text_ = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-            if line.strip().startswith(MARKS) and text_.startswith(("coder-sync ", "coder-sync:")):
-                mistakes.append(f"{path}:{number}: not understood; a header is written `# coder-sync: WORD ...`")
-            continue
-        words = rest.split()
-        if '"' in rest or "'" in rest:
-            import shlex
-
-            try:
-                words = shlex.split(rest)
-            except ValueError as error:
-                mistakes.append(f"{path}:{number}: {error}")
-                continue
         try:
-            header(script, words, number)
-        except SyncError as error:
+            if found and mark.strip() in MARKS:
+                read_header(script, rest.strip(), f"{path}:{number}")
+            elif looks_like_header(line.strip()):
+                raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
+        except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
             mistakes.append(f"{path}:{number}: {error}")
+    try:
+        check_name(script.unit)
+    except Refused as error:
+        mistakes.append(f"{script.place}: {error}; rename the file, or add: unit NAME")
     return script
 
 
-def header(script: Script, words: list[str], number: int) -> None:
-    """Take one header line. Raises UsageError or Refused."""
-    verb, rest = (words[0], words[1:]) if words else ("", [])
-    if verb == "want":
-        requires = SUCCESS
-        if "--requires" in rest:
-            at = rest.index("--requires")
-            requires, rest = "".join(rest[at + 1 : at + 2]), rest[:at] + rest[at + 2 :]
+def looks_like_header(line: str) -> bool:
+    """Whether a comment was meant to be a header, and is not only about us."""
+    words = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync").replace(":", " ").split()
+    return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+
+
+def read_header(script: Script, text: str, place: str) -> None:
+    """Take what a header says. Raises UsageError, Refused or ValueError."""
+    verb, rest = (*text.split(None, 1), "", "")[:2]
+    if verb == "ready":
+        check_probe(rest)
+        script.ready = rest
+        return
+    words = rest.split()
+    if '"' in rest or "'" in rest or "\\" in rest:
+        import shlex
+
+        words = shlex.split(rest)
+    count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
+    if verb not in HEADERS or (count and len(words) not in count):
+        known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
+        raise UsageError(f'"{text}" is not a header; use {known}')
+    requires: str = SUCCESS
+    if verb == "want" and "--requires" in words:
+        at = words.index("--requires")
+        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
         if requires not in REQUIREMENTS:
             raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
-        odd = [w for w in rest if w[0] == "-" or w[-1] == ","]
-        if odd:
-            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
-        script.wants += [(check_name(name), requires, number) for name in rest]
-    elif verb == "extern":
-        script.externs += map(check_name, rest)
-    elif verb == "unit" and len(rest) == 1:
-        script.unit, script.line = check_name(rest[0]), number
-    elif verb == "timeout" and len(rest) == 1:
-        script.timeout = duration(rest[0])
-    else:
-        raise UsageError(
-            f'"{" ".join(words)}" is not a header; use unit NAME, want DEP..., timeout DURATION, extern NAME'
-        )
-    if not rest:
+    if not words:
         raise UsageError(f"{verb}: a name is missing")
+    if verb == "timeout":
+        script.timeout = duration(words[0])
+    elif verb == "ready-timeout":
+        script.ready_timeout = duration(words[0])
+    elif verb == "retry":
+        if not words[0].isdecimal() or int(words[0]) > 1000:
+            raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
+        script.retries, script.delay = int(words[0]), duration(words[1]) if words[1:] else script.delay
+    else:
+        odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
+        if odd and verb != "unit":
+            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
+        read_names(script, verb, [check_name(name) for name in words], requires, place)
+
+
+def read_names(script: Script, verb: str, names: list[str], requires: str, place: str) -> None:
+    """Take the names that a header has."""
+    if verb == "unit":
+        script.unit, script.place = names[0], place
+    elif verb in ("extern", "lock"):
+        (script.externs if verb == "extern" else script.locks).extend(names)
+    else:
+        edges = {"want": script.wants, "after": script.after, "before": script.before}[verb]
+        edges += [Edge(name, COMPLETION if verb == "after" else requires, place) for name in names]
 
 
 def check_interpreter(path: str, text: bytes) -> str:
@@ -3339,66 +4666,53 @@ def check_interpreter(path: str, text: bytes) -> str:
     if os.path.basename(program) == "env":
         import shutil
 
-        program = next((w for w in words[1:] if w[0] != "-" and "=" not in w), "")
+        program = program_of_env(words[1:])
         return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
     return "" if os.access(program, os.X_OK) else f"its interpreter {program} does not exist or cannot be run"
+
+
+def program_of_env(words: list[str]) -> str:
+    """The program in the arguments of env(1)."""
+    rest = iter(words)
+    for word in rest:
+        if word[:2] == "-S" and word[2:]:
+            return word[2:]
+        if word in ("--unset", "--chdir") or (word[0] == "-" and word[1:2] != "-" and word[-1] in "uC"):
+            next(rest, "")  # the option's value
+        elif word[0] != "-" and "=" not in word:
+            return word
+    return ""
 
 
 def plan(paths: Sequence[str]) -> list[Script]:
     """Read and check everything. Raises UsageError with every mistake, a line each."""
     mistakes: list[str] = []
-    scripts: list[Script] = []
-    left_out: dict[str, str] = {}
-    for given in paths:
-        files = [given]
-        try:
-            if os.path.isdir(given):
-                names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
-                files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
-            elif not os.path.isfile(given):  # a pipe, say, which would block
-                raise OSError(0, "no such file or directory")
-        except OSError as error:
-            mistakes.append(f"{given}: cannot be read: {error.strerror}")
-            continue
-        for path in files:
-            try:
-                with open(path, "rb") as f:
-                    text = f.read(65536)
-            except OSError as error:
-                mistakes.append(f"{path}: cannot be read: {error.strerror}")
-                continue
-            script = read_script(os.path.abspath(path), text, mistakes)
-            wrong = check_interpreter(path, text)
-            if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-                left_out[script.unit] = path
-                continue
-            if wrong:
-                mistakes.append(f"{script.path}:1: {wrong}")
-            scripts.append(script)
+    left_out: dict[str, str] = {}  # unit -> a file that is no script because it is not executable
+    scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
-        if script.unit in by_name:
-            other = by_name[script.unit]
-            mistakes.append(f'{script.path}:{script.line}: unit "{script.unit}" is {other.path}:{other.line} already')
-        by_name.setdefault(script.unit, script)
+        other = by_name.setdefault(script.unit, script)
+        if other is not script:
+            mistakes.append(f'{script.place}: unit "{script.unit}" is {other.place} already')
     externs = {name for script in scripts for name in script.externs}
-    units = Units(time.monotonic, time.time)
     for script in scripts:
-        for name, requires, number in script.wants:
-            where = f"{script.path}:{number}"
-            try:
-                units.want(script.unit, [name], requires)
-            except CycleError as error:
-                files = [os.path.basename(by_name[n].path) for n in error.data if n in by_name]
-                mistakes.append(f"{where}: {error} ({' -> '.join(files)})")
-            except SyncError as error:
-                mistakes.append(f"{where}: {error}")
+        for edge in script.wants:
+            name = edge.dependency
             if name not in by_name and name not in externs:
                 guess = resembling(name, list(by_name))
                 hint = f'; did you mean "{guess}"?' if guess else "; if it comes from outside, add: extern " + name
                 if name in left_out:
                     hint = f"; {left_out[name]} would, but is not executable"
-                mistakes.append(f'{where}: no file provides "{name}"{hint}')
+                mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
+    for script in scripts:
+        for edge in script.before:
+            if edge.dependency in by_name:
+                add_edge(by_name[edge.dependency], Edge(script.unit, SUCCESS, edge.place))
+    for script in scripts:
+        for edge in script.after:
+            if edge.dependency in by_name:
+                add_edge(script, edge)
+    check_edges(scripts, mistakes)
     if not scripts and not mistakes:
         mistakes.append(f"{' '.join(paths)}: no executable files")
     if mistakes:
@@ -3406,218 +4720,373 @@ def plan(paths: Sequence[str]) -> list[Script]:
     return scripts
 
 
+def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
+    """The scripts of a directory, or one file."""
+    files = [given]
+    try:
+        if os.path.isdir(given):
+            names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
+            files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+        elif not os.path.isfile(given):  # a pipe, say, which would block
+            raise OSError(0, "no such file or directory")
+    except OSError as error:
+        mistakes.append(f"{given}: cannot be read: {error.strerror}")
+        return
+    for path in files:
+        try:
+            with open(path, "rb") as f:
+                text = f.read(65536)
+        except OSError as error:
+            mistakes.append(f"{path}: cannot be read: {error.strerror}")
+            continue
+        if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
+            left_out[read_script(path, b"", []).unit] = path
+            continue
+        script = read_script(os.path.abspath(path), text, mistakes)
+        wrong = check_interpreter(path, text)
+        if wrong:
+            mistakes.append(f"{script.path}:1: {wrong}")
+        yield script
+
+
+def add_edge(script: Script, edge: Edge) -> None:
+    """Have a script want something, unless it says itself what it wants of it."""
+    if all(other.dependency != edge.dependency for other in script.wants):
+        script.wants.append(edge)
+
+
+def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
+    """The graph of the scripts; what its rules forbid is a mistake."""
+    units = Units(time.monotonic, time.time)
+    places: dict[tuple[str, str], str] = {}
+    for script in scripts:
+        try:
+            units.want(script.unit, [])
+        except Refused:  # its name is a mistake that is known
+            continue
+        for edge in script.wants:
+            places.setdefault((script.unit, edge.dependency), edge.place)
+            try:
+                units.want(script.unit, [edge.dependency], edge.requires)
+            except CycleError as error:
+                steps = [places.get(step, "") for step in zip(error.data, error.data[1:])]
+                told = ", ".join(os.path.basename(step) for step in steps)
+                mistakes.append(f"{edge.place}: {error} ({told})")
+            except SyncError as error:
+                mistakes.append(f"{edge.place}: {error}")
+    return units
+
+
+def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list[Script]:
+    """Those scripts, and what they want, also through others, that is not done yet. Raises UsageError."""
+    by_name = {script.unit: script for script in scripts}
+    for name in only:
+        if name not in by_name:
+            guess = resembling(name, list(by_name))
+            raise UsageError(f'--only: no file provides "{name}"' + (f'; did you mean "{guess}"?' if guess else ""))
+    taken, rest = set(only), list(only)
+    while rest:
+        script = by_name[rest.pop()]
+        new = {e.dependency for e in script.wants if e not in script.after} - taken - done
+        new &= set(by_name)
+        taken |= new
+        rest += new
+    for script in scripts:
+        script.wants = [e for e in script.wants if e not in script.after or e.dependency in taken]
+    return [script for script in scripts if script.unit in taken]
+
+
+@dataclass
+class BootOptions:
+    """How to boot."""
+
+    jobs: int = 0  # at once; 0 is no limit
+    grace: float = 10.0
+    log_dir: str = ""
+    fail_fast: bool = False
+    stay: bool = False
+    quiet: bool = False
+
+
 class Job:
     """A script on its way: its process, its output, its end."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
-        self.pid = 0  # its own process and the number of its group, once there is one
+        self.began = 0.0  # its first or latest try; 0 if it never could
+        self.tries = 0
+        self.again_at = NEVER  # when the next try begins
+        self.env: dict[str, str] = {}  # what its dependencies export
+        self.pid = 0  # its process, and the number of its process group
+        self.running = False  # its process; the group may live on
+        self.running_on = False  # and the agent knows that it is a service
+        self.code = 0  # with which it ended
         self.out = -1  # read end of its output
-        self.log = -1  # its file in --log-dir
+        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.env_path = ""  # its $CODER_SYNC_ENV
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []
-        self.began = 0.0
-        self.running = False
-        self.kill_at = self.stop_at = float("inf")
-        self.why = ""  # why we stopped it
+        self.prober: Prober | Notified | None = None  # while it is not ready
+        self.stop_at = self.ready_by = self.kill_at = NEVER
+        self.kills = 0
+        self.signalled = False  # by `stop`
+        self.why = ""  # we ended it
+        self.reported = False  # that it has completed
         self.outcome = ""  # the unit's, as the agent has it
         self.reason = ""
+        self.died = ""  # how its process ended after its unit had completed
+
+    def ending(self) -> bool:
+        """Whether its processes are to end."""
+        return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
 
 
-class Local(Connection):
-    """A boot's connection to the agent in its own process: a Channel whose requests are calls, without a socket."""
+class Output:
+    """Standard output: the lines of scripts, as fast as it takes them, and on a terminal the live line under them."""
 
-    def __init__(self, agent: Agent) -> None:
-        from collections import deque
-        from threading import get_ident
+    def __init__(self, units: Iterable[str], quiet: bool) -> None:
+        self.quiet = quiet
+        self.pending = b""
+        self._width = min(24, max(map(wide, units)))
+        self.columns, self._colour, unicode = terminal()
+        self._dots = "\u2026" if unicode else "~"
+        self.tty = os.isatty(1) and not quiet
+        self._live = False  # whether the live line stands there
+        self.live_at = 0.0 if self.tty else NEVER  # when it is drawn again
 
-        super().__init__(None, agent.mail)
-        self._agent, self._thread, self._ident = agent, get_ident(), get_ident
-        self._messages: deque[Any] = deque()
-        self._next = 0
-        self._ends = os.pipe()  # for what other threads push
-        for fd in self._ends:
-            os.set_blocking(fd, False)
-        agent.connections.add(self)
+    def lines(self, unit: str, texts: list[str]) -> None:
+        """Print lines of a unit."""
+        if not self.quiet:
+            name = fit(unit, self._width, self._dots)
+            if self._colour:  # red is for failures
+                name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
+            self.clear()
+            self.pending += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
 
-    def peer(self) -> int:
-        return os.getpid()
+    def write(self, patience: float = 0) -> None:
+        """Pass on what standard output takes without blocking, or, with patience, with pauses of so many seconds."""
+        self.pending = write_some(self.pending, 1, patience)
 
-    def reply(self, data: bytes) -> bool:
-        self._messages.append(_loads(data.decode()))
-        return True
+    def live(self, head: str, items: list[str], now: float) -> None:
+        """Draw the live line: as many items as fit."""
+        self.live_at = now + 1
+        text, shown = head, 0
+        for item in items:
+            left = len(items) - shown - 1
+            more = f", +{left} more" if left else ""
+            longer = f"{text}{', ' if shown else ' '}{item}"
+            if wide(longer + more) >= self.columns:
+                break
+            text, shown = longer, shown + 1
+        if shown < len(items):
+            text += f"{',' if shown else ''} +{len(items) - shown} more"
+        put("\r\033[K" + text)
+        self._live = True
 
-    def push(self, data: bytes) -> bool:
-        self.reply(data)
-        if self._ident() != self._thread:
-            try:
-                os.write(self._ends[1], b"!")
-            except BlockingIOError:  # it has been woken often enough
-                pass
-        return True
-
-    def request(self, method: str, **params: Any) -> int:
-        self._next += 1
-        self._agent.line(self, encode({"id": self._next, "method": method, "params": params}))
-        return self._next
-
-    def call(self, method: str, **params: Any) -> Any:
-        request = self.request(method, **params)
-        return result_of(next(m for m in self._messages if m.get("id") == request))
-
-    def receive(self, timeout: float) -> dict[str, Any] | None:
-        if not self._messages:
-            try:
-                os.read(self._ends[0], 4096)
-            except BlockingIOError:
-                pass
-        return self._messages.popleft() if self._messages else None
-
-    def more(self) -> bool:
-        return bool(self._messages)
-
-    def fileno(self) -> int:
-        return self._ends[0]
-
-    def close(self) -> None:
-        for fd in self._ends:
-            os.close(fd)
+    def clear(self) -> None:
+        """Remove the live line."""
+        if self._live:
+            put("\r\033[K")
+            self._live, self.live_at = False, 0.0
 
 
 class Boot:
-    """Runs scripts in the order of their graph against an agent, hosted in the same process or not."""
+    """Runs scripts in the order of their graph, as an agent's client."""
 
-    def __init__(self, scripts: list[Script], args: Args) -> None:
-        self.jobs = {s.unit: Job(s) for s in scripts}
-        self.unfinished = len(scripts)
-        self.path = ""  # of the agent's socket, once it is used
-        self.args = args
-        self.by_pid: dict[int, Job] = {}
-        self.by_fd: dict[int, Job] = {}
-        self.groups: dict[int, float] = {}  # of ended scripts that left processes behind -> when to kill them
-        self.later: list[Job] = []  # that may start, once the system has room for them
-        self.signals = -1  # a pipe with the numbers of those that came
-        self.log_names: dict[str, str] = {}  # unit -> its file in --log-dir
-        taken = set()
-        for unit in self.jobs:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            self.log_names[unit] = name
-        self.asked: dict[int, tuple[str, Job]] = {}  # id of a request -> what it was
-        self.printed = b""  # on its way to standard output
-        self.signal = 0  # that told us to stop
-        self.stopping = False
-        self.status_shown = False
-        self.status_at = 0.0
-        self.width = min(24, max(map(wide, self.jobs)))
-        self.columns, self.colour, _ = terminal()
-        self.tty = os.isatty(1) and not args.quiet
-        self.log_trouble = self.paused = False
-        self.lost = ""  # why there is no agent any more
-        self.graph: Graph | None = None
-
-    def run(self, path: str, agent: Agent | None = None) -> int:
-        """Boot against the agent at `path`, or in this process; return the exit status.
-
-        Raises Unreachable if the agent goes away before any script has begun.
-        """
+    def __init__(self, scripts: list[Script], options: BootOptions, signals: Signals) -> None:
         import select
 
-        self.path, self.env = path, environment(CODER_AGENT_SOCKET_PATH=path)
-        self.jobs, self.asked = {unit: Job(job.script) for unit, job in self.jobs.items()}, {}
-        self.unfinished = len(self.jobs)
-        self.channel = Local(agent) if agent else Channel(path, CONNECT_TIMEOUT)
-        self.catch_signals()
+        self.jobs = {s.unit: Job(s) for s in scripts}
+        self.options, self.signals = options, signals
+        self.unfinished = len(scripts)
+        self.by_pid: dict[int, Job] = {}
+        self.by_fd: dict[int, Job] = {}  # its output
+        self.groups: dict[int, Job] = {}  # process groups that may have members
+        self.look_at = NEVER  # when to look which of them have gone
+        self.out = Output(self.jobs, options.quiet)
+        self.paused = self.log_trouble = False
         self.poll = select.poll()
-        self.poll.register(self.channel.fileno(), select.POLLIN)
-        self.poll.register(self.signals, select.POLLIN)
-        limit = (open_files() - 48) // (2 if self.args.log_dir else 1)  # a script has a pipe, and perhaps a log
-        most = max(1, min(self.args.jobs or limit, limit))
-        if self.args.log_dir:
-            try:
-                os.makedirs(self.args.log_dir, exist_ok=True)
-            except OSError as error:
-                self.no_log(error)
-        for job in self.jobs.values():
-            for requires in REQUIREMENTS:
-                names = [name for name, r, _ in job.script.wants if r == requires]
-                if names:
-                    self.ask("want", job, unit=job.script.unit, dependencies=names, requires=requires)
-        for job in self.jobs.values():
-            self.ask("start", job, unit=job.script.unit, hold=True, jobs=most)
-        self.answers()
-        code = self.loop()
-        if self.args.stay and not self.signal:
-            say("boot: staying until a signal", 2, self.args.quiet)
-            self.loop(stay=True)
-            code = code if self.signal else 1
-        self.write(patience=1)
-        if self.by_fd and not self.signal and os.fork() == 0:  # somebody must go on reading what services print
-            self.pump()
-        return code
+        self.handlers: dict[int, Callable[[], None]] = {}
+        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
+        self.channel: Channel | None = None
+        self.claimed = False
+        self.heard = self.began = time.monotonic()
+        self.pinged = False
+        self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
+        self.signal = 0  # that told us to stop
+        self.stopping = 0  # the signal that ends everything
+        self.lost = ""  # why there is no agent any more
+        self.directory = ""  # for files of commands
+        self.graph: Graph | None = None
 
-    def catch_signals(self) -> None:
-        """Have a thread put them into a pipe; those that we were started to ignore stay ignored."""
-        import _signal as signal
-        import threading
+    def run(self, channel: Channel, claimed: Callable[[], None] = lambda: None) -> int:
+        """Boot against an agent; return the exit status. Calls `claimed` when it has let us.
 
-        if self.signals >= 0:
-            return
-        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-        taken = [signal.SIGCHLD, *(n for n in stops if signal.getsignal(n) != signal.SIG_IGN)]
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no ends to wait for
-        signal.pthread_sigmask(signal.SIG_BLOCK, taken)
-        self.signals, write = os.pipe()
+        Raises Refused if it does not, and Unreachable.
+        """
+        from threading import Thread
 
-        def wait_for_signals() -> None:
-            while True:
-                os.write(write, bytes([signal.sigwait(taken)]))
+        self.channel, self.when_claimed = channel, claimed
+        self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
+        self.null, self.directory = null(), private_directory()
+        self.watch(channel.fileno(), self.answers)
+        numbers, write = os.pipe()
+        self.watch(numbers, lambda: self.got_signals(os.read(numbers, 4096)))
+        self.leaving = False
 
-        threading.Thread(target=wait_for_signals, daemon=True).start()
+        def pass_signals_on() -> None:
+            while not self.leaving:
+                os.write(write, bytes([self.signals.wait()[0]]))
+
+        thread = Thread(target=pass_signals_on, daemon=True)
+        thread.start()
+        try:
+            if self.options.log_dir:
+                self.make_log_dir()
+            self.claim()
+            self.loop(lambda: not self.unfinished and (not self.out.pending or bool(self.signal)))
+            code = self.finish()
+            if self.options.stay and not self.signal:
+                say("boot: staying until a signal", 2, self.options.quiet)
+                self.report_at = NEVER
+                self.loop(lambda: bool(self.signal or self.lost))
+                code = 128 + self.signal if self.signal else 3
+            self.out.write(patience=1)
+            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal:
+                self.relay()
+            return code
+        finally:
+            import _signal as signal
+
+            self.leaving = True
+            os.kill(os.getpid(), signal.SIGCHLD)
+            thread.join()
+            os.write(write, bytes([signal.SIGCHLD]))  # so that there is something to read
+            late = [n for n in os.read(numbers, 4096) if n != signal.SIGCHLD]
+            self.signal = self.signal or (late[0] if late else 0)
+            self.remove_directory()
 
     # -- the loop -----------------------------------------------------------------------------------------
 
-    def loop(self, stay: bool = False) -> int:
-        """Handle whatever happens until every unit has ended, or, to stay, until a signal has been obeyed."""
+    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+        """Have something called whenever there is something to read."""
         import select
 
-        while not self.over(stay) or (self.printed and not self.signal):
-            if self.channel.more():
+        self.handlers[fd] = handler
+        self.poll.register(fd, select.POLLIN)
+
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no more."""
+        if self.handlers.pop(fd, None):
+            self.poll.unregister(fd)
+
+    def loop(self, over: Callable[[], bool]) -> None:
+        """Handle whatever happens until it is over and nothing that is to end still runs."""
+        import select
+
+        while True:
+            if self.channel and self.channel.more():
                 self.answers()
-                continue
             now = time.monotonic()
             due = self.keep_time(now)
-            self.show_status(now)
-            want_out = [(1, select.POLLOUT)] if self.printed else []
-            for fd, mask in want_out:
-                self.poll.register(fd, mask)
-            due = min(due, self.status_at) if self.tty and not self.printed else due
+            if over() and not any(job.ending() for job in self.groups.values()):
+                return
+            if not self.out.pending:
+                if now >= self.out.live_at:
+                    ended = len(self.jobs) - self.unfinished
+                    running = self.running(now)
+                    waiting = self.unfinished - len(running)
+                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.live_at)
+            self.pause(len(self.out.pending) >= FULL)
+            if self.out.pending:
+                self.poll.register(1, select.POLLOUT)
             ready = self.poll.poll(max(0, due - now) * 1000 + 1)
-            for fd, _ in want_out:
-                self.poll.unregister(fd)
+            if self.out.pending:
+                self.poll.unregister(1)
             for fd, event in ready:
-                if fd == self.channel.fileno():
-                    self.answers()
-                elif fd == self.signals:
-                    for number in os.read(fd, 4096):
-                        self.got_signal(number)
-                elif fd == 1 and fd not in self.by_fd:
-                    self.write(broken=bool(event & select.POLLERR))
-                elif fd in self.by_fd and len(self.printed) < 1 << 18:
-                    self.output(self.by_fd[fd])
-            self.pause(len(self.printed) >= 1 << 18)
-        return self.finish() if not stay else 0
+                if fd == 1:
+                    self.out.pending = b"" if event & select.POLLERR else self.out.pending
+                    self.out.write()
+                elif fd in self.handlers:  # it may be gone since
+                    self.handlers[fd]()
 
-    def over(self, stay: bool) -> bool:
-        """Whether every unit has its outcome (to stay: a signal came) and nothing that was told to end still runs."""
-        done = bool(self.signal or self.lost) if stay else not self.unfinished
-        return done and not (self.stopping and self.by_pid) and not self.doomed()
+    def pause(self, full: bool) -> None:
+        """Read no output while our own is not taken."""
+        if full != self.paused:
+            self.paused = full
+            for fd, job in self.by_fd.items():
+                self.forget(fd) if full else self.watch(fd, self.reader(job))
 
-    def ask(self, method: str, job: Job, **params: Any) -> None:
-        """Send a request about a job's unit; `answers` gets what comes back."""
+    def reader(self, job: Job) -> Callable[[], None]:
+        """What reads a job's output."""
+        return lambda: self.output(job)
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        due = min(now + 60, self.report_at)
+        if now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            self.ask("graph")
         if not self.lost:
+            due = min(due, self.watch_agent(now))
+        if now >= self.look_at:
+            self.forget_groups()
+        for job in list(self.groups.values()):
+            if now >= job.ready_by:
+                lacks = job.prober.error if job.prober else ""
+                self.end(job, f"not ready after {span(job.script.ready_timeout)} ({lacks})")
+            if now >= job.stop_at:
+                self.end(job, f"timed out after {span(job.script.timeout)}")
+            if now >= job.kill_at:
+                self.kill(job, now)
+            due = min(due, job.ready_by, job.stop_at, job.kill_at)
+        for job in self.jobs.values() if self.unfinished else ():
+            if now >= job.again_at and job.pid not in self.groups:
+                job.again_at = NEVER
+                self.spawn(job)
+            due = min(due, max(job.again_at, now + 0.02))
+        return min(due, self.look_at)
+
+    def watch_agent(self, now: float) -> float:
+        """Ask an agent that is silent whether it lives, and take its silence for an end; return when to look again."""
+        if now >= self.heard + PING_AFTER and not self.pinged:
+            self.pinged, self.heard = True, now
+            self.ask("ping")
+        elif self.pinged and now >= self.heard + REPLY_TIMEOUT:
+            self.answers()  # it may be we who slept
+            if self.pinged and not self.lost:
+                path = self.channel.path if self.channel else ""
+                self.gone(
+                    Unreachable(f"the agent at {path} has not answered for {REPLY_TIMEOUT:.0f} s; is it stopped?")
+                )
+        return self.heard + (REPLY_TIMEOUT if self.pinged else PING_AFTER)
+
+    # -- the agent ----------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Ask for all units at once, in as many lines as it takes."""
+        limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
+        limit -= 3 * sum(bool(job.script.ready) for job in self.jobs.values())
+        jobs = max(1, min(self.options.jobs or limit, limit))
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for job in self.jobs.values():
+            wants = {edge.dependency: edge.requires for edge in job.script.wants}
+            row = {"unit": job.script.unit, "wants": wants, "locks": job.script.locks}
+            length = len(encode(row))
+            if rows and size + length > MAX_LINE - 1024:
+                self.ask("boot", units=rows, jobs=jobs, more=True)
+                rows, size = [], 0
+            rows.append(row)
+            size += length
+        self.ask("boot", units=rows, jobs=jobs, more=False)
+
+    def ask(self, method: str, job: Job | None = None, **params: Any) -> None:
+        """Send a request; `answer` gets what comes back."""
+        if self.channel and not self.lost:
+            if job:
+                params["unit"] = job.script.unit
             try:
                 self.asked[self.channel.request(method, **params)] = (method, job)
             except Unreachable as error:
@@ -3626,113 +5095,155 @@ class Boot:
     def answers(self) -> None:
         """Handle what the agent says."""
         try:
-            message = self.channel.receive(0)
-            while message is not None:
+            message = self.channel.receive(0) if self.channel and not self.lost else None
+            while message is not None and self.channel:
+                self.heard, self.pinged = time.monotonic(), False
                 if message.get("id") in self.asked:
                     self.answer(message, *self.asked.pop(message["id"]))
-                message = self.channel.receive(0) if self.channel.more() else None
+                elif message.get("method") == "unit":
+                    self.changed(expect(dict, message.get("params")))
+                message = self.channel.receive(0)
         except Unreachable as error:
             self.gone(error)
 
-    def gone(self, error: Unreachable) -> None:
-        """An agent we joined has ended: what runs may finish, nothing new starts."""
-        if not self.signal and not any(job.pid for job in self.jobs.values()):
-            raise error  # we may begin again
-        self.lost = str(error)
-        self.poll.unregister(self.channel.fileno())
-        put(f"error: {error}\n", 2)
-        for job in self.jobs.values():
-            if not job.running:
-                self.ended(job, PENDING, "the agent went away")
-
-    def answer(self, message: dict[str, Any], method: str, job: Job) -> None:
-        """Handle one answer about a job."""
-        name = job.script.unit
+    def answer(self, message: dict[str, Any], method: str, job: Job | None) -> None:
+        """Handle the answer to a request. Raises what the agent says of our claim."""
         try:
             result = result_of(message)
-            if method == "start" and result["dependencies"] == [name]:  # another boot has run it
-                self.ended(job, COMPLETED, "")
-            elif method == "start" and self.stopping:
-                self.ask("fail", job, unit=name, reason="the boot was stopped")
-            elif method == "start" and not job.outcome:
+        except SyncError as error:
+            if method == "boot":
+                raise
+            if method == "fail" and job and job.outcome != FAILED:
+                self.service_ended(job)
+            elif method == "complete" and job and not job.outcome:
+                self.fail(job, str(error))
+            return
+        if method == "boot":
+            self.claimed = expect(dict, result).get("units") == len(self.jobs)  # else more are to come
+            if self.claimed:
+                self.when_claimed()
+        elif method == "graph" and not self.unfinished:
+            self.graph = record(Graph, result)
+        elif method == "graph":
+            self.out.clear()
+            say(self.progress(record(Graph, result)), 2)
+
+    def changed(self, news: dict[str, Any]) -> None:
+        """Handle what the agent says about a unit: it may start, or it has ended."""
+        job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
+        if job is None or job.outcome:
+            return
+        if status == STARTED and not job.tries:
+            if self.stopping:
+                self.fail(job, job.why)
+            else:
+                job.env = expect(dict, news.get("env") or {})
                 self.spawn(job)
-            elif method == "wait":  # for the end of the unit, which its script, or another, may have reported
-                self.ended(job, COMPLETED, "")
-        except DependencyFailed as error:
-            status = FAILED if str(error).startswith(f'dependency "{name}" failed') else SKIPPED
-            self.ended(job, status, str(error).replace(f'unit "{name}" skipped: ', ""))
-        except Refused as error:
-            if method == "fail" and not job.why:  # it had completed before its script went wrong
-                put(f"warning: {name}: {job.reason}, after the unit had ended\n", 2)
-            elif method not in ("complete", "fail"):
-                self.ended(job, FAILED, str(error))
+        elif status in (COMPLETED, FAILED, SKIPPED):
+            self.ended(job, str(status), str(news.get("reason") or ""))
+
+    def gone(self, error: Unreachable) -> None:
+        """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
+        if not self.claimed:
+            raise error
+        if self.channel and not self.lost:
+            self.lost = str(error)
+            self.forget(self.channel.fileno())
+            self.out.clear()
+            put(f"error: {error}\n", 2)
+            for job in self.jobs.values():
+                if job.again_at < NEVER and job.began:
+                    self.ended(job, FAILED, job.reason)
+                elif not job.running:
+                    self.ended(job, PENDING, "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
         """A unit has its outcome."""
         if job.outcome:
             return
-        job.outcome, job.reason = status, job.reason or reason
+        job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
         self.unfinished -= 1
-        if status != COMPLETED and self.args.fail_fast and not self.stopping:
-            self.stop_all(15, "stopped: another unit failed")
+        if status == COMPLETED and job.running:
+            job.running_on = True
+            self.ask("running", job)
+        elif job.running:  # it says so itself, or somebody else: it may tidy up
+            job.stop_at = time.monotonic() + self.options.grace
+        if status != COMPLETED and self.options.fail_fast and not self.stopping:
+            self.stop(15, "stopped: another unit failed")
 
     # -- processes ----------------------------------------------------------------------------------------
 
     def spawn(self, job: Job) -> None:
-        """Start a script in a process group of its own."""
+        """Begin a try: start the script in a process group of its own."""
         import _signal as signal
-        import select
 
         script = job.script
-        env = {**self.env, b"CODER_SYNC_UNIT": script.unit.encode()}
-        job.began = time.monotonic()
+        read = write = -1
         try:
-            job.out, write = os.pipe()
-            try:
-                actions = [
-                    (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, write, 1),
-                    (os.POSIX_SPAWN_DUP2, write, 2),
-                ]
-                job.pid = os.posix_spawn(
-                    script.path,
-                    [script.path],
-                    env,
-                    file_actions=actions,
-                    setpgroup=0,
-                    setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
-                )
-            finally:
-                os.close(write)
+            env = self.prepare(job)
+            read, write = os.pipe()
+            streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.null, 0), (write, 1), (write, 2))]
+            defaults = [signal.SIGPIPE, signal.SIGXFSZ]
+            job.pid = os.posix_spawn(
+                script.path, [script.path], env, file_actions=streams, setpgroup=0, setsigmask=[], setsigdef=defaults
+            )
         except OSError as error:
-            if job.out >= 0:
-                os.close(job.out)
-                job.out = -1
+            if read >= 0:
+                os.close(read)
+            self.close_prober(job)
             if self.by_pid and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
-                self.later.append(job)
-                return
-            job.reason = f"cannot be run: {error.strerror}"
-            self.ask("fail", job, unit=script.unit, reason=job.reason)
-            self.ended(job, FAILED, job.reason)
+                job.again_at = time.monotonic() + 0.05  # the system may have room for it then
+            else:
+                self.fail(job, f"cannot be run: {error.strerror}")
             return
-        os.set_blocking(job.out, False)
-        job.running = True
-        job.stop_at = job.began + script.timeout if script.timeout else float("inf")
-        self.by_pid[job.pid] = self.by_fd[job.out] = job
+        finally:
+            if write >= 0:
+                os.close(write)
+        os.set_blocking(read, False)
+        job.began, job.running, job.why = time.monotonic(), True, ""
+        job.tries += 1
+        job.out, job.kill_at, job.kills = read, NEVER, 0
+        job.stop_at = job.began + script.timeout if script.timeout else NEVER
+        job.ready_by = job.began + script.ready_timeout if script.ready and script.ready_timeout else NEVER
+        self.by_pid[job.pid] = self.by_fd[read] = self.groups[job.pid] = job
         if not self.paused:
-            self.poll.register(job.out, select.POLLIN)
-        self.ask("wait", job, units=[script.unit])
-        if self.args.log_dir and not self.log_trouble:
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-                path = os.path.join(self.args.log_dir, self.log_names[script.unit] + ".log")
-                job.log = os.open(path, flags, 0o644)
-            except OSError as error:
-                self.no_log(error)
+            self.watch(read, self.reader(job))
+        if self.options.log_dir and not self.log_trouble:
+            self.open_log(job)
+        self.ask("owner", job, pid=job.pid, log=os.fsencode(job.log_path).decode(errors="replace"))
+        if job.tries > 1:
+            text = f"try {job.tries} of {script.retries + 1} after {job.reason}"
+            self.ask("retry", job, detail=text)
+            self.take(job, f"{text}\n".encode())
+        if script.ready:
+            self.probe(job, env)
+
+    def prepare(self, job: Job) -> dict[bytes, bytes]:
+        """The environment for a try, and the socket at which it may say that it is ready. Raises OSError."""
+        added = {**job.env, "CODER_SYNC_UNIT": job.script.unit}
+        if self.directory:
+            number = list(self.jobs).index(job.script.unit)
+            job.env_path = added["CODER_SYNC_ENV"] = os.path.join(self.directory, f"{number}.env")
+            if job.tries:
+                remove(job.env_path)
+        if job.script.ready == "notify":
+            if not self.directory:
+                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+            added["NOTIFY_SOCKET"] = job.env_path[:-3] + "notify"
+            job.prober = Notified(added["NOTIFY_SOCKET"])
+        return {**self.env, **{os.fsencode(name): os.fsencode(value) for name, value in added.items()}}
+
+    def probe(self, job: Job, env: dict[bytes, bytes]) -> None:
+        """Begin to ask whether a script is ready."""
+        try:
+            job.prober = job.prober or Prober(job.script.ready, env)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            self.end(job, f"cannot be probed: {one_line(str(error))}")
+        else:
+            self.watch(job.prober.fileno(), lambda: self.probed(job))
 
     def reap(self) -> None:
-        """Take the ends of all processes that have one: scripts, and, as pid 1, whatever was left to us."""
+        """Take the ends of all processes that have one: scripts, and, as process 1, whatever was left to us."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -3741,89 +5252,157 @@ class Boot:
             if not pid:
                 return
             job = self.by_pid.pop(pid, None)
-            if job is None:
-                continue
-            job.running = False
-            if alive_groups([pid]):
-                self.groups[pid] = job.kill_at
-            self.output(job, last=True)
-            code = exit_code_of(status)
-            if code == 0 and not job.why:
-                self.ask("complete", job, unit=job.script.unit)
-                if self.lost:
-                    self.ended(job, COMPLETED, "")
-            else:
-                job.reason = job.why or ending(code)
-                self.ask("fail", job, unit=job.script.unit, reason=job.reason, exit_code=shell_status(code))
-                if self.lost:
-                    self.ended(job, FAILED, job.reason)
+            if job:
+                self.process_ended(job, exit_code_of(status))
 
-    def doomed(self) -> list[int]:
-        """Groups left behind that were told to end; one that outlives KILL by a second is given up."""
-        late, doomed = time.monotonic() - 1, [group for group, at in self.groups.items() if at < float("inf")]
-        alive = alive_groups(doomed)
-        for group in doomed:
-            if self.groups[group] < late or group not in alive:
-                del self.groups[group]
-        return [group for group in doomed if group in self.groups]
+    def process_ended(self, job: Job, code: int) -> None:
+        """The process of a script has ended."""
+        job.running, job.code = False, code
+        job.stop_at = job.ready_by = NEVER
+        if alive_groups([job.pid]):
+            self.look_at = 0.0
+        else:
+            del self.groups[job.pid]
+        self.output(job, last=True)
+        early = job.prober is not None
+        self.close_prober(job)
+        how = job.why or (f"ended before it was ready ({ending(code)})" if early else ending(code) if code else "")
+        if job.outcome == COMPLETED or job.reported:
+            self.service_ended(job)
+        elif job.outcome:
+            pass
+        elif not how:
+            self.complete(job)
+        elif job.tries <= job.script.retries and not (self.stopping or self.lost):
+            job.reason = how
+            job.again_at = time.monotonic() + min(job.script.delay * 2 ** (job.tries - 1), LONGEST_DELAY)
+        else:
+            self.fail(job, how, code)
+        if job.pid in self.groups and job.outcome != COMPLETED and not job.reported:
+            self.end(job, "")  # what a failure leaves behind ends with it
+        if self.stopping:
+            self.signal_in_order()
 
-    def got_signal(self, number: int) -> None:
+    def complete(self, job: Job) -> None:
+        """Report that a script has done its work, and what it leaves to others."""
+        try:
+            env = exported(job.env_path)
+        except Refused as error:
+            self.fail(job, str(error))
+            return
+        job.reported = True
+        self.ask("complete", job, env=env)
+        if self.lost:
+            self.ended(job, COMPLETED, "")
+
+    def fail(self, job: Job, reason: str, code: int = 0) -> None:
+        """Report that a unit has failed."""
+        job.again_at, job.reported = NEVER, False
+        self.ask("fail", job, reason=reason, exit_code=shell_status(code))
+        if self.lost:
+            self.ended(job, FAILED, reason)
+
+    def service_ended(self, job: Job) -> None:
+        """The process of a unit that has completed has ended."""
+        how = ending(job.code)
+        if not job.running_on and job.code:
+            self.ask("running", job)
+        self.ask("exited", job, reason=how)
+        if job.code and not job.why:
+            job.died = how
+            self.out.clear()
+            say(f"warning: {job.script.unit}: ended after its unit had completed ({how})", 2)
+            if self.options.fail_fast and not self.stopping:
+                self.stop(15, "stopped: another unit ended")
+
+    def probed(self, job: Job) -> None:
+        """A prober has something to say."""
+        if job.prober and job.prober.ready():
+            self.close_prober(job)
+            job.ready_by = NEVER
+            self.complete(job)
+
+    def close_prober(self, job: Job) -> None:
+        if job.prober:
+            self.forget(job.prober.fileno())
+            job.prober.close()
+            job.prober = None
+
+    def forget_groups(self) -> None:
+        """Forget process groups that are gone, before their numbers are those of others."""
+        now = time.monotonic()
+        left = [pid for pid, job in self.groups.items() if not job.running]
+        for pid in set(left) - alive_groups(left):
+            del self.groups[pid]
+        left = [pid for pid in left if pid in self.groups]
+        urgent = any(self.groups[pid].ending() for pid in left)
+        self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
+        if self.stopping:
+            self.signal_in_order()
+
+    # -- ends ---------------------------------------------------------------------------------------------
+
+    def got_signals(self, numbers: bytes) -> None:
+        """Obey signals: the first is passed on, the second kills."""
         import _signal as signal
 
-        if number == signal.SIGCHLD:
+        if signal.SIGCHLD in numbers:
             self.reap()
-            return
-        again, self.signal = self.signal, number
-        self.stop_all(9 if again else number, f"stopped: boot got signal {number}")
+        for number in numbers:
+            if number != signal.SIGCHLD:
+                again, self.signal = self.signal, number
+                self.stop(9 if again else number, f"stopped: boot got signal {number}")
 
-    def stop_all(self, number: int, why: str) -> None:
-        """Signal everything that runs; what is still there after --grace is killed. Nothing new starts."""
-        self.stopping = True
-        for job in self.by_pid.values():
-            self.stop(job, number, why)
-        for group, at in self.groups.items():
-            self.groups[group] = min(at, time.monotonic() + self.args.grace)
-        for group in self.doomed():
-            signal_group(group, number)
-        for job in self.later:
-            self.ask("fail", job, unit=job.script.unit, reason=why)
-            self.ended(job, PENDING, why)
-        self.later.clear()
-        for request, (method, job) in list(self.asked.items()):
-            if method == "start" or (method == "wait" and not job.pid):
-                self.channel.request("cancel", id=request)
-                self.ended(job, PENDING, why)
+    def stop(self, number: int, why: str) -> None:
+        """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
+        self.forget_groups()
+        self.stopping = number
+        latest = time.monotonic() + (0 if number == 9 else self.options.grace)
+        for job in self.groups.values():
+            job.why = job.why or why
+            job.stop_at = job.ready_by = NEVER
+            job.kill_at = min(job.kill_at, latest)
+        for job in self.jobs.values():
+            if not (job.outcome or job.running or job.reported):
+                job.why = job.why or why
+                self.fail(job, why)
+        self.forget_groups()
 
-    def stop(self, job: Job, number: int, why: str) -> None:
+    def signal_in_order(self) -> None:
+        """Pass the signal on to those that run, and that nothing wants which does, also through others."""
+        wanted: set[str] = set()
+        todo = list(self.groups.values())
+        while todo:
+            new = {edge.dependency for edge in todo.pop().script.wants} - wanted
+            wanted |= new
+            todo += [self.jobs[name] for name in new if name in self.jobs]
+        for pid, job in self.groups.items():
+            if job.script.unit not in wanted and not job.signalled:
+                job.signalled = True
+                signal_group(pid, self.stopping)
+
+    def end(self, job: Job, why: str) -> None:
+        """End a script and what it has started: TERM, and KILL after --grace."""
         job.why = job.why or why
-        job.kill_at = min(job.kill_at, time.monotonic() + self.args.grace)
-        job.stop_at = float("inf")
-        signal_group(job.pid, number)
+        job.stop_at = job.ready_by = NEVER
+        job.kill_at = min(job.kill_at, time.monotonic() + self.options.grace)
+        self.look_at = 0.0
+        signal_group(job.pid, 15)
 
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        due = now + 3600
-        for job in self.by_pid.values():
-            if now >= job.stop_at:
-                self.stop(job, 15, f"timed out after {span(job.script.timeout)}")
-            if now >= job.kill_at:
-                signal_group(job.pid, 9)
-                job.kill_at = now + 1
-            due = min(due, job.stop_at, job.kill_at)
-        later, self.later = self.later, []
-        for job in later:
-            self.spawn(job)
-        doomed = self.doomed()
-        for group in doomed:
-            if now >= self.groups[group]:
-                signal_group(group, 9)
-        return min(due, now + 0.05) if doomed or self.later else due
+    def kill(self, job: Job, now: float) -> None:
+        """End a process group for good, or give it up."""
+        if job.kills and not job.running:
+            del self.groups[job.pid]
+        else:
+            job.kills += 1
+            job.kill_at = now + 1
+            signal_group(job.pid, 9)
 
     # -- output -------------------------------------------------------------------------------------------
 
     def output(self, job: Job, last: bool = False) -> None:
-        """Take what a script has printed: whole lines go on with its name in front, the rest waits."""
-        for _ in range(64 if last else 1):  # a script has ended: what is left is in the pipe, which is bounded
+        """Take what a script has printed; when it has ended, all that is in the pipe, which is bounded."""
+        for _ in range(64 if last else 1):
             try:
                 chunk = os.read(job.out, 65536) if job.out >= 0 else b""
             except BlockingIOError:
@@ -3832,135 +5411,161 @@ class Boot:
                 self.close_output(job)
                 last = True
                 break
-            if job.log >= 0:
-                try:
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[os.write(job.log, view) :]
-                except OSError as error:
-                    self.no_log(error)
-            *lines, job.rest = (job.rest + chunk).split(b"\n")
-            while len(job.rest) > CUT:
-                lines.append(job.rest[:CUT])
-                job.rest = job.rest[CUT:]
-            self.lines(job, lines)
+            self.take(job, chunk)
         if last and job.rest:
-            self.lines(job, [job.rest])
-            job.rest = b""
+            self.take(job, b"", last=True)
 
-    def lines(self, job: Job, lines: list[bytes]) -> None:
-        name = fit(job.script.unit, self.width)
-        if self.colour:
-            number = 31 + sum(map(ord, job.script.unit)) % 6
-            name = f"\033[{number}m{name}\033[0m"
-        if self.args.quiet:
+    def take(self, job: Job, chunk: bytes, last: bool = False) -> None:
+        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        if job.log >= 0:
+            try:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(job.log, view) :]
+            except OSError as error:
+                self.no_log(error)
+        *ended, rest = (job.rest + chunk).split(b"\n")
+        lines = [piece for line in ended for piece in pieces(line)]
+        *more, job.rest = pieces(rest)
+        lines += more
+        if last and job.rest:
+            lines.append(job.rest)
+            job.rest = b""
+        if self.out.quiet:
             lines = lines[-LAST_LINES:]
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
         job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        if not self.args.quiet:
-            self.clear_status()
-            self.printed += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
+        self.out.lines(job.script.unit, texts)
 
     def close_output(self, job: Job) -> None:
         if job.out >= 0:
             del self.by_fd[job.out]
-            if not self.paused:
-                self.poll.unregister(job.out)
+            self.forget(job.out)
             os.close(job.out)
             job.out = -1
         if job.log >= 0:
             os.close(job.log)
             job.log = -1
 
-    def pause(self, full: bool) -> None:
-        """Read no output while our own is not taken."""
-        import select
+    def make_log_dir(self) -> None:
+        """Make the directory, and choose a file for each unit."""
+        taken = set()
+        for unit, job in self.jobs.items():
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            job.log_path = os.path.abspath(os.path.join(self.options.log_dir, name + ".log"))
+        try:
+            os.makedirs(self.options.log_dir, exist_ok=True)
+        except OSError as error:
+            self.no_log(error)
 
-        if full != self.paused:
-            self.paused = full
-            for fd in self.by_fd:
-                if full:
-                    self.poll.unregister(fd)
-                else:
-                    self.poll.register(fd, select.POLLIN)
-
-    def write(self, broken: bool = False, patience: float = 0) -> None:
-        """Hand on what standard output takes without blocking, or, with patience, with pauses of so many seconds."""
-        self.printed = b"" if broken else hand_on(self.printed, 1, patience)
+    def open_log(self, job: Job) -> None:
+        """Open a unit's file; a further try adds to it."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if job.tries > 1 else os.O_TRUNC)
+        try:
+            job.log = os.open(job.log_path, flags, 0o644)
+        except OSError as error:
+            self.no_log(error)
 
     def no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
         if not self.log_trouble:
-            put(f"warning: no more logs in {self.args.log_dir}: {error.strerror}\n", 2)
+            self.out.clear()
+            put(f"warning: no more logs in {self.options.log_dir}: {error.strerror}\n", 2)
         self.log_trouble = True
         for job in self.jobs.values():
+            job.log_path = ""
             if job.log >= 0:
                 os.close(job.log)
                 job.log = -1
 
-    def show_status(self, now: float) -> None:
-        """The live line on a terminal: what runs and for how long, how many wait."""
-        if not self.tty or self.printed or now < self.status_at:
-            return
-        self.status_at = now + 1
-        running = [f"{j.script.unit} {span(now - j.began)}" for j in self.by_pid.values() if not j.outcome]
-        done = sum(bool(j.outcome) for j in self.jobs.values())
-        text = f"[{done}/{len(self.jobs)} ended, {len(self.jobs) - done - len(running)} waiting] {', '.join(running)}"
-        put("\r\033[K" + fit(text, self.columns - 1).rstrip())
-        self.status_shown = True
-
-    def clear_status(self) -> None:
-        if self.status_shown:
-            put("\r\033[K")
-            self.status_shown, self.status_at = False, 0.0
-
-    def pump(self) -> NoReturn:
-        """In a child of its own: print what services go on printing, until they end."""
+    def relay(self) -> None:
+        """Have a child of ours print what services go on printing, until they end."""
         import _signal as signal
         import select
+        import warnings
 
+        warnings.simplefilter("ignore")  # of a fork beside threads: the child uses nothing that they may hold
+        if os.fork():
+            return
         try:
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2) if self.args.quiet else (0, 2):
-                os.dup2(null, fd)
-            logs = [job.log for job in self.by_fd.values()]
-            for fd in map(int, os.listdir("/dev/fd")):
-                if fd > 2 and fd not in self.by_fd and fd not in logs:  # the agent's, whose clients wait for its end
-                    try:
-                        os.close(fd)
-                    except OSError:
-                        pass
+            for fd in (0, 1, 2) if self.out.quiet else (0, 2):
+                os.dup2(self.null, fd)
+            close_others(
+                [*self.by_fd, *(job.log for job in self.by_fd.values())]
+            )  # the agent's clients wait for its end
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            self.poll, self.paused = select.poll(), True
-            self.pause(False)
+            self.poll = select.poll()
+            for fd, job in self.by_fd.items():
+                self.watch(fd, self.reader(job))
             while self.by_fd:
                 for fd, _ in self.poll.poll():
-                    self.output(self.by_fd[fd])
-                    self.write(patience=1e6)
+                    self.handlers[fd]()
+                    self.out.write(patience=1e6)
         finally:  # and never into the parent's ways out
             os._exit(0)
 
-    # -- the end ------------------------------------------------------------------------------------------
+    # -- reports ------------------------------------------------------------------------------------------
+
+    def running(self, now: float) -> list[str]:
+        """What runs and has not ended, for how long, and what a service lacks."""
+        shown = []
+        for job in self.by_pid.values():
+            if not job.outcome:
+                more = [f"try {job.tries} of {job.script.retries + 1}"] if job.tries > 1 else []
+                more += [f"not ready: {job.prober.error}"] if job.prober else []
+                shown.append(f"{job.script.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
+        return shown
+
+    def progress(self, graph: Graph) -> str:
+        """What runs and what waits, and for what."""
+        rows = {row.unit_name: row for row in graph.nodes}
+
+        def whom(name: str) -> str:
+            row = rows.get(name)
+            if name in self.jobs or row is None:
+                return name
+            by = f" by {row.owner.command} (pid {row.owner.pid})" if row.owner and row.status == STARTED else ""
+            return f"{name}, {row.status}{by}"
+
+        now = time.monotonic()
+        waiting = []
+        for unit, job in self.jobs.items():
+            row = rows.get(unit)
+            if job.again_at < NEVER and job.tries:
+                waiting.append(f"{unit} to try again after {job.reason}")
+            elif not job.outcome and not job.running and row:
+                waiting.append(
+                    " ".join([unit, "for", "; ".join(map(whom, row.waits_for))] if row.waits_for else [unit])
+                )
+        running = self.running(now)
+        text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
+        text += f"; running: {names_of(running)}" if running else ""
+        return text + (f"; waiting: {names_of(waiting)}" if waiting else "")
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
-        self.clear_status()
-        self.write(patience=1)
-        whole = Graph(0.0, [])
-        try:
-            whole = whole if self.lost else record(Graph, self.channel.call("graph"))
-        except Unreachable:  # the agent of another boot, which had no more to do either
-            pass
-        mine = Graph(whole.now, [n for n in whole.nodes if n.unit_name in self.jobs])
-        bad = [j for j in self.jobs.values() if j.outcome != COMPLETED]
-        if bad or not self.args.quiet:
-            report = self.report(mine)
+        for job in self.jobs.values():
+            if job.outcome != COMPLETED:
+                self.close_output(job)
+        lost = self.lost
+        self.ask("graph")
+        self.loop(lambda: bool(self.graph or self.lost))
+        self.out.clear()
+        self.out.write(patience=1)
+        self.forget_groups()
+        graph = self.graph or Graph(0.0, [])
+        self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
+        bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
+        if bad or not self.options.quiet:
+            report = self.report(self.graph)
             if self.signal:  # told to stop, we do not wait for a reader that has
-                hand_on(report.encode(errors="backslashreplace"), 2, 1)
+                write_some(report.encode(errors="backslashreplace"), 2, 1)
             else:
                 put(report, 2)
-        self.graph = mine
-        return 128 + self.signal if self.signal else 3 if self.lost else 1 if bad else 0
+        return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def report(self, graph: Graph) -> str:
         """What failed with its last lines, what was skipped and why, how long it took."""
@@ -3968,18 +5573,45 @@ class Boot:
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
-            if job.outcome == FAILED:
-                text += f"failed: {job.script.unit} ({job.reason}); {job.script.path}\n"
+            if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
+                how = f"completed, then ended: {job.died}" if job.died else job.reason
+                text += f"{'died' if job.died else 'failed'}: {job.script.unit} ({how}); {job.script.path}\n"
                 text += "".join(f"    | {line}\n" for line in job.last)
         for job in self.jobs.values():
-            if job.outcome in (SKIPPED, PENDING):
-                text += f"{'not started' if job.outcome == PENDING else SKIPPED}: {job.script.unit}: {job.reason}\n"
-        going_on = [job.script.unit for job in self.by_pid.values()]
+            if job.outcome == SKIPPED:
+                text += f"skipped: {job.script.unit}: {job.reason}\n"
+            elif job.outcome == PENDING or (job.outcome == FAILED and job.why and not job.tries):
+                text += f"not started: {job.script.unit}: {job.reason}\n"
+        going_on = [job.script.unit for job in self.groups.values()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
-        return text + (summary(graph) + "\n" if graph.nodes else "")
+        lines = [summary(graph)] if graph.nodes else []
+        if os.isatty(2):
+            lines = [part for line in lines for part in wrap(line, self.out.columns)]
+        return text + "".join(line + "\n" for line in lines)
+
+    def remove_directory(self) -> None:
+        """Remove the files of commands."""
+        if self.directory:
+            try:
+                for name in os.listdir(self.directory):
+                    os.unlink(os.path.join(self.directory, name))
+                os.rmdir(self.directory)
+            except OSError:
+                pass
 
 
-def hand_on(data: bytes, fd: int, patience: float) -> bytes:
+def pieces(line: bytes) -> Iterator[bytes]:
+    """A line in pieces of at most CUT bytes, cut between characters."""
+    while len(line) > CUT:
+        at = CUT
+        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
+            at -= 1
+        yield line[:at]
+        line = line[at:]
+    yield line
+
+
+def write_some(data: bytes, fd: int, patience: float) -> bytes:
     """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
 
     Waits for a slow reader, but drops what one does not take for `patience` seconds, or ever.
@@ -3999,9 +5631,157 @@ def hand_on(data: bytes, fd: int, patience: float) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. One small function a command, one table that says what each takes. A plain call is parsed from
-# the table directly; whatever that does not understand (help, mistakes) goes to argparse, built from the same
-# table, because importing argparse costs more than the call.
+# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
+# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs, which reads the file
+# once: a call that is made while the file is replaced sees all of the old one or all of the new one. `python3 PATH`
+# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy.
+# ----------------------------------------------------------------------------------------------------------
+
+HEAD = """\
+#!/bin/sh
+# coder_sync {version}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`) and its bytecode
+exec {python} -IS -c '{start}' "$0" "$@"
+"""
+
+LAUNCHER = """\
+import gc
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
+
+from _frozen_importlib_external import MAGIC_NUMBER
+from marshal import loads
+
+if sys.argv[0] == "-c":
+    del sys.argv[0]
+__file__, __name__ = sys.argv[0], "coder_sync"
+
+
+def code():
+    with open(__file__, "rb", 0) as file:
+        data = file.read()
+    at = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
+    if at >= 0:
+        return loads(memoryview(data)[at + 16 :])
+    from io import BytesIO
+    from zipfile import ZipFile
+
+    return compile(ZipFile(BytesIO(data)).read("coder_sync.py"), __file__, "exec")
+
+
+gc.disable()  # all that comes now stays
+exec(code())
+gc.enable()
+main()
+"""
+
+PLACE = 2048  # bytes for the first lines, and for LAUNCHER
+
+COMPILE = """\
+import sys
+from importlib.util import MAGIC_NUMBER, source_hash
+from marshal import dumps
+
+source = sys.stdin.buffer.read()
+code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
+"""
+
+
+def slowness() -> str:
+    """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
+    from _frozen_importlib_external import MAGIC_NUMBER
+
+    try:
+        with open(FILE, "rb") as file:
+            if MAGIC_NUMBER + bytes([1, 0, 0, 0]) in file.read():
+                return ""
+    except OSError:
+        return ""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
+
+
+def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
+    """What an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    import subprocess
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
+    streams: Any = {"input": data, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        done: Any = subprocess.run([python, *words], **streams, env=env, cwd="/", check=False)
+    except OSError as error:
+        raise Refused(f"cannot run {python}: {error.strerror}") from None
+    if done.returncode:
+        why = one_line(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+        raise Refused(f"{python} cannot run coder_sync, which needs {NEEDED}: {why}")
+    return done.stdout  # type: ignore[no-any-return]
+
+
+def application(python: str) -> bytes:
+    """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
+    import io
+    import shlex
+    import zipfile
+
+    if zipfile.is_zipfile(FILE):
+        with zipfile.ZipFile(FILE) as archive:
+            source = archive.read("coder_sync.py")
+    else:
+        with open(FILE, "rb") as file:
+            source = file.read()
+    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
+    head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
+    data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
+    with zipfile.ZipFile(data, "a") as archive:
+        launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
+        for name, part in (("__main__.py", launcher), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+            entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, part)
+    return data.getvalue()
+
+
+def install(path: str, python: str) -> str:
+    """Write the copy beside a path, try it, rename it; return where. Raises Refused."""
+    import tempfile
+
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
+    beside = ""
+    try:
+        data = application(python)
+        fd, beside = tempfile.mkstemp(prefix=".coder-sync-", dir=os.path.dirname(path))
+        with open(fd, "wb") as file:
+            file.write(data)
+            mode = 0o777 & ~os.umask(0o077)
+            os.umask(0o777 & ~mode)
+            if os.path.exists(path):
+                old = os.stat(path)
+                mode = old.st_mode & 0o777
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.chown(fd, old.st_uid, old.st_gid)
+            os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
+            os.fsync(fd)
+        if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
+            raise Refused(f"cannot install {path}: the copy does not run")
+        os.rename(beside, path)
+        beside = ""
+    except OSError as error:
+        raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
+    finally:
+        if beside:
+            os.unlink(beside)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line. One small function a command, one table that says what each takes, in argparse's own words. The
+# table is read by our own parser, because importing argparse costs more than a call; by argparse for the help
+# pages; and by completion.
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -4028,18 +5808,18 @@ class Reporter:
         self.args, self.who, self.fd, self.waited = args, who, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
+        how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
-        how = f"still waiting after {span(waited)}" if waited else "waiting"
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
-        text = f"{self.who}{how} for " + "; ".join(state(d) for d in missing[:20]) + more
+        text = f"{self.who}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
         say(text, self.fd, self.args.quiet)
 
     def started(self, started: Started) -> str:
         """What a start found."""
-        if not started.dependencies:
-            return "started; it has no dependencies"
         if self.waited:
             return f"started after {span(started.waited)}"
+        if not started.dependencies:
+            return "started; it has no dependencies"
         return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
@@ -4061,6 +5841,7 @@ def cmd_serve(args: Args) -> int:
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
         "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
+        "advice": slowness(),
         "replace": end_agent if args.replace else None,
     }
     if not args.command:
@@ -4114,9 +5895,12 @@ def group_id(name: str) -> int:
     import grp
 
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        if number < (1 << 32) - 1:  # the last number stands for none
+            return number
     except KeyError:
-        raise UsageError(f"no such group: {name}") from None
+        pass
+    raise UsageError(f"no such group: {ascii(name)[:40]}")
 
 
 def mode_bits(text: str) -> int:
@@ -4139,8 +5923,9 @@ def cmd_ping(args: Args) -> int:
 
 def cmd_want(args: Args) -> int:
     """Declare dependencies."""
-    client_of(args).want(args.unit, *args.deps, requires=args.requires)
-    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}", quiet=args.quiet)
+    status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
+    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
     return 0
 
 
@@ -4155,8 +5940,10 @@ def cmd_start(args: Args) -> int:
     refuse_lonely_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
-    started = client_of(args).start(args.unit, args.want, args.requires, args.timeout, args.pid, on_wait)
-    say(f"{args.unit}: {report.started(started)}", quiet=args.quiet)
+    client, locks = client_of(args), args.lock
+    with Start(client, args.unit, args.want, args.requires, args.timeout, locks, on_wait, args.pid) as start:
+        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+        start.confirm()  # the last step: if we are killed before, the next in line has the unit
     return 0
 
 
@@ -4175,10 +5962,48 @@ def cmd_fail(args: Args) -> int:
 
 
 def cmd_wait(args: Args) -> int:
-    """Wait for units without being one."""
-    report = Reporter(args, "")
-    took = client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    say(f"{names_of(args.units)}: done" + (f" after {span(took)}" if report.waited else ""), quiet=args.quiet)
+    """Wait for units without being one, and for probes."""
+    if not args.units and not args.ready:
+        raise UsageError("wait: name a unit, or what is to be --ready")
+    for probe in args.ready:
+        check_probe(probe)
+    began, report = time.monotonic(), Reporter(args, "")
+    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    if args.units:
+        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+    for prober in probers.values():
+        if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
+            lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
+            put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
+            return TimedOut.exit_code
+    took = time.monotonic() - began
+    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    return 0
+
+
+def cmd_reset(args: Args) -> int:
+    """Make units that have ended pending again."""
+    names = client_of(args).reset(*args.units)
+    say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+    return 0
+
+
+def cmd_shutdown(args: Args) -> int:
+    """End the agent."""
+    client = client_of(args)
+    client.shutdown()
+    say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
+    return 0
+
+
+def cmd_env(args: Args) -> int:
+    """Print what a unit would start with, for a shell's `eval`."""
+    variables = client_of(args).env(args.unit)
+    for name in variables:
+        if not (name.isidentifier() and name.isascii()):
+            raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
+    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
     return 0
 
 
@@ -4193,21 +6018,10 @@ def cmd_list(args: Args) -> int:
     """Show all units."""
     units = client_of(args).list(args.all)
     if args.output == "json":
-        keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner")
-        put(json_text([{k: plain(getattr(u, k)) for k in keys} for u in units]))
+        put(json_text(list_data(units)))
     else:
         put(list_text(units, args.column))
     return 0
-
-
-def json_text(value: Any) -> str:
-    """JSON for other programs; indented where a person may be reading, since that takes ten times as long."""
-    text = _dumps(value)
-    if len(text) < 1 << 16:
-        import json
-
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-    return text + "\n"
 
 
 def cmd_events(args: Args) -> int:
@@ -4220,12 +6034,17 @@ def cmd_events(args: Args) -> int:
 
 def cmd_timeline(args: Args) -> int:
     """Show where the time went."""
-    client = client_of(args)
+    saved, width = args.saved, terminal()[0]
     if args.watch:
-        return watch(args, client)
-    graph = client.graph()
-    if args.blame:
-        put(blame_text(graph))
+        if saved or args.compare:
+            raise UsageError("--watch shows an agent, not what was saved")
+        return watch(args, client_of(args))
+    before = saved_timeline(args.compare) if args.compare else None
+    graph = saved_timeline(saved) if saved else client_of(args).graph()
+    if before:
+        put(compare_text(before, graph, width))
+    elif args.blame:
+        put(blame_text(graph, width))
     elif args.output == "text":
         put(timeline_text(graph, *terminal()))
     else:
@@ -4233,13 +6052,13 @@ def cmd_timeline(args: Args) -> int:
     return 0
 
 
-def timeline_as(form: str, graph: Graph) -> str:
-    """The timeline in one of its forms for files."""
-    if form == "svg":
-        return timeline_svg(graph)
-    if form in ("json", "trace"):
-        return json_text(timeline_data(graph) if form == "json" else timeline_trace(graph))
-    return timeline_text(graph)
+def saved_timeline(path: str) -> Graph:
+    """The startup of which a `.json` timeline was saved. Raises UsageError."""
+    try:
+        with open(path, "rb") as f:
+            return timeline_graph(f.read(), path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def watch(args: Args, client: Client) -> int:
@@ -4278,7 +6097,7 @@ def watch(args: Args, client: Client) -> int:
 
 def cmd_graph(args: Args) -> int:
     """Show what depends on what."""
-    graph = part(client_of(args).graph(), args.units)
+    graph = part_of(client_of(args).graph(), args.units)
     if args.output == "tree":
         put(graph_tree(graph, args.units, terminal()[2]))
     elif args.output == "json":
@@ -4289,131 +6108,333 @@ def cmd_graph(args: Args) -> int:
 
 
 def cmd_why(args: Args) -> int:
-    """Say why a unit stands where it stands."""
-    put(why_text(client_of(args).graph(), check_name(args.unit)))
+    """Say why units stand where they stand; without names, why anything does not get on."""
+    names = list(map(check_name, args.units))
+    graph = client_of(args).graph()
+    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
     return 0
 
 
 def cmd_boot(args: Args) -> int:
     """Run scripts in the order that their headers ask for."""
+    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
     try:
         scripts = plan(args.paths)
+        scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
     except UsageError as error:
         put(f"error: nothing was run:\n{error}\n", 2)
         return error.exit_code
     if args.check or args.dry_run:
-        units = Units(time.monotonic, time.time)
-        for script in scripts:
-            units.want(script.unit, [])
-            for name, requires, _ in script.wants:
-                units.want(script.unit, [name], requires)
+        units = check_edges(scripts, [])
         put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
         return 0
-    boot = Boot(scripts, args)
     write = timeline_writer(args.timeline) if args.timeline else None
-    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-    for tries in range(100):
-        try:
-            code = boot.run(path) if agent_at(path) else serve(path, level=0, body=boot.run)
-            break
-        except (Refused, Unreachable) as error:  # another agent was faster, is about to begin, or to end
-            other = tries < 3 or agent_at(path) or os.path.lexists(path + ".lock")
-            if tries == 99 or (isinstance(error, Refused) and (boot.path or not other)):
-                raise
-            boot.path = ""
-            time.sleep(0.03)
+    signals = Signals(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))
+    boot = Boot(
+        scripts,
+        BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet),
+        signals,
+    )
+    code = boot_at(path, boot)
     if write and boot.graph:
         write(boot.graph)
+    signals.give_back()
     if args.command and not boot.signal and (code == 0 or args.always):
         import _signal as signal
 
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         try:
             os.execvp(args.command[0], args.command)
         except (OSError, ValueError) as error:
             raise cannot_run(args.command[0], error) from None
-    return code
+    return 128 + boot.signal if boot.signal else code
 
 
-def agent_at(path: str) -> bool:
-    """Whether an agent answers."""
+def boot_at(path: str, boot: Boot) -> int:
+    """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
+    if path == DEFAULT_SOCKET and os.path.lexists(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
+        owner = user_name(os.lstat(path).st_uid)
+        raise Refused(f"{path} belongs to {owner}, not to you or root; choose another --socket-path")
     try:
-        Client(path, 0).ping()
-        return True
+        channel = Channel(path)
     except Unreachable:
-        return False
+        try:
+            return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
+        except Refused:
+            if boot.channel:
+                raise
+            channel = Channel(path, CONNECT_TIMEOUT)  # another agent was faster
+    return boot.run(channel)
+
+
+def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
+    """Boot against our own agent, which takes other connections when all units are claimed."""
+    from socket import socketpair
+    from threading import Thread
+
+    ours, theirs = socketpair()
+    Thread(target=agent.serve_connection, args=(theirs,), daemon=True).start()
+    return boot.run(Channel(path, sock=ours), accept)
+
+
+def completed_at(path: str) -> set[str]:
+    """The units that the agent at a path, if there is one, has as completed."""
+    try:
+        return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
+    except Unreachable:
+        return set()
 
 
 def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
     refuse_lonely_requires(args)
+    if args.ready:
+        check_probe(args.ready)
     end_on_term()
-    env = environment(CODER_SYNC_UNIT=args.unit)
     client = client_of(args)
     report = Reporter(args, f"{args.unit}: ", 2)
     on_wait = None if args.quiet else report
-    start = Start(client, args.unit, args.want, args.requires, args.timeout, 0, on_wait, hold=True)
+    start = Start(client, args.unit, args.want, args.requires, args.timeout, args.lock, on_wait, hold=True)
     try:
         start.__enter__()
     except Unreachable as error:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, env))
+        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    try:
-        code, why = supervise(args.command, env), ""
-    except CommandError as error:
-        code, why = error.exit_code, str(error)
-        put(f"error: {args.unit}: {error}\n", 2)
-    try:
-        if code:
-            start.channel.call("fail", unit=args.unit, reason=why or ending(code), exit_code=shell_status(code))
+    return Run(args.unit, args.command, start, args.ready == "notify").tries(
+        args.retry, args.retry_delay, args.ready, args.ready_timeout
+    )
+
+
+class Run:
+    """The command of a started unit: run, perhaps more than once, and reported on the connection that has the unit."""
+
+    def __init__(self, unit: str, command: list[str], start: Start, notifies: bool) -> None:
+        self.unit, self.command, self.start = unit, command, start
+        self.file, self.left = private_file()  # for what the command leaves
+        self.directory = private_directory() if notifies or not self.left else ""
+        self.left = self.left or (os.path.join(self.directory, "env") if self.directory else "")
+        self.came: list[int] = []  # signals: nothing is tried again after one
+
+    def tries(self, more: int, delay: float, ready: str, ready_timeout: float) -> int:
+        """Run the command, at most `more` times again if it fails; return its exit status."""
+        most = more + 1
+        try:
+            while True:
+                readiness = Readiness(lambda: self.prober(ready), ready_timeout, self.is_ready) if ready else None
+                code, why = self.once(readiness)
+                if readiness and readiness.is_ready:
+                    self.report("exited", "its end", reason=ending(code))
+                    return shell_status(code)
+                if not why:
+                    self.complete()
+                    return 0
+                if not more or self.came:
+                    outcome = f"its outcome (exit code {shell_status(code)})"
+                    self.report("fail", outcome, reason=why, exit_code=shell_status(code))
+                    return shell_status(code) or 1
+                detail = f"try {most - more + 1} of {most} after {why}"
+                put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+                try:
+                    time.sleep(delay)
+                except BaseException:  # a signal
+                    self.start.channel.request("fail", unit=self.unit, reason=f"stopped between two tries; {why}")
+                    raise
+                more, delay = more - 1, min(2 * delay, 30.0)
+                self.report("retry", detail, detail=detail)
+        finally:
+            for name in os.listdir(self.directory) if self.directory else ():
+                remove(os.path.join(self.directory, name))
+            if self.directory:
+                os.rmdir(self.directory)
+
+    def once(self, readiness: Readiness | None) -> tuple[int, str]:
+        """Run the command once; return its exit status and, unless it ended well, why the unit has failed."""
+        env = {**self.start.environment, "CODER_SYNC_UNIT": self.unit}
+        if self.left:
+            env["CODER_SYNC_ENV"] = self.left
+        if readiness and self.directory:
+            env["NOTIFY_SOCKET"] = os.path.join(self.directory, "notify")
+        if self.file >= 0:
+            os.ftruncate(self.file, 0)
         else:
-            start.channel.call("complete", unit=args.unit)
-    except SyncError as error:
-        put(f"warning: {args.unit}: its outcome (exit code {shell_status(code)}) could not be reported: {error}\n", 2)
-    return shell_status(code)
+            remove(self.left)
+        try:
+            code = supervise(self.command, environment(**env), readiness, self.came)
+        except CommandError as error:
+            put(f"error: {self.unit}: {error}\n", 2)
+            return error.exit_code, str(error)
+        except OSError as error:
+            return 125, f"cannot be probed: {error.strerror}"
+        finally:
+            if readiness:
+                readiness.close()
+        return code, readiness.reason(code) if readiness else ending(code) if code else ""
+
+    def prober(self, ready: str) -> Prober | Notified:
+        """What finds out whether the command is ready."""
+        if ready == "notify":
+            return Notified(os.path.join(self.directory, "notify"))
+        return Prober(ready, environment(**self.start.environment, CODER_SYNC_UNIT=self.unit))
+
+    def is_ready(self) -> None:
+        """The command is ready, and goes on."""
+        self.complete()
+        self.report("running", "that it runs on")
+
+    def complete(self) -> None:
+        """The unit is done, unless what the command left for others cannot be read."""
+        try:
+            self.report("complete", "its outcome (exit code 0)", env=exported(self.left))
+        except Refused as error:
+            self.report("fail", "its outcome (exit code 0)", reason=str(error))
+
+    def report(self, method: str, what: str, **params: Any) -> None:
+        """Tell the agent; without it the command goes on all the same."""
+        try:
+            self.start.channel.call(method, unit=self.unit, **params)
+        except SyncError as error:
+            put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
-@dataclass
-class Option:
-    """One option: its spellings, how its value is read (None: it takes none), its default, its help.
+def cmd_completion(args: Args) -> int:
+    """Print the completion script of a shell; with a command line after --, what its last word may become."""
+    if args.command:
+        put("".join(word + "\n" for word in candidates(args.command)))
+    else:
+        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
+    return 0
 
-    A default that is a list makes it repeatable.
+
+def cmd_install(args: Args) -> int:
+    """Write a copy that is not compiled at each call."""
+    python = os.path.abspath(args.python) if "/" in args.python else args.python
+    for path in args.paths or [FILE]:
+        say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    return 0
+
+
+def shell_word(text: str) -> str:
+    """A text as one word of a shell."""
+    quoted = text.replace("'", "'\\''")
+    return f"'{quoted}'"
+
+
+SHELL_SCRIPTS = {
+    "bash": """\
+_coder_sync() {
+    local word
+    COMPREPLY=()
+    while IFS= read -r word; do
+        printf -v word %q "$word"
+        COMPREPLY+=("$word")
+    done < <("$1" completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o default -F _coder_sync PROGRAM
+""",
+    "zsh": """\
+_coder_sync() {
+    local -a found
+    found=(${(f)"$(${(Q)words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( $#found )); then compadd -a found; else _files; fi
+}
+compdef _coder_sync PROGRAM
+""",
+    "fish": """\
+function __coder_sync
+    set -l words (commandline -opc) (commandline -ct)
+    set -l found ($words[1] completion fish -- $words[2..-1] 2>/dev/null)
+    if set -q found[1]
+        printf '%s\\n' $found
+    else
+        __fish_complete_path $words[-1]
+    end
+end
+complete -c PROGRAM -f -a '(__coder_sync)'
+""",
+}
+
+
+def candidates(line: Sequence[str]) -> list[str]:
+    """What the last word of a command line may become; nothing where it is a file, or is not ours to know."""
+    words = [word for word in line[:-1] if word != "="]  # bash makes three words of --output=json
+    last = line[-1].strip("'\"=").replace("\\", "")
+    _, rest = command_line(words)
+    if "--" in words or (rest and rest[0] not in COMMANDS):
+        return []
+    arguments = arguments_of(rest[0]) if rest else COMMON
+    options = {flag: option for option in arguments for flag in option.names if option.is_option}
+    flag, equals, _ = last.partition("=")
+    asked, prefix, found = [argument for argument in arguments if not argument.is_option], "", []
+    if words and words[-1] in options and options[words[-1]].takes_value:
+        asked = [options[words[-1]]]
+    elif equals and flag in options:
+        asked, prefix = [options[flag]], flag + "="
+    elif last[:1] == "-":
+        asked, found = [], list(options)
+    elif not rest:
+        found = list(COMMANDS)
+    for argument in asked:
+        found += argument.words.get("choices") or ()
+    if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
+        found += known_units(words)
+    return [prefix + word for word in found if (prefix + word).startswith(last)]
+
+
+def known_units(words: Sequence[str]) -> list[str]:
+    """The names that the agent of a command line knows; none if there is no agent."""
+    try:
+        client = Client(dict(zip(words, words[1:])).get("--socket-path", ""), 0)
+        return [unit.unit_name for unit in client.list(everything=True)]
+    except SyncError:
+        return []
+
+
+class Argument:
+    """An option or a positional of a command, declared in the words of argparse's add_argument.
+
+    But the default of a text is an empty one, and of what may be repeated an empty list.
     """
 
-    flags: tuple[str, ...]
-    convert: Callable[[str], Any] | None
-    default: Any
-    help: str
-    metavar: str = "VALUE"
-    choices: tuple[str, ...] = ()
+    def __init__(self, *names: str, **words: Any) -> None:
+        self.names, self.words = names, words
+        self.dest = words.get("dest") or names[-1].lstrip("-").replace("-", "_")
+        self.is_option = names[0][0] == "-"
+        self.takes_value = words.get("action", "store") in ("store", "append")
+        self.is_repeated = words.get("nargs") in ("*", "+") or words.get("action") == "append"
+        self.is_required = not self.is_option and words.get("nargs") not in ("*", "?")
+        if self.takes_value:
+            words.setdefault("default", [] if self.is_repeated else "")
 
-    def dest(self) -> str:
-        """The attribute of Args."""
-        return self.flags[-1].lstrip("-").replace("-", "_")
+    def default(self) -> Any:
+        """The value where the command line has none; a text is read as if it stood there."""
+        default = self.words.get("default", False)
+        return self.read(default) if default and isinstance(default, str) else default
 
     def read(self, text: str) -> Any:
         """The value of a text. Raises UsageError."""
-        if self.choices and text not in self.choices:
-            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(self.choices)}")
-        return self.convert(text) if self.convert else True
+        choices = self.words.get("choices")
+        if choices and text not in choices:
+            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
+        return self.words.get("type", str)(text)
 
 
 @dataclass
 class Command:
-    """One command: what runs it, its positionals (the last may take one "+" or no "*" or more words), options."""
+    """One command: what runs it, what it does, an example, its options and positionals (the last may be repeated).
+
+    `command` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
+    """
 
     run: Callable[[Args], int]
-    positionals: tuple[str, ...]
-    options: tuple[Option, ...]
     help: str
-    takes_command: str = ""  # "-- COMMAND": "may" or "must" follow
-    questions: bool = False  # asks only: tries to connect once, and is not quiet
+    example: str
+    arguments: tuple[Argument, ...] = ()
+    command: str = ""
 
 
 def whole(text: str) -> int:
@@ -4423,243 +6444,326 @@ def whole(text: str) -> int:
     raise UsageError(f"not a whole number: {ascii(text)[:40]}")
 
 
-WHERE = f"where the agent listens (CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})"
-SOCKET = Option(("--socket-path",), str, "", WHERE, "PATH")
-PATIENT = "how long to try to reach an agent that still boots (CODER_SYNC_CONNECT_TIMEOUT, else 3s)"
-PATIENCE = Option(("--connect-timeout",), duration, None, PATIENT, "DURATION")
-QUIET = Option(("-q", "--quiet"), None, False, "say nothing but errors")
-TIMEOUT = Option(("-t", "--timeout"), duration, START_TIMEOUT, "how long to wait (5m); 0: no limit", "DURATION")
-REQUIRES = Option(("--requires",), str, SUCCESS, "what to require of the dependencies", "WHAT", REQUIREMENTS)
-WANT = Option(("--want",), str, [], "depend on this unit as well; may be given several times", "DEP")
-OUTPUT = Option(("-o", "--output"), str, "table", "table or json", "FORMAT", ("table", "json"))
-COLUMN = Option(("-c", "--column"), str, "", "which columns of the table to show, separated by commas", "COLUMNS")
+COMMON = (
+    Argument(
+        "--socket-path",
+        metavar="PATH",
+        help=f"where the agent listens (default: $CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})",
+    ),
+    Argument(
+        "--connect-timeout",
+        type=duration,
+        default=None,
+        metavar="DURATION",
+        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
+        "questions try once)",
+    ),
+    Argument("-h", "--help", action="help", help="show this help"),
+)
+UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
+QUIET = Argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+LIMIT = "how long to wait, as in 30s, 10m or 1h30m; 0: no limit"
+TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURATION", help=LIMIT)
+REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
+WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
+LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
+PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
+OUTPUT = Argument("-o", "--output", choices=("table", "json"), default="table", help="form")
+COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
+TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
 
 COMMANDS = {
     "serve": Command(
         cmd_serve,
-        (),
+        "run the agent: until a signal, or for the life of COMMAND on a private socket",
+        "serve --detach --log-file /tmp/coder-sync.log",
         (
             QUIET,
-            Option(("-v", "--verbose"), None, False, "log every request"),
-            Option(("-d", "--detach"), None, False, "go to the background once the socket accepts connections"),
-            Option(("--log-file",), str, "", "write the log there, not to standard error", "FILE"),
-            Option(("--replace",), None, False, "take the place of an agent that serves there: it is told to end"),
-            Option(("--pid-file",), str, "", "write the process id there", "FILE"),
-            Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
-            Option(("--mode",), mode_bits, 0, "permissions of the socket (600; 660 with --group)", "MODE"),
-            Option(("--group",), str, "", "group of the socket", "GROUP"),
+            Argument("-v", "--verbose", action="store_true", help="log every request"),
+            Argument("-d", "--detach", action="store_true", help="go to the background once connections are accepted"),
+            Argument("--replace", action="store_true", help="end the agent that serves there, and take its place"),
+            Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
+            Argument("--pid-file", metavar="FILE", help="write the process id there"),
+            TIMELINE,
+            Argument("--mode", type=mode_bits, default=0, help="permissions (default: 600, or 660 with --group)"),
+            Argument("--group", help="group of the socket, by name or number (default: yours)"),
         ),
-        "run the agent: until a signal, or for the life of COMMAND on a private socket",
-        "may",
+        "*",
     ),
     "ping": Command(
         cmd_ping,
-        (),
-        (Option(("-w", "--wait"), duration, 0.0, "how long to wait for an agent (0: try once)", "DURATION"),),
         "say whether an agent answers",
-        questions=True,
+        "ping --wait 10s",
+        (Argument("-w", "--wait", type=duration, default="0s", metavar="DURATION", help="how long to try"),),
     ),
-    "want": Command(cmd_want, ("unit", "deps+"), (REQUIRES, QUIET), "make UNIT depend on DEP..., all or none"),
+    "want": Command(
+        cmd_want,
+        "make UNIT depend on DEP..., all or none",
+        "want pip-install git-clone apt-install",
+        (UNIT, Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"), REQUIRES, QUIET),
+    ),
     "start": Command(
         cmd_start,
-        ("unit",),
-        (WANT, REQUIRES, TIMEOUT, Option(("--pid",), whole, 0, "fail the unit if this process ends", "PID"), QUIET),
         "wait until UNIT may run, and mark it started",
+        "start pip-install --want git-clone --timeout 10m",
+        (
+            UNIT,
+            WANT,
+            REQUIRES,
+            LOCK,
+            TIMEOUT,
+            Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
+            QUIET,
+        ),
     ),
     "complete": Command(
         cmd_complete,
-        ("unit",),
-        (Option(("--exit-code",), whole, 0, "fail the unit if N is not 0", "N"), QUIET),
         "end UNIT, so that others may go on",
+        "complete pip-install --exit-code $?",
+        (UNIT, Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"), QUIET),
     ),
     "fail": Command(
         cmd_fail,
-        ("unit",),
-        (Option(("--reason",), str, "", "why, for those who are skipped because of it", "TEXT"), QUIET),
         "end UNIT without success, so that what requires it is skipped",
+        'fail git-clone --reason "no network"',
+        (UNIT, Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"), QUIET),
     ),
     "run": Command(
         cmd_run,
-        ("unit",),
+        "start UNIT, run COMMAND, complete UNIT or fail it, in one process",
+        "run pip-install --want git-clone -- pip install -r requirements.txt",
         (
+            UNIT,
             WANT,
             REQUIRES,
+            LOCK,
             TIMEOUT,
-            Option(("--optional",), None, False, "run COMMAND even if there is no agent"),
+            Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+            Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+            Argument("--retry", type=whole, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+            Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
+            Argument("--optional", action="store_true", help="run COMMAND even if there is no agent"),
             QUIET,
         ),
-        "start UNIT, run COMMAND, complete UNIT or fail it, in one process",
-        "must",
+        "+",
     ),
     "boot": Command(
         cmd_boot,
-        ("paths+",),
+        "run the scripts of a directory in the order that their headers ask for; then become COMMAND",
+        "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
         (
-            Option(("-j", "--jobs"), whole, 0, "how many scripts may run at once (0: no limit)", "N"),
-            Option(("--check",), None, False, "only check the headers"),
-            Option(("--dry-run",), None, False, "only show the order"),
-            Option(("--fail-fast",), None, False, "stop everything at the first failure"),
-            Option(("--grace",), duration, 10.0, "how long a script may take to end when told to (10s)", "DURATION"),
-            Option(("--log-dir",), str, "", "keep each unit's output in a file there", "DIR"),
-            Option(("--timeline",), str, "", "write the timeline there at the end: .svg, .json or .txt", "FILE"),
-            Option(("--always",), None, False, "become COMMAND even if a unit failed"),
-            Option(("--stay",), None, False, "go on serving until a signal"),
+            Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
+            Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
+            Argument("--check", action="store_true", help="only check the headers"),
+            Argument("--dry-run", action="store_true", help="only show the order"),
+            Argument(
+                "--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"
+            ),
+            Argument("--fail-fast", action="store_true", help="stop everything at the first failure"),
+            Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
+            Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
+            TIMELINE,
+            Argument("--always", action="store_true", help="become COMMAND even if a unit failed"),
+            Argument("--stay", action="store_true", help="go on serving until a signal; the exit status is then 128+N"),
             QUIET,
         ),
-        "run the scripts of a directory in the order that their headers ask for; then become COMMAND",
-        "may",
+        "*",
     ),
-    "wait": Command(cmd_wait, ("units+",), (REQUIRES, TIMEOUT, QUIET), "wait for units without being one"),
-    "status": Command(cmd_status, ("unit",), (OUTPUT, COLUMN), "show UNIT and its dependencies", questions=True),
+    "wait": Command(
+        cmd_wait,
+        "wait for units without being one, and for what is to be ready",
+        "wait pip-install --ready tcp:5432 --timeout 2m",
+        (
+            Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
+            Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
+            REQUIRES,
+            TIMEOUT,
+            QUIET,
+        ),
+    ),
+    "install": Command(
+        cmd_install,
+        "write a copy of this program to PATH, with its bytecode: calls of it are fast",
+        "install /usr/local/bin/coder_sync",
+        (
+            Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
+            Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
+            QUIET,
+        ),
+    ),
+    "reset": Command(
+        cmd_reset,
+        "make units that have ended pending again, and those skipped because of them",
+        "reset pip-install",
+        (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all)"), QUIET),
+    ),
+    "shutdown": Command(cmd_shutdown, "end the agent, and return when it has ended", "shutdown", (QUIET,)),
+    "env": Command(
+        cmd_env,
+        "print the variables that UNIT would start with, as its dependencies have left them, for `eval`",
+        "env pip-install",
+        (UNIT,),
+    ),
+    "status": Command(
+        cmd_status, "show UNIT and its dependencies", "status pip-install --output json", (UNIT, OUTPUT, COLUMN)
+    ),
     "list": Command(
         cmd_list,
-        (),
-        (Option(("-a", "--all"), None, False, "also names that were only ever wanted"), OUTPUT, COLUMN),
         "show all units",
-        questions=True,
+        "list --column unit,status",
+        (Argument("-a", "--all", action="store_true", help="also names that were only ever wanted"), OUTPUT, COLUMN),
     ),
-    "why": Command(cmd_why, ("unit",), (), "say why UNIT waits, was skipped, failed or took so long", questions=True),
+    "why": Command(
+        cmd_why,
+        "say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck",
+        "why pip-install",
+        (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all that is stuck)"),),
+    ),
     "timeline": Command(
         cmd_timeline,
-        (),
-        (
-            Option(
-                ("-o", "--output"), str, "text", "text, svg, json or trace", "FORMAT", ("text", "svg", "json", "trace")
-            ),
-            Option(("--blame",), None, False, "units by how long they ran, and by how long others waited for them"),
-            Option(("--watch",), None, False, "live, until interrupted"),
-        ),
         "show where the time went",
-        questions=True,
+        "timeline --output svg > startup.svg",
+        (
+            Argument("-o", "--output", choices=("text", "svg", "json", "trace"), default="text", help="form"),
+            Argument("--blame", action="store_true", help="units by how long they ran, and how long others waited"),
+            Argument("--from", dest="saved", metavar="FILE", help="of a saved .json timeline, not of the agent"),
+            Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
+            Argument("--watch", action="store_true", help="live, until interrupted"),
+        ),
     ),
     "graph": Command(
         cmd_graph,
-        ("units*",),
-        (
-            Option(
-                ("-o", "--output"),
-                str,
-                "tree",
-                "tree, dot, mermaid or json",
-                "FORMAT",
-                ("tree", "dot", "mermaid", "json"),
-            ),
-        ),
         "show what depends on what, for all units or for some",
-        questions=True,
+        "graph pip-install --output mermaid",
+        (
+            Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all)"),
+            Argument("-o", "--output", choices=("tree", "dot", "mermaid", "json"), default="tree", help="form"),
+        ),
     ),
     "events": Command(
         cmd_events,
-        (),
-        (Option(("-f", "--follow"), None, False, "go on with what happens next"),),
         "print what happened, one JSON object a line",
-        questions=True,
+        "events --follow",
+        (Argument("-f", "--follow", action="store_true", help="go on with what happens next"),),
+    ),
+    "completion": Command(
+        cmd_completion,
+        "print a script with which a shell completes our command lines",
+        "completion bash >> ~/.bashrc",
+        (Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),),
+        "*",
     ),
 }
 
 
-def options_of(command: Command) -> tuple[Option, ...]:
-    """The options of a command with those that all have."""
-    return (*command.options, SOCKET, PATIENCE)
+def arguments_of(name: str) -> tuple[Argument, ...]:
+    """What a command takes, with the options that all have."""
+    return (*COMMANDS[name].arguments, *COMMON)
 
 
 def usage_of(name: str) -> str:
-    """The positionals of a command as its usage line has them."""
-    shown = {"unit": "UNIT", "deps+": "DEP...", "units+": "UNIT...", "units*": "[UNIT]...", "paths+": "PATH..."}
-    text = " ".join([name, *(shown[word] for word in COMMANDS[name].positionals)])
-    tail = {"may": " [-- COMMAND ARG...]", "must": " -- COMMAND ARG..."}
-    return f"{PROGRAM} {text} [OPTION]..." + tail.get(COMMANDS[name].takes_command, "")
+    """The usage line of a command."""
+    forms = {None: "{}", "+": "{}...", "*": "[{}]...", "?": "[{}]"}
+    positionals = [a for a in COMMANDS[name].arguments if not a.is_option]
+    shown = [forms[a.words.get("nargs")].format(a.words["metavar"]) for a in positionals]
+    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].command]
+    return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
 
 
-def parse(name: str, argv: Sequence[str]) -> Args:
-    """Parse the words after the command. Raises UsageError; argparse ends the process for --help."""
-    command = COMMANDS[name]
-    before, after = list(argv), None
-    if "--" in before:
-        cut = before.index("--")
-        before, after = before[:cut], before[cut + 1 :]
-    parsed = parse_plainly(command, before) or parse_with_argparse(name, before)
-    values, words = parsed
-    if command.takes_command:
-        values["command"] = after or []
-        if after == [] or (command.takes_command == "must" and not after):
-            raise UsageError(f"{name}: a command must follow --; usage: {usage_of(name)}")
-    else:
-        words += after or []
-    *single, last = command.positionals or ("",)
-    many = last[-1:] in ("+", "*")
-    least = len(command.positionals) - (last[-1:] == "*")
-    over = len(words) > len(command.positionals) and not many
-    if len(words) < least or over:
-        what = f"unexpected {words[len(command.positionals)]!a}" if over else "too few arguments"
-        hint = "; did you forget -- before the command?" if command.takes_command and over else ""
-        raise UsageError(f"{name}: {what}{hint}; usage: {usage_of(name)}")
-    values.update(zip(single, words))
-    if last:
-        values[last.rstrip("+*")] = words[len(single) :] if many else words[-1]
-    if command.questions:
-        values["connect_timeout"], values["quiet"] = 0.0, False
+def argparse_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
+    import argparse
+
+    about, example = COMMANDS[name].help, f"example: {PROGRAM} {COMMANDS[name].example}"
+    form = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    parser = argparse.ArgumentParser(
+        usage=usage_of(name),
+        description=about,
+        epilog=example,
+        formatter_class=form,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    for argument in arguments_of(name):
+        default = " (default: %(default)s)" if argument.words.get("default") else ""
+        parser.add_argument(*argument.names, **{**argument.words, "help": argument.words["help"] + default})
+    return parser
+
+
+def parse(name: str, words: Sequence[str]) -> Args:
+    """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
+    cut = words.index("--") if "--" in words else len(words)
+    after = words[cut + 1 :]
+    values: dict[str, Any] = {argument.dest: argument.default() for argument in arguments_of(name)}
+    try:
+        rest = parse_options(name, words[:cut], values)
+        if COMMANDS[name].command:
+            values["command"] = [*after]
+            if not after and (cut < len(words) or COMMANDS[name].command == "+"):
+                raise UsageError(f"a command must follow --; usage: {usage_of(name)}")
+        else:
+            rest += after
+        positionals = [argument for argument in COMMANDS[name].arguments if not argument.is_option]
+        if len(rest) < sum(argument.is_required for argument in positionals):
+            raise UsageError(f"too few arguments; usage: {usage_of(name)}")
+        for argument in positionals:
+            if argument.is_repeated:
+                values[argument.dest], rest = rest, []
+            elif rest:
+                values[argument.dest] = argument.read(rest.pop(0))
+        if rest:
+            hint = "; did you forget -- before the command?" if COMMANDS[name].command else ""
+            raise UsageError(f"unexpected {ascii(rest[0])[:60]}{hint}; usage: {usage_of(name)}")
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
     return Args(values)
 
 
-def parse_plainly(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]] | None:
-    """Options spelt out and positionals; None for anything else, which argparse understands or explains."""
-    options = options_of(command)
-    values: dict[str, Any] = {o.dest(): list(o.default) if type(o.default) is list else o.default for o in options}
-    flags = {flag: option for option in options for flag in option.flags}
-    rest: list[str] = []
-    todo = iter(words)
-    for word in todo:
-        if word[:1] != "-" or word == "-":
+def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
+    """Put the values of the options into `values`; return the other words. Raises UsageError."""
+    flags = {flag: option for option in arguments_of(name) for flag in option.names if option.is_option}
+    todo, rest = list(words), []
+    while todo:
+        word = todo.pop(0)
+        flag, text = flag_in(word, flags)
+        option = flags.get(flag)
+        if not flag:
             rest.append(word)
-            continue
-        option = flags.get(word)
-        text = "" if option is None or option.convert is None else next(todo, "-")
-        if option is None or text[:1] == "-":
-            return None
-        try:
-            value = option.read(text)
-        except UsageError:
-            return None
-        if type(option.default) is list:
-            values[option.dest()].append(value)
-        else:
-            values[option.dest()] = value
-    return values, rest
-
-
-def parse_with_argparse(name: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The same by argparse."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{name}: {message}; see `{PROGRAM} {name} --help`")
-
-    command = COMMANDS[name]
-    parser = Parser(prog=f"{PROGRAM} {name}", usage=usage_of(name), description=command.help, allow_abbrev=False)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    for option in options_of(command):
-        if option.convert is None:
-            parser.add_argument(*option.flags, action="store_true", default=False, help=option.help)
-            continue
-
-        def convert(text: str, option: Option = option) -> Any:
+        elif option is None:
+            guess = resembling(flag, list(flags))
+            hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
+            raise UsageError(f"no such option: {ascii(flag)[:40]}; {hint}")
+        elif option.takes_value:
+            if text is None:
+                if not todo or flag_in(todo[0], flags)[0]:
+                    raise UsageError(f"{flag} needs a value; one that begins with - is written {option.names[-1]}=-...")
+                text = todo.pop(0)
             try:
-                return option.read(text)
+                value = option.read(text)
             except UsageError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
+                raise UsageError(f"{flag}: {error}") from None
+            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
+        elif option.words["action"] == "help":
+            put(argparse_of(name).format_help())
+            raise SystemExit(0)
+        else:
+            values[option.dest] = True
+            if text is not None and (flag[:2] == "--" or "-" + text[:1] not in flags):
+                raise UsageError(f"{flag} takes no value")
+            if text is not None:  # -qv is -q -v
+                todo.insert(0, "-" + text)
+    return rest
 
-        parser.add_argument(
-            *option.flags,
-            type=convert,
-            action="append" if type(option.default) is list else "store",
-            default=list(option.default) if type(option.default) is list else option.default,
-            metavar=option.metavar,
-            help=option.help.replace("%", "%%"),
-        )
-    values = vars(parser.parse_intermixed_args(words))
-    return values, values.pop("words")
+
+def flag_in(word: str, flags: Iterable[str]) -> tuple[str, str | None]:
+    """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
+    flag, equals, text = word.partition("=")
+    if flag in flags:
+        return flag, text if equals else None
+    if word[:2] in flags and "-" + flag not in flags:
+        return word[:2], word[2:]
+    is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
+    return flag if is_option else "", None
 
 
 def overview() -> str:
@@ -4673,22 +6777,36 @@ usually one script; it starts when the units it depends on are done.
 
 {chr(10).join(lines)}
 
-`{PROGRAM} COMMAND --help` tells more. `{PROGRAM} exp sync COMMAND` does the same.
+`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
 """
+
+
+def common_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words before the first that is neither an option that all commands have nor its value."""
+    end = 0
+    while words[end:] and words[end].partition("=")[0] in ("--socket-path", "--connect-timeout"):
+        end += 1 if "=" in words[end] else 2
+    return list(words[:end]), list(words[end:])
+
+
+def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options before the command; the command and what follows it, without the words `exp sync` in front."""
+    options, rest = common_options(words)
+    if rest[:2] == ["exp", "sync"]:
+        more, rest = common_options(rest[2:])
+        options += more
+    return options, rest
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
-    words = list(argv)
-    if words[:2] == ["exp", "sync"]:
-        words = words[2:]
-    moved: list[str] = []  # options before the command
-    while words and words[0].startswith("--") and words[0].partition("=")[0] in ("--socket-path", "--connect-timeout"):
-        count = 1 if "=" in words[0] else 2
-        moved, words = moved + words[:count], words[count:]
+    options, words = command_line(argv)
     if not words:
         raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
     name, rest = words[0], words[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
     if name in ("-h", "--help", "help"):
         put(overview())
         return 0
@@ -4699,11 +6817,12 @@ def dispatch(argv: Sequence[str]) -> int:
         if name == "exp":
             raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
         if name[0:1] == "-":
-            raise UsageError(f"{name!a}: which command? Options other than --socket-path follow the command")
+            which = "which command? Options other than --socket-path follow the command"
+            raise UsageError(f"{ascii(name)[:60]}: {which}")
         guess = resembling(name, list(COMMANDS))
         hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
         raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
-    return COMMANDS[name].run(parse(name, [*moved, *rest]))
+    return COMMANDS[name].run(parse(name, [*options, *rest]))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -4721,8 +6840,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except SystemExit as end:  # argparse's --help
         code = end.code if isinstance(end.code, int) else 2
     except TimedOut as error:
-        missing = "".join(f"  {state(d)}\n" for d in error.data)
-        put(f"{error}\n{missing}", 2)
+        missing = "".join(f"  {dependency_text(d)}\n" for d in error.data)
+        put(f"{error.args[0]}\n{missing}", 2)
         code = error.exit_code
     except SyncError as error:
         put(f"error: {error}\n", 2)

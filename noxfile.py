@@ -10,11 +10,13 @@ import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import nox
 
@@ -56,21 +58,33 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "report", "-m")
 
 
-@nox.session
+@nox.session(python=False)
 def bench(session: nox.Session) -> None:
     """Print the benchmark's table: ratios within one run. Fails nothing; a machine has good and bad hours."""
-    Bench(Path(session.bin) / "python3", session.posargs).run()
+    Bench(Path(sys.executable).resolve(), session.posargs).run()  # the system's, with all that its `site` loads
+
+
+@nox.session
+def attack(session: nox.Session) -> None:
+    """Random input against real processes: `nox -s attack -- --minutes N` for each attack, 1 if not said."""
+    words = list(session.posargs)
+    minutes = float(words.pop(words.index("--minutes") + 1)) if "--minutes" in words else 1.0
+    words = [word for word in words if word != "--minutes"]
+    session.install("pytest")
+    session.run("pytest", "-q", "-m", "attack", *words, env={"ATTACK_SECONDS": str(60 * minutes)})
 
 
 class Bench:
     """Each row is a method that returns (what, figure, against, figure, ratio or other result, to reach)."""
 
     def __init__(self, python: Path, only: list[str]) -> None:
-        self.python, self.only = str(python), only
+        self.only = only
         self.directory = tempfile.TemporaryDirectory(prefix="coder-sync-bench-")
-        self.file = os.path.join(self.directory.name, "coder_sync.py")
-        shutil.copy("coder_sync.py", self.file)
+        self.python = os.path.join(self.directory.name, "python3")
+        os.symlink(python, self.python)
         self.env = dict(os.environ, PATH=os.path.dirname(self.python) + ":" + os.environ["PATH"])
+        self.file = os.path.join(self.directory.name, "coder_sync.py")  # the installed copy, which people use
+        subprocess.run([self.python, "coder_sync.py", "install", "-q", self.file], env=self.env, check=True)
         self.count = 0
 
     def run(self) -> None:
@@ -117,15 +131,25 @@ class Bench:
         call.send, call.read, call.sock = send, lambda: json.loads(file.readline()), sock
         return call
 
+    def run_all(self, commands: list[list[str]]) -> Cost:
+        """What these processes and all of theirs take, started at once, last first."""
+        began, cpu = time.perf_counter(), 0.0
+        running = [subprocess.Popen(c, env=self.env, stdout=subprocess.DEVNULL) for c in reversed(commands)]
+        for process in running:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.WEXITSTATUS(status)
+            assert status == 0, process.args
+            cpu += usage.ru_utime + usage.ru_stime
+        return Cost(time.perf_counter() - began, cpu)
+
+    def costs(self, runs: int, *commands: list[str]) -> list[Cost]:
+        """The median of each command, the runs interleaved."""
+        taken = [[self.run_all([command]) for command in commands] for _ in range(runs)]
+        return [median(costs) for costs in zip(*taken)]
+
     def commands(self, runs: int, *commands: list[str]) -> list[float]:
         """Median seconds of each command, the runs interleaved."""
-        times: list[list[float]] = [[] for _ in commands]
-        for _ in range(runs):
-            for command, taken in zip(commands, times):
-                began = time.perf_counter()
-                subprocess.run(command, env=self.env, check=True, stdout=subprocess.DEVNULL)
-                taken.append(time.perf_counter() - began)
-        return [statistics.median(taken) for taken in times]
+        return [cost.wall for cost in self.costs(runs, *commands)]
 
     def resident(self, pid: int) -> float:
         """MB of memory."""
@@ -141,13 +165,6 @@ class Bench:
             for i in range(layers)
             for j in range(width)
         ]
-
-    def scripts(self, scripts: list[str]) -> float:
-        """Seconds until all of these have ended, started at once, last first."""
-        began = time.perf_counter()
-        running = [subprocess.Popen(["sh", "-c", s], env=self.env) for s in reversed(scripts)]
-        assert not any(p.wait() for p in running)
-        return time.perf_counter() - began
 
     # -- rows ---------------------------------------------------------------------------------------------
 
@@ -185,34 +202,44 @@ class Bench:
                ratio(wake, ping), "4x")  # fmt: skip
 
     def row_2_complete(self) -> Iterator[tuple[str, ...]]:
+        imports, call = "import argparse, json, socket", ["complete", "x"]
+        plain = shutil.copy("coder_sync.py", os.path.join(self.directory.name, "plain.py"))
+        rows = [
+            ("installed, `python3 PATH complete`", [self.python, self.file, *call], ["-c", "pass"], "1.15x"),
+            ("installed, `PATH complete`", [self.file, *call], ["-IS", "-c", "pass"], "1.35x"),
+            ("installed, `PATH complete`", [self.file, *call], ["-IS", "-c", imports], "0.8x"),
+            ("plain file, `python3 FILE complete`", [self.python, plain, *call], ["-c", imports], "1.7x"),
+        ]
         with self.agent():
             self.connect()("want", unit="x")
-            base = [self.python, "-IS", "-c", "import argparse, json, socket"]
-            ours, other = self.commands(60, [self.file, "complete", "x"], base)
-        yield ("`complete NAME`, executable form", ms(ours), "python3 -IS -c 'import argparse, json, socket'",
-               ms(other), ratio(ours, other), "0.8x")  # fmt: skip
+            for what, ours, words, reach in rows:
+                costs = self.costs(60, ours, [self.python, *words])
+                yield from compare(what, costs[0], f"python3 {' '.join(words)}", costs[1], reach)
 
-    def boot(self, line: str, what: str, reach: str) -> Iterator[tuple[str, ...]]:
-        ours, floor = [], []
+    def boot(self, line: str, me: str, instead: str = "") -> tuple[Cost, Cost]:
+        """A boot of 20 units by scripts, and the same with other calls, or else the critical path alone."""
+
+        def scripts(me: str) -> list[list[str]]:
+            words = [
+                (unit, " ".join(deps), "".join(f"--want {dep} " for dep in deps)) for unit, deps in self.layers(5, 4)
+            ]
+            return [["sh", "-c", line.format(me=me, unit=unit, deps=deps, wants=wants)] for unit, deps, wants in words]
+
+        ours, other = [], []
         for _ in range(7):
-            floor.append(self.scripts(["; ".join(["sleep 0.05"] * 5)]))
+            other.append(self.run_all(scripts(instead) if instead else [["sh", "-c", "; ".join(["sleep 0.05"] * 5)]]))
             with self.agent():
-                graph = self.layers(5, 4)
-                scripts = [
-                    line.format(
-                        me=self.file, unit=unit, deps=" ".join(deps), wants="".join(f"--want {d} " for d in deps)
-                    )
-                    for unit, deps in graph
-                ]
-                if "want {unit}" in line:
-                    scripts = [s if deps else s.split("&&", 1)[1] for s, (_, deps) in zip(scripts, graph)]
-                ours.append(self.scripts(scripts))
-        a, b = statistics.median(ours), statistics.median(floor)
-        yield f"boot of 20 units, {what}", ms(a), "critical path alone", ms(b), ratio(a, b), reach
+                ours.append(self.run_all(scripts(me)))
+        return median(ours), median(other)
 
     def row_3_boot_calls(self) -> Iterator[tuple[str, ...]]:
-        line = "{me} want {unit} {deps} -q && {me} start {unit} -q && sleep 0.05 && {me} complete {unit} -q"
-        yield from self.boot(line, "want/start/complete", "2.8x")
+        line = "test -z '{deps}' || {me} want {unit} {deps} && {me} start {unit} && sleep 0.05 && {me} complete {unit}"
+        ours, other = self.boot(line, self.file)
+        yield ("boot of 20 units, want/start/complete, `PATH`", ms(ours.wall), "critical path alone", ms(other.wall),
+               ratio(ours.wall, other.wall), "2.8x")  # fmt: skip
+        ours, other = self.boot(line, f"{self.python} {self.file}", f"{self.python} -c pass")
+        what = "boot of 20 units, want/start/complete, `python3 PATH`"
+        yield from compare(what, ours, "`python3 -c pass` for each", other, "1.15x")
 
     def row_4_thousand(self) -> Iterator[tuple[str, ...]]:
         with self.agent() as agent:
@@ -252,7 +279,9 @@ class Bench:
                 yield f"one {verb}, chain of 10,000, {order}", us(a), "at 100", us(b), ratio(a, b), "3x"
 
     def row_6_boot_run(self) -> Iterator[tuple[str, ...]]:
-        yield from self.boot("exec {me} run {wants} {unit} -q -- sleep 0.05", "one `run` each", "1.7x")
+        ours, other = self.boot("exec {me} run {wants} {unit} -q -- sleep 0.05", self.file)
+        yield ("boot of 20 units, one `run` each", ms(ours.wall), "critical path alone", ms(other.wall),
+               ratio(ours.wall, other.wall), "1.7x")  # fmt: skip
 
     def row_7_kill(self) -> Iterator[tuple[str, ...]]:
         took = []
@@ -372,7 +401,7 @@ class Bench:
                 "critical path alone",
                 ms(other),
                 ratio(ours, other),
-                "1.25x",
+                "1.18x",
             )
 
     def row_c_boot_thousand(self) -> Iterator[tuple[str, ...]]:
@@ -390,7 +419,7 @@ class Bench:
             "make -j1000",
             ms(other),
             ratio(ours, other),
-            "1.5x",
+            "3x",
         )
 
     def row_d_boot_memory(self) -> Iterator[tuple[str, ...]]:
@@ -419,6 +448,23 @@ class Bench:
             f"+{sizes[1] - sizes[0]:.1f} MB",
             "+4 MB",
         )
+
+
+class Cost(NamedTuple):
+    """Seconds of a process and of all that it started."""
+
+    wall: float
+    cpu: float
+
+
+def median(costs: Iterable[Cost]) -> Cost:
+    return Cost(*map(statistics.median, zip(*costs)))
+
+
+def compare(what: str, ours: Cost, against: str, other: Cost, reach: str) -> Iterator[tuple[str, ...]]:
+    """A row of wall time and one of CPU time."""
+    for kind, a, b in (("wall", ours.wall, other.wall), ("CPU", ours.cpu, other.cpu)):
+        yield f"{what}, {kind}", ms(a), against, ms(b), ratio(a, b), reach
 
 
 def us(seconds: float) -> str:
