@@ -250,11 +250,8 @@ COMPLETION: Requirement = "completion"
 START: Requirement = "start"
 REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
 MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
-HOPELESS: dict[str, tuple[str, ...]] = {
-    SUCCESS: (FAILED, SKIPPED),
-    COMPLETION: (),
-    START: (SKIPPED,),
-}  # cannot be met any more
+# What a requirement cannot be met by any more:
+HOPELESS: dict[str, tuple[str, ...]] = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}
 REQUIRED_STATUS: dict[str, str] = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
 
 MAX_NAME = 255  # bytes of UTF-8
@@ -388,12 +385,6 @@ def one_line(text: str) -> str:
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
-    # fmt: off
-    __slots__ = ("boot", "ended", "environment", "exit_code", "exit_reason", "exited", "holder", "last_event", "line",
-                 "locks", "log", "name", "owner", "ready", "reason", "refused", "registered", "released_by", "root",
-                 "running", "since", "started", "status", "tries", "unmet", "waiting", "wanted_by", "wants")
-    # fmt: on
-
     def __init__(self, name: str, now: float) -> None:
         self.name = name
         self.status = NOT_REGISTERED
@@ -437,8 +428,6 @@ class Lock:
 
 class Claim:
     """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
-
-    __slots__ = ("boot", "confirmed", "deadline", "held", "locks", "owner", "ticket", "unit")
 
     def __init__(self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False) -> None:
         self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held
@@ -540,7 +529,7 @@ class Units:
         owner: Owner | None = None,
         jobs: int = 0,
     ) -> list[Claim]:
-        """Claim all units of a members in one step: (name, dependency -> requirement, locks) each.
+        """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
         replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
@@ -646,16 +635,7 @@ class Units:
         left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
         if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        if not env:
-            return self._end(name, COMPLETED, "", 0, by)
-        unit = self._registered(name)
-        before = unit.environment
-        unit.environment, self.left_environment = env, True  # first, since those that depend on it may start with it
-        try:
-            return self._end(name, COMPLETED, "", 0, by)
-        except Refused:
-            unit.environment = before
-            raise
+        return self._end(name, COMPLETED, "", 0, by, env)
 
     def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
         """End `name` without success: what requires it is skipped. Raises as `complete` does."""
@@ -905,7 +885,15 @@ class Units:
             self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
 
-    def _end(self, name: str, status: str, reason: str, exit_code: int | None, by: Owner | None) -> Unit:
+    def _end(
+        self,
+        name: str,
+        status: str,
+        reason: str,
+        exit_code: int | None,
+        by: Owner | None,
+        env: dict[str, str] | None = None,
+    ) -> Unit:
         unit = self._registered(name)
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not unit.owner or by.pid != unit.owner.pid):
@@ -919,6 +907,8 @@ class Units:
             why = f" ({unit.reason})" if unit.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
+        if env:
+            unit.environment, self.left_environment = env, True
         self._set(unit, status, reason, exit_code)
         self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
         self._propagate([unit])
@@ -1130,35 +1120,20 @@ class Units:
         def since(t: float) -> float:
             return round(t - self.began, 6) if t >= 0 else -1.0
 
-        claim = next(iter(unit.line), unit.holder)
-        locks = claim.locks if claim else unit.locks
-        return UnitStatus(
-            unit.name,
-            unit.status,
-            unit.unmet == 0,
-            unit.reason,
-            unit.exit_code,
-            round(now - unit.since, 3),
-            unit.owner,
-            bool(unit.line) and unit.status == PENDING,
-            self._waits_for(unit) if unit.status == PENDING else [],
-            since(unit.registered),
-            since(unit.waiting),
-            since(unit.ready),
-            since(unit.started),
-            since(unit.ended),
-            unit.released_by,
-            {d.name: requirement for d, requirement in unit.wants.items()},
-            [lock.name for lock in locks if lock.name],
-            {lock.name: holder.name for lock, holder in self._busy(unit) if lock.name},
-            [since(t) for t in unit.tries],
-            unit.running,
-            since(unit.exited),
-            unit.exit_reason,
-            unit.log,
-            self.refusals.get(unit.name, ""),
-            unit.environment,
-        )
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, age=round(now - unit.since, 3))
+        for name in ("reason", "exit_code", "owner", "released_by", "exit_reason", "log", "environment"):
+            setattr(row, name, getattr(unit, name))
+        for name in ("registered", "waiting", "ready", "started", "ended", "exited"):
+            setattr(row, name, since(getattr(unit, name)))
+        if unit.status == PENDING:
+            row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
+        row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
+        locks = next((claim.locks for claim in unit.line), unit.locks)
+        row.locks = [lock.name for lock in locks if lock.name]
+        row.blocked_by = {lock.name: holder.name for lock, holder in self._busy(unit) if lock.name}
+        row.tries, row.running_on = [since(t) for t in unit.tries], unit.running
+        row.refusal = self.refusals.get(unit.name, "")
+        return row
 
     def _owner(self, unit: Unit) -> Owner | None:
         if unit.owner is None or unit.status != STARTED:
@@ -2158,8 +2133,6 @@ class Log:
 
 class Ticket:
     """Where the answer to a claim goes: the request with this id of a connection; without an id, notifications."""
-
-    __slots__ = ("confirm", "connection", "id", "report_at", "since")
 
     def __init__(self, connection: Connection, request: Any, progress: bool = False, confirm: bool = False) -> None:
         self.connection, self.id, self.confirm = connection, request, confirm
