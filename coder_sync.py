@@ -2148,13 +2148,44 @@ class Waiting:
     waited: float
 
 
-class Connection:
-    """One client and its thread. Others only append to `outbox` and call `wake`, under the agent's lock."""
+class WakeUp:
+    """What wakes a thread that polls it. Raises OSError if there is no descriptor left."""
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self) -> None:
+        self._woken = False
+        self._ends: tuple[int, ...] = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+
+    def close(self) -> None:
+        """Give the descriptors back; from now on nobody is woken."""
+        ends, self._ends = getattr(self, "_ends", ()), ()
+        for fd in ends:
+            os.close(fd)
+
+    __del__ = close  # of a connection whose thread found no memory to begin with
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._ends[0]
+
+    def wake(self) -> None:
+        """Wake the thread, unless it has been woken and not looked since."""
+        if self._ends and not self._woken:
+            self._woken = True
+            os.write(self._ends[-1], (1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+
+    def drain(self) -> None:
+        """Take the wake-ups that have come; look after this, not before."""
+        os.read(self._ends[0], 4096)
+        self._woken = False
+
+
+class Connection:
+    """One client and its thread. Others only append to `outbox` and wake it, under the agent's lock."""
+
+    def __init__(self, sock: Any, wake_up: WakeUp) -> None:
         from collections import deque
 
-        self.sock: Any = sock
+        self.sock, self.wake_up = sock, wake_up
         self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
         self.pending: dict[Any, Claim] = {}  # id of a request -> its claim, until it is answered
         self.claims: dict[Claim, Claim] = {}  # all that may not be over
@@ -2162,25 +2193,7 @@ class Connection:
         self.members: list[Any] = []  # the units of a boot, of which more are to come
         self.services: dict[str, None] = {}  # units whose process runs on
         self.following = -1  # the number of the last event that it has, if it follows them
-        self.closed = self.woken = self.busy = False
-        self.wake_ends = wake_up_descriptors()
-
-    def wake(self) -> None:
-        """Make the connection's thread look at its outbox."""
-        if not self.woken and not self.closed:
-            self.woken = True
-            os.write(self.wake_ends[-1], WAKE_UP)
-
-    def drain(self) -> None:
-        """Take the wake-ups that have come; what was put into the outbox before them is sent next."""
-        os.read(self.wake_ends[0], 4096)
-        self.woken = False
-
-    def close(self) -> None:
-        """Give the wake-up descriptors back; nobody wakes us after."""
-        self.closed = True
-        for fd in self.wake_ends:
-            os.close(fd)
+        self.closed = self.busy = False
 
     def due(self) -> float:
         """When the thread has to look at its claims, on the monotonic clock."""
@@ -2221,19 +2234,6 @@ class Connection:
         return Owner(pid, command_of(pid), None, birth(pid)) if pid else None
 
 
-WAKE_UP = (1).to_bytes(8, sys.byteorder)  # what eventfd(2) takes; a pipe does not mind
-
-
-def wake_up_descriptors() -> tuple[int, ...]:
-    """Descriptors to wake a thread with, the first to poll and read, the last to write; only one where eventfd is."""
-    if hasattr(os, "eventfd"):
-        return (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),)
-    ends = os.pipe()
-    for fd in ends:
-        os.set_blocking(fd, False)
-    return ends
-
-
 class Agent:
     """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
 
@@ -2258,17 +2258,13 @@ class Agent:
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def serve_connection(self, sock: Any) -> None:
+    def serve_connection(self, sock: Any, wake_up: WakeUp) -> None:
         """Answer one client until it goes away."""
         import socket
         import struct
 
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
-        try:
-            connection = Connection(sock)
-        except OSError as error:
-            self.log.say(f"refused a connection: {error.strerror}", 0)
-            return
+        connection = Connection(sock, wake_up)
         with self.lock:
             self.connections.add(connection)
         try:
@@ -2279,7 +2275,8 @@ class Agent:
             with self.lock:
                 self.connections.discard(connection)
                 self.followers.discard(connection)
-                connection.close()
+                connection.wake_up.close()
+                connection.closed = True
                 self._end_all(connection)
 
     def _converse(self, connection: Connection) -> None:
@@ -2288,16 +2285,16 @@ class Agent:
 
         poller = poll()
         poller.register(connection.sock, POLLIN)
-        poller.register(connection.wake_ends[0], POLLIN)
+        poller.register(connection.wake_up, POLLIN)
         buffer, idle_since = b"", time.monotonic()
         while True:
             connection.busy = False
             pause = min(connection.due(), idle_since + IDLE_TIMEOUT) - time.monotonic()
             ready = [fd for fd, _ in poller.poll(max(0, pause) * 1000 + 1)]
             connection.busy = True
-            if connection.wake_ends[0] in ready:
+            if connection.wake_up.fileno() in ready:
                 time.sleep(PAUSE if connection.following >= 0 else 0)
-                connection.drain()
+                connection.wake_up.drain()
             if connection.due() <= time.monotonic():
                 self._due(connection)
             self._flush(connection)
@@ -2443,11 +2440,11 @@ class Agent:
             if claim.boot or connection.pending.pop(claim.ticket.id, None):  # else `stop` has answered it
                 connection.outbox.append((claim, answer))
                 if connection is not mine:
-                    connection.wake()
+                    connection.wake_up.wake()
         if self.news:
             self.news = False
             for follower in self.followers:
-                follower.wake()
+                follower.wake_up.wake()
 
     def _event(self, event: Event) -> None:
         self.log.event(event)
@@ -2694,7 +2691,7 @@ class Agent:
             for connection in self.connections:
                 connection.outbox.extend((None, error_message(request, over)) for request in connection.pending)
                 connection.pending.clear()
-                connection.wake()
+                connection.wake_up.wake()
             connections = list(self.connections)
         deadline = time.monotonic() + 0.5
         while any(c.outbox or c.busy for c in connections if not c.closed) and time.monotonic() < deadline:
@@ -2708,11 +2705,11 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
     """
     import _thread
     import socketserver
-    from weakref import WeakSet
+    from weakref import WeakKeyDictionary
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            agent.serve_connection(self.request)
+            agent.serve_connection(self.request, self.server.open[self.request])  # type: ignore[attr-defined]
 
     class Server(socketserver.ThreadingUnixStreamServer):
         exhausted = False
@@ -2721,10 +2718,11 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
             super().__init__("", Handler, bind_and_activate=False)
             self.socket.close()
             self.socket = sock
-            self.open: WeakSet[Any] = WeakSet()  # connections; one whose thread could not begin leaves by itself
+            self.open: WeakKeyDictionary[Any, WakeUp] = WeakKeyDictionary()  # connections; one without a thread leaves
 
         def get_request(self) -> Any:
             try:
+                self.wake_up = WakeUp()
                 request = super().get_request()
                 self.exhausted = False
                 return request
@@ -2737,7 +2735,7 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
             if len(self.open) < most:
-                self.open.add(request)
+                self.open[request] = self.wake_up
                 return True
             limit = Unreachable(f"the agent has reached its limit of {most} connections")
             request.setblocking(False)
@@ -2750,7 +2748,7 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
-            self.open.discard(request)
+            self.open.pop(request, None)
             super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
@@ -6147,7 +6145,7 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None])
     from threading import Thread
 
     ours, theirs = socketpair()
-    Thread(target=agent.serve_connection, args=(theirs,), daemon=True).start()
+    Thread(target=agent.serve_connection, args=(theirs, WakeUp()), daemon=True).start()
     return boot.run(Channel(path, sock=ours), accept)
 
 

@@ -47,7 +47,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite, on every interpreter from 3.8 that is there."""
     session.install("pytest", "pytest-xdist")
-    session.run("pytest", "-q", "-n", "2", *session.posargs)
+    session.run("pytest", "-q", "-n", "3", *session.posargs)
 
 
 @nox.session
