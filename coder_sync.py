@@ -5911,10 +5911,10 @@ def cmd_start(args: Args) -> int:
     refuse_lonely_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
-    client, locks = client_of(args), args.lock
-    with Start(client, args.unit, args.want, args.requires, args.timeout, locks, on_wait, args.pid) as start:
-        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
-        start.confirm()  # the last step: if we are killed before, the next in line has the unit
+    start = Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, on_wait, args.pid)
+    start.__enter__()
+    say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+    start.confirm()  # nothing comes after: if we are killed before, the next in line has the unit
     return 0
 
 
