@@ -16,9 +16,12 @@ let others go on:
     coder_sync.py complete UNIT          UNIT is done; others may go on
     coder_sync.py fail UNIT              UNIT will not be done; what requires it is skipped
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
-    coder_sync.py wait UNIT...           wait for units without being one
-    coder_sync.py status UNIT | list     what stands where;  ping: is there an agent?
-    coder_sync.py install [PATH]         make every call faster
+    coder_sync.py boot PATH...           a directory of scripts in the order that their headers ask for
+    coder_sync.py wait UNIT...           wait for units, or probes, without being one
+    coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
+    coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py reset | shutdown       start again: units; the agent
+    coder_sync.py install [PATH]         make every call faster; also completion SHELL
 
 Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
 was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
@@ -35,6 +38,7 @@ rooms above it:
     Agent           the daemon
     Client          the Python API
     Views           data to text, pure
+    Boot            a directory of scripts as one graph; a client like any other
     Install         a copy with its bytecode
     Command line    one small function a command
 
@@ -5900,7 +5904,7 @@ def cmd_want(args: Args) -> int:
     return 0
 
 
-def refuse_lonely_requires(args: Args) -> None:
+def check_requires(args: Args) -> None:
     """--requires says something about --want, and about nothing else. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
@@ -5908,7 +5912,7 @@ def refuse_lonely_requires(args: Args) -> None:
 
 def cmd_start(args: Args) -> int:
     """Wait until a unit may run, and mark it started."""
-    refuse_lonely_requires(args)
+    check_requires(args)
     report = Reporter(args, f"{args.unit}: ")
     on_wait = None if args.quiet else report
     start = Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, on_wait, args.pid)
@@ -6159,7 +6163,7 @@ def completed_at(path: str) -> set[str]:
 
 def cmd_run(args: Args) -> int:
     """Declare, wait, start, run a command, complete or fail: one process."""
-    refuse_lonely_requires(args)
+    check_requires(args)
     if args.ready:
         check_probe(args.ready)
     end_on_term()
