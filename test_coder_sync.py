@@ -3363,7 +3363,8 @@ def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble:
         other.close()
     else:
         assert finish(first).returncode == 0
-    assert serves(world, second.pid) and os.path.exists(world.path + ".lock")
+    until(lambda: serves(world, second.pid))
+    assert os.path.exists(world.path + ".lock")
     assert stopped(second).returncode == 0 and os.listdir(world.directory) == []
 
 
