@@ -2067,13 +2067,18 @@ class Log:
 
     def say(self, text: str, level: int = 1, wall: float = 0.0) -> None:
         """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
-        if level <= self.level:
-            try:
-                if self._queue.qsize() < MAX_QUEUE:
-                    self._queue.put((wall or time.time(), text))
-                    return
-            except MemoryError:
-                pass
+        if level > self.level:
+            return
+        if self._queue.qsize() < MAX_QUEUE:
+            self._queue.put((wall or time.time(), text))
+        else:
+            self.lost += 1
+
+    def trouble(self, doing: str, error: Exception) -> None:
+        """Queue a line about what keeps a thread from its work, even if there is no memory for the line."""
+        try:
+            self.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
+        except MemoryError:
             self.lost += 1
 
     def event(self, event: Event) -> None:
@@ -2669,7 +2674,7 @@ class Agent:
             try:
                 self._look_at_owners()
             except Exception as error:  # out of memory, say: the owners must be watched all the same
-                self.log.say(f"trouble while watching processes: {one_line(repr(error))}; trying again", 0)
+                self.log.trouble("watching processes", error)
                 time.sleep(1)
 
     def _look_at_owners(self) -> None:
@@ -2719,9 +2724,10 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             agent.serve_connection(self.request)
+            server.exhausted = False
 
     class Server(socketserver.ThreadingUnixStreamServer):
-        exhausted = False
+        exhausted = False  # whether it has been said that there is no room, and no connection was served since
 
         def __init__(self) -> None:
             super().__init__("", Handler, bind_and_activate=False)
@@ -2731,17 +2737,21 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
 
         def get_request(self) -> Any:
             try:
-                request = super().get_request()
-                self.exhausted = False
-                return request
-            except OSError as error:  # out of descriptors or memory: say so once, and do not spin
-                if not self.exhausted:
-                    agent.log.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
-                self.exhausted = True
-                time.sleep(0.05)
+                return super().get_request()
+            except OSError as error:
+                self.no_room(str(error.strerror))
+                time.sleep(0.05)  # do not spin
                 raise
 
+        def no_room(self, why: str) -> None:
+            """Say once that there are no descriptors or no memory left."""
+            if not self.exhausted:
+                self.exhausted = True
+                agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
         def verify_request(self, request: Any, client_address: Any) -> bool:
+            if len(self.open) >= most:
+                self.open = WeakSet(self.open)  # without those that had no memory to leave
             if len(self.open) < most:
                 self.open.add(request)
                 return True
@@ -2761,10 +2771,12 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             _, error, trace = sys.exc_info()
+            if isinstance(error, MemoryError) or "start new thread" in str(error):
+                return self.no_room("no memory for another one")
             while trace and trace.tb_next:
                 trace = trace.tb_next
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+            return agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
 
         def accept_for_ever(self) -> None:
             """The body of the accepting thread; whatever goes wrong, it goes on."""
@@ -2772,10 +2784,11 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
                 try:
                     self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
                 except Exception as error:
-                    agent.log.say(f"trouble while accepting connections: {one_line(repr(error))}; trying again", 0)
+                    agent.log.trouble("accepting connections", error)
                     time.sleep(0.05)
 
-    return Server()
+    server = Server()
+    return server
 
 
 def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
@@ -5659,15 +5672,14 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
-    streams: Any = {"input": data, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        done: Any = subprocess.run([python, *words], **streams, env=env, cwd="/", check=False)
+        done = subprocess.run([python, *words], input=data, capture_output=True, env=env, cwd="/", check=False)
     except OSError as error:
         raise Refused(f"cannot run {python}: {error.strerror}") from None
     if done.returncode:
         why = one_line(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
         raise Refused(f"{python} cannot run coder_sync, which needs {NEEDED}: {why}")
-    return done.stdout  # type: ignore[no-any-return]
+    return done.stdout
 
 
 def application(python: str) -> bytes:
@@ -5676,12 +5688,10 @@ def application(python: str) -> bytes:
     import shlex
     import zipfile
 
+    with open(FILE, "rb") as file:
+        source = file.read()
     if zipfile.is_zipfile(FILE):
-        with zipfile.ZipFile(FILE) as archive:
-            source = archive.read("coder_sync.py")
-    else:
-        with open(FILE, "rb") as file:
-            source = file.read()
+        source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
     bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
@@ -5701,30 +5711,29 @@ def install(path: str, python: str) -> str:
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
+    end_on_term()  # and tidy up
     beside = ""
     try:
         data = application(python)
         fd, beside = tempfile.mkstemp(prefix=".coder-sync-", dir=os.path.dirname(path))
         with open(fd, "wb") as file:
             file.write(data)
-            mode = 0o777 & ~os.umask(0o077)
-            os.umask(0o777 & ~mode)
+            mask = os.umask(0)
+            os.umask(mask)
+            mode = 0o777 & ~mask
             if os.path.exists(path):
                 old = os.stat(path)
                 mode = old.st_mode & 0o777
-                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                    os.chown(fd, old.st_uid, old.st_gid)
+                os.chown(fd, old.st_uid, old.st_gid)
             os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
             os.fsync(fd)
         if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
         os.rename(beside, path)
-        beside = ""
     except OSError as error:
         raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
     finally:
-        if beside:
-            os.unlink(beside)
+        remove(beside)  # it is not there any more if all went well
     return path
 
 

@@ -2341,7 +2341,15 @@ def served(world: World) -> None:
 def use_up(world: World, pid: int) -> list[Peer]:
     """Leave an agent no descriptors; return the connections that have them."""
     descriptors = f"/proc/{pid}/fd"
-    limit = max(map(int, os.listdir(descriptors))) + 4
+
+    def at_rest() -> list[str]:
+        found = os.listdir(descriptors)
+        time.sleep(0.05)
+        return found if found == os.listdir(descriptors) else []
+
+    found = until(at_rest, "no connection that begins or ends")
+    limit = max(map(int, found)) + 4
+    limit += (len(found) - limit) % (2 if hasattr(os, "eventfd") else 3)  # what a connection takes: none is left over
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
     peers = [world.connect() for _ in range(30)]
     until(lambda: len(os.listdir(descriptors)) == limit, "descriptors used up")
@@ -2352,7 +2360,7 @@ def free(world: World, pid: int, peers: list[Peer]) -> None:
     """Close connections, and return once the agent has closed them too."""
     for peer in peers:
         peer.close()
-    world.client.ping(wait=PATIENCE)
+    until(lambda: serves(world))
     until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] - 2)
 
 
@@ -2856,6 +2864,36 @@ def test_an_owner_that_lives_is_not_taken_for_dead_when_descriptors_run_out(worl
     assert (owned.status, owned.reason) == ("started", "")
     assert owned.owner is not None
     assert owned.owner.alive is True
+
+
+NO_MEMORY = """
+import _thread, os
+start, say = _thread.start_new_thread, coder_sync.Log.say
+def start_new_thread(*args):
+    if os.path.exists("no thread"):
+        raise RuntimeError("can't start new thread")
+    return start(*args)
+def short_say(self, *args):
+    if os.path.exists("no line"):
+        raise MemoryError
+    say(self, *args)
+_thread.start_new_thread, coder_sync.Log.say = start_new_thread, short_say
+"""
+
+
+def test_an_agent_without_memory_for_threads_and_lines_says_so_and_recovers(world: World) -> None:
+    agent = world.spawn(altered(NO_MEMORY, "serve"))
+    world.client.ping(wait=PATIENCE)
+    for lack in ("no thread", "no line"):
+        (world.directory / lack).touch()
+        for _ in range(5):
+            assert world.connect().read() is None
+    for lack in ("no thread", "no line"):
+        (world.directory / lack).unlink()
+    served(world)
+    said = [re.sub(STAMP, "", line) for line in stopped(agent).stderr.splitlines()]
+    assert said.count("cannot accept connections: no memory for another one; trying again until it works") == 1
+    assert not [line for line in said if "please report" in line]
 
 
 SMALL_STACK = f"ulimit -s 256; exec {sys.executable} -IS {FILE} "
@@ -4412,9 +4450,7 @@ def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
 def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
     process = agent.popen("run", "a", "--want", "b", "--want", "c", "--", "echo", "ran")
     assert line_of(process.stderr) == "a: waiting for b not registered; c not registered\n"
-    for name in ("b", "c"):
-        agent.client.start(name)
-        agent.client.complete(name)
+    agent.end("b", "c")
     done = finish(process)
     assert (done.returncode, done.stdout) == (0, "ran\n")
     assert kinds_of(agent, "a")[-2:] == ["started", "completed"]
@@ -4535,6 +4571,24 @@ os.waitpid(job, 0)"""  # what a shell with job control does; a group without a p
     os.kill(pid, signal.SIGTERM)
     assert finish(shell).returncode == 0
     assert agent.client.status("a").reason == "killed by signal 15"
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["{0}/setup.sh", "{0}/x"], "sh setup.sh {0}/x"),
+        (["-c", "read x; : /a/b", "/c/d"], "sh -c read x; : /a/b /c/d"),
+        (["-e", "{0}/setup.sh"], "sh -e {0}/setup.sh"),
+    ],
+)
+def test_the_command_line_of_a_script_begins_with_its_name(world: World, argv: list[str], shown: str) -> None:
+    (world.directory / "setup.sh").write_text("read x")
+    shell = str(shutil.which("sh"))
+    process = world.spawn([shell, *(word.format(world.directory) for word in argv)], stdin=subprocess.PIPE)
+    said = shown.format(world.directory)
+    expected = said if len(said) <= 60 else said[:57] + "..."
+    until(lambda: coder_sync.command_of(process.pid) == expected)
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
@@ -4982,6 +5036,17 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("error: ") and said in done.stderr
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
+
+
+def test_an_install_that_is_stopped_leaves_nothing(world: World) -> None:
+    python, tried = world.directory / "python", world.directory / "tried"
+    python.write_text(f'#!/bin/sh\n[ $1 != -IS ] || {{ : > {tried}; exec sleep 60; }}; exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    process = world.spawn([sys.executable, "-IS", str(FILE), "install", "--python", str(python), "copy"])
+    until(tried.exists)
+    assert len(os.listdir(world.directory)) == 3  # with the copy that is tried
+    assert stopped(process).returncode == 143
+    assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
 def test_calls_see_the_old_copy_or_the_new_one(world: World) -> None:
