@@ -1388,7 +1388,7 @@ def birth(pid: int) -> str | None:
         fields = stat_of(pid)
         return "" if fields[0] in "ZX" else fields[19]
     except OSError:
-        return None if signal_to(os.kill, pid, 0) else ""
+        return None if signal_to(pid, 0) else ""
 
 
 def proc_line(pid: int, what: str) -> str:
@@ -1514,7 +1514,7 @@ def supervise(
                 if came is not None:
                     came.append(number)
                 if sent:
-                    signal_to(os.kill, pid, number)
+                    signal_to(pid, number)
                 continue
             code = reap(pid)
             if code is not None:
@@ -1561,25 +1561,23 @@ def cannot_run(program: str, error: Exception) -> CommandError:
     return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
 
 
-def signal_to(send: Callable[[int, int], None], number: int, what: int) -> bool:
-    """Signal by os.kill or os.killpg who may be gone, or another user by now; return whether it is there."""
+def signal_to(pid: int, number: int) -> bool:
+    """Signal a process, or by a negative number a group, that may be gone or not ours; return whether it is there."""
     try:
-        send(number, what)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
+        os.kill(pid, number)
+    except OSError as error:
+        return error.errno != errno.ESRCH
     return True
 
 
 def signal_group(group: int, number: int) -> None:
     """Signal a process group that may be gone."""
-    signal_to(os.killpg, group, number)
+    signal_to(-group, number)
 
 
 def alive_groups(groups: Iterable[int]) -> set[int]:
     """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
-    alive = {group for group in groups if signal_to(os.killpg, group, 0)}
+    alive = {group for group in groups if signal_to(-group, 0)}
     if not alive or not os.path.isdir("/proc/self"):
         return alive
     found = set()
@@ -2051,17 +2049,12 @@ class Log:
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
+        from threading import Thread
 
         self.level, self.path = level, path
         self.fd = self._open(path) if path else 2
         self.lost = 0
         self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
-        self._thread: Any = None
-
-    def start(self) -> None:
-        """Begin to write."""
-        from threading import Thread
-
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -2090,8 +2083,7 @@ class Log:
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
         self._queue.put(None)
-        if self._thread:
-            self._thread.join(patience)
+        self._thread.join(patience)
 
     def _run(self) -> None:
         while True:
@@ -3005,21 +2997,19 @@ def serve(
         sock = sock or listen(at_end, path, mode, group, replace)
         path = sock.getsockname()
         at_end.callback(sock.close)
+        signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
+        if body:  # which may end in a command that takes our place
+            at_end.callback(signals.give_back)
+        threading.stack_size(STACK)
         try:
             log = Log(level if log_file or not background else -1, log_file)
+            at_end.callback(log.close)
             if pid_file:
                 with open(pid_file, "w", encoding="ascii") as file:
                     at_end.callback(remove, pid_file, os.fstat(file.fileno()))
                     file.write(f"{os.getpid()}\n")
         except OSError as error:
             raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
-
-        signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
-        if body:  # which may end in a command that takes our place
-            at_end.callback(signals.give_back)
-        threading.stack_size(STACK)
-        log.start()
-        at_end.callback(log.close)
         agent = Agent(log)
         server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
         log.say(f"listening at {path} (pid {os.getpid()})")
@@ -5706,34 +5696,27 @@ def application(python: str) -> bytes:
 
 def install(path: str, python: str) -> str:
     """Write the copy beside a path, try it, rename it; return where. Raises Refused."""
-    import tempfile
-
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
-    end_on_term()  # and tidy up
-    beside = ""
+    beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
+    end_on_term()  # by an exception, so that nothing is left beside it
     try:
         data = application(python)
-        fd, beside = tempfile.mkstemp(prefix=".coder-sync-", dir=os.path.dirname(path))
-        with open(fd, "wb") as file:
+        with open(beside, "xb") as file:
             file.write(data)
-            mask = os.umask(0)
-            os.umask(mask)
-            mode = 0o777 & ~mask
-            if os.path.exists(path):
-                old = os.stat(path)
-                mode = old.st_mode & 0o777
-                os.chown(fd, old.st_uid, old.st_gid)
-            os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
-            os.fsync(fd)
+            file.flush()
+            like = os.stat(path if os.path.exists(path) else beside)
+            os.chown(beside, like.st_uid, like.st_gid)
+            os.chmod(beside, like.st_mode & 0o777 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            os.fsync(file.fileno())
         if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
         os.rename(beside, path)
     except OSError as error:
         raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
     finally:
-        remove(beside)  # it is not there any more if all went well
+        remove(beside)
     return path
 
 

@@ -3030,7 +3030,6 @@ def small_log(monkeypatch: pytest.MonkeyPatch) -> None:
 def written(path: Any, lines: int = 60) -> coder_sync.Log:
     """A log that has written so many lines to a file, and goes on."""
     log = coder_sync.Log(1, str(path))
-    log.start()
     for i in range(lines):
         log.say(f"line {i}")
     until(lambda: not log._queue.qsize())
@@ -3080,7 +3079,6 @@ def test_the_log_outlives_any_exception_and_counts_what_it_lost(
     log = coder_sync.Log(1, str(tmp_path / "log"))
     with monkeypatch.context() as patch:
         patch.setattr(time, "localtime", lambda when: {}["no memory"])
-        log.start()
         log.say("one")
         log.say("two")
         until(lambda: log.lost == 2)
@@ -3091,10 +3089,12 @@ def test_the_log_outlives_any_exception_and_counts_what_it_lost(
 
 def test_the_log_takes_no_more_than_it_has_room_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
+    room, run = threading.Event(), coder_sync.Log._run
+    monkeypatch.setattr(coder_sync.Log, "_run", lambda log: (room.wait(), run(log)))
     log = coder_sync.Log(1, str(tmp_path / "log"))
     for text in "abcde":
         log.say(text)
-    log.start()
+    room.set()
     log.close(PATIENCE)
     assert re.sub(STAMP, "", (tmp_path / "log").read_text()) == "(2 lines lost here) a\nb\nc\n"
 
