@@ -1352,27 +1352,22 @@ def user_name(uid: int) -> str:
         return f"uid {uid}"
 
 
+def stat_of(pid: int) -> list[str]:
+    """What /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+        return f.read().rpartition(")")[2].split()
+
+
 def birth(pid: int) -> str | None:
     """When a process started, as the system counts it, to tell it from a later one; empty when it is gone.
 
     None when it cannot be told: no /proc, or no descriptor left to look.
     """
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            fields = f.read().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]  # the 22nd in proc(5); two stand before the name's end
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESRCH):
-            return None
-    except IndexError:
-        return None
-    try:
-        os.kill(pid, 0)  # there may be no /proc at all
-    except ProcessLookupError:
-        return ""
+        fields = stat_of(pid)
+        return "" if fields[0] in "ZX" else fields[19]
     except OSError:
-        pass
-    return "" if os.path.exists("/proc/self/stat") else None
+        return None if signal_to(pid, 0) else ""
 
 
 def proc_line(pid: int, what: str) -> str:
@@ -1393,7 +1388,7 @@ def command_of(pid: int) -> str:
         return ""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
-    args[:1] = [os.path.basename(a) for a in args[:1]]
+    args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
     text = one_line(" ".join(args)) or proc_line(pid, "Name")
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -1411,18 +1406,9 @@ def open_files() -> int:
 
 def close_others(keep: Iterable[int]) -> None:
     """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
-    found: Iterable[int] = range(3, min(open_files(), 1 << 16))
-    for directory in ("/proc/self/fd", "/dev/fd"):
-        try:
-            found = [int(name) for name in os.listdir(directory)]
-            break
-        except OSError:
-            pass
-    for fd in {fd for fd in found if fd > 2}.difference(keep):
-        try:
-            os.close(fd)
-        except OSError:
-            pass
+    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
+    for before, after in zip(kept, kept[1:]):
+        os.closerange(before + 1, after)
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
@@ -1443,10 +1429,9 @@ class Signals:
 
         numbers = [getattr(signal, name) for name in names]
         self.numbers = [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
-        self._of_children = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
         # gets to `wait`, and children leave no exit status. A handler changes that, even if it is never run.
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
 
     def wait(self) -> tuple[int, bool]:
@@ -1504,20 +1489,17 @@ def supervise(
             raise cannot_run(command[0], error) from None
         while True:
             number, sent = signals.wait()
-            if number == signal.SIGCHLD:
-                code = reap(pid)
-                if code is not None:
-                    return code
-                if readiness:
-                    readiness.look(pid)
+            if number != signal.SIGCHLD:
+                if came is not None:
+                    came.append(number)
+                if sent:
+                    signal_to(pid, number)
                 continue
-            if came is not None:
-                came.append(number)
-            if sent:
-                try:
-                    os.kill(pid, number)
-                except OSError:  # it has ended, or become another user
-                    pass
+            code = reap(pid)
+            if code is not None:
+                return code
+            if readiness:
+                readiness.look(pid)
     finally:
         signals.give_back()
 
@@ -1525,15 +1507,16 @@ def supervise(
 def reap(pid: int = -1) -> int | None:
     """Take the ends of all children, as process 1 must of every orphan; return that of `pid` if it is among them."""
     code = None
-    while True:
-        try:
+    try:
+        while True:
             ended, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return code
-        if not ended:
-            return code
-        if ended == pid:
-            code = exit_code_of(status)
+            if not ended:
+                break
+            if ended == pid:
+                code = exit_code_of(status)
+    except ChildProcessError:  # there are none left
+        pass
+    return code
 
 
 def exit_code_of(status: int) -> int:
@@ -1557,36 +1540,33 @@ def cannot_run(program: str, error: Exception) -> CommandError:
     return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
 
 
+def signal_to(pid: int, number: int) -> bool:
+    """Signal a process, or by a negative number a group, that may be gone or not ours; return whether it is there."""
+    try:
+        os.kill(pid, number)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
 def signal_group(group: int, number: int) -> None:
     """Signal a process group that may be gone."""
-    try:
-        os.killpg(group, number)
-    except OSError:
-        pass
+    signal_to(-group, number)
 
 
 def alive_groups(groups: Iterable[int]) -> set[int]:
     """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
-    alive = set()
-    for group in groups:
-        try:
-            os.killpg(group, 0)
-            alive.add(group)
-        except ProcessLookupError:
-            pass
-        except OSError:
-            alive.add(group)
+    alive = {group for group in groups if signal_to(-group, 0)}
     if not alive or not os.path.isdir("/proc/self"):
         return alive
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/stat", "rb") as f:
-                status, _, its_group = f.read().rpartition(b")")[2].split()[:3]
+            status, _, group = stat_of(int(pid))[:3]
         except OSError:
             continue
-        if status != b"Z":
-            found.add(int(its_group))
+        if status != "Z":
+            found.add(int(group))
     return alive & found
 
 
@@ -2048,17 +2028,12 @@ class Log:
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         from _queue import SimpleQueue
+        from threading import Thread
 
         self.level, self.path = level, path
         self.fd = self._open(path) if path else 2
         self.lost = 0
         self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
-        self._thread: Any = None
-
-    def start(self) -> None:
-        """Begin to write."""
-        from threading import Thread
-
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -2071,18 +2046,23 @@ class Log:
         else:
             self.lost += 1
 
+    def trouble(self, doing: str, error: Exception) -> None:
+        """Queue a line about what keeps a thread from its work, even if there is no memory for the line."""
+        try:
+            self.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
+        except MemoryError:
+            self.lost += 1
+
     def event(self, event: Event) -> None:
         """Queue a line about what happened to a unit."""
+        detail = f": {event.detail}" if event.detail else ""
         level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
-        if level <= self.level:
-            detail = f": {event.detail}" if event.detail else ""
-            self.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
+        self.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
         self._queue.put(None)
-        if self._thread:
-            self._thread.join(patience)
+        self._thread.join(patience)
 
     def _run(self) -> None:
         while True:
@@ -2112,27 +2092,23 @@ class Log:
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
         # O_NONBLOCK: a pipe without a reader is an error, and no wait
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | more, 0o600)
 
     def _rotate(self) -> None:
         """Let a file that is full be FILE.1, and begin a new one; if there can be none, the old one goes on."""
-        import stat
+        from stat import S_ISREG
 
         found = os.fstat(self.fd)
-        if found.st_size <= MAX_LOG or not stat.S_ISREG(found.st_mode):  # what is no file has no end, and no successor
-            return
-        path, new = os.path.realpath(self.path), -1
-        try:
+        if found.st_size > MAX_LOG and S_ISREG(found.st_mode):  # what is no file has no end, and no successor
+            path = os.path.realpath(self.path)
             remove(path + ".new")
-            new = self._open(path + ".new", os.O_EXCL)
-            os.replace(path, path + ".1")
-            os.replace(path + ".new", path)
-            os.dup2(new, self.fd, inheritable=False)
-        except OSError:
-            pass
-        finally:
-            if new >= 0:
-                os.close(new)
+            try:
+                with open(self._open(path + ".new", os.O_EXCL), "ab") as new:
+                    os.replace(path, path + ".1")
+                    os.replace(path + ".new", path)
+                    os.dup2(new.fileno(), self.fd, inheritable=False)
+            except OSError:
+                pass
 
 
 class Ticket:
@@ -2276,12 +2252,20 @@ class Agent:
         except OSError:  # the peer vanished
             pass
         finally:
+            self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        """Forget a connection and end its claims, however little memory there is."""
+        try:
             with self.lock:
                 self.connections.discard(connection)
                 self.followers.discard(connection)
+                self._end_all(connection)
                 connection.wake_up.close()
                 connection.closed = True
-                self._end_all(connection)
+        except MemoryError:
+            time.sleep(0.05)
+            self._end(connection)
 
     def _converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
@@ -2664,7 +2648,7 @@ class Agent:
             try:
                 self._look_at_owners()
             except Exception as error:  # out of memory, say: the owners must be watched all the same
-                self.log.say(f"trouble while watching processes: {one_line(repr(error))}; trying again", 0)
+                self.log.trouble("watching processes", error)
                 time.sleep(1)
 
     def _look_at_owners(self) -> None:
@@ -2713,10 +2697,11 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            agent.serve_connection(self.request, self.server.open[self.request])  # type: ignore[attr-defined]
+            agent.serve_connection(self.request, server.open[self.request])
+            server.exhausted = False
 
     class Server(socketserver.ThreadingUnixStreamServer):
-        exhausted = False
+        exhausted = False  # whether it has been said that there is no room, and no connection was served since
 
         def __init__(self) -> None:
             super().__init__("", Handler, bind_and_activate=False)
@@ -2727,17 +2712,21 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
         def get_request(self) -> Any:
             try:
                 self.wake_up = WakeUp()
-                request = super().get_request()
-                self.exhausted = False
-                return request
-            except OSError as error:  # out of descriptors or memory: say so once, and do not spin
-                if not self.exhausted:
-                    agent.log.say(f"cannot accept connections: {error.strerror}; trying again until it works", 0)
-                self.exhausted = True
-                time.sleep(0.05)
+                return super().get_request()
+            except OSError as error:
+                self.no_room(str(error.strerror))
+                time.sleep(0.05)  # do not spin
                 raise
 
+        def no_room(self, why: str) -> None:
+            """Say once that there are no descriptors or no memory left."""
+            if not self.exhausted:
+                self.exhausted = True
+                agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
         def verify_request(self, request: Any, client_address: Any) -> bool:
+            if len(self.open) >= most:
+                self.open = WeakKeyDictionary(self.open)  # without those that had no memory to leave
             if len(self.open) < most:
                 self.open[request] = self.wake_up
                 return True
@@ -2757,10 +2746,12 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             _, error, trace = sys.exc_info()
+            if isinstance(error, MemoryError) or "start new thread" in str(error):
+                return self.no_room("no memory for another one")
             while trace and trace.tb_next:
                 trace = trace.tb_next
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+            return agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
 
         def accept_for_ever(self) -> None:
             """The body of the accepting thread; whatever goes wrong, it goes on."""
@@ -2768,27 +2759,56 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
                 try:
                     self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
                 except Exception as error:
-                    agent.log.say(f"trouble while accepting connections: {one_line(repr(error))}; trying again", 0)
+                    agent.log.trouble("accepting connections", error)
                     time.sleep(0.05)
 
-    return Server()
+    server = Server()
+    return server
 
 
-def make_directories(path: str) -> None:
-    """Make the directory of a socket, and those above it, for us alone: a /run is empty at every boot."""
-    directory = os.path.dirname(path)
+def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
+    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused.
+
+    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
+    until the socket gets its mode and, unless it is -1, its group.
+    """
+    lock = path + ".lock"
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    doing = f"make the directory {os.path.dirname(path)}"
     before = os.umask(0o077)
     try:
-        os.makedirs(directory, exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if replace:
+            replace(path)
+        doing = f"open {lock}{whose(lock)}"
+        held = hold(lock, path, replace)
+        at_end.callback(os.close, held)
+        at_end.callback(remove, lock, os.fstat(held))
+        doing = f"listen at {path}"
+        sock = bind(path, replace is not None)
+        at_end.callback(remove, path, os.lstat(path))
+        doing = f"share {path}"
+        if group != -1:
+            os.chown(path, -1, group)
+        os.chmod(path, mode)
+        sock.listen(4096)
+        return sock
     except OSError as error:
-        why = error.strerror or str(error)
-        raise Refused(f"cannot make the directory {directory}: {why}; choose another --socket-path") from None
+        if doing == f"share {path}" and isinstance(error, PermissionError):
+            raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
+        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
 
-def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
-    """Hold PATH.lock, so that of two agents starting at once one wins. Return its descriptor.
+def in_the_way(what: str, do: str = "remove") -> Refused:
+    """The error for what is at a path already."""
+    return Refused(f"{what}; {do} it or choose another --socket-path")
+
+
+def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> int:
+    """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
     file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
@@ -2797,38 +2817,33 @@ def lock_path(path: str, replace: Callable[[str], None] | None = None) -> int:
     import fcntl
     import stat
 
-    lock = path + ".lock"
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
-        try:  # O_NONBLOCK: another user may have put a pipe there
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise Refused(f"cannot open {lock}{whose(lock)}: {error.strerror}; choose another --socket-path") from None
+        # O_NONBLOCK: another user may have put a pipe there
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        found = os.fstat(fd)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise Refused(f"{lock}{whose(lock)} is not a regular file; remove it or choose another --socket-path")
+            if not stat.S_ISREG(found.st_mode):
+                raise in_the_way(f"{lock}{whose(lock)} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(lock)):
-                held, fd = fd, -1
-                return held
+            if os.path.samestat(found, os.lstat(lock)):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                return os.dup(fd)  # which is locked as well
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
-                who += whose(lock)
-                raise Refused(
-                    f"an agent{who} is serving {path} already; stop it or choose another --socket-path"
-                ) from None
+                raise in_the_way(f"an agent{who}{whose(lock)} is serving {path} already", "stop") from None
             if time.monotonic() > deadline:
-                remove(lock, os.fstat(fd))
+                remove(lock, found)
             else:
                 replace(path)
                 time.sleep(0.02)
         except FileNotFoundError:
             pass
         finally:
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)
 
 
 def whose(path: str) -> str:
@@ -2841,66 +2856,27 @@ def whose(path: str) -> str:
 
 
 def bind(path: str, replace: bool = False) -> Any:
-    """Return a socket bound to `path`, its owner's alone from its first moment. Raises Refused.
+    """Return a socket bound to `path`. Raises Refused, OSError.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
     import socket
     import stat
 
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if os.path.lexists(path):
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise Refused(f"{path} exists and is not a socket; remove it or choose another --socket-path")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(1)
-                answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
-            if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
-                raise Refused(f"somebody is serving {path} already; stop it or choose another --socket-path")
-            if answer != errno.ECONNREFUSED:
-                raise OSError(answer, os.strerror(answer))
-            os.unlink(path)
-        before = os.umask(0o177)
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(before)
-        return sock
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise Refused(f"cannot listen at {path}: {why}; choose another --socket-path") from None
-
-
-def share(path: str, mode: int, group: int) -> None:
-    """Give a socket its permissions and, unless it is -1, its group. Raises Refused."""
-    try:
-        if group != -1:
-            os.chown(path, -1, group)
-        os.chmod(path, mode)
-    except PermissionError:
-        raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-    except OSError as error:
-        raise Refused(f"cannot share {path}: {error.strerror}; choose another --socket-path") from None
-
-
-def listen(
-    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None
-) -> tuple[Any, int]:
-    """Return a socket that listens at `path`, and the descriptor of its lock; at the end both files are removed."""
-    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-    make_directories(path)
-    if replace:
-        replace(path)
-    lock = lock_path(path, replace)
-    at_end.callback(os.close, lock)
-    at_end.callback(remove, path + ".lock", os.fstat(lock))
-    sock = bind(path, replace is not None)
-    at_end.callback(remove, path, os.lstat(path))
-    share(path, mode, group)
-    sock.listen(4096)
-    return sock, lock
+    if os.path.lexists(path):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise in_the_way(f"{path} exists and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1)
+            answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
+        if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
+            raise in_the_way(f"somebody is serving {path} already", "stop")
+        if answer != errno.ECONNREFUSED:
+            raise OSError(answer, os.strerror(answer))
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    return sock
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2916,8 +2892,7 @@ def inherited_socket() -> Any:
     """The listening socket that a supervisor handed over, or None; the protocol is that of sd_listen_fds(3)."""
     import socket
 
-    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    pid, count, _ = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
     if pid != str(os.getpid()) or not count.isdigit() or count == "0":
         return None
     try:
@@ -2936,7 +2911,7 @@ def notify(state: str) -> None:
     """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
     import socket
 
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = getenv("NOTIFY_SOCKET")
     if address:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -2957,17 +2932,11 @@ def detach() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
     child = os.fork()
     if child:
-        code = 1
-        try:
-            os.close(write)
-            ready = os.read(read, 1)
-            code = 0 if ready else exit_code_of(os.waitpid(child, 0)[1])
-            if code < 0:
-                put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
-        except KeyboardInterrupt:
-            code = 130
-        finally:  # and never into what is now the child's to tidy up
-            os._exit(shell_status(code))
+        os.close(write)
+        code = 0 if os.read(read, 1) else exit_code_of(os.waitpid(child, 0)[1])
+        if code < 0:
+            put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
+        sys.exit(shell_status(code))
     os.close(read)
     os.setsid()
     os.chdir("/")
@@ -3003,34 +2972,27 @@ def serve(
     import threading
     from contextlib import ExitStack
 
+    path, sock, ready = os.path.abspath(path), inherited_socket(), -1
+    if background:
+        close_others([sock.fileno()] if sock else [])
+        ready = detach()
     with ExitStack() as at_end:
-        sock = inherited_socket()
-        if background:
-            close_others([sock.fileno()] if sock else [])
-        lock = -1
-        if sock is None:
-            sock, lock = listen(at_end, os.path.abspath(path), mode, group, replace)
+        sock = sock or listen(at_end, path, mode, group, replace)
         path = sock.getsockname()
         at_end.callback(sock.close)
-        try:
-            log = Log(level if log_file or not background else -1, log_file)
-            pid_to = at_end.enter_context(open(pid_file, "w", encoding="ascii")) if pid_file else None
-        except OSError as error:
-            raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
-        if pid_to:
-            at_end.callback(remove, pid_file, os.fstat(pid_to.fileno()))
-        ready = detach() if background else -1
-        for file in (lock, pid_to.fileno() if pid_to else -1):
-            if file >= 0:
-                os.ftruncate(file, 0)
-                os.pwrite(file, b"%d\n" % os.getpid(), 0)
-
         signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
         if body:  # which may end in a command that takes our place
             at_end.callback(signals.give_back)
         threading.stack_size(STACK)
-        log.start()
-        at_end.callback(log.close)
+        try:
+            log = Log(level if log_file or not background else -1, log_file)
+            at_end.callback(log.close)
+            if pid_file:
+                with open(pid_file, "w", encoding="ascii") as file:
+                    at_end.callback(remove, pid_file, os.fstat(file.fileno()))
+                    file.write(f"{os.getpid()}\n")
+        except OSError as error:
+            raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
         agent = Agent(log)
         server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
         log.say(f"listening at {path} (pid {os.getpid()})")
@@ -3070,11 +3032,10 @@ def connection_limit(raise_it: bool) -> int:
     wanted = each * MAX_CONNECTIONS + 64
     if raise_it and open_files() < wanted:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         try:
-            resource.setrlimit(
-                resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-            )
-        except (ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (ValueError, OSError):  # macOS has a bound of its own
             pass
     return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
 
@@ -5684,15 +5645,14 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
-    streams: Any = {"input": data, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        done: Any = subprocess.run([python, *words], **streams, env=env, cwd="/", check=False)
+        done = subprocess.run([python, *words], input=data, capture_output=True, env=env, cwd="/", check=False)
     except OSError as error:
         raise Refused(f"cannot run {python}: {error.strerror}") from None
     if done.returncode:
         why = one_line(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
         raise Refused(f"{python} cannot run coder_sync, which needs {NEEDED}: {why}")
-    return done.stdout  # type: ignore[no-any-return]
+    return done.stdout
 
 
 def application(python: str) -> bytes:
@@ -5701,12 +5661,10 @@ def application(python: str) -> bytes:
     import shlex
     import zipfile
 
+    with open(FILE, "rb") as file:
+        source = file.read()
     if zipfile.is_zipfile(FILE):
-        with zipfile.ZipFile(FILE) as archive:
-            source = archive.read("coder_sync.py")
-    else:
-        with open(FILE, "rb") as file:
-            source = file.read()
+        source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
     bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
@@ -5721,35 +5679,27 @@ def application(python: str) -> bytes:
 
 def install(path: str, python: str) -> str:
     """Write the copy beside a path, try it, rename it; return where. Raises Refused."""
-    import tempfile
-
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
-    beside = ""
+    beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
+    end_on_term()  # by an exception, so that nothing is left beside it
     try:
         data = application(python)
-        fd, beside = tempfile.mkstemp(prefix=".coder-sync-", dir=os.path.dirname(path))
-        with open(fd, "wb") as file:
+        with open(beside, "xb") as file:
             file.write(data)
-            mode = 0o777 & ~os.umask(0o077)
-            os.umask(0o777 & ~mode)
-            if os.path.exists(path):
-                old = os.stat(path)
-                mode = old.st_mode & 0o777
-                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                    os.chown(fd, old.st_uid, old.st_gid)
-            os.chmod(fd, mode | (mode & 0o444) >> 2)  # who may read may execute
-            os.fsync(fd)
+            file.flush()
+            like = os.stat(path if os.path.exists(path) else beside)
+            os.chown(beside, like.st_uid, like.st_gid)
+            os.chmod(beside, like.st_mode & 0o777 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            os.fsync(file.fileno())
         if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
         os.rename(beside, path)
-        beside = ""
     except OSError as error:
         raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
     finally:
-        if beside:
-            os.unlink(beside)
+        remove(beside)
     return path
 
 
