@@ -8382,6 +8382,22 @@ def block(kind: str, words: str) -> str:
 
 
 @pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize("name", ["HUP", "INT", "TERM", "PIPE", "USR1", ""])
+def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str, name: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    env, gate = agent.shell_env(), Gate(agent)
+    agent.install(agent.directory / "bin" / "coder_sync.py")
+    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate"
+    process = agent.spawn([shell, "-c", script + "\ntrue"], env=env)
+    gate.reached()
+    if name:
+        process.send_signal(getattr(signal, f"SIG{name}"))
+    gate.open()
+    assert (finish(process).returncode, agent.status("my-unit")) == ((1, "failed") if name else (0, "completed"))
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
 @pytest.mark.parametrize(
     ("case", "goes_on"),
     [("agent", True), ("no agent", True), ("no file", True), ("failed", False), ("time is up", False)],
