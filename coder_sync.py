@@ -2231,7 +2231,8 @@ class Agent:
         self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
-        self.owners: dict[Claim, tuple[Owner, int]] = {}  # of `start --pid`: owner and its pidfd or -1
+        # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
+        self.owners: dict[Claim | str, tuple[Owner, int]] = {}
         self._owners_wake = os.pipe()
         os.set_blocking(self._owners_wake[1], False)
         self._watching = False  # whether the owners' thread runs
@@ -2454,7 +2455,11 @@ class Agent:
         if not self.stopping:
             self.units.end_claims(list(connection.claims), "its caller went away")
             for unit in connection.services:
-                self.units.exit(unit, "not known: the process that ran it is gone")
+                owner = self.units.units[unit].owner
+                if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
+                    self._watch(unit, owner)
+                else:
+                    self.units.exit(unit, "not known: the process that ran it is gone")
             self._distribute()
         connection.pending.clear()
         connection.unconfirmed.clear()
@@ -2625,8 +2630,8 @@ class Agent:
         now = birth(owner.pid)
         return None if now is None or not (owner.born or now == "") else now == owner.born
 
-    def _watch(self, claim: Claim, owner: Owner) -> None:
-        """Have the owners' thread notice when the process ends. Called under the lock."""
+    def _watch(self, claim: Claim | str, owner: Owner) -> None:
+        """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
         import _thread
 
         try:
@@ -2655,7 +2660,7 @@ class Agent:
         from select import POLLIN, poll
 
         with self.lock:
-            for claim in [c for c in self.owners if self.units.is_over(c)]:
+            for claim in [c for c in self.owners if self._is_over(c)]:
                 fd = self.owners.pop(claim)[1]
                 if fd >= 0:
                     os.close(fd)
@@ -2668,8 +2673,19 @@ class Agent:
             os.read(wake, 4096)
         gone = [c for c, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
         with self.lock:
-            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            claims = [claim for claim in gone if not isinstance(claim, str)]
+            self.units.end_claims(claims, "the process that was to own it has ended", Refused)
+            for unit in gone:
+                if isinstance(unit, str) and not self._is_over(unit):
+                    self.units.exit(unit, "not known: the process that ran it is gone")
             self._distribute()
+
+    def _is_over(self, claim: Claim | str) -> bool:
+        """Whether there is no need any more to watch an owner."""
+        if not isinstance(claim, str):
+            return self.units.is_over(claim)
+        unit = self.units.units[claim]
+        return not unit.running or unit.owner != self.owners[claim][0]
 
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""

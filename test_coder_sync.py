@@ -8284,10 +8284,22 @@ def shape(text: str, world: World) -> str:
     return re.sub(r" {2,}", "  ", re.sub(r"pid \d+", "pid PID", text)).strip()
 
 
+NC = """#!PYTHON
+import socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[-1])
+sock.sendall(sys.stdin.buffer.read())
+sock.shutdown(socket.SHUT_WR)
+print(sock.makefile().read(), end="")
+"""  # enough of `nc -NU PATH`, where there is none
+
+
 @pytest.mark.parametrize("session", examples(README), ids=lambda session: session[0][0][:20])
 def test_the_readme_shows_what_really_happens(session: list[tuple[str, str]], world: World) -> None:
-    if any(" nc " in command for command, _ in session) and not shutil.which("nc"):
-        pytest.skip("no nc here")
+    if not shutil.which("nc"):
+        world.shell_env()
+        (world.directory / "bin" / "nc").write_text(NC.replace("PYTHON", sys.executable))
+        (world.directory / "bin" / "nc").chmod(0o755)
     world.install(world.directory / "coder_sync.py")
     script = "".join(f"{command}echo '=== next ==='\n" for command, _ in session)
     script += "kill $(./coder_sync.py ping | sed 's/.*pid \\([0-9]*\\),.*/\\1/')\n"
@@ -8308,6 +8320,194 @@ def test_the_readme_documents_every_command_and_method() -> None:
     for method, params in coder_sync.METHODS.items():
         assert f"`{method}`" in README, method
         assert all(param in README for param in params)
+
+
+# A startup of the README, with stand-ins for what needs a network; PACE scales how long they take.
+STAND_INS = {
+    "git": """#!/bin/sh
+sleep "$(pace 0.6)"; test -e tried || { : > tried; echo "fatal: Could not resolve host: github.com" >&2; exit 128; }
+mkdir app
+""",
+    "apt-get": '#!/bin/sh\ncase "$*" in *gcc*) sleep "$(pace 4.2)" ;; *) sleep "$(pace 2.4)" ;; esac\n',
+    "python3": """#!/bin/sh
+test "$2" = venv || exec PYTHON "$@"
+mkdir -p venv/bin
+printf '#!/bin/sh\\nsleep %s\\n' "$(pace 4.4)" > venv/bin/pip
+printf '#!/bin/sh\\ntest "${PWD##*/}" = app && sleep %s\\n' "$(pace 1.5)" > venv/bin/alembic
+chmod +x venv/bin/*
+""",
+    "su": '#!/bin/sh\nsleep "$(pace 1.2)"; exec answer 5432\n',
+    "code-server": '#!/bin/sh\nsleep "$(pace 2.0)"; exec answer 8080\n',
+    "answer": """#!PYTHON
+import http.server, sys
+class Quiet(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *words):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Quiet).serve_forever()
+""",
+    "pace": '#!/bin/sh\nexec PYTHON -IS -c "import sys; print(float(sys.argv[1]) * ${PACE:-1})" "$1"\n',
+}
+
+
+def write_example(directory: Path) -> Path:
+    """The scripts of the README's startup below a directory; return where its tools and their stand-ins are."""
+    tools = {f"bin/{name}": text.replace("PYTHON", sys.executable) for name, text in STAND_INS.items()}
+    scripts = dict(re.findall(r"^==> (\S+) <==\n(.*?)\n(?=\n==> |```)", README, re.S | re.M))
+    assert len(scripts) == 8
+    for name, text in {**tools, **scripts}.items():
+        file = directory / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text + "\n")
+        file.chmod(0o755)
+    shutil.copy(installed(), directory / "bin" / "coder_sync.py")
+    return directory / "bin"
+
+
+def listed(timeline: str) -> set[tuple[str, str]]:
+    """The units of a timeline with how they ended."""
+    return set(re.findall(r"^[* ] ([\w-]+) +[\u2591-\u2593\u2588\u2500\u2502 ]+ [\d.]+m?s ([\w ]+)$", timeline, re.M))
+
+
+def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
+    tools, ports = write_example(world.directory), []
+    for _ in range(2):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            ports.append(str(sock.getsockname()[1]))
+    for file in [*tools.iterdir(), *(world.directory / "startup.d").iterdir()]:
+        if file.name != "coder_sync.py":
+            text = file.read_text().replace("5432", ports[0]).replace("8080", ports[1])
+            file.write_text(text.replace("retry 3 2s", "retry 3 0.2s"))
+    env = {**world.shell_env(), "PACE": "0.1"}
+    env["PATH"] = f"{tools}:{env['PATH']}"
+    check = re.search(r"^RUN (coder_sync.py boot --check .*)$", README, re.M)
+    begin = re.search(r'"postStartCommand": "(.*)"', README)
+    assert check and begin
+    commands = [match[1].replace("/etc/", "").replace("/tmp/", "") for match in (check, begin)]
+
+    def shell(command: str) -> str:
+        done = world.shell(command, env=env)
+        assert done.returncode == 0, (done, (world.directory / "startup.log").read_text())
+        return done.stdout
+
+    assert shell(commands[0]) == "8 scripts, no mistakes\n"
+    for again in (False, True):
+        shell(commands[1])
+        log = (world.directory / "startup.log").read_text()
+        assert "boot: 8 completed\n" in log and "nothing waits" in log
+        assert ("clone        | try 2 of 4 after exit code 128" in log) is not again
+        shown = re.search(r"```text\n(.*?)```", README, re.S)
+        assert shown and listed(shell("coder_sync.py timeline")) == listed(shown[1]) != set()
+        for unit in ("ide", "database"):  # which go on when boot is over, until they are ended
+            owner = world.client.status(unit).owner
+            assert owner and world.client.status(unit).running_on
+            os.killpg(owner.pid, signal.SIGKILL)
+            until(lambda: not world.client.status(unit).running_on)  # noqa: B023
+    world.client.shutdown()
+
+
+def test_the_picture_of_the_readme_is_of_its_startup() -> None:
+    assert "![" in README and "(.github/startup.svg)" in README
+    picture = (HERE / ".github" / "startup.svg").read_text(encoding="utf-8")
+    shown = re.search(r"```text\n(.*?)```", README, re.S)
+    assert shown and all(f">{unit}" in picture for unit, _ in listed(shown[1]))
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize(
+    "name", ["HUP", "TERM", "PIPE", "USR1", "KILL", "the dependency fails", "the command fails", ""]
+)
+def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World, shell: str, name: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    found = re.search(r"^```sh\n(#!/bin/sh\nset -e\ncoder_sync.py start pip-install.*?)```", README, re.S | re.M)
+    assert found
+    command = "true; cat gate" if name.isupper() else "false" if name == "the command fails" else "true"
+    script = found[1].replace("pip install -r requirements.txt", command)
+    env = agent.shell_env()
+    agent.install(agent.directory / "bin" / "coder_sync.py")
+    gate = Gate(agent)
+    agent.end("git-clone")
+    agent.client.want("apt-install")
+    (agent.client.fail if name == "the dependency fails" else agent.client.complete)("apt-install")
+    (agent.directory / "script").write_text(script)
+    process = agent.spawn([shell, "script"], env=env)
+    if name.isupper():
+        gate.reached()
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        process.wait(PATIENCE)
+        gate.open()
+    code = finish(process).returncode
+    outcome = {"": "completed", "the dependency fails": "skipped"}.get(name, "failed")
+    until(lambda: agent.status("pip-install") == outcome)
+    assert (code == 0) == (name == "")
+
+
+def block(kind: str, words: str) -> str:
+    """The example of the README that has these words."""
+    found = [text for text in re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M) if words in text]
+    assert len(found) == 1, words
+    return str(found[0])
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize("name", ["HUP", "INT", "TERM", "PIPE", "USR1", ""])
+def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str, name: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    env, gate = agent.shell_env(), Gate(agent)
+    agent.install(agent.directory / "bin" / "coder_sync.py")
+    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate"
+    process = agent.spawn([shell, "-c", script + "\ntrue"], env=env)
+    gate.reached()
+    if name:
+        process.send_signal(getattr(signal, f"SIG{name}"))
+    gate.open()
+    assert (finish(process).returncode, agent.status("my-unit")) == ((1, "failed") if name else (0, "completed"))
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize(
+    ("case", "goes_on"),
+    [("agent", True), ("no agent", True), ("no file", True), ("failed", False), ("time is up", False)],
+)
+def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(
+    world: World, shell: str, case: str, goes_on: bool
+) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    script = block("sh", "not coordinated").replace("make install", "echo installed")
+    env = {**world.shell_env(), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
+    if case != "no file":
+        world.install(world.directory / "bin" / "coder_sync.py")
+    if case not in ("no agent", "no file"):
+        world.serve()
+        world.client.start("git-clone")
+    if case == "agent":
+        world.client.complete("git-clone")
+    elif case == "failed":
+        world.client.fail("git-clone")
+    elif case == "time is up":
+        script = script.replace("--pid", "--timeout 0.1 --pid")
+    done = world.shell(script, shell, env=env)
+    assert ("installed\n" in done.stdout) == goes_on == (done.returncode == 0), done
+    assert ("not coordinated" in done.stderr) == (goes_on and case != "agent")
+    if case == "agent":
+        assert world.status("my-unit") == "completed"
+
+
+def test_the_program_of_the_readme_runs(agent: World) -> None:
+    agent.end("cache", "database")
+    env = {**agent.env, "PYTHONPATH": str(installed())}
+    done = finish(agent.spawn([sys.executable, "-c", block("python", "with client.unit")], env=env))
+    assert done.stdout.splitlines()[0] == "migrating" and "migrate completed" in done.stdout
+    agent.client.start("database")
+    agent.client.fail("database", "disk full")
+    done = finish(agent.spawn([sys.executable, "-c", block("python", "with client.unit")], env=env))
+    assert done.returncode == 1 and done.stderr.startswith("not migrated: ") and "disk full" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
