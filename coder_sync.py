@@ -5873,18 +5873,16 @@ def units_or(default: str) -> Argument:
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 
-@dataclass
 class Command:
-    """One command: what runs it, what it does, an example, its options and positionals (the last may be repeated).
+    """One command: what runs it, an example, its options and positionals (the last may be repeated).
 
     `tail` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
     """
 
-    run: Callable[[Args], int]
-    help: str
-    example: str
-    arguments: tuple[Argument, ...]
-    tail: str
+    def __init__(self, run: Callable[[Args], int], example: str, arguments: tuple[Argument, ...], tail: str) -> None:
+        self.run, self.example, self.arguments, self.tail = run, example, (*arguments, *COMMON), tail
+        about = run.__doc__ or ""
+        self.help = about[:1].lower() + about[1:].rstrip(".")
 
 
 COMMON = (
@@ -5922,9 +5920,7 @@ def declare(example: str, *arguments: Argument, tail: str = "") -> Callable[[Any
     """Make a function `cmd_NAME` the command NAME; the help pages say what its docstring says."""
 
     def add(run: Callable[[Args], int]) -> Callable[[Args], int]:
-        about = run.__doc__ or ""
-        about = about[:1].lower() + about[1:].rstrip(".")
-        COMMANDS[run.__name__[len("cmd_") :]] = Command(run, about, example, (*arguments, *COMMON), tail)
+        COMMANDS[run.__name__[len("cmd_") :]] = Command(run, example, arguments, tail)
         return run
 
     return add
