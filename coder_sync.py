@@ -3005,7 +3005,8 @@ def serve(
             at_end.callback(log.close)
             if pid_file:
                 with open(pid_file, "w", encoding="ascii") as file:
-                    at_end.callback(remove, pid_file, os.fstat(file.fileno()))
+                    if os.path.isfile(pid_file):  # and no device
+                        at_end.callback(remove, pid_file, os.fstat(file.fileno()))
                     file.write(f"{os.getpid()}\n")
         except OSError as error:
             raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
@@ -5720,9 +5721,8 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. One small function a command, one table that says what each takes, in argparse's own words. The
-# table is read by our own parser, because importing argparse costs more than a call; by argparse for the help
-# pages; and by completion.
+# Command line. One small function a command, above it what it takes, in argparse's own words. These are read by our
+# own parser, because importing argparse costs more than a call; by argparse for the help pages; and by completion.
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -5740,6 +5740,132 @@ class Args:
 def client_of(args: Args) -> Client:
     """The client that the common options describe."""
     return Client(args.socket_path, args.connect_timeout)
+
+
+def mode_bits(text: str) -> int:
+    """Permission bits from their octal form. Raises UsageError."""
+    if len(text) in (3, 4) and not text.strip("01234567"):
+        return int(text, 8) & 0o777
+    raise UsageError(f"invalid mode {ascii(text)[:20]}: write it in octal, as in 660")
+
+
+def group_id(name: str) -> int:
+    """The number of a group. Raises UsageError."""
+    import grp
+
+    try:
+        number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        if number < (1 << 32) - 1:  # the last number stands for none
+            return number
+    except KeyError:
+        pass
+    raise UsageError(f"no such group: {ascii(name)[:40]}")
+
+
+def whole(text: str) -> int:
+    """A whole number. Raises UsageError."""
+    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
+        return int(text)
+    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
+
+
+class Argument:
+    """An option or a positional of a command, declared in the words of argparse's add_argument.
+
+    But the default of a text is an empty one, and of what may be repeated an empty list. All are made at each call,
+    so what only one command's need is worked out later.
+    """
+
+    def __init__(self, *names: str, **words: Any) -> None:
+        self.names, self.words = names, words
+        self.is_option = names[0][0] == "-"
+        self.is_repeated = "nargs" in words or words.get("action") == "append"
+        self.takes_value = self.is_repeated or "action" not in words
+
+    @property
+    def dest(self) -> str:
+        """The attribute of Args that has its value."""
+        return self.words.get("dest") or self.names[-1].lstrip("-").replace("-", "_")
+
+    @property
+    def default(self) -> Any:
+        """The value where the command line has none; a text is read as if it stood there."""
+        return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
+
+    def read(self, text: str) -> Any:
+        """The value of a text. Raises UsageError."""
+        choices = self.words.get("choices")
+        if choices and text not in choices:
+            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
+        return self.words.get("type", str)(text)
+
+
+def flag(*names: str, help: str) -> Argument:
+    """An option without a value."""
+    return Argument(*names, action="store_true", help=help)
+
+
+def output(*forms: str) -> Argument:
+    """The option that chooses one of several forms, the first by default."""
+    return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
+
+
+def units_or(default: str) -> Argument:
+    """Units, or what is meant if none is named."""
+    return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
+
+
+class Command:
+    """One command: what runs it, an example, its options and positionals (the last may be repeated).
+
+    `tail` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
+    """
+
+    def __init__(self, run: Callable[[Args], int], example: str, arguments: tuple[Argument, ...], tail: str) -> None:
+        self.run, self.example, self.arguments, self.tail = run, example, (*arguments, *COMMON), tail
+        about = run.__doc__ or ""
+        self.help = about[:1].lower() + about[1:].rstrip(".")
+
+
+COMMON = (
+    Argument(
+        "--socket-path",
+        metavar="PATH",
+        help=f"where the agent listens (default: $CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})",
+    ),
+    Argument(
+        "--connect-timeout",
+        type=duration,
+        default=None,
+        metavar="DURATION",
+        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
+        "questions try once)",
+    ),
+    Argument("-h", "--help", action="help", help="show this help"),
+)
+UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
+QUIET = flag("-q", "--quiet", help="say nothing but errors")
+LIMIT = "how long to wait, as in 30s, 10m or 1h30m; 0: no limit"
+TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURATION", help=LIMIT)
+REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
+WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
+LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
+STARTING = (UNIT, WANT, REQUIRES, LOCK, TIMEOUT)
+PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
+COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
+TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
+
+COMMANDS: dict[str, Command] = {}
+
+
+def declare(example: str, *arguments: Argument, tail: str = "") -> Callable[[Any], Any]:
+    """Make a function `cmd_NAME` the command NAME; the help pages say what its docstring says."""
+
+    def add(run: Callable[[Args], int]) -> Callable[[Args], int]:
+        COMMANDS[run.__name__[len("cmd_") :]] = Command(run, example, arguments, tail)
+        return run
+
+    return add
 
 
 class Reporter:
@@ -5764,8 +5890,28 @@ class Reporter:
         return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
+def start_of(args: Args, report: Reporter, pid: int = 0, hold: bool = False) -> Start:
+    """The start that the options of `start` and `run` describe. Raises UsageError."""
+    if args.requires != SUCCESS and not args.want:
+        raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
+    return Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, report, pid, hold)
+
+
+@declare(
+    "serve --detach --log-file /tmp/coder-sync.log",
+    QUIET,
+    flag("-v", "--verbose", help="log every request"),
+    flag("-d", "--detach", help="go to the background once connections are accepted"),
+    flag("--replace", help="end the agent that serves there, and take its place"),
+    Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
+    Argument("--pid-file", metavar="FILE", help="write the process id there"),
+    TIMELINE,
+    Argument("--mode", type=mode_bits, default=0, help="permissions (default: 600, or 660 with --group)"),
+    Argument("--group", help="group of the socket, by name or number (default: yours)"),
+    tail="*",
+)
 def cmd_serve(args: Args) -> int:
-    """Run the agent."""
+    """Run the agent: until a signal, or for the life of COMMAND on a private socket."""
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
         put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
@@ -5804,12 +5950,9 @@ def cmd_serve(args: Args) -> int:
 def end_agent(path: str) -> None:
     """Ask the agent at a path to end, and wait until it has gone, or for a few seconds."""
     try:
-        channel = Channel(path)
-        try:
+        with Channel(path) as channel:
             channel.answer(channel.request("shutdown"), 3.0)
             channel.receive(3.0)
-        finally:
-            channel.close()
     except SyncError:  # there is none, it has gone, or it does not answer: it is replaced all the same
         pass
 
@@ -5831,26 +5974,9 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-def group_id(name: str) -> int:
-    """The number of a group. Raises UsageError."""
-    import grp
-
-    try:
-        number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
-        if number < (1 << 32) - 1:  # the last number stands for none
-            return number
-    except KeyError:
-        pass
-    raise UsageError(f"no such group: {ascii(name)[:40]}")
-
-
-def mode_bits(text: str) -> int:
-    """Permission bits from their octal form. Raises UsageError."""
-    if len(text) in (3, 4) and not text.strip("01234567"):
-        return int(text, 8) & 0o777
-    raise UsageError(f"invalid mode {ascii(text)[:20]}: write it in octal, as in 660")
-
-
+@declare(
+    "ping --wait 10s", Argument("-w", "--wait", type=duration, default="0s", metavar="DURATION", help="how long to try")
+)
 def cmd_ping(args: Args) -> int:
     """Say whether an agent answers."""
     client = client_of(args)
@@ -5862,281 +5988,80 @@ def cmd_ping(args: Args) -> int:
     return 0
 
 
+@declare(
+    "want pip-install git-clone apt-install",
+    UNIT,
+    Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"),
+    REQUIRES,
+    QUIET,
+)
 def cmd_want(args: Args) -> int:
-    """Declare dependencies."""
+    """Make UNIT depend on DEP..., all or none."""
     status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
     return 0
 
 
-def check_requires(args: Args) -> None:
-    """--requires says something about --want, and about nothing else. Raises UsageError."""
-    if args.requires != SUCCESS and not args.want:
-        raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
-
-
+@declare(
+    "start pip-install --want git-clone --timeout 10m",
+    *STARTING,
+    Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
+    QUIET,
+)
 def cmd_start(args: Args) -> int:
-    """Wait until a unit may run, and mark it started."""
-    check_requires(args)
+    """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
-    on_wait = None if args.quiet else report
-    start = Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, on_wait, args.pid)
-    start.__enter__()
-    say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
-    start.confirm()  # nothing comes after: if we are killed before, the next in line has the unit
+    with start_of(args, report, pid=args.pid) as start:
+        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+        start.confirm()  # the last step: if we are killed before, the next in line has the unit
     return 0
 
 
+@declare(
+    "complete pip-install --exit-code $?",
+    UNIT,
+    Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
+    QUIET,
+)
 def cmd_complete(args: Args) -> int:
-    """End a unit."""
+    """End UNIT, so that others may go on."""
     client_of(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
     return 0
 
 
+@declare(
+    'fail git-clone --reason "no network"',
+    UNIT,
+    Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"),
+    QUIET,
+)
 def cmd_fail(args: Args) -> int:
-    """End a unit without success."""
+    """End UNIT without success, so that what requires it is skipped."""
     client_of(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
     return 0
 
 
-def cmd_wait(args: Args) -> int:
-    """Wait for units without being one, and for probes."""
-    if not args.units and not args.ready:
-        raise UsageError("wait: name a unit, or what is to be --ready")
-    for probe in args.ready:
-        check_probe(probe)
-    began, report = time.monotonic(), Reporter(args, "")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
-    if args.units:
-        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    for prober in probers.values():
-        if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
-            lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
-            put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
-            return TimedOut.exit_code
-    took = time.monotonic() - began
-    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
-    return 0
-
-
-def cmd_reset(args: Args) -> int:
-    """Make units that have ended pending again."""
-    names = client_of(args).reset(*args.units)
-    say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
-    return 0
-
-
-def cmd_shutdown(args: Args) -> int:
-    """End the agent."""
-    client = client_of(args)
-    client.shutdown()
-    say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
-    return 0
-
-
-def cmd_env(args: Args) -> int:
-    """Print what a unit would start with, for a shell's `eval`."""
-    variables = client_of(args).env(args.unit)
-    for name in variables:
-        if not (name.isidentifier() and name.isascii()):
-            raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
-    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
-    return 0
-
-
-def cmd_status(args: Args) -> int:
-    """Show a unit and its dependencies."""
-    status = client_of(args).status(args.unit)
-    put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
-    return 0
-
-
-def cmd_list(args: Args) -> int:
-    """Show all units."""
-    units = client_of(args).list(args.all)
-    if args.output == "json":
-        put(json_text(list_data(units)))
-    else:
-        put(list_text(units, args.column))
-    return 0
-
-
-def cmd_events(args: Args) -> int:
-    """Print what happened, one JSON object a line."""
-    for event in client_of(args).events(args.follow):
-        if not put(_dumps(plain(event)) + "\n"):
-            break
-    return 0
-
-
-def cmd_timeline(args: Args) -> int:
-    """Show where the time went."""
-    saved, width = args.saved, terminal()[0]
-    if args.watch:
-        if saved or args.compare:
-            raise UsageError("--watch shows an agent, not what was saved")
-        return watch(args, client_of(args))
-    before = saved_timeline(args.compare) if args.compare else None
-    graph = saved_timeline(saved) if saved else client_of(args).graph()
-    if before:
-        put(compare_text(before, graph, width))
-    elif args.blame:
-        put(blame_text(graph, width))
-    elif args.output == "text":
-        put(timeline_text(graph, *terminal()))
-    else:
-        put(timeline_as(args.output, graph))
-    return 0
-
-
-def saved_timeline(path: str) -> Graph:
-    """The startup of which a `.json` timeline was saved. Raises UsageError."""
-    try:
-        with open(path, "rb") as f:
-            return timeline_graph(f.read(), path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-
-
-def watch(args: Args, client: Client) -> int:
-    """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
-    end_on_term()
-    channel = Channel(client.socket_path)
-    channel.call("events", follow=True, since=(1 << 31) - 1)
-    if not os.isatty(1):
-        began = 0.0
-        while True:
-            message = channel.receive(3600.0)
-            if message and message.get("method") == "event":
-                event: Event = record(Event, message["params"])
-                began = began or event.time
-                detail = f": {event.detail}" if event.detail else ""
-                if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
-                    return 0
-    graph, taken = client.graph(), time.monotonic()
-    put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
-    try:
-        while True:
-            shown = Graph(graph.now + time.monotonic() - taken, graph.nodes)
-            rows = os.get_terminal_size(1).lines
-            lines = timeline_text(shown, *terminal()).splitlines()
-            if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
-                lines = [lines[0], *lines[len(lines) - rows + 1 :]]
-            put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
-            if channel.receive(1.0) is not None:
-                burst = time.monotonic() + 0.2  # is one redraw
-                while time.monotonic() < burst and channel.receive(0.05) is not None:
-                    pass
-                graph, taken = client.graph(), time.monotonic()
-    finally:
-        put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
-
-
-def cmd_graph(args: Args) -> int:
-    """Show what depends on what."""
-    graph = part_of(client_of(args).graph(), args.units)
-    if args.output == "tree":
-        put(graph_tree(graph, args.units, terminal()[2]))
-    elif args.output == "json":
-        put(json_text(graph_data(graph)))
-    else:
-        put(graph_dot(graph) if args.output == "dot" else graph_mermaid(graph))
-    return 0
-
-
-def cmd_why(args: Args) -> int:
-    """Say why units stand where they stand; without names, why anything does not get on."""
-    names = list(map(check_name, args.units))
-    graph = client_of(args).graph()
-    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
-    return 0
-
-
-def cmd_boot(args: Args) -> int:
-    """Run scripts in the order that their headers ask for."""
-    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-    try:
-        scripts = plan(args.paths)
-        scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
-    except UsageError as error:
-        put(f"error: nothing was run:\n{error}\n", 2)
-        return error.exit_code
-    if args.check or args.dry_run:
-        units = check_edges(scripts, [])
-        put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
-        return 0
-    write = timeline_writer(args.timeline) if args.timeline else None
-    signals = Signals(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))
-    boot = Boot(
-        scripts,
-        BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet),
-        signals,
-    )
-    code = boot_at(path, boot)
-    if write and boot.graph:
-        write(boot.graph)
-    signals.give_back()
-    if args.command and not boot.signal and (code == 0 or args.always):
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(args.command[0], args.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(args.command[0], error) from None
-    return 128 + boot.signal if boot.signal else code
-
-
-def boot_at(path: str, boot: Boot) -> int:
-    """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    if path == DEFAULT_SOCKET and os.path.lexists(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
-        owner = user_name(os.lstat(path).st_uid)
-        raise Refused(f"{path} belongs to {owner}, not to you or root; choose another --socket-path")
-    try:
-        channel = Channel(path)
-    except Unreachable:
-        try:
-            return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
-        except Refused:
-            if boot.channel:
-                raise
-            channel = Channel(path, CONNECT_TIMEOUT)  # another agent was faster
-    return boot.run(channel)
-
-
-def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
-    """Boot against our own agent, which takes other connections when all units are claimed."""
-    from socket import socketpair
-    from threading import Thread
-
-    ours, theirs = socketpair()
-    Thread(target=agent.serve_connection, args=(theirs, WakeUp()), daemon=True).start()
-    return boot.run(Channel(path, sock=ours), accept)
-
-
-def completed_at(path: str) -> set[str]:
-    """The units that the agent at a path, if there is one, has as completed."""
-    try:
-        return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
-    except Unreachable:
-        return set()
-
-
+@declare(
+    "run pip-install --want git-clone -- pip install -r requirements.txt",
+    *STARTING,
+    Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+    Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+    Argument("--retry", type=whole, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+    Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
+    flag("--optional", help="run COMMAND even if there is no agent"),
+    QUIET,
+    tail="+",
+)
 def cmd_run(args: Args) -> int:
-    """Declare, wait, start, run a command, complete or fail: one process."""
-    check_requires(args)
+    """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
+    report = Reporter(args, f"{args.unit}: ", 2)
+    start = start_of(args, report, hold=True)
     if args.ready:
         check_probe(args.ready)
     end_on_term()
-    client = client_of(args)
-    report = Reporter(args, f"{args.unit}: ", 2)
-    on_wait = None if args.quiet else report
-    start = Start(client, args.unit, args.want, args.requires, args.timeout, args.lock, on_wait, hold=True)
     try:
         start.__enter__()
     except Unreachable as error:
@@ -6242,20 +6167,158 @@ class Run:
             put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
-def cmd_completion(args: Args) -> int:
-    """Print the completion script of a shell; with a command line after --, what its last word may become."""
-    if args.command:
-        put("".join(word + "\n" for word in candidates(args.command)))
-    else:
-        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
+@declare(
+    "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
+    Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
+    Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
+    flag("--check", help="only check the headers"),
+    flag("--dry-run", help="only show the order"),
+    Argument("--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"),
+    flag("--fail-fast", help="stop everything at the first failure"),
+    Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
+    Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
+    TIMELINE,
+    flag("--always", help="become COMMAND even if a unit failed"),
+    flag("--stay", help="go on serving until a signal; the exit status is then 128+N"),
+    QUIET,
+    tail="*",
+)
+def cmd_boot(args: Args) -> int:
+    """Run the scripts of a directory in the order that their headers ask for; then become COMMAND."""
+    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
+    try:
+        scripts = plan(args.paths)
+        scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
+    except UsageError as error:
+        put(f"error: nothing was run:\n{error}\n", 2)
+        return error.exit_code
+    if args.check or args.dry_run:
+        units = check_edges(scripts, [])
+        put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
+        return 0
+    write = timeline_writer(args.timeline) if args.timeline else None
+    signals = Signals(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))
+    options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
+    boot = Boot(scripts, options, signals)
+    code = boot_at(path, boot)
+    if write and boot.graph:
+        write(boot.graph)
+    signals.give_back()
+    if args.command and not boot.signal and (code == 0 or args.always):
+        import _signal as signal
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        try:
+            os.execvp(args.command[0], args.command)
+        except (OSError, ValueError) as error:
+            raise cannot_run(args.command[0], error) from None
+    return 128 + boot.signal if boot.signal else code
+
+
+def boot_at(path: str, boot: Boot) -> int:
+    """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
+    if path == DEFAULT_SOCKET and os.path.lexists(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
+        owner = user_name(os.lstat(path).st_uid)
+        raise Refused(f"{path} belongs to {owner}, not to you or root; choose another --socket-path")
+    try:
+        channel = Channel(path)
+    except Unreachable:
+        try:
+            return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
+        except Refused:
+            if boot.channel:
+                raise
+            channel = Channel(path, CONNECT_TIMEOUT)  # another agent was faster
+    return boot.run(channel)
+
+
+def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
+    """Boot against our own agent, which takes other connections when all units are claimed."""
+    from socket import socketpair
+    from threading import Thread
+
+    ours, theirs = socketpair()
+    Thread(target=agent.serve_connection, args=(theirs, WakeUp()), daemon=True).start()
+    return boot.run(Channel(path, sock=ours), accept)
+
+
+def completed_at(path: str) -> set[str]:
+    """The units that the agent at a path, if there is one, has as completed."""
+    try:
+        return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
+    except Unreachable:
+        return set()
+
+
+@declare(
+    "wait pip-install --ready tcp:5432 --timeout 2m",
+    Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
+    Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
+    REQUIRES,
+    TIMEOUT,
+    QUIET,
+)
+def cmd_wait(args: Args) -> int:
+    """Wait for units without being one, and for what is to be ready."""
+    if not args.units and not args.ready:
+        raise UsageError("wait: name a unit, or what is to be --ready")
+    for probe in args.ready:
+        check_probe(probe)
+    began, report = time.monotonic(), Reporter(args, "")
+    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    if args.units:
+        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+    for prober in probers.values():
+        if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
+            lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
+            put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
+            return TimedOut.exit_code
+    took = time.monotonic() - began
+    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
     return 0
 
 
+@declare(
+    "install /usr/local/bin/coder_sync",
+    Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
+    Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
+    QUIET,
+)
 def cmd_install(args: Args) -> int:
-    """Write a copy that is not compiled at each call."""
+    """Write a copy of this program to PATH, with its bytecode: calls of it are fast."""
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    return 0
+
+
+@declare("reset pip-install", units_or("all"), QUIET)
+def cmd_reset(args: Args) -> int:
+    """Make units that have ended pending again, and those skipped because of them."""
+    names = client_of(args).reset(*args.units)
+    say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+    return 0
+
+
+@declare("shutdown", QUIET)
+def cmd_shutdown(args: Args) -> int:
+    """End the agent, and return when it has ended."""
+    client = client_of(args)
+    client.shutdown()
+    say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
+    return 0
+
+
+@declare("env pip-install", UNIT)
+def cmd_env(args: Args) -> int:
+    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
+    variables = client_of(args).env(args.unit)
+    for name in variables:
+        if not (name.isidentifier() and name.isascii()):
+            raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
+    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
     return 0
 
 
@@ -6263,6 +6326,129 @@ def shell_word(text: str) -> str:
     """A text as one word of a shell."""
     quoted = text.replace("'", "'\\''")
     return f"'{quoted}'"
+
+
+@declare("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
+def cmd_status(args: Args) -> int:
+    """Show UNIT and its dependencies."""
+    status = client_of(args).status(args.unit)
+    put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
+    return 0
+
+
+@declare(
+    "list --column unit,status",
+    flag("-a", "--all", help="also names that were only ever wanted"),
+    output("table", "json"),
+    COLUMN,
+)
+def cmd_list(args: Args) -> int:
+    """Show all units."""
+    units = client_of(args).list(args.all)
+    put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
+    return 0
+
+
+@declare("why pip-install", units_or("all that is stuck"))
+def cmd_why(args: Args) -> int:
+    """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
+    names = list(map(check_name, args.units))
+    graph = client_of(args).graph()
+    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
+    return 0
+
+
+@declare(
+    "timeline --output svg > startup.svg",
+    output("text", "svg", "json", "trace"),
+    flag("--blame", help="units by how long they ran, and how long others waited"),
+    Argument("--from", dest="saved", metavar="FILE", help="of a saved .json timeline, not of the agent"),
+    Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
+    flag("--watch", help="live, until interrupted"),
+)
+def cmd_timeline(args: Args) -> int:
+    """Show where the time went."""
+    saved, width = args.saved, terminal()[0]
+    if args.watch:
+        if saved or args.compare:
+            raise UsageError("--watch shows an agent, not what was saved")
+        return watch(args, client_of(args))
+    before = saved_timeline(args.compare) if args.compare else None
+    graph = saved_timeline(saved) if saved else client_of(args).graph()
+    if before:
+        put(compare_text(before, graph, width))
+    elif args.blame:
+        put(blame_text(graph, width))
+    elif args.output == "text":
+        put(timeline_text(graph, *terminal()))
+    else:
+        put(timeline_as(args.output, graph))
+    return 0
+
+
+def saved_timeline(path: str) -> Graph:
+    """The startup of which a `.json` timeline was saved. Raises UsageError."""
+    try:
+        with open(path, "rb") as f:
+            return timeline_graph(f.read(), path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def watch(args: Args, client: Client) -> int:
+    """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
+    end_on_term()
+    channel = Channel(client.socket_path)
+    channel.call("events", follow=True, since=(1 << 31) - 1)
+    if not os.isatty(1):
+        began = 0.0
+        while True:
+            message = channel.receive(3600.0)
+            if message and message.get("method") == "event":
+                event: Event = record(Event, message["params"])
+                began = began or event.time
+                detail = f": {event.detail}" if event.detail else ""
+                if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
+                    return 0
+    graph, taken = client.graph(), time.monotonic()
+    put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
+    try:
+        while True:
+            shown = Graph(graph.now + time.monotonic() - taken, graph.nodes)
+            rows = os.get_terminal_size(1).lines
+            lines = timeline_text(shown, *terminal()).splitlines()
+            if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
+                lines = [lines[0], *lines[len(lines) - rows + 1 :]]
+            put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
+            if channel.receive(1.0) is not None:
+                burst = time.monotonic() + 0.2  # is one redraw
+                while time.monotonic() < burst and channel.receive(0.05) is not None:
+                    pass
+                graph, taken = client.graph(), time.monotonic()
+    finally:
+        put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
+
+
+@declare("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
+def cmd_graph(args: Args) -> int:
+    """Show what depends on what, for all units or for some."""
+    graph = part_of(client_of(args).graph(), args.units)
+    if args.output == "tree":
+        put(graph_tree(graph, args.units, terminal()[2]))
+    elif args.output == "json":
+        put(json_text(graph_data(graph)))
+    else:
+        put(graph_dot(graph) if args.output == "dot" else graph_mermaid(graph))
+    return 0
+
+
+@declare("events --follow", flag("-f", "--follow", help="go on with what happens next"))
+def cmd_events(args: Args) -> int:
+    """Print what happened, one JSON object a line."""
+    for event in client_of(args).events(args.follow):
+        if not put(_dumps(plain(event)) + "\n"):
+            break
+    return 0
 
 
 SHELL_SCRIPTS = {
@@ -6300,6 +6486,20 @@ complete -c PROGRAM -f -a '(__coder_sync)'
 }
 
 
+@declare(
+    "completion bash >> ~/.bashrc",
+    Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),
+    tail="*",
+)
+def cmd_completion(args: Args) -> int:
+    """Print a script with which a shell completes our command lines."""
+    if args.command:
+        put("".join(word + "\n" for word in candidates(args.command)))
+    else:
+        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
+    return 0
+
+
 def candidates(line: Sequence[str]) -> list[str]:
     """What the last word of a command line may become; nothing where it is a file, or is not ours to know."""
     words = [word for word in line[:-1] if word != "="]  # bash makes three words of --output=json
@@ -6307,18 +6507,16 @@ def candidates(line: Sequence[str]) -> list[str]:
     _, rest = command_line(words)
     if "--" in words or (rest and rest[0] not in COMMANDS):
         return []
-    arguments = arguments_of(rest[0]) if rest else COMMON
-    options = {flag: option for option in arguments for flag in option.names if option.is_option}
-    flag, equals, _ = last.partition("=")
-    asked, prefix, found = [argument for argument in arguments if not argument.is_option], "", []
+    arguments = COMMANDS[rest[0]].arguments if rest else COMMON
+    options = options_in(arguments)
+    given, equals, _ = last.partition("=")
+    asked, prefix, found = [a for a in arguments if not a.is_option], "", [] if rest else [*COMMANDS]
     if words and words[-1] in options and options[words[-1]].takes_value:
-        asked = [options[words[-1]]]
-    elif equals and flag in options:
-        asked, prefix = [options[flag]], flag + "="
+        asked, found = [options[words[-1]]], []
+    elif equals and given in options:
+        asked, prefix, found = [options[given]], given + "=", []
     elif last[:1] == "-":
-        asked, found = [], list(options)
-    elif not rest:
-        found = list(COMMANDS)
+        asked, found = [], [*options]
     for argument in asked:
         found += argument.words.get("choices") or ()
     if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
@@ -6327,287 +6525,22 @@ def candidates(line: Sequence[str]) -> list[str]:
 
 
 def known_units(words: Sequence[str]) -> list[str]:
-    """The names that the agent of a command line knows; none if there is no agent."""
+    """The names that the agent of a command line knows; none if there is no agent, or it does not answer at once."""
     try:
-        client = Client(dict(zip(words, words[1:])).get("--socket-path", ""), 0)
-        return [unit.unit_name for unit in client.list(everything=True)]
+        path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
+        with Channel(path) as channel:
+            rows = expect(list, channel.answer(channel.request("list", all=True), 1.0))
+        return [str(row.get("unit_name")) for row in rows]
     except SyncError:
         return []
 
 
-class Argument:
-    """An option or a positional of a command, declared in the words of argparse's add_argument.
-
-    But the default of a text is an empty one, and of what may be repeated an empty list.
-    """
-
-    def __init__(self, *names: str, **words: Any) -> None:
-        self.names, self.words = names, words
-        self.dest = words.get("dest") or names[-1].lstrip("-").replace("-", "_")
-        self.is_option = names[0][0] == "-"
-        self.takes_value = words.get("action", "store") in ("store", "append")
-        self.is_repeated = words.get("nargs") in ("*", "+") or words.get("action") == "append"
-        self.is_required = not self.is_option and words.get("nargs") not in ("*", "?")
-        if self.takes_value:
-            words.setdefault("default", [] if self.is_repeated else "")
-
-    def default(self) -> Any:
-        """The value where the command line has none; a text is read as if it stood there."""
-        default = self.words.get("default", False)
-        return self.read(default) if default and isinstance(default, str) else default
-
-    def read(self, text: str) -> Any:
-        """The value of a text. Raises UsageError."""
-        choices = self.words.get("choices")
-        if choices and text not in choices:
-            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
-        return self.words.get("type", str)(text)
-
-
-@dataclass
-class Command:
-    """One command: what runs it, what it does, an example, its options and positionals (the last may be repeated).
-
-    `command` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
-    """
-
-    run: Callable[[Args], int]
-    help: str
-    example: str
-    arguments: tuple[Argument, ...] = ()
-    command: str = ""
-
-
-def whole(text: str) -> int:
-    """A whole number. Raises UsageError."""
-    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
-        return int(text)
-    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
-
-
-COMMON = (
-    Argument(
-        "--socket-path",
-        metavar="PATH",
-        help=f"where the agent listens (default: $CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})",
-    ),
-    Argument(
-        "--connect-timeout",
-        type=duration,
-        default=None,
-        metavar="DURATION",
-        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
-        "questions try once)",
-    ),
-    Argument("-h", "--help", action="help", help="show this help"),
-)
-UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
-QUIET = Argument("-q", "--quiet", action="store_true", help="say nothing but errors")
-LIMIT = "how long to wait, as in 30s, 10m or 1h30m; 0: no limit"
-TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURATION", help=LIMIT)
-REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
-WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
-LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
-PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
-OUTPUT = Argument("-o", "--output", choices=("table", "json"), default="table", help="form")
-COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
-TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
-
-COMMANDS = {
-    "serve": Command(
-        cmd_serve,
-        "run the agent: until a signal, or for the life of COMMAND on a private socket",
-        "serve --detach --log-file /tmp/coder-sync.log",
-        (
-            QUIET,
-            Argument("-v", "--verbose", action="store_true", help="log every request"),
-            Argument("-d", "--detach", action="store_true", help="go to the background once connections are accepted"),
-            Argument("--replace", action="store_true", help="end the agent that serves there, and take its place"),
-            Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
-            Argument("--pid-file", metavar="FILE", help="write the process id there"),
-            TIMELINE,
-            Argument("--mode", type=mode_bits, default=0, help="permissions (default: 600, or 660 with --group)"),
-            Argument("--group", help="group of the socket, by name or number (default: yours)"),
-        ),
-        "*",
-    ),
-    "ping": Command(
-        cmd_ping,
-        "say whether an agent answers",
-        "ping --wait 10s",
-        (Argument("-w", "--wait", type=duration, default="0s", metavar="DURATION", help="how long to try"),),
-    ),
-    "want": Command(
-        cmd_want,
-        "make UNIT depend on DEP..., all or none",
-        "want pip-install git-clone apt-install",
-        (UNIT, Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"), REQUIRES, QUIET),
-    ),
-    "start": Command(
-        cmd_start,
-        "wait until UNIT may run, and mark it started",
-        "start pip-install --want git-clone --timeout 10m",
-        (
-            UNIT,
-            WANT,
-            REQUIRES,
-            LOCK,
-            TIMEOUT,
-            Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
-            QUIET,
-        ),
-    ),
-    "complete": Command(
-        cmd_complete,
-        "end UNIT, so that others may go on",
-        "complete pip-install --exit-code $?",
-        (UNIT, Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"), QUIET),
-    ),
-    "fail": Command(
-        cmd_fail,
-        "end UNIT without success, so that what requires it is skipped",
-        'fail git-clone --reason "no network"',
-        (UNIT, Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"), QUIET),
-    ),
-    "run": Command(
-        cmd_run,
-        "start UNIT, run COMMAND, complete UNIT or fail it, in one process",
-        "run pip-install --want git-clone -- pip install -r requirements.txt",
-        (
-            UNIT,
-            WANT,
-            REQUIRES,
-            LOCK,
-            TIMEOUT,
-            Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-            Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
-            Argument("--retry", type=whole, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-            Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
-            Argument("--optional", action="store_true", help="run COMMAND even if there is no agent"),
-            QUIET,
-        ),
-        "+",
-    ),
-    "boot": Command(
-        cmd_boot,
-        "run the scripts of a directory in the order that their headers ask for; then become COMMAND",
-        "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
-        (
-            Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
-            Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
-            Argument("--check", action="store_true", help="only check the headers"),
-            Argument("--dry-run", action="store_true", help="only show the order"),
-            Argument(
-                "--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"
-            ),
-            Argument("--fail-fast", action="store_true", help="stop everything at the first failure"),
-            Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
-            Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
-            TIMELINE,
-            Argument("--always", action="store_true", help="become COMMAND even if a unit failed"),
-            Argument("--stay", action="store_true", help="go on serving until a signal; the exit status is then 128+N"),
-            QUIET,
-        ),
-        "*",
-    ),
-    "wait": Command(
-        cmd_wait,
-        "wait for units without being one, and for what is to be ready",
-        "wait pip-install --ready tcp:5432 --timeout 2m",
-        (
-            Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
-            Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
-            REQUIRES,
-            TIMEOUT,
-            QUIET,
-        ),
-    ),
-    "install": Command(
-        cmd_install,
-        "write a copy of this program to PATH, with its bytecode: calls of it are fast",
-        "install /usr/local/bin/coder_sync",
-        (
-            Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
-            Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
-            QUIET,
-        ),
-    ),
-    "reset": Command(
-        cmd_reset,
-        "make units that have ended pending again, and those skipped because of them",
-        "reset pip-install",
-        (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all)"), QUIET),
-    ),
-    "shutdown": Command(cmd_shutdown, "end the agent, and return when it has ended", "shutdown", (QUIET,)),
-    "env": Command(
-        cmd_env,
-        "print the variables that UNIT would start with, as its dependencies have left them, for `eval`",
-        "env pip-install",
-        (UNIT,),
-    ),
-    "status": Command(
-        cmd_status, "show UNIT and its dependencies", "status pip-install --output json", (UNIT, OUTPUT, COLUMN)
-    ),
-    "list": Command(
-        cmd_list,
-        "show all units",
-        "list --column unit,status",
-        (Argument("-a", "--all", action="store_true", help="also names that were only ever wanted"), OUTPUT, COLUMN),
-    ),
-    "why": Command(
-        cmd_why,
-        "say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck",
-        "why pip-install",
-        (Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all that is stuck)"),),
-    ),
-    "timeline": Command(
-        cmd_timeline,
-        "show where the time went",
-        "timeline --output svg > startup.svg",
-        (
-            Argument("-o", "--output", choices=("text", "svg", "json", "trace"), default="text", help="form"),
-            Argument("--blame", action="store_true", help="units by how long they ran, and how long others waited"),
-            Argument("--from", dest="saved", metavar="FILE", help="of a saved .json timeline, not of the agent"),
-            Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
-            Argument("--watch", action="store_true", help="live, until interrupted"),
-        ),
-    ),
-    "graph": Command(
-        cmd_graph,
-        "show what depends on what, for all units or for some",
-        "graph pip-install --output mermaid",
-        (
-            Argument("units", nargs="*", metavar="UNIT", help="names of units (default: all)"),
-            Argument("-o", "--output", choices=("tree", "dot", "mermaid", "json"), default="tree", help="form"),
-        ),
-    ),
-    "events": Command(
-        cmd_events,
-        "print what happened, one JSON object a line",
-        "events --follow",
-        (Argument("-f", "--follow", action="store_true", help="go on with what happens next"),),
-    ),
-    "completion": Command(
-        cmd_completion,
-        "print a script with which a shell completes our command lines",
-        "completion bash >> ~/.bashrc",
-        (Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),),
-        "*",
-    ),
-}
-
-
-def arguments_of(name: str) -> tuple[Argument, ...]:
-    """What a command takes, with the options that all have."""
-    return (*COMMANDS[name].arguments, *COMMON)
-
-
 def usage_of(name: str) -> str:
     """The usage line of a command."""
-    forms = {None: "{}", "+": "{}...", "*": "[{}]...", "?": "[{}]"}
-    positionals = [a for a in COMMANDS[name].arguments if not a.is_option]
-    shown = [forms[a.words.get("nargs")].format(a.words["metavar"]) for a in positionals]
-    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].command]
+    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
+    positionals = [a.words for a in COMMANDS[name].arguments if not a.is_option]
+    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in positionals]
+    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].tail]
     return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
 
 
@@ -6615,45 +6548,44 @@ def argparse_of(name: str) -> argparse.ArgumentParser:
     """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
     import argparse
 
-    about, example = COMMANDS[name].help, f"example: {PROGRAM} {COMMANDS[name].example}"
-    form = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    parser = argparse.ArgumentParser(
-        usage=usage_of(name),
-        description=about,
-        epilog=example,
-        formatter_class=form,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    for argument in arguments_of(name):
-        default = " (default: %(default)s)" if argument.words.get("default") else ""
-        parser.add_argument(*argument.names, **{**argument.words, "help": argument.words["help"] + default})
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    parser = argparse.ArgumentParser(None, usage_of(name), COMMANDS[name].help, formatter_class=form, add_help=False)
+    parser.epilog, parser.allow_abbrev = f"example: {PROGRAM} {COMMANDS[name].example}", False
+    for argument in COMMANDS[name].arguments:
+        text = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
+        parser.add_argument(*argument.names, **{**argument.words, "default": argument.default, "help": text})
     return parser
+
+
+def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
+    """The options by each of their names."""
+    return {name: argument for argument in arguments if argument.is_option for name in argument.names}
 
 
 def parse(name: str, words: Sequence[str]) -> Args:
     """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
     cut = words.index("--") if "--" in words else len(words)
-    after = words[cut + 1 :]
-    values: dict[str, Any] = {argument.dest: argument.default() for argument in arguments_of(name)}
+    after, tail, arguments = words[cut + 1 :], COMMANDS[name].tail, COMMANDS[name].arguments
+    values = {a.dest: a.read(a.default) if a.default and isinstance(a.default, str) else a.default for a in arguments}
     try:
         rest = parse_options(name, words[:cut], values)
-        if COMMANDS[name].command:
+        if tail:
             values["command"] = [*after]
-            if not after and (cut < len(words) or COMMANDS[name].command == "+"):
+            if not after and (cut < len(words) or tail == "+"):
                 raise UsageError(f"a command must follow --; usage: {usage_of(name)}")
         else:
             rest += after
-        positionals = [argument for argument in COMMANDS[name].arguments if not argument.is_option]
-        if len(rest) < sum(argument.is_required for argument in positionals):
-            raise UsageError(f"too few arguments; usage: {usage_of(name)}")
-        for argument in positionals:
+        for argument in arguments:
+            if argument.is_option:
+                continue
+            if not rest and argument.words.get("nargs") != "*":
+                raise UsageError(f"too few arguments; usage: {usage_of(name)}")
             if argument.is_repeated:
                 values[argument.dest], rest = rest, []
-            elif rest:
+            else:
                 values[argument.dest] = argument.read(rest.pop(0))
         if rest:
-            hint = "; did you forget -- before the command?" if COMMANDS[name].command else ""
+            hint = "; did you forget -- before the command?" if tail else ""
             raise UsageError(f"unexpected {ascii(rest[0])[:60]}{hint}; usage: {usage_of(name)}")
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
@@ -6662,49 +6594,51 @@ def parse(name: str, words: Sequence[str]) -> Args:
 
 def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
     """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    flags = {flag: option for option in arguments_of(name) for flag in option.names if option.is_option}
+    options = options_in(COMMANDS[name].arguments)
     todo, rest = list(words), []
     while todo:
         word = todo.pop(0)
-        flag, text = flag_in(word, flags)
-        option = flags.get(flag)
-        if not flag:
+        given, text = option_in(word, options)
+        option = options.get(given)
+        if not given:
             rest.append(word)
         elif option is None:
-            guess = resembling(flag, list(flags))
+            guess = resembling(given, list(options))
             hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
-            raise UsageError(f"no such option: {ascii(flag)[:40]}; {hint}")
+            raise UsageError(f"no such option: {ascii(given)[:40]}; {hint}")
         elif option.takes_value:
             if text is None:
-                if not todo or flag_in(todo[0], flags)[0]:
-                    raise UsageError(f"{flag} needs a value; one that begins with - is written {option.names[-1]}=-...")
+                if not todo or option_in(todo[0], options)[0]:
+                    raise UsageError(
+                        f"{given} needs a value; one that begins with - is written {option.names[-1]}=-..."
+                    )
                 text = todo.pop(0)
             try:
                 value = option.read(text)
             except UsageError as error:
-                raise UsageError(f"{flag}: {error}") from None
+                raise UsageError(f"{given}: {error}") from None
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
         elif option.words["action"] == "help":
             put(argparse_of(name).format_help())
             raise SystemExit(0)
         else:
             values[option.dest] = True
-            if text is not None and (flag[:2] == "--" or "-" + text[:1] not in flags):
-                raise UsageError(f"{flag} takes no value")
+            if text is not None and (given[:2] == "--" or "-" + text[:1] not in options):
+                raise UsageError(f"{given} takes no value")
             if text is not None:  # -qv is -q -v
                 todo.insert(0, "-" + text)
     return rest
 
 
-def flag_in(word: str, flags: Iterable[str]) -> tuple[str, str | None]:
+def option_in(word: str, options: Iterable[str]) -> tuple[str, str | None]:
     """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
-    flag, equals, text = word.partition("=")
-    if flag in flags:
-        return flag, text if equals else None
-    if word[:2] in flags and "-" + flag not in flags:
+    given, equals, text = word.partition("=")
+    if given in options:
+        return given, text if equals else None
+    if word[:2] in options and "-" + given not in options:
         return word[:2], word[2:]
     is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
-    return flag if is_option else "", None
+    return given if is_option else "", None
 
 
 def overview() -> str:
@@ -6723,20 +6657,20 @@ usually one script; it starts when the units it depends on are done.
 """
 
 
-def common_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split words before the first that is neither an option that all commands have nor its value."""
-    end = 0
-    while words[end:] and words[end].partition("=")[0] in ("--socket-path", "--connect-timeout"):
-        end += 1 if "=" in words[end] else 2
-    return list(words[:end]), list(words[end:])
-
-
 def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Options before the command; the command and what follows it, without the words `exp sync` in front."""
-    options, rest = common_options(words)
-    if rest[:2] == ["exp", "sync"]:
-        more, rest = common_options(rest[2:])
-        options += more
+    options: list[str] = []
+    rest, front = list(words), ["exp", "sync"]
+    while rest:
+        if rest[0].partition("=")[0] in ("--socket-path", "--connect-timeout"):
+            end = 1 if "=" in rest[0] else 2
+            options += rest[:end]
+            del rest[:end]
+        elif rest[:2] == front:
+            del rest[:2]
+            front = []
+        else:
+            break
     return options, rest
 
 
@@ -6789,17 +6723,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = error.exit_code
     except Exception as error:  # a defect of ours; no traceback reaches a user
         put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
-        code = 125 if os.environ.get("CODER_SYNC_DEBUG") is None else _reraise(error)
+        if "CODER_SYNC_DEBUG" in os.environ:
+            raise
+        code = 125
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError, AttributeError):
             pass
     os._exit(code)
-
-
-def _reraise(error: BaseException) -> NoReturn:
-    raise error
 
 
 if __name__ == "__main__":

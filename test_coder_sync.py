@@ -1868,9 +1868,9 @@ MISTAKES = ["-", "-5", "-5s", "-x", "--nope", "1e3", "xml", "--unit", "---", "- 
 
 def random_words(chance: random.Random, name: str) -> list[str]:
     """Words for a command: mostly right, some not."""
-    arguments = coder_sync.arguments_of(name)
+    arguments = coder_sync.COMMANDS[name].arguments
     options = [a for a in arguments if a.is_option and a.dest != "help"]
-    required = [a for a in arguments if a.is_required and chance.random() < 0.9]
+    required = [a for a in arguments if not a.is_option and a.words.get("nargs") != "*" and chance.random() < 0.9]
     words = [chance.choice(a.words.get("choices", VALUES)) for a in required]
     for _ in range(chance.randrange(5)):
         option = chance.choice(options)
@@ -1891,7 +1891,7 @@ def refuse(message: str) -> NoReturn:
 def test_our_parser_reads_what_argparse_reads_and_refuses_what_it_refuses(name: str) -> None:
     chance, parser, read, refused = random.Random(name), coder_sync.argparse_of(name), 0, 0
     parser.error = refuse  # type: ignore
-    tail = ["--", "true"] if coder_sync.COMMANDS[name].command == "+" else []
+    tail = ["--", "true"] if coder_sync.COMMANDS[name].tail == "+" else []
     for _ in range(1000):
         words = random_words(chance, name)
         try:
@@ -1902,7 +1902,7 @@ def test_our_parser_reads_what_argparse_reads_and_refuses_what_it_refuses(name: 
                 pytest.fail(f"{words}: {vars(coder_sync.parse(name, words + tail))}")
         else:
             read += 1
-            expected.update({"help": False}, **{"command": tail[1:]} if coder_sync.COMMANDS[name].command else {})
+            expected.update({"help": False}, **{"command": tail[1:]} if coder_sync.COMMANDS[name].tail else {})
             assert vars(coder_sync.parse(name, words + tail)) == expected, words
     assert min(read, refused) > 100
 
@@ -1969,7 +1969,7 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
     text = " ".join(page.split())
     assert page.startswith(f"usage: {coder_sync.usage_of(name)}\n")
     assert coder_sync.COMMANDS[name].help in page
-    for argument in coder_sync.arguments_of(name):
+    for argument in coder_sync.COMMANDS[name].arguments:
         assert argument.words["help"].replace("%%", "%") in text
         assert all(word in text for word in (*argument.names, *argument.words.get("choices", ())) if argument.is_option)
         default = argument.words.get("default")
@@ -2004,18 +2004,12 @@ COMPLETIONS = {
     "serve --log-file ": [],
     "boot ": [],
     "ls ": [],
-    "--socket-path /nowhere start ": [],
 }
 
 
 @pytest.mark.parametrize("line", COMPLETIONS)
 def test_a_word_is_completed_to_what_may_stand_there(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def names(client: Client, everything: bool) -> list[coder_sync.UnitStatus]:
-        if client.socket_path == "/nowhere":
-            raise Unreachable("no agent")
-        return [coder_sync.UnitStatus(name, "pending", True) for name in UNITS_THERE]
-
-    monkeypatch.setattr(Client, "list", names)
+    monkeypatch.setattr(coder_sync, "known_units", lambda words: UNITS_THERE)
     assert coder_sync.candidates(line.split(" ")) == COMPLETIONS[line]
 
 
@@ -2061,6 +2055,17 @@ def test_a_shell_completes_commands_units_and_files(agent: World, shell: str) ->
     assert complete("boot", "") == [name.rstrip("/") for name in files]
     assert complete("--socket-path", "/nowhere", "start", "x") == []
     assert not (agent.directory / "oops").exists()
+
+
+def test_an_agent_that_is_stopped_holds_completion_up_for_a_second_at_most(agent: World) -> None:
+    pid = agent.client.ping()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        assert coder_sync.known_units(["--socket-path", agent.path]) == []
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert 0.9 < time.monotonic() - began < 3
 
 
 # ---------------------------------------------------------------------------------------------------------
