@@ -5634,7 +5634,7 @@ PATHS = {
 
 @pytest.mark.parametrize(("graph", "path"), PATHS.values(), ids=PATHS)
 def test_the_critical_path_goes_back_over(graph: Graph, path: list[tuple[str, float]]) -> None:
-    assert [(u.unit_name, round(share, 3)) for u, share in coder_sync.Startup(graph).path] == path
+    assert [(bar.name, round(share, 3)) for bar, share in coder_sync.Startup(graph).path] == path
 
 
 LONG_PATH = [20 if i in (11, 22, 30) else 10 if i % 5 == 0 else 0.5 for i in range(40)]
@@ -5742,7 +5742,7 @@ def test_slack_is_how_much_longer_a_unit_could_have_taken() -> None:
         startup = coder_sync.Startup(graph)
         slack = startup.slack()
         assert slack.keys() == {u.unit_name for u in graph.nodes}
-        assert all(slack[u.unit_name] == 0 for u, _ in startup.path)
+        assert all(slack[bar.name] == 0 for bar, _ in startup.path)
         for name, spare in [(n, s) for n, s in slack.items() if n not in startup.critical]:
             assert random_startup(random.Random(seed), {name: spare}).now == graph.now
             assert random_startup(random.Random(seed), {name: spare + 1}).now == graph.now + 1
@@ -5894,7 +5894,7 @@ def test_the_trace_is_what_trace_viewers_read() -> None:
         kinds.setdefault(event["ph"], []).append(event)
     assert [e["args"]["name"] for e in kinds["M"] if e["name"] == "process_name"] == ["startup"]
     rows = {e["tid"]: e["args"]["name"] for e in kinds["M"] if e["name"] == "thread_name"}
-    assert list(rows.values()) == [u.unit_name for u in coder_sync.Startup(SERVICES).units]
+    assert list(rows.values()) == [bar.name for bar in coder_sync.Startup(SERVICES).rows]
     assert all(type(e["ts"]) is type(e["dur"]) is int for e in kinds["X"])
     slices = {(rows[e["tid"]], e["cat"]): (e["ts"], e["ts"] + e["dur"], e["name"]) for e in kinds["X"]}
     second = 1_000_000
