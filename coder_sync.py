@@ -3621,10 +3621,8 @@ def span(seconds: float) -> str:
     """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f}ms"
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
     if seconds < 59.5:
-        return f"{seconds:.0f}s"
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
@@ -3675,24 +3673,21 @@ def json_text(value: Any) -> str:
 
 def owner_text(owner: Owner | None, by: str = "") -> str:
     """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    return f"{by}{owner.command} (pid {owner.pid})" if owner.command else f"{by and ' '}(pid {owner.pid})"
+    if owner is None or not owner.command:
+        return f"{by and ' '}(pid {owner.pid})" if owner else ""
+    return f"{by}{owner.command} (pid {owner.pid})"
 
 
 def dependency_text(row: Dependency) -> str:
     """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
-    status = row.current_status
-    if status == NOT_REGISTERED:
-        text = f"{row.depends_on} not registered"
+    text = f"{row.depends_on} {row.current_status}"
+    if row.current_status == NOT_REGISTERED:
         return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
-    if status == PENDING:
-        text = f"{row.depends_on} pending for {span(row.age)}"
-        return text + (f", waits for {', '.join(row.waits_for)}" if row.waits_for else ", not started yet")
-    text = f"{row.depends_on} {status} {span(row.age)} ago"
-    if row.reason:
-        text += f" ({row.reason})"
-    if row.owner and status == STARTED:
+    if row.current_status == PENDING:
+        lacks = f"waits for {', '.join(row.waits_for)}" if row.waits_for else "not started yet"
+        return f"{text} for {span(row.age)}, {lacks}"
+    text += f" {span(row.age)} ago" + (f" ({row.reason})" if row.reason else "")
+    if row.owner and row.current_status == STARTED:
         text += owner_text(row.owner, " by ") + (", which is no longer running" if row.owner.alive is False else "")
     return text
 
@@ -3817,7 +3812,8 @@ class Startup:
         self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
-        self.critical = {bar.name for bar, _ in self.path}
+        names = [bar.name for bar, _ in self.path]
+        self.critical, self.steps = set(names), set(zip(names, names[1:]))
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
         """The chain of units that determined when the last one ended, each with its share in seconds.
@@ -3913,9 +3909,9 @@ def ticks(length: float, most: int) -> list[float]:
 
 def tick_text(seconds: float) -> str:
     """A time on an axis, exact: `span` rounds."""
-    if seconds >= 60 or not seconds:
-        return span(seconds) if seconds else "0"
-    return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
+    if 0 < seconds < 60:
+        return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
+    return span(seconds) if seconds else "0"
 
 
 COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
@@ -4193,10 +4189,9 @@ def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
     """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path."""
     if kind == "another try":
         return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
-    outcome, _, _ = words.partition(" ")
-    words = {"running": words, "running on": outcome, "locked out": "l"}.get(
-        kind, outcome if outcome == SKIPPED else "w"
-    )
+    outcome = words.partition(" ")[0]
+    waits = "l" if kind == "locked out" else outcome if outcome == SKIPPED else "w"
+    words = {"running": words, "running on": outcome}.get(kind, waits)
     below, height = {"running": (4, 12), "running on": (9, 3)}.get(kind, (7, 6))
     return svg_rect(words, x, y + below, size, height)
 
@@ -4253,11 +4248,9 @@ def timeline_svg(graph: Graph) -> str:
 
 def timeline_as(form: str, graph: Graph) -> str:
     """The timeline in one of its forms for files."""
-    if form == "svg":
-        return timeline_svg(graph)
-    if form in ("json", "trace"):
-        return json_text(timeline_data(graph) if form == "json" else timeline_trace(graph))
-    return timeline_text(graph)
+    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data, "trace": timeline_trace}
+    made = forms.get(form, timeline_text)(graph)
+    return made if isinstance(made, str) else json_text(made)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4326,16 +4319,15 @@ def graph_dot(graph: Graph) -> str:
         return f"  {what} [{', '.join(words)}];" if words else f"  {what};"
 
     fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
-    path = [bar.name for bar, _ in Startup(graph).path]
-    critical, steps = set(path), set(zip(path, path[1:]))
+    startup = Startup(graph)
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
     for u in graph.nodes:
         words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
         words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
-        lines.append(line(quote(u.unit_name), words, u.unit_name in critical))
+        lines.append(line(quote(u.unit_name), words, u.unit_name in startup.critical))
     for name, dependent, requirement in edges_of(graph):
         words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
-        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, (name, dependent) in steps))
+        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, (name, dependent) in startup.steps))
     return "\n".join(lines) + "\n}\n"
 
 
@@ -4346,8 +4338,7 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    path, edges = [bar.name for bar, _ in Startup(graph).path], edges_of(graph)
-    steps, bold = set(zip(path, path[1:])), "stroke:#d2641e,stroke-width:3px"
+    startup, edges, bold = Startup(graph), edges_of(graph), "stroke:#d2641e,stroke-width:3px"
     fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
     lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
@@ -4355,8 +4346,8 @@ def graph_mermaid(graph: Graph) -> str:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
     lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
-    lines += [f"  style {ids[name]} {bold}" for name in path]
-    numbers = ",".join(str(i) for i, edge in enumerate(edges) if edge[:2] in steps)
+    lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
+    numbers = ",".join(str(i) for i, edge in enumerate(edges) if edge[:2] in startup.steps)
     lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
     return "\n".join(lines) + "\n"
 
@@ -4434,9 +4425,9 @@ def why_all_text(graph: Graph) -> str:
 
 def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
     """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
-    known = [u.unit_name for u in graph.nodes if u.status != NOT_REGISTERED]
     lines = []
     for u in units[:most]:
+        known = (other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED)
         guess = resembling(u.unit_name, known) if u.status == NOT_REGISTERED else ""
         what = names_of(list(found.get(u.unit_name, {}).values()))
         lines.append(story(u, graph.now, what) + (f'; did you mean "{guess}"?' if guess else "."))
