@@ -3574,10 +3574,8 @@ def span(seconds: float) -> str:
     """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f}ms"
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
     if seconds < 59.5:
-        return f"{seconds:.0f}s"
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
@@ -3628,32 +3626,34 @@ def json_text(value: Any) -> str:
 
 def owner_text(owner: Owner | None, by: str = "") -> str:
     """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    return f"{by}{owner.command} (pid {owner.pid})" if owner.command else f"{by and ' '}(pid {owner.pid})"
+    if owner is None or not owner.command:
+        return f"{by and ' '}(pid {owner.pid})" if owner else ""
+    return f"{by}{owner.command} (pid {owner.pid})"
 
 
 def dependency_text(row: Dependency) -> str:
     """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
-    status = row.current_status
-    if status == NOT_REGISTERED:
-        text = f"{row.depends_on} not registered"
+    text = f"{row.depends_on} {row.current_status}"
+    if row.current_status == NOT_REGISTERED:
         return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
-    if status == PENDING:
-        text = f"{row.depends_on} pending for {span(row.age)}"
-        return text + (f", waits for {', '.join(row.waits_for)}" if row.waits_for else ", not started yet")
-    text = f"{row.depends_on} {status} {span(row.age)} ago"
-    if row.reason:
-        text += f" ({row.reason})"
-    if row.owner and status == STARTED:
+    if row.current_status == PENDING:
+        lacks = f"waits for {', '.join(row.waits_for)}" if row.waits_for else "not started yet"
+        return f"{text} for {span(row.age)}, {lacks}"
+    text += f" {span(row.age)} ago" + (f" ({row.reason})" if row.reason else "")
+    if row.owner and row.current_status == STARTED:
         text += owner_text(row.owner, " by ") + (", which is no longer running" if row.owner.alive is False else "")
     return text
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
-    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError."""
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
+    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
+
+    Without it, those behind the first `always` are shown where there is anything in them.
+    """
     lower = [title.lower() for title in titles]
-    wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")] if columns else lower
+    wanted = [name for i, name in enumerate(lower) if i < always or any(row[i] for row in rows)]
+    if columns:
+        wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")]
     for name in wanted:
         if name not in lower:
             raise UsageError(f'no such column: "{name}"; there are {", ".join(lower)}')
@@ -3680,22 +3680,17 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         "Refused": status.refusal,
         "Did you mean": status.did_you_mean,
     }
-    text = "".join(f"{title}: {fact}\n" for title, fact in facts.items() if fact)
-    if status.dependencies:
-        titles = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED"]
-        rows = [
-            [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
-            for d in status.dependencies
-        ]
-        if any(d.reason for d in status.dependencies) or "reason" in columns.lower():
-            titles.append("REASON")
-        text += "\n" + table(titles, rows, columns)
-    else:
-        text += "\nNo dependencies.\n"
+    text = "".join(f"{title}: {fact}\n" for title, fact in facts.items() if fact) + "\n"
+    rows = [
+        [d.depends_on, d.required_status, d.current_status, str(d.is_satisfied).lower(), d.reason]
+        for d in status.dependencies
+    ]
+    titles = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED", "REASON"]
+    text += table(titles, rows, columns, 4) if rows else "No dependencies.\n"
     if status.history:
         first = status.history[0].time
-        lines = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
-        text += "\n" + table(["TIME", "EVENT", "DETAIL"], lines)
+        rows = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
+        text += "\n" + table(["TIME", "EVENT", "DETAIL"], rows)
     return text
 
 
@@ -3704,9 +3699,7 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     rows = [
         [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), u.reason] for u in units
     ]
-    titles = ["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"]
-    shown = [title for i, title in enumerate(titles) if i < 4 or any(row[i] for row in rows)]
-    text = table(titles, rows, columns or ",".join(shown))
+    text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
     return text if units else "no units yet\n"
 
 
@@ -3719,96 +3712,79 @@ def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
 # -- what every picture of a startup needs ------------------------------------------------------------------
 
 
-@dataclass
 class Bar:
-    """When a unit was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
+    """A unit, and when it was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
 
     What has not been comes with what follows it.
     """
 
-    asked: float
-    ready: float
-    started: float
-    ended: float
-    exited: float
+    def __init__(self, unit: UnitStatus, last: float) -> None:
+        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started >= 0
+        self.ended = max(unit.started, unit.ended) if unit.ended >= 0 else last
+        self.started = unit.started if self.has_run else self.ended
+        self.asked = min(unit.waiting, self.started) if unit.waiting >= 0 else self.started
+        self.ready = min(max(unit.ready, self.asked), self.started) if unit.ready >= 0 else self.started
+        self.exited = max(self.ended, last if unit.running_on else min(unit.exited, last))
+        self.ran = self.ended - self.started if self.has_run else 0.0
+
+    def phases(self) -> list[tuple[str, float, float]]:
+        """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
+        found = [
+            ("waiting", self.asked, self.ready),
+            ("locked out", self.ready, self.started),
+            ("running", self.started, self.ended),
+            ("running on", self.ended, self.exited),
+        ]
+        if not self.has_run:  # then its wait is shown even if it took no time
+            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting >= 0)]
+        return [p for p in found if p[2] > p[1] or p[0] == "running"]
+
+    def took(self) -> str:
+        """How long the unit ran, or waited if it has not started."""
+        waited = span(self.ended - self.asked) if self.unit.waiting >= 0 else "-"
+        return span(self.ran) if self.has_run else waited
 
 
 class Startup:
     """A graph, and what its pictures have in common."""
 
     def __init__(self, graph: Graph) -> None:
-        self.by_name = {u.unit_name: u for u in graph.nodes}
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        signs = {
-            u.unit_name: min((t for t in (u.registered, u.waiting, u.started, u.ended) if t >= 0), default=0.0)
-            for u in known
-        }
-        self.first = min(signs.values(), default=0.0)
+
+        def sign(u: UnitStatus) -> float:
+            return min((t for t in (u.registered, u.waiting, u.started, u.ended) if t >= 0), default=0.0)
+
+        self.first = min(map(sign, known), default=0.0)
         self.last = max((t for u in known for t in (u.waiting, u.started, u.ended)), default=0.0)
         over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
         if known and not over:
             self.last = max(self.last, graph.now)
         self.length = self.last - self.first
-        self.bars = {u.unit_name: self._bar(u) for u in graph.nodes}
-        self.units = sorted(  # in the order they started; those that have not, behind
-            known, key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name)
-        )
+        self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
+        known.sort(key=lambda u: (u.started < 0, u.started if u.started >= 0 else sign(u), u.unit_name))
+        self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
+        self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
-        self.critical = {u.unit_name for u, _ in self.path}
+        names = [bar.name for bar, _ in self.path]
+        self.critical, self.steps = set(names), set(zip(names, names[1:]))
 
-    def _bar(self, unit: UnitStatus) -> Bar:
-        ended = max(unit.started, unit.ended) if unit.ended >= 0 else self.last
-        started = unit.started if unit.started >= 0 else ended
-        asked = min(unit.waiting, started) if unit.waiting >= 0 else started
-        ready = min(max(unit.ready, asked), started) if unit.ready >= 0 else started
-        exited = self.last if unit.running_on else min(unit.exited, self.last)
-        return Bar(asked, ready, started, ended, max(ended, exited))
-
-    def phases(self, unit: UnitStatus) -> list[tuple[str, float, float]]:
-        """What a unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
-        bar = self.bars[unit.unit_name]
-        found = [
-            ("waiting", bar.asked, bar.ready),
-            ("locked out", bar.ready, bar.started),
-            ("running", bar.started, bar.ended),
-            ("running on", bar.ended, bar.exited),
-        ]
-        if unit.started < 0:  # then its wait is shown even if it took no time
-            return [p for p in found[:2] if p[2] > p[1]] or found[: int(unit.waiting >= 0)]
-        return [phase for phase in found if phase[2] > phase[1] or phase[0] == "running"]
-
-    def ran(self, unit: UnitStatus) -> float:
-        """How many seconds a unit ran."""
-        return self.bars[unit.unit_name].ended - unit.started if unit.started >= 0 else 0.0
-
-    def took(self, unit: UnitStatus) -> str:
-        """How long a unit ran, or waited if it has not started."""
-        bar = self.bars[unit.unit_name]
-        return (
-            "-"
-            if unit.started < 0 and unit.waiting < 0
-            else span(self.ran(unit) if unit.started >= 0 else bar.ended - bar.asked)
-        )
-
-    def _critical_path(self) -> list[tuple[UnitStatus, float]]:
+    def _critical_path(self) -> list[tuple[Bar, float]]:
         """The chain of units that determined when the last one ended, each with its share in seconds.
 
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
         """
-        ran = [u for u in self.units if u.started >= 0]
-        unit = max(ran, key=lambda u: (self.bars[u.unit_name].ended, u.started), default=None)
-        path: list[tuple[UnitStatus, float]] = []
+        bar = max(self.ran, key=lambda b: (b.ended, b.started), default=None)
+        path: list[tuple[Bar, float]] = []
         until = float("inf")
-        for _ in self.by_name:
-            if unit is None:
+        for _ in self.bars:
+            if bar is None:
                 break
-            bar = self.bars[unit.unit_name]
-            if unit.started >= 0:
-                path.append((unit, max(0.0, min(bar.ended, until) - bar.started)))
+            if bar.has_run:
+                path.append((bar, max(0.0, min(bar.ended, until) - bar.started)))
             until = bar.started  # what was skipped ended with what it required
-            before = [self.by_name[d] for d in unit.wants if d in self.by_name and 0 <= self.by_name[d].ended <= until]
-            unit = self.by_name.get(unit.released_by) or max(before, key=lambda u: u.ended, default=None)
+            before = [self.bars[d] for d in bar.unit.wants if d in self.bars and 0 <= self.bars[d].unit.ended <= until]
+            bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.unit.ended, default=None)
         return path[::-1]
 
     def slack(self) -> dict[str, float]:
@@ -3816,34 +3792,32 @@ class Startup:
 
         A unit that ended with time to spare may use that of those that went on because of it, and no more.
         """
-        spare: dict[str, float] = {}
-        going_on: dict[str, list[UnitStatus]] = {name: [] for name in self.by_name}
-        ran = [u for u in self.units if u.started >= 0]
-        for unit in ran:
-            for name in {d for d, r in unit.wants.items() if r != START} | {unit.released_by} - unit.wants.keys():
-                if name in going_on and self.bars[name].ended <= unit.started:
-                    going_on[name].append(unit)
-        for unit in reversed(ran):
-            name, ended = unit.unit_name, self.bars[unit.unit_name].ended
-            latest = (u.started + spare[u.unit_name] for u in going_on[name] if u.unit_name in spare)
-            spare[name] = max(0.0, min(latest, default=self.last) - ended)
-        return {name: 0.0 if name in self.critical else seconds for name, seconds in spare.items()}
+        latest = dict.fromkeys(self.bars, self.last)  # when each has to end
+        slack = {}
+        for bar in reversed(self.ran):
+            spare = max(0.0, latest[bar.name] - bar.ended)
+            slack[bar.name] = 0.0 if bar.name in self.critical else spare
+            wants = bar.unit.wants
+            for name in {d for d, r in wants.items() if r != START} | {bar.unit.released_by} - wants.keys():
+                if name in latest and self.bars[name].ended <= bar.started:
+                    latest[name] = min(latest[name], bar.started + spare)
+        return slack
 
     def summary(self) -> str:
         """The sentence people want; of a long critical path it names the longest steps."""
-        if not self.by_name:
+        if not self.bars:
             return "no units yet"
-        count = {s: sum(u.status == s for u in self.by_name.values()) for s in (FAILED, SKIPPED, STARTED, PENDING)}
-        words = {STARTED: "still running", PENDING: "not started"}
-        rest = [f"{n} {words.get(s, s)}" for s, n in count.items() if n]
+        statuses = [bar.unit.status for bar in self.bars.values()]
+        words = {FAILED: FAILED, SKIPPED: SKIPPED, STARTED: "still running", PENDING: "not started"}
+        rest = [f"{statuses.count(s)} {word}" for s, word in words.items() if s in statuses]
         text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
         if not self.path or self.length <= 0:
             return text
-        longest = {u.unit_name for u, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
+        longest = {bar.name for bar, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
         steps: list[str] = []
-        for u, share in self.path:
-            if u.unit_name in longest:
-                steps.append(f"{u.unit_name} {span(share)}")
+        for bar, share in self.path:
+            if bar.name in longest:
+                steps.append(f"{bar.name} {span(share)}")
             elif steps[-1:] != ["..."]:
                 steps.append("...")
         percent = 100 * sum(share for _, share in self.path) / self.length
@@ -3866,7 +3840,12 @@ def standing(unit: UnitStatus) -> str:
 
 def described(unit: UnitStatus, word: str = "") -> str:
     """The status, or another word for it, and the reason."""
-    return ": ".join(filter(None, (word or unit.status, unit.reason or unit.exit_reason)))
+    return joined(word or unit.status, unit.reason or unit.exit_reason)
+
+
+def joined(*parts: str, by: str = ": ") -> str:
+    """The parts that there are, in one text."""
+    return by.join(filter(None, parts))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -3883,83 +3862,76 @@ def ticks(length: float, most: int) -> list[float]:
 
 def tick_text(seconds: float) -> str:
     """A time on an axis, exact: `span` rounds."""
-    if seconds >= 60 or not seconds:
-        return span(seconds) if seconds else "0"
-    return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
+    if 0 < seconds < 60:
+        return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
+    return span(seconds) if seconds else "0"
 
 
 COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
-SHADES = {"running on": "\u2500-", "waiting": "\u2591.", "locked out": "\u2592:", "running": "\u2588#"}
+SHADES = {  # where two meet in one place, the later one is drawn
+    "running on": "\u2500-",
+    "waiting": "\u2591.",
+    "locked out": "\u2592:",
+    "running": "\u2588#",
+    "another try": "\u2502|",
+}
+MEANINGS = {"another try": "another try", "running on": "runs on as a service", "locked out": "waits for a lock"}
 
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
     mark = {kind: both[not unicode] for kind, both in SHADES.items()}
-    again, dots = ("\u2502", "\u2026") if unicode else ("|", "~")
+    dots = "\u2026" if unicode else "~"
     startup = Startup(graph)
     said = wrap(startup.summary(), width, dots)
-    if not startup.units:
+    if not startup.rows:
         return "\n".join(said) + "\n"
-    label = {u.unit_name: u.unit_name if unicode else ascii(u.unit_name)[1:-1] for u in startup.units}
-    names = min(max(map(wide, label.values())), max(8, min(width // 3, width - 32)))
-    bars = max(10, width - names - 22)
-    scale = bars / startup.length if startup.length > 0 else 0.0
-    axis = [" "] * bars
-    for tick in ticks(startup.length, bars // 10):
+    labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
+    names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
+    cells = max(10, width - names - 22)
+    scale = cells / startup.length if startup.length > 0 else 0.0
+    axis = " " * (names + 3)
+    for tick in ticks(startup.length, cells // 10):
         at, text = int(tick * scale + 1e-9), tick_text(tick)
-        if at + len(text) <= bars:
-            axis[at : at + len(text)] = text
-
-    def cell(t: float) -> int:
-        return max(0, min(bars - 1, int((t - startup.first) * scale)))
-
-    lines = [" " * (names + 3) + "".join(axis).rstrip()]
-    drawn: set[str] = set()
-    for u in startup.units:
-        bar = [" "] * bars
-        for kind, since, upto in sorted(startup.phases(u), key=lambda phase: list(SHADES).index(phase[0])):
-            size = max(1, min(bars, round((upto - startup.first) * scale)) - cell(since))
-            bar[cell(since) : cell(since) + size] = mark[kind] * size
-        for t in u.tries if u.started >= 0 else ():
-            bar[cell(t)] = again
-        drawn.update(bar)
-        name, row = fit(label[u.unit_name], names, dots), "".join(bar)
+        if at + len(text) <= cells:
+            axis = axis.ljust(names + 3 + at) + text
+    lines, drawn = [axis], set()
+    for bar, label in zip(startup.rows, labels):
+        row, critical = [" "] * cells, bar.name in startup.critical
+        phases = [*bar.phases(), *(("another try", t, t) for t in bar.unit.tries if bar.has_run)]
+        for kind, since, upto in sorted(phases, key=lambda phase: list(SHADES).index(phase[0])):
+            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
+            size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
+            row[first : first + size] = mark[kind] * size
+        drawn.update(row)
+        name, text = fit(label, names, dots), "".join(row)
         if colour:
-            name = f"\033[1m{name}\033[0m" if u.unit_name in startup.critical else name
-            row = f"\033[{COLOURS[u.status]}m{row}\033[0m"
-        star = "*" if u.unit_name in startup.critical else " "
-        lines.append(f"{star} {name} {row} {startup.took(u):>7} {standing(u)}")
-    meanings = (
-        (again, "another try"),
-        (mark["running on"], "runs on as a service"),
-        (mark["locked out"], "waits for a lock"),
-    )
-    legend = ", ".join(f"{one} {meaning}" for one, meaning in meanings if one in drawn)
+            name = f"\033[1m{name}\033[0m" if critical else name
+            text = f"\033[{COLOURS[bar.unit.status]}m{text}\033[0m"
+        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took():>7} {standing(bar.unit)}")
+    legend = ", ".join(f"{mark[kind]} {meaning}" for kind, meaning in MEANINGS.items() if mark[kind] in drawn)
     return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
 
 
-def blame_text(graph: Graph, width: int = 100, most: int = 25) -> str:
+def blame_text(graph: Graph, width: int = 100) -> str:
     """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
-    startup = Startup(graph)
-    held = dict.fromkeys(startup.by_name, 0.0)
-    for u in graph.nodes:
-        bar = startup.bars[u.unit_name]
-        for name in u.wants.keys() & held.keys():
+    startup, most = Startup(graph), 25
+    ran = {bar.name: bar.ran for bar in startup.bars.values()}
+    held, slack, text = dict.fromkeys(ran, 0.0), startup.slack(), ""
+    for bar in startup.bars.values():
+        for name, requirement in bar.unit.wants.items():
             its = startup.bars[name]
-            met = its.started if u.wants[name] == START and startup.by_name[name].started >= 0 else its.ended
-            upto = min(bar.ready, met)
+            upto = min(bar.ready, its.started if requirement == START and its.has_run else its.ended)
             held[name] += max(0.0, upto - bar.asked) - max(0.0, min(its.started, upto) - max(its.asked, bar.asked))
-        for name in {u.released_by, *u.blocked_by.values()} - u.wants.keys():
+        for name in {bar.unit.released_by, *bar.unit.blocked_by.values()} - bar.unit.wants.keys():
             if name in held:  # it had a lock
                 held[name] += bar.started - bar.ready
-    ran = {u.unit_name: startup.ran(u) for u in graph.nodes}
-    slack, text = startup.slack(), ""
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        best = sorted((u for u in graph.nodes if by[u.unit_name] > 0), key=lambda u: -by[u.unit_name])
+        best = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
         rows = []
-        for name, status in [(u.unit_name, u.status) for u in best[:most]]:
+        for name in best[:most]:
             spare = span(slack[name]) if name in slack else "-"
-            rows.append([name, span(ran[name]), span(held[name]), spare, status])
+            rows.append([name, span(ran[name]), span(held[name]), spare, startup.bars[name].unit.status])
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "SLACK", "STATUS"], rows) + more + "\n"
     notes = "OTHERS WAITED adds up over all that waited, so it may exceed the whole. "
@@ -3969,24 +3941,30 @@ def blame_text(graph: Graph, width: int = 100, most: int = 25) -> str:
 
 def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
     """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
-    old, new = Startup(before), Startup(now)
-    ran = [{u.unit_name: s.ran(u) for u in s.units if u.started >= 0} for s in (old, new)]
-    change = {name: ran[1].get(name, 0.0) - ran[0].get(name, 0.0) for name in {**ran[1], **ran[0]}}
+    startups = old, new = Startup(before), Startup(now)
+    ran = [{bar.name: bar.ran for bar in startup.ran} for startup in startups]
+    changes = differences(*ran)
     rows = []
-    for name in sorted(change, key=lambda name: (-abs(change[name]), name)):
-        its = ["came" if name not in ran[0] else "went" if name not in ran[1] else signed(change[name])]
-        rows.append([name, *(span(r[name]) if name in r else "-" for r in ran), *its])
-    more, shares = new.length - old.length, [{u.unit_name: share for u, share in s.path} for s in (old, new)]
+    for name in sorted(changes, key=lambda name: (-abs(changes[name]), name)):
+        change = "came" if name not in ran[0] else "went" if name not in ran[1] else signed(changes[name])
+        rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), change])
+    more = new.length - old.length
     how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
     text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
-    gains = {n: shares[1].get(n, 0.0) - shares[0].get(n, 0.0) for n in {**shares[1], **shares[0]}}
-    worst = sorted((n for n in gains if abs(gains[n]) >= 0.001), key=lambda n: -abs(gains[n]))
-    steps = [f"{n} {signed(gains[n])}" for n in worst[:5]]
-    for i, n in enumerate(worst[:5]):
-        steps[i] += " (new on it)" if n not in shares[0] else " (no longer on it)" if n not in shares[1] else ""
-    steps += [f"{len(worst) - 5} more"] if len(worst) > 5 else []
+    shares = [{bar.name: share for bar, share in startup.path} for startup in startups]
+    gains = {name: gain for name, gain in differences(*shares).items() if abs(gain) >= 0.001}
+    steps = []
+    for name in sorted(gains, key=lambda name: -abs(gains[name]))[:5]:
+        which = " (new on it)" if name not in shares[0] else " (no longer on it)" if name not in shares[1] else ""
+        steps.append(f"{name} {signed(gains[name])}{which}")
+    steps += [f"{len(gains) - 5} more"] if len(gains) > 5 else []
     text += f"; on the critical path: {', '.join(steps)}" if steps else ""
     return table(["UNIT", "BEFORE", "NOW", "CHANGE"], rows) + "\n" + "\n".join(wrap(text, width)) + "\n"
+
+
+def differences(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    """What was added to each."""
+    return {name: now.get(name, 0.0) - before.get(name, 0.0) for name in {**now, **before}}
 
 
 def signed(seconds: float) -> str:
@@ -3994,9 +3972,18 @@ def signed(seconds: float) -> str:
     return "0" if abs(seconds) < 0.0005 else ("+" if seconds > 0 else "-") + span(abs(seconds))
 
 
+def saved_time(value: Any) -> float:
+    """A time of a saved timeline."""
+    if value is not None and not -1e12 < value < 1e12:
+        raise ValueError
+    return -1.0 if value is None else max(0.0, float(value))
+
+
 TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
-SAVED: dict[str, Callable[[Any], Any]] = {  # what else of a unit is saved, and how it is read: it may be anything
+SAVED: dict[str, Callable[[Any], Any]] = {  # what of a unit is saved, and how it is read: it may be anything
+    **dict.fromkeys(TIMES, saved_time),
+    "tries": lambda times: [max(0.0, saved_time(t)) for t in times],
     "reason": one_line,
     "released_by": lambda name: check_name(name) if name else "",
     "wants": lambda wants: {check_name(d): REQUIREMENTS[REQUIREMENTS.index(r)] for d, r in wants.items()},
@@ -4016,13 +4003,13 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     def since(t: float) -> float | None:
         return round(t - startup.first, 6) if t >= 0 else None
 
-    units = []
-    for u in startup.units:
-        times = {**{key: since(getattr(u, key)) for key in TIMES}, "tries": list(map(since, u.tries))}
-        units.append({"unit_name": u.unit_name, "status": u.status, **times, **{key: getattr(u, key) for key in SAVED}})
-    path = [{"unit_name": u.unit_name, "seconds": round(share, 3)} for u, share in startup.path]
+    rows = []
+    for u in [bar.unit for bar in startup.rows]:
+        row = {key: getattr(u, key) for key in ("unit_name", "status", *SAVED)}
+        rows.append({**row, **{key: since(row[key]) for key in TIMES}, "tries": list(map(since, u.tries))})
+    path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
     head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
-    return {**head, "critical_path": path, "units": units}
+    return {**head, "critical_path": path, "units": rows}
 
 
 def timeline_graph(text: bytes, name: str) -> Graph:
@@ -4045,24 +4032,13 @@ def timeline_graph(text: bytes, name: str) -> Graph:
 def saved_unit(row: dict[str, Any]) -> UnitStatus:
     """One unit of a saved timeline, with nothing in it that a picture could stumble over. Raises as it happens."""
     unit = UnitStatus(check_name(row["unit_name"]), row["status"], False)
-    for key in TIMES:
-        setattr(unit, key, saved_time(row.get(key)))
-    unit.tries = [max(0.0, saved_time(t)) for t in row.get("tries", ())]
-    unit.is_waiting = unit.status == PENDING and unit.waiting >= 0  # the first version did not say
     for key in SAVED.keys() & row.keys():
         setattr(unit, key, SAVED[key](row[key]))
+    if "is_waiting" not in row:  # the first version did not say
+        unit.is_waiting = unit.status == PENDING and unit.waiting >= 0
     if unit.status not in (PENDING, STARTED, *ENDED) or not any(getattr(unit, key) >= 0 for key in TIMES[:4]):
         raise ValueError
     return unit
-
-
-def saved_time(value: Any) -> float:
-    """A time of a saved timeline."""
-    if value is None:
-        return -1.0
-    if isinstance(value, (int, float)) and -1e12 < value < 1e12:
-        return max(0.0, float(value))
-    raise ValueError
 
 
 def timeline_trace(graph: Graph) -> dict[str, Any]:
@@ -4071,46 +4047,44 @@ def timeline_trace(graph: Graph) -> dict[str, Any]:
     Arrows go from the end of what released a unit to its start. Waits of less than a millisecond are left out.
     """
     startup = Startup(graph)
+    rows = {bar.name: {"pid": 1, "tid": number} for number, bar in enumerate(startup.rows, 1)}
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "startup"}}]
-    rows = {u.unit_name: row for row, u in enumerate(startup.units, 1)}
-    ran: dict[str, tuple[int, int]] = {}
-    for u in startup.units:
-        where = {"pid": 1, "tid": rows[u.unit_name]}
-        events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": u.unit_name}})
-        events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": where["tid"]}})
+
+    def at(t: float) -> int:
+        return round((t - startup.first) * 1e6)
+
+    for bar in startup.rows:
+        u, row = bar.unit, rows[bar.name]
+        events.append({"ph": "M", "name": "thread_name", **row, "args": {"name": bar.name}})
+        events.append({"ph": "M", "name": "thread_sort_index", **row, "args": {"sort_index": row["tid"]}})
         args = {"status": u.status, "reason": u.reason, "released_by": u.released_by, "wants": list(u.wants)}
-        names = {"waiting": "waits", "locked out": f"waits for lock {', '.join(u.locks)}", "running on": "runs on"}
-        for kind, since, upto in startup.phases(u):
-            ts, end_ts = (round((t - startup.first) * 1e6) for t in (since, upto))
-            if kind != "running" and end_ts - ts < 1000:
+        words = {"waiting": "waits", "locked out": f"waits for lock {', '.join(u.locks)}", "running on": "runs on"}
+        for kind, since, upto in bar.phases():
+            ts, took = at(since), at(upto) - at(since)
+            if kind != "running" and took < 1000:
                 continue
-            name = " ".join(filter(None, (u.unit_name, names.get(kind))))
-            what = {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": end_ts - ts, **where, "args": args}
-            colour = "bad" if u.status == SKIPPED else "terrible" if u.status == FAILED else ""
+            name = joined(bar.name, words.get(kind, ""), by=" ")
+            colour = {SKIPPED: "bad", FAILED: "terrible"}.get(u.status, "")
             colour = "grey" if kind in ("waiting", "locked out") and u.status != SKIPPED else colour
-            events.append({**what, "cname": colour} if colour else what)
-            if kind == "running":
-                ran[u.unit_name] = ts, end_ts
+            event = {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": took, **row, "args": args}
+            events.append({**event, "cname": colour} if colour else event)
         for i, t in enumerate(u.tries, 2):
-            at = round((t - startup.first) * 1e6)
-            events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at, **where})
-    for number, u in enumerate(startup.units, 1):
-        if u.unit_name in ran and u.released_by in ran:
-            began, ended = ran[u.released_by]
-            since = ran[u.unit_name][0]
-            arrow = {"cat": "released", "name": "released", "id": number, "pid": 1}
-            leave = max(began, min(ended - 1, since))
-            events.append({"ph": "s", **arrow, "tid": rows[u.released_by], "ts": leave})
-            events.append({"ph": "f", "bp": "e", **arrow, "tid": rows[u.unit_name], "ts": since})
-    return {"traceEvents": events if startup.units else [], "displayTimeUnit": "ms"}
+            events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at(t), **row})
+    for bar in startup.ran:
+        before = startup.bars.get(bar.unit.released_by)
+        if before and before.has_run and before.name in rows:
+            arrow = {"cat": "released", "name": "released", "id": rows[bar.name]["tid"]}
+            leaves = max(at(before.started), min(at(before.ended) - 1, at(bar.started)))
+            events.append({"ph": "s", **arrow, **rows[before.name], "ts": leaves})
+            events.append({"ph": "f", "bp": "e", **arrow, **rows[bar.name], "ts": at(bar.started)})
+    return {"traceEvents": events if startup.rows else [], "displayTimeUnit": "ms"}
 
 
 def xml(text: str) -> str:
     """Text for XML; what XML cannot hold is replaced."""
-    text = "".join(
-        c if (c >= " " and not 0xD800 <= ord(c) < 0xE000 and c not in "\ufffe\uffff") or c == "\n" else "\ufffd"
-        for c in text
-    )
+    import re
+
+    text = re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
 
@@ -4124,111 +4098,112 @@ svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;backgroun
 .completed{fill:#4fb37a}.failed{fill:#e26060}.t{stroke:#16181d}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
 LEGEND = (
-    ("waiting", PENDING, "", "waits"),
-    ("locked out", PENDING, "", "waits for a lock"),
-    ("waiting", SKIPPED, "", "skipped"),
-    ("running", STARTED, "", "runs"),
-    ("running", COMPLETED, "", "completed"),
-    ("running", FAILED, "", "failed"),
-    ("running", COMPLETED, "", "another try"),
-    ("running on", COMPLETED, "", "runs on as a service"),
-    ("running", COMPLETED, " k", "on the critical path"),
+    ("waiting", PENDING, "waits"),
+    ("locked out", PENDING, MEANINGS["locked out"]),
+    ("waiting", SKIPPED, "skipped"),
+    ("running", STARTED, "runs"),
+    ("running", COMPLETED, "completed"),
+    ("running", FAILED, "failed"),
+    ("running", COMPLETED, MEANINGS["another try"]),
+    ("running on", COMPLETED, MEANINGS["running on"]),
+    ("running", COMPLETED + " k", "on the critical path"),
 )
 
 
-def hover_text(startup: Startup, unit: UnitStatus) -> str:
+def hover_text(bar: Bar) -> str:
     """What the picture says of a unit when it is pointed at."""
-    bar = startup.bars[unit.unit_name]
+    unit, locked_out = bar.unit, bar.started - bar.ready
     reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
     tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
-    lines = [f"{unit.unit_name}: {unit.status}{reason}", f"waited {span(bar.started - bar.asked)}{last}"]
-    lines += [f"of it {span(bar.started - bar.ready)} for a lock"] if bar.started - bar.ready >= 0.001 else []
-    lines += [f"ran {span(startup.ran(unit))}{tries}"] if unit.started >= 0 else []
-    lines += ["its process runs on"] if unit.running_on else []
-    if unit.exited >= 0:
-        later = f"its process ended {span(unit.exited - bar.ended)} later"
-        lines.append(": ".join(filter(None, (later, unit.exit_reason))))
-    lines += ["depends on " + names_of(list(unit.wants))] if unit.wants else []
-    lines += ["locks: " + names_of(unit.locks)] if unit.locks else []
-    return "\n".join(lines)
+    lines = [
+        f"{bar.name}: {unit.status}{reason}",
+        f"waited {span(bar.started - bar.asked)}{last}",
+        f"of it {span(locked_out)} for a lock" if locked_out >= 0.001 else "",
+        f"ran {span(bar.ran)}{tries}" if bar.has_run else "",
+        "its process runs on" if unit.running_on else "",
+        joined(f"its process ended {span(unit.exited - bar.ended)} later", unit.exit_reason) * (unit.exited >= 0),
+        f"depends on {names_of(list(unit.wants))}" if unit.wants else "",
+        f"locks: {names_of(unit.locks)}" if unit.locks else "",
+    ]
+    return joined(*lines, by="\n")
+
+
+def svg_text(x: float, y: float, content: str, more: str = ' class="m"') -> str:
+    """A text in the picture."""
+    return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
+
+
+def svg_rect(words: str, x: float, y: float, width: float, height: float) -> str:
+    """A rectangle in the picture; `words` are its classes in STYLE."""
+    return f'<rect class="{words}" x="{x:.1f}" y="{y:.0f}" width="{width:.1f}" height="{height:.0f}"/>'
+
+
+def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
+    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path."""
+    if kind == "another try":
+        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
+    outcome = words.partition(" ")[0]
+    waits = "l" if kind == "locked out" else outcome if outcome == SKIPPED else "w"
+    words = {"running": words, "running on": outcome}.get(kind, waits)
+    below, height = {"running": (4, 12), "running on": (9, 3)}.get(kind, (7, 6))
+    return svg_rect(words, x, y + below, size, height)
 
 
 def timeline_svg(graph: Graph) -> str:
     """The timeline as one self-contained picture."""
     startup = Startup(graph)
-    units, column, row, bars = startup.units, 7.4, 20, 760.0
-    left = 16 + column * min(max((wide(u.unit_name) for u in units), default=0), 60)
-    right = left + bars + 70
-    outcomes = {u.unit_name: fit(described(u, standing(u)), 60).rstrip() for u in units}
-    width = max(right + 8 + column * max(map(wide, outcomes.values()), default=0), 920 + left)
-    scale = bars / startup.length if startup.length > 0 else 0.0
-    body = []
+    rows, column, high, scale_width = startup.rows, 7.4, 20, 760.0
+    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in rows]
+    left = 16 + column * min(max((wide(bar.name) for bar in rows), default=0), 60)
+    right = left + scale_width + 70
+    width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
+    scale = scale_width / startup.length if startup.length > 0 else 0.0
 
     def at(t: float) -> float:
         return left + (t - startup.first) * scale
 
-    def text(x: float, y: float, content: str, more: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
-
-    def rect(kind: str, x: float, y: float, size: float, height: float) -> str:
-        return f'<rect class="{kind}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height:.0f}"/>'
-
-    def sign(kind: str, x: float, y: float, size: float, status: str = COMPLETED, key: str = "") -> str:
-        """A phase of a unit in its row, which begins at y."""
-        if kind == "running on":
-            return rect(status, x, y + 9, size, 3)
-        if kind == "running":
-            return rect(status + key, x, y + 4, size, 12)
-        return rect("l" if kind == "locked out" else SKIPPED if status == SKIPPED else "w", x, y + 7, size, 6)
-
-    def again(x: float, y: float) -> str:
-        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
-
     said = wrap(startup.summary(), int((width - 16) / column))
-    body += [text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
+    body = [svg_text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
     top = 18 * len(said) + 44
-    foot = top + row * len(units)
-    for tick in ticks(startup.length, 10) if units else ():
-        body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(units) > 30)]:
-            body.append(text(left + tick * scale, y, tick_text(tick), ' class="m" text-anchor="middle"'))
-    for i, u in enumerate(units):
-        y, key = top + row * i, " k" if u.unit_name in startup.critical else ""
-        body.append(f"<g><title>{xml(hover_text(startup, u))}</title>")
-        body.append(rect("z" if i % 2 else "y", 0, y, width, row))
-        body.append(text(8, y + 14, fit(u.unit_name, 60).rstrip(), ' class="h"' if key else ""))
-        for kind, since, upto in startup.phases(u):
-            size = max((upto - since) * scale, 2.0 if kind == "running" or u.started < 0 else 0.0)
+    foot = top + high * len(rows)
+    for tick in ticks(startup.length, 10) if rows else ():
+        x = left + tick * scale
+        body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
+        for y in (top - 14, foot + 14)[: 1 + (len(rows) > 30)]:
+            body.append(svg_text(x, y, tick_text(tick), ' class="m" text-anchor="middle"'))
+    tops = {bar.name: top + high * i for i, bar in enumerate(rows)}
+    for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
+        u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
+        body.append(f"<g><title>{xml(hover_text(bar))}</title>")
+        body.append(svg_rect("z" if i % 2 else "y", 0, y, width, high))
+        body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else ""))
+        for kind, since, upto in bar.phases():
+            size = max((upto - since) * scale, 2.0 if kind == "running" or not bar.has_run else 0.0)
             if size >= 0.5:
-                body.append(sign(kind, min(at(since), left + bars - size), y, size, u.status, key))
-        body += [again(at(t), y) for t in u.tries if u.started >= 0]
-        body.append(text(right - 8, y + 14, startup.took(u), ' text-anchor="end"'))
-        body.append(text(right, y + 14, outcomes[u.unit_name], f' class="{FAILED if u.status == FAILED else "m"}"'))
-        body.append("</g>")
-    rows = {u.unit_name: top + row * i for i, u in enumerate(units)}
+                x = min(at(since), left + scale_width - size)
+                body.append(svg_phase(kind, u.status + " k" * critical, x, y, size))
+        body += [svg_phase("another try", "", at(t), y, 0) for t in u.tries if bar.has_run]
+        body.append(svg_text(right - 8, y + 14, bar.took(), ' text-anchor="end"'))
+        body.append(svg_text(right, y + 14, outcome, f' class="{FAILED if u.status == FAILED else "m"}"') + "\n</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
-        body.append(f'<path class="c" d="M{at(b.started):.1f} {rows[a.unit_name] + 16}V{rows[b.unit_name] + 4}"/>')
-    x, y = 8.0, foot + 32 - 20 * (not units)
-    for kind, status, key, meaning in LEGEND if units else ():
+        body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
+    x, y = 8.0, foot + 32 - 20 * (not rows)
+    for kind, status, meaning in LEGEND if rows else ():
         if x + 30 + column * len(meaning) > width:
-            x, y = 8.0, y + row
-        body += [sign(kind, x, y, 24, status, key), text(x + 30, y + 14, meaning, ' class="m"')]
-        body += [again(x + 12, y)] if meaning == "another try" else []
+            x, y = 8.0, y + high
+        body += [svg_phase(kind, status, x, y, 24), svg_text(x + 30, y + 14, meaning)]
+        body += [svg_phase(meaning, "", x + 12, y, 0)] if meaning == "another try" else []
         x += 30 + column * (len(meaning) + 2)
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {sides}>'
-        f"<title>startup timeline</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</svg>\n"
-    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
+    return "\n".join([head, *body, "</svg>\n"])
 
 
 def timeline_as(form: str, graph: Graph) -> str:
     """The timeline in one of its forms for files."""
-    if form == "svg":
-        return timeline_svg(graph)
-    if form in ("json", "trace"):
-        return json_text(timeline_data(graph) if form == "json" else timeline_trace(graph))
-    return timeline_text(graph)
+    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data, "trace": timeline_trace}
+    made = forms.get(form, timeline_text)(graph)
+    return made if isinstance(made, str) else json_text(made)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4238,44 +4213,45 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
     if not names:
         return graph
-    nodes = {n.unit_name: n for n in graph.nodes}
-    todo = list(names)
-    keep: set[str] = set()
-    while todo:
-        name = todo.pop()
-        if name not in nodes:
+    wants = {u.unit_name: u.wants for u in graph.nodes}
+    for name in names:
+        if name not in wants:
             raise NotRegistered(f'no unit "{name}"; see `{PROGRAM} list --all`')
-        if name not in keep:
-            keep.add(name)
-            todo.extend(nodes[name].wants)
-    return Graph(graph.now, [n for n in graph.nodes if n.unit_name in keep])
+    keep = set(reached(names, wants))
+    return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
 
 
-def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True, depth: int = 40) -> str:
+def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
+    """Names and those that they lead to, by way of each other, the nearest first."""
+    found = list(names)
+    seen = set(found)
+    for name in found:
+        new = [each for each in onward.get(name, ()) if each not in seen]
+        found += new
+        seen.update(new)
+    return found
+
+
+def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
     """Dependencies under each unit; what was shown already is only named."""
-    nodes = {n.unit_name: n for n in graph.nodes}
-    wanted = {name for n in graph.nodes for name in n.wants}
-    tops = list(roots) or [n.unit_name for n in graph.nodes if n.unit_name not in wanted]
-    fork, last, bar = (
-        ("\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   ") if unicode else ("|-- ", "`-- ", "|   ")
-    )
+    nodes = {u.unit_name: u for u in graph.nodes}
+    wanted = {name for u in graph.nodes for name in u.wants}
+    fork, last, bar = "|-- ", "`-- ", "|   "
+    if unicode:
+        fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
     lines: list[str] = []
     shown: set[str] = set()
-    todo = [(name, "", "", 0) for name in reversed(tops)]
+    todo = [(name, "", "", 0) for name in reversed(roots or [name for name in nodes if name not in wanted])]
     while todo:
         name, lead, below, level = todo.pop()
-        node = nodes[name]
-        below_these = list(node.wants)
-        text = f"{lead}{name} ({described(node)})"
-        if name in shown and below_these:
-            lines.append(f"{lead}{name} (see above)")
-            continue
-        if level >= depth and below_these:
-            lines.append(f"{text}; `graph {name}` shows what is below")
-            continue
-        lines.append(text)
-        shown.add(name)
-        for i, child in enumerate(reversed(below_these)):
+        wants, more = list(nodes[name].wants), f" ({described(nodes[name])})"
+        if wants and name in shown:
+            wants, more = [], " (see above)"
+        elif wants and level >= 40:
+            wants, more = [], f"{more}; `graph {name}` shows what is below"
+        lines.append(lead + name + more)
+        shown.update([name] if wants else [])
+        for i, child in enumerate(reversed(wants)):
             todo.append((child, below + (fork if i else last), below + (bar if i else "    "), level + 1))
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
@@ -4291,19 +4267,20 @@ def graph_dot(graph: Graph) -> str:
     def quote(text: str) -> str:
         return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
+    def line(what: str, words: list[str], bold: bool) -> str:
+        words += ["color=orangered", "penwidth=3"] if bold else []
+        return f"  {what} [{', '.join(words)}];" if words else f"  {what};"
+
     fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
-    path = [u.unit_name for u, _ in Startup(graph).path]
-    critical, steps, bold = set(path), set(zip(path, path[1:])), ["color=orangered", "penwidth=3"]
+    startup = Startup(graph)
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
     for u in graph.nodes:
         words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
         words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
-        words += bold if u.unit_name in critical else []
-        lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
+        lines.append(line(quote(u.unit_name), words, u.unit_name in startup.critical))
     for name, dependent, requirement in edges_of(graph):
         words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
-        words += bold if (name, dependent) in steps else []
-        lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
+        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, (name, dependent) in startup.steps))
     return "\n".join(lines) + "\n}\n"
 
 
@@ -4314,18 +4291,17 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    path = [u.unit_name for u, _ in Startup(graph).path]
+    startup, edges, bold = Startup(graph), edges_of(graph), "stroke:#d2641e,stroke-width:3px"
+    fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
     lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
-    edges, steps = edges_of(graph), set(zip(path, path[1:]))
     for name, dependent, requirement in edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
-    fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
-    bold = [str(i) for i, edge in enumerate(edges) if edge[:2] in steps]
-    lines += [f"  style {ids[name]} stroke:#d2641e,stroke-width:3px" for name in path]
-    lines += [f"  linkStyle {','.join(bold)} stroke:#d2641e,stroke-width:3px"] if bold else []
+    lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
+    numbers = ",".join(str(i) for i, edge in enumerate(edges) if edge[:2] in startup.steps)
+    lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
     return "\n".join(lines) + "\n"
 
 
@@ -4339,99 +4315,81 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 # -- why ----------------------------------------------------------------------------------------------------
 
 
-def obstacles(unit: UnitStatus, units: dict[str, UnitStatus]) -> dict[str, str]:
-    """What keeps a unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
+def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
+    """What keeps each unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
 
     Units, each in the words of a message: a dependency, or who has the lock that alone is missing.
     """
-    gave_up = unit.status == FAILED and unit.started < 0 and unit.waiting >= 0
-    if unit.status == SKIPPED:
-        found = [d for d, r in unit.wants.items() if units[d].status in HOPELESS[r]]
-    elif unit.status == PENDING or gave_up:
-        found = [d for d, r in unit.wants.items() if units[d].status not in MEETS[r]]
-    else:
-        return {}
-    if not found:
-        locks = unit.blocked_by.items() if unit.is_waiting else ()
-        return {holder: f'lock {lock}, which "{holder}" has' for lock, holder in locks if holder in units}
-    return {d: f'"{d}"' + ("" if unit.wants[d] == SUCCESS else f" ({unit.wants[d]})") for d in found}
+    statuses = {u.unit_name: u.status for u in graph.nodes}
+    found: dict[str, dict[str, str]] = {}
+    for u in graph.nodes:
+        lacks: list[str] = []
+        if u.status == SKIPPED:
+            lacks = [d for d, r in u.wants.items() if statuses[d] in HOPELESS[r]]
+        elif u.status == PENDING or (u.status == FAILED and u.started < 0 and u.waiting >= 0):
+            lacks = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
+        its = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in lacks}
+        if u.is_waiting and not lacks:
+            its = {who: f'lock {lock}, which "{who}" has' for lock, who in u.blocked_by.items() if who in statuses}
+        found[u.unit_name] = its
+    return found
 
 
 def why_text(graph: Graph, name: str) -> str:
     """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
     units = {u.unit_name: u for u in graph.nodes}
-    units.setdefault(name, UnitStatus(name, NOT_REGISTERED, True))
-    held_up: list[str] = []
-    roots: list[UnitStatus] = []
-    todo, seen = [name], {name}
-    for each in todo:
-        found = obstacles(units[each], units)
-        new = [cause for cause in found if cause not in seen]
-        todo += new
-        seen.update(new)
-        if found:
-            held_up.append(story(units[each], graph.now, found) + ".")
-        else:
-            roots.append(units[each])
-    wanted = [u.unit_name for u in graph.nodes if name in u.wants and units[name].status == NOT_REGISTERED]
-    lines = at_most(8, held_up) + at_most(20, stories(roots, units, graph.now))
+    asked = units.get(name) or UnitStatus(name, NOT_REGISTERED, True)
+    found = obstacles(graph)
+    those = [units.get(each, asked) for each in reached([name], found)]
+    lines = stories(8, [u for u in those if found.get(u.unit_name)], graph, found)
+    lines += stories(20, [u for u in those if not found.get(u.unit_name)], graph, found)
+    wanted = [u.unit_name for u in graph.nodes if name in u.wants and asked.status == NOT_REGISTERED]
     return "\n".join(lines + ([f"It is wanted by {names_of(wanted)}."] if wanted else [])) + "\n"
 
 
 def why_all_text(graph: Graph) -> str:
     """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
-    units = {u.unit_name: u for u in graph.nodes}
-    stuck = [u for u in graph.nodes if u.is_waiting or u.status == SKIPPED]
-    directly: dict[str, list[UnitStatus]] = {}  # who is held up by a unit, without others in between
-    for unit in stuck:
-        for cause in obstacles(unit, units):
-            directly.setdefault(cause, []).append(unit)
-    lone = {u.unit_name for u in stuck if not obstacles(u, units)}
+    found = obstacles(graph)
+    stuck = {u.unit_name: u for u in graph.nodes if u.is_waiting or u.status == SKIPPED}
+    directly: dict[str, list[str]] = {}  # who is held up by a unit, without others in between
+    for name in stuck:
+        for cause in found[name]:
+            directly.setdefault(cause, []).append(name)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
-    for unit in graph.nodes:
-        name, runs = unit.unit_name, graph.now - unit.started if unit.status == STARTED else 0.0
-        gone = unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
-        gave_up = standing(unit) in ("gave up", FAILED, "exited")
-        if name in lone or ((name in directly or gone or gave_up or runs >= LONG) and unit not in stuck):
-            groups.setdefault(tuple(u.unit_name for u in directly.get(name, ())), []).append(unit)
-    found: list[tuple[int, float, list[str]]] = []
+    for u in graph.nodes:
+        name, runs = u.unit_name, graph.now - u.started if u.status == STARTED else 0.0
+        gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
+        gave_up = standing(u) in ("gave up", FAILED, "exited")
+        if not found[name] if name in stuck else name in directly or gone or gave_up or runs >= LONG:
+            groups.setdefault(tuple(directly.get(name, ())), []).append(u)
+    parts: list[tuple[int, float, str]] = []
     for above, roots in groups.items():
-        held = list(above)
-        seen = set(held)
-        for name in held:
-            new = [u.unit_name for u in directly.get(name, ()) if u.unit_name not in seen]
-            held += new
-            seen.update(new)
+        held = reached(above, directly)
         roots.sort(key=lambda u: -u.age)
-        lines = at_most(5 if held else 20, stories(roots, units, graph.now))
+        lines = stories(5 if held else 20, roots, graph, found)
         for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
+            those = [name for name in held if (stuck[name].status == SKIPPED) == skipped]
             lines += [f"    {word}: {names_of(those)}"] if those else []
-        found.append((len(held), roots[0].age, lines))
-    found.sort(key=lambda group: (-group[0], -group[1]))
+        parts.append((-len(held), -roots[0].age, "\n".join(lines)))
+    parts.sort(key=lambda part: part[:2])
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return "\n\n".join("\n".join(lines) for _, _, lines in found) + "\n" if found else nothing + "\n"
+    return ("\n\n".join(text for *_, text in parts) or nothing) + "\n"
 
 
-def at_most(most: int, lines: list[str]) -> list[str]:
-    """The first lines, and how many more there are."""
-    return lines[:most] + ([f"({len(lines) - most} more like these)"] if len(lines) > most else [])
-
-
-def stories(roots: list[UnitStatus], units: dict[str, UnitStatus], now: float) -> list[str]:
-    """Sentences on units that nothing else holds up; a name that nobody registered may be misspelt."""
-    known = [u.unit_name for u in units.values() if u.status != NOT_REGISTERED]
+def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
+    """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
     lines = []
-    for i, unit in enumerate(roots):
-        guess = resembling(unit.unit_name, known) if unit.status == NOT_REGISTERED and i < 20 else ""
-        lines.append(story(unit, now, obstacles(unit, units)) + (f'; did you mean "{guess}"?' if guess else "."))
-    return lines
+    for u in units[:most]:
+        known = (other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED)
+        guess = resembling(u.unit_name, known) if u.status == NOT_REGISTERED else ""
+        what = names_of(list(found.get(u.unit_name, {}).values()))
+        lines.append(story(u, graph.now, what) + (f'; did you mean "{guess}"?' if guess else "."))
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
-def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
-    """One unit in one sentence without its full stop; `found` are its obstacles."""
+def story(unit: UnitStatus, now: float, what: str) -> str:
+    """One unit in one sentence without its full stop; `what` keeps or kept it from starting."""
     name, reason = f'"{unit.unit_name}"', f": {unit.reason}" if unit.reason else ""
-    what = names_of(list(found.values()))
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
@@ -4460,7 +4418,7 @@ def story(unit: UnitStatus, now: float, found: dict[str, str]) -> str:
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; its process runs on" if unit.running_on else ""
     if unit.exited >= 0:
-        after = ": ".join(filter(None, (f"; its process ended {span(now - unit.exited)} ago", unit.exit_reason)))
+        after = joined(f"; its process ended {span(now - unit.exited)} ago", unit.exit_reason)
     return f"{ago} after running {span(unit.ended - unit.started)}{tries}{reason}; started{by} {how}{after}{log}"
 
 
