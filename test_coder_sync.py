@@ -2531,6 +2531,21 @@ def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: Wo
     served(shared)
 
 
+@pytest.mark.parametrize("name", [None, 1, [], {}, "", "a\n"])
+def test_a_boot_of_what_is_no_name_is_refused(shared: World, name: Any) -> None:
+    peer = shared.connect()
+    assert peer.call("boot", units=[{"unit": name}])["error"]["message"]
+    assert "uptime" in peer.call("ping")["result"]
+
+
+@pytest.mark.parametrize("value", ["\ud800", "a\0b", None, 1])
+def test_a_variable_that_no_process_can_have_is_refused(shared: World, value: Any) -> None:
+    peer, name = shared.connect(), f"leaves-{next(COUNT)}"
+    assert "result" in peer.call("start", unit=name)
+    assert "must have a text" in peer.call("complete", unit=name, env={"A": value})["error"]["message"]
+    assert "result" in peer.call("complete", unit=name)
+
+
 def test_an_unknown_requirement_is_refused_by_the_agent(shared: World) -> None:
     for requires in ("", "Success", "ended", "completed"):
         for method, params in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]})):
@@ -3568,6 +3583,35 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
     assert process.wait(5) == (-number if number == signal.SIGHUP else 128 + number)
 
 
+def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
+    agent = world.serve()
+    traps = "trap 'echo ended >> out; exit 3' TERM; echo began >> out; while :; do sleep 0.01; done"
+    process = world.popen("run", "a", "--ready", "file:ready", "--", "sh", "-c", traps)
+    out, ready = world.directory / "out", world.directory / "ready"
+    until(out.exists)
+    agent.send_signal(signal.SIGSTOP)
+    ready.touch()
+    time.sleep(1.2)  # longer than from one try to the next
+    process.terminate()
+    until(lambda: out.read_text() == "began\nended\n")
+    agent.send_signal(signal.SIGCONT)
+    assert process.wait(PATIENCE) in (3, 143)
+
+
+@pytest.mark.parametrize("what", ["rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"])
+def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: World, world: World, what: str) -> None:
+    script = f"dir=$(dirname $NOTIFY_SOCKET); {what}; exit 7"
+    world.env.update(TMPDIR=str(world.directory), CODER_AGENT_SOCKET_PATH=shared.path)
+    name = f"untidy-{next(COUNT)}"
+    assert world.run("run", name, "--ready", "notify", "--", "sh", "-c", script).returncode == 7
+    assert shared.client.status(name).reason == "ended before it was ready (exit code 7)"
+    world.env["CODER_AGENT_SOCKET_PATH"] = world.path
+    done = booted(world, {"a": f"# coder-sync: ready notify\n{script}", "b": "echo b"})
+    assert done.returncode == 1 and "failed: a (ended before it was ready (exit code 7))" in done.stderr, done
+    assert done.stdout == "b | b\n"
+    assert not list(world.directory.glob("coder-sync-*"))
+
+
 def children_of(pid: int) -> dict[int, str]:
     """The living and dead children of a process, and the name of each; a dead one's begins with a cross."""
     found = {}
@@ -4128,6 +4172,26 @@ def test_no_timeout_waits_until_it_is_ready(agent: World) -> None:
     agent.waiting("a")
     agent.end("b")
     assert finish(process).returncode == 0
+
+
+def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None:
+    tries = world.directory / "tries"
+    process = world.popen("wait", "--ready", "echo >> tries; false", "--timeout", "30s")
+    until(lambda: tries.exists() and tries.stat().st_size > 2)
+    assert not [name for name in children_of(process.pid).values() if name.startswith("+")]
+    process.kill()
+
+
+@pytest.mark.parametrize("how", ["its time is up", "TERM", "INT"])
+def test_what_a_wait_is_trying_ends_with_it(world: World, how: str) -> None:
+    argv = ["wait", "--ready", "echo $$ > pid; sleep 60", "--timeout", "500ms" if how == "its time is up" else "60s"]
+    process, file = world.popen(*argv), world.directory / "pid"
+    until(lambda: file.exists() and file.read_text().endswith("\n"))
+    if how != "its time is up":
+        process.send_signal(getattr(signal, f"SIG{how}"))
+    done = finish(process)
+    assert done.returncode == {"its time is up": 124, "TERM": 143, "INT": 130}[how], done
+    until(lambda: not alive(int(file.read_text())))
 
 
 def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> None:
@@ -7186,6 +7250,32 @@ def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world:
     done = [finish(process) for process in running]
     assert sorted(d.returncode for d in done) == [0, 1, 1] and len(read_lines(world.directory / "ran")) == 6, done
     assert sum(" by " in d.stderr for d in done) == 2
+
+
+def test_a_boot_that_finds_an_agent_about_to_end_is_the_agent_itself(world: World) -> None:
+    gate, files = Gate(world), {"a": "echo a; $SYNC complete a -q"}
+    late = "was = coder_sync.Boot.finish\ndef finish(boot):\n    open('gate').read()\n    return was(boot)\n"
+    one = booting(world, files, patch=late + "coder_sync.Boot.finish = finish")  # its units have ended; it has not
+    gate.reached()
+    two = booting(world, files)
+    time.sleep(0.3)  # it asks again and again
+    assert two.poll() is None
+    gate.open()
+    for done in (finish(one), finish(two)):
+        assert done.returncode == 0 and done.stdout == "a | a\n" and "1 completed" in done.stderr, done
+
+
+def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(world: World) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(world.path)
+    listener.listen()
+    boot = booting(world, {"a": "echo a"})
+    asked, _ = listener.accept()
+    assert b'"boot"' in asked.recv(65536)
+    listener.close()
+    asked.close()
+    done = finish(boot)
+    assert done.returncode == 0 and done.stdout == "a | a\n", done
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a socket away")
