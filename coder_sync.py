@@ -729,6 +729,9 @@ class Units:
                 row.owner = self._owner(other)
                 row.waits_for = self._waits_for(other) if other.status == PENDING else []
             rows.append(row)
+        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
+            rows.append(Dependency(unit.name, "free", STARTED, False, "start", round(now - unit.since, 3)))
+            rows[-1].owner = self._owner(unit)
         for lock, holder in self._busy(unit) if unmet_only else ():
             row = Dependency(lock.label(), "free", "taken", False, "lock", round(now - holder.started, 3))
             row.reason, row.owner = f"{holder.name} has it", self._owner(holder)
@@ -2422,8 +2425,9 @@ class Agent:
         spec = METHODS.get(method)
         if spec is None:
             raise MethodNotFound(f"no such method: {one_line(method)[:60]}; there are {', '.join(METHODS)}")
-        if request in connection.pending:
-            raise InvalidRequest(f"id {one_line(ascii(request))[:60]} is in use by a request that still waits")
+        if request in connection.pending or request in connection.unconfirmed:
+            taken = "is in use by a request that still waits for its answer, or is to be confirmed"
+            raise InvalidRequest(f"id {one_line(ascii(request))[:60]} {taken}")
         params = check_params(spec, message.get("params", {}))
         if self.log.level > 1:
             shown = {name: value for name, value in params.items() if name != "env"}
@@ -2683,15 +2687,13 @@ class Agent:
         return {}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Say which registered name each unregistered one may have meant: none that waits for the asker. Takes long."""
-        unknown = [row for row in rows if row.current_status == NOT_REGISTERED][:20]
-        if unknown:
+        """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
+        for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             with self.lock:
-                unit = self.units.units.get(asker)
-                behind = self.units.dependents(unit) if unit else set()
+                units = [self.units.units[name] for name in (row.depends_on, asker) if name in self.units.units]
+                behind = set().union(*map(self.units.dependents, units))
                 names = [name for name in self.units.names() if name not in behind]
-            for row in unknown:
-                row.did_you_mean = resembling(row.depends_on, names)
+            row.did_you_mean = resembling(row.depends_on, names)
 
     # -- owners -------------------------------------------------------------------------------------------
 
@@ -3078,10 +3080,13 @@ def serve(
         if pid_to:
             at_end.callback(remove, pid_file, os.fstat(pid_to.fileno()))
         ready = detach() if background else -1
-        for file in (lock, pid_to.fileno() if pid_to else -1):
+        for name, file in ((path + ".lock", lock), (pid_file, pid_to.fileno() if pid_to else -1)):
             if file >= 0:
-                os.ftruncate(file, 0)
-                os.pwrite(file, b"%d\n" % os.getpid(), 0)
+                try:
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, b"%d\n" % os.getpid(), 0)
+                except OSError as error:
+                    raise Refused(f"cannot write {name}: {error.strerror}") from None
 
         signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
         if body:  # which may end in a command that takes our place
@@ -4500,10 +4505,15 @@ def at_most(most: int, lines: list[str]) -> list[str]:
 
 def stories(roots: list[UnitStatus], units: dict[str, UnitStatus], now: float) -> list[str]:
     """Sentences on units that nothing else holds up; a name that nobody registered may be misspelt."""
-    known = [u.unit_name for u in units.values() if u.status != NOT_REGISTERED]
     lines = []
     for i, unit in enumerate(roots):
-        guess = resembling(unit.unit_name, known) if unit.status == NOT_REGISTERED and i < 20 else ""
+        guess = ""
+        if unit.status == NOT_REGISTERED and i < 20:
+            behind = [unit.unit_name]
+            for name in behind:
+                behind += [u.unit_name for u in units.values() if name in u.wants and u.unit_name not in behind]
+            known = [u.unit_name for u in units.values() if u.status != NOT_REGISTERED and u.unit_name not in behind]
+            guess = resembling(unit.unit_name, known)
         lines.append(story(unit, now, obstacles(unit, units)) + (f'; did you mean "{guess}"?' if guess else "."))
     return lines
 
@@ -6277,8 +6287,7 @@ class Run:
                     self.report("exited", "its end", reason=ending(code))
                     return shell_status(code)
                 if not why:
-                    self.complete()
-                    return 0
+                    return 0 if self.complete() else 1
                 if not more or self.came:
                     outcome = f"its outcome (exit code {shell_status(code)})"
                     self.report("fail", outcome, reason=why, exit_code=shell_status(code))
@@ -6329,12 +6338,15 @@ class Run:
         self.complete()
         self.report("running", "that it runs on")
 
-    def complete(self) -> None:
-        """The unit is done, unless what the command left for others cannot be read."""
+    def complete(self) -> bool:
+        """The unit is done, unless what the command left for others cannot be read: then it has failed."""
         try:
             self.report("complete", "its outcome (exit code 0)", env=exported(self.left))
         except Refused as error:
+            put(f"error: {self.unit}: {error}\n", 2)
             self.report("fail", "its outcome (exit code 0)", reason=str(error))
+            return False
+        return True
 
     def report(self, method: str, what: str, **params: Any) -> None:
         """Tell the agent; without it the command goes on all the same."""

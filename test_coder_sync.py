@@ -2546,6 +2546,25 @@ def test_a_variable_that_no_process_can_have_is_refused(shared: World, value: An
     assert "result" in peer.call("complete", unit=name)
 
 
+def test_the_id_of_an_answer_that_is_to_be_confirmed_is_in_use(shared: World) -> None:
+    peer, one, two = shared.connect(), f"one-{next(COUNT)}", f"two-{next(COUNT)}"
+    assert "result" in peer.call("start", unit=one, confirm=True)
+    assert "is in use" in peer.call("start", unit=two, confirm=True)["error"]["message"]
+    assert peer.call("confirm", 2, id=1)["result"] == {"confirmed": True}
+    assert "result" in peer.call("start", unit=two)
+
+
+def test_who_waits_for_a_start_to_be_confirmed_hears_so(shared: World) -> None:
+    peer, name = shared.connect(), f"unconfirmed-{next(COUNT)}"
+    assert "result" in peer.call("start", unit=name, confirm=True)
+    other = shared.connect()
+    other.request("start", unit=name, progress=True)
+    (row,) = other.read()["params"]["missing"]
+    assert (row["depends_on"], row["current_status"]) == (name, "started") and row["owner"]["pid"]
+    peer.close()
+    assert "result" in other.read()
+
+
 def test_an_unknown_requirement_is_refused_by_the_agent(shared: World) -> None:
     for requires in ("", "Success", "ended", "completed"):
         for method, params in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]})):
@@ -3610,6 +3629,26 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     assert done.returncode == 1 and "failed: a (ended before it was ready (exit code 7))" in done.stderr, done
     assert done.stdout == "b | b\n"
     assert not list(world.directory.glob("coder-sync-*"))
+
+
+def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
+    name = f"junk-{next(COUNT)}"
+    done = shared.run("run", name, "--", "sh", "-c", "echo junk > $CODER_SYNC_ENV")
+    assert (done.returncode, shared.status(name)) == (1, "failed")
+    assert done.stderr == f"error: {name}: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_pid_file_on_a_full_disk_ends_in_a_message(world: World) -> None:
+    done = world.run("serve", "--pid-file", "/dev/full")
+    assert done.returncode == 1 and done.stderr.startswith("error: cannot write /dev/full: "), done
+
+
+def test_nothing_is_said_to_mean_what_waits_for_it(agent: World) -> None:
+    agent.run("start", "pip-install", "--want", "apt-install", "--timeout", "10ms")
+    said = agent.run("start", "other", "--want", "apt-install", "--timeout", "10ms").stderr
+    said += agent.ok("why", "pip-install") + agent.ok("why") + agent.ok("status", "pip-install")
+    assert '"apt-install" is not registered' in said and "id you mean" not in said, said
 
 
 def children_of(pid: int) -> dict[int, str]:
@@ -7995,7 +8034,7 @@ def late(*args):
     ("owner", "name"),
     [
         ("coder_sync.Boot", "finish"),
-        ("coder_sync.Boot", "remove_directory"),
+        ("coder_sync", "remove_directory"),
         ("coder_sync", "boot_at"),
         ("coder_sync", "timeline_as"),
     ],
