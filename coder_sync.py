@@ -3077,7 +3077,7 @@ def serve(
             pid_to = at_end.enter_context(open(pid_file, "w", encoding="ascii")) if pid_file else None
         except OSError as error:
             raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
-        if pid_to:
+        if pid_to and os.path.isfile(pid_file):  # a device is not ours to remove
             at_end.callback(remove, pid_file, os.fstat(pid_to.fileno()))
         ready = detach() if background else -1
         for name, file in ((path + ".lock", lock), (pid_file, pid_to.fileno() if pid_to else -1)):

@@ -3638,10 +3638,17 @@ def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(
     assert done.stderr == f"error: {name}: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE\n"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_pid_file_on_a_full_disk_ends_in_a_message(world: World) -> None:
-    done = world.run("serve", "--pid-file", "/dev/full")
-    assert done.returncode == 1 and done.stderr.startswith("error: cannot write /dev/full: "), done
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a device")
+def test_a_pid_file_on_a_full_disk_ends_in_a_message_and_a_device_stays(world: World) -> None:
+    full = world.directory / "full"
+    try:
+        os.mknod(full, 0o600 | stat.S_IFCHR, os.makedev(1, 7))
+        full.write_text("")
+    except OSError:
+        pytest.skip("no devices here")
+    done = world.run("serve", "--pid-file", str(full))
+    assert done.returncode == 1 and done.stderr.startswith(f"error: cannot write {full}: "), done
+    assert full.is_char_device()
 
 
 def test_nothing_is_said_to_mean_what_waits_for_it(agent: World) -> None:
