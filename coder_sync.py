@@ -4699,7 +4699,7 @@ def check_interpreter(path: str, text: bytes) -> str:
     """What keeps a file from being run, or nothing."""
     if not os.access(path, os.X_OK):
         return f"not executable; chmod +x {path}"
-    first = text.split(b"\n", 1)[0].decode(errors="replace")
+    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
@@ -4711,7 +4711,8 @@ def check_interpreter(path: str, text: bytes) -> str:
 
         program = program_of_env(words[1:])
         return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
-    return "" if os.access(program, os.X_OK) else f"its interpreter {program} does not exist or cannot be run"
+    good = os.path.isfile(program) and os.access(program, os.X_OK)
+    return "" if good else f"its interpreter {program} does not exist or cannot be run"
 
 
 def program_of_env(words: list[str]) -> str:

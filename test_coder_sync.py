@@ -3651,6 +3651,13 @@ def test_a_pid_file_on_a_full_disk_ends_in_a_message_and_a_device_stays(world: W
     assert full.is_char_device()
 
 
+def test_a_nul_in_the_first_line_ends_it_as_for_the_system(world: World) -> None:
+    files = {"a": "#!/bin/sh\0x\n", "b": "#!/bin/\0sh\n", "c": "#!/usr/bin/env sh\0\n"}
+    done = world.run("boot", "--check", startup(world, files))
+    assert done.returncode == 2 and done.stderr.count("\n") == 2, done
+    assert "b:1: its interpreter /bin/ does not exist or cannot be run" in done.stderr
+
+
 def test_nothing_is_said_to_mean_what_waits_for_it(agent: World) -> None:
     agent.run("start", "pip-install", "--want", "apt-install", "--timeout", "10ms")
     said = agent.run("start", "other", "--want", "apt-install", "--timeout", "10ms").stderr
@@ -8413,7 +8420,8 @@ def odd_value(chance: random.Random, depth: int = 0) -> Any:
 
 def odd_line(chance: random.Random) -> bytes:
     """A request, mutated more or less."""
-    method = chance.choice([*coder_sync.METHODS, *coder_sync.METHODS, "shutdown?", ""])
+    methods = [method for method in coder_sync.METHODS if method != "shutdown"]  # which would do as it says
+    method = chance.choice([*methods, *methods, "shutdown?", ""])
     names = [*coder_sync.METHODS.get(method, {}), "more"]
     params: Any = {name: odd_value(chance) for name in names if chance.random() < 0.7}
     if "unit" in params and chance.random() < 0.7:
@@ -8452,7 +8460,8 @@ def test_attack_with_lines(world: World) -> None:
 
 
 HEADER_WORDS = ["unit", "want", "timeout", "extern", "unti", "a", "b", "''", '"', "\\", "--requires", "start", "10m",
-                "-5", "\u00e9", "\x00", "\t", "#", "$(false)", "a" * 300, ","]  # fmt: skip
+                "-5", "\u00e9", "\x00", "\t", "#", "$(false)", "a" * 300, ",", "ready", "lock", "retry", "after",
+                "before", "tcp:x"]  # fmt: skip
 
 
 @pytest.mark.attack
