@@ -540,10 +540,10 @@ class Units:
         Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
         """
         self._check_waits(len(members))
-        if len({name for name, _, _ in members}) < len(members):
+        if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
         for name, wants, _ in members:
-            unit = self.units.get(check_name(name))
+            unit = self.units.get(name)
             for requires in wants.values():
                 check_requirement(requires)
             claim = next(iter(unit.line), unit.holder) if unit else None
@@ -713,6 +713,9 @@ class Units:
                 row.owner = self._owner(other)
                 row.waits_for = self._waits_for(other) if other.status == PENDING else []
             rows.append(row)
+        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
+            rows.append(Dependency(unit.name, "free", STARTED, False, "start", round(now - unit.since, 3)))
+            rows[-1].owner = self._owner(unit)
         for lock, holder in self._busy(unit) if unmet_only else ():
             row = Dependency(lock.label(), "free", "taken", False, "lock", round(now - holder.started, 3))
             row.reason, row.owner = f"{holder.name} has it", self._owner(holder)
@@ -1466,6 +1469,13 @@ def end_on_term() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
+def let_children_go() -> None:
+    """Have the system take the ends of our children, which nobody asks for."""
+    import _signal as signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
 def supervise(
     command: list[str], env: dict[bytes, bytes], readiness: Readiness | None = None, came: list[int] | None = None
 ) -> int:
@@ -1643,7 +1653,7 @@ class Prober:
     def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
         import threading
 
-        self.error = "not tried yet"
+        self.error = "its first try has not ended"
         self._text, self._env = text, env
         self._group = 0  # of a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -1731,7 +1741,7 @@ class Prober:
                     file_actions=[*streams, (os.POSIX_SPAWN_DUP2, write, 3)],
                     setpgroup=0,
                     setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD],
                 )
             os.close(write)
             write = -1
@@ -1782,13 +1792,14 @@ class Notified:
     def close(self) -> None:
         """Listen no more."""
         self._sock.close()
-        os.unlink(self._path)
+        remove(self._path)  # unless the command did
 
 
 class Readiness:
     """Whether the command that `supervise` runs is ready, or has not been for too long and is ended.
 
-    `look` is called at each SIGCHLD; a thread sends one when there is something to see. `on_ready` is called there.
+    `look` is called at each SIGCHLD; a thread sends one when there is something to see. `on_ready` runs in a thread of
+    its own, so that signals are passed on while it does.
     """
 
     GRACE = 10.0  # seconds from TERM to KILL
@@ -1796,6 +1807,7 @@ class Readiness:
     def __init__(self, prober: Callable[[], Prober | Notified], timeout: float, on_ready: Callable[[], None]) -> None:
         self.prober: Prober | Notified | None = None
         self.is_ready = self.is_late = False
+        self._reporting: Any = None  # the thread of `on_ready`
         self._make, self._timeout, self._on_ready = prober, timeout, on_ready
 
     def begin(self) -> None:
@@ -1820,8 +1832,11 @@ class Readiness:
     def look(self, pid: int) -> None:
         """See whether the command is ready, or late."""
         if self.prober and not self.is_ready and not self.is_late and self.prober.ready():
+            from threading import Thread
+
             self.is_ready = True
-            self._on_ready()
+            self._reporting = Thread(target=self._on_ready, daemon=True)
+            self._reporting.start()
         elif not self.is_ready and time.monotonic() >= self._deadline:
             os.kill(pid, 9 if self.is_late and time.monotonic() >= self._deadline + self.GRACE else 15)
             self.is_late = True
@@ -1835,7 +1850,9 @@ class Readiness:
         return f"ended before it was ready ({ending(code)})"
 
     def close(self) -> None:
-        """Probe no more."""
+        """Probe no more; what `on_ready` does comes to its end."""
+        if self._reporting:
+            self._reporting.join()
         if self.prober:
             self.prober.close()
 
@@ -1843,6 +1860,15 @@ class Readiness:
 # -- what a command leaves to others ----------------------------------------------------------------------------
 
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+
+
+def remove(path: str, only: os.stat_result | None = None) -> None:
+    """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
+    try:
+        if only is None or os.path.samestat(os.lstat(path), only):
+            os.unlink(path)
+    except OSError:
+        pass
 
 
 def private_file() -> tuple[int, str]:
@@ -1872,6 +1898,17 @@ def private_directory() -> str:
         except OSError:
             break
     return ""
+
+
+def remove_directory(path: str) -> None:
+    """Remove a private directory with all that a command may have left in it, if it is still there."""
+    for directory, _, files in os.walk(path, topdown=False):
+        try:
+            for name in files:
+                os.unlink(os.path.join(directory, name))
+            os.rmdir(directory)
+        except OSError:
+            pass
 
 
 def exported(path: str) -> dict[str, str]:
@@ -2000,7 +2037,7 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
     for name, value in env.items():
         if not (name.isidentifier() and name.isascii()):
             raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
-        if type(value) is not str or "\0" in value:
+        if type(value) is not str or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
             raise Refused(f"the environment variable {name} must have a text for a value")
     if sum(len(k) + len(v) for k, v in env.items()) > MAX_LINE:
         raise Refused(f"the environment that a unit leaves may have {MAX_LINE} characters")
@@ -2231,6 +2268,7 @@ class Agent:
         self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
+        self.lives_for: list[Claim] = []  # those of the boot with which we end
         # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
         self.owners: dict[Claim | str, tuple[Owner, int]] = {}
         self._owners_wake = os.pipe()
@@ -2346,8 +2384,9 @@ class Agent:
         spec = METHODS.get(method)
         if spec is None:
             raise MethodNotFound(f"no such method: {one_line(method)[:60]}; there are {', '.join(METHODS)}")
-        if request in connection.pending:
-            raise InvalidRequest(f"id {one_line(ascii(request))[:60]} is in use by a request that still waits")
+        if request in connection.pending or request in connection.unconfirmed:
+            taken = "is in use by a request that still waits for its answer, or is to be confirmed"
+            raise InvalidRequest(f"id {one_line(ascii(request))[:60]} {taken}")
         params = check_params(spec, message.get("params", {}))
         if self.log.level > 1:
             shown = {name: value for name, value in params.items() if name != "env"}
@@ -2525,9 +2564,16 @@ class Agent:
         if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
             return {"units": len(members)}
         connection.members = []
+        if self.lives_for and all(map(self.units.is_over, self.lives_for)):
+            raise Unreachable("the agent is shutting down")
         ticket, owner = Ticket(connection, None), connection.caller(hold=True)
         connection.claims.update((claim, claim) for claim in self.units.boot(members, ticket, owner, max(0, jobs)))
         return {"units": len(members)}
+
+    def live_for_claims(self) -> None:
+        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
+        with self.lock:
+            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
 
     def _complete(self, connection: Connection, request: Any, unit: str, env: dict[str, Any]) -> dict[str, Any]:
         self.units.complete(unit, self._reporter(connection, unit), check_environment(env))
@@ -2604,15 +2650,13 @@ class Agent:
         return {}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Say which registered name each unregistered one may have meant: none that waits for the asker. Takes long."""
-        unknown = [row for row in rows if row.current_status == NOT_REGISTERED][:20]
-        if unknown:
+        """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
+        for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             with self.lock:
-                unit = self.units.units.get(asker)
-                behind = self.units.dependents(unit) if unit else set()
+                units = [self.units.units[name] for name in (row.depends_on, asker) if name in self.units.units]
+                behind = set().union(*map(self.units.dependents, units))
                 names = [name for name in self.units.names() if name not in behind]
-            for row in unknown:
-                row.did_you_mean = resembling(row.depends_on, names)
+            row.did_you_mean = resembling(row.depends_on, names)
 
     # -- owners -------------------------------------------------------------------------------------------
 
@@ -2895,15 +2939,6 @@ def bind(path: str, replace: bool = False) -> Any:
     return sock
 
 
-def remove(path: str, only: os.stat_result | None = None) -> None:
-    """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
-    try:
-        if only is None or os.path.samestat(os.lstat(path), only):
-            os.unlink(path)
-    except OSError:
-        pass
-
-
 def inherited_socket() -> Any:
     """The listening socket that a supervisor handed over, or None; the protocol is that of sd_listen_fds(3)."""
     import socket
@@ -3009,7 +3044,7 @@ def serve(
                         at_end.callback(remove, pid_file, os.fstat(file.fileno()))
                     file.write(f"{os.getpid()}\n")
         except OSError as error:
-            raise Refused(f"cannot write {error.filename}: {error.strerror}") from None
+            raise Refused(f"cannot write {error.filename or pid_file or log_file}: {error.strerror}") from None
         agent = Agent(log)
         server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
         log.say(f"listening at {path} (pid {os.getpid()})")
@@ -4380,7 +4415,10 @@ def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, d
     """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
     lines = []
     for u in units[:most]:
-        known = (other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED)
+        behind = [u.unit_name]  # what waits for it is not what was meant
+        for name in behind if u.status == NOT_REGISTERED else ():
+            behind += [n.unit_name for n in graph.nodes if name in n.wants and n.unit_name not in behind]
+        known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
         guess = resembling(u.unit_name, known) if u.status == NOT_REGISTERED else ""
         what = names_of(list(found.get(u.unit_name, {}).values()))
         lines.append(story(u, graph.now, what) + (f'; did you mean "{guess}"?' if guess else "."))
@@ -4567,7 +4605,7 @@ def check_interpreter(path: str, text: bytes) -> str:
     """What keeps a file from being run, or nothing."""
     if not os.access(path, os.X_OK):
         return f"not executable; chmod +x {path}"
-    first = text.split(b"\n", 1)[0].decode(errors="replace")
+    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
@@ -4579,7 +4617,8 @@ def check_interpreter(path: str, text: bytes) -> str:
 
         program = program_of_env(words[1:])
         return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
-    return "" if os.access(program, os.X_OK) else f"its interpreter {program} does not exist or cannot be run"
+    good = os.path.isfile(program) and os.access(program, os.X_OK)
+    return "" if good else f"its interpreter {program} does not exist or cannot be run"
 
 
 def program_of_env(words: list[str]) -> str:
@@ -4805,8 +4844,6 @@ class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
     def __init__(self, scripts: list[Script], options: BootOptions, signals: Signals) -> None:
-        import select
-
         self.jobs = {s.unit: Job(s) for s in scripts}
         self.options, self.signals = options, signals
         self.unfinished = len(scripts)
@@ -4816,9 +4853,6 @@ class Boot:
         self.look_at = NEVER  # when to look which of them have gone
         self.out = Output(self.jobs, options.quiet)
         self.paused = self.log_trouble = False
-        self.poll = select.poll()
-        self.handlers: dict[int, Callable[[], None]] = {}
-        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
         self.channel: Channel | None = None
         self.claimed = False
         self.heard = self.began = time.monotonic()
@@ -4833,10 +4867,14 @@ class Boot:
     def run(self, channel: Channel, claimed: Callable[[], None] = lambda: None) -> int:
         """Boot against an agent; return the exit status. Calls `claimed` when it has let us.
 
-        Raises Refused if it does not, and Unreachable.
+        Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
+        import select
         from threading import Thread
 
+        self.poll = select.poll()
+        self.handlers: dict[int, Callable[[], None]] = {}
+        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
         self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
@@ -4875,7 +4913,9 @@ class Boot:
             os.write(write, bytes([signal.SIGCHLD]))  # so that there is something to read
             late = [n for n in os.read(numbers, 4096) if n != signal.SIGCHLD]
             self.signal = self.signal or (late[0] if late else 0)
-            self.remove_directory()
+            remove_directory(self.directory)
+            for fd in (numbers, write, self.null):
+                os.close(fd)
 
     # -- the loop -----------------------------------------------------------------------------------------
 
@@ -5500,16 +5540,6 @@ class Boot:
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
         return text + "".join(line + "\n" for line in lines)
 
-    def remove_directory(self) -> None:
-        """Remove the files of commands."""
-        if self.directory:
-            try:
-                for name in os.listdir(self.directory):
-                    os.unlink(os.path.join(self.directory, name))
-                os.rmdir(self.directory)
-            except OSError:
-                pass
-
 
 def pieces(line: bytes) -> Iterator[bytes]:
     """A line in pieces of at most CUT bytes, cut between characters."""
@@ -6055,8 +6085,7 @@ class Run:
                     self.report("exited", "its end", reason=ending(code))
                     return shell_status(code)
                 if not why:
-                    self.complete()
-                    return 0
+                    return 0 if self.complete() else 1
                 if not more or self.came:
                     outcome = f"its outcome (exit code {shell_status(code)})"
                     self.report("fail", outcome, reason=why, exit_code=shell_status(code))
@@ -6071,10 +6100,7 @@ class Run:
                 more, delay = more - 1, min(2 * delay, 30.0)
                 self.report("retry", detail, detail=detail)
         finally:
-            for name in os.listdir(self.directory) if self.directory else ():
-                remove(os.path.join(self.directory, name))
-            if self.directory:
-                os.rmdir(self.directory)
+            remove_directory(self.directory)
 
     def once(self, readiness: Readiness | None) -> tuple[int, str]:
         """Run the command once; return its exit status and, unless it ended well, why the unit has failed."""
@@ -6110,12 +6136,15 @@ class Run:
         self.complete()
         self.report("running", "that it runs on")
 
-    def complete(self) -> None:
-        """The unit is done, unless what the command left for others cannot be read."""
+    def complete(self) -> bool:
+        """The unit is done, unless what the command left for others cannot be read: then it has failed."""
         try:
             self.report("complete", "its outcome (exit code 0)", env=exported(self.left))
         except Refused as error:
+            put(f"error: {self.unit}: {error}\n", 2)
             self.report("fail", "its outcome (exit code 0)", reason=str(error))
+            return False
+        return True
 
     def report(self, method: str, what: str, **params: Any) -> None:
         """Tell the agent; without it the command goes on all the same."""
@@ -6179,16 +6208,25 @@ def boot_at(path: str, boot: Boot) -> int:
     if path == DEFAULT_SOCKET and os.path.lexists(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
         owner = user_name(os.lstat(path).st_uid)
         raise Refused(f"{path} belongs to {owner}, not to you or root; choose another --socket-path")
-    try:
-        channel = Channel(path)
-    except Unreachable:
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    while True:
         try:
-            return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
-        except Refused:
-            if boot.channel:
-                raise
-            channel = Channel(path, CONNECT_TIMEOUT)  # another agent was faster
-    return boot.run(channel)
+            channel = Channel(path)
+        except Unreachable:
+            try:
+                return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
+            except Refused:  # another agent was faster, or is about to go
+                if boot.channel or time.monotonic() >= deadline:
+                    raise
+        else:
+            with channel:
+                try:
+                    return boot.run(channel)
+                except Unreachable:  # it was about to end
+                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
+                        raise
+                    boot.channel = None
+        time.sleep(0.02)
 
 
 def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
@@ -6196,9 +6234,14 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None])
     from socket import socketpair
     from threading import Thread
 
+    def claimed() -> None:
+        if not boot.options.stay:
+            agent.live_for_claims()
+        accept()
+
     ours, theirs = socketpair()
     Thread(target=agent.serve_connection, args=(theirs, WakeUp()), daemon=True).start()
-    return boot.run(Channel(path, sock=ours), accept)
+    return boot.run(Channel(path, sock=ours), claimed)
 
 
 def completed_at(path: str) -> set[str]:
@@ -6224,14 +6267,22 @@ def cmd_wait(args: Args) -> int:
     for probe in args.ready:
         check_probe(probe)
     began, report = time.monotonic(), Reporter(args, "")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
-    if args.units:
-        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    for prober in probers.values():
-        if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
-            lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
-            put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
-            return TimedOut.exit_code
+    probers: dict[str, Prober] = {}
+    if args.ready:
+        let_children_go()
+        end_on_term()
+    try:
+        probers.update((probe, Prober(probe, environment())) for probe in args.ready)
+        if args.units:
+            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+        for prober in probers.values():
+            if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
+                lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
+                put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
+                return TimedOut.exit_code
+    finally:  # what is being tried does not outlive us
+        for prober in probers.values():
+            prober.close()
     took = time.monotonic() - began
     waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
     say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)

@@ -2548,6 +2548,40 @@ def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: Wo
     served(shared)
 
 
+@pytest.mark.parametrize("name", [None, 1, [], {}, "", "a\n"])
+def test_a_boot_of_what_is_no_name_is_refused(shared: World, name: Any) -> None:
+    peer = shared.connect()
+    assert peer.call("boot", units=[{"unit": name}])["error"]["message"]
+    assert "uptime" in peer.call("ping")["result"]
+
+
+@pytest.mark.parametrize("value", ["\ud800", "a\0b", None, 1])
+def test_a_variable_that_no_process_can_have_is_refused(shared: World, value: Any) -> None:
+    peer, name = shared.connect(), f"leaves-{next(COUNT)}"
+    assert "result" in peer.call("start", unit=name)
+    assert "must have a text" in peer.call("complete", unit=name, env={"A": value})["error"]["message"]
+    assert "result" in peer.call("complete", unit=name)
+
+
+def test_the_id_of_an_answer_that_is_to_be_confirmed_is_in_use(shared: World) -> None:
+    peer, one, two = shared.connect(), f"one-{next(COUNT)}", f"two-{next(COUNT)}"
+    assert "result" in peer.call("start", unit=one, confirm=True)
+    assert "is in use" in peer.call("start", unit=two, confirm=True)["error"]["message"]
+    assert peer.call("confirm", 2, id=1)["result"] == {"confirmed": True}
+    assert "result" in peer.call("start", unit=two)
+
+
+def test_who_waits_for_a_start_to_be_confirmed_hears_so(shared: World) -> None:
+    peer, name = shared.connect(), f"unconfirmed-{next(COUNT)}"
+    assert "result" in peer.call("start", unit=name, confirm=True)
+    other = shared.connect()
+    other.request("start", unit=name, progress=True)
+    (row,) = other.read()["params"]["missing"]
+    assert (row["depends_on"], row["current_status"]) == (name, "started") and row["owner"]["pid"]
+    peer.close()
+    assert "result" in other.read()
+
+
 def test_an_unknown_requirement_is_refused_by_the_agent(shared: World) -> None:
     for requires in ("", "Success", "ended", "completed"):
         for method, params in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]})):
@@ -3607,6 +3641,69 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
     assert process.wait(5) == (-number if number == signal.SIGHUP else 128 + number)
 
 
+def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
+    agent = world.serve()
+    traps = "trap 'echo ended >> out; exit 3' TERM; echo began >> out; while :; do sleep 0.01; done"
+    process = world.popen("run", "a", "--ready", "file:ready", "--", "sh", "-c", traps)
+    out, ready = world.directory / "out", world.directory / "ready"
+    until(out.exists)
+    agent.send_signal(signal.SIGSTOP)
+    ready.touch()
+    time.sleep(1.2)  # longer than from one try to the next
+    process.terminate()
+    until(lambda: out.read_text() == "began\nended\n")
+    agent.send_signal(signal.SIGCONT)
+    assert process.wait(PATIENCE) in (3, 143)
+
+
+@pytest.mark.parametrize("what", ["rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"])
+def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: World, world: World, what: str) -> None:
+    script = f"dir=$(dirname $NOTIFY_SOCKET); {what}; exit 7"
+    world.env.update(TMPDIR=str(world.directory), CODER_AGENT_SOCKET_PATH=shared.path)
+    name = f"untidy-{next(COUNT)}"
+    assert world.run("run", name, "--ready", "notify", "--", "sh", "-c", script).returncode == 7
+    assert shared.client.status(name).reason == "ended before it was ready (exit code 7)"
+    world.env["CODER_AGENT_SOCKET_PATH"] = world.path
+    done = booted(world, {"a": f"# coder-sync: ready notify\n{script}", "b": "echo b"})
+    assert done.returncode == 1 and "failed: a (ended before it was ready (exit code 7))" in done.stderr, done
+    assert done.stdout == "b | b\n"
+    assert not list(world.directory.glob("coder-sync-*"))
+
+
+def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
+    name = f"junk-{next(COUNT)}"
+    done = shared.run("run", name, "--", "sh", "-c", "echo junk > $CODER_SYNC_ENV")
+    assert (done.returncode, shared.status(name)) == (1, "failed")
+    assert done.stderr == f"error: {name}: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a device")
+def test_a_pid_file_on_a_full_disk_ends_in_a_message_and_a_device_stays(world: World) -> None:
+    full = world.directory / "full"
+    try:
+        os.mknod(full, 0o600 | stat.S_IFCHR, os.makedev(1, 7))
+        full.write_text("")
+    except OSError:
+        pytest.skip("no devices here")
+    done = world.run("serve", "--pid-file", str(full))
+    assert done.returncode == 1 and done.stderr.startswith(f"error: cannot write {full}: "), done
+    assert full.is_char_device()
+
+
+def test_a_nul_in_the_first_line_ends_it_as_for_the_system(world: World) -> None:
+    files = {"a": "#!/bin/sh\0x\n", "b": "#!/bin/\0sh\n", "c": "#!/usr/bin/env sh\0\n"}
+    done = world.run("boot", "--check", startup(world, files))
+    assert done.returncode == 2 and done.stderr.count("\n") == 2, done
+    assert "b:1: its interpreter /bin/ does not exist or cannot be run" in done.stderr
+
+
+def test_nothing_is_said_to_mean_what_waits_for_it(agent: World) -> None:
+    agent.run("start", "pip-install", "--want", "apt-install", "--timeout", "10ms")
+    said = agent.run("start", "other", "--want", "apt-install", "--timeout", "10ms").stderr
+    said += agent.ok("why", "pip-install") + agent.ok("why") + agent.ok("status", "pip-install")
+    assert '"apt-install" is not registered' in said and "id you mean" not in said, said
+
+
 def children_of(pid: int) -> dict[int, str]:
     """The living and dead children of a process, and the name of each; a dead one's begins with a cross."""
     found = {}
@@ -4166,6 +4263,26 @@ def test_no_timeout_waits_until_it_is_ready(agent: World) -> None:
     agent.waiting("a")
     agent.end("b")
     assert finish(process).returncode == 0
+
+
+def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None:
+    tries = world.directory / "tries"
+    process = world.popen("wait", "--ready", "echo >> tries; false", "--timeout", "30s")
+    until(lambda: tries.exists() and tries.stat().st_size > 2)
+    assert not [name for name in children_of(process.pid).values() if name.startswith("+")]
+    process.kill()
+
+
+@pytest.mark.parametrize("how", ["its time is up", "TERM", "INT"])
+def test_what_a_wait_is_trying_ends_with_it(world: World, how: str) -> None:
+    argv = ["wait", "--ready", "echo $$ > pid; sleep 60", "--timeout", "500ms" if how == "its time is up" else "60s"]
+    process, file = world.popen(*argv), world.directory / "pid"
+    until(lambda: file.exists() and file.read_text().endswith("\n"))
+    if how != "its time is up":
+        process.send_signal(getattr(signal, f"SIG{how}"))
+    done = finish(process)
+    assert done.returncode == {"its time is up": 124, "TERM": 143, "INT": 130}[how], done
+    until(lambda: not alive(int(file.read_text())))
 
 
 def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> None:
@@ -7207,6 +7324,32 @@ def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world:
     assert sum(" by " in d.stderr for d in done) == 2
 
 
+def test_a_boot_that_finds_an_agent_about_to_end_is_the_agent_itself(world: World) -> None:
+    gate, files = Gate(world), {"a": "echo a; $SYNC complete a -q"}
+    late = "was = coder_sync.Boot.finish\ndef finish(boot):\n    open('gate').read()\n    return was(boot)\n"
+    one = booting(world, files, patch=late + "coder_sync.Boot.finish = finish")  # its units have ended; it has not
+    gate.reached()
+    two = booting(world, files)
+    time.sleep(0.3)  # it asks again and again
+    assert two.poll() is None
+    gate.open()
+    for done in (finish(one), finish(two)):
+        assert done.returncode == 0 and done.stdout == "a | a\n" and "1 completed" in done.stderr, done
+
+
+def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(world: World) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(world.path)
+    listener.listen()
+    boot = booting(world, {"a": "echo a"})
+    asked, _ = listener.accept()
+    assert b'"boot"' in asked.recv(65536)
+    listener.close()
+    asked.close()
+    done = finish(boot)
+    assert done.returncode == 0 and done.stdout == "a | a\n", done
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a socket away")
 def test_on_the_default_path_root_does_not_boot_at_anybodys_agent(agent: World) -> None:
     os.chown(agent.path, pwd.getpwnam("nobody").pw_uid, -1)
@@ -7924,7 +8067,7 @@ def late(*args):
     ("owner", "name"),
     [
         ("coder_sync.Boot", "finish"),
-        ("coder_sync.Boot", "remove_directory"),
+        ("coder_sync", "remove_directory"),
         ("coder_sync", "boot_at"),
         ("coder_sync", "timeline_as"),
     ],
@@ -8496,7 +8639,8 @@ def odd_value(chance: random.Random, depth: int = 0) -> Any:
 
 def odd_line(chance: random.Random) -> bytes:
     """A request, mutated more or less."""
-    method = chance.choice([*coder_sync.METHODS, *coder_sync.METHODS, "shutdown?", ""])
+    methods = [method for method in coder_sync.METHODS if method != "shutdown"]  # which would do as it says
+    method = chance.choice([*methods, *methods, "shutdown?", ""])
     names = [*coder_sync.METHODS.get(method, {}), "more"]
     params: Any = {name: odd_value(chance) for name in names if chance.random() < 0.7}
     if "unit" in params and chance.random() < 0.7:
@@ -8535,7 +8679,8 @@ def test_attack_with_lines(world: World) -> None:
 
 
 HEADER_WORDS = ["unit", "want", "timeout", "extern", "unti", "a", "b", "''", '"', "\\", "--requires", "start", "10m",
-                "-5", "\u00e9", "\x00", "\t", "#", "$(false)", "a" * 300, ","]  # fmt: skip
+                "-5", "\u00e9", "\x00", "\t", "#", "$(false)", "a" * 300, ",", "ready", "lock", "retry", "after",
+                "before", "tcp:x"]  # fmt: skip
 
 
 @pytest.mark.attack
