@@ -35,7 +35,7 @@ import threading
 import time
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -6856,36 +6856,78 @@ def test_pictures_do_not_mind_a_closed_standard_output(agent: World, argv: str) 
 # ---------------------------------------------------------------------------------------------------------
 
 
-def startup(world: World, files: dict[str, str], name: str = "startup.d") -> str:
-    """Write executable files, for sh where they do not say otherwise, and return their directory.
+def startup(world: World, files: Mapping[str, str | bytes], name: str = "startup.d") -> str:
+    """Have a directory hold these executable files and no others; return its path.
 
-    A script calls us as $SYNC, and its working directory is the world's.
+    A text is for sh where it does not say otherwise, `@` at the start of a line begins a header, $SYNC calls us.
+    The working directory of a script is the world's.
     """
-    world.env["SYNC"] = f"{sys.executable} -IS {FILE}"
+    world.env["SYNC"] = f"{sys.executable} -IS {installed()}"
     directory = world.directory / name
     directory.mkdir(exist_ok=True)
-    for file, text in files.items():
-        (directory / file).write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}\n", encoding="utf-8")
-        (directory / file).chmod(0o755)
+    for file in directory.iterdir():
+        if file.name not in files:
+            file.unlink()
+    for file_name, text in files.items():
+        written = re.sub("^@", "# coder-sync: ", text, flags=re.M) if isinstance(text, str) else text
+        if isinstance(written, str):
+            written = (written if written.startswith("#!") else f"#!/bin/sh\n{written}\n").encode()
+        (directory / file_name).write_bytes(written)
+        (directory / file_name).chmod(0o755)
     return str(directory)
 
 
-def booting(world: World, files: dict[str, str], *options: str, patch: str = "", **popen: Any) -> subprocess.Popen[str]:
-    """Begin to boot; `patch` is code that changes something in the module before."""
-    main = "coder_sync.main("
-    load = LOAD.replace(main, patch + "\n" + main)
-    return world.spawn([sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options], **popen)
+class Boot:
+    """A boot that has begun; `patch` is code that changes something in the module before."""
+
+    def __init__(self, world: World, files: Mapping[str, str | bytes], *options: str, patch: str = "", **popen: Any):
+        main = "coder_sync.main("
+        load = LOAD.replace(main, patch + "\n" + main)
+        argv = [sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
+        self.process = world.spawn(argv, **popen)
+
+    def prints(self, text: str) -> None:
+        """Return once it has printed a line with this text."""
+        hear(self.process.stdout, text)
+
+    def says(self, text: str) -> None:
+        """Return once it has said this on standard error."""
+        hear(self.process.stderr, text)
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def left(self) -> list[int]:
+        return session(self.process)
+
+    def ends(self, code: int = 0, out: str | None = None, *told: str, leaves: bool = False) -> str:
+        """Wait for its end: with this status, this output, this said among more, and nothing left running.
+
+        Returns what it said on standard error.
+        """
+        done = finish(self.process)
+        assert done.returncode == code and out in (None, done.stdout), done
+        assert [text for text in told if text not in done.stderr] == [], done.stderr
+        assert leaves or (self.left() == [] and "still running" not in (done.stderr or "")), done.stderr
+        return done.stderr
 
 
-def booted(world: World, files: dict[str, str], *options: str, **popen: Any) -> subprocess.CompletedProcess[str]:
-    return finish(booting(world, files, *options, **popen))
-
-
-def boots(world: World, files: dict[str, str], *options: str, **popen: Any) -> str:
+def boots(world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any) -> str:
     """Boot what must succeed; return what was printed."""
-    done = booted(world, files, *options, **popen)
-    assert done.returncode == 0, done
+    boot = Boot(world, files, *options, **popen)
+    done = finish(boot.process)
+    assert done.returncode == 0 and boot.left() == [], done
     return done.stdout
+
+
+def booting(world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any) -> subprocess.Popen[str]:
+    return Boot(world, files, *options, **popen).process
+
+
+def booted(
+    world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any
+) -> subprocess.CompletedProcess[str]:
+    return finish(booting(world, files, *options, **popen))
 
 
 class Gate:
@@ -6921,6 +6963,11 @@ class Gate:
             return process.poll() is not None
 
         until(ended, f"the end of {process.args!r}")
+
+
+@pytest.fixture
+def gate(world: World) -> Gate:
+    return Gate(world)
 
 
 def session(process: subprocess.Popen[str]) -> list[int]:
@@ -6959,18 +7006,17 @@ def most_at_once(timeline: Path) -> int:
     return max(itertools.accumulate(step for _, step in sorted(ends)))
 
 
-def planned(world: World, files: dict[str, str], unit: str = "x") -> coder_sync.Script:
-    """One of the scripts of a directory, as its headers say."""
-    return next(s for s in coder_sync.plan([startup(world, files)]) if s.unit == unit)
+def planned(*paths: str) -> dict[str, coder_sync.Script]:
+    """The scripts of directories by unit, in their order, as the headers say."""
+    return {script.unit: script for script in coder_sync.plan(paths)}
 
 
 def wanted(script: coder_sync.Script) -> list[tuple[str, str, int]]:
-    return [(e.dependency, e.requires, int(e.place.rpartition(":")[2])) for e in script.wants]
+    return sorted((e.dependency, e.requires, int(e.place.rpartition(":")[2])) for e in script.wants)
 
 
-def mistakes_of(world: World, files: dict[str, str]) -> list[str]:
+def mistakes(path: str) -> list[str]:
     """What the check says about a directory, without its path."""
-    path = startup(world, files)
     try:
         coder_sync.plan([path])
     except coder_sync.UsageError as error:
@@ -6986,155 +7032,120 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="n
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("file", "unit"),
-    [
-        ("clone", "clone"),
-        ("10-clone.sh", "clone"),
-        ("10_clone.sh", "clone"),
-        ("007-a-b_c.tar.py", "a-b_c.tar"),
-        ("10clone.sh", "10clone"),
-        ("10", "10"),
-        ("clone-10.sh", "clone-10"),
-        ("10-Klone repo's \u00e9.sh", "Klone repo's \u00e9"),
-    ],
-)
-def test_a_unit_is_named_after_its_file(world: World, file: str, unit: str) -> None:
-    assert [s.unit for s in coder_sync.plan([startup(world, {file: ""})])] == [unit]
+def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> None:
+    files = ["clone", "10-clone.sh", "10_clone.sh", "007-a-b_c.tar.py", "10clone.sh", "10", "clone-10.sh"]
+    units = ["clone", "clone", "clone", "a-b_c.tar", "10clone", "10", "clone-10"]
+    for file, unit in zip([*files, "10-Klone repo's \u00e9.sh"], [*units, "Klone repo's \u00e9"]):
+        assert list(planned(startup(world, {file: ""}))) == [unit]
+    for file, what in (("10-", "empty"), ("a\tb", "printed"), ("b\udcff", "printed")):
+        (mistake,) = mistakes(startup(world, {file: ""}))
+        assert mistake.startswith(f"{file}:1: ") and what in mistake and mistake.endswith("or add: unit NAME")
+        assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
-@pytest.mark.parametrize(("file", "what"), [("10-", "empty"), ("a\tb", "printed"), ("b\udcff", "printed")])
-def test_a_file_name_that_can_name_no_unit_is_a_mistake_unless_a_header_names_it(
-    world: World, file: str, what: str
-) -> None:
-    (mistake,) = mistakes_of(world, {file: ""})
-    assert mistake.startswith(f"{file}:1: ") and what in mistake and mistake.endswith("or add: unit NAME")
-    assert mistakes_of(world, {file: "# coder-sync: unit x"}) == []
-
-
-@pytest.mark.parametrize("mark", ["#", "//", "--", ";", "  #", "#  "])
-def test_a_header_stands_in_the_scripts_own_comment_syntax(world: World, mark: str) -> None:
+def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(world: World) -> None:
     words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 3 500ms", "ready-timeout 2")
-    header = "\n".join(f"{mark} coder-sync: {line}" for line in (*words, "ready echo 'it''s  up\\"))
-    script = planned(world, {"x.sh": header}, "b")
-    assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
-    assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 3, 0.5)
-    assert (script.ready, script.ready_timeout) == ("echo 'it''s  up\\", 2.0)
+    for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
+        lines = [f"{mark} coder-sync: {line}{end}" for line in (*words, "ready echo 'it''s  up\\")]
+        script = planned(startup(world, {"x.sh": "".join(lines)}))["b"]
+        assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
+        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 3, 0.5)
+        assert (script.ready, script.ready_timeout) == ("echo 'it''s  up\\", 2.0)
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["want 'a b' --requires completion", 'want --requires completion "a b"', "want a\\ b --requires 'completion'"],
-)
-def test_header_words_may_be_quoted_as_in_a_shell(world: World, words: str) -> None:
-    files = {"a b": "", "x": f'# coder-sync: {words}\n# coder-sync: unit "it\'s mine"'}
-    assert wanted(planned(world, files, "it's mine")) == [("a b", "completion", 2)]
+def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
+    for words in ("'a b' --requires completion", '--requires completion "a b"', "a\\ b --requires 'completion'"):
+        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "it\'s mine"'}))
+        assert wanted(scripts["it's mine"]) == [("a b", "completion", 2)]
 
 
 def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
     lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
     lines += ["# coder-sync runs this", "# coder-sync is what wants: us", "# coder_sync.py", "# coder-sync"]
-    lines += [":"] * (48 - len(lines)) + ["# coder-sync: want yes", "# coder-sync: want too-late"]
-    assert wanted(planned(world, {"x": "\n".join(lines), "yes": ""})) == [("yes", "success", 50)]
+    lines += [":"] * (48 - len(lines)) + ["@want yes", "@want too-late"]
+    assert wanted(planned(startup(world, {"x": "\n".join(lines), "yes": ""}))["x"]) == [("yes", "success", 50)]
 
 
-@pytest.mark.parametrize(
-    "line", ["# coder-sync want a", "# coder_sync: want a", "#Coder-Sync: want a", "// codersync: unit b"]
-)
-def test_what_was_meant_to_be_a_header_is_a_mistake(world: World, line: str) -> None:
-    assert mistakes_of(world, {"a": "", "x": line}) == [
-        "x:2: not understood; a header is written `# coder-sync: WORD ...`"
-    ]
-
-
-def test_windows_line_ends_in_headers_do_no_harm(world: World) -> None:
-    text = "#!/bin/sh\n# coder-sync: unit y\r\n# coder-sync: timeout 1s\r\n"
-    assert planned(world, {"x": text}, "y").timeout == 1.0
-
-
-def test_hidden_files_backups_directories_and_what_is_not_executable_are_left_out(world: World) -> None:
-    names = [".hidden", "a~", "a.bak", "a.dpkg-old", "#a#", "b"]
-    path = Path(startup(world, dict.fromkeys(names, "")))
+def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World) -> None:
+    path = Path(startup(world, dict.fromkeys([".hidden", "a~", "a.bak", "a.dpkg-old", "#a#", "b"], "")))
     (path / "README.txt").write_text("about these scripts")
     (path / "c.d").mkdir()
     (path / "gone").symlink_to("nowhere")
     os.mkfifo(path / "pipe")
     shutil.copy("/bin/true", path / "10-true")  # a program needs no interpreter line
-    assert [s.unit for s in coder_sync.plan([str(path)])] == ["true", "b"]
-
-
-def test_paths_may_be_files_and_directories(world: World) -> None:
-    one, other = startup(world, {"a": "", "b": ""}, "one"), startup(world, {"c": "# coder-sync: want a"}, "other")
-    assert [s.unit for s in coder_sync.plan([f"{one}/a", other])] == ["a", "c"]
+    assert list(planned(str(path))) == ["true", "b"]
+    assert list(planned(f"{path}/b", startup(world, {"c": "@want b"}, "other"))) == ["b", "c"]
+    for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", "no executable files")):
+        assert why in "".join(mistakes(f"{path}/{other}"))
 
 
 USE = (
-    "use unit NAME, want NAME... [--requires REQUIREMENT], after NAME..., before NAME..., extern NAME..., "
-    "lock NAME..., timeout DURATION, ready PROBE, ready-timeout DURATION, retry N [DELAY]"
+    "is not a header; use unit NAME, want NAME... [--requires REQUIREMENT], after NAME..., before NAME..., "
+    "extern NAME..., lock NAME..., timeout DURATION, ready PROBE, ready-timeout DURATION, retry N [DELAY]"
 )
+ODD = "not understood; a header is written `# coder-sync: WORD ...`"
+REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
+TWICE = 'unit "x" wants "clone" with requirement start already, not success'
+EMPTY = "a unit name must not be empty; was a variable unset?"
 
 
 @pytest.mark.parametrize(
-    ("text", "mistake"),
+    ("line", "mistake"),
     [
-        ("wants a", f'"wants a" is not a header; {USE}'),
-        ("", f'"" is not a header; {USE}'),
-        ("unit a b", f'"unit a b" is not a header; {USE}'),
-        ("timeout", f'"timeout" is not a header; {USE}'),
-        ("retry 1 2 3", f'"retry 1 2 3" is not a header; {USE}'),
-        ("want", "want: a name is missing"),
-        ("after", "after: a name is missing"),
-        ("want --requires completion", "want: a name is missing"),
-        ("want a --requires", 'no such requirement: ""; use one of success, completion, start'),
-        ("want a --requires done", 'no such requirement: "done"; use one of success, completion, start'),
-        ("want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
-        ("timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
-        ("retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
-        ("want 'a", "No closing quotation"),
-        ("want ''", "a unit name must not be empty; was a variable unset?"),
-        ("unit ''", "a unit name must not be empty; was a variable unset?"),
-        ("unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
-        ("want clon", 'no file provides "clon"; did you mean "clone"?'),
-        ("want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
-        ("want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
-        ("unit clone", 'unit "clone" is clone:1 already'),
-        ("ready", "ready: what is to be probed is missing"),
-        ("ready file:", "file:: what is to be probed is missing"),
-        ("ready tcp:http", f"'http' {ADDRESS}"),
-        ("ready tcp:0", f"'0' {ADDRESS}"),
-        ("ready http://:80/", f"':80' {ADDRESS}"),
-        ("ready udp:53", "'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command"),
+        ("# coder-sync want a", ODD),
+        ("# coder_sync: want a", ODD),
+        ("#Coder-Sync: want a", ODD),
+        ("// codersync: unit b", ODD),
+        ("@wants a", f'"wants a" {USE}'),
+        ("@", f'"" {USE}'),
+        ("@unit a b", f'"unit a b" {USE}'),
+        ("@timeout", f'"timeout" {USE}'),
+        ("@retry 1 2 3", f'"retry 1 2 3" {USE}'),
+        ("@want", "want: a name is missing"),
+        ("@after", "after: a name is missing"),
+        ("@want --requires completion", "want: a name is missing"),
+        ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
+        ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
+        ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
+        ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
+        ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
+        ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
+        ("@want 'a", "No closing quotation"),
+        ("@want ''", EMPTY),
+        ("@unit ''", EMPTY),
+        ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
+        ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
+        ("@want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
+        ("@want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
+        ("@want clone --requires start\n@want clone", TWICE),
+        ("@unit clone", 'unit "clone" is clone:1 already'),
+        ("@ready", "ready: what is to be probed is missing"),
+        ("@ready file:", "file:: what is to be probed is missing"),
+        ("@ready tcp:http", f"'http' {ADDRESS}"),
+        ("@ready tcp:0", f"'0' {ADDRESS}"),
+        ("@ready http://:80/", f"':80' {ADDRESS}"),
+        ("@ready udp:53", "'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command"),
     ],
 )
-def test_a_mistake_in_a_header_is_told_with_file_and_line(world: World, text: str, mistake: str) -> None:
-    assert mistakes_of(world, {"clone": "", "x": f":\n# coder-sync: {text}\n:"}) == [f"x:3: {mistake}"]
-
-
-def test_an_edge_with_two_requirements_is_a_mistake(world: World) -> None:
-    text = "# coder-sync: want a\n# coder-sync: want a --requires start"
-    (mistake,) = mistakes_of(world, {"a": "", "x": text})
-    assert mistake == 'x:3: unit "x" wants "a" with requirement success already, not start'
+def test_a_mistake_in_a_header_is_told_with_file_and_line(world: World, line: str, mistake: str) -> None:
+    place = f"x:{3 + line.count(chr(10))}"
+    assert mistakes(startup(world, {"clone": "", "x": f":\n{line}\n:"})) == [f"{place}: {mistake}"]
 
 
 def test_a_cycle_is_told_with_the_file_and_line_of_each_edge(world: World) -> None:
-    files = {
-        "10-a.sh": ":\n# coder-sync: want b",
-        "20-b.sh": "# coder-sync: after c",
-        "30-c.sh": "",
-        "40-d.sh": ":\n:\n# coder-sync: after a\n# coder-sync: before c",
-    }
-    (mistake,) = mistakes_of(world, files)
+    files = {"10-a.sh": ":\n@want b", "20-b.sh": "@after c", "30-c.sh": "", "40-d.sh": ":\n:\n@after a\n@before c"}
+    (mistake,) = mistakes(startup(world, files))
     assert re.fullmatch(r"[^ ]+: cycle detected: [a-d](?: -> [a-d]){4} \((.*)\)", mistake)
     assert set(mistake.split("(")[1][:-1].split(", ")) == {"10-a.sh:3", "20-b.sh:2", "40-d.sh:4", "40-d.sh:5"}
 
 
 def test_files_that_are_no_scripts_but_wanted_or_have_a_header_are_mistakes(world: World) -> None:
-    path = startup(world, {"a": "", "b": "# coder-sync: want a", "c": "# coder-sync: unit d"})
+    path = startup(world, {"a": "", "b": "@want a", "c": "@unit d"})
     os.chmod(path + "/a", 0o644)
     os.chmod(path + "/c", 0o644)
-    told = [line.replace(path + "/", "") for line in mistakes_of(world, {})]
-    assert told == ["c:1: not executable; chmod +x c", 'b:2: no file provides "a"; a would, but is not executable']
+    no_script = 'b:2: no file provides "a"; a would, but is not executable'
+    assert [line.replace(path + "/", "") for line in mistakes(path)] == ["c:1: not executable; chmod +x c", no_script]
 
 
 @pytest.mark.parametrize(
@@ -7157,79 +7168,41 @@ def test_files_that_are_no_scripts_but_wanted_or_have_a_header_are_mistakes(worl
     ],
 )
 def test_a_file_that_nothing_can_interpret_is_a_mistake(world: World, text: str, mistake: str) -> None:
-    path = Path(startup(world, {"a": ""}))
-    (path / "a").write_bytes(text.encode())
-    assert mistakes_of(world, {}) == ([f"a:1: {mistake}"] if mistake else [])
-
-
-def test_a_path_without_anything_to_run_is_a_mistake(world: World) -> None:
-    os.mkfifo(world.directory / "pipe")
-    for path, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), (".", "no executable files")):
-        done = world.run("boot", path)
-        assert done.returncode == 2 and f"{path}: {why}" in done.stderr, done
+    assert mistakes(startup(world, {"a": text.encode()})) == ([f"a:1: {mistake}"] if mistake else [])
 
 
 def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World) -> None:
-    files = {
-        "10-good": "touch ran",
-        "20-word": "# coder-sync: wants good",
-        "30-twice": "# coder-sync: unit good",
-        "40-typo": "# coder-sync: want godo\n# coder-sync: timeout x",
-        "50-cycle": "# coder-sync: want cycle",
-        "60-shebang": "#!/no/such\n",
-    }
-    done = booted(world, files)
-    told = [os.path.basename(line.split(": ")[0]) for line in done.stderr.splitlines()]
-    assert done.returncode == 2 and done.stdout == "" and not (world.directory / "ran").exists()
-    expected = {"20-word:2", "30-twice:2", "40-typo:2", "40-typo:3", "50-cycle:2", "60-shebang:1"}
-    assert told[0] == "error" and set(told[1:]) == expected and len(told) == 7, done.stderr
+    files = {"10-good": "touch ran", "20-word": "@wants good", "30-twice": "@unit good", "50-cycle": "@want cycle"}
+    files.update({"40-typo": "@want godo\n@timeout x", "60-shebang": "#!/no/such\n"})
+    told = Boot(world, files).ends(2, "").splitlines()
+    expected = ["20-word:2", "30-twice:2", "40-typo:2", "40-typo:3", "50-cycle:2", "60-shebang:1"]
+    assert sorted(os.path.basename(line.split(": ")[0]) for line in told) == [*expected, "error"]
+    assert told[0].startswith("error: ") and not (world.directory / "ran").exists()
 
 
 def test_check_only_checks_and_dry_run_shows_the_order_as_graph_does(world: World) -> None:
-    files = {"a": "touch ran", "b": "# coder-sync: want a", "c": "# coder-sync: after b"}
-    assert booted(world, files, "--check").stdout == "3 scripts, no mistakes\n"
-    out = booted(world, files, "--dry-run", env={**world.env, "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"}).stdout
+    files = {"a": "touch ran", "b": "@want a", "c": "@after b"}
+    assert boots(world, files, "--check") == "3 scripts, no mistakes\n"
+    out = boots(world, files, "--dry-run", env={**world.env, "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"})
     assert [re.sub(r"\W*(\w+).*", r"\1", line) for line in out.splitlines()] == ["c", "b", "a"]
-    files["b"] = "# coder-sync: want d"
-    assert booted(world, files, "--check").returncode == 2
+    Boot(world, {**files, "b": "@want d"}, "--check").ends(2)
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
 def test_after_and_before_count_for_what_is_part_of_the_boot_and_an_explicit_want_wins(world: World) -> None:
-    files = {
-        "a": "# coder-sync: before x y nowhere",
-        "b": "",
-        "x": "# coder-sync: after b c nowhere",
-        "y": "# coder-sync: want a --requires start",
-        "c": "# coder-sync: before x",
-    }
-    assert sorted(wanted(planned(world, files))) == [("a", "success", 2), ("b", "completion", 2), ("c", "success", 2)]
-    assert wanted(planned(world, files, "y")) == [("a", "start", 2)]
-    boots(world, {**files, "c": "sleep 0.05", "b": "sleep 0.05"}, "--timeline", "t.json")
-    rows = rows_of(world.directory / "t.json")
-    assert rows["x"]["started"] >= max(rows[name]["ended"] for name in "abc")
-
-
-def test_after_does_not_mind_a_failure_and_before_does(world: World) -> None:
-    files = {"a": "exit 1", "b": "# coder-sync: after a\necho b", "c": "# coder-sync: before d\nexit 1", "d": "echo d"}
-    done = booted(world, files)
-    assert done.stdout == "b | b\n" and 'skipped: d: dependency "c" failed (exit code 1)' in done.stderr
+    files = {"a": "@before x y nowhere", "b": "", "x": "@after b c nowhere", "y": "@want a --requires start"}
+    scripts = planned(startup(world, {**files, "c": "@before x"}))
+    assert wanted(scripts["x"]) == [("a", "success", 2), ("b", "completion", 2), ("c", "success", 2)]
+    assert wanted(scripts["y"]) == [("a", "start", 2)]
 
 
 def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(world: World) -> None:
-    files = {
-        "a": "echo a",
-        "b": "# coder-sync: want a\necho b",
-        "c": "# coder-sync: want b\n# coder-sync: after d\necho c",
-        "d": "# coder-sync: want b\necho d",
-    }
+    files = {"a": "echo a", "b": "@want a\necho b", "c": "@want b\n@after d\necho c", "d": "@want b\necho d"}
     assert boots(world, files, "--only", "b") == "a | a\nb | b\n"
     world.serve()
-    assert boots(world, files, "--only", "b", "--only", "d") == "a | a\nb | b\nd | d\n"
-    assert boots(world, files, "--only", "c") == "c | c\n"
-    assert boots(world, files, "--only", "b") == "b | b\n"
-    done = booted(world, files, "--only", "bb")
-    assert done.returncode == 2 and '--only: no file provides "bb"' in done.stderr
+    for only, ran in (("b --only d", "abd"), ("c", "c"), ("b", "b")):
+        assert boots(world, files, "--only", *only.split()) == "".join(f"{unit} | {unit}\n" for unit in ran)
+    Boot(world, files, "--only", "bb").ends(2, "", '--only: no file provides "bb"')
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7237,24 +7210,23 @@ def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(world: 
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_scripts_run_in_the_order_of_their_headers(world: World) -> None:
-    files = {
-        "10-last": "# coder-sync: want middle one\necho last",
-        "20-middle": "# coder-sync: want first\necho middle",
-        "30-first": "echo first",
-        "40-one": "# coder-sync: want middle --requires start\necho one",
-    }
-    out = [line.split("| ")[1] for line in boots(world, files).splitlines()]
-    assert out.index("first") < out.index("middle") < out.index("last") == 3 and out.index("one") < 3
+def test_scripts_run_in_the_order_of_their_headers(world: World, gate: Gate) -> None:
+    files = {"10-d": "@want c b\necho d", "20-c": "@want a\ncat gate", "30-a": "sleep 0.1; echo a"}
+    files["40-b"] = "@want c --requires start\necho b > gate"
+    assert boots(world, files) == "a | a\nc | b\nd | d\n"
+
+
+def test_after_does_not_mind_a_failure_and_before_does(world: World) -> None:
+    files = {"a": "sleep 0.1; echo a; exit 1", "b": "@after a\necho b", "c": "@before d\nexit 1", "d": "echo d"}
+    Boot(world, files).ends(1, "a | a\nb | b\n", 'skipped: d: dependency "c" failed (exit code 1)')
 
 
 def test_a_script_sees_its_unit_the_socket_the_environment_and_no_input(world: World) -> None:
     script = 'echo "$CODER_SYNC_UNIT,$CODER_AGENT_SOCKET_PATH,$MINE,$(cat | wc -c),$PWD,$#,$0"'
     env = {**world.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
     endless, _ = os.pipe()
-    done = booted(world, {"10-a.sh": script}, "--socket-path", world.path, env=env, stdin=endless)
-    directory = world.directory
-    assert done.stdout == f"a | a,{world.path},yes,0,{directory},0,{directory}/startup.d/10-a.sh\n"
+    out = boots(world, {"10-a.sh": script}, "--socket-path", world.path, env=env, stdin=endless)
+    assert out == f"a | a,{world.path},yes,0,{world.directory},0,{world.directory}/startup.d/10-a.sh\n"
 
 
 def test_a_script_starts_with_signals_and_descriptors_as_usual(world: World) -> None:
@@ -7264,57 +7236,53 @@ def test_a_script_starts_with_signals_and_descriptors_as_usual(world: World) -> 
     assert masks == [0, 0] and lines[2:] == ["0", "1", "2", "3"]
 
 
-def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"10-a.sh": "cat gate", "b": "# coder-sync: want a"}, "--log-dir", "logs")
+def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"10-a.sh": "cat gate", "b": "@want a"}, "--log-dir", "logs")
     gate.reached()
-    pid = next(pid for pid in session(boot) if os.getpgid(pid) == pid)
+    pid = next(pid for pid in boot.left() if os.getpgid(pid) == pid)
     until(lambda: (world.client.status("a").owner or Owner(0, "")).pid == pid, "the script as owner")
     assert re.findall(r"^(\w+) +(\w+)", world.ok("list"), re.M)[1:] == [("a", "started"), ("b", "pending")]
     assert f"(pid {pid})" in world.ok("why", "b") and "a" in world.ok("graph", "b")
     assert world.client.graph().nodes[0].log == str(world.directory / "logs" / "a.log")
     gate.open()
-    assert finish(boot).returncode == 0 and not os.path.exists(world.path)
+    boot.ends()
+    assert not os.path.exists(world.path)
 
 
 def test_a_boot_may_be_repeated_in_order_after_success_failure_and_repair(agent: World) -> None:
-    files = {"a": "echo a >> ran", "b": "# coder-sync: want a\necho b >> ran"}
+    files = {"a": "echo a >> ran", "b": "@want a\necho b >> ran"}
     broken = {**files, "a": "echo a >> ran; exit 1"}
     for each, code in ((files, 0), (files, 0), (broken, 1), (broken, 1), (files, 0)):
-        assert booted(agent, each).returncode == code
+        Boot(agent, each).ends(code)
     assert read_lines(agent.directory / "ran") == ["a", "b", "a", "b", "a", "a", "a", "b"]
     assert agent.client.ping()["pid"] == agent.processes[0].pid
 
 
 def test_a_boot_may_be_repeated_on_the_agent_of_one_that_stays(world: World) -> None:
-    files = {"a": "echo a >> ran", "b": "# coder-sync: want a\necho b >> ran"}
-    stays = booting(world, files, "--stay")
-    hear(stays.stderr, "staying")
+    files = {"a": "echo a >> ran", "b": "@want a\necho b >> ran"}
+    Boot(world, files, "--stay").says("staying")
     boots(world, files)
     boots(world, files)
     assert read_lines(world.directory / "ran") == ["a", "b"] * 3
 
 
 @pytest.mark.parametrize("hosted", [True, False])
-def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, hosted: bool) -> None:
-    gate, files = Gate(world), {"a": "cat gate", "b": "# coder-sync: want a"}
-    if hosted:
-        one = booting(world, files)
-    else:
+def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate, hosted: bool) -> None:
+    files = {"a": "cat gate", "b": "@want a"}
+    if not hosted:
         world.serve()
-        one = world.popen("run", "b", "--", "cat", "gate")
+    one = Boot(world, files).process if hosted else world.popen("run", "b", "--", "cat", "gate")
     gate.reached()
     before = world.client.status("a").history
-    done = booted(world, files)
-    assert done.returncode == 1 and done.stdout == "" and world.client.status("a").history == before
-    assert re.match(r'error: unit "[ab]" is (started|claimed) by .* \(pid \d+\)', done.stderr), done.stderr
+    told = Boot(world, files).ends(1, "")
+    assert re.match(r'error: unit "[ab]" is (started|claimed) by .* \(pid \d+\)', told), told
+    assert world.client.status("a").history == before
     gate.open()
     assert finish(one).returncode == 0
 
 
-def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world: World) -> None:
-    gate = Gate(world)
-    files = {"a": "echo a >> ran; cat gate", **{f"x{i}": "# coder-sync: want a\necho x >> ran" for i in range(5)}}
+def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world: World, gate: Gate) -> None:
+    files = {"a": "echo a >> ran; cat gate", **{f"x{i}": "@want a\necho x >> ran" for i in range(5)}}
     path = startup(world, files)
     running = [world.popen("boot", path) for _ in range(3)]
     until(lambda: sum(process.poll() is None for process in running) == 1, "all but one to be refused")
@@ -7324,73 +7292,65 @@ def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world:
     assert sum(" by " in d.stderr for d in done) == 2
 
 
-def test_a_boot_that_finds_an_agent_about_to_end_is_the_agent_itself(world: World) -> None:
-    gate, files = Gate(world), {"a": "echo a; $SYNC complete a -q"}
+def test_a_boot_that_finds_an_agent_about_to_end_is_the_agent_itself(world: World, gate: Gate) -> None:
+    files = {"a": "echo a; $SYNC complete a -q"}
     late = "was = coder_sync.Boot.finish\ndef finish(boot):\n    open('gate').read()\n    return was(boot)\n"
-    one = booting(world, files, patch=late + "coder_sync.Boot.finish = finish")  # its units have ended; it has not
+    one = Boot(world, files, patch=late + "coder_sync.Boot.finish = finish")  # its units have ended; it has not
     gate.reached()
-    two = booting(world, files)
+    two = Boot(world, files)
     time.sleep(0.3)  # it asks again and again
-    assert two.poll() is None
+    assert two.process.poll() is None
     gate.open()
-    for done in (finish(one), finish(two)):
-        assert done.returncode == 0 and done.stdout == "a | a\n" and "1 completed" in done.stderr, done
+    one.ends(0, "a | a\n", "1 completed")
+    two.ends(0, "a | a\n", "1 completed")
 
 
 def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(world: World) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(world.path)
     listener.listen()
-    boot = booting(world, {"a": "echo a"})
+    boot = Boot(world, {"a": "echo a"})
     asked, _ = listener.accept()
     assert b'"boot"' in asked.recv(65536)
     listener.close()
     asked.close()
-    done = finish(boot)
-    assert done.returncode == 0 and done.stdout == "a | a\n", done
+    boot.ends(0, "a | a\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a socket away")
 def test_on_the_default_path_root_does_not_boot_at_anybodys_agent(agent: World) -> None:
     os.chown(agent.path, pwd.getpwnam("nobody").pw_uid, -1)
-    done = booted(agent, {"a": "touch ran"}, patch=f"coder_sync.DEFAULT_SOCKET = {agent.path!r}")
-    assert done.returncode == 1 and "belongs to nobody, not to you or root" in done.stderr
+    boot = Boot(agent, {"a": "touch ran"}, patch=f"coder_sync.DEFAULT_SOCKET = {agent.path!r}")
+    boot.ends(1, None, "belongs to nobody, not to you or root")
     assert not (agent.directory / "ran").exists()
 
 
 def test_a_unit_from_outside_is_waited_for(world: World) -> None:
-    boot = booting(world, {"a": "# coder-sync: want disk\n# coder-sync: extern disk\necho a"})
+    boot = Boot(world, {"a": "@want disk\n@extern disk\necho a"})
     until(lambda: world.run("status", "a").returncode == 0)
     world.ok("run", "disk", "--", "true")
-    assert finish(boot).stdout == "a | a\n"
+    boot.ends(0, "a | a\n")
 
 
-def test_a_script_may_complete_early_and_go_on(world: World) -> None:
-    gate, go = Gate(world), Gate(world, "go")
-    early = "$SYNC complete a -q; cat gate; echo a"
-    boot = booting(world, {"a": early, "b": "# coder-sync: want a\necho b", "c": "cat go"})
+def test_a_script_may_complete_early_and_go_on(world: World, gate: Gate) -> None:
+    go, more = Gate(world, "go"), Gate(world, "more")
+    early = "$SYNC complete a -q; cat gate; echo a; cat more; echo $CODER_SYNC_UNIT says more; printf end"
+    boot = Boot(world, {"a": early, "b": "@want a\necho b", "c": "cat go"})
     go.reached(), gate.reached()
-    hear(boot.stdout, "b | b")
+    boot.prints("b | b")
     assert world.status("a") == "completed"
     until(lambda: world.client.graph().nodes[0].running_on, "a service that is known to run on")
     gate.open()
-    hear(boot.stdout, "a | a")
+    boot.prints("a | a")
     go.open()
-    assert finish(boot).returncode == 0
-
-
-def test_the_boot_is_over_when_every_unit_has_ended_though_a_service_goes_on(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "echo up; $SYNC complete a -q; cat gate; echo $CODER_SYNC_UNIT says more; printf end"})
-    assert boot.wait(PATIENCE) == 0
-    gate.open()
-    done = finish(boot)
-    assert done.stdout == "a | up\na | a says more\na | end\n" and "\nstill running: a\n" in done.stderr
+    assert boot.process.wait(PATIENCE) == 0  # when every unit has ended, though a service goes on
+    more.open()
+    boot.ends(0, "a | a says more\na | end\n", "\nstill running: a\n", leaves=True)
 
 
 @needs_proc
 @pytest.mark.parametrize("trouble", ["", "os.listdir"])
-def test_what_goes_on_printing_keeps_nothing_of_the_agent(world: World, trouble: str) -> None:
+def test_what_goes_on_printing_keeps_nothing_of_the_agent(world: World, gate: Gate, trouble: str) -> None:
     hide = """
 import os
 listdir = os.listdir
@@ -7400,69 +7360,58 @@ def without_fd(path):
     return listdir(path)
 os.listdir = without_fd
 """
-    gate, ready = Gate(world), Gate(world, "ready")
+    ready = Gate(world, "ready")
     files = {"a": "$SYNC complete a -q; cat gate; echo more", "b": "cat ready"}
-    boot = booting(world, files, patch=hide if trouble else "")
+    boot = Boot(world, files, patch=hide if trouble else "")
     ready.reached()
     peer = world.connect()
     peer.call("ping")
     ready.open()
-    assert boot.wait(PATIENCE) == 0 and peer.read() is None
+    assert boot.process.wait(PATIENCE) == 0 and peer.read() is None
     gate.open()
-    assert finish(boot).stdout == "a | more\n"
+    boot.ends(0, "a | more\n", leaves=True)
 
 
-def test_a_script_may_want_more_and_start_again(world: World) -> None:
+def test_a_script_may_want_more_and_start_again(world: World, gate: Gate) -> None:
     more = "$SYNC complete a -q; $SYNC want a b -q; $SYNC start a -q; cat b.done"
-    gate = Gate(world)
-    boot = booting(world, {"a": more, "b": "cat gate; echo b ran > b.done"})
+    boot = Boot(world, {"a": more, "b": "cat gate; echo b ran > b.done"})
     gate.reached()
     world.waiting("a")
     gate.open()
-    hear(boot.stdout, "a | b ran")
+    boot.prints("a | b ran")
 
 
-@needs_proc
-def test_an_outcome_told_by_the_script_counts_and_it_may_tidy_up(world: World) -> None:
-    gate = Gate(world)
+def test_an_outcome_told_by_the_script_counts_and_it_may_tidy_up(world: World, gate: Gate) -> None:
     tidy = "$SYNC fail a --reason 'no disk' -q; cat gate; echo tidied; sleep 60 & sleep 60"
-    boot = booting(world, {"a": tidy, "b": "# coder-sync: want a"}, "--grace", "500ms")
+    boot = Boot(world, {"a": tidy, "b": "@want a"}, "--grace", "500ms")
     gate.open()
-    done = finish(boot)
-    assert done.returncode == 1 and done.stdout == "a | tidied\n" and session(boot) == []
-    assert "failed: a (no disk); " in done.stderr and "skipped: b" in done.stderr
+    boot.ends(1, "a | tidied\n", "failed: a (no disk); ", "skipped: b")
 
 
 @pytest.mark.parametrize("fail_fast", [False, True])
-def test_a_service_that_dies_while_it_boots_is_told_and_counts(world: World, fail_fast: bool) -> None:
-    files = {"a": "$SYNC complete a -q; echo oops; exit 3", "b": "# coder-sync: want a\ncat gate"}
-    gate = Gate(world)
-    boot = booting(world, files, *["--fail-fast"] * fail_fast)
-    hear(boot.stderr, "warning: a: ended after its unit had completed (exit code 3)")
+def test_a_service_that_dies_while_it_boots_is_told_and_counts(world: World, gate: Gate, fail_fast: bool) -> None:
+    files = {"a": "$SYNC complete a -q; echo oops; exit 3", "b": "@want a\ncat gate"}
+    boot = Boot(world, files, *["--fail-fast"] * fail_fast)
+    boot.says("warning: a: ended after its unit had completed (exit code 3)")
     if not fail_fast:
         until(lambda: world.client.graph().nodes[0].exit_reason == "exit code 3")
         gate.open()
-    done = finish(boot)
-    assert done.returncode == 1 and "died: a (completed, then ended: exit code 3); " in done.stderr
-    assert "    | oops\n" in done.stderr and ("failed: b (stopped: " in done.stderr) == fail_fast
+    told = boot.ends(1, None, "died: a (completed, then ended: exit code 3); ", "    | oops\n")
+    assert ("failed: b (stopped: " in told) == fail_fast
 
 
-def test_a_unit_ended_from_outside_leaves_its_place_to_the_next(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate", "b": "echo b", "c": "echo c"}, "--jobs", "1")
+def test_a_unit_ended_from_outside_leaves_its_place_to_the_next(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate", "b": "echo b", "c": "echo c"}, "--jobs", "1")
     gate.reached()
     world.ok("complete", "b")
     gate.open()
-    assert finish(boot).stdout == "c | c\n"
+    boot.ends(0, "c | c\n")
 
 
 def test_variables_that_a_script_exports_are_those_of_its_dependents(world: World) -> None:
-    files = {
-        "a": "echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y=\"z\"' >> $CODER_SYNC_ENV",
-        "b": '# coder-sync: want a\necho "$A $B"; echo A=2 > $CODER_SYNC_ENV',
-        "c": '# coder-sync: want b\necho "$A $B"; ls $(dirname $CODER_SYNC_ENV) | wc -l; dirname $CODER_SYNC_ENV >&2',
-    }
-    out = boots(world, files).splitlines()
+    see = 'echo "$A $B"; ls $(dirname $CODER_SYNC_ENV) | wc -l; dirname $CODER_SYNC_ENV >&2'
+    files = {"a": "echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y=\"z\"' >> $CODER_SYNC_ENV", "c": f"@want b\n{see}"}
+    out = boots(world, {**files, "b": '@want a\necho "$A $B"; echo A=2 > $CODER_SYNC_ENV'}).splitlines()
     assert out[:3] == ['b | 1 x y="z"', 'c | 2 x y="z"', "c | 2"]
     assert not os.path.exists(out[3].partition("| ")[2])
 
@@ -7477,8 +7426,8 @@ def test_variables_that_a_script_exports_are_those_of_its_dependents(world: Worl
     ],
 )
 def test_variables_that_are_none_fail_the_unit_and_are_not_shown(world: World, text: str, mistake: str) -> None:
-    done = booted(world, {"a": f'printf "{text}" 0 > $CODER_SYNC_ENV'})
-    assert done.returncode == 1 and f"failed: a ({mistake}); " in done.stderr and "secret" not in done.stderr
+    told = Boot(world, {"a": f'printf "{text}" 0 > $CODER_SYNC_ENV'}).ends(1, None, f"failed: a ({mistake}); ")
+    assert "secret" not in told
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7515,19 +7464,20 @@ def free_port() -> int:
         ("notify", "s = socket.socket(1, 2); s.sendto(b'STATUS=x\\nREADY=1', os.environ['NOTIFY_SOCKET'])"),
     ],
 )
-def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World, probe: str, act: str) -> None:
-    gate, end, port = Gate(world), Gate(world, "end"), free_port()
-    server = SERVER % (probe.replace("%d", str(port)), act.replace("%d", str(port)))
-    boot = booting(world, {"db": server, "b": "# coder-sync: want db\necho b"})
+def test_a_service_completes_when_its_probe_succeeds_and_runs_on(
+    world: World, gate: Gate, probe: str, act: str
+) -> None:
+    end, port = Gate(world, "end"), str(free_port())
+    server = SERVER % (probe.replace("%d", port), act.replace("%d", port))
+    boot = Boot(world, {"db": server, "b": "@want db\necho b"})
     gate.reached()
     assert world.status("b") == "pending"
     gate.open()
-    assert boot.wait(PATIENCE) == 0
+    assert boot.process.wait(PATIENCE) == 0
     end.reached()
-    assert len(session(boot)) == 2  # the service, and what passes its output on
+    assert len(boot.left()) == 2  # the service, and what passes its output on
     end.open()
-    done = finish(boot)
-    assert done.stdout == "b  | b\n" and "still running: db" in done.stderr
+    boot.ends(0, "b  | b\n", "still running: db", leaves=True)
 
 
 @pytest.mark.parametrize(
@@ -7543,11 +7493,9 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World, p
     ],
 )
 def test_a_service_that_is_never_ready_fails_and_ends(world: World, probe: str, script: str, reason: str) -> None:
-    text = f"# coder-sync: ready {probe}\n# coder-sync: ready-timeout 300ms\n{script}"
-    boot = booting(world, {"a": text, "b": "# coder-sync: want a"}, patch="coder_sync.PROBE_TIMEOUT = 0.1")
-    done = finish(boot)
-    assert done.returncode == 1 and f"failed: a ({reason}); " in done.stderr and "skipped: b" in done.stderr
-    until(lambda: session(boot) == [], "the end of all, also of a probe")
+    text = f"@ready {probe}\n@ready-timeout 300ms\n{script}"
+    boot = Boot(world, {"a": text, "b": "@want a"}, patch="coder_sync.PROBE_TIMEOUT = 0.1")
+    boot.ends(1, None, f"failed: a ({reason}); ", "skipped: b")
 
 
 def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
@@ -7563,41 +7511,36 @@ def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: 
 
 def test_units_with_one_lock_run_one_at_a_time_in_whatever_way_each_ends(world: World) -> None:
     ends = ["exit 0", "exit 1", "kill -9 $$"]
-    files = {
-        f"x{i}": f"# coder-sync: lock apt\nmkdir held && rmdir held || echo both\n{ends[i % 3]}" for i in range(12)
-    }
-    done = booted(world, files, "--timeline", "t.json")
-    assert done.stdout == "" and "boot: 4 completed, 8 failed\n" in done.stderr
+    files = {f"x{i}": f"@lock apt\nmkdir held && rmdir held || echo both\n{ends[i % 3]}" for i in range(12)}
+    Boot(world, files, "--timeline", "t.json").ends(1, "", "boot: 4 completed, 8 failed\n")
     assert most_at_once(world.directory / "t.json") == 1
 
 
-def test_a_script_that_fails_is_tried_again_and_only_the_last_try_counts(agent: World) -> None:
-    flaky = "# coder-sync: retry 3 10ms\necho n >> n; test $(wc -l < n) = 3 && exit\nsleep 60 & exit 100"
-    done = booted(agent, {"a": flaky, "b": "# coder-sync: want a\necho b"}, "--log-dir", "logs")
+def test_a_script_that_fails_is_tried_again_later_each_time_and_only_the_last_try_counts(agent: World) -> None:
+    flaky = "@retry 3 100ms\necho n >> n; test $(wc -l < n) = 3 && exit\nsleep 60 & exit 100"
     told = [f"try {n} of 4 after exit code 100" for n in (2, 3)]
-    assert done.stdout.splitlines() == [*(f"a | {line}" for line in told), "b | b"] and done.returncode == 0
+    boot = Boot(agent, {"a": flaky, "b": "@want a\necho b"}, "--log-dir", "logs")
+    boot.ends(0, "".join(f"a | {line}\n" for line in told) + "b | b\n")
     assert read_lines(agent.directory / "logs" / "a.log") == told
-    assert [e.detail for e in agent.client.status("a").history if e.kind == "retry"] == told
+    first, second = [e for e in agent.client.status("a").history if e.kind == "retry"]
+    assert [first.detail, second.detail] == told and second.time - first.time >= 0.2
     assert len(agent.client.status("a").tries) == 2
-    done = booted(agent, {"a": "# coder-sync: retry 1 0\nexit 4"})
-    assert done.returncode == 1 and "failed: a (exit code 4)" in done.stderr
+    Boot(agent, {"a": "@retry 1 0\nexit 4"}).ends(1, None, "failed: a (exit code 4)")
 
 
-def test_a_signal_between_two_tries_ends_them(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "# coder-sync: retry 5 10m\ncat gate; exit 1"})
+def test_a_signal_between_two_tries_ends_them(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "@retry 5 10m\ncat gate; exit 1"})
     gate.open()
-    until(lambda: not session(boot))
-    boot.terminate()
-    done = finish(boot)
-    assert done.returncode == 143 and "failed: a (stopped: boot got signal 15)" in done.stderr
+    until(lambda: not boot.left())
+    boot.signal()
+    boot.ends(143, None, "failed: a (stopped: boot got signal 15)")
 
 
 def test_a_service_that_ends_before_it_is_ready_is_tried_again(world: World) -> None:
-    text = "# coder-sync: retry 1 10ms\n# coder-sync: ready file:up\nif test -e n; then : > up; sleep 60; fi; : > n"
-    boot = booting(world, {"a": text})
-    assert boot.wait(PATIENCE) == 0
-    hear(boot.stdout, "a | try 2 of 2 after ended before it was ready (exit code 0)")
+    text = "@retry 1 10ms\n@ready file:up\nif test -e n; then : > up; sleep 60; fi; : > n"
+    boot = Boot(world, {"a": text})
+    assert boot.process.wait(PATIENCE) == 0
+    boot.prints("a | try 2 of 2 after ended before it was ready (exit code 0)")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7607,94 +7550,79 @@ def test_a_service_that_ends_before_it_is_ready_is_tried_again(world: World) -> 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_no_more_than_so_many_jobs_run_at_once(world: World, jobs: int) -> None:
-    files = {f"{i}-x{i}": "sleep 0.02" if i < 6 else "# coder-sync: want x1 x2\nsleep 0.02" for i in range(12)}
+    files = {f"{i}-x{i}": "sleep 0.02" if i < 6 else "@want x1 x2\nsleep 0.02" for i in range(12)}
     boots(world, files, "--jobs", str(jobs), "--timeline", "t.json")
     assert most_at_once(world.directory / "t.json") == jobs
 
 
 def test_without_jobs_all_run_at_once(world: World) -> None:
     gates = [Gate(world, f"gate{i}") for i in range(12)]
-    boot = booting(world, {f"x{i}": f"cat gate{i}" for i in range(12)})
+    boot = Boot(world, {f"x{i}": f"cat gate{i}" for i in range(12)})
     for gate in gates:
         gate.reached()
     for gate in gates:
         gate.open()
-    assert finish(boot).returncode == 0
+    boot.ends()
 
 
 def test_a_failure_skips_its_dependents_and_independent_work_goes_on(world: World) -> None:
-    files = {"a": "exit 3", "b": "# coder-sync: want a\necho b", "c": "# coder-sync: want b", "d": "echo d"}
-    files.update(e="# coder-sync: want a --requires completion\necho e", f="kill -9 $$", g="exec /no/such/program")
-    done = booted(world, files)
-    assert done.returncode == 1 and {"d | d", "e | e"} <= set(done.stdout.splitlines())
-    assert "boot: 2 completed, 3 failed, 2 skipped\n" in done.stderr and "(3 failed, 2 skipped)" in done.stderr
-    for told in ("a (exit code 3); ", "f (killed by signal 9); ", "g (exit code 127); "):
-        assert f"failed: {told}" in done.stderr
-    assert 'skipped: b: dependency "a" failed (exit code 3)' in done.stderr
-    assert 'skipped: c: dependency "b" was skipped: dependency "a" failed' in done.stderr
+    files = {"a": "exit 3", "b": "@want a\necho b", "c": "@want b", "d": "echo d", "f": "kill -9 $$"}
+    files.update(e="@want a --requires completion\n@after d\necho e", g="exec 2> /dev/null\nexec /no/such/program")
+    told = ["a (exit code 3); ", "f (killed by signal 9); ", "g (exit code 127); "]
+    skipped = 'skipped: b: dependency "a" failed (exit code 3)\nskipped: c: dependency "b" was skipped: dependency "a"'
+    counts = ["boot: 2 completed, 3 failed, 2 skipped\n", "(3 failed, 2 skipped)"]
+    Boot(world, files).ends(1, "d | d\ne | e\n", *[f"failed: {line}" for line in told], skipped, *counts)
 
 
-def test_fail_fast_stops_what_runs_at_the_first_failure(world: World) -> None:
-    gate = Gate(world)
-    files = {"a": "cat gate; exit 3", "b": "exec sleep 60", "c": "# coder-sync: want b", "d": "echo d"}
-    boot = booting(world, files, "--fail-fast", "--jobs", "2")
+def test_fail_fast_stops_what_runs_at_the_first_failure(world: World, gate: Gate) -> None:
+    files = {"a": "cat gate; exit 3", "b": "exec sleep 60", "c": "@want b", "d": "echo d"}
+    boot = Boot(world, files, "--fail-fast", "--jobs", "2")
     gate.open()
-    done = finish(boot)
-    assert done.returncode == 1 and session(boot) == [] and done.stdout == ""
-    assert "failed: a (exit code 3)" in done.stderr and "failed: b (stopped: another unit failed)" in done.stderr
-    assert re.search(r"(not started|skipped): c: .*stopped: another unit failed", done.stderr)
-    counts = [re.findall(r"(\d) (failed|skipped)", line) for line in done.stderr.splitlines() if " failed" in line]
+    told = boot.ends(1, "", "failed: a (exit code 3)", "failed: b (stopped: another unit failed)")
+    assert re.search(r"(not started|skipped): c: .*stopped: another unit failed", told)
+    counts = [re.findall(r"(\d) (failed|skipped)", line) for line in told.splitlines() if " failed" in line]
     assert counts[0] == counts[-1], "the report and the summary agree"
 
 
 def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> None:
-    done = booted(world, {"a": "seq 1 30; printf 'the end' >&2; exit 2"}, "--quiet")
-    assert done.stdout == ""
-    shown = [line.strip("| ") for line in done.stderr.splitlines() if line.startswith("    | ")]
-    assert shown == [*map(str, range(22, 31)), "the end"]
-    assert re.search(r"in all \(1 failed\); critical path: a ", done.stderr)
+    boot = Boot(world, {"a": "seq 1 30; printf 'the end' >&2; exit 2"}, "--quiet")
+    shown = "".join(f"    | {line}\n" for line in (*range(22, 31), "the end"))
+    told = boot.ends(1, "", f"startup.d/a\n{shown}")
+    assert re.search(r"in all \(1 failed\); critical path: a ", told)
 
 
 def test_a_quiet_boot_that_succeeds_says_nothing(world: World) -> None:
-    quick = "coder_sync.REPORT_EVERY = 0.01"
-    done = booted(world, {"a": "echo a; sleep 0.1"}, "--quiet", "--log-dir", "logs", patch=quick)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    files, quick = {"a": "echo a; sleep 0.1"}, "coder_sync.REPORT_EVERY = 0.01"
+    assert Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick).ends(0, "") == ""
     assert (world.directory / "logs" / "a.log").read_text() == "a\n"
 
 
-def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World) -> None:
-    gate = Gate(agent)
+def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, gate: Gate) -> None:
     other = agent.popen("run", "other", "--", "cat", "gate")
     gate.reached()
-    files = {
-        "a": "# coder-sync: lock apt\ncat gate",
-        "b": "# coder-sync: want a\n# coder-sync: lock apt",
-        "c": "# coder-sync: want disk other\n# coder-sync: extern disk other",
-        "d": "# coder-sync: want a --requires start\n# coder-sync: lock apt",
-        "e": "# coder-sync: ready file:up\nsleep 60",
-        "f": "# coder-sync: retry 1 10m\nexit 9",
-    }
-    boot = booting(agent, files, "--grace", "100ms", patch="coder_sync.REPORT_EVERY = 0.3")
-    hear(boot.stderr, "to try again")
-    assert boot.stderr
-    line = boot.stderr.readline()
+    files = {"a": "@lock apt\ncat gate", "b": "@want a\n@lock apt", "c": "@want disk other\n@extern disk other"}
+    files.update(d="@want a --requires start\n@lock apt", e="@ready file:up\nsleep 60", f="@retry 1 10m\nexit 9")
+    boot = Boot(agent, files, "--grace", "100ms", patch="coder_sync.REPORT_EVERY = 0.3")
+    boot.says("to try again")
+    line = boot.process.stderr.readline()  # type: ignore[union-attr]
     assert re.match(r"boot: 0 of 6 ended after [\d.]+m?s; running: (a|e) ", line) and ", e " in ", " + line[10:]
     assert "(not ready: no such file)" in line and "b for a" in line and "f to try again after exit code 9" in line
     assert re.search(r"c for disk, not registered; other, started by .*? \(pid \d+\)", line)
     assert "d for lock apt, which a has" in line
-    boot.terminate()
+    boot.signal()
     gate.open()
-    assert finish(boot).returncode == 143 and finish(other).returncode == 0
+    boot.ends(143)
+    assert finish(other).returncode == 0
 
 
 def test_the_timeline_is_written_at_the_end(world: World) -> None:
-    boots(world, {"a": "", "b": "# coder-sync: want a"}, "--timeline", "t.svg")
+    boots(world, {"a": "", "b": "@want a"}, "--timeline", "t.svg")
     assert (world.directory / "t.svg").read_text().startswith("<svg")
 
 
-def test_wrong_usage_is_refused(world: World) -> None:
+def test_wrong_usage_is_refused(world: World, call: Call) -> None:
     for words in (["boot"], ["boot", ".", "--jobs", "many"], ["boot", ".", "--timeline", "t.doc"], ["boot", ".", "--"]):
-        assert world.run(*words).returncode == 2, words
+        assert call(world, *words).returncode == 2, words
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7914,7 +7842,7 @@ while data:
 def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -> None:
     out = boots(world, {"a": "echo 1", "abc": "# coder-sync: want a\necho 2"})
     assert out == "a   | 1\nabc | 2\n"
-    assert boots(world, {"n" * 60: "# coder-sync: want abc\necho 3"}).splitlines()[2].index(" | 3") == 24
+    assert boots(world, {"n" * 60: "echo 3"}).index(" | 3") == 24
 
 
 def test_a_line_is_shown_as_it_can_be(world: World) -> None:
