@@ -2377,7 +2377,6 @@ class Agent:
                     return
             if not chunk:
                 return
-            self.exhausted = False
 
     def _attend(self, connection: Connection) -> float:
         """Do what is due, and send what there is to say; return for how many seconds nothing more will be due."""
@@ -2420,6 +2419,7 @@ class Agent:
             self.log.say(f"refused: {one_line(str(error))}")
             connection.outbox.append((None, error_message(request.id, error)))
             trusted = not isinstance(error, ParseError)
+        self.exhausted = False
         self._flush(connection)
         return trusted
 
