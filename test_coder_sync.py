@@ -3901,7 +3901,7 @@ $ start second --lock right -t 1ms ->
 ! ...lock right...
 exit 124
 """
-REFUSED = """
+REFUSALS = """
 $ want a a -> 1: cycle detected: a -> a; a unit cannot depend on itself
 $ want b a -> 1: cycle detected: b -> a -> b
 $ want a b --requires start -> 1: unit "a" wants "b" with requirement success already...
@@ -4032,7 +4032,7 @@ def test_what_commands_say(call: Call, agent: World, transcript: str) -> None:
 
 def test_a_refusal_is_one_line_and_changes_nothing(call: Call, mixed: World) -> None:
     before = {u.unit_name: u.status for u in mixed.client.list(everything=True)}
-    play(call, mixed, REFUSED)
+    play(call, mixed, REFUSALS)
     assert before.items() <= {u.unit_name: u.status for u in mixed.client.list(everything=True)}.items()
 
 
@@ -4308,16 +4308,16 @@ def test_a_shared_socket_serves_others_but_on_the_default_path_only_if_it_is_roo
         assert finish(world.spawn(stranger("start", "a", "--socket-path", path))).returncode == 0
 
 
-FOREIGN, GONE_AWAY = "does not speak our protocol", "went away before it answered"
+NOT_OURS, HUNG_UP = "does not speak our protocol", "went away before it answered"
 IMPOSTORS = {
-    b"HTTP/1.1 400 Bad Request\r\n\r\n": FOREIGN,
-    b'{"hello": "world"}\n': FOREIGN,
-    b"[1, 2]\n": FOREIGN,
-    b"\xff\xfe\x00\n": FOREIGN,
-    b"[" * 60_000 + b"\n": FOREIGN,
-    b'{"jsonrpc": "1.0", "id": 1, "result": {}}\n': FOREIGN,
-    b"": GONE_AWAY,
-    b'{"jsonrpc": "2.0", "id"': GONE_AWAY,
+    b"HTTP/1.1 400 Bad Request\r\n\r\n": NOT_OURS,
+    b'{"hello": "world"}\n': NOT_OURS,
+    b"[1, 2]\n": NOT_OURS,
+    b"\xff\xfe\x00\n": NOT_OURS,
+    b"[" * 60_000 + b"\n": NOT_OURS,
+    b'{"jsonrpc": "1.0", "id": 1, "result": {}}\n': NOT_OURS,
+    b"": HUNG_UP,
+    b'{"jsonrpc": "2.0", "id"': HUNG_UP,
 }
 ODD_ANSWERS: list[Any] = [{"result": r} for r in (None, "x", {}, [1])] + [{"error": "x"}, {"error": {}}, {}]
 
