@@ -4813,7 +4813,7 @@ def command(world: World, *argv: str, **options: Any) -> subprocess.CompletedPro
 
 
 def install(world: World, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return command(world, sys.executable, "-IS", str(FILE), "install", *words, **options)
+    return command(world, sys.executable, "-IS", str(installed()), "install", *words, **options)
 
 
 def pythons(oldest: str, newest: str) -> list[str]:
@@ -4829,29 +4829,27 @@ def pythons(oldest: str, newest: str) -> list[str]:
     return list(versions.values())
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+BOTH_FORMS = pytest.mark.parametrize("form", ["plain", "installed"])
+
+
+@BOTH_FORMS
 def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -> None:
     path, python = tool(world, form), os.path.join(os.path.dirname(sys.executable), "python3")
     (world.directory / "link").symlink_to(path)
     (world.directory / "link of a link").symlink_to("link")
     env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
-    for argv in (
-        [path],
-        [python, path],
-        ["./link of a link"],
-        [python, "link"],
-        [os.path.relpath(path, world.directory)],
-    ):
+    relative = os.path.relpath(path, world.directory)
+    for argv in ([path], [python, path], ["./link of a link"], [python, "link"], [relative]):
         done = command(world, *argv, "exp", "sync", "ping", env=env)
         assert (done.returncode, done.stderr) == (0, "")
-        assert command(world, *argv, "--help", env=env).stdout.startswith(
-            f"usage: {os.path.basename(argv[-1])} COMMAND"
-        )
-        assert command(world, *argv, "frobnicate", env=env).returncode == 2
+        done = command(world, *argv, env=env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith(f"see `{os.path.basename(argv[-1])} --help`\n")
+    assert command(world, path, "--help", env=env).stdout.startswith("usage: coder COMMAND")
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+@BOTH_FORMS
 @pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh", "busybox sh"])
 def test_any_shell_may_read_its_first_lines(shared: World, world: World, form: str, shell: str) -> None:
     program, *rest = shell.split()
@@ -4864,7 +4862,7 @@ def test_any_shell_may_read_its_first_lines(shared: World, world: World, form: s
     assert command(world, *words, path, "ping", env={"PATH": "/nowhere"}).returncode == 127
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+@BOTH_FORMS
 def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, form: str) -> None:
     path = tool(world, form)
     for module in ("json", "socket", "argparse", "threading", "errno", "time", "coder_sync"):
@@ -4880,10 +4878,10 @@ def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, fo
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+@BOTH_FORMS
 def test_whoever_calls_it_is_shown_as_what_was_called(agent: World, form: str) -> None:
     run = agent.spawn([tool(agent, form), "run", "a", "--", "sleep", "60"], env=agent.shell_env())
-    owner = until(lambda: agent.connect().call("list")["result"] and agent.client.status("a").owner)
+    owner = until(lambda: agent.client.list() and agent.client.status("a").owner)
     assert (owner.pid, owner.command) == (run.pid, "coder run a -- sleep 60")
 
 
@@ -4891,37 +4889,30 @@ def test_other_users_call_it_and_may_write_nothing(world: World) -> None:
     python, become = shutil.which("python3", path="/usr/bin:/bin"), ["setpriv", "--reuid=65534", "--clear-groups"]
     if os.getuid() or not python or not shutil.which("setpriv"):
         pytest.skip("only root can become somebody else")
-    directory = Path(tempfile.mkdtemp())
-    directory.chmod(0o755)
-    try:
-        shutil.copy(FILE, directory / "plain")
-        assert install(world, str(directory / "copy")).returncode == 0
-        for path in (directory / "plain", directory / "copy"):
+    with open_directory() as directory:
+        shutil.copy(FILE, f"{directory}/plain")
+        assert install(world, f"{directory}/copy").returncode == 0
+        for path in (f"{directory}/plain", f"{directory}/copy"):
             script = f"{path} serve -- {path} run x -- echo ran; {python} {path} --version"
             done = command(world, *become, "sh", "-c", script, env={"PATH": "/usr/bin:/bin"}, cwd="/")
             assert (done.stdout, done.stderr) == (f"ran\ncoder_sync {coder_sync.__version__}\n", "")
-        done = command(world, *become, python, str(directory / "plain"), "install", env={}, cwd="/")
+        done = command(world, *become, python, f"{directory}/plain", "install", env={}, cwd="/")
         assert done.returncode == 1 and "Permission denied; nothing was changed" in done.stderr
         assert sorted(os.listdir(directory)) == ["copy", "plain"]
-    finally:
-        shutil.rmtree(directory)
 
 
-def test_the_copy_is_an_archive_with_the_source_as_it_was(world: World) -> None:
-    path = tool(world)
+def test_the_copy_is_an_archive_with_the_source_as_it_was_and_imported_from_as_any(agent: World) -> None:
+    path = tool(agent)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.read("coder_sync.py") == FILE.read_bytes()
     if shutil.which("unzip"):
         done = subprocess.run(["unzip", "-p", path, "coder_sync.py"], capture_output=True)
         assert (done.stdout, done.stderr) == (FILE.read_bytes(), b"")
-
-
-def test_the_copy_is_imported_from_as_any_archive_is(shared: World, world: World) -> None:
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path, "PYTHONPATH": tool(world)}
+    env = {**agent.shell_env(), "PYTHONPATH": path}
     code = "import coder_sync as c; print(c.Client().ping()['pid'] > 0, c.Client.unit.__doc__ > '', c.PROGRAM)"
-    assert command(world, sys.executable, "-c", code, env=env).stdout == "True True coder\n"
-    assert command(world, sys.executable, "-m", "coder_sync", "ping", env=env).returncode == 0
+    assert command(agent, sys.executable, "-c", code, env=env).stdout == "True True coder\n"
+    assert command(agent, sys.executable, "-m", "coder_sync", "ping", env=env).returncode == 0
 
 
 def test_the_same_input_gives_the_same_bytes(world: World) -> None:
@@ -4938,18 +4929,19 @@ def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: Wo
     if not others:
         pytest.skip("there is no other Python")
     path, python = tool(world), others[-1]
-    said = "`coder install` would make every call faster"
-    assert said not in command(world, path, "serve", "-v", "--", "true").stderr
-    for argv, expected in (([python, path], 1), ([sys.executable, tool(world, "plain")], 1)):
-        done = command(world, *argv, "serve", "-v", "--", "true")
-        assert (done.returncode, done.stderr.count(said)) == (0, expected)
-    assert said not in command(world, python, path, "serve", "--", "true").stderr
+
+    def said(*argv: str, verbose: str = "-v") -> int:
+        done = command(world, *argv, "serve", *verbose.split(), "--", "true")
+        assert done.returncode == 0
+        return done.stderr.count("`coder install` would make every call faster")
+
+    assert [said(path), said(python, path), said(sys.executable, tool(world, "plain"))] == [0, 1, 1]
+    assert said(python, path, verbose="") == 0
     done = command(world, path, "install", "--python", python)
     assert (done.returncode, done.stdout) == (0, f"{path}: installed for {python}\n")
-    for argv in ([path], [python, path]):
-        assert said not in command(world, *argv, "serve", "-v", "--", "true").stderr
+    assert [said(path), said(python, path)] == [0, 0]
     assert command(world, path, "install").returncode == 0  # by the other Python, which `path` now calls
-    assert said not in command(world, python, path, "serve", "-v", "--", "true").stderr
+    assert said(python, path) == 0
 
 
 def test_too_old_a_python_is_told_which_is_needed(world: World) -> None:
@@ -4980,36 +4972,36 @@ def test_install_keeps_mode_and_owner_and_follows_links(world: World) -> None:
         after = real.stat()
         assert (stat.S_IMODE(after.st_mode), after.st_uid, after.st_gid) == (expected, before.st_uid, before.st_gid)
         assert link.is_symlink() and real.read_bytes() == installed().read_bytes()
-    world.spawn(["sh", "-c", f"umask 027; exec {sys.executable} {FILE} install new"]).wait()
+    assert command(world, "sh", "-c", f"umask 027; exec {sys.executable} link install new").returncode == 0
     assert stat.S_IMODE((world.directory / "new").stat().st_mode) == 0o750
 
 
-@pytest.mark.parametrize("trouble", ["directory", "fifo", "no directory", "full disk", "no python", "broken python"])
+DAMAGED = "#!/bin/sh\necho damaged >&2; exit 1\n"
+TROUBLES: dict[str, tuple[list[str], str, Callable[[Path], Any]]] = {
+    "directory": (["there"], "a directory is there", os.mkdir),
+    "fifo": (["there"], "no regular file is there", os.mkfifo),
+    "no directory": (["/nowhere/coder"], "No such file or directory; nothing was changed", lambda path: None),
+    "full disk": (["there"], "File too large; nothing was changed", lambda path: path.write_text("old")),
+    "no python": (["new", "--python", "./there"], "cannot run", lambda path: None),
+    "broken python": (
+        ["new", "--python", "./there"],
+        "cannot run coder_sync, which needs Python 3.8 or later: damaged",
+        lambda path: path.write_text(DAMAGED) and path.chmod(0o755),
+    ),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trouble: str) -> None:
-    path, words, options = tool(world), [], {}
-    if trouble == "directory":
-        path, said = os.path.dirname(path), "a directory is there"
-    elif trouble == "fifo":
-        os.unlink(path)
-        os.mkfifo(path)
-        said = "no regular file is there"
-    elif trouble == "no directory":
-        path, said = "/nowhere/coder", "No such file or directory; nothing was changed"
-    elif trouble == "full disk":
-        size = installed().stat().st_size - 1
-        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        said = "File too large; nothing was changed"
-    else:
-        words, said = ["--python", "./none"], "cannot run"
-        if trouble == "broken python":
-            (world.directory / "none").write_text("#!/bin/sh\necho damaged >&2; exit 1\n")
-            (world.directory / "none").chmod(0o755)
-            said = "cannot run coder_sync, which needs Python 3.8 or later: damaged"
+    words, complaint, make = TROUBLES[trouble]
+    make(world.directory / "there")
+    size = installed().stat().st_size - 1
+    limit = [lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))] if trouble == "full disk" else [None]
     world.shell_env()
     before = sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*"))
-    done = install(world, path, *words, **options)
+    done = install(world, *words, preexec_fn=limit[0])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.startswith("error: ") and complaint in done.stderr
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
@@ -5017,7 +5009,7 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
     python.write_text(f'#!/bin/sh\n[ $1 != -IS ] || {{ : > {tried}; exec sleep 60; }}; exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    process = world.spawn([sys.executable, "-IS", str(FILE), "install", "--python", str(python), "copy"])
+    process = world.popen("install", "--python", str(python), "copy")
     until(tried.exists)
     assert len(os.listdir(world.directory)) == 3  # with the copy that is tried
     assert stopped(process).returncode == 143
@@ -5124,97 +5116,91 @@ def test_calls_return_typed_results(agent: World) -> None:
     assert [(e.unit, e.kind) for e in client.events()][:2] == [("a", "registered"), ("a", "wants")]
 
 
-ERRORS: list[tuple[str, int, Callable[[Client], Any]]] = [
-    ("AlreadyStarted", 1, lambda client: client.start("on")),
-    ("CycleError", 1, lambda client: client.want("a", "a")),
-    ("NotRegistered", 1, lambda client: client.complete("nobody")),
-    ("Refused", 1, lambda client: client.want("", "a")),
-    ("Refused", 1, lambda client: client.want("big", *[f"{i:0250}" for i in range(300)])),
-    ("TimedOut", 124, lambda client: client.wait("nobody", timeout=0.01)),
-    ("DependencyFailed", 4, lambda client: client.wait("bad")),
-    ("Unreachable", 3, lambda client: Client("/nowhere", 0).ping()),
-    ("UsageError", 2, lambda client: coder_sync.duration("x")),
+ERRORS: list[tuple[type, int, Callable[[Client], Any], str]] = [
+    (AlreadyStarted, 1, lambda client: client.start("on"), "already started"),
+    (CycleError, 1, lambda client: client.want("a", "a"), "a -> a"),
+    (NotRegistered, 1, lambda client: client.complete("nobody"), "nobody"),
+    (Refused, 1, lambda client: client.want("", "a"), "empty"),
+    (Refused, 1, lambda client: client.want("big", *[f"{i:0250}" for i in range(300)]), "too much"),
+    (TimedOut, 124, lambda client: client.wait("nobody", timeout=0.01), "timeout waiting for .*nobody not registered"),
+    (DependencyFailed, 4, lambda client: client.wait("bad"), "no disk"),
+    (Unreachable, 3, lambda client: Client("/nowhere", 0).ping(), "/nowhere"),
+    (UsageError, 2, lambda client: coder_sync.duration("x"), "x"),
 ]
 
 
-@pytest.mark.parametrize(("name", "code", "call"), ERRORS)
-def test_an_error_is_an_exception_of_its_own(mixed: World, name: str, code: int, call: Callable[[Client], Any]) -> None:
+def test_an_error_is_an_exception_of_its_own_and_says_what_it_is_about(mixed: World) -> None:
     before = mixed.client.list(everything=True)
-    with pytest.raises(coder_sync.SyncError) as caught:
-        call(mixed.client)
-    assert (type(caught.value).__name__, caught.value.exit_code) == (name, code)
+    for kind, code, call, about in ERRORS:
+        with pytest.raises(coder_sync.SyncError, match=about) as caught:
+            call(mixed.client)
+        assert (type(caught.value), caught.value.exit_code) == (kind, code)
+        if isinstance(caught.value, DependencyFailed):
+            assert (caught.value.unit, caught.value.reason) == ("bad", "no disk")  # type: ignore[attr-defined]
     assert len(mixed.client.list(everything=True)) == len(before)
-
-
-def test_a_timeout_carries_what_was_missing(shared: World) -> None:
-    with pytest.raises(TimedOut) as caught:
-        shared.client.start("late", want=["b-late", "c-late"], timeout=0.01)
-    rows = [(d.depends_on, d.current_status) for d in caught.value.data]
+    with pytest.raises(TimedOut) as late:
+        mixed.client.start("late", want=["b-late", "c-late"], timeout=0.01)
+    rows = [(d.depends_on, d.current_status) for d in late.value.data]
     assert rows == [("b-late", "not registered"), ("c-late", "not registered")]
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "reason"),
-    [
-        (None, "completed", ""),
-        (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
-        (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
-        (SystemExit(3), "failed", ".*3"),
-        (SystemExit("no disk"), "failed", ".*no disk"),
-        pytest.param(SystemExit(0), "completed", ""),
-        pytest.param(SystemExit(None), "completed", ""),
-    ],
-    ids=repr,
-)
-def test_a_unit_ends_as_its_block_does(shared: World, error: Any, status: str, reason: str) -> None:
-    name = f"block-{next(COUNT)}"
-    ending = pytest.raises(type(error)) if error else contextlib.nullcontext()
-    with ending, shared.client.unit(name) as start:
-        assert (start.result.unit, shared.status(name)) == (name, "started")
-        if error:
-            raise error
-    ended = shared.client.status(name)
-    assert ended.status == status
-    assert re.fullmatch(reason, ended.reason)
-
-
-BAD_ARGUMENTS: list[tuple[str, Callable[[Client, str], Any]]] = [
-    ("want of unit", lambda client, name: client.unit(name, want="database", timeout=0.1).__enter__()),
-    ("want of start", lambda client, name: client.start(name, want="database", timeout=0.1)),
-    ("want of numbers", lambda client, name: client.start(name, want=[1], timeout=0.1)),  # type: ignore[list-item]
-    ("requires", lambda client, name: client.start(name, want=["x"], requires="luck")),
-    ("timeout a string", lambda client, name: client.start(name, want=["x"], timeout="soon")),  # type: ignore[arg-type]
-    ("timeout below 0", lambda client, name: client.start(name, want=["x"], timeout=-1)),
-    ("pid", lambda client, name: client.start(name, pid="me", timeout=0.1)),  # type: ignore[arg-type]
-    ("on_wait", lambda client, name: client.start(name, want=["x"], timeout=0.1, on_wait=5)),  # type: ignore[arg-type]
-    ("name", lambda client, name: client.start(None)),  # type: ignore[arg-type]
-]
-
-
-@pytest.mark.parametrize(("what", "call"), BAD_ARGUMENTS, ids=lambda value: value if type(value) is str else "")
-def test_a_bad_argument_is_refused_before_anything_is_registered(
-    shared: World, what: str, call: Callable[[Client, str], Any]
-) -> None:
-    name = f"never-{next(COUNT)}"
-    kinds = (TypeError,) if what.startswith("want of") else (TypeError, ValueError, coder_sync.SyncError)
-    with pytest.raises(kinds) as caught:
-        call(shared.client, name)
-    assert not isinstance(caught.value, TimedOut)
-    assert shared.status(name) == "not registered"
-
-
-def test_errors_say_what_they_are_about(mixed: World) -> None:
-    with pytest.raises(TimedOut, match=r"timeout waiting for .*nobody not registered"):
-        mixed.client.wait("nobody", timeout=0.01)
-    with pytest.raises(DependencyFailed) as caught:
-        mixed.client.wait("bad")
-    assert (caught.value.unit, caught.value.reason) == ("bad", "no disk")  # type: ignore[attr-defined]
+    with pytest.raises(DependencyFailed), mixed.client.unit("block", want=["bad"]):
+        pytest.fail("entered")
+    assert mixed.status("block") == "skipped"
 
 
 def test_every_exception_of_the_readme_can_be_imported_by_a_star() -> None:
     kinds = [name for name in dir(coder_sync) if isinstance(getattr(coder_sync, name), type)]
     errors = [name for name in kinds if issubclass(getattr(coder_sync, name), coder_sync.SyncError)]
     assert {"TimedOut", "DependencyFailed"} <= set(re.findall(r"\w+", README)) & set(errors) <= set(coder_sync.__all__)
+
+
+def test_a_unit_ends_as_its_block_does(agent: World) -> None:
+    endings: list[tuple[Any, str, str]] = [
+        (None, "completed", ""),
+        (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+        (SystemExit(3), "failed", ".*3"),
+        (SystemExit("no disk"), "failed", ".*no disk"),
+        (SystemExit(0), "completed", ""),
+        (SystemExit(None), "completed", ""),
+    ]
+    for n, (error, status, reason) in enumerate(endings):
+        ending = pytest.raises(type(error)) if error else contextlib.nullcontext()
+        with ending, agent.client.unit(f"block-{n}") as start:
+            assert (start.result.unit, agent.status(f"block-{n}")) == (f"block-{n}", "started")
+            if error:
+                raise error
+        ended = agent.client.status(f"block-{n}")
+        assert ended.status == status
+        assert re.fullmatch(reason, ended.reason)
+    with agent.client.unit("within"):
+        agent.client.complete("within")
+    assert agent.status("within") == "completed"
+
+
+BAD_ARGUMENTS: list[dict[str, Any]] = [
+    {"want": "database"},
+    {"want": [1]},
+    {"want": ["x"], "requires": "luck"},
+    {"want": ["x"], "timeout": "soon"},
+    {"want": ["x"], "timeout": -1},
+    {"pid": "me"},
+    {"want": ["x"], "on_wait": 5},
+    {"unit": None},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_ARGUMENTS, ids=str)
+def test_a_bad_argument_is_refused_before_anything_is_registered(agent: World, bad: dict[str, Any]) -> None:
+    arguments = {"unit": "never", "timeout": 0.1, **bad}
+    calls: list[Callable[[], Any]] = [lambda: agent.client.start(**arguments)]
+    if not {"pid", "on_wait"} & {*bad}:
+        calls.append(lambda: agent.client.unit(**arguments).__enter__())
+    kinds = TypeError if bad in ({"want": "database"}, {"want": [1]}) else (TypeError, ValueError, coder_sync.SyncError)
+    for call in calls:
+        with pytest.raises(kinds) as caught:
+            call()
+        assert not isinstance(caught.value, TimedOut)
+    assert agent.client.list(everything=True) == []
 
 
 HASTE = 50
@@ -5261,18 +5247,6 @@ def test_every_call_to_a_stopped_agent_ends_within_35_seconds(world: World, monk
     assert all(re.search(r"has not answered for \d+ s; is it stopped\?", text) for _, text in endings[:-2])
 
 
-def test_a_block_whose_unit_was_completed_within_is_fine(shared: World) -> None:
-    with shared.client.unit("within"):
-        shared.client.complete("within")
-    assert shared.status("within") == "completed"
-
-
-def test_a_block_that_must_not_start_is_not_entered(mixed: World) -> None:
-    with pytest.raises(DependencyFailed), mixed.client.unit("block", want=["bad"]):
-        pytest.fail("entered")
-    assert mixed.status("block") == "skipped"
-
-
 def test_a_process_that_ends_in_its_block_fails_the_unit(agent: World) -> None:
     code = f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
 from coder_sync import Client
@@ -5296,16 +5270,13 @@ def test_a_client_may_be_used_from_many_threads(agent: World) -> None:
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         list(pool.map(work, reversed(range(40))))
     assert [u.status for u in client.list()] == ["completed"] * 40
-
-
-def test_on_wait_is_called_with_what_is_missing(shared: World) -> None:
     calls: list[Any] = []
 
     def on_wait(missing: list[coder_sync.Dependency], waited: float) -> None:
         calls.append(([d.depends_on for d in missing], round(waited)))
-        shared.end("b-missing")
+        agent.end("b-missing")
 
-    shared.client.start("a-missing", want=["b-missing"], on_wait=on_wait)
+    client.start("a-missing", want=["b-missing"], on_wait=on_wait)
     assert calls == [(["b-missing"], 0)]
 
 
