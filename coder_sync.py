@@ -361,6 +361,13 @@ def one_line(text: str) -> str:
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
 
 
+class Facts(UnitStatus):
+    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
+
+    def __init__(self, registered: float = -1.0, waiting: float = -1.0) -> None:
+        self.registered, self.waiting = registered, waiting
+
+
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
@@ -368,7 +375,7 @@ class Unit:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = 0.0  # of the status
-        self.facts = UnitStatus(name, NOT_REGISTERED, True)  # of the present run, as a snapshot has them
+        self.facts = Facts()
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -482,7 +489,7 @@ class Units:
         for name, wants, _ in members:
             for requires in wants.values():
                 check_requirement(requires)
-            unit = self.units.get(name, Unit(name))
+            unit = self.units.get(name) or Unit(name)
             claim, owned = unit.first(), unit.facts.owner
             if claim or (unit.status == STARTED and not (owned and self.alive(owned) is False)):
                 how, by = "started" if unit.status == STARTED else "claimed", self._by(claim.owner if claim else owned)
@@ -759,7 +766,7 @@ class Units:
                 self._freed.append((lock, unit))
         if status == PENDING:  # forget the run before
             registered = unit.since if old == NOT_REGISTERED else unit.facts.registered
-            unit.facts = UnitStatus(unit.name, PENDING, False, registered=registered, waiting=unit.facts.waiting)
+            unit.facts = Facts(registered, unit.facts.waiting)
             unit.root, unit.locks = "", ()
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -1036,8 +1043,8 @@ class Units:
         return unit
 
     def _snapshot(self, unit: Unit) -> UnitStatus:
-        row = UnitStatus(**vars(unit.facts))
-        row.status, row.is_ready, row.age = unit.status, unit.unmet == 0, round(self._now() - unit.since, 3)
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
