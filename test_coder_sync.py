@@ -2516,20 +2516,18 @@ def test_unknown_methods_are_refused(shared: World) -> None:
 ODD_VALUES: list[Any] = [None, True, 1, 2**31, -(2**31), 10**30, 1.5, "x", [], ["x"], [1], ["x", None], [["x"]], {}]
 
 
-def fits(default: Any, value: Any) -> bool:
-    """Whether a parameter of METHODS may take a value."""
-    kind = default if isinstance(default, type) else type(default)
-    if kind is list:
-        return type(value) is list and all(type(v) is str for v in value)
-    if kind in (object, float):
-        return type(value) in ((str, int) if kind is object else (int, float))
-    return type(value) is kind and (kind is not int or abs(value) < 2**31)
+def fits(kind: str, value: Any) -> bool:
+    """Whether a parameter that is declared as `kind` may take a value."""
+    if kind.startswith("Sequence"):
+        return type(value) is list and all(type(v) is (str if "str" in kind else dict) for v in value)
+    types = {"Id": (str, int), "float": (int, float), "Object": (dict,), "str": (str,), "int": (int,), "bool": (bool,)}
+    return type(value) in types[kind] and (kind != "int" or abs(value) < 2**31)
 
 
 @pytest.mark.parametrize("method", coder_sync.METHODS)
 def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: World, method: str) -> None:
-    spec = coder_sync.METHODS[method]
-    required = {k: "x" for k, v in spec.items() if isinstance(v, type)}
+    spec = coder_sync.parameters(coder_sync.METHODS[method])
+    required = {name: "x" for name, (_, needed) in spec.items() if needed}
     peer = shared.connect()
 
     def refused(params: Any) -> str:
@@ -2538,9 +2536,9 @@ def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: Wo
         assert error["code"] == -32602, params
         return str(error["message"])
 
-    for name, default in spec.items():
+    for name, (kind, _) in spec.items():
         for value in ODD_VALUES:
-            assert fits(default, value) or f'"{name}"' in refused({**required, name: value}), value
+            assert fits(kind, value) or f'"{name}"' in refused({**required, name: value}), value
     for params in ({**required, "colour": 1}, ["x"] * (len(spec) + 1), "x", 7, None):
         refused(params)
     for name in required:
@@ -8419,9 +8417,9 @@ def test_the_readme_has_the_one_liner_that_runs_the_main_job(world: World) -> No
 def test_the_readme_documents_every_command_and_method() -> None:
     for command in coder_sync.COMMANDS:
         assert f"`{command}" in README or f"coder_sync.py {command}" in README, command
-    for method, params in coder_sync.METHODS.items():
-        assert f"`{method}`" in README, method
-        assert all(param in README for param in params)
+    for name, method in coder_sync.METHODS.items():
+        assert f"`{name}`" in README, name
+        assert all(param in README for param in coder_sync.parameters(method))
 
 
 # A startup of the README, with stand-ins for what needs a network; PACE scales how long they take.
@@ -8641,7 +8639,7 @@ def odd_line(chance: random.Random) -> bytes:
     """A request, mutated more or less."""
     methods = [method for method in coder_sync.METHODS if method != "shutdown"]  # which would do as it says
     method = chance.choice([*methods, *methods, "shutdown?", ""])
-    names = [*coder_sync.METHODS.get(method, {}), "more"]
+    names = [*coder_sync.parameters(coder_sync.METHODS.get(method, coder_sync.Agent.do_ping)), "more"]
     params: Any = {name: odd_value(chance) for name in names if chance.random() < 0.7}
     if "unit" in params and chance.random() < 0.7:
         params.update(unit=chance.choice("abcdef"), requires="success", dependencies=chance.sample("abcdef", 2))
