@@ -2136,34 +2136,35 @@ class WakeUp:
     awake = False
 
     def __init__(self) -> None:
-        self._ends: tuple[int, ...] = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        from io import FileIO
+
+        ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        self._ends = [FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
 
     def close(self) -> None:
         """Give the descriptors back; from now on nobody is woken."""
-        ends, self._ends = getattr(self, "_ends", ()), ()
-        for fd in ends:
-            os.close(fd)
-
-    __del__ = close  # of a connection whose thread found no memory to begin with
+        self.awake = True
+        for end in self._ends:
+            end.close()
 
     def wake(self) -> None:
         """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
-        if self._ends and not self.awake:
+        if not self.awake:
             self.awake = True
-            os.write(self._ends[-1], (1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
 
     def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
         """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
         from select import POLLIN, poll
 
-        poller = poll()
-        for fd in (self._ends[0], *others):
+        poller, end = poll(), self._ends[0]
+        for fd in (end.fileno(), *others):
             poller.register(fd, POLLIN)
         ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < float("inf") else None)}
         self.awake = True
-        if self._ends[0] in ready:
-            os.read(self._ends[0], 4096)
-        return ready - {self._ends[0]}
+        if end.fileno() in ready:
+            end.read(4096)
+        return ready - {end.fileno()}
 
 
 class Connection:
@@ -2244,7 +2245,6 @@ class Agent:
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
         self.connections: WeakSet[Connection] = WeakSet()  # one whose thread found no memory to begin with leaves
         self.followers: set[Connection] = set()
-        self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
@@ -2328,10 +2328,11 @@ class Agent:
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
             self.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
         finally:
-            self._end(connection)
+            while not self._end(connection):
+                time.sleep(0.05)
 
-    def _end(self, connection: Connection) -> None:
-        """The peer of a connection is gone: end its claims, however little memory there is."""
+    def _end(self, connection: Connection) -> bool:
+        """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
         try:
             with self.lock:
                 self.connections.discard(connection)
@@ -2349,10 +2350,10 @@ class Agent:
                 connection.claims.clear()
                 connection.wake_up.close()
                 connection.gone = True
-            connection.sock.close()
         except MemoryError:
-            time.sleep(0.05)
-            self._end(connection)
+            return False
+        connection.sock.close()
+        return True
 
     def _converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
@@ -2410,8 +2411,7 @@ class Agent:
             result = self._call(request, decode(line))
             if isinstance(result, UnitStatus):
                 own = Dependency(result.unit_name, "", result.status, False)
-                self._suggest([own], "")
-                self._suggest(result.dependencies, result.unit_name)
+                self._suggest([own, *result.dependencies], result.unit_name)
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
@@ -2507,13 +2507,9 @@ class Agent:
     # -- under the lock -----------------------------------------------------------------------------------
 
     def _distribute(self) -> None:
-        """Pass on the answers that became known, and wake the followers if anything has happened."""
+        """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
             self._answer(claim, answer)
-        if self.news:
-            self.news = False
-            for follower in self.followers:
-                follower.wake_up.wake()
 
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
@@ -2527,7 +2523,8 @@ class Agent:
         detail = f": {event.detail}" if event.detail else ""
         level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
         self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
-        self.news = True
+        for follower in self.followers:
+            follower.wake_up.wake()
 
     def _report(self, claim: Claim) -> None:
         request = claim.ticket
@@ -2787,8 +2784,6 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
     before = os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if replace:
-            replace(path)
         doing = f"open {lock}{whose(lock)}"
         held = hold(lock, path, replace)
         at_end.callback(os.close, held)
@@ -2827,6 +2822,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
 
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
+        late = time.monotonic() > deadline
+        if replace and not late:
+            replace(path)
         # O_NONBLOCK: another user may have put a pipe there
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         found = os.fstat(fd)
@@ -2843,11 +2841,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{whose(lock)} is serving {path} already", "stop") from None
-            if time.monotonic() > deadline:
+            if late:
                 remove(lock, found)
-            else:
-                replace(path)
-                time.sleep(0.02)
+            time.sleep(0.02)
         except FileNotFoundError:
             pass
         finally:
