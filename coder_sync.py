@@ -2103,7 +2103,7 @@ class Connection:
         """When the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
         for claim in self.open.values():
-            times += (claim.deadline, claim.ticket.look_at)
+            times += [claim.ticket.look_at] if claim.ticket.answered else [claim.ticket.look_at, claim.deadline]
         return min(times)
 
     def send(self, data: bytes) -> None:
