@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from dataclasses import dataclass
     from typing import Any, Literal, NoReturn, Union
 
+    Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
     Object = dict[str, Any]
@@ -122,44 +123,43 @@ REPORT_EVERY = 30.0
 # ----------------------------------------------------------------------------------------------------------
 
 
+ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their code
+
+
 class SyncError(Exception):
     """Anything that goes wrong here; `exit_code` is the command line's, `code` JSON-RPC's."""
 
     exit_code = 1
     code = -32000
 
+    def __init_subclass__(cls, code: int = 0, exit_code: int = 0) -> None:
+        cls.code, cls.exit_code = code or cls.code, exit_code or cls.exit_code
+        if code:
+            ERRORS[code] = cls
+
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message)
         self.data = data
 
 
-class Refused(SyncError):
+class Refused(SyncError, code=-32000):
     """The rules say no: a bad name, another outcome than the one on record, a limit."""
 
 
-class CycleError(Refused):
+class CycleError(Refused, code=-32001):
     """`data` is the cycle, its first name repeated last."""
 
-    code = -32001
 
-
-class AlreadyStarted(Refused):
+class AlreadyStarted(Refused, code=-32002):
     """Somebody else started the unit."""
 
-    code = -32002
 
-
-class NotRegistered(Refused):
+class NotRegistered(Refused, code=-32003):
     """Nobody has called `want`, `start` or `run` on the unit."""
 
-    code = -32003
 
-
-class DependencyFailed(SyncError):
+class DependencyFailed(SyncError, code=-32004, exit_code=4):
     """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
-
-    exit_code = 4
-    code = -32004
 
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message, data)
@@ -167,52 +167,36 @@ class DependencyFailed(SyncError):
         self.unit, self.reason = str(about.get("unit", "")), str(about.get("reason", ""))
 
 
-class UsageError(SyncError):
-    """The command line, an environment variable or an argument of the API is wrong."""
-
-    exit_code = 2
-
-
-class InvalidRequest(SyncError):
-    """Not a JSON-RPC 2.0 request, or not one of ours."""
-
-    code = -32600
-
-
-class MethodNotFound(InvalidRequest):
-    """There is no such method."""
-
-    code = -32601
-
-
-class InvalidParams(InvalidRequest):
-    """A parameter is missing, unknown or of the wrong type."""
-
-    code = -32602
-
-
-class ParseError(InvalidRequest):
-    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
-
-    code = -32700
-
-
-class Unreachable(SyncError):
+class Unreachable(SyncError, code=-32005, exit_code=3):
     """No agent could be reached, or it went away, or what answers is not one."""
 
-    exit_code = 3
-    code = -32005
 
-
-class TimedOut(SyncError):
+class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
-
-    exit_code = 124
-    code = -32006
 
     def __str__(self) -> str:
         missing = ", ".join(f"{row.depends_on} {row.current_status}" for row in self.data or ())
         return str(self.args[0]) + (f": {missing}" if missing else "")
+
+
+class InvalidRequest(SyncError, code=-32600):
+    """Not a JSON-RPC 2.0 request, or not one of ours."""
+
+
+class MethodNotFound(InvalidRequest, code=-32601):
+    """There is no such method."""
+
+
+class InvalidParams(InvalidRequest, code=-32602):
+    """A parameter is missing, unknown or of the wrong type."""
+
+
+class ParseError(InvalidRequest, code=-32700):
+    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
+
+
+class UsageError(SyncError, exit_code=2):
+    """The command line, an environment variable or an argument of the API is wrong."""
 
 
 class CommandError(SyncError):
@@ -221,15 +205,6 @@ class CommandError(SyncError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-ERRORS: dict[int, type[SyncError]] = {  # those that cross the wire, by their code
-    kind.code: kind
-    for kind in (
-        *(Refused, CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable, TimedOut),
-        *(InvalidRequest, MethodNotFound, InvalidParams, ParseError),
-    )
-}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -388,41 +363,40 @@ def one_line(text: str) -> str:
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
 
 
+class Facts(UnitStatus):
+    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
+
+    def __init__(self, registered: float = -1.0, waiting: float = -1.0) -> None:
+        self.registered, self.waiting = registered, waiting
+
+
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
-    def __init__(self, name: str, now: float) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.status = NOT_REGISTERED
-        self.since = now  # of the status
+        self.since = 0.0  # of the status
+        self.facts = Facts()
+        self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set and _link, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
-        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
-        self.registered = self.waiting = -1.0  # when, for pictures; -1: not yet
-        self.last_event = 0
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """Forget the last run."""
-        self.reason = self.root = ""  # why it failed or was skipped; and what failed in the first place
-        self.exit_code: int | None = None
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.boot: Claim | None = None  # of a boot, which is notified of the unit's outcome
-        self.owner: Owner | None = None
         self.locks: tuple[Lock, ...] = ()  # that it has while it is started
-        self.ready = self.started = self.ended = self.exited = -1.0
-        self.released_by = self.exit_reason = self.log = ""
-        self.tries: list[float] = []
-        self.running = False
-        self.environment: dict[str, str] = {}
+        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
+        self.last_event = 0
+
+    def first(self) -> Claim | None:
+        """The claim that was granted, else the one that will be."""
+        return self.holder or next(iter(self.line), None)
 
 
 class Lock:
     """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name)."""
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
         self.taken: dict[Unit, None] = {}
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
@@ -435,9 +409,8 @@ class Lock:
 class Claim:
     """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
 
-    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False) -> None:
-        self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held
-        self.locks: tuple[Lock, ...] = ()
+    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...]) -> None:
+        self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
         self.deadline = float("inf")
         self.boot = False  # it is answered with every status of the unit, not once
         self.confirmed = False  # the client says itself that its answer has arrived
@@ -468,6 +441,7 @@ class Units:
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
+        self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
         self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
@@ -477,9 +451,9 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
-        if (unit.line or unit.status == PENDING) and self._settle(unit):
-            self._propagate([unit])
+        wants = dict.fromkeys(dependencies, check_requirement(requires))
+        (unit,) = self._declare([(check_name(name), wants, ())])
+        self._settle_all(unit)
         return unit
 
     def start(
@@ -497,81 +471,34 @@ class Units:
 
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        places = self._locks(locks)
-        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
-        if unit.status == STARTED and (unit.holder is None or unit.holder.confirmed):
-            if owner:
-                unit.refused = [*unit.refused[-99:], owner]
-            raise self._already_started(unit)
-        self._check_waits(1)
-        claim = Claim(unit, ticket, owner, held)
-        claim.locks = places
-        self._stand_in_line(claim, timeout)
-        if self._settle(unit):
-            self._propagate([unit])
-        elif claim in unit.line:
-            self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
-        return claim
+        wants = dict.fromkeys(dependencies, check_requirement(requires))
+        return self._claim([(check_name(name), wants, locks)], ticket, owner, held, timeout)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
-        self._check_waits(1)
-        needs = dict.fromkeys(map(check_name, names), check_requirement(requires))
-        waiter = Unit("", self.clock())
-        new = {n: self.units.get(n) or Unit(n, self.clock()) for n in needs}
-        self._check_limits(sum(n not in self.units for n in new), len(new), "")
-        self.units.update(new)
-        for name, other in new.items():
-            self._link(waiter, other, needs[name])
-        claim = Claim(waiter, ticket)
-        self._stand_in_line(claim, timeout)
-        self._settle(waiter)
-        return claim
+        wants = dict.fromkeys(names, check_requirement(requires))
+        return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
 
-    def boot(
-        self,
-        members: list[tuple[str, dict[str, str], list[str]]],
-        ticket: Any,
-        owner: Owner | None = None,
-        jobs: int = 0,
-    ) -> list[Claim]:
+    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
         replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
         Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
         """
-        self._check_waits(len(members))
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
         for name, wants, _ in members:
-            unit = self.units.get(name)
             for requires in wants.values():
                 check_requirement(requires)
-            claim = next(iter(unit.line), unit.holder) if unit else None
-            if unit and (claim or (unit.status == STARTED and (not unit.owner or self.alive(unit.owner) is not False))):
-                owner = claim.owner if claim else unit.owner
+            unit = self.units.get(name)
+            claim, owner_now = (unit.first(), unit.facts.owner) if unit else (None, None)
+            lives = unit and unit.status == STARTED and not (owner_now and self.alive(owner_now) is False)
+            if unit and (claim or lives):
+                by = self._by(claim.owner if claim else owner_now)
                 how = "started" if unit.status == STARTED else "claimed"
-                raise Refused(f'unit "{name}" is {how}{self._by(owner)}; nothing was run: end that first')
-        places = [self._locks(locks) for _, _, locks in members]
-        everyone = (Lock("", jobs),) if jobs else ()
-        units = self._declare([(name, wants) for name, wants, _ in members], anew=True)
-        for unit in units:
-            if unit.status != PENDING:
-                self._set(unit, PENDING)
-        claims = []
-        for unit, locks in zip(units, places):
-            claim = Claim(unit, ticket, owner, held=True)
-            claim.boot, claim.locks = True, locks + everyone
-            unit.boot = claim
-            self._stand_in_line(claim, 0)
-            claims.append(claim)
-        started = [unit for unit in units if self._settle(unit)]
-        for unit in units:
-            if unit.line:
-                self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
-        self._propagate(started)
-        return claims
+                raise Refused(f'unit "{name}" is {how}{by}; nothing was run: end that first')
+        return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
 
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
@@ -590,56 +517,46 @@ class Units:
         answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
         none, the unit of a held claim has failed, and that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, bool]] = {}
-        for claim in claims:
-            unit = claim.unit
-            reason = f"lost: {self._who(claim.owner) or 'the process that held it'} ended without completing"
+        ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
+        for claim in [claim for claim in claims if not self.is_over(claim)]:
+            unit, who = claim.unit, self._who(claim.owner)
+            reason = f"lost: {who or 'the process that held it'} ended without completing"
             if claim in unit.line:
-                missing, late = self._waits_for(unit, registered=False), self._timed_out(unit)
-                del unit.line[claim]
-                self.waits -= 1
-                reason = f"lost: {self._who(claim.owner) or 'its start'} waited for {', '.join(missing)}, and {why}"
+                missing = ", ".join(self._waits_for(unit, registered=False))
+                reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
                 if error is TimedOut:
-                    reason = f"timed out waiting for {', '.join(missing)}"
+                    reason = f"timed out waiting for {missing}"
+                    what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
+                    late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
                     self._answers.append((claim, late))
                 elif error:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
-                self._record(unit, "gave up", f"{why}; still missing: {', '.join(missing)}")
-            elif unit.holder is claim:
-                unit.holder = None
+                self._record(unit, "gave up", f"{why}; still missing: {missing}")
+                del unit.line[claim]
+                self.waits -= 1
             else:
-                continue
-            if unit.boot is claim:
-                unit.boot = None
+                unit.holder = None
             ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
-        changed = []
         for unit, (reason, held) in ended.items():
-            if not unit.name:
-                self._unlink(unit)
-            elif unit.holder or unit.status in ENDED:
-                continue  # another has it
-            elif held and not unit.line:
+            if held and not unit.first():
                 self._set(unit, FAILED, one_line(reason))
-                changed.append(unit)
-            elif unit.status == STARTED:
+            elif unit.status == STARTED and not unit.holder:
                 self._set(unit, PENDING, "the client that asked for its start was gone")
-                changed.append(unit)
-            elif unit.line:
-                changed.append(unit)
-        self._propagate(changed + [unit for unit in changed if unit.status == PENDING and self._settle(unit)])
+        self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
         """End those claims whose time is up."""
         now = self.clock()
-        self.end_claims([c for c in claims if c.deadline <= now], "timed out", TimedOut)
+        late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
+        self.end_claims(late, "timed out", TimedOut)
 
     def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> Unit:
         """End `name` with success; `env` is for those that depend on it.
 
         Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
         """
-        left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
-        if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
+        left = [env, *(unit.facts.environment for unit in self.units.values())] if env else []
+        if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
         return self._end(name, COMPLETED, "", 0, by, env)
 
@@ -652,43 +569,44 @@ class Units:
 
         Raises NotRegistered, or Refused while one of them is started. Returns the names.
         """
-        todo = [self._registered(name) for name in names] or [
-            u for u in self.units.values() if u.status != NOT_REGISTERED
-        ]
+        known = (unit for unit in self.units.values() if unit.status != NOT_REGISTERED)
+        todo = [self._registered(name) for name in names] or list(known)
         for unit in todo:
             if unit.status == STARTED:
-                raise Refused(f'unit "{unit.name}" is started{self._by(unit.owner)} and cannot be reset; end it first')
-        again: dict[Unit, None] = dict.fromkeys(u for u in todo if u.status in ENDED)
-        for unit in (todo := list(again)):
-            behind = [u for u in unit.wanted_by if u.status == SKIPPED and u not in again]
-            again.update(dict.fromkeys(behind))
-            todo += behind
+                by = self._by(unit.facts.owner)
+                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+        again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
             self._set(unit, PENDING)
-        self._propagate([unit for unit in again if self._settle(unit)])
+        for unit in again:  # which grows
+            for behind in [other for other in unit.wanted_by if other.status == SKIPPED]:
+                self._set(behind, PENDING)
+                again.append(behind)
+        self._settle_all(*again)
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str) -> None:
         """The process that a claim runs, and the file with its output."""
-        claim.owner = claim.unit.owner = owner or claim.owner
-        claim.unit.log = log
+        claim.owner = claim.unit.facts.owner = owner or claim.owner
+        claim.unit.facts.log = log
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
         unit = self._registered(name)
-        unit.tries = [*unit.tries[-999:], self.clock()]
+        unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
 
     def run_on(self, name: str) -> None:
         """The process of a completed unit, a service, goes on."""
-        self._registered(name).running = True
+        self._registered(name).facts.running_on = True
 
     def exit(self, name: str, reason: str) -> None:
         """The process of a completed unit has ended."""
         unit = self._registered(name)
-        if unit.running:
-            unit.running, unit.exited, unit.exit_reason = False, self.clock(), one_line(reason)
-            self._record(unit, "exited", unit.exit_reason)
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited = False, self._now()
+            unit.facts.exit_reason = one_line(reason)
+            self._record(unit, "exited", unit.facts.exit_reason)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -703,31 +621,30 @@ class Units:
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared. With `_waits_for`, what says why something waits."""
-        now, rows = self.clock(), []
-        for other, requirement in unit.wants.items():
-            met = other.status in MEETS[requirement]
-            if met and unmet_only:
-                continue
-            row = Dependency(other.name, REQUIRED_STATUS[requirement], other.status, met, requirement)
-            row.age, row.reason = round(now - other.since, 3), other.reason
-            if not met:
+        """The edges of a unit, in the order they were declared; `unmet_only`: what it lacks, also locks."""
+        rows = []
+        needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
+        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
+            needs.append((unit, ""))
+        for other, need in needs:
+            age = round(self._now() - other.since, 3)
+            if isinstance(need, Lock):
+                row = Dependency(need.label(), "free", "taken", False, "lock", age, f"{other.name} has it")
+            elif other is unit:
+                row = Dependency(unit.name, "free", STARTED, False, "start", age)
+            else:
+                met, required = other.status in MEETS[need], REQUIRED_STATUS[need]
+                row = Dependency(other.name, required, other.status, met, need, age, other.facts.reason)
+            if not row.is_satisfied:
                 row.owner = self._owner(other)
                 row.waits_for = self._waits_for(other) if other.status == PENDING else []
-            rows.append(row)
-        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            rows.append(Dependency(unit.name, "free", STARTED, False, "start", round(now - unit.since, 3)))
-            rows[-1].owner = self._owner(unit)
-        for lock, holder in self._busy(unit) if unmet_only else ():
-            row = Dependency(lock.label(), "free", "taken", False, "lock", round(now - holder.started, 3))
-            row.reason, row.owner = f"{holder.name} has it", self._owner(holder)
             rows.append(row)
         return rows
 
     def status(self, name: str) -> UnitStatus:
         """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
-        unit = self.units.get(check_name(name)) or Unit(name, self.clock())
-        snapshot = self._snapshot(unit, self.clock())
+        unit = self.units.get(check_name(name)) or self._unknown(name)
+        snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
         snapshot.dependencies = self.dependencies(unit)
         history: list[Event] = []
@@ -740,23 +657,20 @@ class Units:
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
         """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
-        now = self.clock()
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
+        return [self._snapshot(u) for u in sorted(shown, key=lambda u: u.name)]
 
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
-        now = self.clock()
-        refused = [name for name in self.refusals if name not in self.units]
-        nodes = [self._snapshot(u, now) for u in (*self.units.values(), *(Unit(name, now) for name in refused))]
-        return Graph(round(now - self.began, 6), nodes)
+        refused = [self._unknown(name) for name in self.refusals if name not in self.units]
+        return Graph(self._now(), [self._snapshot(unit) for unit in (*self.units.values(), *refused)])
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins."""
         unit = self.units.get(check_name(name))
         merged: dict[str, str] = {}
         for other in self._before(unit) if unit and self.left_environment else ():
-            merged.update(other.environment)
+            merged.update(other.facts.environment)
         return merged
 
     def names(self) -> list[str]:
@@ -774,125 +688,110 @@ class Units:
 
     # -- the rules ----------------------------------------------------------------------------------------
 
-    def _settle(self, unit: Unit, because: Unit | None = None) -> bool:
-        """When may a unit start? Here. Return whether its status changed, so that others must be looked at.
+    def _settle(self, unit: Unit, because: Unit | None = None) -> None:
+        """When may a unit start? Here.
 
         Its requirements are all met and all its locks have a place: the first in line is granted. One of them can
         not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
         the dependency that just changed, if only that can have made a difference.
         """
-        if unit.status == STARTED:  # those in line stand there until the answer to the one before has arrived
-            return False
-        if unit.unmet == 0:
-            return bool(unit.line) and self._grant(unit, because)
-        unit.ready = -1.0
-        reason, root, cause = self._verdict(unit, because)
-        if cause is None:
-            return False
-        skip = unit.status == PENDING and bool(unit.name)
-        if skip:
-            self._set(unit, SKIPPED, reason)
-            unit.root = root
-        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
-        data = {"unit": cause.name, "reason": cause.reason}
-        self._answer_line(unit, DependencyFailed(text, data))
-        if not unit.name:
-            self._unlink(unit)
-        return skip
+        if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
+            return
+        if unit.unmet:
+            unit.facts.ready = -1.0
+            causes = (because,) if because else unit.wants
+            cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
+            if cause:
+                self._skip(unit, cause)
+        elif unit.line:
+            self._grant(unit, because)
 
-    def _grant(self, unit: Unit, because: Unit | None) -> bool:
-        """Start a unit whose dependencies are met, unless a lock has no place."""
-        if unit.ready < 0:
-            unit.ready = self.clock()
-            unit.released_by = because.name if because else unit.released_by
-        claim = next(iter(unit.line))
-        if self._busy(unit):
+    def _skip(self, unit: Unit, cause: Unit) -> None:
+        """Give up a unit because of a dependency that has failed or was skipped."""
+        if cause.status == FAILED:
+            reason = f'dependency "{cause.name}" failed' + (f" ({cause.facts.reason})" if cause.facts.reason else "")
+        else:
+            reason = f'dependency "{cause.name}" was skipped: '
+            # What failed in the first place matters most, however long the chain is.
+            short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
+            reason += cause.facts.reason if short else f"... {cause.root}"
+        unit.root = cause.root or reason
+        self._set(unit, SKIPPED, reason)
+        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
+        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
+
+    def _grant(self, unit: Unit, because: Unit | None) -> None:
+        """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
+        facts, claim = unit.facts, next(iter(unit.line))
+        if facts.ready < 0:
+            facts.ready = self._now()
+            facts.released_by = because.name if because else facts.released_by
+        if any(self._lacks(unit)):
             for lock in claim.locks:
                 lock.line.setdefault(unit)
-            return False
+            return
         for lock in claim.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         del unit.line[claim]
-        claim.deadline = float("inf")
         self.waits -= 1
-        if not unit.name:
-            self._answers.append((claim, {}))
-            self._unlink(unit)
-            return True
-        unit.locks, unit.holder, unit.owner, unit.refused = claim.locks, claim, claim.owner, []
+        unit.locks, unit.holder, facts.owner, unit.refused = claim.locks, claim, claim.owner, []
         if not claim.boot:
-            names = [d.name for d in unit.wants]
-            self._answers.append((claim, {"dependencies": names, "env": self.environment(unit.name)}))
+            wants = [d.name for d in unit.wants]
+            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
+            self._answers.append((claim, answer))
         self._set(unit, STARTED)
-        return True
 
-    @staticmethod
-    def _verdict(unit: Unit, because: Unit | None = None) -> tuple[str, str, Unit | None]:
-        """Why a unit cannot be started any more, what failed in the first place, and the dependency it is about.
-
-        None for the dependency while there is hope.
-        """
-        causes = (because,) if because else unit.wants
-        cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
-        if cause is None:
-            return "", "", None
-        if cause.status == FAILED:
-            text = f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
-            return text, text, cause
-        text = f'dependency "{cause.name}" was skipped: '
-        # What failed in the first place matters most, however long the chain is.
-        return (
-            text + (cause.reason if len(text + cause.reason) <= 2 * MAX_REASON else f"... {cause.root}"),
-            cause.root,
-            cause,
-        )
-
-    def _propagate(self, changed: list[Unit]) -> None:
-        """Settle whoever depends on changed units, and so on; in a loop, since chains may be long."""
-        from collections import deque
-
-        todo = deque(changed)
-        while todo or self._freed:
-            freed, self._freed = self._freed, []
-            for lock, before in freed:  # before the dependents, who have just become ready
-                for waiting in list(lock.line):
-                    if len(lock.taken) >= lock.limit:
-                        break
-                    if not waiting.line or waiting.unmet:
-                        del lock.line[waiting]
-                    elif self._settle(waiting):
-                        waiting.released_by = before.name
-                        todo.append(waiting)
-            if todo:
-                unit = todo.popleft()
-                for dependent in list(unit.wanted_by):
-                    if (dependent.line or dependent.status == PENDING) and self._settle(dependent, unit):
-                        todo.append(dependent)
+    def _settle_all(self, *units: Unit) -> None:
+        """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
+        for unit in units:
+            self._settle(unit)
+        for lock, before in self._freed:
+            for waiting in list(lock.line):
+                if len(lock.taken) >= lock.limit:
+                    break
+                if not waiting.line or waiting.unmet:
+                    del lock.line[waiting]
+                else:
+                    self._settle(waiting)
+                    if waiting.status == STARTED:
+                        waiting.facts.released_by = before.name
+        self._freed.clear()
+        for unit, because in self._affected:  # which grows; no recursion, since chains may be long
+            self._settle(unit, because)
+        self._affected.clear()
 
     def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
-        old, unit.status = unit.status, status
+        old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
         if old == STARTED:
             for lock in unit.locks:
                 del lock.taken[unit]
                 self._freed.append((lock, unit))
-        boot = unit.boot
-        unit.since = self.clock()
-        if status == STARTED:
-            unit.started = unit.since
-        elif status in ENDED:
-            unit.ended = unit.since
-            unit.holder = unit.boot = None
-        elif old != NOT_REGISTERED:
-            unit.begin_again()
-        unit.reason, unit.exit_code = reason, exit_code
+        if status == PENDING:  # forget the run before
+            registered = unit.since if old == NOT_REGISTERED else unit.facts.registered
+            unit.facts = Facts(registered, unit.facts.waiting)
+            unit.root, unit.locks = "", ()
+        elif status == STARTED:
+            unit.facts.started = unit.since
+        else:
+            unit.facts.ended = unit.since
+        unit.facts.reason, unit.facts.exit_code = reason, exit_code
+        if status != STARTED or not unit.name:
+            unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
-            dependent.unmet += (old in MEETS[requirement]) - (status in MEETS[requirement])
-        if boot and status != PENDING:
+            was_met, met = old in MEETS[requirement], status in MEETS[requirement]
+            dependent.unmet += was_met - met
+            if was_met != met or status in HOPELESS[requirement]:
+                self._affected.append((dependent, unit))
+        if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
-            self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
+            self._answers.append((claim, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+        if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+            for other in list(unit.wants):
+                self._cut(unit, other)
+                self._forget(other)
 
     def _end(
         self,
@@ -905,65 +804,61 @@ class Units:
     ) -> Unit:
         unit = self._registered(name)
         refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not unit.owner or by.pid != unit.owner.pid):
+        if by and (by.pid, by.born) in refused and (not unit.facts.owner or by.pid != unit.facts.owner.pid):
             raise Refused(
                 f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{self._by(unit.owner)}; if it is to be ended all the same, call from another shell"
+                f"was started{self._by(unit.facts.owner)}; if it is to be ended all the same, call from another shell"
             )
         if unit.status == status:
             return unit
         if unit.status in ENDED:
-            why = f" ({unit.reason})" if unit.reason else ""
+            why = f" ({unit.facts.reason})" if unit.facts.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
         if env:
-            unit.environment, self.left_environment = env, True
+            unit.facts.environment, self.left_environment = env, True
         self._set(unit, status, reason, exit_code)
         self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
-        self._propagate([unit])
+        self._settle_all()
         return unit
 
     # -- small parts --------------------------------------------------------------------------------------
 
-    def _declare(self, members: list[tuple[str, dict[str, str]]], anew: bool = False) -> list[Unit]:
+    def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
         """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
-        now = self.clock()
-        units, made, dropped, linked = [], [], [], []
-        name = ""
+        made: list[str] = []
+        dropped: list[tuple[Unit, Unit, str]] = []
+        linked: list[tuple[Unit, Unit, str]] = []
+        name = members[0][0] if members else ""
 
-        def known(name: str) -> Unit:
-            if name not in self.units:
-                self._check_limits(1, 0, members[0][0])
-                self.units[name] = Unit(check_name(name), now)
-                made.append(name)
-            return self.units[name]
+        def known(other: str) -> Unit:
+            if other not in self.units:
+                if len(self.units) >= MAX_UNITS:
+                    limit = f"the agent has reached its limit of {MAX_UNITS} units"
+                    raise Refused(f'unit "{members[0][0]}": {limit}')
+                self.units[other] = self._unknown(check_name(other))
+                made.append(other)
+            return self.units[other]
 
         try:
-            for name, _ in members:
-                units.append(known(name))
-                if anew and units[-1].status in ENDED:
-                    dropped += [(units[-1], *edge) for edge in units[-1].wants.items()]
-            for edge in dropped:
-                self._cut(*edge[:2])
-            for unit, (name, wants) in zip(units, members):
+            units = [known(name) if name else self._unknown("") for name, _, _ in members]
+            dropped += [(u, *edge) for u in units if anew and u.status in ENDED for edge in u.wants.items()]
+            for unit, other, _ in dropped:
+                self._cut(unit, other)
+            for unit, (name, wants, _) in zip(units, members):
                 for dependency, requires in wants.items():
                     other = known(dependency)
-                    has = unit.wants.get(other, requires)
-                    if has != requires:
-                        raise Refused(
-                            f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}'
-                        )
-                    if other not in unit.wants:
-                        self._check_limits(0, 1, name)
-                        cycle = self._cycle(unit, other)
-                        if cycle:
-                            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
-                            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+                    has = unit.wants.get(other)
+                    if has is None:
+                        self._check_edge(unit, other)
                         self._link(unit, other, requires)
                         linked.append((unit, other, requires))
+                    elif has != requires:
+                        text = f'wants "{dependency}" with requirement {has} already, not {requires}'
+                        raise Refused(f'unit "{name}" {text}')
         except SyncError as error:
             for unit, other, _ in reversed(linked):
                 self._cut(unit, other)
@@ -980,7 +875,6 @@ class Units:
         for unit in units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
-                unit.registered = now
                 self._set(unit, PENDING)
         for unit, other, requires in linked:
             self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
@@ -988,16 +882,41 @@ class Units:
             self._forget(other)
         return units
 
-    def _stand_in_line(self, claim: Claim, timeout: float) -> None:
-        unit = claim.unit
-        if unit.status in ENDED:  # another try: those behind it wait again
-            self._set(unit, PENDING)
-        unit.line[claim] = None
-        self.waits += 1
-        now = self.clock()
-        claim.deadline = now + timeout if timeout else float("inf")
-        if len(unit.line) == 1 and unit.status != STARTED:
-            unit.waiting, unit.ready, unit.released_by = now, -1.0, ""
+    def _claim(
+        self,
+        members: Sequence[Member],
+        ticket: Any,
+        owner: Owner | None,
+        held: bool,
+        timeout: float = 0.0,
+        places: tuple[Lock, ...] = (),
+        boot: bool = False,
+    ) -> list[Claim]:
+        """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
+        if self.waits + len(members) > MAX_WAITS:
+            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+        locks = [self._locks(names) + places for _, _, names in members]
+        units = self._declare(members, anew=boot)
+        claims = []
+        for unit, its in zip(units, locks):
+            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.confirmed):
+                if owner:
+                    unit.refused = [*unit.refused[-99:], owner]
+                raise self._already_started(unit)
+            if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
+                self._set(unit, PENDING)
+            claim = Claim(unit, ticket, owner, held, its)
+            claim.boot, claim.deadline = boot, self.clock() + timeout if timeout else claim.deadline
+            if unit.first() is None:
+                unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), -1.0, ""
+            unit.line[claim] = None
+            self.waits += 1
+            claims.append(claim)
+        self._settle_all(*units)
+        for claim in claims:
+            if claim in claim.unit.line:
+                self._record(claim.unit, "waiting", ", ".join(self._waits_for(claim.unit)))
+        return claims
 
     def _locks(self, names: Iterable[str]) -> tuple[Lock, ...]:
         wanted = list(dict.fromkeys(check_name(name, "lock") for name in names))
@@ -1014,15 +933,14 @@ class Units:
             raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
         return unit
 
-    def _check_limits(self, units: int, edges: int, name: str) -> None:
-        if len(self.units) + units > MAX_UNITS:
-            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_UNITS} units')
-        if self.edges + edges > MAX_EDGES:
-            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_EDGES} dependencies')
-
-    def _check_waits(self, more: int) -> None:
-        if self.waits + more > MAX_WAITS:
-            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+    def _check_edge(self, unit: Unit, other: Unit) -> None:
+        """Raise Refused if there may be no edge from `unit` to `other`."""
+        if self.edges >= MAX_EDGES:
+            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+        cycle = self._cycle(unit, other)
+        if cycle:
+            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
 
     def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
         unit.wants[other] = other.wanted_by[unit] = requirement
@@ -1035,47 +953,38 @@ class Units:
         unit.unmet -= other.status not in MEETS[requirement]
         self.edges -= 1
 
-    def _unlink(self, waiter: Unit) -> None:
-        """Forget a `wait`, and the names that nobody else has any use for."""
-        for other in list(waiter.wants):
-            self._cut(waiter, other)
-            self._forget(other)
-
     def _forget(self, unit: Unit) -> None:
         if unit.status == NOT_REGISTERED and not unit.wanted_by:
             self.units.pop(unit.name, None)
 
-    def _cycle(self, unit: Unit, dependency: Unit) -> list[str] | None:
-        """The cycle that an edge from `unit` to `dependency` would close, or None.
+    @staticmethod
+    def _cycle(unit: Unit, dependency: Unit) -> list[str]:
+        """The cycle that an edge from `unit` to `dependency` would close, or nothing.
 
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
         """
-        if unit is dependency:
-            return [unit.name, unit.name]
+
+        def way(seen: dict[Unit, Unit | None], step: Unit | None) -> list[str]:
+            names = []
+            while step:
+                names.append(step.name)
+                step = seen[step]
+            return names
+
         ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
         behind: dict[Unit, Unit | None] = {unit: None}
-        fronts, here = ([dependency], [unit]), 0
-        while fronts[0] and fronts[1]:
-            node = fronts[here].pop()
-            for other in node.wanted_by if here else node.wants:
-                seen, facing = (behind, ahead) if here else (ahead, behind)
-                if other not in seen:
-                    seen[other] = node
-                    fronts[here].append(other)
-                if other in facing:
-                    path: list[Unit] = []
-                    step: Unit | None = other
-                    while step:
-                        path.insert(0, step)
-                        step = ahead[step]
-                    step = behind[other]
-                    while step:
-                        path.append(step)
-                        step = behind[step]
-                    return [unit.name, *(u.name for u in path)]
-            here = 1 - here
-        return None
+        search, other = (ahead, [dependency]), (behind, [unit])
+        while search[1]:
+            seen, front = search
+            node = front.pop()
+            if node in other[0]:
+                return [unit.name, *reversed(way(ahead, node)), *way(behind, node)[1:]]
+            new = [u for u in (node.wants if seen is ahead else node.wanted_by) if u not in seen]
+            seen.update(dict.fromkeys(new, node))
+            front += new
+            search, other = other, search
+        return []
 
     @staticmethod
     def _before(unit: Unit) -> list[Unit]:
@@ -1093,24 +1002,31 @@ class Units:
                 todo.append((child, iter(child.wants)))
         return order[:-1]
 
-    def _waits_for(self, unit: Unit, most: int = 5, registered: bool = True) -> list[str]:
-        """What a unit lacks, in words: dependencies by name, or, where only locks are missing, those and who has them.
+    @staticmethod
+    def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
+        """What a unit lacks: dependencies and the requirement that each does not meet.
+
+        If it lacks none, the locks that the first in line needs and which have no place, and a unit that has each.
+        """
+        if unit.unmet:
+            yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
+        for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
+            if len(lock.taken) >= lock.limit:
+                yield next(iter(lock.taken)), lock
+
+    def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
+        """What a unit lacks, in words, five of them at most.
 
         Unless `registered`, names that nobody has registered are marked as such.
         """
         from itertools import islice
 
-        if not unit.unmet:
-            return [f"{lock.label()}, which {holder.name} has" for lock, holder in self._busy(unit)[:most]]
-        lacks = islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most)
-        return [d.name + ("" if registered or d.status != NOT_REGISTERED else " (not registered)") for d in lacks]
-
-    @staticmethod
-    def _busy(unit: Unit) -> list[tuple[Lock, Unit]]:
-        """The locks that the first claim in line would need and which have no place, and a unit that has each."""
-        claim = None if unit.unmet else next(iter(unit.line), None)
-        locks = claim.locks if claim else ()
-        return [(lock, next(iter(lock.taken))) for lock in locks if len(lock.taken) >= lock.limit]
+        words = []
+        for other, need in islice(self._lacks(unit), 5):
+            unknown = other.status == NOT_REGISTERED and not registered
+            name = other.name + (" (not registered)" if unknown else "")
+            words.append(f"{need.label()}, which {name} has" if isinstance(need, Lock) else name)
+        return words
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
         """Answer all claims that still wait in line; a boot is notified of the status itself."""
@@ -1119,35 +1035,35 @@ class Units:
         unit.line.clear()
 
     def _already_started(self, unit: Unit) -> AlreadyStarted:
-        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.owner)}')
+        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.facts.owner)}')
 
-    def _timed_out(self, unit: Unit) -> TimedOut:
-        what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
-        return TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
+    def _now(self) -> float:
+        """Seconds since the agent began."""
+        return round(self.clock() - self.began, 6)
 
-    def _snapshot(self, unit: Unit, now: float) -> UnitStatus:
-        def since(t: float) -> float:
-            return round(t - self.began, 6) if t >= 0 else -1.0
+    def _unknown(self, name: str) -> Unit:
+        unit = Unit(name)
+        unit.since = self._now()
+        return unit
 
-        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, age=round(now - unit.since, 3))
-        for name in ("reason", "exit_code", "owner", "released_by", "exit_reason", "log", "environment"):
-            setattr(row, name, getattr(unit, name))
-        for name in ("registered", "waiting", "ready", "started", "ended", "exited"):
-            setattr(row, name, since(getattr(unit, name)))
+    def _snapshot(self, unit: Unit) -> UnitStatus:
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
         locks = next((claim.locks for claim in unit.line), unit.locks)
         row.locks = [lock.name for lock in locks if lock.name]
-        row.blocked_by = {lock.name: holder.name for lock, holder in self._busy(unit) if lock.name}
-        row.tries, row.running_on = [since(t) for t in unit.tries], unit.running
+        lacks = self._lacks(unit)
+        row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
 
     def _owner(self, unit: Unit) -> Owner | None:
-        if unit.owner is None or unit.status != STARTED:
-            return unit.owner
-        return Owner(unit.owner.pid, unit.owner.command, self.alive(unit.owner), unit.owner.born)
+        owner = unit.facts.owner
+        if owner is None or unit.status != STARTED:
+            return owner
+        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
@@ -2340,8 +2256,9 @@ class Agent:
                     self.units.end_claims(list(connection.claims), "its caller went away")
                     for name in connection.services:
                         unit = self.units.units[name]
-                        if unit.owner and self._alive(unit.owner):  # it outlives whoever ran it, such as a boot
-                            self._watch(unit, unit.owner)
+                        owner = unit.facts.owner
+                        if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
+                            self._watch(unit, owner)
                         else:
                             self.units.exit(name, "not known: the process that ran it is gone")
                     self._distribute()
@@ -2745,7 +2662,7 @@ class Agent:
         """Whether there is no need any more to watch an owner."""
         if isinstance(what, Claim):
             return self.units.is_over(what)
-        return not what.running or what.owner != self.owners[what][0]
+        return not what.facts.running_on or what.facts.owner != self.owners[what][0]
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
