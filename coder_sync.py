@@ -3161,6 +3161,11 @@ def texts(values: Any) -> list[str]:
     return [str(value) for value in values or ()]
 
 
+def variables_in(answer: Any) -> dict[str, str]:
+    """Return the environment variables in an answer, if any. Raises Unreachable."""
+    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
+
+
 def refuse_foreign(path: str) -> None:
     """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
     if path == DEFAULT_SOCKET and os.geteuid() != 0:
@@ -3278,7 +3283,8 @@ class Client:
         and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
         DependencyFailed, TimedOut.
         """
-        with Start(self, unit, want, requires, timeout, locks, on_wait, pid) as start:
+        params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
+        with Start(self, unit, timeout, on_wait, **params) as start:
             start.confirm()
         return start.result
 
@@ -3317,8 +3323,7 @@ class Client:
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that `unit` would start with: what its dependencies have left."""
-        answer = expect(dict, self._call(dict, "env", unit=unit).get("env"))
-        return {str(name): str(value) for name, value in answer.items()}
+        return variables_in(self._call(dict, "env", unit=unit))
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
@@ -3366,31 +3371,24 @@ class Client:
         A block that raises fails the unit, with the exception's text as the reason; so does the end of the
         process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
         """
-        return Start(self, unit, want, requires, timeout, locks, hold=True)
+        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
 class Start:
     """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
 
     def __init__(
-        self,
-        client: Client,
-        unit: str,
-        want: Iterable[str],
-        requires: str,
-        timeout: float,
-        locks: Iterable[str],
-        on_wait: Callable[..., None] | None = None,
-        pid: int = 0,
-        hold: bool = False,
+        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        wanted, names = ((each if isinstance(each, str) else list(each)) for each in (want, locks))
-        check_arguments(unit, wanted, timeout)
-        check_arguments(unit, names)
-        if type(pid) is not int or not (on_wait is None or callable(on_wait)):
+        """`params` are those that the agent's method `start` has besides."""
+        for names in ("dependencies", "locks"):
+            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
+            check_arguments(unit, params[names], timeout)
+        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
+            pid = params.get("pid")
             raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
-        self.params = {"unit": unit, "dependencies": wanted, "requires": requires, "locks": names, "pid": pid}
+        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -3401,10 +3399,9 @@ class Start:
         began = time.monotonic()
         self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
         try:
-            params = {**self.params, "hold": self.hold, "confirm": not self.hold}
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **params)
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
             names = texts(expect(dict, result).get("dependencies"))
-            self.environment = {str(k): str(v) for k, v in expect(dict, result.get("env") or {}).items()}
+            self.environment = variables_in(result)
         except BaseException:
             self.channel.close()
             raise
@@ -5476,14 +5473,17 @@ main()
 PLACE = 2048  # bytes for the first lines, and for LAUNCHER
 
 COMPILE = """\
+import __future__
 import sys
 from importlib.util import MAGIC_NUMBER, source_hash
 from marshal import dumps
 
 source = sys.stdin.buffer.read()
-code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # a flag does it, and imports nothing
+code = compile(lean, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
 sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
 """
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)  # no columns in tracebacks: what is not there need not be read
 
 
 def slowness() -> str:
@@ -5526,7 +5526,7 @@ def application(python: str) -> bytes:
         source = file.read()
     if zipfile.is_zipfile(FILE):
         source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
-    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
+    bytecode = ask_python(python or sys.executable, *COMPILING, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
@@ -5727,11 +5727,12 @@ class Reporter:
         return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
-def start_of(args: Args, report: Reporter, pid: int = 0, hold: bool = False) -> Start:
+def start_of(args: Args, report: Reporter, **more: Any) -> Start:
     """The start that the options of `start` and `run` describe. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
-    return Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, report, pid, hold)
+    params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
+    return Start(client_of(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
