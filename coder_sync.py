@@ -6221,7 +6221,8 @@ def watch(client: Client) -> None:
             began = began or event.time
             detail = f": {event.detail}" if event.detail else ""
             if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
-                return
+                break
+        return
     channel = Channel(client.socket_path)
     channel.call("events", follow=True, since=since)
     graph, taken = client.graph(), time.monotonic()
