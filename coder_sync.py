@@ -61,9 +61,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from dataclasses import dataclass
-    from typing import Any, Literal, NoReturn
+    from typing import Any, Literal, NoReturn, Union
 
+    Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
     Requirement = Literal["success", "completion", "start"]
+    Id = Union[str, int]
+    Object = dict[str, Any]
 else:
 
     def dataclass(cls):
@@ -120,44 +123,43 @@ REPORT_EVERY = 30.0
 # ----------------------------------------------------------------------------------------------------------
 
 
+ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their code
+
+
 class SyncError(Exception):
     """Anything that goes wrong here; `exit_code` is the command line's, `code` JSON-RPC's."""
 
     exit_code = 1
     code = -32000
 
+    def __init_subclass__(cls, code: int = 0, exit_code: int = 0) -> None:
+        cls.code, cls.exit_code = code or cls.code, exit_code or cls.exit_code
+        if code:
+            ERRORS[code] = cls
+
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message)
         self.data = data
 
 
-class Refused(SyncError):
+class Refused(SyncError, code=-32000):
     """The rules say no: a bad name, another outcome than the one on record, a limit."""
 
 
-class CycleError(Refused):
+class CycleError(Refused, code=-32001):
     """`data` is the cycle, its first name repeated last."""
 
-    code = -32001
 
-
-class AlreadyStarted(Refused):
+class AlreadyStarted(Refused, code=-32002):
     """Somebody else started the unit."""
 
-    code = -32002
 
-
-class NotRegistered(Refused):
+class NotRegistered(Refused, code=-32003):
     """Nobody has called `want`, `start` or `run` on the unit."""
 
-    code = -32003
 
-
-class DependencyFailed(SyncError):
+class DependencyFailed(SyncError, code=-32004, exit_code=4):
     """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
-
-    exit_code = 4
-    code = -32004
 
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message, data)
@@ -165,52 +167,36 @@ class DependencyFailed(SyncError):
         self.unit, self.reason = str(about.get("unit", "")), str(about.get("reason", ""))
 
 
-class UsageError(SyncError):
-    """The command line, an environment variable or an argument of the API is wrong."""
-
-    exit_code = 2
-
-
-class InvalidRequest(SyncError):
-    """Not a JSON-RPC 2.0 request, or not one of ours."""
-
-    code = -32600
-
-
-class MethodNotFound(InvalidRequest):
-    """There is no such method."""
-
-    code = -32601
-
-
-class InvalidParams(InvalidRequest):
-    """A parameter is missing, unknown or of the wrong type."""
-
-    code = -32602
-
-
-class ParseError(InvalidRequest):
-    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
-
-    code = -32700
-
-
-class Unreachable(SyncError):
+class Unreachable(SyncError, code=-32005, exit_code=3):
     """No agent could be reached, or it went away, or what answers is not one."""
 
-    exit_code = 3
-    code = -32005
 
-
-class TimedOut(SyncError):
+class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
-
-    exit_code = 124
-    code = -32006
 
     def __str__(self) -> str:
         missing = ", ".join(f"{row.depends_on} {row.current_status}" for row in self.data or ())
         return str(self.args[0]) + (f": {missing}" if missing else "")
+
+
+class InvalidRequest(SyncError, code=-32600):
+    """Not a JSON-RPC 2.0 request, or not one of ours."""
+
+
+class MethodNotFound(InvalidRequest, code=-32601):
+    """There is no such method."""
+
+
+class InvalidParams(InvalidRequest, code=-32602):
+    """A parameter is missing, unknown or of the wrong type."""
+
+
+class ParseError(InvalidRequest, code=-32700):
+    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
+
+
+class UsageError(SyncError, exit_code=2):
+    """The command line, an environment variable or an argument of the API is wrong."""
 
 
 class CommandError(SyncError):
@@ -219,15 +205,6 @@ class CommandError(SyncError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-ERRORS: dict[int, type[SyncError]] = {  # those that cross the wire, by their code
-    kind.code: kind
-    for kind in (
-        *(Refused, CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable, TimedOut),
-        *(InvalidRequest, MethodNotFound, InvalidParams, ParseError),
-    )
-}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -386,41 +363,40 @@ def one_line(text: str) -> str:
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
 
 
+class Facts(UnitStatus):
+    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
+
+    def __init__(self, registered: float = -1.0, waiting: float = -1.0) -> None:
+        self.registered, self.waiting = registered, waiting
+
+
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
-    def __init__(self, name: str, now: float) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.status = NOT_REGISTERED
-        self.since = now  # of the status
+        self.since = 0.0  # of the status
+        self.facts = Facts()
+        self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set and _link, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
-        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
-        self.registered = self.waiting = -1.0  # when, for pictures; -1: not yet
-        self.last_event = 0
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """Forget the last run."""
-        self.reason = self.root = ""  # why it failed or was skipped; and what failed in the first place
-        self.exit_code: int | None = None
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.boot: Claim | None = None  # of a boot, which is notified of the unit's outcome
-        self.owner: Owner | None = None
         self.locks: tuple[Lock, ...] = ()  # that it has while it is started
-        self.ready = self.started = self.ended = self.exited = -1.0
-        self.released_by = self.exit_reason = self.log = ""
-        self.tries: list[float] = []
-        self.running = False
-        self.environment: dict[str, str] = {}
+        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
+        self.last_event = 0
+
+    def first(self) -> Claim | None:
+        """The claim that was granted, else the one that will be."""
+        return self.holder or next(iter(self.line), None)
 
 
 class Lock:
     """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name)."""
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
         self.taken: dict[Unit, None] = {}
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
@@ -433,9 +409,8 @@ class Lock:
 class Claim:
     """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
 
-    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False) -> None:
-        self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held
-        self.locks: tuple[Lock, ...] = ()
+    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...]) -> None:
+        self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
         self.deadline = float("inf")
         self.boot = False  # it is answered with every status of the unit, not once
         self.confirmed = False  # the client says itself that its answer has arrived
@@ -466,6 +441,7 @@ class Units:
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
+        self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
         self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
@@ -475,9 +451,9 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
-        if (unit.line or unit.status == PENDING) and self._settle(unit):
-            self._propagate([unit])
+        wants = dict.fromkeys(dependencies, check_requirement(requires))
+        (unit,) = self._declare([(check_name(name), wants, ())])
+        self._settle_all(unit)
         return unit
 
     def start(
@@ -495,81 +471,34 @@ class Units:
 
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        places = self._locks(locks)
-        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
-        if unit.status == STARTED and (unit.holder is None or unit.holder.confirmed):
-            if owner:
-                unit.refused = [*unit.refused[-99:], owner]
-            raise self._already_started(unit)
-        self._check_waits(1)
-        claim = Claim(unit, ticket, owner, held)
-        claim.locks = places
-        self._stand_in_line(claim, timeout)
-        if self._settle(unit):
-            self._propagate([unit])
-        elif claim in unit.line:
-            self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
-        return claim
+        wants = dict.fromkeys(dependencies, check_requirement(requires))
+        return self._claim([(check_name(name), wants, locks)], ticket, owner, held, timeout)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
-        self._check_waits(1)
-        needs = dict.fromkeys(map(check_name, names), check_requirement(requires))
-        waiter = Unit("", self.clock())
-        new = {n: self.units.get(n) or Unit(n, self.clock()) for n in needs}
-        self._check_limits(sum(n not in self.units for n in new), len(new), "")
-        self.units.update(new)
-        for name, other in new.items():
-            self._link(waiter, other, needs[name])
-        claim = Claim(waiter, ticket)
-        self._stand_in_line(claim, timeout)
-        self._settle(waiter)
-        return claim
+        wants = dict.fromkeys(names, check_requirement(requires))
+        return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
 
-    def boot(
-        self,
-        members: list[tuple[str, dict[str, str], list[str]]],
-        ticket: Any,
-        owner: Owner | None = None,
-        jobs: int = 0,
-    ) -> list[Claim]:
+    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
         replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
         Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
         """
-        self._check_waits(len(members))
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
         for name, wants, _ in members:
-            unit = self.units.get(name)
             for requires in wants.values():
                 check_requirement(requires)
-            claim = next(iter(unit.line), unit.holder) if unit else None
-            if unit and (claim or (unit.status == STARTED and (not unit.owner or self.alive(unit.owner) is not False))):
-                owner = claim.owner if claim else unit.owner
+            unit = self.units.get(name)
+            claim, owner_now = (unit.first(), unit.facts.owner) if unit else (None, None)
+            lives = unit and unit.status == STARTED and not (owner_now and self.alive(owner_now) is False)
+            if unit and (claim or lives):
+                by = self._by(claim.owner if claim else owner_now)
                 how = "started" if unit.status == STARTED else "claimed"
-                raise Refused(f'unit "{name}" is {how}{self._by(owner)}; nothing was run: end that first')
-        places = [self._locks(locks) for _, _, locks in members]
-        everyone = (Lock("", jobs),) if jobs else ()
-        units = self._declare([(name, wants) for name, wants, _ in members], anew=True)
-        for unit in units:
-            if unit.status != PENDING:
-                self._set(unit, PENDING)
-        claims = []
-        for unit, locks in zip(units, places):
-            claim = Claim(unit, ticket, owner, held=True)
-            claim.boot, claim.locks = True, locks + everyone
-            unit.boot = claim
-            self._stand_in_line(claim, 0)
-            claims.append(claim)
-        started = [unit for unit in units if self._settle(unit)]
-        for unit in units:
-            if unit.line:
-                self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
-        self._propagate(started)
-        return claims
+                raise Refused(f'unit "{name}" is {how}{by}; nothing was run: end that first')
+        return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
 
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
@@ -588,56 +517,46 @@ class Units:
         answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
         none, the unit of a held claim has failed, and that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, bool]] = {}
-        for claim in claims:
-            unit = claim.unit
-            reason = f"lost: {self._who(claim.owner) or 'the process that held it'} ended without completing"
+        ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
+        for claim in [claim for claim in claims if not self.is_over(claim)]:
+            unit, who = claim.unit, self._who(claim.owner)
+            reason = f"lost: {who or 'the process that held it'} ended without completing"
             if claim in unit.line:
-                missing, late = self._waits_for(unit, registered=False), self._timed_out(unit)
-                del unit.line[claim]
-                self.waits -= 1
-                reason = f"lost: {self._who(claim.owner) or 'its start'} waited for {', '.join(missing)}, and {why}"
+                missing = ", ".join(self._waits_for(unit, registered=False))
+                reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
                 if error is TimedOut:
-                    reason = f"timed out waiting for {', '.join(missing)}"
+                    reason = f"timed out waiting for {missing}"
+                    what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
+                    late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
                     self._answers.append((claim, late))
                 elif error:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
-                self._record(unit, "gave up", f"{why}; still missing: {', '.join(missing)}")
-            elif unit.holder is claim:
-                unit.holder = None
+                self._record(unit, "gave up", f"{why}; still missing: {missing}")
+                del unit.line[claim]
+                self.waits -= 1
             else:
-                continue
-            if unit.boot is claim:
-                unit.boot = None
+                unit.holder = None
             ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
-        changed = []
         for unit, (reason, held) in ended.items():
-            if not unit.name:
-                self._unlink(unit)
-            elif unit.holder or unit.status in ENDED:
-                continue  # another has it
-            elif held and not unit.line:
+            if held and not unit.first():
                 self._set(unit, FAILED, one_line(reason))
-                changed.append(unit)
-            elif unit.status == STARTED:
+            elif unit.status == STARTED and not unit.holder:
                 self._set(unit, PENDING, "the client that asked for its start was gone")
-                changed.append(unit)
-            elif unit.line:
-                changed.append(unit)
-        self._propagate(changed + [unit for unit in changed if unit.status == PENDING and self._settle(unit)])
+        self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
         """End those claims whose time is up."""
         now = self.clock()
-        self.end_claims([c for c in claims if c.deadline <= now], "timed out", TimedOut)
+        late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
+        self.end_claims(late, "timed out", TimedOut)
 
     def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> Unit:
         """End `name` with success; `env` is for those that depend on it.
 
         Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
         """
-        left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
-        if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
+        left = [env, *(unit.facts.environment for unit in self.units.values())] if env else []
+        if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
         return self._end(name, COMPLETED, "", 0, by, env)
 
@@ -650,43 +569,44 @@ class Units:
 
         Raises NotRegistered, or Refused while one of them is started. Returns the names.
         """
-        todo = [self._registered(name) for name in names] or [
-            u for u in self.units.values() if u.status != NOT_REGISTERED
-        ]
+        known = (unit for unit in self.units.values() if unit.status != NOT_REGISTERED)
+        todo = [self._registered(name) for name in names] or list(known)
         for unit in todo:
             if unit.status == STARTED:
-                raise Refused(f'unit "{unit.name}" is started{self._by(unit.owner)} and cannot be reset; end it first')
-        again: dict[Unit, None] = dict.fromkeys(u for u in todo if u.status in ENDED)
-        for unit in (todo := list(again)):
-            behind = [u for u in unit.wanted_by if u.status == SKIPPED and u not in again]
-            again.update(dict.fromkeys(behind))
-            todo += behind
+                by = self._by(unit.facts.owner)
+                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+        again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
             self._set(unit, PENDING)
-        self._propagate([unit for unit in again if self._settle(unit)])
+        for unit in again:  # which grows
+            for behind in [other for other in unit.wanted_by if other.status == SKIPPED]:
+                self._set(behind, PENDING)
+                again.append(behind)
+        self._settle_all(*again)
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str) -> None:
         """The process that a claim runs, and the file with its output."""
-        claim.owner = claim.unit.owner = owner or claim.owner
-        claim.unit.log = log
+        claim.owner = claim.unit.facts.owner = owner or claim.owner
+        claim.unit.facts.log = log
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
         unit = self._registered(name)
-        unit.tries = [*unit.tries[-999:], self.clock()]
+        unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
 
     def run_on(self, name: str) -> None:
         """The process of a completed unit, a service, goes on."""
-        self._registered(name).running = True
+        self._registered(name).facts.running_on = True
 
     def exit(self, name: str, reason: str) -> None:
         """The process of a completed unit has ended."""
         unit = self._registered(name)
-        if unit.running:
-            unit.running, unit.exited, unit.exit_reason = False, self.clock(), one_line(reason)
-            self._record(unit, "exited", unit.exit_reason)
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited = False, self._now()
+            unit.facts.exit_reason = one_line(reason)
+            self._record(unit, "exited", unit.facts.exit_reason)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -701,31 +621,30 @@ class Units:
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared. With `_waits_for`, what says why something waits."""
-        now, rows = self.clock(), []
-        for other, requirement in unit.wants.items():
-            met = other.status in MEETS[requirement]
-            if met and unmet_only:
-                continue
-            row = Dependency(other.name, REQUIRED_STATUS[requirement], other.status, met, requirement)
-            row.age, row.reason = round(now - other.since, 3), other.reason
-            if not met:
+        """The edges of a unit, in the order they were declared; `unmet_only`: what it lacks, also locks."""
+        rows = []
+        needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
+        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
+            needs.append((unit, ""))
+        for other, need in needs:
+            age = round(self._now() - other.since, 3)
+            if isinstance(need, Lock):
+                row = Dependency(need.label(), "free", "taken", False, "lock", age, f"{other.name} has it")
+            elif other is unit:
+                row = Dependency(unit.name, "free", STARTED, False, "start", age)
+            else:
+                met, required = other.status in MEETS[need], REQUIRED_STATUS[need]
+                row = Dependency(other.name, required, other.status, met, need, age, other.facts.reason)
+            if not row.is_satisfied:
                 row.owner = self._owner(other)
                 row.waits_for = self._waits_for(other) if other.status == PENDING else []
-            rows.append(row)
-        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            rows.append(Dependency(unit.name, "free", STARTED, False, "start", round(now - unit.since, 3)))
-            rows[-1].owner = self._owner(unit)
-        for lock, holder in self._busy(unit) if unmet_only else ():
-            row = Dependency(lock.label(), "free", "taken", False, "lock", round(now - holder.started, 3))
-            row.reason, row.owner = f"{holder.name} has it", self._owner(holder)
             rows.append(row)
         return rows
 
     def status(self, name: str) -> UnitStatus:
         """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
-        unit = self.units.get(check_name(name)) or Unit(name, self.clock())
-        snapshot = self._snapshot(unit, self.clock())
+        unit = self.units.get(check_name(name)) or self._unknown(name)
+        snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
         snapshot.dependencies = self.dependencies(unit)
         history: list[Event] = []
@@ -738,23 +657,20 @@ class Units:
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
         """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
-        now = self.clock()
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
+        return [self._snapshot(u) for u in sorted(shown, key=lambda u: u.name)]
 
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
-        now = self.clock()
-        refused = [name for name in self.refusals if name not in self.units]
-        nodes = [self._snapshot(u, now) for u in (*self.units.values(), *(Unit(name, now) for name in refused))]
-        return Graph(round(now - self.began, 6), nodes)
+        refused = [self._unknown(name) for name in self.refusals if name not in self.units]
+        return Graph(self._now(), [self._snapshot(unit) for unit in (*self.units.values(), *refused)])
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins."""
         unit = self.units.get(check_name(name))
         merged: dict[str, str] = {}
         for other in self._before(unit) if unit and self.left_environment else ():
-            merged.update(other.environment)
+            merged.update(other.facts.environment)
         return merged
 
     def names(self) -> list[str]:
@@ -772,125 +688,110 @@ class Units:
 
     # -- the rules ----------------------------------------------------------------------------------------
 
-    def _settle(self, unit: Unit, because: Unit | None = None) -> bool:
-        """When may a unit start? Here. Return whether its status changed, so that others must be looked at.
+    def _settle(self, unit: Unit, because: Unit | None = None) -> None:
+        """When may a unit start? Here.
 
         Its requirements are all met and all its locks have a place: the first in line is granted. One of them can
         not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
         the dependency that just changed, if only that can have made a difference.
         """
-        if unit.status == STARTED:  # those in line stand there until the answer to the one before has arrived
-            return False
-        if unit.unmet == 0:
-            return bool(unit.line) and self._grant(unit, because)
-        unit.ready = -1.0
-        reason, root, cause = self._verdict(unit, because)
-        if cause is None:
-            return False
-        skip = unit.status == PENDING and bool(unit.name)
-        if skip:
-            self._set(unit, SKIPPED, reason)
-            unit.root = root
-        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
-        data = {"unit": cause.name, "reason": cause.reason}
-        self._answer_line(unit, DependencyFailed(text, data))
-        if not unit.name:
-            self._unlink(unit)
-        return skip
+        if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
+            return
+        if unit.unmet:
+            unit.facts.ready = -1.0
+            causes = (because,) if because else unit.wants
+            cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
+            if cause:
+                self._skip(unit, cause)
+        elif unit.line:
+            self._grant(unit, because)
 
-    def _grant(self, unit: Unit, because: Unit | None) -> bool:
-        """Start a unit whose dependencies are met, unless a lock has no place."""
-        if unit.ready < 0:
-            unit.ready = self.clock()
-            unit.released_by = because.name if because else unit.released_by
-        claim = next(iter(unit.line))
-        if self._busy(unit):
+    def _skip(self, unit: Unit, cause: Unit) -> None:
+        """Give up a unit because of a dependency that has failed or was skipped."""
+        if cause.status == FAILED:
+            reason = f'dependency "{cause.name}" failed' + (f" ({cause.facts.reason})" if cause.facts.reason else "")
+        else:
+            reason = f'dependency "{cause.name}" was skipped: '
+            # What failed in the first place matters most, however long the chain is.
+            short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
+            reason += cause.facts.reason if short else f"... {cause.root}"
+        unit.root = cause.root or reason
+        self._set(unit, SKIPPED, reason)
+        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
+        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
+
+    def _grant(self, unit: Unit, because: Unit | None) -> None:
+        """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
+        facts, claim = unit.facts, next(iter(unit.line))
+        if facts.ready < 0:
+            facts.ready = self._now()
+            facts.released_by = because.name if because else facts.released_by
+        if any(self._lacks(unit)):
             for lock in claim.locks:
                 lock.line.setdefault(unit)
-            return False
+            return
         for lock in claim.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         del unit.line[claim]
-        claim.deadline = float("inf")
         self.waits -= 1
-        if not unit.name:
-            self._answers.append((claim, {}))
-            self._unlink(unit)
-            return True
-        unit.locks, unit.holder, unit.owner, unit.refused = claim.locks, claim, claim.owner, []
+        unit.locks, unit.holder, facts.owner, unit.refused = claim.locks, claim, claim.owner, []
         if not claim.boot:
-            names = [d.name for d in unit.wants]
-            self._answers.append((claim, {"dependencies": names, "env": self.environment(unit.name)}))
+            wants = [d.name for d in unit.wants]
+            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
+            self._answers.append((claim, answer))
         self._set(unit, STARTED)
-        return True
 
-    @staticmethod
-    def _verdict(unit: Unit, because: Unit | None = None) -> tuple[str, str, Unit | None]:
-        """Why a unit cannot be started any more, what failed in the first place, and the dependency it is about.
-
-        None for the dependency while there is hope.
-        """
-        causes = (because,) if because else unit.wants
-        cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
-        if cause is None:
-            return "", "", None
-        if cause.status == FAILED:
-            text = f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
-            return text, text, cause
-        text = f'dependency "{cause.name}" was skipped: '
-        # What failed in the first place matters most, however long the chain is.
-        return (
-            text + (cause.reason if len(text + cause.reason) <= 2 * MAX_REASON else f"... {cause.root}"),
-            cause.root,
-            cause,
-        )
-
-    def _propagate(self, changed: list[Unit]) -> None:
-        """Settle whoever depends on changed units, and so on; in a loop, since chains may be long."""
-        from collections import deque
-
-        todo = deque(changed)
-        while todo or self._freed:
-            freed, self._freed = self._freed, []
-            for lock, before in freed:  # before the dependents, who have just become ready
-                for waiting in list(lock.line):
-                    if len(lock.taken) >= lock.limit:
-                        break
-                    if not waiting.line or waiting.unmet:
-                        del lock.line[waiting]
-                    elif self._settle(waiting):
-                        waiting.released_by = before.name
-                        todo.append(waiting)
-            if todo:
-                unit = todo.popleft()
-                for dependent in list(unit.wanted_by):
-                    if (dependent.line or dependent.status == PENDING) and self._settle(dependent, unit):
-                        todo.append(dependent)
+    def _settle_all(self, *units: Unit) -> None:
+        """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
+        for unit in units:
+            self._settle(unit)
+        for lock, before in self._freed:
+            for waiting in list(lock.line):
+                if len(lock.taken) >= lock.limit:
+                    break
+                if not waiting.line or waiting.unmet:
+                    del lock.line[waiting]
+                else:
+                    self._settle(waiting)
+                    if waiting.status == STARTED:
+                        waiting.facts.released_by = before.name
+        self._freed.clear()
+        for unit, because in self._affected:  # which grows; no recursion, since chains may be long
+            self._settle(unit, because)
+        self._affected.clear()
 
     def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
-        old, unit.status = unit.status, status
+        old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
         if old == STARTED:
             for lock in unit.locks:
                 del lock.taken[unit]
                 self._freed.append((lock, unit))
-        boot = unit.boot
-        unit.since = self.clock()
-        if status == STARTED:
-            unit.started = unit.since
-        elif status in ENDED:
-            unit.ended = unit.since
-            unit.holder = unit.boot = None
-        elif old != NOT_REGISTERED:
-            unit.begin_again()
-        unit.reason, unit.exit_code = reason, exit_code
+        if status == PENDING:  # forget the run before
+            registered = unit.since if old == NOT_REGISTERED else unit.facts.registered
+            unit.facts = Facts(registered, unit.facts.waiting)
+            unit.root, unit.locks = "", ()
+        elif status == STARTED:
+            unit.facts.started = unit.since
+        else:
+            unit.facts.ended = unit.since
+        unit.facts.reason, unit.facts.exit_code = reason, exit_code
+        if status != STARTED or not unit.name:
+            unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
-            dependent.unmet += (old in MEETS[requirement]) - (status in MEETS[requirement])
-        if boot and status != PENDING:
+            was_met, met = old in MEETS[requirement], status in MEETS[requirement]
+            dependent.unmet += was_met - met
+            if was_met != met or status in HOPELESS[requirement]:
+                self._affected.append((dependent, unit))
+        if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
-            self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
+            self._answers.append((claim, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+        if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+            for other in list(unit.wants):
+                self._cut(unit, other)
+                self._forget(other)
 
     def _end(
         self,
@@ -903,65 +804,61 @@ class Units:
     ) -> Unit:
         unit = self._registered(name)
         refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not unit.owner or by.pid != unit.owner.pid):
+        if by and (by.pid, by.born) in refused and (not unit.facts.owner or by.pid != unit.facts.owner.pid):
             raise Refused(
                 f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{self._by(unit.owner)}; if it is to be ended all the same, call from another shell"
+                f"was started{self._by(unit.facts.owner)}; if it is to be ended all the same, call from another shell"
             )
         if unit.status == status:
             return unit
         if unit.status in ENDED:
-            why = f" ({unit.reason})" if unit.reason else ""
+            why = f" ({unit.facts.reason})" if unit.facts.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
         if env:
-            unit.environment, self.left_environment = env, True
+            unit.facts.environment, self.left_environment = env, True
         self._set(unit, status, reason, exit_code)
         self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
-        self._propagate([unit])
+        self._settle_all()
         return unit
 
     # -- small parts --------------------------------------------------------------------------------------
 
-    def _declare(self, members: list[tuple[str, dict[str, str]]], anew: bool = False) -> list[Unit]:
+    def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
         """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
-        now = self.clock()
-        units, made, dropped, linked = [], [], [], []
-        name = ""
+        made: list[str] = []
+        dropped: list[tuple[Unit, Unit, str]] = []
+        linked: list[tuple[Unit, Unit, str]] = []
+        name = members[0][0] if members else ""
 
-        def known(name: str) -> Unit:
-            if name not in self.units:
-                self._check_limits(1, 0, members[0][0])
-                self.units[name] = Unit(check_name(name), now)
-                made.append(name)
-            return self.units[name]
+        def known(other: str) -> Unit:
+            if other not in self.units:
+                if len(self.units) >= MAX_UNITS:
+                    limit = f"the agent has reached its limit of {MAX_UNITS} units"
+                    raise Refused(f'unit "{members[0][0]}": {limit}')
+                self.units[other] = self._unknown(check_name(other))
+                made.append(other)
+            return self.units[other]
 
         try:
-            for name, _ in members:
-                units.append(known(name))
-                if anew and units[-1].status in ENDED:
-                    dropped += [(units[-1], *edge) for edge in units[-1].wants.items()]
-            for edge in dropped:
-                self._cut(*edge[:2])
-            for unit, (name, wants) in zip(units, members):
+            units = [known(name) if name else self._unknown("") for name, _, _ in members]
+            dropped += [(u, *edge) for u in units if anew and u.status in ENDED for edge in u.wants.items()]
+            for unit, other, _ in dropped:
+                self._cut(unit, other)
+            for unit, (name, wants, _) in zip(units, members):
                 for dependency, requires in wants.items():
                     other = known(dependency)
-                    has = unit.wants.get(other, requires)
-                    if has != requires:
-                        raise Refused(
-                            f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}'
-                        )
-                    if other not in unit.wants:
-                        self._check_limits(0, 1, name)
-                        cycle = self._cycle(unit, other)
-                        if cycle:
-                            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
-                            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+                    has = unit.wants.get(other)
+                    if has is None:
+                        self._check_edge(unit, other)
                         self._link(unit, other, requires)
                         linked.append((unit, other, requires))
+                    elif has != requires:
+                        text = f'wants "{dependency}" with requirement {has} already, not {requires}'
+                        raise Refused(f'unit "{name}" {text}')
         except SyncError as error:
             for unit, other, _ in reversed(linked):
                 self._cut(unit, other)
@@ -978,7 +875,6 @@ class Units:
         for unit in units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
-                unit.registered = now
                 self._set(unit, PENDING)
         for unit, other, requires in linked:
             self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
@@ -986,16 +882,41 @@ class Units:
             self._forget(other)
         return units
 
-    def _stand_in_line(self, claim: Claim, timeout: float) -> None:
-        unit = claim.unit
-        if unit.status in ENDED:  # another try: those behind it wait again
-            self._set(unit, PENDING)
-        unit.line[claim] = None
-        self.waits += 1
-        now = self.clock()
-        claim.deadline = now + timeout if timeout else float("inf")
-        if len(unit.line) == 1 and unit.status != STARTED:
-            unit.waiting, unit.ready, unit.released_by = now, -1.0, ""
+    def _claim(
+        self,
+        members: Sequence[Member],
+        ticket: Any,
+        owner: Owner | None,
+        held: bool,
+        timeout: float = 0.0,
+        places: tuple[Lock, ...] = (),
+        boot: bool = False,
+    ) -> list[Claim]:
+        """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
+        if self.waits + len(members) > MAX_WAITS:
+            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+        locks = [self._locks(names) + places for _, _, names in members]
+        units = self._declare(members, anew=boot)
+        claims = []
+        for unit, its in zip(units, locks):
+            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.confirmed):
+                if owner:
+                    unit.refused = [*unit.refused[-99:], owner]
+                raise self._already_started(unit)
+            if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
+                self._set(unit, PENDING)
+            claim = Claim(unit, ticket, owner, held, its)
+            claim.boot, claim.deadline = boot, self.clock() + timeout if timeout else claim.deadline
+            if unit.first() is None:
+                unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), -1.0, ""
+            unit.line[claim] = None
+            self.waits += 1
+            claims.append(claim)
+        self._settle_all(*units)
+        for claim in claims:
+            if claim in claim.unit.line:
+                self._record(claim.unit, "waiting", ", ".join(self._waits_for(claim.unit)))
+        return claims
 
     def _locks(self, names: Iterable[str]) -> tuple[Lock, ...]:
         wanted = list(dict.fromkeys(check_name(name, "lock") for name in names))
@@ -1012,15 +933,14 @@ class Units:
             raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
         return unit
 
-    def _check_limits(self, units: int, edges: int, name: str) -> None:
-        if len(self.units) + units > MAX_UNITS:
-            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_UNITS} units')
-        if self.edges + edges > MAX_EDGES:
-            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_EDGES} dependencies')
-
-    def _check_waits(self, more: int) -> None:
-        if self.waits + more > MAX_WAITS:
-            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+    def _check_edge(self, unit: Unit, other: Unit) -> None:
+        """Raise Refused if there may be no edge from `unit` to `other`."""
+        if self.edges >= MAX_EDGES:
+            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+        cycle = self._cycle(unit, other)
+        if cycle:
+            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
 
     def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
         unit.wants[other] = other.wanted_by[unit] = requirement
@@ -1033,47 +953,38 @@ class Units:
         unit.unmet -= other.status not in MEETS[requirement]
         self.edges -= 1
 
-    def _unlink(self, waiter: Unit) -> None:
-        """Forget a `wait`, and the names that nobody else has any use for."""
-        for other in list(waiter.wants):
-            self._cut(waiter, other)
-            self._forget(other)
-
     def _forget(self, unit: Unit) -> None:
         if unit.status == NOT_REGISTERED and not unit.wanted_by:
             self.units.pop(unit.name, None)
 
-    def _cycle(self, unit: Unit, dependency: Unit) -> list[str] | None:
-        """The cycle that an edge from `unit` to `dependency` would close, or None.
+    @staticmethod
+    def _cycle(unit: Unit, dependency: Unit) -> list[str]:
+        """The cycle that an edge from `unit` to `dependency` would close, or nothing.
 
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
         """
-        if unit is dependency:
-            return [unit.name, unit.name]
+
+        def way(seen: dict[Unit, Unit | None], step: Unit | None) -> list[str]:
+            names = []
+            while step:
+                names.append(step.name)
+                step = seen[step]
+            return names
+
         ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
         behind: dict[Unit, Unit | None] = {unit: None}
-        fronts, here = ([dependency], [unit]), 0
-        while fronts[0] and fronts[1]:
-            node = fronts[here].pop()
-            for other in node.wanted_by if here else node.wants:
-                seen, facing = (behind, ahead) if here else (ahead, behind)
-                if other not in seen:
-                    seen[other] = node
-                    fronts[here].append(other)
-                if other in facing:
-                    path: list[Unit] = []
-                    step: Unit | None = other
-                    while step:
-                        path.insert(0, step)
-                        step = ahead[step]
-                    step = behind[other]
-                    while step:
-                        path.append(step)
-                        step = behind[step]
-                    return [unit.name, *(u.name for u in path)]
-            here = 1 - here
-        return None
+        search, other = (ahead, [dependency]), (behind, [unit])
+        while search[1]:
+            seen, front = search
+            node = front.pop()
+            if node in other[0]:
+                return [unit.name, *reversed(way(ahead, node)), *way(behind, node)[1:]]
+            new = [u for u in (node.wants if seen is ahead else node.wanted_by) if u not in seen]
+            seen.update(dict.fromkeys(new, node))
+            front += new
+            search, other = other, search
+        return []
 
     @staticmethod
     def _before(unit: Unit) -> list[Unit]:
@@ -1091,24 +1002,31 @@ class Units:
                 todo.append((child, iter(child.wants)))
         return order[:-1]
 
-    def _waits_for(self, unit: Unit, most: int = 5, registered: bool = True) -> list[str]:
-        """What a unit lacks, in words: dependencies by name, or, where only locks are missing, those and who has them.
+    @staticmethod
+    def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
+        """What a unit lacks: dependencies and the requirement that each does not meet.
+
+        If it lacks none, the locks that the first in line needs and which have no place, and a unit that has each.
+        """
+        if unit.unmet:
+            yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
+        for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
+            if len(lock.taken) >= lock.limit:
+                yield next(iter(lock.taken)), lock
+
+    def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
+        """What a unit lacks, in words, five of them at most.
 
         Unless `registered`, names that nobody has registered are marked as such.
         """
         from itertools import islice
 
-        if not unit.unmet:
-            return [f"{lock.label()}, which {holder.name} has" for lock, holder in self._busy(unit)[:most]]
-        lacks = islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most)
-        return [d.name + ("" if registered or d.status != NOT_REGISTERED else " (not registered)") for d in lacks]
-
-    @staticmethod
-    def _busy(unit: Unit) -> list[tuple[Lock, Unit]]:
-        """The locks that the first claim in line would need and which have no place, and a unit that has each."""
-        claim = None if unit.unmet else next(iter(unit.line), None)
-        locks = claim.locks if claim else ()
-        return [(lock, next(iter(lock.taken))) for lock in locks if len(lock.taken) >= lock.limit]
+        words = []
+        for other, need in islice(self._lacks(unit), 5):
+            unknown = other.status == NOT_REGISTERED and not registered
+            name = other.name + (" (not registered)" if unknown else "")
+            words.append(f"{need.label()}, which {name} has" if isinstance(need, Lock) else name)
+        return words
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
         """Answer all claims that still wait in line; a boot is notified of the status itself."""
@@ -1117,35 +1035,35 @@ class Units:
         unit.line.clear()
 
     def _already_started(self, unit: Unit) -> AlreadyStarted:
-        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.owner)}')
+        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.facts.owner)}')
 
-    def _timed_out(self, unit: Unit) -> TimedOut:
-        what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
-        return TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
+    def _now(self) -> float:
+        """Seconds since the agent began."""
+        return round(self.clock() - self.began, 6)
 
-    def _snapshot(self, unit: Unit, now: float) -> UnitStatus:
-        def since(t: float) -> float:
-            return round(t - self.began, 6) if t >= 0 else -1.0
+    def _unknown(self, name: str) -> Unit:
+        unit = Unit(name)
+        unit.since = self._now()
+        return unit
 
-        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, age=round(now - unit.since, 3))
-        for name in ("reason", "exit_code", "owner", "released_by", "exit_reason", "log", "environment"):
-            setattr(row, name, getattr(unit, name))
-        for name in ("registered", "waiting", "ready", "started", "ended", "exited"):
-            setattr(row, name, since(getattr(unit, name)))
+    def _snapshot(self, unit: Unit) -> UnitStatus:
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
         locks = next((claim.locks for claim in unit.line), unit.locks)
         row.locks = [lock.name for lock in locks if lock.name]
-        row.blocked_by = {lock.name: holder.name for lock, holder in self._busy(unit) if lock.name}
-        row.tries, row.running_on = [since(t) for t in unit.tries], unit.running
+        lacks = self._lacks(unit)
+        row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
 
     def _owner(self, unit: Unit) -> Owner | None:
-        if unit.owner is None or unit.status != STARTED:
-            return unit.owner
-        return Owner(unit.owner.pid, unit.owner.command, self.alive(unit.owner), unit.owner.born)
+        owner = unit.facts.owner
+        if owner is None or unit.status != STARTED:
+            return owner
+        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
@@ -2131,15 +2049,15 @@ class Task:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Agent. Units behind one lock, served by socketserver.ThreadingUnixStreamServer, a thread a connection.
+# Agent. Units behind one lock, a thread a connection.
 #
 # What keeps it safe:
 # - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
 # - Only a connection's own thread reads from and writes to its socket, and it blocks for SEND_TIMEOUT at most.
 #   Whoever makes a claim's answer known, whatever the thread, leaves it in the outbox of the claim's connection
 #   and wakes that connection's thread, both under the lock.
-# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next of its claims
-#   has waited long enough. So the end of a client is seen at once, and all its claims end in one step.
+# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next time at which it has
+#   to look at one of its claims. So the end of a client is seen at once, and all its claims end in one step.
 # - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
 # - A follower of events reads the history from where it was; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
@@ -2154,72 +2072,48 @@ IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits fo
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
 PAUSE = 0.02  # seconds for which a follower's thread gathers events
 STACK = 256 * 1024
+NO_ENVIRONMENT: dict[str, str] = {}
 
-OBJECTS: list[Any] = []  # the default of a parameter that is a list of objects; other lists are of strings
-METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or its type if it is required
-    "ping": {},
-    "want": {"unit": str, "dependencies": [], "requires": SUCCESS},
-    "start": {
-        "unit": str,
-        "dependencies": [],
-        "requires": SUCCESS,
-        "hold": False,
-        "pid": 0,
-        "timeout": 0.0,
-        "progress": False,
-        "locks": [],
-        "confirm": False,
-    },
-    "confirm": {"id": object},
-    "wait": {"units": [], "requires": SUCCESS, "timeout": 0.0, "progress": False},
-    "boot": {"units": OBJECTS, "jobs": 0, "more": False},
-    "complete": {"unit": str, "env": {}},
-    "fail": {"unit": str, "reason": "", "exit_code": 0},
-    "owner": {"unit": str, "pid": 0, "log": ""},
-    "retry": {"unit": str, "detail": ""},
-    "running": {"unit": str},
-    "exited": {"unit": str, "reason": ""},
-    "reset": {"units": []},
-    "status": {"unit": str},
-    "list": {"all": False},
-    "graph": {},
-    "env": {"unit": str},
-    "events": {"since": 0, "follow": False},
-    "shutdown": {},
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
+    "str": ("a string", lambda v: type(v) is str),
+    "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
+    "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
+    "bool": ("true or false", lambda v: type(v) is bool),
+    "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
+    "Object": ("an object", lambda v: type(v) is dict),
+    "Sequence[str]": ("a list of strings", lambda v: type(v) is list and all(type(i) is str for i in v)),
+    "Sequence[Object]": ("a list of objects", lambda v: type(v) is list and all(type(i) is dict for i in v)),
 }
-KINDS = {str: "a string", int: "a whole number", float: "a number of seconds", bool: "true or false", dict: "an object"}
 
 
-def check_params(spec: dict[str, Any], params: Any) -> dict[str, Any]:
-    """Return all parameters of a method with its defaults, else raise InvalidParams. A list is by position."""
+def parameters(method: Any) -> dict[str, tuple[str, bool]]:
+    """What a method of the protocol takes, as `Agent.do_...` declares it: name -> (kind, whether it is required)."""
+    code = method.__code__
+    names = code.co_varnames[2 : code.co_argcount]
+    optional = names[len(names) - len(method.__defaults__ or ()) :]
+    return {name: (method.__annotations__[name], name not in optional) for name in names}
+
+
+def check_params(method: Any, params: Any) -> dict[str, Any]:
+    """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
+    known = parameters(method)
+    names = f"there are {', '.join(known) or 'none'}"
     if isinstance(params, list):
-        if len(params) > len(spec):
-            raise InvalidParams(f"too many parameters; there are {', '.join(spec) or 'none'}")
-        params = dict(zip(spec, params))
+        if len(params) > len(known):
+            raise InvalidParams(f"too many parameters; {names}")
+        params = dict(zip(known, params))
     if not isinstance(params, dict):
         raise InvalidParams('"params" must be an object')
     for name in params:
-        if name not in spec:
-            raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; there are {', '.join(spec) or 'none'}")
-    checked = {}
-    for name, default in spec.items():
-        kind = default if isinstance(default, type) else type(default)
-        if name not in params and kind is default:
+        if name not in known:
+            raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; {names}")
+    for name, (kind, required) in known.items():
+        what, fits = KINDS[kind]
+        if name not in params and required:
             raise InvalidParams(f'parameter "{name}" is missing')
-        value = params.get(name, default)
-        if kind is object:  # the id of a request
-            what, good = "a string or a whole number", type(value) in (str, int)
-        elif kind is list:
-            inner, what = (dict, "a list of objects") if default is OBJECTS else (str, "a list of strings")
-            good = type(value) is list and all(type(v) is inner for v in value)
-        elif kind is float:
-            what, good = KINDS[kind], type(value) in (int, float) and 0 <= value < 1e9
-        else:
-            what, good = KINDS[kind], type(value) is kind and (not isinstance(value, int) or abs(value) < 2**31)
-        if not good:
+        if name in params and not fits(params[name]):
             raise InvalidParams(f'parameter "{name}" must be {what}')
-        checked[name] = value
-    return checked
+    return params
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
@@ -2273,19 +2167,6 @@ class Log:
         else:
             self.lost += 1
 
-    def trouble(self, doing: str, error: Exception) -> None:
-        """Queue a line about what keeps a thread from its work, even if there is no memory for the line."""
-        try:
-            self.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
-        except MemoryError:
-            self.lost += 1
-
-    def event(self, event: Event) -> None:
-        """Queue a line about what happened to a unit."""
-        detail = f": {event.detail}" if event.detail else ""
-        level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
-        self.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
-
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
         self._queue.put(None)
@@ -2313,38 +2194,35 @@ class Log:
             raise BlockingIOError
         os.write(self.fd, line)
         self.lost = 0
-        if self.path:
-            self._rotate()
+        if self.path and os.path.isfile(self.fd) and os.fstat(self.fd).st_size > MAX_LOG:
+            self._rotate(os.path.realpath(self.path))
 
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
         # O_NONBLOCK: a pipe without a reader is an error, and no wait
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | more, 0o600)
 
-    def _rotate(self) -> None:
-        """Let a file that is full be FILE.1, and begin a new one; if there can be none, the old one goes on."""
-        from stat import S_ISREG
-
-        found = os.fstat(self.fd)
-        if found.st_size > MAX_LOG and S_ISREG(found.st_mode):  # what is no file has no end, and no successor
-            path = os.path.realpath(self.path)
-            remove(path + ".new")
-            try:
-                with open(self._open(path + ".new", os.O_EXCL), "ab") as new:
-                    os.replace(path, path + ".1")
-                    os.replace(path + ".new", path)
-                    os.dup2(new.fileno(), self.fd, inheritable=False)
-            except OSError:
-                pass
+    def _rotate(self, path: str) -> None:
+        """Let the file, which is full, be FILE.1, and begin a new one; if there can be none, the old one goes on."""
+        remove(path + ".new")
+        try:
+            with open(self._open(path + ".new", os.O_EXCL), "ab") as new:
+                os.replace(path, path + ".1")
+                os.replace(path + ".new", path)
+                os.dup2(new.fileno(), self.fd, inheritable=False)
+        except OSError:
+            pass
 
 
-class Ticket:
-    """Where the answer to a claim goes: the request with this id of a connection; without an id, notifications."""
+class Request:
+    """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
 
-    def __init__(self, connection: Connection, request: Any, progress: bool = False, confirm: bool = False) -> None:
-        self.connection, self.id, self.confirm = connection, request, confirm
-        self.since = time.monotonic()
-        self.report_at = self.since + REPORT_EVERY if progress else float("inf")
+    id: Any = None
+    answered = confirm = False  # confirm: the client says itself that the answer has arrived
+    look_at = float("inf")  # when to say what the claim lacks; once it is answered, when the answer counts as arrived
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.since = connection, time.monotonic()
 
 
 @dataclass
@@ -2356,10 +2234,14 @@ class Waiting:
 
 
 class WakeUp:
-    """What wakes a thread that polls it. Raises OSError if there is no descriptor left."""
+    """What wakes a thread. Raises OSError if there is no descriptor left.
+
+    The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
+    """
+
+    awake = False
 
     def __init__(self) -> None:
-        self._woken = False
         self._ends: tuple[int, ...] = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
 
     def close(self) -> None:
@@ -2370,20 +2252,24 @@ class WakeUp:
 
     __del__ = close  # of a connection whose thread found no memory to begin with
 
-    def fileno(self) -> int:
-        """The descriptor to poll."""
-        return self._ends[0]
-
     def wake(self) -> None:
-        """Wake the thread, unless it has been woken and not looked since."""
-        if self._ends and not self._woken:
-            self._woken = True
+        """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
+        if self._ends and not self.awake:
+            self.awake = True
             os.write(self._ends[-1], (1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
 
-    def drain(self) -> None:
-        """Take the wake-ups that have come; look after this, not before."""
-        os.read(self._ends[0], 4096)
-        self._woken = False
+    def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
+        """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
+        from select import POLLIN, poll
+
+        poller = poll()
+        for fd in (self._ends[0], *others):
+            poller.register(fd, POLLIN)
+        ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < float("inf") else None)}
+        self.awake = True
+        if self._ends[0] in ready:
+            os.read(self._ends[0], 4096)
+        return ready - {self._ends[0]}
 
 
 class Connection:
@@ -2394,32 +2280,37 @@ class Connection:
 
         self.sock, self.wake_up = sock, wake_up
         self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
-        self.pending: dict[Any, Claim] = {}  # id of a request -> its claim, until it is answered
-        self.claims: dict[Claim, Claim] = {}  # all that may not be over
-        self.unconfirmed: dict[Any, tuple[Claim, float]] = {}  # id -> claim, until when its client may confirm it
+        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
+        self.claims: dict[Claim, None] = {}  # all that may not be over
         self.members: list[Any] = []  # the units of a boot, of which more are to come
         self.services: dict[str, None] = {}  # units whose process runs on
         self.following = -1  # the number of the last event that it has, if it follows them
-        self.closed = self.busy = False
+        self.idle_at = time.monotonic() + IDLE_TIMEOUT
+        self.gone = False  # the peer is, or what it sends is not read any more
 
     def due(self) -> float:
-        """When the thread has to look at its claims, on the monotonic clock."""
-        times = [min(claim.deadline, claim.ticket.report_at) for claim in list(self.pending.values())]
-        return min([*times, *(at for _, at in self.unconfirmed.values())], default=float("inf"))
+        """When the thread has something to do of itself, on the monotonic clock."""
+        times = [self.idle_at]
+        for claim in self.open.values():
+            times += (claim.deadline, claim.ticket.look_at)
+        return min(times)
 
-    def send(self, data: bytes) -> bool:
-        """Send, within SEND_TIMEOUT. False if the peer is gone or does not read: then the connection is over."""
-        from socket import SHUT_RDWR
-
+    def send(self, data: bytes) -> None:
+        """Send, within SEND_TIMEOUT; a peer that does not read is hung up on."""
         try:
             self.sock.sendall(data)
-            return True
         except OSError:
-            try:
-                self.sock.shutdown(SHUT_RDWR)
-            except OSError:
-                pass
-            return False
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Send nothing any more, and find the end of what the peer has sent."""
+        from socket import SHUT_RDWR
+
+        self.gone = True
+        try:
+            self.sock.shutdown(SHUT_RDWR)
+        except OSError:
+            pass
 
     def peer(self) -> int:
         """The process id at the other end, 0 if the system does not say or it is in another namespace."""
@@ -2436,16 +2327,20 @@ class Connection:
     def caller(self, hold: bool) -> Owner | None:
         """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
         pid = self.peer()
-        if pid and not hold:
-            pid = int(proc_line(pid, "PPid") or 0)
-        return Owner(pid, command_of(pid), None, birth(pid)) if pid else None
+        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+
+
+def process(pid: int) -> Owner | None:
+    """A process as the owner of a unit; None for no process."""
+    return Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
 class Agent:
-    """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
+    """The daemon's state and its answers. What the protocol has as method M is `do_M` here."""
 
     def __init__(self, log: Log) -> None:
-        from threading import Lock
+        from threading import Lock, Thread
+        from weakref import WeakSet
 
         if sys.version_info[:2] == (3, 10):  # its C scanner looks for its exception there, and does not import it
             import json.decoder  # noqa: F401
@@ -2453,178 +2348,251 @@ class Agent:
         self.lock = Lock()
         self.log = log
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
-        self.connections: set[Connection] = set()
+        self.connections: WeakSet[Connection] = WeakSet()  # one whose thread found no memory to begin with leaves
         self.followers: set[Connection] = set()
         self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
+        self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
         # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
-        self.owners: dict[Claim | str, tuple[Owner, int]] = {}
-        self._owners_wake = os.pipe()
-        os.set_blocking(self._owners_wake[1], False)
-        self._watching = False  # whether the owners' thread runs
+        self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
+        self._owners_wake = WakeUp()
+        Thread(target=self._for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
+
+    def accept(self, sock: Any, most: int) -> None:
+        """The body of the accepting thread: each connection on a listening socket gets a thread; at most `most` do."""
+        from select import POLLIN, poll
+
+        poller = poll()
+        poller.register(sock, POLLIN)
+
+        def accept_one() -> None:
+            poller.poll()  # no descriptor is missed before there is somebody to connect
+            try:
+                wake_up = WakeUp()
+                self.admit(Connection(sock.accept()[0], wake_up), most)
+            except (OSError, RuntimeError, MemoryError) as error:
+                self._no_room(error)
+                time.sleep(0.05)  # do not spin
+
+        self._for_ever("accepting connections", accept_one)
+
+    def admit(self, connection: Connection, most: int = MAX_CONNECTIONS) -> None:
+        """Begin the thread of a connection, unless there are too many."""
+        import _thread
+        from weakref import WeakSet
+
+        with self.lock:
+            if len(self.connections) >= most:
+                self.connections = WeakSet(self.connections)  # without those that had no memory to leave
+            full = len(self.connections) >= most
+            if not full:
+                self.connections.add(connection)
+        if full:
+            limit = Unreachable(f"the agent has reached its limit of {most} connections")
+            connection.sock.setblocking(False)
+            connection.send(encode(error_message(None, limit)))
+            self.log.say(f"refused: {limit}")
+        else:
+            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            _thread.start_new_thread(self.serve_connection, (connection,))
+
+    def _no_room(self, error: Exception) -> None:
+        """Say once that there are no descriptors or no memory left for another connection."""
+        if not self.exhausted:
+            self.exhausted = True
+            why = error.strerror if isinstance(error, OSError) else "no memory for another one"
+            self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
+    def _for_ever(self, doing: str, step: Callable[[], None]) -> None:
+        """The body of a thread that goes on whatever goes wrong, even if there is no memory for a line about it."""
+        while True:
+            try:
+                step()
+            except Exception as error:
+                try:
+                    self.log.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
+                except MemoryError:
+                    self.log.lost += 1
+                time.sleep(0.2)
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def serve_connection(self, sock: Any, wake_up: WakeUp) -> None:
-        """Answer one client until it goes away."""
-        import socket
-        import struct
-
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
-        connection = Connection(sock, wake_up)
-        with self.lock:
-            self.connections.add(connection)
+    def serve_connection(self, connection: Connection) -> None:
+        """The body of a connection's thread: answer one client until it goes away."""
         try:
             self._converse(connection)
         except OSError:  # the peer vanished
             pass
+        except MemoryError as error:
+            self._no_room(error)
+        except Exception as error:
+            trace = error.__traceback__
+            while trace and trace.tb_next:
+                trace = trace.tb_next
+            where = f"line {trace.tb_lineno}" if trace else "an unknown line"
+            self.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
         finally:
             self._end(connection)
 
     def _end(self, connection: Connection) -> None:
-        """Forget a connection and end its claims, however little memory there is."""
+        """The peer of a connection is gone: end its claims, however little memory there is."""
         try:
             with self.lock:
                 self.connections.discard(connection)
                 self.followers.discard(connection)
-                self._end_all(connection)
+                if not self.stopping:
+                    self.units.end_claims(list(connection.claims), "its caller went away")
+                    for name in connection.services:
+                        unit = self.units.units[name]
+                        owner = unit.facts.owner
+                        if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
+                            self._watch(unit, owner)
+                        else:
+                            self.units.exit(name, "not known: the process that ran it is gone")
+                    self._distribute()
+                connection.open.clear()
+                connection.claims.clear()
                 connection.wake_up.close()
-                connection.closed = True
+                connection.gone = True
+            connection.sock.close()
         except MemoryError:
             time.sleep(0.05)
             self._end(connection)
 
     def _converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
-        from select import POLLIN, poll
+        import socket
+        import struct
 
-        poller = poll()
-        poller.register(connection.sock, POLLIN)
-        poller.register(connection.wake_up, POLLIN)
-        buffer, idle_since = b"", time.monotonic()
+        sock, buffer = connection.sock, b""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
         while True:
-            connection.busy = False
-            pause = min(connection.due(), idle_since + IDLE_TIMEOUT) - time.monotonic()
-            ready = [fd for fd, _ in poller.poll(max(0, pause) * 1000 + 1)]
-            connection.busy = True
-            if connection.wake_up.fileno() in ready:
+            connection.wake_up.awake = False
+            pause = self._attend(connection)
+            if not connection.wake_up.sleep([sock.fileno()], pause):
                 time.sleep(PAUSE if connection.following >= 0 else 0)
-                connection.wake_up.drain()
-            if connection.due() <= time.monotonic():
-                self._due(connection)
-            self._flush(connection)
-            if connection.sock.fileno() in ready:
-                chunk = connection.sock.recv(65536)
-                *lines, buffer = (buffer + chunk).split(b"\n")
-                if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
-                    lines, buffer = [*lines, buffer], b""
-                for line in lines:  # whatever becomes of the answers: what was received is done
-                    if line.strip() and not self._line(connection, line):
-                        return
-                if not chunk:
+                continue
+            chunk = sock.recv(65536)
+            connection.idle_at = time.monotonic() + IDLE_TIMEOUT
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
+                lines, buffer = [*lines, buffer], b""
+            for line in lines:  # whatever becomes of the answers: what was received is done
+                if line.strip() and not self._line(connection, line):
                     return
-                idle_since = time.monotonic()
-            elif time.monotonic() >= idle_since + IDLE_TIMEOUT:
-                with self.lock:
-                    used = connection.services or any(not self.units.is_over(claim) for claim in connection.claims)
-                if not used and connection.following < 0:
-                    idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
-                    connection.send(encode(error_message(None, idle)))
-                    return
-                idle_since = time.monotonic()
+            if not chunk:
+                return
+
+    def _attend(self, connection: Connection) -> float:
+        """Do what is due, and send what there is to say; return for how many seconds nothing more will be due."""
+        now, idle = time.monotonic(), False
+        if connection.due() <= now:
+            with self.lock:
+                self.units.end_late(list(connection.open.values()))
+                self._distribute()
+                for claim in [c for c in connection.open.values() if c.ticket.look_at <= now]:
+                    if claim.ticket.answered:
+                        self._arrived(claim)
+                    else:
+                        self._report(claim)
+                if connection.idle_at <= now:
+                    claimed = any(not self.units.is_over(claim) for claim in connection.claims)
+                    idle = not (claimed or connection.services or connection.following >= 0)
+                    connection.idle_at = now + IDLE_TIMEOUT
+        self._flush(connection)
+        if idle:
+            error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
+            connection.send(encode(error_message(None, error)))
+            connection.hang_up()
+        return connection.due() - now
 
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
-        request, trusted = None, True
+        request, trusted = Request(connection), True
         try:
             if len(line) > MAX_LINE:
                 raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
-            message = decode(line)
-            if isinstance(message, list):
-                raise InvalidRequest("batches are not supported; send one request a line")
-            if not isinstance(message, dict):
-                raise InvalidRequest("a request must be a JSON object")
-            if isinstance(message.get("id"), (str, int)) and not isinstance(message["id"], bool):
-                request = message["id"]
-            result = self._call(connection, request, message)
+            result = self._call(request, decode(line))
             if isinstance(result, UnitStatus):
                 own = Dependency(result.unit_name, "", result.status, False)
                 self._suggest([own], "")
                 self._suggest(result.dependencies, result.unit_name)
                 result.did_you_mean = own.did_you_mean
-            if result is not None and request is not None:  # else the answer comes later, or nobody asked for one
-                connection.outbox.append((None, {"id": request, "result": plain(result)}))
+            if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
+                connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
         except SyncError as error:
             self.log.say(f"refused: {one_line(str(error))}")
-            connection.outbox.append((None, error_message(request, error)))
+            connection.outbox.append((None, error_message(request.id, error)))
             trusted = not isinstance(error, ParseError)
+        self.exhausted = False
         self._flush(connection)
         return trusted
 
-    def _call(self, connection: Connection, request: Any, message: dict[str, Any]) -> Any:
+    def _call(self, request: Request, message: Any) -> Any:
+        if isinstance(message, list):
+            raise InvalidRequest("batches are not supported; send one request a line")
+        if not isinstance(message, dict):
+            raise InvalidRequest("a request must be a JSON object")
+        if type(message.get("id")) in (str, int):
+            request.id = message["id"]
         if message.get("jsonrpc") != "2.0":
             raise InvalidRequest('"jsonrpc" must be "2.0"')
-        if "id" in message and request is None:
+        if "id" in message and request.id is None:
             raise InvalidRequest('"id" must be a string or a whole number')
-        method = message.get("method")
-        if not isinstance(method, str):
+        name = message.get("method")
+        if not isinstance(name, str):
             raise InvalidRequest('"method" must be a string')
-        spec = METHODS.get(method)
-        if spec is None:
-            raise MethodNotFound(f"no such method: {one_line(method)[:60]}; there are {', '.join(METHODS)}")
-        if request in connection.pending or request in connection.unconfirmed:
+        method = METHODS.get(name)
+        if method is None:
+            raise MethodNotFound(f"no such method: {one_line(name)[:60]}; there are {', '.join(METHODS)}")
+        if request.id in request.connection.open:
             taken = "is in use by a request that still waits for its answer, or is to be confirmed"
-            raise InvalidRequest(f"id {one_line(ascii(request))[:60]} {taken}")
-        params = check_params(spec, message.get("params", {}))
+            raise InvalidRequest(f"id {one_line(ascii(request.id))[:60]} {taken}")
+        params = check_params(method, message.get("params", {}))
         if self.log.level > 1:
             shown = {name: value for name, value in params.items() if name != "env"}
-            self.log.say(f"request: {method} {one_line(ascii(shown))[:200]}", 2)
+            self.log.say(f"request: {name} {one_line(ascii(shown))[:200]}", 2)
         with self.lock:
             try:
-                return getattr(self, "_" + method)(connection, request, **params)
+                return method(self, request, **params)
             finally:
-                self._distribute(connection)
+                self._distribute()
 
     def _flush(self, connection: Connection) -> None:
-        """Send what is in the outbox, and what a follower does not have yet. If that fails, all claims end."""
-        sent = True
-        while sent and connection.outbox:
-            lines, delivered, size = [], [], 0
-            while connection.outbox and size < 65536:
-                claim, content = connection.outbox.popleft()
-                lines.append(encode(self._message(claim, content) if claim else content))
-                size += len(lines[-1])
-                if claim and isinstance(content, dict):
-                    delivered.append(claim)
-            sent = connection.send(b"".join(lines))
-            if delivered and sent:
+        """Send what is in the outbox, and what a follower does not have yet."""
+        while not connection.gone:
+            batch = [connection.outbox.popleft() for _ in range(min(len(connection.outbox), 200))]
+            batch = batch or self._unseen(connection)
+            if not batch:
+                return
+            connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
+            answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
+            if answers and not connection.gone:
                 with self.lock:
-                    for claim in delivered:
-                        if claim.ticket.confirm:
-                            connection.unconfirmed[claim.ticket.id] = (claim, time.monotonic() + CONFIRM_TIMEOUT)
+                    for claim, content in answers:
+                        if claim.ticket.confirm and isinstance(content, dict):
+                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
                         else:
-                            self._arrived(connection, claim)
-        while sent and connection.following >= 0:
-            with self.lock:
-                first = connection.following + 1
-                events = [
-                    self.units.events[n] for n in range(first, self.units.seq + 1)[:1000] if n in self.units.events
-                ]
-            if not events:
-                break
-            sent = events[0].seq == first  # else it is too far behind: what it lacks is forgotten
-            sent = connection.send(b"".join(encode({"method": "event", "params": plain(e)}) for e in events)) and sent
-            connection.following = events[-1].seq
-        if not sent:
-            connection.following = -1
-            with self.lock:
-                self._end_all(connection)
-                connection.outbox.clear()
+                            self._arrived(claim)
 
-    def _message(self, claim: Claim, content: Any) -> dict[str, Any]:
-        """What to send about a claim: an answer, an error, or a notification."""
+    def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
+        """The next events that a follower does not have; if they are forgotten, it is too far behind to go on."""
+        if connection.following < 0:
+            return []
+        with self.lock:
+            events = [self.units.events.get(n) for n in range(connection.following + 1, self.units.seq + 1)[:1000]]
+        connection.following += len(events)
+        if not all(events):
+            connection.hang_up()
+            return []
+        return [(None, {"method": "event", "params": plain(event)}) for event in events]
+
+    def _message(self, claim: Claim | None, content: Any) -> Any:
+        """What to send: an answer, an error, or a notification."""
+        if claim is None:
+            return content
         if isinstance(content, Waiting):
             self._suggest(content.missing, claim.unit.name)
             return {"method": "waiting", "params": {"id": claim.ticket.id, **plain(content)}}
@@ -2633,211 +2601,6 @@ class Agent:
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
         return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
-
-    def _due(self, connection: Connection) -> None:
-        """End the claims whose time is up, and say of the others what they still lack."""
-        now = time.monotonic()
-        with self.lock:
-            self.units.end_late(list(connection.pending.values()))
-            self._distribute(connection)
-            for claim in connection.pending.values():
-                if claim.ticket.report_at <= now:
-                    claim.ticket.report_at += REPORT_EVERY
-                    self._report(claim)
-            for request, (claim, at) in list(connection.unconfirmed.items()):
-                if at <= now:
-                    del connection.unconfirmed[request]
-                    self._arrived(connection, claim)
-
-    # -- under the lock -----------------------------------------------------------------------------------
-
-    def _distribute(self, mine: Connection | None = None) -> None:
-        """Put the answers that became known into the outboxes, and wake the threads; `mine` is awake."""
-        for claim, answer in self.units.take_answers():
-            connection = claim.ticket.connection
-            if claim.boot or connection.pending.pop(claim.ticket.id, None):  # else `stop` has answered it
-                connection.outbox.append((claim, answer))
-                if connection is not mine:
-                    connection.wake_up.wake()
-        if self.news:
-            self.news = False
-            for follower in self.followers:
-                follower.wake_up.wake()
-
-    def _event(self, event: Event) -> None:
-        self.log.event(event)
-        self.news = True
-
-    def _report(self, claim: Claim) -> None:
-        missing = self.units.dependencies(claim.unit, unmet_only=True)
-        waited = round(time.monotonic() - claim.ticket.since, 3)
-        claim.ticket.connection.outbox.append((claim, Waiting(missing, waited)))
-
-    def _arrived(self, connection: Connection, claim: Claim) -> None:
-        self.units.delivered(claim)
-        if claim in self.owners:  # from now on it ends with its process, not with its connection
-            connection.claims.pop(claim, None)
-        self._distribute(connection)
-
-    def _end_all(self, connection: Connection) -> None:
-        """The peer of a connection is gone."""
-        if not self.stopping:
-            self.units.end_claims(list(connection.claims), "its caller went away")
-            for unit in connection.services:
-                owner = self.units.units[unit].owner
-                if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
-                    self._watch(unit, owner)
-                else:
-                    self.units.exit(unit, "not known: the process that ran it is gone")
-            self._distribute()
-        connection.pending.clear()
-        connection.unconfirmed.clear()
-        connection.claims.clear()
-        connection.services.clear()
-
-    # -- the methods, under the lock: each returns its result, or None if the answer comes later -----------
-
-    def _ping(self, connection: Connection, request: Any) -> dict[str, Any]:
-        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
-
-    def _want(self, connection: Connection, request: Any, unit: str, dependencies: list[str], requires: str) -> Any:
-        node = self.units.want(unit, dependencies, requires)
-        return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
-
-    def _start(
-        self, connection: Connection, request: Any, *, pid: int, hold: bool, confirm: bool, **params: Any
-    ) -> None:
-        ticket = self._ticket(connection, request, params.pop("progress"), confirm)
-        owner = self._process(connection, pid) if pid else connection.caller(hold)
-        names = {"name": params.pop("unit"), "held": hold or bool(pid), "owner": owner, "ticket": ticket}
-        claim = self.units.start(**names, **params)
-        if pid and owner:
-            self._watch(claim, owner)
-        self._expect(connection, claim)
-
-    def _wait(self, connection: Connection, request: Any, *, units: list[str], progress: bool, **params: Any) -> None:
-        if not units:
-            raise InvalidParams('wait: "units" must name at least one unit')
-        self._expect(connection, self.units.wait(units, self._ticket(connection, request, progress), **params))
-
-    def _ticket(self, connection: Connection, request: Any, progress: bool, confirm: bool = False) -> Ticket:
-        if request is None:
-            raise InvalidRequest('start and wait need an "id"')
-        if self.stopping:
-            raise Unreachable("the agent is shutting down")
-        if len(connection.pending) >= MAX_PENDING:
-            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
-        return Ticket(connection, request, progress, confirm)
-
-    def _expect(self, connection: Connection, claim: Claim) -> None:
-        """A request has become a claim, which is answered later or has just been."""
-        connection.pending[claim.ticket.id] = connection.claims[claim] = claim
-        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
-            connection.claims = {c: c for c in connection.claims if not self.units.is_over(c)}
-        if claim in claim.unit.line and claim.ticket.report_at < float("inf"):
-            self._report(claim)
-
-    def _confirm(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
-        claim, _ = connection.unconfirmed.pop(id, (None, 0.0))
-        if claim:
-            self._arrived(connection, claim)
-        return {"confirmed": claim is not None}
-
-    def _boot(self, connection: Connection, request: Any, units: list[dict[str, Any]], jobs: int, more: bool) -> Any:
-        for row in units:
-            name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
-            good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
-            if not good or not all(isinstance(requires, str) for requires in wants.values()):
-                raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
-            connection.members.append((name, wants, locks))
-        members = connection.members
-        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
-            return {"units": len(members)}
-        connection.members = []
-        if self.lives_for and all(map(self.units.is_over, self.lives_for)):
-            raise Unreachable("the agent is shutting down")
-        ticket, owner = Ticket(connection, None), connection.caller(hold=True)
-        connection.claims.update((claim, claim) for claim in self.units.boot(members, ticket, owner, max(0, jobs)))
-        return {"units": len(members)}
-
-    def live_for_claims(self) -> None:
-        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
-        with self.lock:
-            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
-
-    def _complete(self, connection: Connection, request: Any, unit: str, env: dict[str, Any]) -> dict[str, Any]:
-        self.units.complete(unit, self._reporter(connection, unit), check_environment(env))
-        return {"unit": unit, "status": COMPLETED}
-
-    def _fail(self, connection: Connection, request: Any, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
-        reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        self.units.fail(unit, reason, exit_code or None, self._reporter(connection, unit))
-        return {"unit": unit, "status": FAILED}
-
-    def _reporter(self, connection: Connection, unit: str) -> Owner | None:
-        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        return connection.caller(hold=False) if known and known.refused else None
-
-    def _owner(self, connection: Connection, request: Any, unit: str, pid: int, log: str) -> dict[str, Any]:
-        known = self.units.units.get(unit)
-        if not known or not known.holder or known.holder not in connection.claims:
-            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        owner = Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
-        self.units.own(known.holder, owner, one_line(log))
-        return {"unit": unit}
-
-    def _retry(self, connection: Connection, request: Any, unit: str, detail: str) -> dict[str, Any]:
-        self.units.retry(unit, detail)
-        return {"unit": unit}
-
-    def _running(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
-        self.units.run_on(unit)
-        connection.services[unit] = None
-        return {"unit": unit}
-
-    def _exited(self, connection: Connection, request: Any, unit: str, reason: str) -> dict[str, Any]:
-        self.units.exit(unit, reason)
-        connection.services.pop(unit, None)
-        return {"unit": unit}
-
-    def _reset(self, connection: Connection, request: Any, units: list[str]) -> dict[str, Any]:
-        return {"units": self.units.reset(units)}
-
-    def _status(self, connection: Connection, request: Any, unit: str) -> UnitStatus:
-        return self.units.status(unit)
-
-    def _list(self, connection: Connection, request: Any, all: bool) -> list[dict[str, Any]]:
-        left_out = ("dependencies", "did_you_mean", "history", "environment")
-        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
-
-    def _graph(self, connection: Connection, request: Any) -> Graph:
-        graph = self.units.graph()
-        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
-            assert node.owner
-            node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
-        return graph
-
-    def graph(self) -> Graph:
-        """Everything, for the picture at the end."""
-        with self.lock:
-            return self.units.graph()
-
-    def _env(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
-        return {"env": self.units.environment(unit)}
-
-    def _events(self, connection: Connection, request: Any, since: int, follow: bool) -> list[Event]:
-        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
-        if follow:
-            connection.following = self.units.seq
-            self.followers.add(connection)
-        return [e for e in self.units.events.values() if e.seq > since]
-
-    def _shutdown(self, connection: Connection, request: Any) -> dict[str, Any]:
-        import _signal as signal
-
-        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
-        return {}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
@@ -2848,172 +2611,274 @@ class Agent:
                 names = [name for name in self.units.names() if name not in behind]
             row.did_you_mean = resembling(row.depends_on, names)
 
+    # -- under the lock -----------------------------------------------------------------------------------
+
+    def _distribute(self) -> None:
+        """Pass on the answers that became known, and wake the followers if anything has happened."""
+        for claim, answer in self.units.take_answers():
+            self._answer(claim, answer)
+        if self.news:
+            self.news = False
+            for follower in self.followers:
+                follower.wake_up.wake()
+
+    def _answer(self, claim: Claim, answer: Any) -> None:
+        """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
+        request = claim.ticket
+        if not request.answered:
+            request.answered, request.look_at = not claim.boot, float("inf")
+            request.connection.outbox.append((claim, answer))
+            request.connection.wake_up.wake()
+
+    def _event(self, event: Event) -> None:
+        detail = f": {event.detail}" if event.detail else ""
+        level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
+        self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
+        self.news = True
+
+    def _report(self, claim: Claim) -> None:
+        request = claim.ticket
+        request.look_at += REPORT_EVERY
+        missing = self.units.dependencies(claim.unit, unmet_only=True)
+        request.connection.outbox.append((claim, Waiting(missing, round(time.monotonic() - request.since, 3))))
+
+    def _arrived(self, claim: Claim) -> None:
+        connection = claim.ticket.connection
+        connection.open.pop(claim.ticket.id, None)
+        self.units.delivered(claim)
+        if claim in self.owners or self.units.is_over(claim):  # of the former, the end is that of its process
+            connection.claims.pop(claim, None)
+        self._distribute()
+
+    # -- the methods of the protocol, under the lock: each returns its result, or None if the answer comes later --
+
+    def do_ping(self, request: Request) -> Any:
+        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
+
+    def do_want(self, request: Request, unit: str, dependencies: Sequence[str] = (), requires: str = SUCCESS) -> Any:
+        node = self.units.want(unit, dependencies, requires)
+        return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
+
+    def do_start(
+        self,
+        request: Request,
+        unit: str,
+        dependencies: Sequence[str] = (),
+        requires: str = SUCCESS,
+        hold: bool = False,
+        pid: int = 0,
+        timeout: float = 0.0,
+        progress: bool = False,
+        locks: Sequence[str] = (),
+        confirm: bool = False,
+    ) -> None:
+        self._may_wait(request, progress)
+        request.confirm = confirm
+        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold)
+        claim = self.units.start(unit, request, dependencies, requires, owner, hold or pid != 0, locks, timeout)
+        self._expect(claim)
+        if pid and owner:
+            self._watch(claim, owner)
+
+    def do_confirm(self, request: Request, id: Id) -> Any:
+        claim = request.connection.open.get(id)
+        confirmed = claim is not None and claim.ticket.answered
+        if claim and confirmed:
+            self._arrived(claim)
+        return {"confirmed": confirmed}
+
+    def do_wait(
+        self,
+        request: Request,
+        units: Sequence[str] = (),
+        requires: str = SUCCESS,
+        timeout: float = 0.0,
+        progress: bool = False,
+    ) -> None:
+        if not units:
+            raise InvalidParams('wait: "units" must name at least one unit')
+        self._may_wait(request, progress)
+        self._expect(self.units.wait(units, request, requires, timeout))
+
+    def _may_wait(self, request: Request, progress: bool) -> None:
+        if request.id is None:
+            raise InvalidRequest('start and wait need an "id"')
+        if self.stopping:
+            raise Unreachable("the agent is shutting down")
+        if len(request.connection.open) >= MAX_PENDING:
+            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
+        if progress:
+            request.look_at = request.since  # at once
+
+    def _expect(self, claim: Claim) -> None:
+        """A request has become a claim, which is answered later or has just been."""
+        connection = claim.ticket.connection
+        connection.open[claim.ticket.id] = claim
+        connection.claims[claim] = None
+        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+            connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
+
+    def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
+        connection = request.connection
+        for row in units:
+            name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
+            good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
+            if not good or not all(isinstance(requires, str) for requires in wants.values()):
+                raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
+            connection.members.append((name, wants, locks))
+        members = connection.members
+        if not more or len(members) > MAX_UNITS or sum(len(wants) for _, wants, _ in members) > MAX_EDGES:
+            connection.members = []
+            if self.lives_for and all(map(self.units.is_over, self.lives_for)):
+                raise Unreachable("the agent is shutting down")
+            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
+            connection.claims.update(dict.fromkeys(claims))
+        return {"units": len(members)}
+
+    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT) -> Any:
+        self.units.complete(unit, self._reporter(request, unit), check_environment(env))
+        return {"unit": unit, "status": COMPLETED}
+
+    def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
+        reason = reason or (f"exit code {exit_code}" if exit_code else "")
+        self.units.fail(unit, reason, exit_code or None, self._reporter(request, unit))
+        return {"unit": unit, "status": FAILED}
+
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def do_owner(self, request: Request, unit: str, pid: int = 0, log: str = "") -> Any:
+        known = self.units.units.get(unit)
+        if not known or not known.holder or known.holder not in request.connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        self.units.own(known.holder, process(pid), one_line(log))
+        return {"unit": unit}
+
+    def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
+        self.units.retry(unit, detail)
+        return {"unit": unit}
+
+    def do_running(self, request: Request, unit: str) -> Any:
+        self.units.run_on(unit)
+        request.connection.services[unit] = None
+        return {"unit": unit}
+
+    def do_exited(self, request: Request, unit: str, reason: str = "") -> Any:
+        self.units.exit(unit, reason)
+        request.connection.services.pop(unit, None)
+        return {"unit": unit}
+
+    def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
+        return {"units": self.units.reset(units)}
+
+    def do_status(self, request: Request, unit: str) -> Any:
+        return self.units.status(unit)
+
+    def do_list(self, request: Request, all: bool = False) -> Any:
+        left_out = ("dependencies", "did_you_mean", "history", "environment")
+        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
+
+    def do_graph(self, request: Request) -> Any:
+        graph = self.units.graph()
+        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
+            assert node.owner
+            node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
+        return graph
+
+    def do_env(self, request: Request, unit: str) -> Any:
+        return {"env": self.units.environment(unit)}
+
+    def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
+        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        if follow:
+            request.connection.following = self.units.seq
+            self.followers.add(request.connection)
+        return [e for e in self.units.events.values() if e.seq > since]
+
+    def do_shutdown(self, request: Request) -> Any:
+        import _signal as signal
+
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+        return {}
+
     # -- owners -------------------------------------------------------------------------------------------
 
-    def _process(self, connection: Connection, pid: int) -> Owner:
+    def _process(self, connection: Connection, pid: int) -> Owner | None:
         """The process that is to own a unit. Raises Refused if there is none."""
         peer = connection.peer()
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
-        return Owner(pid, command_of(pid), None, birth(pid))
+        return process(pid)
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
         now = birth(owner.pid)
         return None if now is None or not (owner.born or now == "") else now == owner.born
 
-    def _watch(self, claim: Claim | str, owner: Owner) -> None:
+    def _watch(self, what: Claim | Unit, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
-        import _thread
-
         try:
             fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             fd = -1
-        self.owners[claim] = (owner, fd)
-        if not self._watching:
-            _thread.start_new_thread(self._watch_owners, ())
-            self._watching = True
-        try:
-            os.write(self._owners_wake[1], b"!")
-        except BlockingIOError:  # it has been woken often enough
-            pass
-
-    def _watch_owners(self) -> None:
-        """The owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
-        while True:
-            try:
-                self._look_at_owners()
-            except Exception as error:  # out of memory, say: the owners must be watched all the same
-                self.log.trouble("watching processes", error)
-                time.sleep(1)
+        self.owners[what] = (owner, fd)
+        self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        from select import POLLIN, poll
-
+        """A step of the owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        self._owners_wake.awake = False
         with self.lock:
-            for claim in [c for c in self.owners if self._is_over(c)]:
-                fd = self.owners.pop(claim)[1]
+            for what in [w for w in self.owners if self._is_over(w)]:
+                fd = self.owners.pop(what)[1]
                 if fd >= 0:
                     os.close(fd)
             owners = dict(self.owners)
-        waiting, wake = poll(), self._owners_wake[0]
-        for fd in (wake, *(fd for _, fd in owners.values() if fd >= 0)):
-            waiting.register(fd, POLLIN)
-        ready = {fd for fd, _ in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None)}
-        if wake in ready:
-            os.read(wake, 4096)
-        gone = [c for c, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        fds = {fd for _, fd in owners.values()}
+        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else float("inf"))
+        gone = [w for w, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
         with self.lock:
-            claims = [claim for claim in gone if not isinstance(claim, str)]
+            claims = [claim for claim in gone if isinstance(claim, Claim)]
             self.units.end_claims(claims, "the process that was to own it has ended", Refused)
             for unit in gone:
-                if isinstance(unit, str) and not self._is_over(unit):
-                    self.units.exit(unit, "not known: the process that ran it is gone")
+                if isinstance(unit, Unit) and not self._is_over(unit):
+                    self.units.exit(unit.name, "not known: the process that ran it is gone")
             self._distribute()
 
-    def _is_over(self, claim: Claim | str) -> bool:
+    def _is_over(self, what: Claim | Unit) -> bool:
         """Whether there is no need any more to watch an owner."""
-        if not isinstance(claim, str):
-            return self.units.is_over(claim)
-        unit = self.units.units[claim]
-        return not unit.running or unit.owner != self.owners[claim][0]
+        if isinstance(what, Claim):
+            return self.units.is_over(what)
+        return not what.facts.running_on or what.facts.owner != self.owners[what][0]
+
+    # -- for whoever hosts it ------------------------------------------------------------------------------
+
+    def graph(self) -> Graph:
+        """Everything, for the picture at the end."""
+        with self.lock:
+            return self.units.graph()
+
+    def live_for_claims(self) -> None:
+        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
+        with self.lock:
+            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
 
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
-        over = Unreachable("the agent is shutting down")
         with self.lock:
             self.stopping = True
-            for connection in self.connections:
-                connection.outbox.extend((None, error_message(request, over)) for request in connection.pending)
-                connection.pending.clear()
-                connection.wake_up.wake()
             connections = list(self.connections)
+            for claim in [claim for connection in connections for claim in connection.open.values()]:
+                self._answer(claim, Unreachable("the agent is shutting down"))
         deadline = time.monotonic() + 0.5
-        while any(c.outbox or c.busy for c in connections if not c.closed) and time.monotonic() < deadline:
+        while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
-def make_server(agent: Agent, sock: Any, most: int) -> Any:
-    """Return a socketserver that hands each connection on a listening socket to the agent, in its own thread.
-
-    At most `most` connections are open at once.
-    """
-    import _thread
-    import socketserver
-    from weakref import WeakKeyDictionary
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            agent.serve_connection(self.request, server.open[self.request])
-            server.exhausted = False
-
-    class Server(socketserver.ThreadingUnixStreamServer):
-        exhausted = False  # whether it has been said that there is no room, and no connection was served since
-
-        def __init__(self) -> None:
-            super().__init__("", Handler, bind_and_activate=False)
-            self.socket.close()
-            self.socket = sock
-            self.open: WeakKeyDictionary[Any, WakeUp] = WeakKeyDictionary()  # connections; one without a thread leaves
-
-        def get_request(self) -> Any:
-            try:
-                self.wake_up = WakeUp()
-                return super().get_request()
-            except OSError as error:
-                self.no_room(str(error.strerror))
-                time.sleep(0.05)  # do not spin
-                raise
-
-        def no_room(self, why: str) -> None:
-            """Say once that there are no descriptors or no memory left."""
-            if not self.exhausted:
-                self.exhausted = True
-                agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
-
-        def verify_request(self, request: Any, client_address: Any) -> bool:
-            if len(self.open) >= most:
-                self.open = WeakKeyDictionary(self.open)  # without those that had no memory to leave
-            if len(self.open) < most:
-                self.open[request] = self.wake_up
-                return True
-            limit = Unreachable(f"the agent has reached its limit of {most} connections")
-            request.setblocking(False)
-            request.send(encode(error_message(None, limit)))
-            agent.log.say(f"refused: {limit}")
-            return False
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
-
-        def shutdown_request(self, request: Any) -> None:
-            self.open.pop(request, None)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            _, error, trace = sys.exc_info()
-            if isinstance(error, MemoryError) or "start new thread" in str(error):
-                return self.no_room("no memory for another one")
-            while trace and trace.tb_next:
-                trace = trace.tb_next
-            where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            return agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
-
-        def accept_for_ever(self) -> None:
-            """The body of the accepting thread; whatever goes wrong, it goes on."""
-            while True:
-                try:
-                    self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
-                except Exception as error:
-                    agent.log.trouble("accepting connections", error)
-                    time.sleep(0.05)
-
-    server = Server()
-    return server
+METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
 
 
 def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
@@ -3236,11 +3101,11 @@ def serve(
         except OSError as error:
             raise Refused(f"cannot write {error.filename or pid_file or log_file}: {error.strerror}") from None
         agent = Agent(log)
-        server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
+        most = connection_limit(raise_it=not (command or body))
         log.say(f"listening at {path} (pid {os.getpid()})")
         if advice:
             log.say(advice)
-        accepting = threading.Thread(target=server.accept_for_ever, daemon=True)
+        accepting = threading.Thread(target=agent.accept, args=(sock, most), daemon=True)
         if not body:
             accepting.start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
@@ -6350,7 +6215,6 @@ def boot_at(path: str, boot: Boot) -> int:
 def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
-    from threading import Thread
 
     def claimed() -> None:
         if not boot.options.stay:
@@ -6358,7 +6222,7 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None])
         accept()
 
     ours, theirs = socketpair()
-    Thread(target=agent.serve_connection, args=(theirs, WakeUp()), daemon=True).start()
+    agent.admit(Connection(theirs, WakeUp()))
     return boot.run(Channel(path, sock=ours), claimed)
 
 
