@@ -24,6 +24,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import stat
 import struct
 import subprocess
@@ -2203,6 +2204,8 @@ def check_starts(events: list[float], answered: list[tuple[float, float]], unkno
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 COUNT = itertools.count()
+PLAIN = [sys.executable, "-IS", str(FILE)]
+EACH = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection in the agent
 CATCH = """
 import os, signal
 numbers = [getattr(signal, "SIG" + name) for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2")]
@@ -2242,6 +2245,18 @@ def altered(changes: str, *argv: str) -> list[str]:
     return [sys.executable, "-S", "-c", code, *argv]
 
 
+def limited(limit: str, *argv: str) -> list[str]:
+    """A command line of coder_sync under an option of ulimit."""
+    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *PLAIN, *argv]
+
+
+def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start an agent with this command line; return once it answers."""
+    agent = world.spawn(argv, **options)
+    world.client.ping(wait=PATIENCE)
+    return agent
+
+
 def stranger(*argv: str) -> list[str]:
     """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
     modules = "contextlib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
@@ -2269,7 +2284,7 @@ def use_up(world: World, pid: int) -> list[Peer]:
 
     found = until(at_rest, "no connection that begins or ends")
     limit = max(map(int, found)) + 4
-    limit += (len(found) - limit) % (2 if hasattr(os, "eventfd") else 3)  # what a connection takes: none is left over
+    limit += (len(found) - limit) % EACH  # none is left over
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
     peers = [world.connect() for _ in range(30)]
     until(
@@ -2578,15 +2593,13 @@ def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World
 
 # -- limits ------------------------------------------------------------------------------------------------
 
-SMALL = "coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 1, 1"
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """An agent with small limits."""
     with World(tmp_path_factory.mktemp("small")) as world:
-        world.spawn(altered(SMALL, "serve", "-q"))
-        world.client.ping(wait=PATIENCE)
+        limits = "coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 1, 1"
+        answering(world, altered(limits, "serve", "-q"))
         yield world
 
 
@@ -2598,12 +2611,23 @@ def hung_up(*peers: Peer) -> None:
         assert end.poll(PATIENCE * 1000)[0][1] & select.POLLHUP
 
 
+def fill(world: World, names: int) -> None:
+    """Make an agent know this many names of 250 bytes."""
+    peer = world.connect()
+    for first in range(0, names, 200):
+        dependencies = [f"{n:0250}" for n in range(first, first + 200)]
+        assert "result" in peer.call("want", unit="everything", dependencies=dependencies)
+    peer.close()
+
+
 def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not(small: World) -> None:
-    waiting, silent, deaf, watcher = (small.connect() for _ in range(4))
+    waiting, silent, deaf, watcher, gone = (small.connect() for _ in range(5))
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
-    assert watcher.call("events", follow=True, since=10**6)["result"] == []
-    fill(small, 8000)  # an event each
+    for follower in (watcher, gone):
+        assert follower.call("events", follow=True, since=10**6)["result"] == []
+    gone.close()
+    fill(small, 2000)  # an event each
     deaf.request("list", 2, all=True)
     assert "no request for 1 seconds" in silent.read()["error"]["message"]
     assert silent.read() is None
@@ -2611,24 +2635,6 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     small.end("b")
     assert waiting.read()["id"] == 1
     served(small)
-
-
-def test_the_agent_says_when_a_wait_has_lasted_as_long_as_it_may(shared: World) -> None:
-    peer = shared.connect()
-    for method, what in (("start", {"unit": "timed", "dependencies": ["x", "y"]}), ("wait", {"units": ["x", "y"]})):
-        error = peer.call(method, method, timeout=0.01, **what)["error"]
-        assert error["code"] == -32006
-        assert [row["depends_on"] for row in error["data"]] == ["x", "y"]
-    assert shared.status("timed") == "pending"
-
-
-def test_who_wants_progress_is_told_at_once_what_a_wait_lacks(shared: World) -> None:
-    peer = shared.connect()
-    peer.request("start", 7, unit="slow", dependencies=["x", "y"], progress=True)
-    note = peer.read()
-    assert (note["method"], note["params"]["id"], "id" in note) == ("waiting", 7, False)
-    assert [row["depends_on"] for row in note["params"]["missing"]] == ["x", "y"]
-    assert 0 <= note["params"]["waited"] < PATIENCE
 
 
 def test_a_connection_may_wait_for_so_many_requests_and_no_more(small: World) -> None:
@@ -2644,9 +2650,25 @@ def test_a_connection_may_wait_for_so_many_requests_and_no_more(small: World) ->
     served(small)
 
 
-def test_connections_past_the_limit_are_told_so_and_the_others_go_on(world: World) -> None:
-    agent = world.spawn(altered("coder_sync.MAX_CONNECTIONS = 10", "serve"))
-    world.client.ping(wait=PATIENCE)
+def test_who_waits_is_told_at_once_what_is_lacking_and_again_when_the_time_is_up(shared: World) -> None:
+    peer = shared.connect()
+    for method, what in (("start", {"unit": "timed", "dependencies": ["x", "y"]}), ("wait", {"units": ["x", "y"]})):
+        note = peer.call(method, method, timeout=0.01, progress=True, **what)
+        assert (note["method"], note["params"]["id"], "id" in note) == ("waiting", method, False)
+        assert 0 <= note["params"]["waited"] < PATIENCE
+        error = peer.read()["error"]
+        assert error["code"] == -32006
+        for missing in (note["params"]["missing"], error["data"]):
+            assert [row["depends_on"] for row in missing] == ["x", "y"]
+    assert shared.status("timed") == "pending"
+
+
+@pytest.mark.parametrize("few", ["connections", pytest.param("descriptors", marks=LINUX)])
+def test_connections_past_the_limit_are_told_so_and_the_others_go_on(world: World, few: str) -> None:
+    if few == "connections":
+        agent = answering(world, altered("coder_sync.MAX_CONNECTIONS = 8", "serve"))
+    else:  # 24 are for itself
+        agent = answering(world, limited(f"-n {24 + 8 * EACH}", "serve"))
 
     def admitted() -> Peer | None:  # the agent may not have seen yet that the last one has gone
         peer = world.connect()
@@ -2654,26 +2676,17 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(world: Worl
             return peer if peer.call("ping")["result"] else None
         return None
 
-    peers = [until(admitted) for _ in range(10)]
-    extra = world.connect()
-    assert "limit of 10 connections" in extra.read()["error"]["message"]
-    assert extra.read() is None
+    peers = [until(admitted) for _ in range(8)]
+    for extra in [world.connect() for _ in range(40)]:
+        assert "limit of 8 connections" in extra.read()["error"]["message"]
+        assert extra.read() is None
     done = world.run("ping")
-    assert done.returncode == 3
-    assert "limit of 10 connections" in done.stderr
+    assert done.returncode == 3 and "limit of 8 connections" in done.stderr
     for peer in peers[1:]:
         peer.close()
-    assert "result" in peers[0].call("ping")
-    until(admitted)
+    assert "result" in peers[0].call("start", unit="a")
+    peers[1:] = [until(admitted) for _ in range(7)]
     assert "refused: the agent has reached its limit" in stopped(agent).stderr
-
-
-def test_300_connections_that_never_say_a_word_disturb_nobody(shared: World) -> None:
-    silent = [shared.connect() for _ in range(300)]
-    served(shared)
-    for peer in silent:
-        peer.close()
-    served(shared)
 
 
 # -- clients that go away, or do not read -------------------------------------------------------------------
@@ -2689,62 +2702,53 @@ def test_a_client_killed_while_it_waits_is_forgotten_at_once(agent: World) -> No
     assert agent.client.start("a").dependencies == ["b"]
 
 
-@pytest.mark.parametrize("hold", [False, True], ids=["start", "hold"])
-def test_a_client_gone_before_its_start_is_read_leaves_the_unit_to_others(world: World, hold: bool) -> None:
-    agent = world.serve()
+def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_to_others(world: World) -> None:
+    agent = world.serve("-v")
     agent.send_signal(signal.SIGSTOP)
-    peer = world.connect()
-    peer.request("start", unit="a", hold=hold)
-    peer.close()
-    agent.send_signal(signal.SIGCONT)
-    until(lambda: (kinds_of(world, "a") or [""])[-1] in ("pending", "failed" if hold else "pending"))
-    assert world.client.start("a").dependencies == []
-
-
-def test_what_a_client_asked_before_it_hung_up_is_done(world: World) -> None:
-    agent = world.serve("-v", stderr=subprocess.PIPE)
-    agent.send_signal(signal.SIGSTOP)
-    peer = world.connect()
-    ask = '{"jsonrpc":"2.0","id":%d,"method":"want","params":{"unit":"%s"}}\n'
-    peer.send("".join(ask % (i, name) for i, name in enumerate("abc")).encode())
-    peer.close()
+    wants, *starts = (world.connect() for _ in range(3))
+    for i, name in enumerate("abc"):
+        wants.request("want", i, unit=name)
+    for peer, hold in zip(starts, (False, True)):
+        peer.request("start", unit=f"start {hold}", hold=hold)
+    for peer in (wants, *starts):
+        peer.close()
     agent.send_signal(signal.SIGCONT)
     until(lambda: world.status("a") == "pending")
+    for hold in (False, True):
+        ends = ("pending", "failed" if hold else "pending")
+        until(lambda hold=hold, ends=ends: (kinds_of(world, f"start {hold}") or [""])[-1] in ends)
+        assert world.client.start(f"start {hold}").dependencies == []
     served(world)  # by then the agent has been through what came before
     assert [world.status(name) for name in "abc"] == ["pending"] * 3
 
 
-def fill(world: World, names: int) -> None:
-    """Make an agent know this many names of 250 bytes."""
-    peer = world.connect()
-    for first in range(0, names, 200):
-        dependencies = [f"{n:0250}" for n in range(first, first + 200)]
-        assert "result" in peer.call("want", unit="everything", dependencies=dependencies)
-    peer.close()
-
-
-def test_clients_that_ask_for_much_and_do_not_read_disturb_nobody(agent: World) -> None:
-    fill(agent, 4000)
-    deaf = [agent.connect() for _ in range(5)]
+def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_end(agent: World) -> None:
+    fill(agent, 1000)
+    silent, deaf = [agent.connect() for _ in range(300)], [agent.connect() for _ in range(5)]
     for peer in deaf:
-        for i in range(20):
+        for i in range(10):
             peer.request("list", i, all=True)
+        assert select.select([peer.sock], [], [], PATIENCE)[0]
     served(agent)
-    assert len(agent.client.list(everything=True)) == 4002
-    for peer in deaf[1:]:
+    assert len(agent.client.list(everything=True)) == 1002
+    for peer in silent + deaf[2:]:
         peer.close()
     served(agent)
-    assert len(deaf[0].read()["result"]) >= 4001  # late, but it gets its answer
+    assert len(deaf[0].read()["result"]) >= 1001  # late, but it gets its answer
+    deaf[1].request("wait", "never", units=["never"])
+    assert stopped(agent.processes[0]).returncode == 0
+    assert os.listdir(agent.directory) == []
 
 
-# -- no descriptors, a small stack --------------------------------------------------------------------------
+# -- no descriptors, no memory, a small stack ---------------------------------------------------------------
 
 
 @LINUX
 def test_an_agent_out_of_descriptors_says_so_serves_who_is_connected_and_recovers(world: World) -> None:
-    agent = world.serve("--log-file", "log")
+    agent, dying = world.serve("--log-file", "log"), world.spawn(["cat"], stdin=subprocess.PIPE)
     peer = world.connect()
-    assert "result" in peer.call("ping")
+    for name, pid in (("mine", os.getpid()), ("dying", dying.pid)):
+        assert "result" in peer.call("start", unit=name, pid=pid)
     peers = use_up(world, agent.pid)
     log = world.directory / "log"
     until(lambda: "cannot accept connections: Too many open files" in log.read_text(), "a word in the log")
@@ -2754,47 +2758,16 @@ def test_an_agent_out_of_descriptors_says_so_serves_who_is_connected_and_recover
     assert "result" in peer.call("status", unit="aa")  # it looks for a name like it, which needs a file
     answer = peer.call("start", unit="owned", pid=os.getpid())
     assert "not alive" not in answer.get("error", {}).get("message", "")
-    free(world, agent.pid, peers)
-    served(world)
-
-
-@LINUX
-def test_an_agent_that_starts_with_few_descriptors_refuses_what_it_has_no_room_for(world: World) -> None:
-    world.spawn(["sh", "-c", f"ulimit -n 40; exec {sys.executable} -IS {FILE} serve -q"])
-    world.client.ping(wait=PATIENCE)
-    peers = [world.connect() for _ in range(60)]
-    assert "limit of" in peers[-1].read()["error"]["message"]
-    assert "result" in peers[0].call("start", unit="a")
-    for peer in peers:
-        peer.close()
-
-    def admitted() -> bool:  # the agent may not have seen yet that all have gone
-        peers = [world.connect() for _ in range(5)]
-        with contextlib.suppress(OSError):
-            return all("result" in (peer.call("ping") or {}) for peer in peers)
-        return False
-
-    until(admitted)
-    served(world)
-
-
-@LINUX
-@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open: without it nobody can tell then")
-def test_an_owner_that_lives_is_not_taken_for_dead_when_descriptors_run_out(world: World) -> None:
-    agent, dying = world.serve(), world.spawn(["cat"], stdin=subprocess.PIPE)
-    peer = world.connect()
-    assert "result" in peer.call("start", unit="owned", pid=os.getpid())
-    assert "result" in peer.call("start", unit="dying", pid=dying.pid)
-    peers = use_up(world, agent.pid)
     dying.kill()
     dying.wait()
-    until(lambda: ["dying", "failed"] in [[u["unit_name"], u["status"]] for u in peer.call("list")["result"]])
+    if hasattr(os, "pidfd_open"):  # without it nobody can tell now
+        until(lambda: ["dying", "failed"] in [[u["unit_name"], u["status"]] for u in peer.call("list")["result"]])
     free(world, agent.pid, peers)
     served(world)
-    owned = world.client.status("owned")
-    assert (owned.status, owned.reason) == ("started", "")
-    assert owned.owner is not None
-    assert owned.owner.alive is True
+    happened(world, "dying", "failed")
+    mine = world.client.status("mine")
+    assert (mine.status, mine.reason) == ("started", "")
+    assert mine.owner is not None and mine.owner.alive is True
 
 
 NO_MEMORY = """
@@ -2813,8 +2786,7 @@ _thread.start_new_thread, coder_sync.Log.say = start_new_thread, short_say
 
 
 def test_an_agent_without_memory_for_threads_and_lines_says_so_and_recovers(world: World) -> None:
-    agent = world.spawn(altered(NO_MEMORY, "serve"))
-    world.client.ping(wait=PATIENCE)
+    agent = answering(world, altered(NO_MEMORY, "serve"))
     for lack in ("no thread", "no line"):
         (world.directory / lack).touch()
         for _ in range(5):
@@ -2827,12 +2799,8 @@ def test_an_agent_without_memory_for_threads_and_lines_says_so_and_recovers(worl
     assert not [line for line in said if "please report" in line]
 
 
-SMALL_STACK = f"ulimit -s 256; exec {sys.executable} -IS {FILE} "
-
-
-def test_an_agent_with_a_small_stack_survives_deep_json_and_garbage(world: World) -> None:
-    agent = world.spawn(["sh", "-c", SMALL_STACK + "serve -q"])
-    world.client.ping(wait=PATIENCE)
+def test_a_small_stack_survives_deep_json_and_garbage(world: World) -> None:
+    agent = answering(world, limited("-s 256", "serve", "-q"))
     for data in ODD_LINES.values():
         peer = world.connect()
         peer.send(data)
@@ -2840,39 +2808,50 @@ def test_an_agent_with_a_small_stack_survives_deep_json_and_garbage(world: World
     assert "result" in world.connect().call("want", unit="a", dependencies=["[{" * 100])
     served(world)
     assert stopped(agent).returncode == 0
-
-
-def test_a_client_with_a_small_stack_survives_a_deep_answer(world: World) -> None:
     with impostor(world, b"[" * 60_000 + b"\n"):
-        done = finish(world.spawn(["sh", "-c", SMALL_STACK + "ping"]))
-    assert done.returncode == 3
-    assert "does not speak our protocol" in done.stderr
+        done = finish(world.spawn(limited("-s 256", "ping")))
+    assert done.returncode == 3 and "does not speak our protocol" in done.stderr
+
+
+NO_PIDFD = "import os\nif hasattr(os, 'pidfd_open'): del os.pidfd_open\n"
+NO_EVENTFD = "if hasattr(os, 'eventfd'): del os.eventfd\n"
+
+
+def test_without_pidfd_and_eventfd_ends_of_owners_are_noticed_and_waits_answered(world: World) -> None:
+    owner, other = (world.spawn(["cat"], stdin=subprocess.PIPE) for _ in range(2))
+    answering(world, altered(NO_PIDFD + NO_EVENTFD, "serve", "-q"))
+    peer = world.connect()
+    for name, process in (("owned", owner), ("kept", other)):
+        assert "result" in peer.call("start", unit=name, pid=process.pid)
+    peer.close()
+    waiting = world.connect()
+    waiting.request("wait", "w", units=["owned"], requires="completion")
+    owner.kill()
+    owner.wait()
+    assert waiting.read()["id"] == "w"
+    assert (world.status("owned"), world.status("kept")) == ("failed", "started")
+    assert world.client.status("owned").reason.startswith("lost: ")
 
 
 @contextlib.contextmanager
 def impostor(world: World, answer: bytes) -> Iterator[None]:
     """Something else that listens at the socket's path, and gives everybody one answer."""
-    sock = listener(world.path)
 
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = sock.accept()
-                with connection, contextlib.suppress(OSError):
-                    connection.recv(65536)
-                    connection.sendall(answer)
-                    connection.shutdown(socket.SHUT_WR)
-                    connection.recv(65536)
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(answer)
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.recv(65536)
 
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        sock.shutdown(socket.SHUT_RDWR)
-        sock.close()
-        os.unlink(world.path)
-        thread.join(PATIENCE)
+    with socketserver.UnixStreamServer(world.path, Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            os.unlink(world.path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3354,16 +3333,6 @@ def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(worl
     assert peer.read() is None
     client = finish(process)
     assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
-
-
-def test_an_agent_that_has_deaf_clients_ends_all_the_same(agent: World) -> None:
-    fill(agent, 2000)
-    peer = agent.connect()
-    peer.request("list", all=True)
-    assert select.select([peer.sock], [], [], PATIENCE)[0]
-    peer.request("wait", 2, units=["never"])
-    assert stopped(agent.processes[0]).returncode == 0
-    assert os.listdir(agent.directory) == []
 
 
 def test_an_agent_removes_neither_the_socket_nor_the_lock_of_its_successor(world: World) -> None:
