@@ -3106,16 +3106,9 @@ def test_a_lock_of_another_user_is_named_as_such(world: World) -> None:
     assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not a regular file; .*\n", done.stderr)
 
 
-def test_missing_directories_of_the_socket_are_made_for_its_owner_alone(world: World) -> None:
-    world.path = str(world.directory / "run" / "user" / "agent.sock")
-    agent = world.serve("--socket-path", world.path, preexec_fn=lambda: os.umask(0))
-    assert [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")] == [0o700, 0o700]
-    assert stopped(agent).returncode == 0
-    assert os.listdir(world.directory / "run" / "user") == []
-
-
-def test_the_permissions_of_the_socket_are_those_asked_for_whatever_the_umask(world: World) -> None:
+def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_the_umask(world: World) -> None:
     gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
+    world.path = str(world.directory / "run" / "user" / "agent.sock")
     for umask, options, mode, group in [
         (0, [], 0o600, os.getgid()),
         (0o077, ["--mode", "660"], 0o660, os.getgid()),
@@ -3123,10 +3116,12 @@ def test_the_permissions_of_the_socket_are_those_asked_for_whatever_the_umask(wo
         (0, ["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
         (0, ["--group", str(gid), "--mode", "640"], 0o640, gid),
     ]:
-        agent = world.serve(*options, preexec_fn=lambda umask=umask: os.umask(umask))
+        agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda umask=umask: os.umask(umask))
         found = os.stat(world.path)
         assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, group), options
-        stopped(agent)
+        assert [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")] == [0o700, 0o700]
+        assert stopped(agent).returncode == 0
+        assert os.listdir(world.directory / "run" / "user") == []
 
 
 @pytest.mark.parametrize(
@@ -3163,18 +3158,14 @@ def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: Worl
 # -- one agent after another ------------------------------------------------------------------------------------
 
 
-def test_a_second_agent_is_refused_and_says_who_has_the_socket(world: World) -> None:
+def test_a_second_agent_is_refused_and_a_socket_left_by_a_killed_one_is_replaced(world: World) -> None:
     first = world.serve()
     for how in ([], ["--detach"]):
         done = world.run("serve", *how)
         assert done.returncode == 1
-        start = f"error: an agent (pid {first.pid}) is serving {world.path} already; "
-        assert done.stderr.startswith(start)
+        assert done.stderr.startswith(f"error: an agent (pid {first.pid}) is serving {world.path} already; ")
     assert serves(world, first.pid)
-
-
-def test_a_socket_left_by_a_killed_agent_is_replaced(world: World) -> None:
-    stopped(world.serve(), signal.SIGKILL)
+    stopped(first, signal.SIGKILL)
     assert os.path.exists(world.path)
     agent = world.serve()
     assert serves(world, agent.pid)
@@ -3317,24 +3308,19 @@ def temporary(world: World) -> Path:
 
 
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
+    sync = " ".join(PLAIN)
     script = f"""
         echo "$CODER_AGENT_SOCKET_PATH"; test -S "$CODER_AGENT_SOCKET_PATH" || exit 99
-        {sys.executable} -IS {FILE} start a && {sys.executable} -IS {FILE} complete a; {sys.executable} -IS {FILE} list
-        exit 7"""
-    done = world.run("serve", "--", "sh", "-c", script)
-    assert done.returncode == 7
-    path, *rest = done.stdout.splitlines()
-    assert path.startswith(str(temporary) + "/")
-    assert rest[-1].split()[:3] == ["a", "completed", "true"]
-    assert done.stderr == ""
-    assert os.listdir(temporary) == []
-    assert os.listdir(world.directory) == ["t"]
-
-
-def test_serve_command_uses_a_socket_that_is_named(world: World) -> None:
-    argv = ["serve", "--socket-path", world.path, "--", "sh", "-c"]
-    assert world.ok(*argv, 'echo "$CODER_AGENT_SOCKET_PATH"') == world.path + "\n"
-    assert os.listdir(world.directory) == []
+        {sync} start a && {sync} complete a; {sync} list; exit 7"""
+    for named in ([], ["--socket-path", world.path]):
+        done = world.run("serve", *named, "--", "sh", "-c", script)
+        assert done.returncode == 7
+        assert done.stderr == "" or named  # then its log is
+        path, *rest = done.stdout.splitlines()
+        assert path == world.path if named else path.startswith(f"{temporary}/")
+        assert rest[-1].split()[:3] == ["a", "completed", "true"]
+        assert os.listdir(temporary) == []
+        assert os.listdir(world.directory) == ["t"]
 
 
 def test_our_own_failure_before_the_command_is_125(world: World, temporary: Path) -> None:
@@ -3349,13 +3335,23 @@ def test_our_own_failure_before_the_command_is_125(world: World, temporary: Path
         assert (done.returncode, done.stdout) == (125, "") and said in done.stderr
 
 
-def test_a_command_gets_standard_input_arguments_and_the_environment(shared: World, words: list[str]) -> None:
-    script = 'cat; echo "$CODER_SYNC_UNIT:$EXTRA:$#" "$@"; echo err >&2'
-    argv = [*words, "-q", "--", "sh", "-c", script, "0", "a b", "--", "-o"]
+def test_a_command_gets_input_arguments_the_environment_default_signals_and_no_stray_descriptors(
+    shared: World, words: list[str]
+) -> None:
+    code = """import os, signal, sys
+print(sys.stdin.read(), os.environ.get("CODER_SYNC_UNIT", ""), os.environ["EXTRA"], sys.argv[1:])
+print("err", file=sys.stderr)
+default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
+print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
+print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4])"""
+    argv = [*words, "-q", "--", *PYTHON, code, "a b", "--", "-o"]
     process = shared.popen(*argv, env={**shared.env, "EXTRA": "x"}, stdin=subprocess.PIPE)
-    out, err = process.communicate("hello\n", timeout=PATIENCE)
+    out, err = process.communicate("hello", timeout=PATIENCE)
+    first, second, third = out.splitlines()
     unit = words[1] if words[0] == "run" else ""
-    assert (process.returncode, out, err) == (0, f"hello\n{unit}:x:3 a b -- -o\n", "err\n")
+    assert (process.returncode, first, err) == (0, f"hello {unit} x ['a b', '--', '-o']", "err\n")
+    assert second == "[] []"
+    assert third in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
 
 
 @pytest.mark.parametrize(
@@ -3400,31 +3396,16 @@ def test_signals_to_it_or_to_the_whole_group_reach_the_command(shared: World, wo
     assert done.returncode == 9 and "got 15\n" in done.stdout
 
 
-def test_a_signal_for_a_command_that_is_gone_is_no_error(shared: World, words: list[str]) -> None:
+def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared: World, words: list[str]) -> None:
     late = "import os; kill = os.kill\ndef gone(*what):\n    kill(*what)\n    raise ProcessLookupError\nos.kill = gone"
     process = shared.spawn(altered(late, *words, "--", "sleep", "60"))
     until(lambda: "sleep" in children_of(process.pid).values())
     process.terminate()
     assert finish(process).returncode == 143
-
-
-def test_a_command_starts_with_default_signals_and_no_stray_descriptors(shared: World, words: list[str]) -> None:
-    code = """import os, signal
-default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
-print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
-print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}") and not os.get_inheritable(n) is None][:4])"""
-    done = finish(shared.popen(*words, "--", *PYTHON, code))
-    assert done.returncode == 0
-    first, second = done.stdout.splitlines()
-    assert first == "[] []"
-    assert second in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
-
-
-def test_a_command_under_nohup_is_not_hung_up(shared: World, words: list[str]) -> None:
+    words[1:] = [f"unit-{next(COUNT)}"] * (len(words) > 1)
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    process = shared.popen(
-        *words, "--", "sh", "-c", "echo on; read x; exit 3", preexec_fn=ignore, stdin=subprocess.PIPE
-    )
+    script = ["sh", "-c", "echo on; read x; exit 3"]
+    process = shared.popen(*words, "--", *script, preexec_fn=ignore, stdin=subprocess.PIPE)
     assert line_of(process.stdout) == "on\n"
     os.killpg(process.pid, signal.SIGHUP)
     process.communicate("\n", timeout=PATIENCE)
@@ -3518,8 +3499,7 @@ def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world
         assert finish(world.spawn(enter)).returncode == 0
     else:
         assert line_of(outside.stdout) == "on\n"
-    time.sleep(0.1)  # for the last of them to end
-    until(lambda: not [name for name in children_of(inside).values() if name[0] == "+"], "no zombies")
+    until(lambda: len(children_of(inside)) == (what != "serve"), "neither orphans nor zombies")
     os.kill(inside, signal.SIGTERM)
     assert finish(outside).returncode == (0 if what == "serve" else 143)
 
@@ -3564,11 +3544,8 @@ def test_a_supervisor_is_told_when_the_agent_is_ready_and_when_it_stops(world: W
         os.kill(pid, signal.SIGTERM)
         assert sock.recv(1000).decode().splitlines()[0] == "STOPPING=1"
         assert finish(agent).returncode == 0
-
-
-@pytest.mark.parametrize("value", ["/no/such/socket", "@"])
-def test_a_supervisor_that_is_not_there_is_no_error(world: World, value: str) -> None:
-    world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": value})
+    for value in (name, "/no/such/socket", "@"):  # nobody is there: that is no error
+        world.ok("serve", "--", "true", env={**env, "NOTIFY_SOCKET": value})
 
 
 def hand_over(world: World, sock: Any, *options: str, count: str = "1", pid: str = "") -> subprocess.Popen[str]:
@@ -5245,8 +5222,8 @@ time.time = set_back
 
 
 def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> None:
-    world.spawn([*PYTHON, CLOCK_SET_BACK + coder_sync.LAUNCHER, str(installed()), "serve"], stderr=subprocess.DEVNULL)
-    world.client.ping(wait=PATIENCE)
+    argv = [*PYTHON, CLOCK_SET_BACK + coder_sync.LAUNCHER, str(installed()), "serve"]
+    answering(world, argv, stderr=subprocess.DEVNULL)
     world.ok("start", "a")
     waits = world.popen("start", "b", "--want", "a", "--timeout", "20s")
     world.waiting("b")
