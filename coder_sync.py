@@ -61,9 +61,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from dataclasses import dataclass
-    from typing import Any, Literal, NoReturn
+    from typing import Any, Literal, NoReturn, Union
 
+    Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
     Requirement = Literal["success", "completion", "start"]
+    Id = Union[str, int]
+    Object = dict[str, Any]
 else:
 
     def dataclass(cls):
@@ -120,44 +123,43 @@ REPORT_EVERY = 30.0
 # ----------------------------------------------------------------------------------------------------------
 
 
+ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their code
+
+
 class SyncError(Exception):
     """Anything that goes wrong here; `exit_code` is the command line's, `code` JSON-RPC's."""
 
     exit_code = 1
     code = -32000
 
+    def __init_subclass__(cls, code: int = 0, exit_code: int = 0) -> None:
+        cls.code, cls.exit_code = code or cls.code, exit_code or cls.exit_code
+        if code:
+            ERRORS[code] = cls
+
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message)
         self.data = data
 
 
-class Refused(SyncError):
+class Refused(SyncError, code=-32000):
     """The rules say no: a bad name, another outcome than the one on record, a limit."""
 
 
-class CycleError(Refused):
+class CycleError(Refused, code=-32001):
     """`data` is the cycle, its first name repeated last."""
 
-    code = -32001
 
-
-class AlreadyStarted(Refused):
+class AlreadyStarted(Refused, code=-32002):
     """Somebody else started the unit."""
 
-    code = -32002
 
-
-class NotRegistered(Refused):
+class NotRegistered(Refused, code=-32003):
     """Nobody has called `want`, `start` or `run` on the unit."""
 
-    code = -32003
 
-
-class DependencyFailed(SyncError):
+class DependencyFailed(SyncError, code=-32004, exit_code=4):
     """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
-
-    exit_code = 4
-    code = -32004
 
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message, data)
@@ -165,52 +167,36 @@ class DependencyFailed(SyncError):
         self.unit, self.reason = str(about.get("unit", "")), str(about.get("reason", ""))
 
 
-class UsageError(SyncError):
-    """The command line, an environment variable or an argument of the API is wrong."""
-
-    exit_code = 2
-
-
-class InvalidRequest(SyncError):
-    """Not a JSON-RPC 2.0 request, or not one of ours."""
-
-    code = -32600
-
-
-class MethodNotFound(InvalidRequest):
-    """There is no such method."""
-
-    code = -32601
-
-
-class InvalidParams(InvalidRequest):
-    """A parameter is missing, unknown or of the wrong type."""
-
-    code = -32602
-
-
-class ParseError(InvalidRequest):
-    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
-
-    code = -32700
-
-
-class Unreachable(SyncError):
+class Unreachable(SyncError, code=-32005, exit_code=3):
     """No agent could be reached, or it went away, or what answers is not one."""
 
-    exit_code = 3
-    code = -32005
 
-
-class TimedOut(SyncError):
+class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
-
-    exit_code = 124
-    code = -32006
 
     def __str__(self) -> str:
         missing = ", ".join(f"{row.depends_on} {row.current_status}" for row in self.data or ())
         return str(self.args[0]) + (f": {missing}" if missing else "")
+
+
+class InvalidRequest(SyncError, code=-32600):
+    """Not a JSON-RPC 2.0 request, or not one of ours."""
+
+
+class MethodNotFound(InvalidRequest, code=-32601):
+    """There is no such method."""
+
+
+class InvalidParams(InvalidRequest, code=-32602):
+    """A parameter is missing, unknown or of the wrong type."""
+
+
+class ParseError(InvalidRequest, code=-32700):
+    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
+
+
+class UsageError(SyncError, exit_code=2):
+    """The command line, an environment variable or an argument of the API is wrong."""
 
 
 class CommandError(SyncError):
@@ -219,15 +205,6 @@ class CommandError(SyncError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-ERRORS: dict[int, type[SyncError]] = {  # those that cross the wire, by their code
-    kind.code: kind
-    for kind in (
-        *(Refused, CycleError, AlreadyStarted, NotRegistered, DependencyFailed, Unreachable, TimedOut),
-        *(InvalidRequest, MethodNotFound, InvalidParams, ParseError),
-    )
-}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -386,41 +363,40 @@ def one_line(text: str) -> str:
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
 
 
+class Facts(UnitStatus):
+    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
+
+    def __init__(self, registered: float = -1.0, waiting: float = -1.0) -> None:
+        self.registered, self.waiting = registered, waiting
+
+
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
 
-    def __init__(self, name: str, now: float) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.status = NOT_REGISTERED
-        self.since = now  # of the status
+        self.since = 0.0  # of the status
+        self.facts = Facts()
+        self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set and _link, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
-        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
-        self.registered = self.waiting = -1.0  # when, for pictures; -1: not yet
-        self.last_event = 0
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """Forget the last run."""
-        self.reason = self.root = ""  # why it failed or was skipped; and what failed in the first place
-        self.exit_code: int | None = None
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.boot: Claim | None = None  # of a boot, which is notified of the unit's outcome
-        self.owner: Owner | None = None
         self.locks: tuple[Lock, ...] = ()  # that it has while it is started
-        self.ready = self.started = self.ended = self.exited = -1.0
-        self.released_by = self.exit_reason = self.log = ""
-        self.tries: list[float] = []
-        self.running = False
-        self.environment: dict[str, str] = {}
+        self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
+        self.last_event = 0
+
+    def first(self) -> Claim | None:
+        """The claim that was granted, else the one that will be."""
+        return self.holder or next(iter(self.line), None)
 
 
 class Lock:
     """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name)."""
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
         self.taken: dict[Unit, None] = {}
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
@@ -433,9 +409,8 @@ class Lock:
 class Claim:
     """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
 
-    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False) -> None:
-        self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held
-        self.locks: tuple[Lock, ...] = ()
+    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...]) -> None:
+        self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
         self.deadline = float("inf")
         self.boot = False  # it is answered with every status of the unit, not once
         self.confirmed = False  # the client says itself that its answer has arrived
@@ -466,6 +441,7 @@ class Units:
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
+        self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
         self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
@@ -475,9 +451,9 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
-        if (unit.line or unit.status == PENDING) and self._settle(unit):
-            self._propagate([unit])
+        wants = dict.fromkeys(dependencies, check_requirement(requires))
+        (unit,) = self._declare([(check_name(name), wants, ())])
+        self._settle_all(unit)
         return unit
 
     def start(
@@ -495,81 +471,34 @@ class Units:
 
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        places = self._locks(locks)
-        unit = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)))])[0]
-        if unit.status == STARTED and (unit.holder is None or unit.holder.confirmed):
-            if owner:
-                unit.refused = [*unit.refused[-99:], owner]
-            raise self._already_started(unit)
-        self._check_waits(1)
-        claim = Claim(unit, ticket, owner, held)
-        claim.locks = places
-        self._stand_in_line(claim, timeout)
-        if self._settle(unit):
-            self._propagate([unit])
-        elif claim in unit.line:
-            self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
-        return claim
+        wants = dict.fromkeys(dependencies, check_requirement(requires))
+        return self._claim([(check_name(name), wants, locks)], ticket, owner, held, timeout)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
-        self._check_waits(1)
-        needs = dict.fromkeys(map(check_name, names), check_requirement(requires))
-        waiter = Unit("", self.clock())
-        new = {n: self.units.get(n) or Unit(n, self.clock()) for n in needs}
-        self._check_limits(sum(n not in self.units for n in new), len(new), "")
-        self.units.update(new)
-        for name, other in new.items():
-            self._link(waiter, other, needs[name])
-        claim = Claim(waiter, ticket)
-        self._stand_in_line(claim, timeout)
-        self._settle(waiter)
-        return claim
+        wants = dict.fromkeys(names, check_requirement(requires))
+        return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
 
-    def boot(
-        self,
-        members: list[tuple[str, dict[str, str], list[str]]],
-        ticket: Any,
-        owner: Owner | None = None,
-        jobs: int = 0,
-    ) -> list[Claim]:
+    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
         replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
         Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
         """
-        self._check_waits(len(members))
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
         for name, wants, _ in members:
-            unit = self.units.get(name)
             for requires in wants.values():
                 check_requirement(requires)
-            claim = next(iter(unit.line), unit.holder) if unit else None
-            if unit and (claim or (unit.status == STARTED and (not unit.owner or self.alive(unit.owner) is not False))):
-                owner = claim.owner if claim else unit.owner
+            unit = self.units.get(name)
+            claim, owner_now = (unit.first(), unit.facts.owner) if unit else (None, None)
+            lives = unit and unit.status == STARTED and not (owner_now and self.alive(owner_now) is False)
+            if unit and (claim or lives):
+                by = self._by(claim.owner if claim else owner_now)
                 how = "started" if unit.status == STARTED else "claimed"
-                raise Refused(f'unit "{name}" is {how}{self._by(owner)}; nothing was run: end that first')
-        places = [self._locks(locks) for _, _, locks in members]
-        everyone = (Lock("", jobs),) if jobs else ()
-        units = self._declare([(name, wants) for name, wants, _ in members], anew=True)
-        for unit in units:
-            if unit.status != PENDING:
-                self._set(unit, PENDING)
-        claims = []
-        for unit, locks in zip(units, places):
-            claim = Claim(unit, ticket, owner, held=True)
-            claim.boot, claim.locks = True, locks + everyone
-            unit.boot = claim
-            self._stand_in_line(claim, 0)
-            claims.append(claim)
-        started = [unit for unit in units if self._settle(unit)]
-        for unit in units:
-            if unit.line:
-                self._record(unit, "waiting", ", ".join(self._waits_for(unit)))
-        self._propagate(started)
-        return claims
+                raise Refused(f'unit "{name}" is {how}{by}; nothing was run: end that first')
+        return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
 
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
@@ -588,56 +517,46 @@ class Units:
         answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
         none, the unit of a held claim has failed, and that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, bool]] = {}
-        for claim in claims:
-            unit = claim.unit
-            reason = f"lost: {self._who(claim.owner) or 'the process that held it'} ended without completing"
+        ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
+        for claim in [claim for claim in claims if not self.is_over(claim)]:
+            unit, who = claim.unit, self._who(claim.owner)
+            reason = f"lost: {who or 'the process that held it'} ended without completing"
             if claim in unit.line:
-                missing, late = self._waits_for(unit, registered=False), self._timed_out(unit)
-                del unit.line[claim]
-                self.waits -= 1
-                reason = f"lost: {self._who(claim.owner) or 'its start'} waited for {', '.join(missing)}, and {why}"
+                missing = ", ".join(self._waits_for(unit, registered=False))
+                reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
                 if error is TimedOut:
-                    reason = f"timed out waiting for {', '.join(missing)}"
+                    reason = f"timed out waiting for {missing}"
+                    what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
+                    late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
                     self._answers.append((claim, late))
                 elif error:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
-                self._record(unit, "gave up", f"{why}; still missing: {', '.join(missing)}")
-            elif unit.holder is claim:
-                unit.holder = None
+                self._record(unit, "gave up", f"{why}; still missing: {missing}")
+                del unit.line[claim]
+                self.waits -= 1
             else:
-                continue
-            if unit.boot is claim:
-                unit.boot = None
+                unit.holder = None
             ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
-        changed = []
         for unit, (reason, held) in ended.items():
-            if not unit.name:
-                self._unlink(unit)
-            elif unit.holder or unit.status in ENDED:
-                continue  # another has it
-            elif held and not unit.line:
+            if held and not unit.first():
                 self._set(unit, FAILED, one_line(reason))
-                changed.append(unit)
-            elif unit.status == STARTED:
+            elif unit.status == STARTED and not unit.holder:
                 self._set(unit, PENDING, "the client that asked for its start was gone")
-                changed.append(unit)
-            elif unit.line:
-                changed.append(unit)
-        self._propagate(changed + [unit for unit in changed if unit.status == PENDING and self._settle(unit)])
+        self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
         """End those claims whose time is up."""
         now = self.clock()
-        self.end_claims([c for c in claims if c.deadline <= now], "timed out", TimedOut)
+        late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
+        self.end_claims(late, "timed out", TimedOut)
 
     def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> Unit:
         """End `name` with success; `env` is for those that depend on it.
 
         Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
         """
-        left = sum(len(k) + len(v) for u in self.units.values() for k, v in u.environment.items()) if env else 0
-        if env and left + sum(len(k) + len(v) for k, v in env.items()) > MAX_ENVIRONMENT:
+        left = [env, *(unit.facts.environment for unit in self.units.values())] if env else []
+        if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
         return self._end(name, COMPLETED, "", 0, by, env)
 
@@ -650,43 +569,44 @@ class Units:
 
         Raises NotRegistered, or Refused while one of them is started. Returns the names.
         """
-        todo = [self._registered(name) for name in names] or [
-            u for u in self.units.values() if u.status != NOT_REGISTERED
-        ]
+        known = (unit for unit in self.units.values() if unit.status != NOT_REGISTERED)
+        todo = [self._registered(name) for name in names] or list(known)
         for unit in todo:
             if unit.status == STARTED:
-                raise Refused(f'unit "{unit.name}" is started{self._by(unit.owner)} and cannot be reset; end it first')
-        again: dict[Unit, None] = dict.fromkeys(u for u in todo if u.status in ENDED)
-        for unit in (todo := list(again)):
-            behind = [u for u in unit.wanted_by if u.status == SKIPPED and u not in again]
-            again.update(dict.fromkeys(behind))
-            todo += behind
+                by = self._by(unit.facts.owner)
+                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+        again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
             self._set(unit, PENDING)
-        self._propagate([unit for unit in again if self._settle(unit)])
+        for unit in again:  # which grows
+            for behind in [other for other in unit.wanted_by if other.status == SKIPPED]:
+                self._set(behind, PENDING)
+                again.append(behind)
+        self._settle_all(*again)
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str) -> None:
         """The process that a claim runs, and the file with its output."""
-        claim.owner = claim.unit.owner = owner or claim.owner
-        claim.unit.log = log
+        claim.owner = claim.unit.facts.owner = owner or claim.owner
+        claim.unit.facts.log = log
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
         unit = self._registered(name)
-        unit.tries = [*unit.tries[-999:], self.clock()]
+        unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
 
     def run_on(self, name: str) -> None:
         """The process of a completed unit, a service, goes on."""
-        self._registered(name).running = True
+        self._registered(name).facts.running_on = True
 
     def exit(self, name: str, reason: str) -> None:
         """The process of a completed unit has ended."""
         unit = self._registered(name)
-        if unit.running:
-            unit.running, unit.exited, unit.exit_reason = False, self.clock(), one_line(reason)
-            self._record(unit, "exited", unit.exit_reason)
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited = False, self._now()
+            unit.facts.exit_reason = one_line(reason)
+            self._record(unit, "exited", unit.facts.exit_reason)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -701,31 +621,30 @@ class Units:
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared. With `_waits_for`, what says why something waits."""
-        now, rows = self.clock(), []
-        for other, requirement in unit.wants.items():
-            met = other.status in MEETS[requirement]
-            if met and unmet_only:
-                continue
-            row = Dependency(other.name, REQUIRED_STATUS[requirement], other.status, met, requirement)
-            row.age, row.reason = round(now - other.since, 3), other.reason
-            if not met:
+        """The edges of a unit, in the order they were declared; `unmet_only`: what it lacks, also locks."""
+        rows = []
+        needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
+        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
+            needs.append((unit, ""))
+        for other, need in needs:
+            age = round(self._now() - other.since, 3)
+            if isinstance(need, Lock):
+                row = Dependency(need.label(), "free", "taken", False, "lock", age, f"{other.name} has it")
+            elif other is unit:
+                row = Dependency(unit.name, "free", STARTED, False, "start", age)
+            else:
+                met, required = other.status in MEETS[need], REQUIRED_STATUS[need]
+                row = Dependency(other.name, required, other.status, met, need, age, other.facts.reason)
+            if not row.is_satisfied:
                 row.owner = self._owner(other)
                 row.waits_for = self._waits_for(other) if other.status == PENDING else []
-            rows.append(row)
-        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            rows.append(Dependency(unit.name, "free", STARTED, False, "start", round(now - unit.since, 3)))
-            rows[-1].owner = self._owner(unit)
-        for lock, holder in self._busy(unit) if unmet_only else ():
-            row = Dependency(lock.label(), "free", "taken", False, "lock", round(now - holder.started, 3))
-            row.reason, row.owner = f"{holder.name} has it", self._owner(holder)
             rows.append(row)
         return rows
 
     def status(self, name: str) -> UnitStatus:
         """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
-        unit = self.units.get(check_name(name)) or Unit(name, self.clock())
-        snapshot = self._snapshot(unit, self.clock())
+        unit = self.units.get(check_name(name)) or self._unknown(name)
+        snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
         snapshot.dependencies = self.dependencies(unit)
         history: list[Event] = []
@@ -738,23 +657,20 @@ class Units:
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
         """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
-        now = self.clock()
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return [self._snapshot(u, now) for u in sorted(shown, key=lambda u: u.name)]
+        return [self._snapshot(u) for u in sorted(shown, key=lambda u: u.name)]
 
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
-        now = self.clock()
-        refused = [name for name in self.refusals if name not in self.units]
-        nodes = [self._snapshot(u, now) for u in (*self.units.values(), *(Unit(name, now) for name in refused))]
-        return Graph(round(now - self.began, 6), nodes)
+        refused = [self._unknown(name) for name in self.refusals if name not in self.units]
+        return Graph(self._now(), [self._snapshot(unit) for unit in (*self.units.values(), *refused)])
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins."""
         unit = self.units.get(check_name(name))
         merged: dict[str, str] = {}
         for other in self._before(unit) if unit and self.left_environment else ():
-            merged.update(other.environment)
+            merged.update(other.facts.environment)
         return merged
 
     def names(self) -> list[str]:
@@ -772,125 +688,110 @@ class Units:
 
     # -- the rules ----------------------------------------------------------------------------------------
 
-    def _settle(self, unit: Unit, because: Unit | None = None) -> bool:
-        """When may a unit start? Here. Return whether its status changed, so that others must be looked at.
+    def _settle(self, unit: Unit, because: Unit | None = None) -> None:
+        """When may a unit start? Here.
 
         Its requirements are all met and all its locks have a place: the first in line is granted. One of them can
         not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
         the dependency that just changed, if only that can have made a difference.
         """
-        if unit.status == STARTED:  # those in line stand there until the answer to the one before has arrived
-            return False
-        if unit.unmet == 0:
-            return bool(unit.line) and self._grant(unit, because)
-        unit.ready = -1.0
-        reason, root, cause = self._verdict(unit, because)
-        if cause is None:
-            return False
-        skip = unit.status == PENDING and bool(unit.name)
-        if skip:
-            self._set(unit, SKIPPED, reason)
-            unit.root = root
-        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
-        data = {"unit": cause.name, "reason": cause.reason}
-        self._answer_line(unit, DependencyFailed(text, data))
-        if not unit.name:
-            self._unlink(unit)
-        return skip
+        if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
+            return
+        if unit.unmet:
+            unit.facts.ready = -1.0
+            causes = (because,) if because else unit.wants
+            cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
+            if cause:
+                self._skip(unit, cause)
+        elif unit.line:
+            self._grant(unit, because)
 
-    def _grant(self, unit: Unit, because: Unit | None) -> bool:
-        """Start a unit whose dependencies are met, unless a lock has no place."""
-        if unit.ready < 0:
-            unit.ready = self.clock()
-            unit.released_by = because.name if because else unit.released_by
-        claim = next(iter(unit.line))
-        if self._busy(unit):
+    def _skip(self, unit: Unit, cause: Unit) -> None:
+        """Give up a unit because of a dependency that has failed or was skipped."""
+        if cause.status == FAILED:
+            reason = f'dependency "{cause.name}" failed' + (f" ({cause.facts.reason})" if cause.facts.reason else "")
+        else:
+            reason = f'dependency "{cause.name}" was skipped: '
+            # What failed in the first place matters most, however long the chain is.
+            short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
+            reason += cause.facts.reason if short else f"... {cause.root}"
+        unit.root = cause.root or reason
+        self._set(unit, SKIPPED, reason)
+        text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
+        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
+
+    def _grant(self, unit: Unit, because: Unit | None) -> None:
+        """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
+        facts, claim = unit.facts, next(iter(unit.line))
+        if facts.ready < 0:
+            facts.ready = self._now()
+            facts.released_by = because.name if because else facts.released_by
+        if any(self._lacks(unit)):
             for lock in claim.locks:
                 lock.line.setdefault(unit)
-            return False
+            return
         for lock in claim.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         del unit.line[claim]
-        claim.deadline = float("inf")
         self.waits -= 1
-        if not unit.name:
-            self._answers.append((claim, {}))
-            self._unlink(unit)
-            return True
-        unit.locks, unit.holder, unit.owner, unit.refused = claim.locks, claim, claim.owner, []
+        unit.locks, unit.holder, facts.owner, unit.refused = claim.locks, claim, claim.owner, []
         if not claim.boot:
-            names = [d.name for d in unit.wants]
-            self._answers.append((claim, {"dependencies": names, "env": self.environment(unit.name)}))
+            wants = [d.name for d in unit.wants]
+            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
+            self._answers.append((claim, answer))
         self._set(unit, STARTED)
-        return True
 
-    @staticmethod
-    def _verdict(unit: Unit, because: Unit | None = None) -> tuple[str, str, Unit | None]:
-        """Why a unit cannot be started any more, what failed in the first place, and the dependency it is about.
-
-        None for the dependency while there is hope.
-        """
-        causes = (because,) if because else unit.wants
-        cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
-        if cause is None:
-            return "", "", None
-        if cause.status == FAILED:
-            text = f'dependency "{cause.name}" failed' + (f" ({cause.reason})" if cause.reason else "")
-            return text, text, cause
-        text = f'dependency "{cause.name}" was skipped: '
-        # What failed in the first place matters most, however long the chain is.
-        return (
-            text + (cause.reason if len(text + cause.reason) <= 2 * MAX_REASON else f"... {cause.root}"),
-            cause.root,
-            cause,
-        )
-
-    def _propagate(self, changed: list[Unit]) -> None:
-        """Settle whoever depends on changed units, and so on; in a loop, since chains may be long."""
-        from collections import deque
-
-        todo = deque(changed)
-        while todo or self._freed:
-            freed, self._freed = self._freed, []
-            for lock, before in freed:  # before the dependents, who have just become ready
-                for waiting in list(lock.line):
-                    if len(lock.taken) >= lock.limit:
-                        break
-                    if not waiting.line or waiting.unmet:
-                        del lock.line[waiting]
-                    elif self._settle(waiting):
-                        waiting.released_by = before.name
-                        todo.append(waiting)
-            if todo:
-                unit = todo.popleft()
-                for dependent in list(unit.wanted_by):
-                    if (dependent.line or dependent.status == PENDING) and self._settle(dependent, unit):
-                        todo.append(dependent)
+    def _settle_all(self, *units: Unit) -> None:
+        """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
+        for unit in units:
+            self._settle(unit)
+        for lock, before in self._freed:
+            for waiting in list(lock.line):
+                if len(lock.taken) >= lock.limit:
+                    break
+                if not waiting.line or waiting.unmet:
+                    del lock.line[waiting]
+                else:
+                    self._settle(waiting)
+                    if waiting.status == STARTED:
+                        waiting.facts.released_by = before.name
+        self._freed.clear()
+        for unit, because in self._affected:  # which grows; no recursion, since chains may be long
+            self._settle(unit, because)
+        self._affected.clear()
 
     def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
-        old, unit.status = unit.status, status
+        old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
         if old == STARTED:
             for lock in unit.locks:
                 del lock.taken[unit]
                 self._freed.append((lock, unit))
-        boot = unit.boot
-        unit.since = self.clock()
-        if status == STARTED:
-            unit.started = unit.since
-        elif status in ENDED:
-            unit.ended = unit.since
-            unit.holder = unit.boot = None
-        elif old != NOT_REGISTERED:
-            unit.begin_again()
-        unit.reason, unit.exit_code = reason, exit_code
+        if status == PENDING:  # forget the run before
+            registered = unit.since if old == NOT_REGISTERED else unit.facts.registered
+            unit.facts = Facts(registered, unit.facts.waiting)
+            unit.root, unit.locks = "", ()
+        elif status == STARTED:
+            unit.facts.started = unit.since
+        else:
+            unit.facts.ended = unit.since
+        unit.facts.reason, unit.facts.exit_code = reason, exit_code
+        if status != STARTED or not unit.name:
+            unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
-            dependent.unmet += (old in MEETS[requirement]) - (status in MEETS[requirement])
-        if boot and status != PENDING:
+            was_met, met = old in MEETS[requirement], status in MEETS[requirement]
+            dependent.unmet += was_met - met
+            if was_met != met or status in HOPELESS[requirement]:
+                self._affected.append((dependent, unit))
+        if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
-            self._answers.append((boot, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
+            self._answers.append((claim, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+        if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+            for other in list(unit.wants):
+                self._cut(unit, other)
+                self._forget(other)
 
     def _end(
         self,
@@ -903,65 +804,61 @@ class Units:
     ) -> Unit:
         unit = self._registered(name)
         refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not unit.owner or by.pid != unit.owner.pid):
+        if by and (by.pid, by.born) in refused and (not unit.facts.owner or by.pid != unit.facts.owner.pid):
             raise Refused(
                 f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{self._by(unit.owner)}; if it is to be ended all the same, call from another shell"
+                f"was started{self._by(unit.facts.owner)}; if it is to be ended all the same, call from another shell"
             )
         if unit.status == status:
             return unit
         if unit.status in ENDED:
-            why = f" ({unit.reason})" if unit.reason else ""
+            why = f" ({unit.facts.reason})" if unit.facts.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
         if env:
-            unit.environment, self.left_environment = env, True
+            unit.facts.environment, self.left_environment = env, True
         self._set(unit, status, reason, exit_code)
         self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
-        self._propagate([unit])
+        self._settle_all()
         return unit
 
     # -- small parts --------------------------------------------------------------------------------------
 
-    def _declare(self, members: list[tuple[str, dict[str, str]]], anew: bool = False) -> list[Unit]:
+    def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
         """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
-        now = self.clock()
-        units, made, dropped, linked = [], [], [], []
-        name = ""
+        made: list[str] = []
+        dropped: list[tuple[Unit, Unit, str]] = []
+        linked: list[tuple[Unit, Unit, str]] = []
+        name = members[0][0] if members else ""
 
-        def known(name: str) -> Unit:
-            if name not in self.units:
-                self._check_limits(1, 0, members[0][0])
-                self.units[name] = Unit(check_name(name), now)
-                made.append(name)
-            return self.units[name]
+        def known(other: str) -> Unit:
+            if other not in self.units:
+                if len(self.units) >= MAX_UNITS:
+                    limit = f"the agent has reached its limit of {MAX_UNITS} units"
+                    raise Refused(f'unit "{members[0][0]}": {limit}')
+                self.units[other] = self._unknown(check_name(other))
+                made.append(other)
+            return self.units[other]
 
         try:
-            for name, _ in members:
-                units.append(known(name))
-                if anew and units[-1].status in ENDED:
-                    dropped += [(units[-1], *edge) for edge in units[-1].wants.items()]
-            for edge in dropped:
-                self._cut(*edge[:2])
-            for unit, (name, wants) in zip(units, members):
+            units = [known(name) if name else self._unknown("") for name, _, _ in members]
+            dropped += [(u, *edge) for u in units if anew and u.status in ENDED for edge in u.wants.items()]
+            for unit, other, _ in dropped:
+                self._cut(unit, other)
+            for unit, (name, wants, _) in zip(units, members):
                 for dependency, requires in wants.items():
                     other = known(dependency)
-                    has = unit.wants.get(other, requires)
-                    if has != requires:
-                        raise Refused(
-                            f'unit "{name}" wants "{dependency}" with requirement {has} already, not {requires}'
-                        )
-                    if other not in unit.wants:
-                        self._check_limits(0, 1, name)
-                        cycle = self._cycle(unit, other)
-                        if cycle:
-                            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
-                            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+                    has = unit.wants.get(other)
+                    if has is None:
+                        self._check_edge(unit, other)
                         self._link(unit, other, requires)
                         linked.append((unit, other, requires))
+                    elif has != requires:
+                        text = f'wants "{dependency}" with requirement {has} already, not {requires}'
+                        raise Refused(f'unit "{name}" {text}')
         except SyncError as error:
             for unit, other, _ in reversed(linked):
                 self._cut(unit, other)
@@ -978,7 +875,6 @@ class Units:
         for unit in units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
-                unit.registered = now
                 self._set(unit, PENDING)
         for unit, other, requires in linked:
             self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
@@ -986,16 +882,41 @@ class Units:
             self._forget(other)
         return units
 
-    def _stand_in_line(self, claim: Claim, timeout: float) -> None:
-        unit = claim.unit
-        if unit.status in ENDED:  # another try: those behind it wait again
-            self._set(unit, PENDING)
-        unit.line[claim] = None
-        self.waits += 1
-        now = self.clock()
-        claim.deadline = now + timeout if timeout else float("inf")
-        if len(unit.line) == 1 and unit.status != STARTED:
-            unit.waiting, unit.ready, unit.released_by = now, -1.0, ""
+    def _claim(
+        self,
+        members: Sequence[Member],
+        ticket: Any,
+        owner: Owner | None,
+        held: bool,
+        timeout: float = 0.0,
+        places: tuple[Lock, ...] = (),
+        boot: bool = False,
+    ) -> list[Claim]:
+        """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
+        if self.waits + len(members) > MAX_WAITS:
+            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+        locks = [self._locks(names) + places for _, _, names in members]
+        units = self._declare(members, anew=boot)
+        claims = []
+        for unit, its in zip(units, locks):
+            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.confirmed):
+                if owner:
+                    unit.refused = [*unit.refused[-99:], owner]
+                raise self._already_started(unit)
+            if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
+                self._set(unit, PENDING)
+            claim = Claim(unit, ticket, owner, held, its)
+            claim.boot, claim.deadline = boot, self.clock() + timeout if timeout else claim.deadline
+            if unit.first() is None:
+                unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), -1.0, ""
+            unit.line[claim] = None
+            self.waits += 1
+            claims.append(claim)
+        self._settle_all(*units)
+        for claim in claims:
+            if claim in claim.unit.line:
+                self._record(claim.unit, "waiting", ", ".join(self._waits_for(claim.unit)))
+        return claims
 
     def _locks(self, names: Iterable[str]) -> tuple[Lock, ...]:
         wanted = list(dict.fromkeys(check_name(name, "lock") for name in names))
@@ -1012,15 +933,14 @@ class Units:
             raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
         return unit
 
-    def _check_limits(self, units: int, edges: int, name: str) -> None:
-        if len(self.units) + units > MAX_UNITS:
-            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_UNITS} units')
-        if self.edges + edges > MAX_EDGES:
-            raise Refused(f'unit "{name}": the agent has reached its limit of {MAX_EDGES} dependencies')
-
-    def _check_waits(self, more: int) -> None:
-        if self.waits + more > MAX_WAITS:
-            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+    def _check_edge(self, unit: Unit, other: Unit) -> None:
+        """Raise Refused if there may be no edge from `unit` to `other`."""
+        if self.edges >= MAX_EDGES:
+            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+        cycle = self._cycle(unit, other)
+        if cycle:
+            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
 
     def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
         unit.wants[other] = other.wanted_by[unit] = requirement
@@ -1033,47 +953,38 @@ class Units:
         unit.unmet -= other.status not in MEETS[requirement]
         self.edges -= 1
 
-    def _unlink(self, waiter: Unit) -> None:
-        """Forget a `wait`, and the names that nobody else has any use for."""
-        for other in list(waiter.wants):
-            self._cut(waiter, other)
-            self._forget(other)
-
     def _forget(self, unit: Unit) -> None:
         if unit.status == NOT_REGISTERED and not unit.wanted_by:
             self.units.pop(unit.name, None)
 
-    def _cycle(self, unit: Unit, dependency: Unit) -> list[str] | None:
-        """The cycle that an edge from `unit` to `dependency` would close, or None.
+    @staticmethod
+    def _cycle(unit: Unit, dependency: Unit) -> list[str]:
+        """The cycle that an edge from `unit` to `dependency` would close, or nothing.
 
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
         """
-        if unit is dependency:
-            return [unit.name, unit.name]
+
+        def way(seen: dict[Unit, Unit | None], step: Unit | None) -> list[str]:
+            names = []
+            while step:
+                names.append(step.name)
+                step = seen[step]
+            return names
+
         ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
         behind: dict[Unit, Unit | None] = {unit: None}
-        fronts, here = ([dependency], [unit]), 0
-        while fronts[0] and fronts[1]:
-            node = fronts[here].pop()
-            for other in node.wanted_by if here else node.wants:
-                seen, facing = (behind, ahead) if here else (ahead, behind)
-                if other not in seen:
-                    seen[other] = node
-                    fronts[here].append(other)
-                if other in facing:
-                    path: list[Unit] = []
-                    step: Unit | None = other
-                    while step:
-                        path.insert(0, step)
-                        step = ahead[step]
-                    step = behind[other]
-                    while step:
-                        path.append(step)
-                        step = behind[step]
-                    return [unit.name, *(u.name for u in path)]
-            here = 1 - here
-        return None
+        search, other = (ahead, [dependency]), (behind, [unit])
+        while search[1]:
+            seen, front = search
+            node = front.pop()
+            if node in other[0]:
+                return [unit.name, *reversed(way(ahead, node)), *way(behind, node)[1:]]
+            new = [u for u in (node.wants if seen is ahead else node.wanted_by) if u not in seen]
+            seen.update(dict.fromkeys(new, node))
+            front += new
+            search, other = other, search
+        return []
 
     @staticmethod
     def _before(unit: Unit) -> list[Unit]:
@@ -1091,24 +1002,31 @@ class Units:
                 todo.append((child, iter(child.wants)))
         return order[:-1]
 
-    def _waits_for(self, unit: Unit, most: int = 5, registered: bool = True) -> list[str]:
-        """What a unit lacks, in words: dependencies by name, or, where only locks are missing, those and who has them.
+    @staticmethod
+    def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
+        """What a unit lacks: dependencies and the requirement that each does not meet.
+
+        If it lacks none, the locks that the first in line needs and which have no place, and a unit that has each.
+        """
+        if unit.unmet:
+            yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
+        for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
+            if len(lock.taken) >= lock.limit:
+                yield next(iter(lock.taken)), lock
+
+    def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
+        """What a unit lacks, in words, five of them at most.
 
         Unless `registered`, names that nobody has registered are marked as such.
         """
         from itertools import islice
 
-        if not unit.unmet:
-            return [f"{lock.label()}, which {holder.name} has" for lock, holder in self._busy(unit)[:most]]
-        lacks = islice((d for d, r in unit.wants.items() if d.status not in MEETS[r]), most)
-        return [d.name + ("" if registered or d.status != NOT_REGISTERED else " (not registered)") for d in lacks]
-
-    @staticmethod
-    def _busy(unit: Unit) -> list[tuple[Lock, Unit]]:
-        """The locks that the first claim in line would need and which have no place, and a unit that has each."""
-        claim = None if unit.unmet else next(iter(unit.line), None)
-        locks = claim.locks if claim else ()
-        return [(lock, next(iter(lock.taken))) for lock in locks if len(lock.taken) >= lock.limit]
+        words = []
+        for other, need in islice(self._lacks(unit), 5):
+            unknown = other.status == NOT_REGISTERED and not registered
+            name = other.name + (" (not registered)" if unknown else "")
+            words.append(f"{need.label()}, which {name} has" if isinstance(need, Lock) else name)
+        return words
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
         """Answer all claims that still wait in line; a boot is notified of the status itself."""
@@ -1117,35 +1035,35 @@ class Units:
         unit.line.clear()
 
     def _already_started(self, unit: Unit) -> AlreadyStarted:
-        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.owner)}')
+        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.facts.owner)}')
 
-    def _timed_out(self, unit: Unit) -> TimedOut:
-        what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
-        return TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
+    def _now(self) -> float:
+        """Seconds since the agent began."""
+        return round(self.clock() - self.began, 6)
 
-    def _snapshot(self, unit: Unit, now: float) -> UnitStatus:
-        def since(t: float) -> float:
-            return round(t - self.began, 6) if t >= 0 else -1.0
+    def _unknown(self, name: str) -> Unit:
+        unit = Unit(name)
+        unit.since = self._now()
+        return unit
 
-        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, age=round(now - unit.since, 3))
-        for name in ("reason", "exit_code", "owner", "released_by", "exit_reason", "log", "environment"):
-            setattr(row, name, getattr(unit, name))
-        for name in ("registered", "waiting", "ready", "started", "ended", "exited"):
-            setattr(row, name, since(getattr(unit, name)))
+    def _snapshot(self, unit: Unit) -> UnitStatus:
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
         locks = next((claim.locks for claim in unit.line), unit.locks)
         row.locks = [lock.name for lock in locks if lock.name]
-        row.blocked_by = {lock.name: holder.name for lock, holder in self._busy(unit) if lock.name}
-        row.tries, row.running_on = [since(t) for t in unit.tries], unit.running
+        lacks = self._lacks(unit)
+        row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
 
     def _owner(self, unit: Unit) -> Owner | None:
-        if unit.owner is None or unit.status != STARTED:
-            return unit.owner
-        return Owner(unit.owner.pid, unit.owner.command, self.alive(unit.owner), unit.owner.born)
+        owner = unit.facts.owner
+        if owner is None or unit.status != STARTED:
+            return owner
+        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
@@ -1280,6 +1198,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = FILE.rpartition("/")[2]
+NEVER = float("inf")  # a time
 
 
 def put(text: str, fd: int = 1) -> bool:
@@ -1332,14 +1251,25 @@ def terminal() -> tuple[int, bool, bool]:
     return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
 
 
-def environment(**extra: str) -> dict[bytes, bytes]:
-    """The environment for a command, and what is added to it."""
-    return {**os.environb, **{os.fsencode(name): os.fsencode(value) for name, value in extra.items()}}
+def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
+    """The environment for a command: ours, or what was made before, and what is added to it."""
+    added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
+    return {**(os.environb if base is None else base), **added}
 
 
 def getenv(name: str) -> str:
     """An environment variable, empty if unset."""
     return os.environ.get(name, "")
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 59.5:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 # -- who a process is ---------------------------------------------------------------------------------------
@@ -1420,11 +1350,12 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
 
 
-class Signals:
-    """Signals and the ends of children, taken one by one in `wait` and nowhere else until they are given back.
+class Loop:
+    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
 
-    They are blocked here and in all threads that begin from now on. Those that we were started to ignore stay
-    ignored, as nohup(1) wants it; but not TERM, which is how an agent is told to end.
+    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
+    are given back. Those that we were started to ignore stay ignored, as nohup(1) wants it; but not TERM, which is how
+    an agent is told to end. There is a poll, and a thread that takes signals for it, once there is a descriptor.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
@@ -1432,34 +1363,117 @@ class Signals:
 
         numbers = [getattr(signal, name) for name in names]
         self.numbers = [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._poll: Any = None
+        self._leaving = False
         # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
-        # gets to `wait`, and children leave no exit status. A handler changes that, even if it is never run.
+        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
         self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
 
-    def wait(self) -> tuple[int, bool]:
-        """Take the next signal: its number, and whether a process sent it, not the terminal (macOS: always so)."""
+    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
+        """Wait until something happens, or until a time; handle it.
+
+        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        """
         import _signal as signal
 
-        if not hasattr(signal, "sigwaitinfo"):
-            return signal.sigwait([*self.numbers, signal.SIGCHLD]), True
-        got = signal.sigwaitinfo([*self.numbers, signal.SIGCHLD])
-        return got.si_signo, got.si_code <= 0  # SI_USER and its kin; the kernel's own are positive
+        if due < NEVER and not hasattr(signal, "sigtimedwait"):
+            self._begin_to_poll()
+        if not self._poll:
+            return self._signals(self._take(due))
+        came: list[tuple[int, bool]] = []
+        for fd, _ in self._poll.poll(None if due == NEVER else max(0.0, due - time.monotonic()) * 1000 + 1):
+            if fd == self._taken:
+                came = self._signals(os.read(fd, 4096))
+            elif fd in self._handlers:  # it may be gone since
+                self._handlers[fd]()
+        return came
+
+    def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
+        """Have something called whenever a descriptor can be read, or written to."""
+        import select
+
+        self._begin_to_poll()
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
+
+    def forget(self, *fds: int) -> None:
+        """Watch descriptors no more."""
+        for fd in fds:
+            if self._handlers.pop(fd, None):
+                self._poll.unregister(fd)
 
     def give_back(self) -> None:
         """Let signals have their usual effect again, as before a command takes our place.
 
-        Raises SystemExit(128+N) if one has come that `wait` did not take, so that none is lost, not even to process
+        Raises SystemExit(128+N) if one has come that `turn` did not return, so that none is lost, not even to process
         1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
         """
         import _signal as signal
 
-        late = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
-        number = signal.sigwait(late) if late else 0
+        late = []
+        if self._poll:
+            self._leaving = True
+            os.kill(os.getpid(), signal.SIGCHLD)
+            self._thread.join()
+            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
+            os.close(self._taken)
+            self._poll = None
+        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
+        late += [signal.sigwait(pending)] if pending else []
         signal.signal(signal.SIGCHLD, self._of_children)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        if number:
-            sys.exit(128 + number)
+        if late:
+            sys.exit(128 + late[0])
+
+    def _take(self, due: float) -> bytes:
+        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        import _signal as signal
+
+        awaited = [*self.numbers, signal.SIGCHLD]
+        if not hasattr(signal, "sigwaitinfo"):
+            return bytes([signal.sigwait(awaited), True])
+        if due == NEVER:
+            got = signal.sigwaitinfo(awaited)
+        else:
+            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+
+    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
+        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
+        import _signal as signal
+
+        signals = list(zip(taken[::2], map(bool, taken[1::2])))
+        while any(number == signal.SIGCHLD for number, _ in signals):
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            if pid in self.children:
+                self.children.pop(pid)(exit_code_of(status))
+        return [one for one in signals if one[0] != signal.SIGCHLD]
+
+    def _begin_to_poll(self) -> None:
+        import select
+        import threading
+
+        if self._poll:
+            return
+        self._taken, write = os.pipe()
+
+        def take_signals() -> None:
+            while not self._leaving:
+                os.write(write, self._take(NEVER))
+            os.close(write)
+
+        self._thread = threading.Thread(target=take_signals, daemon=True)
+        self._thread.start()
+        self._poll = select.poll()
+        self._poll.register(self._taken, select.POLLIN)
 
 
 def end_on_term() -> None:
@@ -1476,57 +1490,36 @@ def let_children_go() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
-def supervise(
-    command: list[str], env: dict[bytes, bytes], readiness: Readiness | None = None, came: list[int] | None = None
-) -> int:
-    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
+    """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
 
-    `readiness` notices when it is ready, `came` gets the signals that came. What the terminal sends (Ctrl-C) goes to
-    the whole foreground group, so the command has it already; only what a process sent to us is passed on. Raises
-    CommandError if the command cannot be run.
+    Raises OSError, or ValueError for an empty name.
     """
     import _signal as signal
 
-    signals = Signals()
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
+    return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
+
+
+def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+
+    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
+    process sent to us is passed on. Raises CommandError if the command cannot be run.
+    """
+    loop, codes = Loop(), []  # type: ignore[var-annotated]
     try:
-        if readiness:
-            readiness.begin()
-        try:
-            # Python ignores these two, and what we take is blocked; the command starts with neither.
-            defaults = [signal.SIGPIPE, signal.SIGXFSZ]
-            pid = os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults)
-        except (OSError, ValueError) as error:  # ValueError: an empty name
-            raise cannot_run(command[0], error) from None
-        while True:
-            number, sent = signals.wait()
-            if number != signal.SIGCHLD:
-                if came is not None:
-                    came.append(number)
-                if sent:
+        pid = spawn(command, env)
+        loop.children[pid] = codes.append
+        while not codes:
+            for number, sent in loop.turn():
+                if sent and not codes:
                     signal_to(pid, number)
-                continue
-            code = reap(pid)
-            if code is not None:
-                return code
-            if readiness:
-                readiness.look(pid)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
     finally:
-        signals.give_back()
-
-
-def reap(pid: int = -1) -> int | None:
-    """Take the ends of all children, as process 1 must of every orphan; return that of `pid` if it is among them."""
-    code = None
-    try:
-        while True:
-            ended, status = os.waitpid(-1, os.WNOHANG)
-            if not ended:
-                break
-            if ended == pid:
-                code = exit_code_of(status)
-    except ChildProcessError:  # there are none left
-        pass
-    return code
+        loop.give_back()
+    return int(codes[0])
 
 
 def exit_code_of(status: int) -> int:
@@ -1540,7 +1533,7 @@ def ending(code: int) -> str:
 
 
 def shell_status(code: int) -> int:
-    """The exit status that a shell gives for what `supervise` returned."""
+    """The exit status that a shell gives for a command's, where we have -N for signal N."""
     return code if code >= 0 else 128 - code
 
 
@@ -1643,6 +1636,15 @@ def http_status(text: str, timeout: float) -> int:
     return int(words[1])
 
 
+def can_be_read(fd: int, timeout: float) -> bool:
+    """Wait for a descriptor, for so many seconds; return whether it can be read."""
+    import select
+
+    awaited = select.poll()
+    awaited.register(fd, select.POLLIN)
+    return bool(awaited.poll(None if timeout == NEVER else max(0.0, timeout) * 1000))
+
+
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
@@ -1667,15 +1669,6 @@ class Prober:
     def ready(self) -> bool:
         """Whether a try has succeeded."""
         return not self.error
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for that, for so many seconds; return whether it has."""
-        import select
-
-        done = select.poll()
-        done.register(self._ready, select.POLLIN)
-        done.poll(None if timeout == float("inf") else max(0.0, timeout) * 1000)
-        return self.ready()
 
     def close(self) -> None:
         """No more tries; a command that is being tried is killed."""
@@ -1724,9 +1717,6 @@ class Prober:
             return one_line(getattr(error, "strerror", None) or str(error))
 
     def _command(self) -> str:
-        import _signal as signal
-        import select
-
         read, write = os.pipe()
         nothing = null()
         try:
@@ -1734,20 +1724,12 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                self._group = os.posix_spawnp(
-                    "sh",
-                    ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text],
-                    self._env,
-                    file_actions=[*streams, (os.POSIX_SPAWN_DUP2, write, 3)],
-                    setpgroup=0,
-                    setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD],
-                )
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            answered = select.poll()
-            answered.register(read, select.POLLIN)
-            if not answered.poll(PROBE_TIMEOUT * 1000):
+            if not can_be_read(read, PROBE_TIMEOUT):
                 signal_group(self._group, 9)
                 return f"no end within {PROBE_TIMEOUT:.0f}s"
             status = os.read(read, 16).strip()
@@ -1795,68 +1777,6 @@ class Notified:
         remove(self._path)  # unless the command did
 
 
-class Readiness:
-    """Whether the command that `supervise` runs is ready, or has not been for too long and is ended.
-
-    `look` is called at each SIGCHLD; a thread sends one when there is something to see. `on_ready` runs in a thread of
-    its own, so that signals are passed on while it does.
-    """
-
-    GRACE = 10.0  # seconds from TERM to KILL
-
-    def __init__(self, prober: Callable[[], Prober | Notified], timeout: float, on_ready: Callable[[], None]) -> None:
-        self.prober: Prober | Notified | None = None
-        self.is_ready = self.is_late = False
-        self._reporting: Any = None  # the thread of `on_ready`
-        self._make, self._timeout, self._on_ready = prober, timeout, on_ready
-
-    def begin(self) -> None:
-        """Start to probe, once signals are blocked for the threads that this takes. Raises OSError."""
-        import threading
-
-        self.prober = self._make()
-        self._deadline = time.monotonic() + self._timeout if self._timeout else float("inf")
-        threading.Thread(target=self._wait, args=(self.prober.fileno(),), daemon=True).start()
-
-    def _wait(self, fd: int) -> None:
-        import _signal as signal
-        import select
-
-        ready = select.poll()
-        ready.register(fd, select.POLLIN)
-        ready.poll(self._timeout * 1000 if self._timeout else None)
-        for pause in (0.0, self.GRACE):
-            time.sleep(pause)
-            os.kill(os.getpid(), signal.SIGCHLD)
-
-    def look(self, pid: int) -> None:
-        """See whether the command is ready, or late."""
-        if self.prober and not self.is_ready and not self.is_late and self.prober.ready():
-            from threading import Thread
-
-            self.is_ready = True
-            self._reporting = Thread(target=self._on_ready, daemon=True)
-            self._reporting.start()
-        elif not self.is_ready and time.monotonic() >= self._deadline:
-            os.kill(pid, 9 if self.is_late and time.monotonic() >= self._deadline + self.GRACE else 15)
-            self.is_late = True
-
-    def reason(self, code: int) -> str:
-        """Why the unit of a command that ended with `code` has failed; empty if it was ready."""
-        if self.is_ready or not self.prober:
-            return ""
-        if self.is_late:
-            return f"not ready after {self._timeout:g}s: {self.prober.error}"
-        return f"ended before it was ready ({ending(code)})"
-
-    def close(self) -> None:
-        """Probe no more; what `on_ready` does comes to its end."""
-        if self._reporting:
-            self._reporting.join()
-        if self.prober:
-            self.prober.close()
-
-
 # -- what a command leaves to others ----------------------------------------------------------------------------
 
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
@@ -1887,17 +1807,12 @@ def private_file() -> tuple[int, str]:
 
 def private_directory() -> str:
     """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    base = getenv("TMPDIR") or "/tmp"
-    for number in range(100):
-        path = os.path.join(base, f"coder-sync-{os.getpid()}-{time.time_ns() + number:x}")
-        try:
-            os.mkdir(path, 0o700)
-            return path
-        except FileExistsError:
-            continue
-        except OSError:
-            break
-    return ""
+    path = os.path.join(getenv("TMPDIR") or "/tmp", f"coder-sync-{os.urandom(8).hex()}")
+    try:
+        os.mkdir(path, 0o700)
+    except OSError:
+        return ""
+    return path
 
 
 def remove_directory(path: str) -> None:
@@ -1940,16 +1855,209 @@ def exported(path: str) -> dict[str, str]:
     return values
 
 
+# -- a unit's command -------------------------------------------------------------------------------------------
+
+LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+
+
+class Task:
+    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
+
+    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
+    of it goes to `report`, as a request to the agent.
+    """
+
+    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
+    grace = 10.0  # seconds from TERM to KILL
+
+    def __init__(
+        self,
+        loop: Loop,
+        unit: str,
+        command: list[str],
+        ready: str = "",
+        ready_timeout: float = 0.0,
+        timeout: float = 0.0,
+        retries: int = 0,
+        delay: float = 0.0,
+    ) -> None:
+        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
+        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
+        self.env: dict[bytes, bytes] = {}
+        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.pid = 0  # of the process or group of the latest try, until it is gone
+        self.running = False  # the process; the group may live on
+        self.code = 0  # with which it ended
+        self.tries = 0
+        self.began = 0.0  # the latest try
+        self.stopped = False  # nothing is tried again
+        self.killed = False
+        self.prober: Prober | Notified | None = None  # while it is not ready
+        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
+        self.why = ""  # we end it
+        self.reason = ""  # how the latest try ended, or the unit
+        self.reported = ""  # "complete" or "fail"
+
+    # What is for others to say: how it is run, and who is told.
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        """Start the process; return its pid. Raises OSError or ValueError."""
+        return spawn(self.command, env)
+
+    def not_begun(self, error: Exception) -> None:
+        """A try could not begin."""
+        raise NotImplementedError
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        """There will be another try."""
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent."""
+        raise NotImplementedError
+
+    def exited(self) -> None:
+        """The process of a unit that has completed has ended."""
+        self.report("exited", reason=ending(self.code))
+
+    # The way.
+
+    def begin(self) -> None:
+        """Begin a try."""
+        paths = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left, "NOTIFY_SOCKET": self.notify_path}
+        env = environment(self.env, **{name: value for name, value in paths.items() if value})
+        try:
+            self.probe(env)
+            self.pid = self.spawn(env)
+        except (CommandError, OSError, ValueError) as error:
+            self.close_prober()
+            self.not_begun(error)
+            return
+        self.loop.children[self.pid] = self.process_ended
+        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.tries += 1
+        self.stop_at = self.began + self.timeout if self.timeout else NEVER
+        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+
+    def probe(self, env: dict[bytes, bytes]) -> None:
+        """Begin to ask whether it is ready. Raises CommandError."""
+        if not self.ready:
+            return
+        try:
+            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env)
+            self.loop.watch(self.prober.fileno(), self.probed)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            raise CommandError(f"cannot be probed: {getattr(error, 'strerror', error)}", 125) from None
+
+    def probed(self) -> None:
+        """The prober has something to say."""
+        if self.prober and self.prober.ready():
+            self.close_prober()
+            self.ready_by = NEVER
+            self.complete()
+
+    def close_prober(self) -> None:
+        """Probe no more."""
+        if self.prober:
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.ready_by:
+            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+        if now >= self.stop_at:
+            self.end(f"timed out after {span(self.timeout)}")
+        if now >= self.kill_at:
+            self.kill()
+        if now >= self.again_at and not self.pid:
+            self.again_at = NEVER
+            self.begin()
+        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group may go first
+
+    def end(self, why: str) -> None:
+        """End it: TERM, and KILL after the grace."""
+        self.why = self.why or why
+        self.stop_at = self.ready_by = NEVER
+        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+        self.close_prober()
+        self.signal(15)
+
+    def kill(self) -> None:
+        """End it for good, or give up what is left of its group."""
+        if self.killed and not self.running:
+            self.gone()
+        else:
+            self.killed, self.kill_at = True, time.monotonic() + 1
+            self.signal(9)
+
+    def signal(self, number: int) -> None:
+        """Signal the process, or its group."""
+        if self.own_group:
+            signal_group(self.pid, number)
+        else:
+            signal_to(self.pid, number)
+
+    def gone(self) -> None:
+        """Forget the number of the process, or of its group, before it is another one's."""
+        self.pid, self.kill_at = 0, NEVER
+
+    def process_ended(self, code: int) -> None:
+        """The process has ended, with this exit status, -N for signal N."""
+        self.running, self.code = False, code
+        self.stop_at = self.ready_by = NEVER
+        if not self.own_group or not alive_groups([self.pid]):
+            self.gone()
+        early = self.prober is not None
+        self.close_prober()
+        if self.reported == "complete":
+            self.exited()
+        elif not self.reported:
+            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            self.tried(self.why or how, code)
+
+    def tried(self, how: str, code: int) -> None:
+        """A try has ended, without success unless there is nothing to say how."""
+        if not how:
+            self.complete()
+        elif self.tries <= self.retries and not self.stopped:
+            self.reason, delay = how, self.delay
+            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
+            self.again_at = time.monotonic() + delay
+            self.to_be_tried_again(self.next_try(), delay)
+        else:
+            self.fail(how, code)
+
+    def next_try(self) -> str:
+        """Which try is next, and why."""
+        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
+
+    def complete(self) -> None:
+        """Report that it is done, or ready, and what it leaves to others."""
+        try:
+            env = exported(self.left)
+        except Refused as error:
+            self.fail(str(error))
+        else:
+            self.reported = "complete"
+            self.report("complete", env=env)
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        """Report that the unit has failed."""
+        self.reported, self.again_at = "fail", NEVER
+        self.report("fail", reason=reason, exit_code=shell_status(code))
+
+
 # ----------------------------------------------------------------------------------------------------------
-# Agent. Units behind one lock, served by socketserver.ThreadingUnixStreamServer, a thread a connection.
+# Agent. Units behind one lock, a thread a connection.
 #
 # What keeps it safe:
 # - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
 # - Only a connection's own thread reads from and writes to its socket, and it blocks for SEND_TIMEOUT at most.
 #   Whoever makes a claim's answer known, whatever the thread, leaves it in the outbox of the claim's connection
 #   and wakes that connection's thread, both under the lock.
-# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next of its claims
-#   has waited long enough. So the end of a client is seen at once, and all its claims end in one step.
+# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next time at which it has
+#   to look at one of its claims. So the end of a client is seen at once, and all its claims end in one step.
 # - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
 # - A follower of events reads the history from where it was; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
@@ -1964,72 +2072,48 @@ IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits fo
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
 PAUSE = 0.02  # seconds for which a follower's thread gathers events
 STACK = 256 * 1024
+NO_ENVIRONMENT: dict[str, str] = {}
 
-OBJECTS: list[Any] = []  # the default of a parameter that is a list of objects; other lists are of strings
-METHODS: dict[str, dict[str, Any]] = {  # method -> parameter -> its default, or its type if it is required
-    "ping": {},
-    "want": {"unit": str, "dependencies": [], "requires": SUCCESS},
-    "start": {
-        "unit": str,
-        "dependencies": [],
-        "requires": SUCCESS,
-        "hold": False,
-        "pid": 0,
-        "timeout": 0.0,
-        "progress": False,
-        "locks": [],
-        "confirm": False,
-    },
-    "confirm": {"id": object},
-    "wait": {"units": [], "requires": SUCCESS, "timeout": 0.0, "progress": False},
-    "boot": {"units": OBJECTS, "jobs": 0, "more": False},
-    "complete": {"unit": str, "env": {}},
-    "fail": {"unit": str, "reason": "", "exit_code": 0},
-    "owner": {"unit": str, "pid": 0, "log": ""},
-    "retry": {"unit": str, "detail": ""},
-    "running": {"unit": str},
-    "exited": {"unit": str, "reason": ""},
-    "reset": {"units": []},
-    "status": {"unit": str},
-    "list": {"all": False},
-    "graph": {},
-    "env": {"unit": str},
-    "events": {"since": 0, "follow": False},
-    "shutdown": {},
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
+    "str": ("a string", lambda v: type(v) is str),
+    "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
+    "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
+    "bool": ("true or false", lambda v: type(v) is bool),
+    "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
+    "Object": ("an object", lambda v: type(v) is dict),
+    "Sequence[str]": ("a list of strings", lambda v: type(v) is list and all(type(i) is str for i in v)),
+    "Sequence[Object]": ("a list of objects", lambda v: type(v) is list and all(type(i) is dict for i in v)),
 }
-KINDS = {str: "a string", int: "a whole number", float: "a number of seconds", bool: "true or false", dict: "an object"}
 
 
-def check_params(spec: dict[str, Any], params: Any) -> dict[str, Any]:
-    """Return all parameters of a method with its defaults, else raise InvalidParams. A list is by position."""
+def parameters(method: Any) -> dict[str, tuple[str, bool]]:
+    """What a method of the protocol takes, as `Agent.do_...` declares it: name -> (kind, whether it is required)."""
+    code = method.__code__
+    names = code.co_varnames[2 : code.co_argcount]
+    optional = names[len(names) - len(method.__defaults__ or ()) :]
+    return {name: (method.__annotations__[name], name not in optional) for name in names}
+
+
+def check_params(method: Any, params: Any) -> dict[str, Any]:
+    """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
+    known = parameters(method)
+    names = f"there are {', '.join(known) or 'none'}"
     if isinstance(params, list):
-        if len(params) > len(spec):
-            raise InvalidParams(f"too many parameters; there are {', '.join(spec) or 'none'}")
-        params = dict(zip(spec, params))
+        if len(params) > len(known):
+            raise InvalidParams(f"too many parameters; {names}")
+        params = dict(zip(known, params))
     if not isinstance(params, dict):
         raise InvalidParams('"params" must be an object')
     for name in params:
-        if name not in spec:
-            raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; there are {', '.join(spec) or 'none'}")
-    checked = {}
-    for name, default in spec.items():
-        kind = default if isinstance(default, type) else type(default)
-        if name not in params and kind is default:
+        if name not in known:
+            raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; {names}")
+    for name, (kind, required) in known.items():
+        what, fits = KINDS[kind]
+        if name not in params and required:
             raise InvalidParams(f'parameter "{name}" is missing')
-        value = params.get(name, default)
-        if kind is object:  # the id of a request
-            what, good = "a string or a whole number", type(value) in (str, int)
-        elif kind is list:
-            inner, what = (dict, "a list of objects") if default is OBJECTS else (str, "a list of strings")
-            good = type(value) is list and all(type(v) is inner for v in value)
-        elif kind is float:
-            what, good = KINDS[kind], type(value) in (int, float) and 0 <= value < 1e9
-        else:
-            what, good = KINDS[kind], type(value) is kind and (not isinstance(value, int) or abs(value) < 2**31)
-        if not good:
+        if name in params and not fits(params[name]):
             raise InvalidParams(f'parameter "{name}" must be {what}')
-        checked[name] = value
-    return checked
+    return params
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
@@ -2083,19 +2167,6 @@ class Log:
         else:
             self.lost += 1
 
-    def trouble(self, doing: str, error: Exception) -> None:
-        """Queue a line about what keeps a thread from its work, even if there is no memory for the line."""
-        try:
-            self.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
-        except MemoryError:
-            self.lost += 1
-
-    def event(self, event: Event) -> None:
-        """Queue a line about what happened to a unit."""
-        detail = f": {event.detail}" if event.detail else ""
-        level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
-        self.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
-
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
         self._queue.put(None)
@@ -2123,38 +2194,35 @@ class Log:
             raise BlockingIOError
         os.write(self.fd, line)
         self.lost = 0
-        if self.path:
-            self._rotate()
+        if self.path and os.path.isfile(self.fd) and os.fstat(self.fd).st_size > MAX_LOG:
+            self._rotate(os.path.realpath(self.path))
 
     @staticmethod
     def _open(path: str, more: int = 0) -> int:
         # O_NONBLOCK: a pipe without a reader is an error, and no wait
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | more, 0o600)
 
-    def _rotate(self) -> None:
-        """Let a file that is full be FILE.1, and begin a new one; if there can be none, the old one goes on."""
-        from stat import S_ISREG
-
-        found = os.fstat(self.fd)
-        if found.st_size > MAX_LOG and S_ISREG(found.st_mode):  # what is no file has no end, and no successor
-            path = os.path.realpath(self.path)
-            remove(path + ".new")
-            try:
-                with open(self._open(path + ".new", os.O_EXCL), "ab") as new:
-                    os.replace(path, path + ".1")
-                    os.replace(path + ".new", path)
-                    os.dup2(new.fileno(), self.fd, inheritable=False)
-            except OSError:
-                pass
+    def _rotate(self, path: str) -> None:
+        """Let the file, which is full, be FILE.1, and begin a new one; if there can be none, the old one goes on."""
+        remove(path + ".new")
+        try:
+            with open(self._open(path + ".new", os.O_EXCL), "ab") as new:
+                os.replace(path, path + ".1")
+                os.replace(path + ".new", path)
+                os.dup2(new.fileno(), self.fd, inheritable=False)
+        except OSError:
+            pass
 
 
-class Ticket:
-    """Where the answer to a claim goes: the request with this id of a connection; without an id, notifications."""
+class Request:
+    """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
 
-    def __init__(self, connection: Connection, request: Any, progress: bool = False, confirm: bool = False) -> None:
-        self.connection, self.id, self.confirm = connection, request, confirm
-        self.since = time.monotonic()
-        self.report_at = self.since + REPORT_EVERY if progress else float("inf")
+    id: Any = None
+    answered = confirm = False  # confirm: the client says itself that the answer has arrived
+    look_at = float("inf")  # when to say what the claim lacks; once it is answered, when the answer counts as arrived
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.since = connection, time.monotonic()
 
 
 @dataclass
@@ -2166,34 +2234,43 @@ class Waiting:
 
 
 class WakeUp:
-    """What wakes a thread that polls it. Raises OSError if there is no descriptor left."""
+    """What wakes a thread. Raises OSError if there is no descriptor left.
+
+    The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
+    """
+
+    awake = False
 
     def __init__(self) -> None:
-        self._woken = False
-        self._ends: tuple[int, ...] = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        from io import FileIO
+
+        ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        self._ends = [FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
 
     def close(self) -> None:
         """Give the descriptors back; from now on nobody is woken."""
-        ends, self._ends = getattr(self, "_ends", ()), ()
-        for fd in ends:
-            os.close(fd)
-
-    __del__ = close  # of a connection whose thread found no memory to begin with
-
-    def fileno(self) -> int:
-        """The descriptor to poll."""
-        return self._ends[0]
+        self.awake = True
+        for end in self._ends:
+            end.close()
 
     def wake(self) -> None:
-        """Wake the thread, unless it has been woken and not looked since."""
-        if self._ends and not self._woken:
-            self._woken = True
-            os.write(self._ends[-1], (1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+        """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
+        if not self.awake:
+            self.awake = True
+            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
 
-    def drain(self) -> None:
-        """Take the wake-ups that have come; look after this, not before."""
-        os.read(self._ends[0], 4096)
-        self._woken = False
+    def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
+        """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
+        from select import POLLIN, poll
+
+        poller, end = poll(), self._ends[0]
+        for fd in (end.fileno(), *others):
+            poller.register(fd, POLLIN)
+        ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < float("inf") else None)}
+        self.awake = True
+        if end.fileno() in ready:
+            end.read(4096)
+        return ready - {end.fileno()}
 
 
 class Connection:
@@ -2204,32 +2281,37 @@ class Connection:
 
         self.sock, self.wake_up = sock, wake_up
         self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
-        self.pending: dict[Any, Claim] = {}  # id of a request -> its claim, until it is answered
-        self.claims: dict[Claim, Claim] = {}  # all that may not be over
-        self.unconfirmed: dict[Any, tuple[Claim, float]] = {}  # id -> claim, until when its client may confirm it
+        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
+        self.claims: dict[Claim, None] = {}  # all that may not be over
         self.members: list[Any] = []  # the units of a boot, of which more are to come
         self.services: dict[str, None] = {}  # units whose process runs on
         self.following = -1  # the number of the last event that it has, if it follows them
-        self.closed = self.busy = False
+        self.idle_at = time.monotonic() + IDLE_TIMEOUT
+        self.gone = False  # the peer is, or what it sends is not read any more
 
     def due(self) -> float:
-        """When the thread has to look at its claims, on the monotonic clock."""
-        times = [min(claim.deadline, claim.ticket.report_at) for claim in list(self.pending.values())]
-        return min([*times, *(at for _, at in self.unconfirmed.values())], default=float("inf"))
+        """When the thread has something to do of itself, on the monotonic clock."""
+        times = [self.idle_at]
+        for claim in self.open.values():
+            times += [claim.ticket.look_at] if claim.ticket.answered else [claim.ticket.look_at, claim.deadline]
+        return min(times)
 
-    def send(self, data: bytes) -> bool:
-        """Send, within SEND_TIMEOUT. False if the peer is gone or does not read: then the connection is over."""
-        from socket import SHUT_RDWR
-
+    def send(self, data: bytes) -> None:
+        """Send, within SEND_TIMEOUT; a peer that does not read is hung up on."""
         try:
             self.sock.sendall(data)
-            return True
         except OSError:
-            try:
-                self.sock.shutdown(SHUT_RDWR)
-            except OSError:
-                pass
-            return False
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Send nothing any more, and find the end of what the peer has sent."""
+        from socket import SHUT_RDWR
+
+        self.gone = True
+        try:
+            self.sock.shutdown(SHUT_RDWR)
+        except OSError:
+            pass
 
     def peer(self) -> int:
         """The process id at the other end, 0 if the system does not say or it is in another namespace."""
@@ -2246,16 +2328,20 @@ class Connection:
     def caller(self, hold: bool) -> Owner | None:
         """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
         pid = self.peer()
-        if pid and not hold:
-            pid = int(proc_line(pid, "PPid") or 0)
-        return Owner(pid, command_of(pid), None, birth(pid)) if pid else None
+        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+
+
+def process(pid: int) -> Owner | None:
+    """A process as the owner of a unit; None for no process."""
+    return Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
 class Agent:
-    """The daemon's state and its answers; `serve_connection` is the body of a connection's thread."""
+    """The daemon's state and its answers. What the protocol has as method M is `do_M` here."""
 
     def __init__(self, log: Log) -> None:
-        from threading import Lock
+        from threading import Lock, Thread
+        from weakref import WeakSet
 
         if sys.version_info[:2] == (3, 10):  # its C scanner looks for its exception there, and does not import it
             import json.decoder  # noqa: F401
@@ -2263,178 +2349,250 @@ class Agent:
         self.lock = Lock()
         self.log = log
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
-        self.connections: set[Connection] = set()
+        self.connections: WeakSet[Connection] = WeakSet()  # one whose thread found no memory to begin with leaves
         self.followers: set[Connection] = set()
-        self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
+        self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
         # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
-        self.owners: dict[Claim | str, tuple[Owner, int]] = {}
-        self._owners_wake = os.pipe()
-        os.set_blocking(self._owners_wake[1], False)
-        self._watching = False  # whether the owners' thread runs
+        self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
+        self._owners_wake = WakeUp()
+        Thread(target=self._for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
+
+    def accept(self, sock: Any, most: int) -> None:
+        """The body of the accepting thread: each connection on a listening socket gets a thread; at most `most` do."""
+        from select import POLLIN, poll
+
+        poller = poll()
+        poller.register(sock, POLLIN)
+
+        def accept_one() -> None:
+            poller.poll()  # no descriptor is missed before there is somebody to connect
+            try:
+                wake_up = WakeUp()
+                self.admit(Connection(sock.accept()[0], wake_up), most)
+            except (OSError, RuntimeError, MemoryError) as error:
+                self._no_room(error)
+                time.sleep(0.05)  # do not spin
+
+        self._for_ever("accepting connections", accept_one)
+
+    def admit(self, connection: Connection, most: int = MAX_CONNECTIONS) -> None:
+        """Begin the thread of a connection, unless there are too many."""
+        import _thread
+        from weakref import WeakSet
+
+        with self.lock:
+            if len(self.connections) >= most:
+                self.connections = WeakSet(self.connections)  # without those that had no memory to leave
+            full = len(self.connections) >= most
+            if not full:
+                self.connections.add(connection)
+        if full:
+            limit = Unreachable(f"the agent has reached its limit of {most} connections")
+            connection.sock.setblocking(False)
+            connection.send(encode(error_message(None, limit)))
+            self.log.say(f"refused: {limit}")
+        else:
+            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            _thread.start_new_thread(self.serve_connection, (connection,))
+
+    def _no_room(self, error: Exception) -> None:
+        """Say once that there are no descriptors or no memory left for another connection."""
+        if not self.exhausted:
+            self.exhausted = True
+            why = error.strerror if isinstance(error, OSError) else "no memory for another one"
+            self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
+    def _for_ever(self, doing: str, step: Callable[[], None]) -> None:
+        """The body of a thread that goes on whatever goes wrong, even if there is no memory for a line about it."""
+        while True:
+            try:
+                step()
+            except Exception as error:
+                try:
+                    self.log.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
+                except MemoryError:
+                    self.log.lost += 1
+                time.sleep(0.2)
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def serve_connection(self, sock: Any, wake_up: WakeUp) -> None:
-        """Answer one client until it goes away."""
-        import socket
-        import struct
-
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
-        connection = Connection(sock, wake_up)
-        with self.lock:
-            self.connections.add(connection)
+    def serve_connection(self, connection: Connection) -> None:
+        """The body of a connection's thread: answer one client until it goes away."""
         try:
             self._converse(connection)
         except OSError:  # the peer vanished
             pass
+        except MemoryError as error:
+            self._no_room(error)
+        except Exception as error:
+            trace = error.__traceback__
+            while trace and trace.tb_next:
+                trace = trace.tb_next
+            where = f"line {trace.tb_lineno}" if trace else "an unknown line"
+            self.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
         finally:
-            self._end(connection)
+            while not self._end(connection):
+                time.sleep(0.05)
 
-    def _end(self, connection: Connection) -> None:
-        """Forget a connection and end its claims, however little memory there is."""
+    def _end(self, connection: Connection) -> bool:
+        """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
         try:
             with self.lock:
                 self.connections.discard(connection)
                 self.followers.discard(connection)
-                self._end_all(connection)
+                if not self.stopping:
+                    self.units.end_claims(list(connection.claims), "its caller went away")
+                    for name in connection.services:
+                        unit = self.units.units[name]
+                        owner = unit.facts.owner
+                        if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
+                            self._watch(unit, owner)
+                        else:
+                            self.units.exit(name, "not known: the process that ran it is gone")
+                    self._distribute()
+                connection.open.clear()
+                connection.claims.clear()
                 connection.wake_up.close()
-                connection.closed = True
+                connection.gone = True
         except MemoryError:
-            time.sleep(0.05)
-            self._end(connection)
+            return False
+        connection.sock.close()
+        return True
 
     def _converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
-        from select import POLLIN, poll
+        import socket
+        import struct
 
-        poller = poll()
-        poller.register(connection.sock, POLLIN)
-        poller.register(connection.wake_up, POLLIN)
-        buffer, idle_since = b"", time.monotonic()
+        sock, buffer = connection.sock, b""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
         while True:
-            connection.busy = False
-            pause = min(connection.due(), idle_since + IDLE_TIMEOUT) - time.monotonic()
-            ready = [fd for fd, _ in poller.poll(max(0, pause) * 1000 + 1)]
-            connection.busy = True
-            if connection.wake_up.fileno() in ready:
+            connection.wake_up.awake = False
+            pause = self._attend(connection)
+            if not connection.wake_up.sleep([sock.fileno()], pause):
                 time.sleep(PAUSE if connection.following >= 0 else 0)
-                connection.wake_up.drain()
-            if connection.due() <= time.monotonic():
-                self._due(connection)
-            self._flush(connection)
-            if connection.sock.fileno() in ready:
-                chunk = connection.sock.recv(65536)
-                *lines, buffer = (buffer + chunk).split(b"\n")
-                if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
-                    lines, buffer = [*lines, buffer], b""
-                for line in lines:  # whatever becomes of the answers: what was received is done
-                    if line.strip() and not self._line(connection, line):
-                        return
-                if not chunk:
+                continue
+            chunk = sock.recv(65536)
+            connection.idle_at = time.monotonic() + IDLE_TIMEOUT
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
+                lines, buffer = [*lines, buffer], b""
+            for line in lines:  # whatever becomes of the answers: what was received is done
+                if line.strip() and not self._line(connection, line):
                     return
-                idle_since = time.monotonic()
-            elif time.monotonic() >= idle_since + IDLE_TIMEOUT:
-                with self.lock:
-                    used = connection.services or any(not self.units.is_over(claim) for claim in connection.claims)
-                if not used and connection.following < 0:
-                    idle = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
-                    connection.send(encode(error_message(None, idle)))
-                    return
-                idle_since = time.monotonic()
+            if not chunk:
+                return
+
+    def _attend(self, connection: Connection) -> float:
+        """Do what is due, and send what there is to say; return for how many seconds nothing more will be due."""
+        now, idle = time.monotonic(), False
+        if connection.due() <= now:
+            with self.lock:
+                self.units.end_late(list(connection.open.values()))
+                self._distribute()
+                for claim in [c for c in connection.open.values() if c.ticket.look_at <= now]:
+                    if claim.ticket.answered:
+                        self._arrived(claim)
+                    else:
+                        self._report(claim)
+                if connection.idle_at <= now:
+                    claimed = any(not self.units.is_over(claim) for claim in connection.claims)
+                    idle = not (claimed or connection.services or connection.following >= 0)
+                    connection.idle_at = now + IDLE_TIMEOUT
+        self._flush(connection)
+        if idle:
+            error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
+            connection.send(encode(error_message(None, error)))
+            connection.hang_up()
+        return connection.due() - now
 
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
-        request, trusted = None, True
+        request, trusted = Request(connection), True
         try:
             if len(line) > MAX_LINE:
                 raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
-            message = decode(line)
-            if isinstance(message, list):
-                raise InvalidRequest("batches are not supported; send one request a line")
-            if not isinstance(message, dict):
-                raise InvalidRequest("a request must be a JSON object")
-            if isinstance(message.get("id"), (str, int)) and not isinstance(message["id"], bool):
-                request = message["id"]
-            result = self._call(connection, request, message)
+            result = self._call(request, decode(line))
             if isinstance(result, UnitStatus):
                 own = Dependency(result.unit_name, "", result.status, False)
-                self._suggest([own], "")
-                self._suggest(result.dependencies, result.unit_name)
+                self._suggest([own, *result.dependencies], result.unit_name)
                 result.did_you_mean = own.did_you_mean
-            if result is not None and request is not None:  # else the answer comes later, or nobody asked for one
-                connection.outbox.append((None, {"id": request, "result": plain(result)}))
+            if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
+                connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
         except SyncError as error:
             self.log.say(f"refused: {one_line(str(error))}")
-            connection.outbox.append((None, error_message(request, error)))
+            connection.outbox.append((None, error_message(request.id, error)))
             trusted = not isinstance(error, ParseError)
+        self.exhausted = False
         self._flush(connection)
         return trusted
 
-    def _call(self, connection: Connection, request: Any, message: dict[str, Any]) -> Any:
+    def _call(self, request: Request, message: Any) -> Any:
+        if isinstance(message, list):
+            raise InvalidRequest("batches are not supported; send one request a line")
+        if not isinstance(message, dict):
+            raise InvalidRequest("a request must be a JSON object")
+        if type(message.get("id")) in (str, int):
+            request.id = message["id"]
         if message.get("jsonrpc") != "2.0":
             raise InvalidRequest('"jsonrpc" must be "2.0"')
-        if "id" in message and request is None:
+        if "id" in message and request.id is None:
             raise InvalidRequest('"id" must be a string or a whole number')
-        method = message.get("method")
-        if not isinstance(method, str):
+        name = message.get("method")
+        if not isinstance(name, str):
             raise InvalidRequest('"method" must be a string')
-        spec = METHODS.get(method)
-        if spec is None:
-            raise MethodNotFound(f"no such method: {one_line(method)[:60]}; there are {', '.join(METHODS)}")
-        if request in connection.pending or request in connection.unconfirmed:
+        method = METHODS.get(name)
+        if method is None:
+            raise MethodNotFound(f"no such method: {one_line(name)[:60]}; there are {', '.join(METHODS)}")
+        if request.id in request.connection.open:
             taken = "is in use by a request that still waits for its answer, or is to be confirmed"
-            raise InvalidRequest(f"id {one_line(ascii(request))[:60]} {taken}")
-        params = check_params(spec, message.get("params", {}))
+            raise InvalidRequest(f"id {one_line(ascii(request.id))[:60]} {taken}")
+        params = check_params(method, message.get("params", {}))
         if self.log.level > 1:
             shown = {name: value for name, value in params.items() if name != "env"}
-            self.log.say(f"request: {method} {one_line(ascii(shown))[:200]}", 2)
+            self.log.say(f"request: {name} {one_line(ascii(shown))[:200]}", 2)
         with self.lock:
             try:
-                return getattr(self, "_" + method)(connection, request, **params)
+                return method(self, request, **params)
             finally:
-                self._distribute(connection)
+                self._distribute()
 
     def _flush(self, connection: Connection) -> None:
-        """Send what is in the outbox, and what a follower does not have yet. If that fails, all claims end."""
-        sent = True
-        while sent and connection.outbox:
-            lines, delivered, size = [], [], 0
-            while connection.outbox and size < 65536:
-                claim, content = connection.outbox.popleft()
-                lines.append(encode(self._message(claim, content) if claim else content))
-                size += len(lines[-1])
-                if claim and isinstance(content, dict):
-                    delivered.append(claim)
-            sent = connection.send(b"".join(lines))
-            if delivered and sent:
+        """Send what is in the outbox, and what a follower does not have yet."""
+        while not connection.gone:
+            batch = [connection.outbox.popleft() for _ in range(min(len(connection.outbox), 200))]
+            batch = batch or self._unseen(connection)
+            if not batch:
+                return
+            connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
+            answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
+            if answers and not connection.gone:
                 with self.lock:
-                    for claim in delivered:
-                        if claim.ticket.confirm:
-                            connection.unconfirmed[claim.ticket.id] = (claim, time.monotonic() + CONFIRM_TIMEOUT)
+                    for claim, content in answers:
+                        if claim.ticket.confirm and isinstance(content, dict):
+                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
                         else:
-                            self._arrived(connection, claim)
-        while sent and connection.following >= 0:
-            with self.lock:
-                first = connection.following + 1
-                events = [
-                    self.units.events[n] for n in range(first, self.units.seq + 1)[:1000] if n in self.units.events
-                ]
-            if not events:
-                break
-            sent = events[0].seq == first  # else it is too far behind: what it lacks is forgotten
-            sent = connection.send(b"".join(encode({"method": "event", "params": plain(e)}) for e in events)) and sent
-            connection.following = events[-1].seq
-        if not sent:
-            connection.following = -1
-            with self.lock:
-                self._end_all(connection)
-                connection.outbox.clear()
+                            self._arrived(claim)
 
-    def _message(self, claim: Claim, content: Any) -> dict[str, Any]:
-        """What to send about a claim: an answer, an error, or a notification."""
+    def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
+        """The next events that a follower does not have; if they are forgotten, it is too far behind to go on."""
+        if connection.following < 0:
+            return []
+        with self.lock:
+            events = [self.units.events.get(n) for n in range(connection.following + 1, self.units.seq + 1)[:1000]]
+        connection.following += len(events)
+        if not all(events):
+            connection.hang_up()
+            return []
+        return [(None, {"method": "event", "params": plain(event)}) for event in events]
+
+    def _message(self, claim: Claim | None, content: Any) -> Any:
+        """What to send: an answer, an error, or a notification."""
+        if claim is None:
+            return content
         if isinstance(content, Waiting):
             self._suggest(content.missing, claim.unit.name)
             return {"method": "waiting", "params": {"id": claim.ticket.id, **plain(content)}}
@@ -2443,211 +2601,6 @@ class Agent:
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
         return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
-
-    def _due(self, connection: Connection) -> None:
-        """End the claims whose time is up, and say of the others what they still lack."""
-        now = time.monotonic()
-        with self.lock:
-            self.units.end_late(list(connection.pending.values()))
-            self._distribute(connection)
-            for claim in connection.pending.values():
-                if claim.ticket.report_at <= now:
-                    claim.ticket.report_at += REPORT_EVERY
-                    self._report(claim)
-            for request, (claim, at) in list(connection.unconfirmed.items()):
-                if at <= now:
-                    del connection.unconfirmed[request]
-                    self._arrived(connection, claim)
-
-    # -- under the lock -----------------------------------------------------------------------------------
-
-    def _distribute(self, mine: Connection | None = None) -> None:
-        """Put the answers that became known into the outboxes, and wake the threads; `mine` is awake."""
-        for claim, answer in self.units.take_answers():
-            connection = claim.ticket.connection
-            if claim.boot or connection.pending.pop(claim.ticket.id, None):  # else `stop` has answered it
-                connection.outbox.append((claim, answer))
-                if connection is not mine:
-                    connection.wake_up.wake()
-        if self.news:
-            self.news = False
-            for follower in self.followers:
-                follower.wake_up.wake()
-
-    def _event(self, event: Event) -> None:
-        self.log.event(event)
-        self.news = True
-
-    def _report(self, claim: Claim) -> None:
-        missing = self.units.dependencies(claim.unit, unmet_only=True)
-        waited = round(time.monotonic() - claim.ticket.since, 3)
-        claim.ticket.connection.outbox.append((claim, Waiting(missing, waited)))
-
-    def _arrived(self, connection: Connection, claim: Claim) -> None:
-        self.units.delivered(claim)
-        if claim in self.owners:  # from now on it ends with its process, not with its connection
-            connection.claims.pop(claim, None)
-        self._distribute(connection)
-
-    def _end_all(self, connection: Connection) -> None:
-        """The peer of a connection is gone."""
-        if not self.stopping:
-            self.units.end_claims(list(connection.claims), "its caller went away")
-            for unit in connection.services:
-                owner = self.units.units[unit].owner
-                if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
-                    self._watch(unit, owner)
-                else:
-                    self.units.exit(unit, "not known: the process that ran it is gone")
-            self._distribute()
-        connection.pending.clear()
-        connection.unconfirmed.clear()
-        connection.claims.clear()
-        connection.services.clear()
-
-    # -- the methods, under the lock: each returns its result, or None if the answer comes later -----------
-
-    def _ping(self, connection: Connection, request: Any) -> dict[str, Any]:
-        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
-
-    def _want(self, connection: Connection, request: Any, unit: str, dependencies: list[str], requires: str) -> Any:
-        node = self.units.want(unit, dependencies, requires)
-        return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
-
-    def _start(
-        self, connection: Connection, request: Any, *, pid: int, hold: bool, confirm: bool, **params: Any
-    ) -> None:
-        ticket = self._ticket(connection, request, params.pop("progress"), confirm)
-        owner = self._process(connection, pid) if pid else connection.caller(hold)
-        names = {"name": params.pop("unit"), "held": hold or bool(pid), "owner": owner, "ticket": ticket}
-        claim = self.units.start(**names, **params)
-        if pid and owner:
-            self._watch(claim, owner)
-        self._expect(connection, claim)
-
-    def _wait(self, connection: Connection, request: Any, *, units: list[str], progress: bool, **params: Any) -> None:
-        if not units:
-            raise InvalidParams('wait: "units" must name at least one unit')
-        self._expect(connection, self.units.wait(units, self._ticket(connection, request, progress), **params))
-
-    def _ticket(self, connection: Connection, request: Any, progress: bool, confirm: bool = False) -> Ticket:
-        if request is None:
-            raise InvalidRequest('start and wait need an "id"')
-        if self.stopping:
-            raise Unreachable("the agent is shutting down")
-        if len(connection.pending) >= MAX_PENDING:
-            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
-        return Ticket(connection, request, progress, confirm)
-
-    def _expect(self, connection: Connection, claim: Claim) -> None:
-        """A request has become a claim, which is answered later or has just been."""
-        connection.pending[claim.ticket.id] = connection.claims[claim] = claim
-        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
-            connection.claims = {c: c for c in connection.claims if not self.units.is_over(c)}
-        if claim in claim.unit.line and claim.ticket.report_at < float("inf"):
-            self._report(claim)
-
-    def _confirm(self, connection: Connection, request: Any, id: Any) -> dict[str, Any]:
-        claim, _ = connection.unconfirmed.pop(id, (None, 0.0))
-        if claim:
-            self._arrived(connection, claim)
-        return {"confirmed": claim is not None}
-
-    def _boot(self, connection: Connection, request: Any, units: list[dict[str, Any]], jobs: int, more: bool) -> Any:
-        for row in units:
-            name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
-            good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
-            if not good or not all(isinstance(requires, str) for requires in wants.values()):
-                raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
-            connection.members.append((name, wants, locks))
-        members = connection.members
-        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
-            return {"units": len(members)}
-        connection.members = []
-        if self.lives_for and all(map(self.units.is_over, self.lives_for)):
-            raise Unreachable("the agent is shutting down")
-        ticket, owner = Ticket(connection, None), connection.caller(hold=True)
-        connection.claims.update((claim, claim) for claim in self.units.boot(members, ticket, owner, max(0, jobs)))
-        return {"units": len(members)}
-
-    def live_for_claims(self) -> None:
-        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
-        with self.lock:
-            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
-
-    def _complete(self, connection: Connection, request: Any, unit: str, env: dict[str, Any]) -> dict[str, Any]:
-        self.units.complete(unit, self._reporter(connection, unit), check_environment(env))
-        return {"unit": unit, "status": COMPLETED}
-
-    def _fail(self, connection: Connection, request: Any, unit: str, reason: str, exit_code: int) -> dict[str, Any]:
-        reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        self.units.fail(unit, reason, exit_code or None, self._reporter(connection, unit))
-        return {"unit": unit, "status": FAILED}
-
-    def _reporter(self, connection: Connection, unit: str) -> Owner | None:
-        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        return connection.caller(hold=False) if known and known.refused else None
-
-    def _owner(self, connection: Connection, request: Any, unit: str, pid: int, log: str) -> dict[str, Any]:
-        known = self.units.units.get(unit)
-        if not known or not known.holder or known.holder not in connection.claims:
-            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        owner = Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
-        self.units.own(known.holder, owner, one_line(log))
-        return {"unit": unit}
-
-    def _retry(self, connection: Connection, request: Any, unit: str, detail: str) -> dict[str, Any]:
-        self.units.retry(unit, detail)
-        return {"unit": unit}
-
-    def _running(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
-        self.units.run_on(unit)
-        connection.services[unit] = None
-        return {"unit": unit}
-
-    def _exited(self, connection: Connection, request: Any, unit: str, reason: str) -> dict[str, Any]:
-        self.units.exit(unit, reason)
-        connection.services.pop(unit, None)
-        return {"unit": unit}
-
-    def _reset(self, connection: Connection, request: Any, units: list[str]) -> dict[str, Any]:
-        return {"units": self.units.reset(units)}
-
-    def _status(self, connection: Connection, request: Any, unit: str) -> UnitStatus:
-        return self.units.status(unit)
-
-    def _list(self, connection: Connection, request: Any, all: bool) -> list[dict[str, Any]]:
-        left_out = ("dependencies", "did_you_mean", "history", "environment")
-        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
-
-    def _graph(self, connection: Connection, request: Any) -> Graph:
-        graph = self.units.graph()
-        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
-            assert node.owner
-            node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
-        return graph
-
-    def graph(self) -> Graph:
-        """Everything, for the picture at the end."""
-        with self.lock:
-            return self.units.graph()
-
-    def _env(self, connection: Connection, request: Any, unit: str) -> dict[str, Any]:
-        return {"env": self.units.environment(unit)}
-
-    def _events(self, connection: Connection, request: Any, since: int, follow: bool) -> list[Event]:
-        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
-        if follow:
-            connection.following = self.units.seq
-            self.followers.add(connection)
-        return [e for e in self.units.events.values() if e.seq > since]
-
-    def _shutdown(self, connection: Connection, request: Any) -> dict[str, Any]:
-        import _signal as signal
-
-        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
-        return {}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
@@ -2658,172 +2611,271 @@ class Agent:
                 names = [name for name in self.units.names() if name not in behind]
             row.did_you_mean = resembling(row.depends_on, names)
 
+    # -- under the lock -----------------------------------------------------------------------------------
+
+    def _distribute(self) -> None:
+        """Pass on the answers that became known."""
+        for claim, answer in self.units.take_answers():
+            self._answer(claim, answer)
+
+    def _answer(self, claim: Claim, answer: Any) -> None:
+        """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
+        request = claim.ticket
+        if not request.answered:
+            request.answered, request.look_at = not claim.boot, float("inf")
+            request.connection.outbox.append((claim, answer))
+            request.connection.wake_up.wake()
+
+    def _event(self, event: Event) -> None:
+        detail = f": {event.detail}" if event.detail else ""
+        level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
+        self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
+        for follower in self.followers:
+            follower.wake_up.wake()
+
+    def _report(self, claim: Claim) -> None:
+        request = claim.ticket
+        request.look_at += REPORT_EVERY
+        missing = self.units.dependencies(claim.unit, unmet_only=True)
+        request.connection.outbox.append((claim, Waiting(missing, round(time.monotonic() - request.since, 3))))
+
+    def _arrived(self, claim: Claim) -> None:
+        connection = claim.ticket.connection
+        connection.open.pop(claim.ticket.id, None)
+        self.units.delivered(claim)
+        if claim in self.owners or self.units.is_over(claim):  # of the former, the end is that of its process
+            connection.claims.pop(claim, None)
+        self._distribute()
+
+    # -- the methods of the protocol, under the lock: each returns its result, or None if the answer comes later --
+
+    def do_ping(self, request: Request) -> Any:
+        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
+
+    def do_want(self, request: Request, unit: str, dependencies: Sequence[str] = (), requires: str = SUCCESS) -> Any:
+        node = self.units.want(unit, dependencies, requires)
+        return {"unit": unit, "dependencies": [d.name for d in node.wants], "status": node.status}
+
+    def do_start(
+        self,
+        request: Request,
+        unit: str,
+        dependencies: Sequence[str] = (),
+        requires: str = SUCCESS,
+        hold: bool = False,
+        pid: int = 0,
+        timeout: float = 0.0,
+        progress: bool = False,
+        locks: Sequence[str] = (),
+        confirm: bool = False,
+    ) -> None:
+        self._may_wait(request, progress)
+        request.confirm = confirm
+        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold)
+        claim = self.units.start(unit, request, dependencies, requires, owner, hold or pid != 0, locks, timeout)
+        self._expect(claim)
+        if pid and owner:
+            self._watch(claim, owner)
+
+    def do_confirm(self, request: Request, id: Id) -> Any:
+        claim = request.connection.open.get(id)
+        confirmed = claim is not None and claim.ticket.answered
+        if claim and confirmed:
+            self._arrived(claim)
+        return {"confirmed": confirmed}
+
+    def do_wait(
+        self,
+        request: Request,
+        units: Sequence[str] = (),
+        requires: str = SUCCESS,
+        timeout: float = 0.0,
+        progress: bool = False,
+    ) -> None:
+        if not units:
+            raise InvalidParams('wait: "units" must name at least one unit')
+        self._may_wait(request, progress)
+        self._expect(self.units.wait(units, request, requires, timeout))
+
+    def _may_wait(self, request: Request, progress: bool) -> None:
+        if request.id is None:
+            raise InvalidRequest('start and wait need an "id"')
+        if self.stopping:
+            raise Unreachable("the agent is shutting down")
+        if len(request.connection.open) >= MAX_PENDING:
+            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
+        if progress:
+            request.look_at = request.since  # at once
+
+    def _expect(self, claim: Claim) -> None:
+        """A request has become a claim, which is answered later or has just been."""
+        connection = claim.ticket.connection
+        connection.open[claim.ticket.id] = claim
+        connection.claims[claim] = None
+        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+            connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
+
+    def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
+        connection = request.connection
+        for row in units:
+            name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
+            good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
+            if not good or not all(isinstance(requires, str) for requires in wants.values()):
+                raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
+            connection.members.append((name, wants, locks))
+        members = connection.members
+        if not more or len(members) > MAX_UNITS or sum(len(wants) for _, wants, _ in members) > MAX_EDGES:
+            connection.members = []
+            if self.lives_for and all(map(self.units.is_over, self.lives_for)):
+                raise Unreachable("the agent is shutting down")
+            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
+            connection.claims.update(dict.fromkeys(claims))
+        return {"units": len(members)}
+
+    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT) -> Any:
+        self.units.complete(unit, self._reporter(request, unit), check_environment(env))
+        return {"unit": unit, "status": COMPLETED}
+
+    def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
+        reason = reason or (f"exit code {exit_code}" if exit_code else "")
+        self.units.fail(unit, reason, exit_code or None, self._reporter(request, unit))
+        return {"unit": unit, "status": FAILED}
+
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def do_owner(self, request: Request, unit: str, pid: int = 0, log: str = "") -> Any:
+        known = self.units.units.get(unit)
+        if not known or not known.holder or known.holder not in request.connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        self.units.own(known.holder, process(pid), one_line(log))
+        return {"unit": unit}
+
+    def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
+        self.units.retry(unit, detail)
+        return {"unit": unit}
+
+    def do_running(self, request: Request, unit: str) -> Any:
+        self.units.run_on(unit)
+        request.connection.services[unit] = None
+        return {"unit": unit}
+
+    def do_exited(self, request: Request, unit: str, reason: str = "") -> Any:
+        self.units.exit(unit, reason)
+        request.connection.services.pop(unit, None)
+        return {"unit": unit}
+
+    def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
+        return {"units": self.units.reset(units)}
+
+    def do_status(self, request: Request, unit: str) -> Any:
+        return self.units.status(unit)
+
+    def do_list(self, request: Request, all: bool = False) -> Any:
+        left_out = ("dependencies", "did_you_mean", "history", "environment")
+        return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
+
+    def do_graph(self, request: Request) -> Any:
+        graph = self.units.graph()
+        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
+            assert node.owner
+            node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
+        return graph
+
+    def do_env(self, request: Request, unit: str) -> Any:
+        return {"env": self.units.environment(unit)}
+
+    def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
+        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        if follow:
+            request.connection.following = self.units.seq
+            self.followers.add(request.connection)
+        return [e for e in self.units.events.values() if e.seq > since]
+
+    def do_shutdown(self, request: Request) -> Any:
+        import _signal as signal
+
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+        return {}
+
     # -- owners -------------------------------------------------------------------------------------------
 
-    def _process(self, connection: Connection, pid: int) -> Owner:
+    def _process(self, connection: Connection, pid: int) -> Owner | None:
         """The process that is to own a unit. Raises Refused if there is none."""
         peer = connection.peer()
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
-        return Owner(pid, command_of(pid), None, birth(pid))
+        return process(pid)
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
         now = birth(owner.pid)
         return None if now is None or not (owner.born or now == "") else now == owner.born
 
-    def _watch(self, claim: Claim | str, owner: Owner) -> None:
+    def _watch(self, what: Claim | Unit, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
-        import _thread
-
         try:
             fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             fd = -1
-        self.owners[claim] = (owner, fd)
-        if not self._watching:
-            _thread.start_new_thread(self._watch_owners, ())
-            self._watching = True
-        try:
-            os.write(self._owners_wake[1], b"!")
-        except BlockingIOError:  # it has been woken often enough
-            pass
-
-    def _watch_owners(self) -> None:
-        """The owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
-        while True:
-            try:
-                self._look_at_owners()
-            except Exception as error:  # out of memory, say: the owners must be watched all the same
-                self.log.trouble("watching processes", error)
-                time.sleep(1)
+        self.owners[what] = (owner, fd)
+        self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        from select import POLLIN, poll
-
+        """A step of the owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        self._owners_wake.awake = False
         with self.lock:
-            for claim in [c for c in self.owners if self._is_over(c)]:
-                fd = self.owners.pop(claim)[1]
+            for what in [w for w in self.owners if self._is_over(w)]:
+                fd = self.owners.pop(what)[1]
                 if fd >= 0:
                     os.close(fd)
             owners = dict(self.owners)
-        waiting, wake = poll(), self._owners_wake[0]
-        for fd in (wake, *(fd for _, fd in owners.values() if fd >= 0)):
-            waiting.register(fd, POLLIN)
-        ready = {fd for fd, _ in waiting.poll(1000 if any(fd < 0 for _, fd in owners.values()) else None)}
-        if wake in ready:
-            os.read(wake, 4096)
-        gone = [c for c, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        fds = {fd for _, fd in owners.values()}
+        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else float("inf"))
+        gone = [w for w, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
         with self.lock:
-            claims = [claim for claim in gone if not isinstance(claim, str)]
+            claims = [claim for claim in gone if isinstance(claim, Claim)]
             self.units.end_claims(claims, "the process that was to own it has ended", Refused)
             for unit in gone:
-                if isinstance(unit, str) and not self._is_over(unit):
-                    self.units.exit(unit, "not known: the process that ran it is gone")
+                if isinstance(unit, Unit) and not self._is_over(unit):
+                    self.units.exit(unit.name, "not known: the process that ran it is gone")
             self._distribute()
 
-    def _is_over(self, claim: Claim | str) -> bool:
+    def _is_over(self, what: Claim | Unit) -> bool:
         """Whether there is no need any more to watch an owner."""
-        if not isinstance(claim, str):
-            return self.units.is_over(claim)
-        unit = self.units.units[claim]
-        return not unit.running or unit.owner != self.owners[claim][0]
+        if isinstance(what, Claim):
+            return self.units.is_over(what)
+        return not what.facts.running_on or what.facts.owner != self.owners[what][0]
+
+    # -- for whoever hosts it ------------------------------------------------------------------------------
+
+    def graph(self) -> Graph:
+        """Everything, for the picture at the end."""
+        with self.lock:
+            return self.units.graph()
+
+    def live_for_claims(self) -> None:
+        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
+        with self.lock:
+            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
 
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
-        over = Unreachable("the agent is shutting down")
         with self.lock:
             self.stopping = True
-            for connection in self.connections:
-                connection.outbox.extend((None, error_message(request, over)) for request in connection.pending)
-                connection.pending.clear()
-                connection.wake_up.wake()
             connections = list(self.connections)
+            for claim in [claim for connection in connections for claim in connection.open.values()]:
+                self._answer(claim, Unreachable("the agent is shutting down"))
         deadline = time.monotonic() + 0.5
-        while any(c.outbox or c.busy for c in connections if not c.closed) and time.monotonic() < deadline:
+        while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
-def make_server(agent: Agent, sock: Any, most: int) -> Any:
-    """Return a socketserver that hands each connection on a listening socket to the agent, in its own thread.
-
-    At most `most` connections are open at once.
-    """
-    import _thread
-    import socketserver
-    from weakref import WeakKeyDictionary
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            agent.serve_connection(self.request, server.open[self.request])
-            server.exhausted = False
-
-    class Server(socketserver.ThreadingUnixStreamServer):
-        exhausted = False  # whether it has been said that there is no room, and no connection was served since
-
-        def __init__(self) -> None:
-            super().__init__("", Handler, bind_and_activate=False)
-            self.socket.close()
-            self.socket = sock
-            self.open: WeakKeyDictionary[Any, WakeUp] = WeakKeyDictionary()  # connections; one without a thread leaves
-
-        def get_request(self) -> Any:
-            try:
-                self.wake_up = WakeUp()
-                return super().get_request()
-            except OSError as error:
-                self.no_room(str(error.strerror))
-                time.sleep(0.05)  # do not spin
-                raise
-
-        def no_room(self, why: str) -> None:
-            """Say once that there are no descriptors or no memory left."""
-            if not self.exhausted:
-                self.exhausted = True
-                agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
-
-        def verify_request(self, request: Any, client_address: Any) -> bool:
-            if len(self.open) >= most:
-                self.open = WeakKeyDictionary(self.open)  # without those that had no memory to leave
-            if len(self.open) < most:
-                self.open[request] = self.wake_up
-                return True
-            limit = Unreachable(f"the agent has reached its limit of {most} connections")
-            request.setblocking(False)
-            request.send(encode(error_message(None, limit)))
-            agent.log.say(f"refused: {limit}")
-            return False
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
-
-        def shutdown_request(self, request: Any) -> None:
-            self.open.pop(request, None)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            _, error, trace = sys.exc_info()
-            if isinstance(error, MemoryError) or "start new thread" in str(error):
-                return self.no_room("no memory for another one")
-            while trace and trace.tb_next:
-                trace = trace.tb_next
-            where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            return agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
-
-        def accept_for_ever(self) -> None:
-            """The body of the accepting thread; whatever goes wrong, it goes on."""
-            while True:
-                try:
-                    self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
-                except Exception as error:
-                    agent.log.trouble("accepting connections", error)
-                    time.sleep(0.05)
-
-    server = Server()
-    return server
+METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
 
 
 def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
@@ -2839,8 +2891,6 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
     before = os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if replace:
-            replace(path)
         doing = f"open {lock}{whose(lock)}"
         held = hold(lock, path, replace)
         at_end.callback(os.close, held)
@@ -2879,6 +2929,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
 
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
+        late = time.monotonic() > deadline
+        if replace and not late:
+            replace(path)
         # O_NONBLOCK: another user may have put a pipe there
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         found = os.fstat(fd)
@@ -2895,11 +2948,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{whose(lock)} is serving {path} already", "stop") from None
-            if time.monotonic() > deadline:
+            if late:
                 remove(lock, found)
-            else:
-                replace(path)
-                time.sleep(0.02)
+            time.sleep(0.02)
         except FileNotFoundError:
             pass
         finally:
@@ -3031,9 +3082,9 @@ def serve(
         sock = sock or listen(at_end, path, mode, group, replace)
         path = sock.getsockname()
         at_end.callback(sock.close)
-        signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
-        if body:  # which may end in a command that takes our place
-            at_end.callback(signals.give_back)
+        loop = (
+            Loop(PASSED_ON if command else STOPS) if not body else None
+        )  # for all threads to come; a body has its own
         threading.stack_size(STACK)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -3046,11 +3097,11 @@ def serve(
         except OSError as error:
             raise Refused(f"cannot write {error.filename or pid_file or log_file}: {error.strerror}") from None
         agent = Agent(log)
-        server = make_server(agent, sock, connection_limit(raise_it=not (command or body)))
+        most = connection_limit(raise_it=not (command or body))
         log.say(f"listening at {path} (pid {os.getpid()})")
         if advice:
             log.say(advice)
-        accepting = threading.Thread(target=server.accept_for_ever, daemon=True)
+        accepting = threading.Thread(target=agent.accept, args=(sock, most), daemon=True)
         if not body:
             accepting.start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
@@ -3061,13 +3112,12 @@ def serve(
         try:
             if body:
                 return body(agent, accepting.start)
-            if command:
+            if command or not loop:
                 return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
-            number = signal.SIGCHLD
-            while number == signal.SIGCHLD:
-                reap()
-                number = signal.Signals(signals.wait()[0])
-            log.say(f"stopping: got {number.name}")
+            came = loop.turn()
+            while not came:
+                came = loop.turn()
+            log.say(f"stopping: got {signal.Signals(came[0][0]).name}")
             return 0
         finally:
             notify("STOPPING=1")
@@ -3099,6 +3149,9 @@ def connection_limit(raise_it: bool) -> int:
 # ----------------------------------------------------------------------------------------------------------
 
 LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
+GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
 
 
 def duration(text: str) -> float:
@@ -3106,22 +3159,18 @@ def duration(text: str) -> float:
 
     0 means no limit wherever a timeout is asked for. Raises UsageError.
     """
-    units = {"": 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-    units.update({"\u00b5s": 1e-6, "\u03bcs": 1e-6})  # micro sign and Greek mu, as in Go
-    total, rest = 0.0, text
+    digits, total = "0123456789.", 0.0
+    rest = text if text.strip(digits) else text + "s"
     try:
-        while rest or not text:
-            number = rest[: len(rest) - len(rest.lstrip("0123456789."))]
-            rest = rest[len(number) :]
-            unit = rest[: len(rest) - len(rest.lstrip("nu\u00b5\u03bcmsh"))]
-            rest = rest[len(unit) :]
-            if not unit and number != text:
-                raise ValueError
-            total += float(number) * units[unit]
+        while rest:
+            number = rest[: len(rest) - len(rest.lstrip(digits))]
+            unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(number)))
+            total += float(number) * GO_UNITS[unit]
+            rest = rest[len(number) + len(unit) :]
         if total > 1e9:
             raise ValueError
         return total
-    except (ValueError, KeyError):
+    except (ValueError, StopIteration):
         hint = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
         raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
 
@@ -3195,6 +3244,12 @@ class Channel:
         message: dict[str, Any] = self._messages.pop(0)
         return message
 
+    def messages(self, timeout: float = float("inf")) -> Iterator[dict[str, Any]]:
+        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
+        deadline = time.monotonic() + timeout
+        while message := self.receive(deadline - time.monotonic()):
+            yield message
+
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
@@ -3225,13 +3280,10 @@ class Channel:
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
         """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        deadline = time.monotonic() + timeout
-        while True:
-            message = self.receive(deadline - time.monotonic())
-            if message is None:
-                raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+        for message in self.messages(timeout):
             if is_answer(message, request):
                 return result_of(message)
+        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
@@ -3259,9 +3311,6 @@ class Channel:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
-
-
 def is_answer(message: dict[str, Any], request: int) -> bool:
     """Whether a message is the answer to a request, or an error that is about the connection."""
     return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
@@ -3276,7 +3325,7 @@ def result_of(message: dict[str, Any]) -> Any:
         raise Unreachable("the agent's answer has an error that is none")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
-    raise kind(str(error.get("message")), missing_of({"missing": data}) if kind is TimedOut else data)
+    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
 
 
 def expect(kind: type[Any], answer: Any) -> Any:
@@ -3287,9 +3336,19 @@ def expect(kind: type[Any], answer: Any) -> Any:
     return answer
 
 
-def missing_of(answer: Any) -> list[Dependency]:
-    """The dependencies that an answer or a notification says are missing."""
-    return [record(Dependency, row) for row in expect(list, expect(dict, answer).get("missing"))]
+def records(kind: type[Any], rows: Any) -> list[Any]:
+    """Return the records that an answer has a list of. Raises Unreachable."""
+    return [record(kind, row) for row in expect(list, rows)]
+
+
+def texts(values: Any) -> list[str]:
+    """Return the names that an answer has a list of, if any."""
+    return [str(value) for value in values or ()]
+
+
+def variables_in(answer: Any) -> dict[str, str]:
+    """Return the environment variables in an answer, if any. Raises Unreachable."""
+    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
 
 
 def refuse_foreign(path: str) -> None:
@@ -3304,12 +3363,12 @@ def explain(path: str, error: OSError) -> str:
     """Why an agent could not be reached, and what to do, in one line."""
     import stat
 
-    start = f"start one with `{PROGRAM} serve --detach"
-    start += "`" if path == DEFAULT_SOCKET else f" --socket-path {path}`"
+    start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
     try:
         found = os.lstat(path)
     except OSError:
         found = None
+    why = error.strerror or str(error)
     if error.errno == errno.ENOENT:
         why = f"no such file; is the agent running, and with this path? {start}"
     elif error.errno in (errno.EACCES, errno.EPERM):
@@ -3317,14 +3376,12 @@ def explain(path: str, error: OSError) -> str:
         why = f"permission denied{whose}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
         why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
-    elif error.errno == errno.ECONNREFUSED and os.path.lexists(path + ".lock"):
-        why = f"connection refused; the agent that made it is gone; {start}"
     elif error.errno == errno.ECONNREFUSED:
-        why = f"connection refused; who made it is gone: build the tunnel again if it was one, else {start}"
+        gone = "who made it is gone: build the tunnel again if it was one, else "
+        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
-    else:
-        why = error.strerror or str(error)
     return f"cannot reach an agent at {path}: {why}"
 
 
@@ -3340,6 +3397,18 @@ def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
         raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+
+
+def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
+    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
+    with Channel(path, connect_timeout) as channel:
+        channel.answer(channel.request("shutdown"), timeout)
+        try:
+            for _ in channel.messages(timeout):
+                pass
+        except Unreachable:
+            return
+    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -3363,12 +3432,9 @@ class Client:
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
-    def _do(self, method: str, **params: Any) -> dict[str, Any]:
-        with Channel(self.socket_path, self.connect_timeout) as channel:
-            return dict(expect(dict, channel.call(method, **params)))
-
-    def _ask(self, kind: type[Any], method: str, **params: Any) -> Any:
-        with Channel(self.socket_path, self._question_timeout) as channel:
+    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
+        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
+        with Channel(self.socket_path, patience) as channel:
             return expect(kind, channel.call(method, **params))
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
@@ -3378,12 +3444,12 @@ class Client:
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        return [str(name) for name in self.declare(unit, *dependencies, requires=requires).get("dependencies") or ()]
+        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """As `want`, but return the `dependencies` and the `status` of the unit."""
         check_arguments(unit, dependencies)
-        return self._do("want", unit=unit, dependencies=list(dependencies), requires=requires)
+        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
 
     def start(
         self,
@@ -3402,8 +3468,8 @@ class Client:
         and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
         DependencyFailed, TimedOut.
         """
-        start = Start(self, unit, want, requires, timeout, locks, on_wait, pid=pid)
-        with start:
+        params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
+        with Start(self, unit, timeout, on_wait, **params) as start:
             start.confirm()
         return start.result
 
@@ -3424,13 +3490,13 @@ class Client:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._do("fail", unit=unit, exit_code=exit_code)
+            self._call(dict, "fail", unit=unit, exit_code=exit_code)
         else:
-            self._do("complete", unit=unit)
+            self._call(dict, "complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._do("fail", unit=unit, reason=reason)
+        self._call(dict, "fail", unit=unit, reason=reason)
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -3438,40 +3504,31 @@ class Client:
         Returns their names. Raises NotRegistered, or Refused while one of them is started.
         """
         check_arguments("units", units)
-        return [str(name) for name in self._do("reset", units=list(units)).get("units") or ()]
+        return texts(self._call(dict, "reset", units=list(units)).get("units"))
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that `unit` would start with: what its dependencies have left."""
-        answer = expect(dict, self._ask(dict, "env", unit=unit).get("env"))
-        return {str(name): str(value) for name, value in answer.items()}
+        return variables_in(self._call(dict, "env", unit=unit))
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        with Channel(self.socket_path, self._question_timeout) as channel:
-            channel.call("shutdown")
-            deadline = time.monotonic() + REPLY_TIMEOUT
-            try:
-                while channel.receive(deadline - time.monotonic()):
-                    pass
-                raise Unreachable(f"the agent at {self.socket_path} was told to end and has not; is it stopped?")
-            except Unreachable:
-                if time.monotonic() >= deadline:
-                    raise
+        deadline = time.monotonic() + REPLY_TIMEOUT
+        end_agent(self.socket_path, self._question_timeout)
         while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._ask(dict, "status", unit=unit))
+        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
         return status
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return [record(UnitStatus, row) for row in self._ask(list, "list", all=everything)]
+        return records(UnitStatus, self._call(list, "list", all=everything))
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._ask(dict, "graph"))
+        graph: Graph = record(Graph, self._call(dict, "graph"))
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
@@ -3481,11 +3538,9 @@ class Client:
         with Unreachable, as it does when the agent ends.
         """
         with Channel(self.socket_path, self._question_timeout) as channel:
-            for row in expect(list, channel.call("events", follow=follow, since=since)):
-                yield record(Event, row)
-            while follow:
-                message = channel.receive(3600.0)
-                if message and message.get("method") == "event":
+            yield from records(Event, channel.call("events", follow=follow, since=since))
+            for message in channel.messages() if follow else ():
+                if message.get("method") == "event":
                     yield record(Event, expect(dict, message.get("params")))
 
     def unit(
@@ -3501,31 +3556,24 @@ class Client:
         A block that raises fails the unit, with the exception's text as the reason; so does the end of the
         process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
         """
-        return Start(self, unit, want, requires, timeout, locks, hold=True)
+        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
 class Start:
     """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
 
     def __init__(
-        self,
-        client: Client,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: str = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        locks: Iterable[str] = (),
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-        pid: int = 0,
-        hold: bool = False,
+        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        wanted, names = ((each if isinstance(each, str) else list(each)) for each in (want, locks))
-        check_arguments(unit, wanted, timeout)
-        check_arguments(unit, names)
-        if type(pid) is not int or not (on_wait is None or callable(on_wait)):
+        """`params` are those that the agent's method `start` has besides."""
+        for names in ("dependencies", "locks"):
+            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
+            check_arguments(unit, params[names], timeout)
+        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
+            pid = params.get("pid")
             raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
-        self.params = {"unit": unit, "dependencies": wanted, "requires": requires, "locks": names, "pid": pid}
+        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -3536,10 +3584,9 @@ class Start:
         began = time.monotonic()
         self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
         try:
-            params = {**self.params, "hold": self.hold, "confirm": not self.hold}
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **params)
-            names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
-            self.environment = {str(k): str(v) for k, v in expect(dict, result.get("env") or {}).items()}
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
+            names = texts(expect(dict, result).get("dependencies"))
+            self.environment = variables_in(result)
         except BaseException:
             self.channel.close()
             raise
@@ -3551,9 +3598,9 @@ class Start:
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        code = error.code if isinstance(error, SystemExit) else None
+        code: Any = error.code if isinstance(error, SystemExit) else error
         try:
-            if self.hold and (error is None or (isinstance(error, SystemExit) and code in (None, 0))):
+            if self.hold and code in (None, 0):
                 self.channel.call("complete", unit=self.unit)
             elif self.hold and isinstance(code, int):
                 self.channel.call("fail", unit=self.unit, exit_code=code)
@@ -3567,12 +3614,7 @@ class Start:
 
 
 def wait_for(
-    channel: Channel,
-    what: str,
-    timeout: float,
-    on_wait: Callable[[list[Dependency], float], None] | None,
-    method: str,
-    **params: Any,
+    channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
     """Send a request that may wait; report what is missing now and then; return its result.
 
@@ -3580,21 +3622,17 @@ def wait_for(
     is only for one that no longer answers. Raises TimedOut, and what the agent answers.
     """
     request = channel.request(method, timeout=timeout, progress=True, **params)
-    deadline = time.monotonic() + timeout + LATE if timeout else float("inf")
     missing: list[Dependency] = []
-    while True:
-        message = channel.receive(deadline - time.monotonic())
-        if message is None:
-            on = "dependencies of " if method == "start" else ""
-            raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
-        if message.get("method") == "waiting":
-            about = expect(dict, message.get("params"))
-            if about.get("id") == request:
-                missing = missing_of(about)
-                if on_wait:
-                    on_wait(missing, float(about.get("waited") or 0.0))
-        elif is_answer(message, request):
+    for message in channel.messages(timeout + LATE if timeout else float("inf")):
+        if is_answer(message, request):
             return result_of(message)
+        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
+        if about.get("id") == request:
+            missing = records(Dependency, about.get("missing"))
+            if on_wait:
+                on_wait(missing, float(about.get("waited") or 0.0))
+    on = "dependencies of " if method == "start" else ""
+    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3603,16 +3641,6 @@ def wait_for(
 # ----------------------------------------------------------------------------------------------------------
 
 LONG = 30.0  # seconds after which `why` has a word about a unit that runs
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f}ms"
-    if seconds < 59.5:
-        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def names_of(names: Sequence[str]) -> str:
@@ -3659,11 +3687,12 @@ def json_text(value: Any) -> str:
 # -- one unit, and tables -----------------------------------------------------------------------------------
 
 
-def owner_text(owner: Owner | None, by: str = "") -> str:
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
     """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None or not owner.command:
-        return f"{by and ' '}(pid {owner.pid})" if owner else ""
-    return f"{by}{owner.command} (pid {owner.pid})"
+    if owner is None:
+        return ""
+    who = f"{by}{owner.command} " if owner.command else by and " "
+    return f"{who}(pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def dependency_text(row: Dependency) -> str:
@@ -3675,9 +3704,7 @@ def dependency_text(row: Dependency) -> str:
         lacks = f"waits for {', '.join(row.waits_for)}" if row.waits_for else "not started yet"
         return f"{text} for {span(row.age)}, {lacks}"
     text += f" {span(row.age)} ago" + (f" ({row.reason})" if row.reason else "")
-    if row.owner and row.current_status == STARTED:
-        text += owner_text(row.owner, " by ") + (", which is no longer running" if row.owner.alive is False else "")
-    return text
+    return text + (owner_text(row.owner, " by ") if row.current_status == STARTED else "")
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
@@ -3699,13 +3726,12 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "
 
 def status_text(status: UnitStatus, columns: str = "") -> str:
     """A unit and the table of its dependencies."""
-    gone = ", which is no longer running" if status.owner and status.owner.alive is False else ""
     facts = {
         "Unit": status.unit_name,
         "Status": status.status,
         "Ready": str(status.is_ready).lower(),
         "Reason": status.reason,
-        "Started by": owner_text(status.owner) + gone,
+        "Started by": owner_text(status.owner),
         "Tries": str(len(status.tries) + 1) if status.tries else "",
         "Runs on": "yes" if status.running_on else "",
         "Ended since": status.exit_reason,
@@ -3761,6 +3787,10 @@ class Bar:
         self.ready = min(max(unit.ready, self.asked), self.started) if unit.ready >= 0 else self.started
         self.exited = max(self.ended, last if unit.running_on else min(unit.exited, last))
         self.ran = self.ended - self.started if self.has_run else 0.0
+        # how long it ran, or waited if it has not started
+        self.took = span(self.ran if self.has_run else self.ended - self.asked)
+        if not self.has_run and unit.waiting < 0:
+            self.took = "-"
 
     def phases(self) -> list[tuple[str, float, float]]:
         """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
@@ -3774,34 +3804,29 @@ class Bar:
             return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting >= 0)]
         return [p for p in found if p[2] > p[1] or p[0] == "running"]
 
-    def took(self) -> str:
-        """How long the unit ran, or waited if it has not started."""
-        waited = span(self.ended - self.asked) if self.unit.waiting >= 0 else "-"
-        return span(self.ran) if self.has_run else waited
-
 
 class Startup:
     """A graph, and what its pictures have in common."""
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-
-        def sign(u: UnitStatus) -> float:
-            return min((t for t in (u.registered, u.waiting, u.started, u.ended) if t >= 0), default=0.0)
-
-        self.first = min(map(sign, known), default=0.0)
-        self.last = max((t for u in known for t in (u.waiting, u.started, u.ended)), default=0.0)
+        moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
+        signs = {name: min((t for t in times if t >= 0), default=0.0) for name, times in moments.items()}
+        self.first = min(signs.values(), default=0.0)
+        self.last = max((t for times in moments.values() for t in times[1:]), default=0.0)
         over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
         if known and not over:
             self.last = max(self.last, graph.now)
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(key=lambda u: (u.started < 0, u.started if u.started >= 0 else sign(u), u.unit_name))
+        known.sort(key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name))
         self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
-        self.critical, self.steps = set(names), set(zip(names, names[1:]))
+        self.critical, steps = set(names), set(zip(names, names[1:]))
+        # every dependency, what waits for it, what that requires, and whether the critical path goes there
+        self.edges = [(d, u.unit_name, r, (d, u.unit_name) in steps) for u in graph.nodes for d, r in u.wants.items()]
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
         """The chain of units that determined when the last one ended, each with its share in seconds.
@@ -3859,11 +3884,6 @@ class Startup:
         return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
-def summary(graph: Graph) -> str:
-    """How long a startup took and what it spent its time on, in a sentence."""
-    return Startup(graph).summary()
-
-
 def standing(unit: UnitStatus) -> str:
     """The status in a word for pictures, which show what is on its way."""
     if unit.status == PENDING:
@@ -3886,20 +3906,14 @@ def joined(*parts: str, by: str = ": ") -> str:
 # -- the timeline -------------------------------------------------------------------------------------------
 
 
-def ticks(length: float, most: int) -> list[float]:
-    """Round numbers of seconds for an axis, at most `most` of them behind 0 and not many less."""
+def ticks(length: float, most: int) -> list[tuple[float, str]]:
+    """Round numbers of seconds for an axis, at most `most` behind 0 and not many less, each with its text."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
-    steps += [86400.0, 2 * 86400.0]
-    step = next((s for s in steps if length / s <= max(most, 1)), length or 1.0)
-    return [i * step for i in range(int(length / step + 1e-9) + 1)]
-
-
-def tick_text(seconds: float) -> str:
-    """A time on an axis, exact: `span` rounds."""
-    if 0 < seconds < 60:
-        return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
-    return span(seconds) if seconds else "0"
+    step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
+    times = [i * step for i in range(int(length / step + 1e-9) + 1)]
+    exact = {t: f"{t:g}s" if t >= 1 else f"{t * 1000:g}ms" for t in times if t < 60}  # `span` rounds
+    return [(t, exact.get(t, span(t)) if t else "0") for t in times]
 
 
 COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
@@ -3926,8 +3940,8 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     cells = max(10, width - names - 22)
     scale = cells / startup.length if startup.length > 0 else 0.0
     axis = " " * (names + 3)
-    for tick in ticks(startup.length, cells // 10):
-        at, text = int(tick * scale + 1e-9), tick_text(tick)
+    for tick, text in ticks(startup.length, cells // 10):
+        at = int(tick * scale + 1e-9)
         if at + len(text) <= cells:
             axis = axis.ljust(names + 3 + at) + text
     lines, drawn = [axis], set()
@@ -3943,7 +3957,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
         if colour:
             name = f"\033[1m{name}\033[0m" if critical else name
             text = f"\033[{COLOURS[bar.unit.status]}m{text}\033[0m"
-        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took():>7} {standing(bar.unit)}")
+        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {standing(bar.unit)}")
     legend = ", ".join(f"{mark[kind]} {meaning}" for kind, meaning in MEANINGS.items() if mark[kind] in drawn)
     return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
 
@@ -3977,34 +3991,33 @@ def blame_text(graph: Graph, width: int = 100) -> str:
 def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
     """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
     startups = old, new = Startup(before), Startup(now)
+
+    def changes(
+        was: dict[str, float], its: dict[str, float], came: str, went: str
+    ) -> list[tuple[float, str, str, str]]:
+        """By how much each changed, its name, that in words (+1.2s, -350ms, 0), and whether it came or went."""
+        found = []
+        for name in {**its, **was}:
+            more = its.get(name, 0.0) - was.get(name, 0.0)
+            words = "0" if abs(more) < 0.0005 else ("+" if more > 0 else "-") + span(abs(more))
+            found.append((abs(more), name, words, came if name not in was else went if name not in its else ""))
+        return sorted(found, key=lambda change: -change[0])
+
     ran = [{bar.name: bar.ran for bar in startup.ran} for startup in startups]
-    changes = differences(*ran)
     rows = []
-    for name in sorted(changes, key=lambda name: (-abs(changes[name]), name)):
-        change = "came" if name not in ran[0] else "went" if name not in ran[1] else signed(changes[name])
-        rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), change])
+    for _, name, change, how in sorted(
+        changes(ran[0], ran[1], "came", "went"), key=lambda change: (-change[0], change[1])
+    ):
+        rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), how or change])
     more = new.length - old.length
     how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
     text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
     shares = [{bar.name: share for bar, share in startup.path} for startup in startups]
-    gains = {name: gain for name, gain in differences(*shares).items() if abs(gain) >= 0.001}
-    steps = []
-    for name in sorted(gains, key=lambda name: -abs(gains[name]))[:5]:
-        which = " (new on it)" if name not in shares[0] else " (no longer on it)" if name not in shares[1] else ""
-        steps.append(f"{name} {signed(gains[name])}{which}")
-    steps += [f"{len(gains) - 5} more"] if len(gains) > 5 else []
+    gains = changes(shares[0], shares[1], " (new on it)", " (no longer on it)")
+    steps = [f"{name} {gain}{how}" for size, name, gain, how in gains if size >= 0.001]
+    steps[5:] = [f"{len(steps) - 5} more"] if len(steps) > 5 else []
     text += f"; on the critical path: {', '.join(steps)}" if steps else ""
     return table(["UNIT", "BEFORE", "NOW", "CHANGE"], rows) + "\n" + "\n".join(wrap(text, width)) + "\n"
-
-
-def differences(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
-    """What was added to each."""
-    return {name: now.get(name, 0.0) - before.get(name, 0.0) for name in {**now, **before}}
-
-
-def signed(seconds: float) -> str:
-    """A difference: +1.2s, -350ms, 0."""
-    return "0" if abs(seconds) < 0.0005 else ("+" if seconds > 0 else "-") + span(abs(seconds))
 
 
 def saved_time(value: Any) -> float:
@@ -4017,11 +4030,13 @@ def saved_time(value: Any) -> float:
 TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
 SAVED: dict[str, Callable[[Any], Any]] = {  # what of a unit is saved, and how it is read: it may be anything
+    "unit_name": check_name,
+    "status": str,
     **dict.fromkeys(TIMES, saved_time),
     "tries": lambda times: [max(0.0, saved_time(t)) for t in times],
     "reason": one_line,
     "released_by": lambda name: check_name(name) if name else "",
-    "wants": lambda wants: {check_name(d): REQUIREMENTS[REQUIREMENTS.index(r)] for d, r in wants.items()},
+    "wants": lambda wants: {check_name(d): check_requirement(r) for d, r in wants.items()},
     "exit_code": lambda code: None if code is None else int(code),
     "is_waiting": bool,
     "locks": lambda locks: list(map(check_name, locks)),
@@ -4038,42 +4053,39 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     def since(t: float) -> float | None:
         return round(t - startup.first, 6) if t >= 0 else None
 
-    rows = []
-    for u in [bar.unit for bar in startup.rows]:
-        row = {key: getattr(u, key) for key in ("unit_name", "status", *SAVED)}
-        rows.append({**row, **{key: since(row[key]) for key in TIMES}, "tries": list(map(since, u.tries))})
+    rows = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
+    for row in rows:
+        row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
     head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
     return {**head, "critical_path": path, "units": rows}
 
 
 def timeline_graph(text: bytes, name: str) -> Graph:
-    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError."""
+    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError.
+
+    Nothing is left in it that a picture could stumble over.
+    """
     import json
 
     try:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        units = {row["unit_name"]: saved_unit(row) for row in data["units"]}
+        units = {}
+        for row in data["units"]:
+            fields = {key: read(row[key]) for key, read in SAVED.items() if key in row}
+            units[row["unit_name"]] = unit = UnitStatus(is_ready=False, **fields)
+            if "is_waiting" not in row:  # the first version did not say
+                unit.is_waiting = unit.status == PENDING and unit.waiting >= 0
+            if unit.status not in (PENDING, STARTED, *ENDED) or all(getattr(unit, key) < 0 for key in TIMES[:4]):
+                raise ValueError
         now = saved_time(data["seconds"])
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, Refused, InvalidParams):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
     for dependency in [d for unit in units.values() for d in unit.wants]:
         units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
     return Graph(now, list(units.values()))
-
-
-def saved_unit(row: dict[str, Any]) -> UnitStatus:
-    """One unit of a saved timeline, with nothing in it that a picture could stumble over. Raises as it happens."""
-    unit = UnitStatus(check_name(row["unit_name"]), row["status"], False)
-    for key in SAVED.keys() & row.keys():
-        setattr(unit, key, SAVED[key](row[key]))
-    if "is_waiting" not in row:  # the first version did not say
-        unit.is_waiting = unit.status == PENDING and unit.waiting >= 0
-    if unit.status not in (PENDING, STARTED, *ENDED) or not any(getattr(unit, key) >= 0 for key in TIMES[:4]):
-        raise ValueError
-    return unit
 
 
 def timeline_trace(graph: Graph) -> dict[str, Any]:
@@ -4107,7 +4119,7 @@ def timeline_trace(graph: Graph) -> dict[str, Any]:
             events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at(t), **row})
     for bar in startup.ran:
         before = startup.bars.get(bar.unit.released_by)
-        if before and before.has_run and before.name in rows:
+        if before and before.has_run:
             arrow = {"cat": "released", "name": "released", "id": rows[bar.name]["tid"]}
             leaves = max(at(before.started), min(at(before.ended) - 1, at(bar.started)))
             events.append({"ph": "s", **arrow, **rows[before.name], "ts": leaves})
@@ -4201,11 +4213,11 @@ def timeline_svg(graph: Graph) -> str:
     body = [svg_text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
     top = 18 * len(said) + 44
     foot = top + high * len(rows)
-    for tick in ticks(startup.length, 10) if rows else ():
+    for tick, text in ticks(startup.length, 10) if rows else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
         for y in (top - 14, foot + 14)[: 1 + (len(rows) > 30)]:
-            body.append(svg_text(x, y, tick_text(tick), ' class="m" text-anchor="middle"'))
+            body.append(svg_text(x, y, text, ' class="m" text-anchor="middle"'))
     tops = {bar.name: top + high * i for i, bar in enumerate(rows)}
     for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
         u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
@@ -4218,7 +4230,7 @@ def timeline_svg(graph: Graph) -> str:
                 x = min(at(since), left + scale_width - size)
                 body.append(svg_phase(kind, u.status + " k" * critical, x, y, size))
         body += [svg_phase("another try", "", at(t), y, 0) for t in u.tries if bar.has_run]
-        body.append(svg_text(right - 8, y + 14, bar.took(), ' text-anchor="end"'))
+        body.append(svg_text(right - 8, y + 14, bar.took, ' text-anchor="end"'))
         body.append(svg_text(right, y + 14, outcome, f' class="{FAILED if u.status == FAILED else "m"}"') + "\n</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
         body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
@@ -4291,11 +4303,6 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
-def edges_of(graph: Graph) -> list[tuple[str, str, str]]:
-    """Every dependency with what waits for it and what that requires."""
-    return [(name, u.unit_name, requirement) for u in graph.nodes for name, requirement in u.wants.items()]
-
-
 def graph_dot(graph: Graph) -> str:
     """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
 
@@ -4313,9 +4320,9 @@ def graph_dot(graph: Graph) -> str:
         words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
         words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
         lines.append(line(quote(u.unit_name), words, u.unit_name in startup.critical))
-    for name, dependent, requirement in edges_of(graph):
+    for name, dependent, requirement, bold in startup.edges:
         words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
-        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, (name, dependent) in startup.steps))
+        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, bold))
     return "\n".join(lines) + "\n}\n"
 
 
@@ -4326,16 +4333,16 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    startup, edges, bold = Startup(graph), edges_of(graph), "stroke:#d2641e,stroke-width:3px"
+    startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
     fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
     lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
-    for name, dependent, requirement in edges:
+    for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
     lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
     lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
-    numbers = ",".join(str(i) for i, edge in enumerate(edges) if edge[:2] in startup.steps)
+    numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
     lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
     return "\n".join(lines) + "\n"
 
@@ -4343,7 +4350,7 @@ def graph_mermaid(graph: Graph) -> str:
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
     nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
-    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r in edges_of(graph)]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r, _ in Startup(graph).edges]
     return {"units": nodes, "edges": edges}
 
 
@@ -4441,7 +4448,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
         who = gave_up if unit.waiting >= 0 else "nobody has called start on it"
         who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
-    by, log = owner_text(unit.owner, " by "), f"; its output is in {unit.log}" if unit.log else ""
+    by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
     waited = unit.started - unit.waiting if unit.waiting >= 0 else 0.0
     how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
@@ -4476,8 +4483,6 @@ CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
 PING_AFTER = 5.0  # seconds of silence from the agent
 LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
-LONGEST_DELAY = 30.0  # between two tries
-NEVER = float("inf")
 MARKS = ("#", "//", "--", ";")
 BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
 HEADERS = {
@@ -4843,11 +4848,10 @@ class Output:
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
-    def __init__(self, scripts: list[Script], options: BootOptions, signals: Signals) -> None:
+    def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
         self.jobs = {s.unit: Job(s) for s in scripts}
-        self.options, self.signals = options, signals
+        self.options, self.events = options, loop
         self.unfinished = len(scripts)
-        self.by_pid: dict[int, Job] = {}
         self.by_fd: dict[int, Job] = {}  # its output
         self.groups: dict[int, Job] = {}  # process groups that may have members
         self.look_at = NEVER  # when to look which of them have gone
@@ -4869,26 +4873,11 @@ class Boot:
 
         Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
-        import select
-        from threading import Thread
-
-        self.poll = select.poll()
-        self.handlers: dict[int, Callable[[], None]] = {}
         self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
         self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
-        self.watch(channel.fileno(), self.answers)
-        numbers, write = os.pipe()
-        self.watch(numbers, lambda: self.got_signals(os.read(numbers, 4096)))
-        self.leaving = False
-
-        def pass_signals_on() -> None:
-            while not self.leaving:
-                os.write(write, bytes([self.signals.wait()[0]]))
-
-        thread = Thread(target=pass_signals_on, daemon=True)
-        thread.start()
+        self.events.watch(channel.fileno(), self.answers)
         try:
             if self.options.log_dir:
                 self.make_log_dir()
@@ -4905,36 +4894,14 @@ class Boot:
                 self.relay()
             return code
         finally:
-            import _signal as signal
-
-            self.leaving = True
-            os.kill(os.getpid(), signal.SIGCHLD)
-            thread.join()
-            os.write(write, bytes([signal.SIGCHLD]))  # so that there is something to read
-            late = [n for n in os.read(numbers, 4096) if n != signal.SIGCHLD]
-            self.signal = self.signal or (late[0] if late else 0)
+            self.events.forget(channel.fileno(), *self.by_fd)
             remove_directory(self.directory)
-            for fd in (numbers, write, self.null):
-                os.close(fd)
+            os.close(self.null)
 
     # -- the loop -----------------------------------------------------------------------------------------
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Have something called whenever there is something to read."""
-        import select
-
-        self.handlers[fd] = handler
-        self.poll.register(fd, select.POLLIN)
-
-    def forget(self, fd: int) -> None:
-        """Watch a descriptor no more."""
-        if self.handlers.pop(fd, None):
-            self.poll.unregister(fd)
-
     def loop(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
-        import select
-
         while True:
             if self.channel and self.channel.more():
                 self.answers()
@@ -4951,23 +4918,18 @@ class Boot:
                 due = min(due, self.out.live_at)
             self.pause(len(self.out.pending) >= FULL)
             if self.out.pending:
-                self.poll.register(1, select.POLLOUT)
-            ready = self.poll.poll(max(0, due - now) * 1000 + 1)
-            if self.out.pending:
-                self.poll.unregister(1)
-            for fd, event in ready:
-                if fd == 1:
-                    self.out.pending = b"" if event & select.POLLERR else self.out.pending
-                    self.out.write()
-                elif fd in self.handlers:  # it may be gone since
-                    self.handlers[fd]()
+                self.events.watch(1, self.out.write, for_writing=True)
+            for number, _ in self.events.turn(due):
+                again, self.signal = self.signal, number
+                self.stop(9 if again else number, f"stopped: boot got signal {number}")
+            self.events.forget(1)
 
     def pause(self, full: bool) -> None:
         """Read no output while our own is not taken."""
         if full != self.paused:
             self.paused = full
             for fd, job in self.by_fd.items():
-                self.forget(fd) if full else self.watch(fd, self.reader(job))
+                self.events.forget(fd) if full else self.events.watch(fd, self.reader(job))
 
     def reader(self, job: Job) -> Callable[[], None]:
         """What reads a job's output."""
@@ -5099,7 +5061,7 @@ class Boot:
             raise error
         if self.channel and not self.lost:
             self.lost = str(error)
-            self.forget(self.channel.fileno())
+            self.events.forget(self.channel.fileno())
             self.out.clear()
             put(f"error: {error}\n", 2)
             for job in self.jobs.values():
@@ -5129,6 +5091,7 @@ class Boot:
         import _signal as signal
 
         script = job.script
+        self.close_output(job)  # of the try before
         read = write = -1
         try:
             env = self.prepare(job)
@@ -5142,7 +5105,7 @@ class Boot:
             if read >= 0:
                 os.close(read)
             self.close_prober(job)
-            if self.by_pid and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+            if self.events.children and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
                 job.again_at = time.monotonic() + 0.05  # the system may have room for it then
             else:
                 self.fail(job, f"cannot be run: {error.strerror}")
@@ -5156,9 +5119,10 @@ class Boot:
         job.out, job.kill_at, job.kills = read, NEVER, 0
         job.stop_at = job.began + script.timeout if script.timeout else NEVER
         job.ready_by = job.began + script.ready_timeout if script.ready and script.ready_timeout else NEVER
-        self.by_pid[job.pid] = self.by_fd[read] = self.groups[job.pid] = job
+        self.events.children[job.pid] = lambda code: self.process_ended(job, code)
+        self.by_fd[read] = self.groups[job.pid] = job
         if not self.paused:
-            self.watch(read, self.reader(job))
+            self.events.watch(read, self.reader(job))
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
         self.ask("owner", job, pid=job.pid, log=os.fsencode(job.log_path).decode(errors="replace"))
@@ -5191,20 +5155,7 @@ class Boot:
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             self.end(job, f"cannot be probed: {one_line(str(error))}")
         else:
-            self.watch(job.prober.fileno(), lambda: self.probed(job))
-
-    def reap(self) -> None:
-        """Take the ends of all processes that have one: scripts, and, as process 1, whatever was left to us."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            job = self.by_pid.pop(pid, None)
-            if job:
-                self.process_ended(job, exit_code_of(status))
+            self.events.watch(job.prober.fileno(), lambda: self.probed(job))
 
     def process_ended(self, job: Job, code: int) -> None:
         """The process of a script has ended."""
@@ -5275,7 +5226,7 @@ class Boot:
 
     def close_prober(self, job: Job) -> None:
         if job.prober:
-            self.forget(job.prober.fileno())
+            self.events.forget(job.prober.fileno())
             job.prober.close()
             job.prober = None
 
@@ -5292,17 +5243,6 @@ class Boot:
             self.signal_in_order()
 
     # -- ends ---------------------------------------------------------------------------------------------
-
-    def got_signals(self, numbers: bytes) -> None:
-        """Obey signals: the first is passed on, the second kills."""
-        import _signal as signal
-
-        if signal.SIGCHLD in numbers:
-            self.reap()
-        for number in numbers:
-            if number != signal.SIGCHLD:
-                again, self.signal = self.signal, number
-                self.stop(9 if again else number, f"stopped: boot got signal {number}")
 
     def stop(self, number: int, why: str) -> None:
         """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
@@ -5391,7 +5331,7 @@ class Boot:
     def close_output(self, job: Job) -> None:
         if job.out >= 0:
             del self.by_fd[job.out]
-            self.forget(job.out)
+            self.events.forget(job.out)
             os.close(job.out)
             job.out = -1
         if job.log >= 0:
@@ -5448,13 +5388,15 @@ class Boot:
                 [*self.by_fd, *(job.log for job in self.by_fd.values())]
             )  # the agent's clients wait for its end
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            self.poll = select.poll()
-            for fd, job in self.by_fd.items():
-                self.watch(fd, self.reader(job))
+            ready = select.poll()
+            for fd in self.by_fd:
+                ready.register(fd, select.POLLIN)
             while self.by_fd:
-                for fd, _ in self.poll.poll():
-                    self.handlers[fd]()
+                for fd, _ in ready.poll():
+                    self.output(self.by_fd[fd])
                     self.out.write(patience=1e6)
+                    if fd not in self.by_fd:
+                        ready.unregister(fd)
         finally:  # and never into the parent's ways out
             os._exit(0)
 
@@ -5463,8 +5405,8 @@ class Boot:
     def running(self, now: float) -> list[str]:
         """What runs and has not ended, for how long, and what a service lacks."""
         shown = []
-        for job in self.by_pid.values():
-            if not job.outcome:
+        for job in self.groups.values():
+            if job.running and not job.outcome:
                 more = [f"try {job.tries} of {job.script.retries + 1}"] if job.tries > 1 else []
                 more += [f"not ready: {job.prober.error}"] if job.prober else []
                 shown.append(f"{job.script.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
@@ -5535,7 +5477,7 @@ class Boot:
                 text += f"not started: {job.script.unit}: {job.reason}\n"
         going_on = [job.script.unit for job in self.groups.values()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
-        lines = [summary(graph)] if graph.nodes else []
+        lines = [Startup(graph).summary()] if graph.nodes else []
         if os.isatty(2):
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
         return text + "".join(line + "\n" for line in lines)
@@ -5620,14 +5562,17 @@ main()
 PLACE = 2048  # bytes for the first lines, and for LAUNCHER
 
 COMPILE = """\
+import __future__
 import sys
 from importlib.util import MAGIC_NUMBER, source_hash
 from marshal import dumps
 
 source = sys.stdin.buffer.read()
-code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # a flag does it, and imports nothing
+code = compile(lean, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
 sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
 """
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)  # no columns in tracebacks: what is not there need not be read
 
 
 def slowness() -> str:
@@ -5670,7 +5615,7 @@ def application(python: str) -> bytes:
         source = file.read()
     if zipfile.is_zipfile(FILE):
         source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
-    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
+    bytecode = ask_python(python or sys.executable, *COMPILING, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
@@ -5716,9 +5661,6 @@ def install(path: str, python: str) -> str:
 
 class Args:
     """The parsed command line: an attribute an option and a positional."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
 
     if TYPE_CHECKING:
 
@@ -5804,15 +5746,21 @@ def units_or(default: str) -> Argument:
 
 
 class Command:
-    """One command: what runs it, an example, its options and positionals (the last may be repeated).
+    """Makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
 
-    `tail` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
+    The last positional may be repeated; `tail` is argparse's `nargs` for the words after `--`, if these are a
+    command's and not positionals. The help pages say what the function's docstring says. The function returns the
+    exit status, None for 0.
     """
 
-    def __init__(self, run: Callable[[Args], int], example: str, arguments: tuple[Argument, ...], tail: str) -> None:
-        self.run, self.example, self.arguments, self.tail = run, example, (*arguments, *COMMON), tail
+    def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
+        self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
+
+    def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
-        self.help = about[:1].lower() + about[1:].rstrip(".")
+        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
+        COMMANDS[run.__name__[len("cmd_") :]] = self
+        return run
 
 
 COMMON = (
@@ -5846,16 +5794,6 @@ TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there
 COMMANDS: dict[str, Command] = {}
 
 
-def declare(example: str, *arguments: Argument, tail: str = "") -> Callable[[Any], Any]:
-    """Make a function `cmd_NAME` the command NAME; the help pages say what its docstring says."""
-
-    def add(run: Callable[[Args], int]) -> Callable[[Args], int]:
-        COMMANDS[run.__name__[len("cmd_") :]] = Command(run, example, arguments, tail)
-        return run
-
-    return add
-
-
 class Reporter:
     """Says what a wait lacks; `waited` is whether there was one."""
 
@@ -5878,14 +5816,15 @@ class Reporter:
         return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
-def start_of(args: Args, report: Reporter, pid: int = 0, hold: bool = False) -> Start:
+def start_of(args: Args, report: Reporter, **more: Any) -> Start:
     """The start that the options of `start` and `run` describe. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
-    return Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, report, pid, hold)
+    params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
+    return Start(client_of(args), args.unit, args.timeout, report, **params)
 
 
-@declare(
+@Command(
     "serve --detach --log-file /tmp/coder-sync.log",
     QUIET,
     flag("-v", "--verbose", help="log every request"),
@@ -5917,7 +5856,7 @@ def cmd_serve(args: Args) -> int:
         "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
         "advice": slowness(),
-        "replace": end_agent if args.replace else None,
+        "replace": make_room if args.replace else None,
     }
     if not args.command:
         return serve(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, **options)
@@ -5935,13 +5874,11 @@ def cmd_serve(args: Args) -> int:
         raise CommandError(str(error), 125) from None
 
 
-def end_agent(path: str) -> None:
-    """Ask the agent at a path to end, and wait until it has gone, or for a few seconds."""
+def make_room(path: str) -> None:
+    """Have the agent at a path end, if there is one; one that does not is replaced all the same."""
     try:
-        with Channel(path) as channel:
-            channel.answer(channel.request("shutdown"), 3.0)
-            channel.receive(3.0)
-    except SyncError:  # there is none, it has gone, or it does not answer: it is replaced all the same
+        end_agent(path, timeout=3.0)
+    except SyncError:
         pass
 
 
@@ -5962,77 +5899,71 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-@declare(
+@Command(
     "ping --wait 10s", Argument("-w", "--wait", type=duration, default="0s", metavar="DURATION", help="how long to try")
 )
-def cmd_ping(args: Args) -> int:
+def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
     client = client_of(args)
     answer = client.ping(args.wait)
     up = answer.get("uptime")
-    about = f"pid {answer.get('pid')}, version {answer.get('version')}"
-    about += f", up {span(up)}" if isinstance(up, (int, float)) else ""
-    put(f"agent at {client.socket_path}: {about}\n")
-    return 0
+    age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
+    put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
 
 
-@declare(
+@Command(
     "want pip-install git-clone apt-install",
     UNIT,
     Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"),
     REQUIRES,
     QUIET,
 )
-def cmd_want(args: Args) -> int:
+def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
     status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     "start pip-install --want git-clone --timeout 10m",
     *STARTING,
     Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
     QUIET,
 )
-def cmd_start(args: Args) -> int:
+def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
     with start_of(args, report, pid=args.pid) as start:
         say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
         start.confirm()  # the last step: if we are killed before, the next in line has the unit
-    return 0
 
 
-@declare(
+@Command(
     "complete pip-install --exit-code $?",
     UNIT,
     Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
     QUIET,
 )
-def cmd_complete(args: Args) -> int:
+def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
     client_of(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     'fail git-clone --reason "no network"',
     UNIT,
     Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"),
     QUIET,
 )
-def cmd_fail(args: Args) -> int:
+def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
     client_of(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
@@ -6059,102 +5990,107 @@ def cmd_run(args: Args) -> int:
         return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    return Run(args.unit, args.command, start, args.ready == "notify").tries(
-        args.retry, args.retry_delay, args.ready, args.ready_timeout
-    )
+    return Run(args, start).to_its_end()
 
 
-class Run:
-    """The command of a started unit: run, perhaps more than once, and reported on the connection that has the unit."""
+class Run(Task):
+    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
-    def __init__(self, unit: str, command: list[str], start: Start, notifies: bool) -> None:
-        self.unit, self.command, self.start = unit, command, start
-        self.file, self.left = private_file()  # for what the command leaves
-        self.directory = private_directory() if notifies or not self.left else ""
-        self.left = self.left or (os.path.join(self.directory, "env") if self.directory else "")
-        self.came: list[int] = []  # signals: nothing is tried again after one
+    def __init__(self, args: Args, start: Start) -> None:
+        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
+        super().__init__(Loop(), args.unit, args.command, args.ready, **options)
+        self.env, self.channel = environment(**start.environment), start.channel
+        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
+        self.status = 0  # to return
+        self.file, self.left = private_file()
+        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
+        if self.directory:
+            self.left = self.left or os.path.join(self.directory, "env")
+            self.notify_path = os.path.join(self.directory, "notify")
 
-    def tries(self, more: int, delay: float, ready: str, ready_timeout: float) -> int:
-        """Run the command, at most `more` times again if it fails; return its exit status."""
-        most = more + 1
+    def to_its_end(self) -> int:
+        """Run it, at most `retries` times again if it fails; return its exit status."""
         try:
-            while True:
-                readiness = Readiness(lambda: self.prober(ready), ready_timeout, self.is_ready) if ready else None
-                code, why = self.once(readiness)
-                if readiness and readiness.is_ready:
-                    self.report("exited", "its end", reason=ending(code))
-                    return shell_status(code)
-                if not why:
-                    return 0 if self.complete() else 1
-                if not more or self.came:
-                    outcome = f"its outcome (exit code {shell_status(code)})"
-                    self.report("fail", outcome, reason=why, exit_code=shell_status(code))
-                    return shell_status(code) or 1
-                detail = f"try {most - more + 1} of {most} after {why}"
-                put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-                try:
-                    time.sleep(delay)
-                except BaseException:  # a signal
-                    self.start.channel.request("fail", unit=self.unit, reason=f"stopped between two tries; {why}")
-                    raise
-                more, delay = more - 1, min(2 * delay, 30.0)
-                self.report("retry", detail, detail=detail)
+            try:
+                self.begin()
+                while self.running or self.again_at < NEVER:
+                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                        self.signalled(number, sent)
+            finally:
+                self.loop.give_back()
+            while self.asked:  # signals have their effect again, should the agent not answer
+                self.answered()
+            return self.status
         finally:
             remove_directory(self.directory)
 
-    def once(self, readiness: Readiness | None) -> tuple[int, str]:
-        """Run the command once; return its exit status and, unless it ended well, why the unit has failed."""
-        env = {**self.start.environment, "CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            env["CODER_SYNC_ENV"] = self.left
-        if readiness and self.directory:
-            env["NOTIFY_SOCKET"] = os.path.join(self.directory, "notify")
+    def signalled(self, number: int, sent: bool) -> None:
+        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+        self.stopped = True
+        if self.running and sent:
+            self.signal(number)
+        elif self.again_at < NEVER:
+            self.fail(f"stopped between two tries; {self.reason}")
+            sys.exit(128 + number)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
         if self.file >= 0:
             os.ftruncate(self.file, 0)
         else:
             remove(self.left)
+        if self.tries:
+            self.report("retry", detail=self.next_try())
+        return super().spawn(env)
+
+    def not_begun(self, error: Exception) -> None:
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
+        self.tries += 1
+        self.tried(str(wrong), wrong.exit_code)
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+
+    def complete(self) -> None:
+        super().complete()
+        if self.running and self.reported == "complete":
+            self.report("running")
+            self.loop.watch(self.channel.fileno(), self.answered)
+
+    def exited(self) -> None:
+        self.status = shell_status(self.code)
+        super().exited()
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        self.status = shell_status(code) or 1
+        if reason != ending(code):  # else the exit status says it
+            put(f"error: {self.unit}: {reason}\n", 2)
+        super().fail(reason, code)
+
+    def report(self, method: str, **params: Any) -> None:
+        outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
+        what = params.get("detail") or {"running": "that it runs on", "exited": "its end"}.get(method, outcome)
         try:
-            code = supervise(self.command, environment(**env), readiness, self.came)
-        except CommandError as error:
-            put(f"error: {self.unit}: {error}\n", 2)
-            return error.exit_code, str(error)
-        except OSError as error:
-            return 125, f"cannot be probed: {error.strerror}"
-        finally:
-            if readiness:
-                readiness.close()
-        return code, readiness.reason(code) if readiness else ending(code) if code else ""
-
-    def prober(self, ready: str) -> Prober | Notified:
-        """What finds out whether the command is ready."""
-        if ready == "notify":
-            return Notified(os.path.join(self.directory, "notify"))
-        return Prober(ready, environment(**self.start.environment, CODER_SYNC_UNIT=self.unit))
-
-    def is_ready(self) -> None:
-        """The command is ready, and goes on."""
-        self.complete()
-        self.report("running", "that it runs on")
-
-    def complete(self) -> bool:
-        """The unit is done, unless what the command left for others cannot be read: then it has failed."""
-        try:
-            self.report("complete", "its outcome (exit code 0)", env=exported(self.left))
-        except Refused as error:
-            put(f"error: {self.unit}: {error}\n", 2)
-            self.report("fail", "its outcome (exit code 0)", reason=str(error))
-            return False
-        return True
-
-    def report(self, method: str, what: str, **params: Any) -> None:
-        """Tell the agent; without it the command goes on all the same."""
-        try:
-            self.start.channel.call(method, unit=self.unit, **params)
+            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
         except SyncError as error:
-            put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+            self.not_reported(what, error)
+
+    def answered(self) -> None:
+        """Take an answer to what was reported; without the agent the command goes on all the same."""
+        if not self.asked:  # it has hung up
+            self.loop.forget(self.channel.fileno())
+            return
+        request, what = self.asked.pop(0)
+        try:
+            self.channel.answer(request)
+        except SyncError as error:
+            self.not_reported(what, error)
+
+    def not_reported(self, what: str, error: SyncError) -> None:
+        """Say that the agent may not know something."""
+        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
-@declare(
+@Command(
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
@@ -6184,13 +6120,13 @@ def cmd_boot(args: Args) -> int:
         put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
         return 0
     write = timeline_writer(args.timeline) if args.timeline else None
-    signals = Signals(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))
+    loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
-    boot = Boot(scripts, options, signals)
+    boot = Boot(scripts, options, loop)
     code = boot_at(path, boot)
     if write and boot.graph:
         write(boot.graph)
-    signals.give_back()
+    loop.give_back()
     if args.command and not boot.signal and (code == 0 or args.always):
         import _signal as signal
 
@@ -6232,7 +6168,6 @@ def boot_at(path: str, boot: Boot) -> int:
 def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
-    from threading import Thread
 
     def claimed() -> None:
         if not boot.options.stay:
@@ -6240,7 +6175,7 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None])
         accept()
 
     ours, theirs = socketpair()
-    Thread(target=agent.serve_connection, args=(theirs, WakeUp()), daemon=True).start()
+    agent.admit(Connection(theirs, WakeUp()))
     return boot.run(Channel(path, sock=ours), claimed)
 
 
@@ -6252,7 +6187,7 @@ def completed_at(path: str) -> set[str]:
         return set()
 
 
-@declare(
+@Command(
     "wait pip-install --ready tcp:5432 --timeout 2m",
     Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
     Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
@@ -6276,7 +6211,8 @@ def cmd_wait(args: Args) -> int:
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         for prober in probers.values():
-            if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
+            left = began + args.timeout - time.monotonic() if args.timeout else NEVER
+            if not can_be_read(prober.fileno(), left) or prober.error:
                 lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
                 put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
                 return TimedOut.exit_code
@@ -6289,46 +6225,42 @@ def cmd_wait(args: Args) -> int:
     return 0
 
 
-@declare(
+@Command(
     "install /usr/local/bin/coder_sync",
     Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
     Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
     QUIET,
 )
-def cmd_install(args: Args) -> int:
+def cmd_install(args: Args) -> None:
     """Write a copy of this program to PATH, with its bytecode: calls of it are fast."""
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
-    return 0
 
 
-@declare("reset pip-install", units_or("all"), QUIET)
-def cmd_reset(args: Args) -> int:
+@Command("reset pip-install", units_or("all"), QUIET)
+def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
-    return 0
 
 
-@declare("shutdown", QUIET)
-def cmd_shutdown(args: Args) -> int:
+@Command("shutdown", QUIET)
+def cmd_shutdown(args: Args) -> None:
     """End the agent, and return when it has ended."""
     client = client_of(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
-    return 0
 
 
-@declare("env pip-install", UNIT)
-def cmd_env(args: Args) -> int:
+@Command("env pip-install", UNIT)
+def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
     variables = client_of(args).env(args.unit)
     for name in variables:
         if not (name.isidentifier() and name.isascii()):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
     put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
-    return 0
 
 
 def shell_word(text: str) -> str:
@@ -6337,37 +6269,34 @@ def shell_word(text: str) -> str:
     return f"'{quoted}'"
 
 
-@declare("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
-def cmd_status(args: Args) -> int:
+@Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
+def cmd_status(args: Args) -> None:
     """Show UNIT and its dependencies."""
     status = client_of(args).status(args.unit)
     put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
-    return 0
 
 
-@declare(
+@Command(
     "list --column unit,status",
     flag("-a", "--all", help="also names that were only ever wanted"),
     output("table", "json"),
     COLUMN,
 )
-def cmd_list(args: Args) -> int:
+def cmd_list(args: Args) -> None:
     """Show all units."""
     units = client_of(args).list(args.all)
     put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
-    return 0
 
 
-@declare("why pip-install", units_or("all that is stuck"))
-def cmd_why(args: Args) -> int:
+@Command("why pip-install", units_or("all that is stuck"))
+def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
     graph = client_of(args).graph()
     put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
-    return 0
 
 
-@declare(
+@Command(
     "timeline --output svg > startup.svg",
     output("text", "svg", "json", "trace"),
     flag("--blame", help="units by how long they ran, and how long others waited"),
@@ -6375,13 +6304,13 @@ def cmd_why(args: Args) -> int:
     Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
     flag("--watch", help="live, until interrupted"),
 )
-def cmd_timeline(args: Args) -> int:
+def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     saved, width = args.saved, terminal()[0]
     if args.watch:
         if saved or args.compare:
             raise UsageError("--watch shows an agent, not what was saved")
-        return watch(args, client_of(args))
+        return watch(client_of(args))
     before = saved_timeline(args.compare) if args.compare else None
     graph = saved_timeline(saved) if saved else client_of(args).graph()
     if before:
@@ -6392,7 +6321,6 @@ def cmd_timeline(args: Args) -> int:
         put(timeline_text(graph, *terminal()))
     else:
         put(timeline_as(args.output, graph))
-    return 0
 
 
 def saved_timeline(path: str) -> Graph:
@@ -6404,21 +6332,19 @@ def saved_timeline(path: str) -> Graph:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
-def watch(args: Args, client: Client) -> int:
+def watch(client: Client) -> None:
     """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
     end_on_term()
-    channel = Channel(client.socket_path)
-    channel.call("events", follow=True, since=(1 << 31) - 1)
+    since, began = (1 << 31) - 1, 0.0  # nothing of what happened before
     if not os.isatty(1):
-        began = 0.0
-        while True:
-            message = channel.receive(3600.0)
-            if message and message.get("method") == "event":
-                event: Event = record(Event, message["params"])
-                began = began or event.time
-                detail = f": {event.detail}" if event.detail else ""
-                if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
-                    return 0
+        for event in client.events(True, since):
+            began = began or event.time
+            detail = f": {event.detail}" if event.detail else ""
+            if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
+                break
+        return
+    channel = Channel(client.socket_path)
+    channel.call("events", follow=True, since=since)
     graph, taken = client.graph(), time.monotonic()
     put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
     try:
@@ -6438,8 +6364,8 @@ def watch(args: Args, client: Client) -> int:
         put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
 
 
-@declare("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
-def cmd_graph(args: Args) -> int:
+@Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
+def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(client_of(args).graph(), args.units)
     if args.output == "tree":
@@ -6448,16 +6374,14 @@ def cmd_graph(args: Args) -> int:
         put(json_text(graph_data(graph)))
     else:
         put(graph_dot(graph) if args.output == "dot" else graph_mermaid(graph))
-    return 0
 
 
-@declare("events --follow", flag("-f", "--follow", help="go on with what happens next"))
-def cmd_events(args: Args) -> int:
+@Command("events --follow", flag("-f", "--follow", help="go on with what happens next"))
+def cmd_events(args: Args) -> None:
     """Print what happened, one JSON object a line."""
     for event in client_of(args).events(args.follow):
         if not put(_dumps(plain(event)) + "\n"):
-            break
-    return 0
+            return
 
 
 SHELL_SCRIPTS = {
@@ -6495,18 +6419,17 @@ complete -c PROGRAM -f -a '(__coder_sync)'
 }
 
 
-@declare(
+@Command(
     "completion bash >> ~/.bashrc",
     Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),
     tail="*",
 )
-def cmd_completion(args: Args) -> int:
+def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
     if args.command:
         put("".join(word + "\n" for word in candidates(args.command)))
     else:
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
-    return 0
 
 
 def candidates(line: Sequence[str]) -> list[str]:
@@ -6538,8 +6461,8 @@ def known_units(words: Sequence[str]) -> list[str]:
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
-            rows = expect(list, channel.answer(channel.request("list", all=True), 1.0))
-        return [str(row.get("unit_name")) for row in rows]
+            rows = channel.answer(channel.request("list", all=True), 1.0)
+        return [unit.unit_name for unit in records(UnitStatus, rows)]
     except SyncError:
         return []
 
@@ -6573,38 +6496,36 @@ def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
 
 def parse(name: str, words: Sequence[str]) -> Args:
     """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
+    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
     cut = words.index("--") if "--" in words else len(words)
-    after, tail, arguments = words[cut + 1 :], COMMANDS[name].tail, COMMANDS[name].arguments
-    values = {a.dest: a.read(a.default) if a.default and isinstance(a.default, str) else a.default for a in arguments}
+    after, values = list(words[cut + 1 :]), vars(args)
+    for argument in command.arguments:
+        default = argument.default
+        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
     try:
         rest = parse_options(name, words[:cut], values)
-        if tail:
-            values["command"] = [*after]
-            if not after and (cut < len(words) or tail == "+"):
-                raise UsageError(f"a command must follow --; usage: {usage_of(name)}")
-        else:
+        if not command.tail:
             rest += after
-        for argument in arguments:
-            if argument.is_option:
-                continue
+        elif after or (cut == len(words) and command.tail == "*"):
+            values["command"] = after
+        else:
+            raise UsageError(f"a command must follow --; {usage}")
+        for argument in (argument for argument in command.arguments if not argument.is_option):
             if not rest and argument.words.get("nargs") != "*":
-                raise UsageError(f"too few arguments; usage: {usage_of(name)}")
-            if argument.is_repeated:
-                values[argument.dest], rest = rest, []
-            else:
-                values[argument.dest] = argument.read(rest.pop(0))
+                raise UsageError(f"too few arguments; {usage}")
+            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
+            values[argument.dest] = value
         if rest:
-            hint = "; did you forget -- before the command?" if tail else ""
-            raise UsageError(f"unexpected {ascii(rest[0])[:60]}{hint}; usage: {usage_of(name)}")
+            hint = " did you forget -- before the command?;" if command.tail else ""
+            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
-    return Args(values)
+    return args
 
 
 def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
     """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    options = options_in(COMMANDS[name].arguments)
-    todo, rest = list(words), []
+    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
     while todo:
         word = todo.pop(0)
         given, text = option_in(word, options)
@@ -6616,14 +6537,10 @@ def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> li
             hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
             raise UsageError(f"no such option: {ascii(given)[:40]}; {hint}")
         elif option.takes_value:
-            if text is None:
-                if not todo or option_in(todo[0], options)[0]:
-                    raise UsageError(
-                        f"{given} needs a value; one that begins with - is written {option.names[-1]}=-..."
-                    )
-                text = todo.pop(0)
+            if text is None and (not todo or option_in(todo[0], options)[0]):
+                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
             try:
-                value = option.read(text)
+                value = option.read(todo.pop(0) if text is None else text)
             except UsageError as error:
                 raise UsageError(f"{given}: {error}") from None
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
@@ -6706,7 +6623,7 @@ def dispatch(argv: Sequence[str]) -> int:
         guess = resembling(name, list(COMMANDS))
         hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
         raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
-    return COMMANDS[name].run(parse(name, [*options, *rest]))
+    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -6723,12 +6640,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = 130
     except SystemExit as end:  # argparse's --help
         code = end.code if isinstance(end.code, int) else 2
-    except TimedOut as error:
-        missing = "".join(f"  {dependency_text(d)}\n" for d in error.data)
-        put(f"{error.args[0]}\n{missing}", 2)
-        code = error.exit_code
     except SyncError as error:
-        put(f"error: {error}\n", 2)
+        missing = error.data if isinstance(error, TimedOut) else None
+        rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
+        put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
     except Exception as error:  # a defect of ours; no traceback reaches a user
         put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
