@@ -2378,17 +2378,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 # Bad input: a clear error for the one who caused it, and nothing changes for anyone else.
 # ---------------------------------------------------------------------------------------------------------
 
+PING = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
 ODD_LINES = {  # after these nothing that follows can be trusted
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "binary": bytes(range(14, 256)) + b"\n",
     "not utf-8": b'{"jsonrpc":"2.0","id":1,"method":"p\xffng"}\n',
-    "two values": b'{"jsonrpc":"2.0","id":1,"method":"ping"} {}\n',
+    "two values": PING + b" {}\n",
     "not a number": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}\n',
     "deep list": b"[" * 50_000 + b"\n",
     "deep objects": b'{"a":' * 10_000 + b"\n",
     "deep and closed": b"[" * 30_000 + b"]" * 30_000 + b"\n",
-    "deep parameter": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":' + b"[" * 40 + b"]" * 40 + b"}\n",
+    "deep parameter": PING[:-1] + b',"params":' + b"[" * 40 + b"]" * 40 + b"}\n",
     "huge number": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"list","params":{}\n',
+    "a byte too many": PING.ljust(coder_sync.MAX_LINE + 1) + b"\n",
 }
 
 
@@ -2402,33 +2404,43 @@ def test_garbage_is_answered_with_an_error_and_hung_up_on(shared: World, kind: s
     served(shared)
 
 
-NO_REQUESTS = [
-    *(b"1", b'"ping"', b"null", b"[]", b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', b"{}"),
-    *(b'{"jsonrpc":"1.0","id":1,"method":"ping"}', b'{"id":1,"method":"ping"}'),
-    *(b'{"jsonrpc":"2.0","id":1%s}' % method for method in (b"", b',"method":7', b',"method":["ping"]')),
-    *(b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % name for name in (b"null", b"true", b"1.5", b"[]", b"{}")),
-    b'{"jsonrpc":"2.0","method":"start","params":{"unit":"never"}}',
-]
-
-
-@pytest.mark.parametrize("line", NO_REQUESTS, ids=ascii)
-def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: World, line: bytes) -> None:
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["without end", "with end"])
+def test_a_line_of_10_MB_is_refused_before_it_is_read(shared: World, end: bytes) -> None:
     peer = shared.connect()
-    peer.send(line + b"\n")
+    with contextlib.suppress(OSError):  # hung up on meanwhile
+        peer.send(b"x" * 10_000_000 + end)
     error = peer.read()["error"]
-    assert (error["code"], "batches" in error["message"]) == (-32600, line.startswith(b"["))
-    assert peer.call("ping", "again")["id"] == "again"
+    assert error["code"] == -32700 and "65536 bytes" in error["message"]
+    served(shared)
+
+
+NO_REQUESTS = [
+    *(b"1", b'"ping"', b"null", b"[]", b"[%s]" % PING, b"{}"),
+    *(PING.replace(b"2.0", b"1.0"), b'{"id":1,"method":"ping"}'),
+    *(b'{"jsonrpc":"2.0","id":1%s}' % method for method in (b"", b',"method":7', b',"method":["ping"]')),
+    *(PING.replace(b"1", name) for name in (b"null", b"true", b"1.5", b"[]", b"{}")),
+    b'{"jsonrpc":"2.0","method":"start","params":{"unit":"never"}}',
+    b'{"jsonrpc":"2.0","method":"wait","params":{"units":["never"]}}',
+]
+NO_METHODS = ["", "Ping", "stop", "_stop", "__init__", "x" * 1000, "a\nb"]
+
+
+def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: World) -> None:
+    peer = shared.connect()
+    unknown = [json.dumps({"jsonrpc": "2.0", "id": 1, "method": method}).encode() for method in NO_METHODS]
+    for line in NO_REQUESTS + unknown:
+        peer.send(line + b"\n")
+        error = peer.read()["error"]
+        assert error["code"] == (-32601 if line in unknown else -32600), line
+        assert ("batches" in error["message"]) == line.startswith(b"[")
+        assert error["message"].startswith("no such method: ") == (line in unknown)
+        assert error["message"].isprintable()
+        assert peer.call("ping", "again")["id"] == "again"
     assert shared.status("never") == "not registered"
 
 
-def test_unknown_methods_are_refused(shared: World) -> None:
-    for method in ("", "Ping", "stop", "_stop", "__init__", "x" * 1000, "a\nb"):
-        error = shared.connect().call(method)["error"]
-        assert (error["code"], error["message"][:16]) == (-32601, "no such method: ")
-        assert error["message"].isprintable()
-
-
 ODD_VALUES: list[Any] = [None, True, 1, 2**31, -(2**31), 10**30, 1.5, "x", [], ["x"], [1], ["x", None], [["x"]], {}]
+ODD_VALUES += [-1, -0.5, 1e9, [{}, 1]]
 
 
 def fits(kind: str, value: Any) -> bool:
@@ -2436,7 +2448,8 @@ def fits(kind: str, value: Any) -> bool:
     if kind.startswith("Sequence"):
         return type(value) is list and all(type(v) is (str if "str" in kind else dict) for v in value)
     types = {"Id": (str, int), "float": (int, float), "Object": (dict,), "str": (str,), "int": (int,), "bool": (bool,)}
-    return type(value) in types[kind] and (kind != "int" or abs(value) < 2**31)
+    limit = {"int": 2**31, "float": 1e9}.get(kind, 0)
+    return type(value) in types[kind] and (not limit or (0 if kind == "float" else -limit + 1) <= value < limit)
 
 
 @pytest.mark.parametrize("method", coder_sync.METHODS)
@@ -2461,64 +2474,48 @@ def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: Wo
     served(shared)
 
 
-@pytest.mark.parametrize("name", [None, 1, [], {}, "", "a\n"])
-def test_a_boot_of_what_is_no_name_is_refused(shared: World, name: Any) -> None:
+BAD_NAMES = ["", "x" * 256, "a\nb", "\x1b[31m", "\0", "\x7f", "\ud800", "a\u200bb"]
+NAMING = dict.fromkeys(("want", "start", "complete", "fail", "status"), "unit")
+REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, what the message begins with
+    *((m, {key: name}, "unit name " if name else "a unit name ") for m, key in NAMING.items() for name in BAD_NAMES),
+    *(("wait", {"units": [name]}, "unit name " if name else "a unit name ") for name in BAD_NAMES),
+    *(("want", {"unit": "fine", "dependencies": ["one", name]}, ".*unit name") for name in BAD_NAMES),
+    *(("boot", {"units": [{"unit": name}]}, "") for name in (None, 1, [], {}, "", "a\n")),
+    *(
+        ("boot", {"units": [{"unit": "odd", **more}]}, "a unit of a boot is ")
+        for more in ({"wants": ["x"]}, {"wants": {"x": 1}}, {"locks": "x"}, {"colour": 1})
+    ),
+    *(
+        (method, {**names, "requires": requires}, "no such requirement")
+        for requires in ("", "Success", "ended", "completed", "luck" * 1000)
+        for method, names in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]}))
+    ),
+    *(
+        ("complete", {"unit": "kept", "env": {"A": value}}, ".*must have a text")
+        for value in ("\ud800", "a\0b", None, 1)
+    ),
+    *(("complete", {"unit": "kept", "env": {name: "1"}}, ".*is no name for") for name in ("", "1A", "A-B", "\u00e4")),
+    ("wait", {}, "wait: "),
+    ("owner", {"unit": "kept"}, '.*"kept" is not held by this connection'),
+    ("want", {"unit": "c3", "dependencies": ["innocent", "c1"]}, "cycle detected: c3 -> c1 -> c2 -> c3$"),
+]
+
+
+def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothing(shared: World) -> None:
+    shared.client.want("c1", "c2")
+    shared.client.want("c2", "c3")
+    shared.client.start("kept")
+    before = {u.unit_name for u in shared.client.list(everything=True)}
     peer = shared.connect()
-    assert peer.call("boot", units=[{"unit": name}])["error"]["message"]
-    assert "uptime" in peer.call("ping")["result"]
-
-
-@pytest.mark.parametrize("value", ["\ud800", "a\0b", None, 1])
-def test_a_variable_that_no_process_can_have_is_refused(shared: World, value: Any) -> None:
-    peer, name = shared.connect(), f"leaves-{next(COUNT)}"
-    assert "result" in peer.call("start", unit=name)
-    assert "must have a text" in peer.call("complete", unit=name, env={"A": value})["error"]["message"]
-    assert "result" in peer.call("complete", unit=name)
-
-
-def test_the_id_of_an_answer_that_is_to_be_confirmed_is_in_use(shared: World) -> None:
-    peer, one, two = shared.connect(), f"one-{next(COUNT)}", f"two-{next(COUNT)}"
-    assert "result" in peer.call("start", unit=one, confirm=True)
-    assert "is in use" in peer.call("start", unit=two, confirm=True)["error"]["message"]
-    assert peer.call("confirm", 2, id=1)["result"] == {"confirmed": True}
-    assert "result" in peer.call("start", unit=two)
-
-
-def test_who_waits_for_a_start_to_be_confirmed_hears_so(shared: World) -> None:
-    peer, name = shared.connect(), f"unconfirmed-{next(COUNT)}"
-    assert "result" in peer.call("start", unit=name, confirm=True)
-    other = shared.connect()
-    other.request("start", unit=name, progress=True)
-    (row,) = other.read()["params"]["missing"]
-    assert (row["depends_on"], row["current_status"]) == (name, "started") and row["owner"]["pid"]
-    peer.close()
-    assert "result" in other.read()
-
-
-def test_an_unknown_requirement_is_refused_by_the_agent(shared: World) -> None:
-    for requires in ("", "Success", "ended", "completed"):
-        for method, params in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]})):
-            answer = shared.connect().call(method, requires=requires, **params)
-            assert "no such requirement" in answer["error"]["message"]
-    assert shared.status("odd") == "not registered"
-
-
-def test_of_an_unknown_requirement_at_most_60_characters_are_echoed(shared: World) -> None:
-    message = shared.connect().call("want", unit="odd", dependencies=["x"], requires="luck" * 1000)["error"]["message"]
-    assert "luckluck" in message
-    assert message.count("luck") <= 15
-
-
-@pytest.mark.parametrize("name", ["", "x" * 256, "a\nb", "\x1b[31m", "\0", "\x7f", "\ud800", "a\u200bb"], ids=ascii)
-def test_bad_names_are_refused_in_one_printable_line(shared: World, name: str) -> None:
-    peer = shared.connect()
-    for method in ("want", "start", "complete", "fail", "status", "wait"):
-        message = peer.call(method, **({"units": [name]} if method == "wait" else {"unit": name}))["error"]["message"]
-        assert message.startswith("unit name " if name else "a unit name"), method
-        assert message.isprintable()
-        assert len(message) < 200
-    assert "unit name" in peer.call("want", unit="fine", dependencies=["one", name])["error"]["message"]
-    assert shared.status("one") == shared.status("fine") == "not registered"
+    for method, params, said in REFUSED_CALLS:
+        error = peer.call(method, **params)["error"]
+        message = error["message"]
+        assert re.match(said, message) and message.isprintable() and len(message) < 200, (method, params, message)
+        assert message.count("luck") <= 15
+        assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
+    assert {u.unit_name for u in shared.client.list(everything=True)} == before
+    assert shared.status("kept") == "started"
+    shared.client.complete("kept")
 
 
 ODD_NAMES = ["x" * 255, 'coder_script.startup_unit["health-check"]', "<module>.git-clone", "a\\b", "Clone repository"]
@@ -2532,45 +2529,21 @@ def test_every_printable_name_can_be_used(shared: World) -> None:
     assert {u.unit_name for u in shared.client.list()} >= set(ODD_NAMES)
 
 
-def test_a_request_of_64_KiB_is_taken_and_one_byte_more_is_not(shared: World) -> None:
-    line = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
-    peer = shared.connect()
-    peer.send(line.ljust(coder_sync.MAX_LINE) + b"\n")
+def test_requests_may_come_in_any_pieces_and_end_anywhere(shared: World) -> None:
+    peer, line = shared.connect(), b'{"jsonrpc":"2.0","id":%d,"method":"want","params":{"unit":"half"}}'
+    peer.send(PING.ljust(coder_sync.MAX_LINE) + b"\n")
     assert "result" in peer.read()
-    peer.send(line.ljust(coder_sync.MAX_LINE + 1) + b"\n")
-    assert peer.read()["error"]["code"] == -32700
-    assert peer.read() is None
-
-
-@pytest.mark.parametrize("end", [b"", b"\n"], ids=["without end", "with end"])
-def test_a_line_of_10_MB_is_refused_before_it_is_read(shared: World, end: bytes) -> None:
-    peer = shared.connect()
-
-    def send() -> None:
-        with contextlib.suppress(OSError):
-            peer.send(b"x" * 10_000_000 + end)
-
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(send)
-        error = peer.read()["error"]
-    assert error["code"] == -32700
-    assert "65536 bytes" in error["message"]
-    served(shared)
-
-
-def test_requests_in_single_bytes_and_many_at_once_are_all_answered(shared: World) -> None:
-    line = b'{"jsonrpc":"2.0","id":%d,"method":"status","params":{"unit":"x"}}'
-    peer = shared.connect()
-    for byte in line % 7 + b"\n":
+    for byte in PING + b"\n":
         peer.send(bytes([byte]))
-    assert peer.read()["id"] == 7
-    peer.send(b"\r\n\n".join(line % i for i in range(300)) + b"\n")
+    assert peer.read()["id"] == 1
+    peer.send(b"\r\n\n".join(PING.replace(b"1", b"%d" % i) for i in range(300)) + b"\n")
     assert [peer.read()["id"] for _ in range(300)] == list(range(300))
-
-
-def test_a_last_line_without_its_end_is_answered_and_half_a_line_is_an_error(shared: World) -> None:
-    line = b'{"jsonrpc":"2.0","id":1,"method":"want","params":{"unit":"half"}}'
-    for data, code in ((line[:-2], -32700), (line, None)):
+    for cut in range(len(line % 1)):
+        peer = shared.connect()
+        peer.send((line % 1)[:cut])
+        peer.close()
+    for data, code in ((line[:-2] % 1, -32700), (line % 1, None)):
+        served(shared)
         assert shared.status("half") == "not registered"
         peer = shared.connect()
         peer.send(data)
@@ -2580,16 +2553,27 @@ def test_a_last_line_without_its_end_is_answered_and_half_a_line_is_an_error(sha
     assert shared.status("half") == "pending"
 
 
-def test_a_duplicate_id_is_refused_while_the_first_still_waits(shared: World) -> None:
-    peer = shared.connect()
+def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World) -> None:
+    peer, other = shared.connect(), shared.connect()
     peer.request("start", 1, unit="first", dependencies=["later"])
     shared.waiting("first")
-    assert "in use" in peer.call("start", 1, unit="second")["error"]["message"]
-    assert "in use" in peer.call("ping", 1)["error"]["message"]
+    for method, params in (("start", {"unit": "second"}), ("ping", {})):
+        assert "in use" in peer.call(method, 1, **params)["error"]["message"]
     shared.end("later")
     assert peer.read()["result"]["dependencies"] == ["later"]
-    assert peer.call("ping", 1)["id"] == 1
+    assert "result" in peer.call("start", 1, unit="unconfirmed", confirm=True)
+    assert "is in use" in peer.call("start", 1, unit="second", confirm=True)["error"]["message"]
     assert shared.status("second") == "not registered"
+    other.request("start", unit="unconfirmed", progress=True)
+    (row,) = other.read()["params"]["missing"]
+    assert (row["depends_on"], row["current_status"]) == ("unconfirmed", "started") and row["owner"]["pid"]
+    assert [peer.call("confirm", 2, id=1)["result"] for _ in range(2)] == [{"confirmed": True}, {"confirmed": False}]
+    assert other.read()["error"]["message"].startswith('unit "unconfirmed" is already started')
+    assert "result" in peer.call("start", 1, unit="second", confirm=True)
+    other.request("start", unit="second", progress=True)
+    assert "waiting" in other.read()["method"]
+    peer.close()  # and what it was granted goes to the next
+    assert "result" in other.read()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2730,15 +2714,6 @@ def test_what_a_client_asked_before_it_hung_up_is_done(world: World) -> None:
     assert [world.status(name) for name in "abc"] == ["pending"] * 3
 
 
-def test_clients_killed_at_any_byte_of_their_request_disturb_nobody(shared: World) -> None:
-    line = b'{"jsonrpc":"2.0","id":1,"method":"start","params":{"unit":"cut","dependencies":["x"]}}\n'
-    for cut in range(len(line)):
-        peer = shared.connect()
-        peer.send(line[:cut])
-        peer.close()
-    served(shared)
-
-
 def fill(world: World, names: int) -> None:
     """Make an agent know this many names of 250 bytes."""
     peer = world.connect()
@@ -2872,15 +2847,6 @@ def test_a_client_with_a_small_stack_survives_a_deep_answer(world: World) -> Non
         done = finish(world.spawn(["sh", "-c", SMALL_STACK + "ping"]))
     assert done.returncode == 3
     assert "does not speak our protocol" in done.stderr
-
-
-def test_a_cycle_is_refused_with_all_its_names(shared: World) -> None:
-    shared.client.want("c1", "c2")
-    shared.client.want("c2", "c3")
-    with pytest.raises(CycleError, match="cycle detected: c3 -> c1 -> c2 -> c3") as caught:
-        shared.client.want("c3", "innocent", "c1")
-    assert caught.value.data == ["c3", "c1", "c2", "c3"]
-    assert "innocent" not in [u.unit_name for u in shared.client.list(everything=True)]
 
 
 @contextlib.contextmanager
