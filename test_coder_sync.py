@@ -1140,7 +1140,7 @@ class Model:
         self.starts: dict[str, tuple[str, bool, list[str]]] = {}  # ticket -> unit, held, locks
         self.waits: dict[str, list[tuple[str, str]]] = {}  # ticket of a wait -> its needs
         self.holders: dict[str, str] = {}  # unit -> ticket of the start that is on
-        self.delivered_: set[str] = set()  # of those, the ones whose answer has arrived
+        self.arrived: set[str] = set()  # of those, the ones whose answer has arrived
         self.locks: dict[str, list[str]] = {}  # started unit -> the locks it has
         self.told: dict[str, Any] = {}  # ticket of a start -> its answer: dependencies or a class of error
         self.may_tell: dict[str, list[Any]] = {}  # ticket of a wait -> answers that were right at some moment
@@ -1177,56 +1177,57 @@ class Model:
         unit = self.starts[ticket][0] if ticket in self.starts else ""
         return not (ticket in self.waits or ticket in self.line or self.holders.get(unit) == ticket)
 
-    # -- what callers may do: each returns the kind of error it must be refused with, or None
+    # -- steps: each returns the kind of error it must be refused with, or None
 
-    def want(self, unit: str, dependencies: list[str], requires: str) -> type[Exception] | None:
-        for dependency in dependencies:
-            if self.edges.get((unit, dependency), requires) != requires:
-                return Refused
-            if self.reaches(dependency, unit):
-                return CycleError
-        self.edges.update({(unit, d): requires for d in dependencies})
-        self.statuses.setdefault(unit, "pending")
-        return None
+    def want(self, step: Step) -> type[Exception] | None:
+        unit, *dependencies = step.names
+        return self.link({unit: dict.fromkeys(dependencies, step.requires)})
 
-    def start(
-        self, unit: str, ticket: str, dependencies: list[str], requires: str, held: bool, locks: list[str]
-    ) -> type[Exception] | None:
-        refusal = self.want(unit, dependencies, requires)
-        on = self.holders.get(unit)
-        if refusal is None and self.status(unit) == "started" and (on is None or on in self.delivered_):
-            refusal = AlreadyStarted
-        if refusal is None:
-            self.starts[ticket] = (unit, held, locks)
-            self.line.append(ticket)
-            if self.status(unit) in ENDED:
-                self.may_become[unit] = "pending"
-        return refusal
-
-    def wait(self, names: list[str], ticket: str, requires: str) -> None:
-        self.waits[ticket] = [(n, requires) for n in dict.fromkeys(names)]
-
-    def boot(self, wants: dict[str, list[str]]) -> type[Exception] | None:
-        if any(self.status(u) == "started" or self.line_of(u) for u in wants):
-            return Refused
+    def link(self, members: dict[str, dict[str, str]], anew: bool = False) -> type[Exception] | None:
         before = dict(self.edges)
-        self.edges = {e: r for e, r in before.items() if not (e[0] in wants and self.status(e[0]) in ENDED)}
-        for unit, dependencies in wants.items():
-            for dependency in dependencies:
-                wrong = self.edges.get((unit, dependency), "success") != "success"
+        if anew:
+            self.edges = {e: r for e, r in before.items() if not (e[0] in members and self.status(e[0]) in ENDED)}
+        for unit, wants in members.items():
+            for dependency, requires in wants.items():
+                wrong = self.edges.get((unit, dependency), requires) != requires
                 if wrong or self.reaches(dependency, unit):
                     self.edges = before
                     return Refused if wrong else CycleError
-                self.edges[unit, dependency] = "success"
-        for unit in wants:
-            if self.statuses.setdefault(unit, "pending") != "pending":
-                self.may_become[unit] = "pending"
-            self.starts[f"boot of {unit}"] = (unit, True, [])
-            self.delivered_.discard(f"boot of {unit}")
-            self.line.append(f"boot of {unit}")
+                self.edges[unit, dependency] = requires
+        for unit in members:
+            self.statuses.setdefault(unit, "pending")
         return None
 
-    def end(self, unit: str, outcome: str) -> type[Exception] | None:
+    def start(self, step: Step) -> type[Exception] | None:
+        unit, refusal = step.names[0], self.want(step)
+        on = self.holders.get(unit)
+        if refusal is None and self.status(unit) == "started" and (on is None or on in self.arrived):
+            refusal = AlreadyStarted
+        if refusal is None:
+            self.claim(step.tickets[0], unit, "held" in step.flags, step.locks)
+        return refusal
+
+    def claim(self, ticket: str, unit: str, held: bool, locks: list[str], again: tuple[str, ...] = ENDED) -> None:
+        self.starts[ticket] = (unit, held, locks)
+        self.line.append(ticket)
+        if self.status(unit) in again:
+            self.may_become[unit] = "pending"
+
+    def wait(self, step: Step) -> None:
+        self.waits[step.tickets[0]] = [(n, step.requires) for n in dict.fromkeys(step.names)]
+
+    def boot(self, step: Step) -> type[Exception] | None:
+        members = {name: wants for name, wants, _ in step.members}
+        if any(self.status(u) == "started" or self.line_of(u) for u in members):
+            return Refused
+        refusal = self.link(members, anew=True)
+        if refusal is None:
+            for unit, _, locks in step.members:
+                self.claim(f"{step.tickets[0]}.{unit}", unit, True, locks)
+        return refusal
+
+    def complete(self, step: Step, outcome: str = "completed") -> type[Exception] | None:
+        (unit,) = step.names
         status = self.status(unit)
         if status == "not registered":
             return NotRegistered
@@ -1236,33 +1237,37 @@ class Model:
         self.tell(unit, Refused)
         return None
 
-    def end_claims(self, tickets: list[str]) -> None:
+    def fail(self, step: Step) -> type[Exception] | None:
+        return self.complete(step, "failed")
+
+    def lose(self, step: Step) -> None:
         touched: dict[str, bool] = {}
-        for ticket in tickets:
+        for ticket in step.tickets:
             self.waits.pop(ticket, None)
-            if ticket in self.starts and not self.is_over(ticket):
-                unit, held, _ = self.starts[ticket]
+        for ticket, (unit, held, _) in self.starts.items():
+            if not self.is_over(ticket) and {ticket, ticket.partition(".")[0]} & {*step.tickets}:
                 touched[unit] = held or touched.get(unit, False)
                 if ticket in self.line:
                     self.line.remove(ticket)
                 else:
                     del self.holders[unit]
         for unit, held in touched.items():
-            if self.status(unit) == "started" and unit not in self.holders:
-                self.may_become[unit] = "failed" if held and not self.line_of(unit) else "pending"
-            elif self.status(unit) == "pending" and held and not self.line_of(unit):
+            if unit not in self.holders and held and not self.line_of(unit):
                 self.may_become[unit] = "failed"
+            elif unit not in self.holders and self.status(unit) == "started":
+                self.may_become[unit] = "pending"
 
-    def delivered(self, ticket: str) -> None:
+    def delivered(self, step: Step) -> None:
+        (ticket,) = step.tickets
         unit, held, _ = self.starts.get(ticket, ("", False, []))
-        if unit and self.holders.get(unit) == ticket and ticket not in self.delivered_:
-            self.delivered_.add(ticket)
+        if unit and self.holders.get(unit) == ticket and ticket not in self.arrived:
+            self.arrived.add(ticket)
             self.tell(unit, AlreadyStarted)
             if not held:
                 del self.holders[unit]
 
-    def reset(self, names: list[str]) -> type[Exception] | None:
-        todo = names or list(self.statuses)
+    def reset(self, step: Step) -> type[Exception] | None:
+        todo = step.names or list(self.statuses)
         if any(self.status(n) == "not registered" for n in todo):
             return NotRegistered
         if any(self.status(n) == "started" for n in todo):
@@ -1273,7 +1278,7 @@ class Model:
         self.may_become.update(dict.fromkeys(again, "pending"))
         return None
 
-    # -- what follows from it
+    # -- what follows
 
     def become(self, unit: str, status: str) -> None:
         self.statuses[unit] = status
@@ -1284,10 +1289,11 @@ class Model:
     def tell(self, unit: str, answer: Any) -> None:
         for ticket in self.line_of(unit):
             self.line.remove(ticket)
-            self.told[ticket] = answer
+            if "." not in ticket:  # a boot is notified instead
+                self.told[ticket] = answer
 
-    def step(self, unit: str, kind: str) -> None:
-        """Take a step that Units says it took; it must be allowed."""
+    def follow(self, unit: str, kind: str) -> None:
+        """Do what Units says it did; it must be allowed."""
         needs, status = self.needs(unit), self.status(unit)
         if self.may_become.get(unit) == kind:
             del self.may_become[unit]
@@ -1324,7 +1330,7 @@ class Model:
         for ticket in self.line:
             unit = self.starts[ticket][0]
             if self.status(unit) == "started":  # whose answer is on its way
-                assert self.holders[unit] not in self.delivered_, f"{ticket} should have been answered"
+                assert self.holders[unit] not in self.arrived, f"{ticket} should have been answered"
                 continue
             assert self.status(unit) == "pending"
             first = self.line_of(unit)[0]
@@ -1341,83 +1347,59 @@ class Play:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.clock = Clock()
-        self.units = Units(self.clock, self.clock)
-        self.model = Model()
+        self.rules, self.model = Rules(), Model()
+        self.units = self.rules.units
         self.names = "abcdef"[: self.random.choice([2, 3, 4, 6])]
-        self.claims: dict[str, Any] = {}  # by ticket
         self.requirements = self.random.choice([["success"], ["success", "success", "completion", "start"]])
 
-    def operation(self) -> tuple[str, list[Any]]:
+    def step(self) -> Step:
         """Choose what to do next."""
+        claims = self.rules.claims
         some = self.random.choices(self.names, k=self.random.choice([0, 1, 1, 2, 3]))
-        name, requires = self.random.choice(self.names), self.random.choice(self.requirements)
-        tickets = self.random.sample(list(self.claims), min(len(self.claims), self.random.choice([1, 1, 2, 5])))
-        new = f"t{len(self.claims)}"
-        weights = {"want": 3, "start": 6, "complete": 5, "fail": 2, "wait": 2, "end_claims": 2, "delivered": 4}
-        weights.update(boot=1, reset=1)
-        what = self.random.choices(list(weights), list(weights.values()))[0]
-        if what == "want":
-            return what, [name, some, requires]
-        if what == "start":
-            locks = self.random.sample(["k", "l"], self.random.choice([0, 0, 0, 1, 2]))
-            return what, [
-                name,
-                new,
-                some[:2] if self.random.random() < 0.4 else [],
-                requires,
-                self.random.random() < 0.4,
-                locks,
-            ]
-        if what == "wait":
-            return what, [some or [name], new, requires]
-        if what == "end_claims":
-            return what, [tickets]
-        if what == "delivered":
-            on = [t for t, c in self.claims.items() if not self.units.is_over(c)]
-            return what, [self.random.choice(on)] if on else ["none"]
-        if what == "boot":
-            return what, [{u: self.random.choices(self.names, k=self.random.choice([0, 0, 1])) for u in some or [name]}]
-        return what, [sorted(set(some))] if what == "reset" else [name]
+        name, new = self.random.choice(self.names), f"#{self.units.seq}-{len(claims)}"
+        open_ = [ticket for ticket, claim in claims.items() if not self.units.is_over(claim)]
+        weights = {"want": 3, "start": 6, "complete": 5, "fail": 2, "wait": 2, "lose": 2, "delivered": 4}
+        verb = self.random.choices([*weights, "boot", "reset"], [*weights.values(), 1, 1])[0]
+        words = [name]
+        if verb in ("want", "wait"):
+            words = [name, *some]
+        elif verb == "start":
+            words = [name, new, *(some[:2] if self.random.random() < 0.4 else [])]
+            words += ["held"] * (self.random.random() < 0.4)
+            words += [self.random.choice(["", "", "", "lock=k", "lock=l", "lock=k,l"])]
+        elif verb == "lose":
+            words = self.random.sample(list(claims), min(len(claims), self.random.choice([1, 1, 2, 5])))
+        elif verb == "delivered":
+            words = [self.random.choice(open_)] if open_ else []
+            verb = verb if open_ else "reset"
+        elif verb == "boot":
+            units = dict.fromkeys(some or [name])
+            locks = [self.random.choice(["", "", "", "@k"]) for _ in units]
+            words = [f"{u}:{self.random.choice(['', '', *self.names])}{lock}" for u, lock in zip(units, locks)]
+        elif verb == "reset":
+            words = sorted(set(some))
+        if verb in ("wait", "boot"):
+            words.append(new)
+        if verb in ("want", "wait", "start"):
+            words[0] += f"!{self.random.choice(self.requirements)}"
+        return Step(" ".join([verb, *words]))
 
-    def call(self, what: str, args: list[Any]) -> None:
-        """Do it to Units."""
-        if what == "start":
-            name, ticket, dependencies, requires, held, locks = args
-            self.claims[ticket] = self.units.start(name, ticket, dependencies, requires, held=held, locks=locks)
-        elif what == "wait":
-            self.claims[args[1]] = self.units.wait(*args)
-        elif what == "boot":
-            members = [(unit, dict.fromkeys(wants, "success"), []) for unit, wants in args[0].items()]
-            for claim in self.units.boot(members, "boot"):
-                self.claims[f"boot of {claim.unit.name}"] = claim
-        elif what == "end_claims":
-            self.units.end_claims([self.claims[t] for t in args[0]], "gone")
-        elif what == "delivered":
-            if args[0] in self.claims:
-                self.units.delivered(self.claims[args[0]])
-        else:
-            getattr(self.units, what)(*args)
-
-    def do(self, what: str, args: list[Any]) -> None:
+    def do(self, step: Step) -> None:
         """Do it on both sides and compare everything."""
         seen, model, units = self.units.seq, self.model, self.units
         model.told, model.may_tell, model.may_become = {}, {}, {}
-        if what in ("complete", "fail"):
-            expected: Any = model.end(args[0], "completed" if what == "complete" else "failed")
-        else:
-            expected = getattr(model, what)(*args)
+        expected = getattr(model, step.verb)(step)
         model.look()
         result: Any = None
         try:
-            self.call(what, args)
+            self.rules.do(step)
         except Refused as error:
             result = type(error)
             if isinstance(error, CycleError):
-                self.check_cycle(error.data, what, args)
+                self.check_cycle(error.data, step)
         assert result == expected
         for number in range(seen + 1, units.seq + 1):
-            model.step(units.events[number].unit, units.events[number].kind)
+            model.follow(units.events[number].unit, units.events[number].kind)
         self.compare()
 
     def compare(self) -> None:
@@ -1428,13 +1410,13 @@ class Play:
             if claim.boot:
                 assert answer["status"] in ("started", *ENDED)
                 if answer["status"] == "started":
-                    told[f"boot of {answer['unit']}"] = list(wants(units, answer["unit"]))
+                    told[f"{ticket}.{answer['unit']}"] = list(wants(units, answer["unit"]))
             else:
                 told[ticket] = type(answer) if isinstance(answer, Exception) else answer.get("dependencies", [])
         for ticket in [t for t in told if t in model.waits]:
             assert told.pop(ticket) in model.may_tell[ticket]
             del model.waits[ticket]
-        assert told == {t: a for t, a in model.told.items() if not (t.startswith("boot") and isinstance(a, type))}
+        assert told == model.told
         model.settled()
         assert statuses(units) == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
@@ -1445,13 +1427,13 @@ class Play:
             assert unit.unmet == len(model.unmet(needs)), f"{name}: unmet"
             assert units.status(name).is_ready == (not model.unmet(needs))
             assert {lock.name for lock in unit.locks if unit in lock.taken} == set(model.locks.get(name, []))
-        for ticket, claim in self.claims.items():
-            if not ticket.startswith("boot"):  # whose ticket is used again
-                assert units.is_over(claim) == model.is_over(ticket), ticket
+        for ticket, claim in self.rules.claims.items():
+            assert units.is_over(claim) == model.is_over(ticket), ticket
 
-    def check_cycle(self, cycle: list[str], what: str, args: list[Any]) -> None:
+    def check_cycle(self, cycle: list[str], step: Step) -> None:
         """What the error names is a cycle that the new edges would close."""
-        new = args[0] if what == "boot" else {args[0]: args[1 if what == "want" else 2]}
+        members = {name: list(wants) for name, wants, _ in step.members}
+        new = members if step.verb == "boot" else {step.names[0]: step.names[1:]}
         edges = {*self.model.edges, *((unit, d) for unit, dependencies in new.items() for d in dependencies)}
         assert cycle[0] == cycle[-1]
         assert cycle[0] in new
@@ -1462,14 +1444,14 @@ class Play:
 @pytest.mark.parametrize("first", range(0, 400, 50))
 def test_units_do_what_the_model_allows_and_demands(first: int) -> None:
     for seed in range(first, first + 50):
-        play, history = Play(seed), []
+        play, steps = Play(seed), []
         for _ in range(60):
-            what, args = play.operation()
-            history.append(f"{what}{tuple(args)}")
+            step = play.step()
+            steps.append(step.text)
             try:
-                play.do(what, args)
+                play.do(step)
             except Exception as error:
-                raise AssertionError(f"seed {seed}: {error!r}\n" + "\n".join(history)) from error
+                raise AssertionError(f"seed {seed}: {error!r}\n" + "; ".join(steps)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------
