@@ -2050,34 +2050,35 @@ class WakeUp:
     awake = False
 
     def __init__(self) -> None:
-        self._ends: tuple[int, ...] = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        from io import FileIO
+
+        ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        self._ends = [FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
 
     def close(self) -> None:
         """Give the descriptors back; from now on nobody is woken."""
-        ends, self._ends = getattr(self, "_ends", ()), ()
-        for fd in ends:
-            os.close(fd)
-
-    __del__ = close  # of a connection whose thread found no memory to begin with
+        self.awake = True
+        for end in self._ends:
+            end.close()
 
     def wake(self) -> None:
         """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
-        if self._ends and not self.awake:
+        if not self.awake:
             self.awake = True
-            os.write(self._ends[-1], (1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
 
     def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
         """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
         from select import POLLIN, poll
 
-        poller = poll()
-        for fd in (self._ends[0], *others):
+        poller, end = poll(), self._ends[0]
+        for fd in (end.fileno(), *others):
             poller.register(fd, POLLIN)
         ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < float("inf") else None)}
         self.awake = True
-        if self._ends[0] in ready:
-            os.read(self._ends[0], 4096)
-        return ready - {self._ends[0]}
+        if end.fileno() in ready:
+            end.read(4096)
+        return ready - {end.fileno()}
 
 
 class Connection:
@@ -2100,7 +2101,7 @@ class Connection:
         """When the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
         for claim in self.open.values():
-            times += (claim.deadline, claim.ticket.look_at)
+            times += [claim.ticket.look_at] if claim.ticket.answered else [claim.ticket.look_at, claim.deadline]
         return min(times)
 
     def send(self, data: bytes) -> None:
@@ -2158,7 +2159,6 @@ class Agent:
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
         self.connections: WeakSet[Connection] = WeakSet()  # one whose thread found no memory to begin with leaves
         self.followers: set[Connection] = set()
-        self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
@@ -2242,10 +2242,11 @@ class Agent:
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
             self.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
         finally:
-            self._end(connection)
+            while not self._end(connection):
+                time.sleep(0.05)
 
-    def _end(self, connection: Connection) -> None:
-        """The peer of a connection is gone: end its claims, however little memory there is."""
+    def _end(self, connection: Connection) -> bool:
+        """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
         try:
             with self.lock:
                 self.connections.discard(connection)
@@ -2264,10 +2265,10 @@ class Agent:
                 connection.claims.clear()
                 connection.wake_up.close()
                 connection.gone = True
-            connection.sock.close()
         except MemoryError:
-            time.sleep(0.05)
-            self._end(connection)
+            return False
+        connection.sock.close()
+        return True
 
     def _converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
@@ -2325,8 +2326,7 @@ class Agent:
             result = self._call(request, decode(line))
             if isinstance(result, UnitStatus):
                 own = Dependency(result.unit_name, "", result.status, False)
-                self._suggest([own], "")
-                self._suggest(result.dependencies, result.unit_name)
+                self._suggest([own, *result.dependencies], result.unit_name)
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
@@ -2422,13 +2422,9 @@ class Agent:
     # -- under the lock -----------------------------------------------------------------------------------
 
     def _distribute(self) -> None:
-        """Pass on the answers that became known, and wake the followers if anything has happened."""
+        """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
             self._answer(claim, answer)
-        if self.news:
-            self.news = False
-            for follower in self.followers:
-                follower.wake_up.wake()
 
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
@@ -2442,7 +2438,8 @@ class Agent:
         detail = f": {event.detail}" if event.detail else ""
         level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
         self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
-        self.news = True
+        for follower in self.followers:
+            follower.wake_up.wake()
 
     def _report(self, claim: Claim) -> None:
         request = claim.ticket
@@ -2702,8 +2699,6 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
     before = os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if replace:
-            replace(path)
         doing = f"open {lock}{whose(lock)}"
         held = hold(lock, path, replace)
         at_end.callback(os.close, held)
@@ -2742,6 +2737,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
 
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
+        late = time.monotonic() > deadline
+        if replace and not late:
+            replace(path)
         # O_NONBLOCK: another user may have put a pipe there
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         found = os.fstat(fd)
@@ -2758,11 +2756,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{whose(lock)} is serving {path} already", "stop") from None
-            if time.monotonic() > deadline:
+            if late:
                 remove(lock, found)
-            else:
-                replace(path)
-                time.sleep(0.02)
+            time.sleep(0.02)
         except FileNotFoundError:
             pass
         finally:
@@ -3522,11 +3518,12 @@ def json_text(value: Any) -> str:
 # -- one unit, and tables -----------------------------------------------------------------------------------
 
 
-def owner_text(owner: Owner | None, by: str = "") -> str:
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
     """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None or not owner.command:
-        return f"{by and ' '}(pid {owner.pid})" if owner else ""
-    return f"{by}{owner.command} (pid {owner.pid})"
+    if owner is None:
+        return ""
+    who = f"{by}{owner.command} " if owner.command else by and " "
+    return f"{who}(pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def dependency_text(row: Dependency) -> str:
@@ -3538,9 +3535,7 @@ def dependency_text(row: Dependency) -> str:
         lacks = f"waits for {', '.join(row.waits_for)}" if row.waits_for else "not started yet"
         return f"{text} for {span(row.age)}, {lacks}"
     text += f" {span(row.age)} ago" + (f" ({row.reason})" if row.reason else "")
-    if row.owner and row.current_status == STARTED:
-        text += owner_text(row.owner, " by ") + (", which is no longer running" if row.owner.alive is False else "")
-    return text
+    return text + (owner_text(row.owner, " by ") if row.current_status == STARTED else "")
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
@@ -3562,13 +3557,12 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "
 
 def status_text(status: UnitStatus, columns: str = "") -> str:
     """A unit and the table of its dependencies."""
-    gone = ", which is no longer running" if status.owner and status.owner.alive is False else ""
     facts = {
         "Unit": status.unit_name,
         "Status": status.status,
         "Ready": str(status.is_ready).lower(),
         "Reason": status.reason,
-        "Started by": owner_text(status.owner) + gone,
+        "Started by": owner_text(status.owner),
         "Tries": str(len(status.tries) + 1) if status.tries else "",
         "Runs on": "yes" if status.running_on else "",
         "Ended since": status.exit_reason,
@@ -3624,6 +3618,10 @@ class Bar:
         self.ready = min(max(unit.ready, self.asked), self.started) if unit.ready >= 0 else self.started
         self.exited = max(self.ended, last if unit.running_on else min(unit.exited, last))
         self.ran = self.ended - self.started if self.has_run else 0.0
+        # how long it ran, or waited if it has not started
+        self.took = span(self.ran if self.has_run else self.ended - self.asked)
+        if not self.has_run and unit.waiting < 0:
+            self.took = "-"
 
     def phases(self) -> list[tuple[str, float, float]]:
         """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
@@ -3637,34 +3635,29 @@ class Bar:
             return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting >= 0)]
         return [p for p in found if p[2] > p[1] or p[0] == "running"]
 
-    def took(self) -> str:
-        """How long the unit ran, or waited if it has not started."""
-        waited = span(self.ended - self.asked) if self.unit.waiting >= 0 else "-"
-        return span(self.ran) if self.has_run else waited
-
 
 class Startup:
     """A graph, and what its pictures have in common."""
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-
-        def sign(u: UnitStatus) -> float:
-            return min((t for t in (u.registered, u.waiting, u.started, u.ended) if t >= 0), default=0.0)
-
-        self.first = min(map(sign, known), default=0.0)
-        self.last = max((t for u in known for t in (u.waiting, u.started, u.ended)), default=0.0)
+        moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
+        signs = {name: min((t for t in times if t >= 0), default=0.0) for name, times in moments.items()}
+        self.first = min(signs.values(), default=0.0)
+        self.last = max((t for times in moments.values() for t in times[1:]), default=0.0)
         over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
         if known and not over:
             self.last = max(self.last, graph.now)
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(key=lambda u: (u.started < 0, u.started if u.started >= 0 else sign(u), u.unit_name))
+        known.sort(key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name))
         self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
-        self.critical, self.steps = set(names), set(zip(names, names[1:]))
+        self.critical, steps = set(names), set(zip(names, names[1:]))
+        # every dependency, what waits for it, what that requires, and whether the critical path goes there
+        self.edges = [(d, u.unit_name, r, (d, u.unit_name) in steps) for u in graph.nodes for d, r in u.wants.items()]
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
         """The chain of units that determined when the last one ended, each with its share in seconds.
@@ -3722,11 +3715,6 @@ class Startup:
         return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
-def summary(graph: Graph) -> str:
-    """How long a startup took and what it spent its time on, in a sentence."""
-    return Startup(graph).summary()
-
-
 def standing(unit: UnitStatus) -> str:
     """The status in a word for pictures, which show what is on its way."""
     if unit.status == PENDING:
@@ -3749,20 +3737,14 @@ def joined(*parts: str, by: str = ": ") -> str:
 # -- the timeline -------------------------------------------------------------------------------------------
 
 
-def ticks(length: float, most: int) -> list[float]:
-    """Round numbers of seconds for an axis, at most `most` of them behind 0 and not many less."""
+def ticks(length: float, most: int) -> list[tuple[float, str]]:
+    """Round numbers of seconds for an axis, at most `most` behind 0 and not many less, each with its text."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
-    steps += [86400.0, 2 * 86400.0]
-    step = next((s for s in steps if length / s <= max(most, 1)), length or 1.0)
-    return [i * step for i in range(int(length / step + 1e-9) + 1)]
-
-
-def tick_text(seconds: float) -> str:
-    """A time on an axis, exact: `span` rounds."""
-    if 0 < seconds < 60:
-        return f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1000:g}ms"
-    return span(seconds) if seconds else "0"
+    step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
+    times = [i * step for i in range(int(length / step + 1e-9) + 1)]
+    exact = {t: f"{t:g}s" if t >= 1 else f"{t * 1000:g}ms" for t in times if t < 60}  # `span` rounds
+    return [(t, exact.get(t, span(t)) if t else "0") for t in times]
 
 
 COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
@@ -3789,8 +3771,8 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     cells = max(10, width - names - 22)
     scale = cells / startup.length if startup.length > 0 else 0.0
     axis = " " * (names + 3)
-    for tick in ticks(startup.length, cells // 10):
-        at, text = int(tick * scale + 1e-9), tick_text(tick)
+    for tick, text in ticks(startup.length, cells // 10):
+        at = int(tick * scale + 1e-9)
         if at + len(text) <= cells:
             axis = axis.ljust(names + 3 + at) + text
     lines, drawn = [axis], set()
@@ -3806,7 +3788,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
         if colour:
             name = f"\033[1m{name}\033[0m" if critical else name
             text = f"\033[{COLOURS[bar.unit.status]}m{text}\033[0m"
-        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took():>7} {standing(bar.unit)}")
+        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {standing(bar.unit)}")
     legend = ", ".join(f"{mark[kind]} {meaning}" for kind, meaning in MEANINGS.items() if mark[kind] in drawn)
     return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
 
@@ -3840,34 +3822,33 @@ def blame_text(graph: Graph, width: int = 100) -> str:
 def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
     """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
     startups = old, new = Startup(before), Startup(now)
+
+    def changes(
+        was: dict[str, float], its: dict[str, float], came: str, went: str
+    ) -> list[tuple[float, str, str, str]]:
+        """By how much each changed, its name, that in words (+1.2s, -350ms, 0), and whether it came or went."""
+        found = []
+        for name in {**its, **was}:
+            more = its.get(name, 0.0) - was.get(name, 0.0)
+            words = "0" if abs(more) < 0.0005 else ("+" if more > 0 else "-") + span(abs(more))
+            found.append((abs(more), name, words, came if name not in was else went if name not in its else ""))
+        return sorted(found, key=lambda change: -change[0])
+
     ran = [{bar.name: bar.ran for bar in startup.ran} for startup in startups]
-    changes = differences(*ran)
     rows = []
-    for name in sorted(changes, key=lambda name: (-abs(changes[name]), name)):
-        change = "came" if name not in ran[0] else "went" if name not in ran[1] else signed(changes[name])
-        rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), change])
+    for _, name, change, how in sorted(
+        changes(ran[0], ran[1], "came", "went"), key=lambda change: (-change[0], change[1])
+    ):
+        rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), how or change])
     more = new.length - old.length
     how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
     text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
     shares = [{bar.name: share for bar, share in startup.path} for startup in startups]
-    gains = {name: gain for name, gain in differences(*shares).items() if abs(gain) >= 0.001}
-    steps = []
-    for name in sorted(gains, key=lambda name: -abs(gains[name]))[:5]:
-        which = " (new on it)" if name not in shares[0] else " (no longer on it)" if name not in shares[1] else ""
-        steps.append(f"{name} {signed(gains[name])}{which}")
-    steps += [f"{len(gains) - 5} more"] if len(gains) > 5 else []
+    gains = changes(shares[0], shares[1], " (new on it)", " (no longer on it)")
+    steps = [f"{name} {gain}{how}" for size, name, gain, how in gains if size >= 0.001]
+    steps[5:] = [f"{len(steps) - 5} more"] if len(steps) > 5 else []
     text += f"; on the critical path: {', '.join(steps)}" if steps else ""
     return table(["UNIT", "BEFORE", "NOW", "CHANGE"], rows) + "\n" + "\n".join(wrap(text, width)) + "\n"
-
-
-def differences(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
-    """What was added to each."""
-    return {name: now.get(name, 0.0) - before.get(name, 0.0) for name in {**now, **before}}
-
-
-def signed(seconds: float) -> str:
-    """A difference: +1.2s, -350ms, 0."""
-    return "0" if abs(seconds) < 0.0005 else ("+" if seconds > 0 else "-") + span(abs(seconds))
 
 
 def saved_time(value: Any) -> float:
@@ -3880,11 +3861,13 @@ def saved_time(value: Any) -> float:
 TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
 SAVED: dict[str, Callable[[Any], Any]] = {  # what of a unit is saved, and how it is read: it may be anything
+    "unit_name": check_name,
+    "status": str,
     **dict.fromkeys(TIMES, saved_time),
     "tries": lambda times: [max(0.0, saved_time(t)) for t in times],
     "reason": one_line,
     "released_by": lambda name: check_name(name) if name else "",
-    "wants": lambda wants: {check_name(d): REQUIREMENTS[REQUIREMENTS.index(r)] for d, r in wants.items()},
+    "wants": lambda wants: {check_name(d): check_requirement(r) for d, r in wants.items()},
     "exit_code": lambda code: None if code is None else int(code),
     "is_waiting": bool,
     "locks": lambda locks: list(map(check_name, locks)),
@@ -3901,42 +3884,39 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     def since(t: float) -> float | None:
         return round(t - startup.first, 6) if t >= 0 else None
 
-    rows = []
-    for u in [bar.unit for bar in startup.rows]:
-        row = {key: getattr(u, key) for key in ("unit_name", "status", *SAVED)}
-        rows.append({**row, **{key: since(row[key]) for key in TIMES}, "tries": list(map(since, u.tries))})
+    rows = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
+    for row in rows:
+        row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
     head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
     return {**head, "critical_path": path, "units": rows}
 
 
 def timeline_graph(text: bytes, name: str) -> Graph:
-    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError."""
+    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError.
+
+    Nothing is left in it that a picture could stumble over.
+    """
     import json
 
     try:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        units = {row["unit_name"]: saved_unit(row) for row in data["units"]}
+        units = {}
+        for row in data["units"]:
+            fields = {key: read(row[key]) for key, read in SAVED.items() if key in row}
+            units[row["unit_name"]] = unit = UnitStatus(is_ready=False, **fields)
+            if "is_waiting" not in row:  # the first version did not say
+                unit.is_waiting = unit.status == PENDING and unit.waiting >= 0
+            if unit.status not in (PENDING, STARTED, *ENDED) or all(getattr(unit, key) < 0 for key in TIMES[:4]):
+                raise ValueError
         now = saved_time(data["seconds"])
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, Refused, InvalidParams):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
     for dependency in [d for unit in units.values() for d in unit.wants]:
         units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
     return Graph(now, list(units.values()))
-
-
-def saved_unit(row: dict[str, Any]) -> UnitStatus:
-    """One unit of a saved timeline, with nothing in it that a picture could stumble over. Raises as it happens."""
-    unit = UnitStatus(check_name(row["unit_name"]), row["status"], False)
-    for key in SAVED.keys() & row.keys():
-        setattr(unit, key, SAVED[key](row[key]))
-    if "is_waiting" not in row:  # the first version did not say
-        unit.is_waiting = unit.status == PENDING and unit.waiting >= 0
-    if unit.status not in (PENDING, STARTED, *ENDED) or not any(getattr(unit, key) >= 0 for key in TIMES[:4]):
-        raise ValueError
-    return unit
 
 
 def timeline_trace(graph: Graph) -> dict[str, Any]:
@@ -3970,7 +3950,7 @@ def timeline_trace(graph: Graph) -> dict[str, Any]:
             events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at(t), **row})
     for bar in startup.ran:
         before = startup.bars.get(bar.unit.released_by)
-        if before and before.has_run and before.name in rows:
+        if before and before.has_run:
             arrow = {"cat": "released", "name": "released", "id": rows[bar.name]["tid"]}
             leaves = max(at(before.started), min(at(before.ended) - 1, at(bar.started)))
             events.append({"ph": "s", **arrow, **rows[before.name], "ts": leaves})
@@ -4064,11 +4044,11 @@ def timeline_svg(graph: Graph) -> str:
     body = [svg_text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
     top = 18 * len(said) + 44
     foot = top + high * len(rows)
-    for tick in ticks(startup.length, 10) if rows else ():
+    for tick, text in ticks(startup.length, 10) if rows else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
         for y in (top - 14, foot + 14)[: 1 + (len(rows) > 30)]:
-            body.append(svg_text(x, y, tick_text(tick), ' class="m" text-anchor="middle"'))
+            body.append(svg_text(x, y, text, ' class="m" text-anchor="middle"'))
     tops = {bar.name: top + high * i for i, bar in enumerate(rows)}
     for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
         u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
@@ -4081,7 +4061,7 @@ def timeline_svg(graph: Graph) -> str:
                 x = min(at(since), left + scale_width - size)
                 body.append(svg_phase(kind, u.status + " k" * critical, x, y, size))
         body += [svg_phase("another try", "", at(t), y, 0) for t in u.tries if bar.has_run]
-        body.append(svg_text(right - 8, y + 14, bar.took(), ' text-anchor="end"'))
+        body.append(svg_text(right - 8, y + 14, bar.took, ' text-anchor="end"'))
         body.append(svg_text(right, y + 14, outcome, f' class="{FAILED if u.status == FAILED else "m"}"') + "\n</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
         body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
@@ -4154,11 +4134,6 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
-def edges_of(graph: Graph) -> list[tuple[str, str, str]]:
-    """Every dependency with what waits for it and what that requires."""
-    return [(name, u.unit_name, requirement) for u in graph.nodes for name, requirement in u.wants.items()]
-
-
 def graph_dot(graph: Graph) -> str:
     """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
 
@@ -4176,9 +4151,9 @@ def graph_dot(graph: Graph) -> str:
         words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
         words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
         lines.append(line(quote(u.unit_name), words, u.unit_name in startup.critical))
-    for name, dependent, requirement in edges_of(graph):
+    for name, dependent, requirement, bold in startup.edges:
         words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
-        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, (name, dependent) in startup.steps))
+        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, bold))
     return "\n".join(lines) + "\n}\n"
 
 
@@ -4189,16 +4164,16 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    startup, edges, bold = Startup(graph), edges_of(graph), "stroke:#d2641e,stroke-width:3px"
+    startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
     fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
     lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
-    for name, dependent, requirement in edges:
+    for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
     lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
     lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
-    numbers = ",".join(str(i) for i, edge in enumerate(edges) if edge[:2] in startup.steps)
+    numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
     lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
     return "\n".join(lines) + "\n"
 
@@ -4206,7 +4181,7 @@ def graph_mermaid(graph: Graph) -> str:
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
     nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
-    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r in edges_of(graph)]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r, _ in Startup(graph).edges]
     return {"units": nodes, "edges": edges}
 
 
@@ -4304,7 +4279,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
         who = gave_up if unit.waiting >= 0 else "nobody has called start on it"
         who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
-    by, log = owner_text(unit.owner, " by "), f"; its output is in {unit.log}" if unit.log else ""
+    by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
     waited = unit.started - unit.waiting if unit.waiting >= 0 else 0.0
     how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
@@ -5398,7 +5373,7 @@ class Boot:
                 text += f"not started: {job.script.unit}: {job.reason}\n"
         going_on = [job.script.unit for job in self.groups.values()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
-        lines = [summary(graph)] if graph.nodes else []
+        lines = [Startup(graph).summary()] if graph.nodes else []
         if os.isatty(2):
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
         return text + "".join(line + "\n" for line in lines)
