@@ -767,7 +767,7 @@ class Units:
         status: str,
         reason: str = "",
         exit_code: int | None = None,
-        environment: dict[str, str] | None = None,
+        env: dict[str, str] | None = None,
     ) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
         old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
@@ -784,8 +784,8 @@ class Units:
         else:
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = reason, exit_code
-        if environment:
-            unit.facts.environment, self.left_environment = environment, True
+        if env:
+            unit.facts.environment, self.left_environment = env, True
         if status != STARTED or not unit.name:
             unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
@@ -794,8 +794,8 @@ class Units:
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
         if claim and claim.boot and status != PENDING:
-            env = self.environment(unit.name) if status == STARTED else {}
-            self._answers.append((claim, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
+            answer = {"unit": unit.name, "status": status, "reason": reason}
+            self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):

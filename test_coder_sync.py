@@ -1556,6 +1556,7 @@ GONE = coder_sync.Owner(7, "sh", False)
 DEPENDENCY = Dependency("a", "ended", "started", False, "completion", 1.5, "", OWNER, ["x"], "b")
 EVENT = coder_sync.Event(1, 2.5, 1.7e9, "u", "wants", "v")
 NODE = coder_sync.UnitStatus("u", "started", True, owner=OWNER, started=1.5, wants={"a": "success"}, tries=[2.0])
+NODE.registered, NODE.waiting, NODE.released_by = 0.0, 0.5, "a"
 RECORDS = [
     OWNER,
     coder_sync.Owner(1, "init", None),
@@ -1577,22 +1578,6 @@ def test_a_record_survives_the_wire_also_from_a_newer_agent(value: Any) -> None:
     if data.get("owner"):
         data["owner"]["shoe_size"] = 43
     assert coder_sync.record(type(value), {**data, "mood": "good", "__class__": "x"}) == value
-
-
-def test_a_graph_is_made_of_the_snapshots_that_status_shows() -> None:
-    unit = coder_sync.UnitStatus(
-        "u",
-        "started",
-        True,
-        registered=0.0,
-        waiting=0.5,
-        started=1.5,
-        released_by="a",
-        wants={"a": "success"},
-        owner=OWNER,
-    )
-    graph = coder_sync.Graph(7.5, [unit])  # type: ignore[list-item]
-    assert coder_sync.record(coder_sync.Graph, json.loads(json.dumps(coder_sync.plain(graph)))) == graph
 
 
 UNIT = {"unit_name": "u", "status": "pending", "is_ready": True}
