@@ -625,7 +625,7 @@ class Units:
         rows = []
         needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
         if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            needs.append((unit, ""))
+            needs.insert(len(needs) if unit.unmet else 0, (unit, ""))  # before locks
         for other, need in needs:
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
@@ -699,7 +699,7 @@ class Units:
             return
         if unit.unmet:
             unit.facts.ready = -1.0
-            causes = (because,) if because else unit.wants
+            causes = (because,) if because in unit.wants else unit.wants
             cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
             if cause:
                 self._skip(unit, cause)

@@ -892,10 +892,14 @@ def test_dependencies_say_why_a_unit_waits(rules: Rules) -> None:
 
 
 def test_who_stands_behind_an_answer_that_is_on_its_way_waits_for_what_becomes_of_it(rules: Rules) -> None:
-    rules.play("start a #1 late by=42; sleep 2.0004; start a #2")
-    row = Dependency("a", "free", "started", False, "start", 2.0, "", Owner(42, "script 42"))
-    assert rules.units.dependencies(rules.units.units["a"], unmet_only=True) == [row]
-    assert rules.units.dependencies(rules.units.units["a"]) == []
+    rules.play("start a #1 late by=42 lock=k; sleep 2.0004; start a #2 lock=k")
+    a, owner = rules.units.units["a"], Owner(42, "script 42")
+    row = Dependency("a", "free", "started", False, "start", 2.0, "", owner)
+    lock = Dependency("lock k", "free", "taken", False, "lock", 2.0, "a has it", owner)
+    assert rules.units.dependencies(a, unmet_only=True) == [row, lock]
+    rules.play("want a b")
+    assert [d.depends_on for d in rules.units.dependencies(a, unmet_only=True)] == ["b", "a"]
+    assert [d.depends_on for d in rules.units.dependencies(a)] == ["b"]
 
 
 def test_a_lock_is_shown_as_what_a_unit_waits_for(rules: Rules) -> None:
