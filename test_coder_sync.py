@@ -918,6 +918,9 @@ def test_the_places_of_a_boot_are_no_locks_by_name(rules: Rules) -> None:
     rules.play("boot #b a b@k jobs=1")
     b = rules.units.status("b")
     assert (b.locks, b.blocked_by, b.waits_for) == (["k"], {}, ["one of 1 places to run, which a has"])
+    rules.play("sleep 1; complete a")
+    b = rules.units.status("b")
+    assert (b.waiting, b.ready, b.started, b.released_by) == (0, 0, 1, "a")
 
 
 def test_status_is_a_snapshot_with_reasons_and_history(rules: Rules) -> None:
@@ -1008,10 +1011,10 @@ def test_events_name_requirements_skips_and_those_who_gave_up(rules: Rules) -> N
 
 def test_a_graph_says_when_a_unit_did_what_and_who_let_it_go(rules: Rules) -> None:
     rules.play("sleep 1; start b #1 z a; sleep 1; want a; complete a; sleep 1; want z; complete z; sleep 1; complete b")
-    rules.play("sleep 1; start c #2 x")
+    rules.play("sleep 1; start c #2 x; sleep 0.1234567")
     graph = rules.units.graph()
     b, _, _, c, x = graph.nodes
-    assert (graph.now, b.registered, b.waiting, b.ready, b.started, b.ended) == (5, 1, 1, 3, 3, 4)
+    assert (graph.now, b.registered, b.waiting, b.ready, b.started, b.ended) == (5.123457, 1, 1, 3, 3, 4)
     assert (b.status, b.released_by, b.wants) == ("completed", "z", {"z": "success", "a": "success"})
     assert (c.is_waiting, c.registered, c.waiting, c.ready, c.started, c.ended) == (True, 5, 5, -1, -1, -1)
     assert (x.is_waiting, x.registered, x.waiting, x.started, x.ended) == (False, -1, -1, -1, -1)
@@ -1425,6 +1428,8 @@ class Play:
         assert statuses(units) == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
         assert units.waits == len(model.line) + len(model.waits)
+        assert not units._freed
+        assert not units._affected
         for name, unit in units.units.items():
             needs = model.needs(name)
             assert {d.name: r for d, r in unit.wants.items()} == dict(needs)
