@@ -1196,6 +1196,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = FILE.rpartition("/")[2]
+NEVER = float("inf")  # a time
 
 
 def put(text: str, fd: int = 1) -> bool:
@@ -1248,14 +1249,25 @@ def terminal() -> tuple[int, bool, bool]:
     return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
 
 
-def environment(**extra: str) -> dict[bytes, bytes]:
-    """The environment for a command, and what is added to it."""
-    return {**os.environb, **{os.fsencode(name): os.fsencode(value) for name, value in extra.items()}}
+def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
+    """The environment for a command: ours, or what was made before, and what is added to it."""
+    added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
+    return {**(os.environb if base is None else base), **added}
 
 
 def getenv(name: str) -> str:
     """An environment variable, empty if unset."""
     return os.environ.get(name, "")
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 59.5:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 # -- who a process is ---------------------------------------------------------------------------------------
@@ -1336,11 +1348,12 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
 
 
-class Signals:
-    """Signals and the ends of children, taken one by one in `wait` and nowhere else until they are given back.
+class Loop:
+    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
 
-    They are blocked here and in all threads that begin from now on. Those that we were started to ignore stay
-    ignored, as nohup(1) wants it; but not TERM, which is how an agent is told to end.
+    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
+    are given back. Those that we were started to ignore stay ignored, as nohup(1) wants it; but not TERM, which is how
+    an agent is told to end. There is a poll, and a thread that takes signals for it, once there is a descriptor.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
@@ -1348,34 +1361,117 @@ class Signals:
 
         numbers = [getattr(signal, name) for name in names]
         self.numbers = [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._poll: Any = None
+        self._leaving = False
         # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
-        # gets to `wait`, and children leave no exit status. A handler changes that, even if it is never run.
+        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
         self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
 
-    def wait(self) -> tuple[int, bool]:
-        """Take the next signal: its number, and whether a process sent it, not the terminal (macOS: always so)."""
+    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
+        """Wait until something happens, or until a time; handle it.
+
+        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        """
         import _signal as signal
 
-        if not hasattr(signal, "sigwaitinfo"):
-            return signal.sigwait([*self.numbers, signal.SIGCHLD]), True
-        got = signal.sigwaitinfo([*self.numbers, signal.SIGCHLD])
-        return got.si_signo, got.si_code <= 0  # SI_USER and its kin; the kernel's own are positive
+        if due < NEVER and not hasattr(signal, "sigtimedwait"):
+            self._begin_to_poll()
+        if not self._poll:
+            return self._signals(self._take(due))
+        came: list[tuple[int, bool]] = []
+        for fd, _ in self._poll.poll(None if due == NEVER else max(0.0, due - time.monotonic()) * 1000 + 1):
+            if fd == self._taken:
+                came = self._signals(os.read(fd, 4096))
+            elif fd in self._handlers:  # it may be gone since
+                self._handlers[fd]()
+        return came
+
+    def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
+        """Have something called whenever a descriptor can be read, or written to."""
+        import select
+
+        self._begin_to_poll()
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
+
+    def forget(self, *fds: int) -> None:
+        """Watch descriptors no more."""
+        for fd in fds:
+            if self._handlers.pop(fd, None):
+                self._poll.unregister(fd)
 
     def give_back(self) -> None:
         """Let signals have their usual effect again, as before a command takes our place.
 
-        Raises SystemExit(128+N) if one has come that `wait` did not take, so that none is lost, not even to process
+        Raises SystemExit(128+N) if one has come that `turn` did not return, so that none is lost, not even to process
         1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
         """
         import _signal as signal
 
-        late = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
-        number = signal.sigwait(late) if late else 0
+        late = []
+        if self._poll:
+            self._leaving = True
+            os.kill(os.getpid(), signal.SIGCHLD)
+            self._thread.join()
+            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
+            os.close(self._taken)
+            self._poll = None
+        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
+        late += [signal.sigwait(pending)] if pending else []
         signal.signal(signal.SIGCHLD, self._of_children)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        if number:
-            sys.exit(128 + number)
+        if late:
+            sys.exit(128 + late[0])
+
+    def _take(self, due: float) -> bytes:
+        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        import _signal as signal
+
+        awaited = [*self.numbers, signal.SIGCHLD]
+        if not hasattr(signal, "sigwaitinfo"):
+            return bytes([signal.sigwait(awaited), True])
+        if due == NEVER:
+            got = signal.sigwaitinfo(awaited)
+        else:
+            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+
+    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
+        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
+        import _signal as signal
+
+        signals = list(zip(taken[::2], map(bool, taken[1::2])))
+        while any(number == signal.SIGCHLD for number, _ in signals):
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            if pid in self.children:
+                self.children.pop(pid)(exit_code_of(status))
+        return [one for one in signals if one[0] != signal.SIGCHLD]
+
+    def _begin_to_poll(self) -> None:
+        import select
+        import threading
+
+        if self._poll:
+            return
+        self._taken, write = os.pipe()
+
+        def take_signals() -> None:
+            while not self._leaving:
+                os.write(write, self._take(NEVER))
+            os.close(write)
+
+        self._thread = threading.Thread(target=take_signals, daemon=True)
+        self._thread.start()
+        self._poll = select.poll()
+        self._poll.register(self._taken, select.POLLIN)
 
 
 def end_on_term() -> None:
@@ -1392,57 +1488,36 @@ def let_children_go() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
-def supervise(
-    command: list[str], env: dict[bytes, bytes], readiness: Readiness | None = None, came: list[int] | None = None
-) -> int:
-    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
+    """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
 
-    `readiness` notices when it is ready, `came` gets the signals that came. What the terminal sends (Ctrl-C) goes to
-    the whole foreground group, so the command has it already; only what a process sent to us is passed on. Raises
-    CommandError if the command cannot be run.
+    Raises OSError, or ValueError for an empty name.
     """
     import _signal as signal
 
-    signals = Signals()
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
+    return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
+
+
+def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+
+    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
+    process sent to us is passed on. Raises CommandError if the command cannot be run.
+    """
+    loop, codes = Loop(), []  # type: ignore[var-annotated]
     try:
-        if readiness:
-            readiness.begin()
-        try:
-            # Python ignores these two, and what we take is blocked; the command starts with neither.
-            defaults = [signal.SIGPIPE, signal.SIGXFSZ]
-            pid = os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults)
-        except (OSError, ValueError) as error:  # ValueError: an empty name
-            raise cannot_run(command[0], error) from None
-        while True:
-            number, sent = signals.wait()
-            if number != signal.SIGCHLD:
-                if came is not None:
-                    came.append(number)
-                if sent:
+        pid = spawn(command, env)
+        loop.children[pid] = codes.append
+        while not codes:
+            for number, sent in loop.turn():
+                if sent and not codes:
                     signal_to(pid, number)
-                continue
-            code = reap(pid)
-            if code is not None:
-                return code
-            if readiness:
-                readiness.look(pid)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
     finally:
-        signals.give_back()
-
-
-def reap(pid: int = -1) -> int | None:
-    """Take the ends of all children, as process 1 must of every orphan; return that of `pid` if it is among them."""
-    code = None
-    try:
-        while True:
-            ended, status = os.waitpid(-1, os.WNOHANG)
-            if not ended:
-                break
-            if ended == pid:
-                code = exit_code_of(status)
-    except ChildProcessError:  # there are none left
-        pass
-    return code
+        loop.give_back()
+    return int(codes[0])
 
 
 def exit_code_of(status: int) -> int:
@@ -1456,7 +1531,7 @@ def ending(code: int) -> str:
 
 
 def shell_status(code: int) -> int:
-    """The exit status that a shell gives for what `supervise` returned."""
+    """The exit status that a shell gives for a command's, where we have -N for signal N."""
     return code if code >= 0 else 128 - code
 
 
@@ -1559,6 +1634,15 @@ def http_status(text: str, timeout: float) -> int:
     return int(words[1])
 
 
+def can_be_read(fd: int, timeout: float) -> bool:
+    """Wait for a descriptor, for so many seconds; return whether it can be read."""
+    import select
+
+    awaited = select.poll()
+    awaited.register(fd, select.POLLIN)
+    return bool(awaited.poll(None if timeout == NEVER else max(0.0, timeout) * 1000))
+
+
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
@@ -1583,15 +1667,6 @@ class Prober:
     def ready(self) -> bool:
         """Whether a try has succeeded."""
         return not self.error
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for that, for so many seconds; return whether it has."""
-        import select
-
-        done = select.poll()
-        done.register(self._ready, select.POLLIN)
-        done.poll(None if timeout == float("inf") else max(0.0, timeout) * 1000)
-        return self.ready()
 
     def close(self) -> None:
         """No more tries; a command that is being tried is killed."""
@@ -1640,9 +1715,6 @@ class Prober:
             return one_line(getattr(error, "strerror", None) or str(error))
 
     def _command(self) -> str:
-        import _signal as signal
-        import select
-
         read, write = os.pipe()
         nothing = null()
         try:
@@ -1650,20 +1722,12 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                self._group = os.posix_spawnp(
-                    "sh",
-                    ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text],
-                    self._env,
-                    file_actions=[*streams, (os.POSIX_SPAWN_DUP2, write, 3)],
-                    setpgroup=0,
-                    setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD],
-                )
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            answered = select.poll()
-            answered.register(read, select.POLLIN)
-            if not answered.poll(PROBE_TIMEOUT * 1000):
+            if not can_be_read(read, PROBE_TIMEOUT):
                 signal_group(self._group, 9)
                 return f"no end within {PROBE_TIMEOUT:.0f}s"
             status = os.read(read, 16).strip()
@@ -1711,68 +1775,6 @@ class Notified:
         remove(self._path)  # unless the command did
 
 
-class Readiness:
-    """Whether the command that `supervise` runs is ready, or has not been for too long and is ended.
-
-    `look` is called at each SIGCHLD; a thread sends one when there is something to see. `on_ready` runs in a thread of
-    its own, so that signals are passed on while it does.
-    """
-
-    GRACE = 10.0  # seconds from TERM to KILL
-
-    def __init__(self, prober: Callable[[], Prober | Notified], timeout: float, on_ready: Callable[[], None]) -> None:
-        self.prober: Prober | Notified | None = None
-        self.is_ready = self.is_late = False
-        self._reporting: Any = None  # the thread of `on_ready`
-        self._make, self._timeout, self._on_ready = prober, timeout, on_ready
-
-    def begin(self) -> None:
-        """Start to probe, once signals are blocked for the threads that this takes. Raises OSError."""
-        import threading
-
-        self.prober = self._make()
-        self._deadline = time.monotonic() + self._timeout if self._timeout else float("inf")
-        threading.Thread(target=self._wait, args=(self.prober.fileno(),), daemon=True).start()
-
-    def _wait(self, fd: int) -> None:
-        import _signal as signal
-        import select
-
-        ready = select.poll()
-        ready.register(fd, select.POLLIN)
-        ready.poll(self._timeout * 1000 if self._timeout else None)
-        for pause in (0.0, self.GRACE):
-            time.sleep(pause)
-            os.kill(os.getpid(), signal.SIGCHLD)
-
-    def look(self, pid: int) -> None:
-        """See whether the command is ready, or late."""
-        if self.prober and not self.is_ready and not self.is_late and self.prober.ready():
-            from threading import Thread
-
-            self.is_ready = True
-            self._reporting = Thread(target=self._on_ready, daemon=True)
-            self._reporting.start()
-        elif not self.is_ready and time.monotonic() >= self._deadline:
-            os.kill(pid, 9 if self.is_late and time.monotonic() >= self._deadline + self.GRACE else 15)
-            self.is_late = True
-
-    def reason(self, code: int) -> str:
-        """Why the unit of a command that ended with `code` has failed; empty if it was ready."""
-        if self.is_ready or not self.prober:
-            return ""
-        if self.is_late:
-            return f"not ready after {self._timeout:g}s: {self.prober.error}"
-        return f"ended before it was ready ({ending(code)})"
-
-    def close(self) -> None:
-        """Probe no more; what `on_ready` does comes to its end."""
-        if self._reporting:
-            self._reporting.join()
-        if self.prober:
-            self.prober.close()
-
-
 # -- what a command leaves to others ----------------------------------------------------------------------------
 
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
@@ -1803,17 +1805,12 @@ def private_file() -> tuple[int, str]:
 
 def private_directory() -> str:
     """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    base = getenv("TMPDIR") or "/tmp"
-    for number in range(100):
-        path = os.path.join(base, f"coder-sync-{os.getpid()}-{time.time_ns() + number:x}")
-        try:
-            os.mkdir(path, 0o700)
-            return path
-        except FileExistsError:
-            continue
-        except OSError:
-            break
-    return ""
+    path = os.path.join(getenv("TMPDIR") or "/tmp", f"coder-sync-{os.urandom(8).hex()}")
+    try:
+        os.mkdir(path, 0o700)
+    except OSError:
+        return ""
+    return path
 
 
 def remove_directory(path: str) -> None:
@@ -1854,6 +1851,199 @@ def exported(path: str) -> dict[str, str]:
     if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
         raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     return values
+
+
+# -- a unit's command -------------------------------------------------------------------------------------------
+
+LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+
+
+class Task:
+    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
+
+    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
+    of it goes to `report`, as a request to the agent.
+    """
+
+    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
+    grace = 10.0  # seconds from TERM to KILL
+
+    def __init__(
+        self,
+        loop: Loop,
+        unit: str,
+        command: list[str],
+        ready: str = "",
+        ready_timeout: float = 0.0,
+        timeout: float = 0.0,
+        retries: int = 0,
+        delay: float = 0.0,
+    ) -> None:
+        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
+        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
+        self.env: dict[bytes, bytes] = {}
+        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.pid = 0  # of the process or group of the latest try, until it is gone
+        self.running = False  # the process; the group may live on
+        self.code = 0  # with which it ended
+        self.tries = 0
+        self.began = 0.0  # the latest try
+        self.stopped = False  # nothing is tried again
+        self.killed = False
+        self.prober: Prober | Notified | None = None  # while it is not ready
+        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
+        self.why = ""  # we end it
+        self.reason = ""  # how the latest try ended, or the unit
+        self.reported = ""  # "complete" or "fail"
+
+    # What is for others to say: how it is run, and who is told.
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        """Start the process; return its pid. Raises OSError or ValueError."""
+        return spawn(self.command, env)
+
+    def not_begun(self, error: Exception) -> None:
+        """A try could not begin."""
+        raise NotImplementedError
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        """There will be another try."""
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent."""
+        raise NotImplementedError
+
+    def exited(self) -> None:
+        """The process of a unit that has completed has ended."""
+        self.report("exited", reason=ending(self.code))
+
+    # The way.
+
+    def begin(self) -> None:
+        """Begin a try."""
+        paths = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left, "NOTIFY_SOCKET": self.notify_path}
+        env = environment(self.env, **{name: value for name, value in paths.items() if value})
+        try:
+            self.probe(env)
+            self.pid = self.spawn(env)
+        except (CommandError, OSError, ValueError) as error:
+            self.close_prober()
+            self.not_begun(error)
+            return
+        self.loop.children[self.pid] = self.process_ended
+        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.tries += 1
+        self.stop_at = self.began + self.timeout if self.timeout else NEVER
+        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+
+    def probe(self, env: dict[bytes, bytes]) -> None:
+        """Begin to ask whether it is ready. Raises CommandError."""
+        if not self.ready:
+            return
+        try:
+            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env)
+            self.loop.watch(self.prober.fileno(), self.probed)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            raise CommandError(f"cannot be probed: {getattr(error, 'strerror', error)}", 125) from None
+
+    def probed(self) -> None:
+        """The prober has something to say."""
+        if self.prober and self.prober.ready():
+            self.close_prober()
+            self.ready_by = NEVER
+            self.complete()
+
+    def close_prober(self) -> None:
+        """Probe no more."""
+        if self.prober:
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.ready_by:
+            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+        if now >= self.stop_at:
+            self.end(f"timed out after {span(self.timeout)}")
+        if now >= self.kill_at:
+            self.kill()
+        if now >= self.again_at and not self.pid:
+            self.again_at = NEVER
+            self.begin()
+        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group may go first
+
+    def end(self, why: str) -> None:
+        """End it: TERM, and KILL after the grace."""
+        self.why = self.why or why
+        self.stop_at = self.ready_by = NEVER
+        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+        self.close_prober()
+        self.signal(15)
+
+    def kill(self) -> None:
+        """End it for good, or give up what is left of its group."""
+        if self.killed and not self.running:
+            self.gone()
+        else:
+            self.killed, self.kill_at = True, time.monotonic() + 1
+            self.signal(9)
+
+    def signal(self, number: int) -> None:
+        """Signal the process, or its group."""
+        if self.own_group:
+            signal_group(self.pid, number)
+        else:
+            signal_to(self.pid, number)
+
+    def gone(self) -> None:
+        """Forget the number of the process, or of its group, before it is another one's."""
+        self.pid, self.kill_at = 0, NEVER
+
+    def process_ended(self, code: int) -> None:
+        """The process has ended, with this exit status, -N for signal N."""
+        self.running, self.code = False, code
+        self.stop_at = self.ready_by = NEVER
+        if not self.own_group or not alive_groups([self.pid]):
+            self.gone()
+        early = self.prober is not None
+        self.close_prober()
+        if self.reported == "complete":
+            self.exited()
+        elif not self.reported:
+            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            self.tried(self.why or how, code)
+
+    def tried(self, how: str, code: int) -> None:
+        """A try has ended, without success unless there is nothing to say how."""
+        if not how:
+            self.complete()
+        elif self.tries <= self.retries and not self.stopped:
+            self.reason, delay = how, self.delay
+            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
+            self.again_at = time.monotonic() + delay
+            self.to_be_tried_again(self.next_try(), delay)
+        else:
+            self.fail(how, code)
+
+    def next_try(self) -> str:
+        """Which try is next, and why."""
+        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
+
+    def complete(self) -> None:
+        """Report that it is done, or ready, and what it leaves to others."""
+        try:
+            env = exported(self.left)
+        except Refused as error:
+            self.fail(str(error))
+        else:
+            self.reported = "complete"
+            self.report("complete", env=env)
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        """Report that the unit has failed."""
+        self.reported, self.again_at = "fail", NEVER
+        self.report("fail", reason=reason, exit_code=shell_status(code))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2890,9 +3080,9 @@ def serve(
         sock = sock or listen(at_end, path, mode, group, replace)
         path = sock.getsockname()
         at_end.callback(sock.close)
-        signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
-        if body:  # which may end in a command that takes our place
-            at_end.callback(signals.give_back)
+        loop = (
+            Loop(PASSED_ON if command else STOPS) if not body else None
+        )  # for all threads to come; a body has its own
         threading.stack_size(STACK)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -2920,13 +3110,12 @@ def serve(
         try:
             if body:
                 return body(agent, accepting.start)
-            if command:
+            if command or not loop:
                 return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
-            number = signal.SIGCHLD
-            while number == signal.SIGCHLD:
-                reap()
-                number = signal.Signals(signals.wait()[0])
-            log.say(f"stopping: got {number.name}")
+            came = loop.turn()
+            while not came:
+                came = loop.turn()
+            log.say(f"stopping: got {signal.Signals(came[0][0]).name}")
             return 0
         finally:
             notify("STOPPING=1")
@@ -2958,6 +3147,9 @@ def connection_limit(raise_it: bool) -> int:
 # ----------------------------------------------------------------------------------------------------------
 
 LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
+GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
 
 
 def duration(text: str) -> float:
@@ -2965,22 +3157,18 @@ def duration(text: str) -> float:
 
     0 means no limit wherever a timeout is asked for. Raises UsageError.
     """
-    units = {"": 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-    units.update({"\u00b5s": 1e-6, "\u03bcs": 1e-6})  # micro sign and Greek mu, as in Go
-    total, rest = 0.0, text
+    digits, total = "0123456789.", 0.0
+    rest = text if text.strip(digits) else text + "s"
     try:
-        while rest or not text:
-            number = rest[: len(rest) - len(rest.lstrip("0123456789."))]
-            rest = rest[len(number) :]
-            unit = rest[: len(rest) - len(rest.lstrip("nu\u00b5\u03bcmsh"))]
-            rest = rest[len(unit) :]
-            if not unit and number != text:
-                raise ValueError
-            total += float(number) * units[unit]
+        while rest:
+            number = rest[: len(rest) - len(rest.lstrip(digits))]
+            unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(number)))
+            total += float(number) * GO_UNITS[unit]
+            rest = rest[len(number) + len(unit) :]
         if total > 1e9:
             raise ValueError
         return total
-    except (ValueError, KeyError):
+    except (ValueError, StopIteration):
         hint = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
         raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
 
@@ -3054,6 +3242,12 @@ class Channel:
         message: dict[str, Any] = self._messages.pop(0)
         return message
 
+    def messages(self, timeout: float = float("inf")) -> Iterator[dict[str, Any]]:
+        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
+        deadline = time.monotonic() + timeout
+        while message := self.receive(deadline - time.monotonic()):
+            yield message
+
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
@@ -3084,13 +3278,10 @@ class Channel:
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
         """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        deadline = time.monotonic() + timeout
-        while True:
-            message = self.receive(deadline - time.monotonic())
-            if message is None:
-                raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+        for message in self.messages(timeout):
             if is_answer(message, request):
                 return result_of(message)
+        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
@@ -3118,9 +3309,6 @@ class Channel:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
-
-
 def is_answer(message: dict[str, Any], request: int) -> bool:
     """Whether a message is the answer to a request, or an error that is about the connection."""
     return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
@@ -3135,7 +3323,7 @@ def result_of(message: dict[str, Any]) -> Any:
         raise Unreachable("the agent's answer has an error that is none")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
-    raise kind(str(error.get("message")), missing_of({"missing": data}) if kind is TimedOut else data)
+    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
 
 
 def expect(kind: type[Any], answer: Any) -> Any:
@@ -3146,9 +3334,19 @@ def expect(kind: type[Any], answer: Any) -> Any:
     return answer
 
 
-def missing_of(answer: Any) -> list[Dependency]:
-    """The dependencies that an answer or a notification says are missing."""
-    return [record(Dependency, row) for row in expect(list, expect(dict, answer).get("missing"))]
+def records(kind: type[Any], rows: Any) -> list[Any]:
+    """Return the records that an answer has a list of. Raises Unreachable."""
+    return [record(kind, row) for row in expect(list, rows)]
+
+
+def texts(values: Any) -> list[str]:
+    """Return the names that an answer has a list of, if any."""
+    return [str(value) for value in values or ()]
+
+
+def variables_in(answer: Any) -> dict[str, str]:
+    """Return the environment variables in an answer, if any. Raises Unreachable."""
+    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
 
 
 def refuse_foreign(path: str) -> None:
@@ -3163,12 +3361,12 @@ def explain(path: str, error: OSError) -> str:
     """Why an agent could not be reached, and what to do, in one line."""
     import stat
 
-    start = f"start one with `{PROGRAM} serve --detach"
-    start += "`" if path == DEFAULT_SOCKET else f" --socket-path {path}`"
+    start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
     try:
         found = os.lstat(path)
     except OSError:
         found = None
+    why = error.strerror or str(error)
     if error.errno == errno.ENOENT:
         why = f"no such file; is the agent running, and with this path? {start}"
     elif error.errno in (errno.EACCES, errno.EPERM):
@@ -3176,14 +3374,12 @@ def explain(path: str, error: OSError) -> str:
         why = f"permission denied{whose}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
         why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
-    elif error.errno == errno.ECONNREFUSED and os.path.lexists(path + ".lock"):
-        why = f"connection refused; the agent that made it is gone; {start}"
     elif error.errno == errno.ECONNREFUSED:
-        why = f"connection refused; who made it is gone: build the tunnel again if it was one, else {start}"
+        gone = "who made it is gone: build the tunnel again if it was one, else "
+        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
-    else:
-        why = error.strerror or str(error)
     return f"cannot reach an agent at {path}: {why}"
 
 
@@ -3199,6 +3395,18 @@ def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
         raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+
+
+def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
+    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
+    with Channel(path, connect_timeout) as channel:
+        channel.answer(channel.request("shutdown"), timeout)
+        try:
+            for _ in channel.messages(timeout):
+                pass
+        except Unreachable:
+            return
+    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -3222,12 +3430,9 @@ class Client:
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
-    def _do(self, method: str, **params: Any) -> dict[str, Any]:
-        with Channel(self.socket_path, self.connect_timeout) as channel:
-            return dict(expect(dict, channel.call(method, **params)))
-
-    def _ask(self, kind: type[Any], method: str, **params: Any) -> Any:
-        with Channel(self.socket_path, self._question_timeout) as channel:
+    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
+        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
+        with Channel(self.socket_path, patience) as channel:
             return expect(kind, channel.call(method, **params))
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
@@ -3237,12 +3442,12 @@ class Client:
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        return [str(name) for name in self.declare(unit, *dependencies, requires=requires).get("dependencies") or ()]
+        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """As `want`, but return the `dependencies` and the `status` of the unit."""
         check_arguments(unit, dependencies)
-        return self._do("want", unit=unit, dependencies=list(dependencies), requires=requires)
+        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
 
     def start(
         self,
@@ -3261,8 +3466,8 @@ class Client:
         and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
         DependencyFailed, TimedOut.
         """
-        start = Start(self, unit, want, requires, timeout, locks, on_wait, pid=pid)
-        with start:
+        params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
+        with Start(self, unit, timeout, on_wait, **params) as start:
             start.confirm()
         return start.result
 
@@ -3283,13 +3488,13 @@ class Client:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._do("fail", unit=unit, exit_code=exit_code)
+            self._call(dict, "fail", unit=unit, exit_code=exit_code)
         else:
-            self._do("complete", unit=unit)
+            self._call(dict, "complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._do("fail", unit=unit, reason=reason)
+        self._call(dict, "fail", unit=unit, reason=reason)
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -3297,40 +3502,31 @@ class Client:
         Returns their names. Raises NotRegistered, or Refused while one of them is started.
         """
         check_arguments("units", units)
-        return [str(name) for name in self._do("reset", units=list(units)).get("units") or ()]
+        return texts(self._call(dict, "reset", units=list(units)).get("units"))
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that `unit` would start with: what its dependencies have left."""
-        answer = expect(dict, self._ask(dict, "env", unit=unit).get("env"))
-        return {str(name): str(value) for name, value in answer.items()}
+        return variables_in(self._call(dict, "env", unit=unit))
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        with Channel(self.socket_path, self._question_timeout) as channel:
-            channel.call("shutdown")
-            deadline = time.monotonic() + REPLY_TIMEOUT
-            try:
-                while channel.receive(deadline - time.monotonic()):
-                    pass
-                raise Unreachable(f"the agent at {self.socket_path} was told to end and has not; is it stopped?")
-            except Unreachable:
-                if time.monotonic() >= deadline:
-                    raise
+        deadline = time.monotonic() + REPLY_TIMEOUT
+        end_agent(self.socket_path, self._question_timeout)
         while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._ask(dict, "status", unit=unit))
+        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
         return status
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return [record(UnitStatus, row) for row in self._ask(list, "list", all=everything)]
+        return records(UnitStatus, self._call(list, "list", all=everything))
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._ask(dict, "graph"))
+        graph: Graph = record(Graph, self._call(dict, "graph"))
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
@@ -3340,11 +3536,9 @@ class Client:
         with Unreachable, as it does when the agent ends.
         """
         with Channel(self.socket_path, self._question_timeout) as channel:
-            for row in expect(list, channel.call("events", follow=follow, since=since)):
-                yield record(Event, row)
-            while follow:
-                message = channel.receive(3600.0)
-                if message and message.get("method") == "event":
+            yield from records(Event, channel.call("events", follow=follow, since=since))
+            for message in channel.messages() if follow else ():
+                if message.get("method") == "event":
                     yield record(Event, expect(dict, message.get("params")))
 
     def unit(
@@ -3360,31 +3554,24 @@ class Client:
         A block that raises fails the unit, with the exception's text as the reason; so does the end of the
         process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
         """
-        return Start(self, unit, want, requires, timeout, locks, hold=True)
+        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
 class Start:
     """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
 
     def __init__(
-        self,
-        client: Client,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: str = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        locks: Iterable[str] = (),
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-        pid: int = 0,
-        hold: bool = False,
+        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        wanted, names = ((each if isinstance(each, str) else list(each)) for each in (want, locks))
-        check_arguments(unit, wanted, timeout)
-        check_arguments(unit, names)
-        if type(pid) is not int or not (on_wait is None or callable(on_wait)):
+        """`params` are those that the agent's method `start` has besides."""
+        for names in ("dependencies", "locks"):
+            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
+            check_arguments(unit, params[names], timeout)
+        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
+            pid = params.get("pid")
             raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
-        self.params = {"unit": unit, "dependencies": wanted, "requires": requires, "locks": names, "pid": pid}
+        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -3395,10 +3582,9 @@ class Start:
         began = time.monotonic()
         self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
         try:
-            params = {**self.params, "hold": self.hold, "confirm": not self.hold}
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **params)
-            names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
-            self.environment = {str(k): str(v) for k, v in expect(dict, result.get("env") or {}).items()}
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
+            names = texts(expect(dict, result).get("dependencies"))
+            self.environment = variables_in(result)
         except BaseException:
             self.channel.close()
             raise
@@ -3410,9 +3596,9 @@ class Start:
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        code = error.code if isinstance(error, SystemExit) else None
+        code: Any = error.code if isinstance(error, SystemExit) else error
         try:
-            if self.hold and (error is None or (isinstance(error, SystemExit) and code in (None, 0))):
+            if self.hold and code in (None, 0):
                 self.channel.call("complete", unit=self.unit)
             elif self.hold and isinstance(code, int):
                 self.channel.call("fail", unit=self.unit, exit_code=code)
@@ -3426,12 +3612,7 @@ class Start:
 
 
 def wait_for(
-    channel: Channel,
-    what: str,
-    timeout: float,
-    on_wait: Callable[[list[Dependency], float], None] | None,
-    method: str,
-    **params: Any,
+    channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
     """Send a request that may wait; report what is missing now and then; return its result.
 
@@ -3439,21 +3620,17 @@ def wait_for(
     is only for one that no longer answers. Raises TimedOut, and what the agent answers.
     """
     request = channel.request(method, timeout=timeout, progress=True, **params)
-    deadline = time.monotonic() + timeout + LATE if timeout else float("inf")
     missing: list[Dependency] = []
-    while True:
-        message = channel.receive(deadline - time.monotonic())
-        if message is None:
-            on = "dependencies of " if method == "start" else ""
-            raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
-        if message.get("method") == "waiting":
-            about = expect(dict, message.get("params"))
-            if about.get("id") == request:
-                missing = missing_of(about)
-                if on_wait:
-                    on_wait(missing, float(about.get("waited") or 0.0))
-        elif is_answer(message, request):
+    for message in channel.messages(timeout + LATE if timeout else float("inf")):
+        if is_answer(message, request):
             return result_of(message)
+        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
+        if about.get("id") == request:
+            missing = records(Dependency, about.get("missing"))
+            if on_wait:
+                on_wait(missing, float(about.get("waited") or 0.0))
+    on = "dependencies of " if method == "start" else ""
+    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3462,16 +3639,6 @@ def wait_for(
 # ----------------------------------------------------------------------------------------------------------
 
 LONG = 30.0  # seconds after which `why` has a word about a unit that runs
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f}ms"
-    if seconds < 59.5:
-        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def names_of(names: Sequence[str]) -> str:
@@ -4314,8 +4481,6 @@ CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
 PING_AFTER = 5.0  # seconds of silence from the agent
 LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
-LONGEST_DELAY = 30.0  # between two tries
-NEVER = float("inf")
 MARKS = ("#", "//", "--", ";")
 BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
 HEADERS = {
@@ -4681,11 +4846,10 @@ class Output:
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
-    def __init__(self, scripts: list[Script], options: BootOptions, signals: Signals) -> None:
+    def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
         self.jobs = {s.unit: Job(s) for s in scripts}
-        self.options, self.signals = options, signals
+        self.options, self.events = options, loop
         self.unfinished = len(scripts)
-        self.by_pid: dict[int, Job] = {}
         self.by_fd: dict[int, Job] = {}  # its output
         self.groups: dict[int, Job] = {}  # process groups that may have members
         self.look_at = NEVER  # when to look which of them have gone
@@ -4707,26 +4871,11 @@ class Boot:
 
         Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
-        import select
-        from threading import Thread
-
-        self.poll = select.poll()
-        self.handlers: dict[int, Callable[[], None]] = {}
         self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
         self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
-        self.watch(channel.fileno(), self.answers)
-        numbers, write = os.pipe()
-        self.watch(numbers, lambda: self.got_signals(os.read(numbers, 4096)))
-        self.leaving = False
-
-        def pass_signals_on() -> None:
-            while not self.leaving:
-                os.write(write, bytes([self.signals.wait()[0]]))
-
-        thread = Thread(target=pass_signals_on, daemon=True)
-        thread.start()
+        self.events.watch(channel.fileno(), self.answers)
         try:
             if self.options.log_dir:
                 self.make_log_dir()
@@ -4743,36 +4892,14 @@ class Boot:
                 self.relay()
             return code
         finally:
-            import _signal as signal
-
-            self.leaving = True
-            os.kill(os.getpid(), signal.SIGCHLD)
-            thread.join()
-            os.write(write, bytes([signal.SIGCHLD]))  # so that there is something to read
-            late = [n for n in os.read(numbers, 4096) if n != signal.SIGCHLD]
-            self.signal = self.signal or (late[0] if late else 0)
+            self.events.forget(channel.fileno(), *self.by_fd)
             remove_directory(self.directory)
-            for fd in (numbers, write, self.null):
-                os.close(fd)
+            os.close(self.null)
 
     # -- the loop -----------------------------------------------------------------------------------------
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Have something called whenever there is something to read."""
-        import select
-
-        self.handlers[fd] = handler
-        self.poll.register(fd, select.POLLIN)
-
-    def forget(self, fd: int) -> None:
-        """Watch a descriptor no more."""
-        if self.handlers.pop(fd, None):
-            self.poll.unregister(fd)
-
     def loop(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
-        import select
-
         while True:
             if self.channel and self.channel.more():
                 self.answers()
@@ -4789,23 +4916,18 @@ class Boot:
                 due = min(due, self.out.live_at)
             self.pause(len(self.out.pending) >= FULL)
             if self.out.pending:
-                self.poll.register(1, select.POLLOUT)
-            ready = self.poll.poll(max(0, due - now) * 1000 + 1)
-            if self.out.pending:
-                self.poll.unregister(1)
-            for fd, event in ready:
-                if fd == 1:
-                    self.out.pending = b"" if event & select.POLLERR else self.out.pending
-                    self.out.write()
-                elif fd in self.handlers:  # it may be gone since
-                    self.handlers[fd]()
+                self.events.watch(1, self.out.write, for_writing=True)
+            for number, _ in self.events.turn(due):
+                again, self.signal = self.signal, number
+                self.stop(9 if again else number, f"stopped: boot got signal {number}")
+            self.events.forget(1)
 
     def pause(self, full: bool) -> None:
         """Read no output while our own is not taken."""
         if full != self.paused:
             self.paused = full
             for fd, job in self.by_fd.items():
-                self.forget(fd) if full else self.watch(fd, self.reader(job))
+                self.events.forget(fd) if full else self.events.watch(fd, self.reader(job))
 
     def reader(self, job: Job) -> Callable[[], None]:
         """What reads a job's output."""
@@ -4937,7 +5059,7 @@ class Boot:
             raise error
         if self.channel and not self.lost:
             self.lost = str(error)
-            self.forget(self.channel.fileno())
+            self.events.forget(self.channel.fileno())
             self.out.clear()
             put(f"error: {error}\n", 2)
             for job in self.jobs.values():
@@ -4980,7 +5102,7 @@ class Boot:
             if read >= 0:
                 os.close(read)
             self.close_prober(job)
-            if self.by_pid and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+            if self.events.children and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
                 job.again_at = time.monotonic() + 0.05  # the system may have room for it then
             else:
                 self.fail(job, f"cannot be run: {error.strerror}")
@@ -4994,9 +5116,10 @@ class Boot:
         job.out, job.kill_at, job.kills = read, NEVER, 0
         job.stop_at = job.began + script.timeout if script.timeout else NEVER
         job.ready_by = job.began + script.ready_timeout if script.ready and script.ready_timeout else NEVER
-        self.by_pid[job.pid] = self.by_fd[read] = self.groups[job.pid] = job
+        self.events.children[job.pid] = lambda code: self.process_ended(job, code)
+        self.by_fd[read] = self.groups[job.pid] = job
         if not self.paused:
-            self.watch(read, self.reader(job))
+            self.events.watch(read, self.reader(job))
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
         self.ask("owner", job, pid=job.pid, log=os.fsencode(job.log_path).decode(errors="replace"))
@@ -5029,20 +5152,7 @@ class Boot:
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             self.end(job, f"cannot be probed: {one_line(str(error))}")
         else:
-            self.watch(job.prober.fileno(), lambda: self.probed(job))
-
-    def reap(self) -> None:
-        """Take the ends of all processes that have one: scripts, and, as process 1, whatever was left to us."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            job = self.by_pid.pop(pid, None)
-            if job:
-                self.process_ended(job, exit_code_of(status))
+            self.events.watch(job.prober.fileno(), lambda: self.probed(job))
 
     def process_ended(self, job: Job, code: int) -> None:
         """The process of a script has ended."""
@@ -5113,7 +5223,7 @@ class Boot:
 
     def close_prober(self, job: Job) -> None:
         if job.prober:
-            self.forget(job.prober.fileno())
+            self.events.forget(job.prober.fileno())
             job.prober.close()
             job.prober = None
 
@@ -5130,17 +5240,6 @@ class Boot:
             self.signal_in_order()
 
     # -- ends ---------------------------------------------------------------------------------------------
-
-    def got_signals(self, numbers: bytes) -> None:
-        """Obey signals: the first is passed on, the second kills."""
-        import _signal as signal
-
-        if signal.SIGCHLD in numbers:
-            self.reap()
-        for number in numbers:
-            if number != signal.SIGCHLD:
-                again, self.signal = self.signal, number
-                self.stop(9 if again else number, f"stopped: boot got signal {number}")
 
     def stop(self, number: int, why: str) -> None:
         """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
@@ -5229,7 +5328,7 @@ class Boot:
     def close_output(self, job: Job) -> None:
         if job.out >= 0:
             del self.by_fd[job.out]
-            self.forget(job.out)
+            self.events.forget(job.out)
             os.close(job.out)
             job.out = -1
         if job.log >= 0:
@@ -5286,13 +5385,15 @@ class Boot:
                 [*self.by_fd, *(job.log for job in self.by_fd.values())]
             )  # the agent's clients wait for its end
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            self.poll = select.poll()
-            for fd, job in self.by_fd.items():
-                self.watch(fd, self.reader(job))
+            ready = select.poll()
+            for fd in self.by_fd:
+                ready.register(fd, select.POLLIN)
             while self.by_fd:
-                for fd, _ in self.poll.poll():
-                    self.handlers[fd]()
+                for fd, _ in ready.poll():
+                    self.output(self.by_fd[fd])
                     self.out.write(patience=1e6)
+                    if fd not in self.by_fd:
+                        ready.unregister(fd)
         finally:  # and never into the parent's ways out
             os._exit(0)
 
@@ -5301,8 +5402,8 @@ class Boot:
     def running(self, now: float) -> list[str]:
         """What runs and has not ended, for how long, and what a service lacks."""
         shown = []
-        for job in self.by_pid.values():
-            if not job.outcome:
+        for job in self.groups.values():
+            if job.running and not job.outcome:
                 more = [f"try {job.tries} of {job.script.retries + 1}"] if job.tries > 1 else []
                 more += [f"not ready: {job.prober.error}"] if job.prober else []
                 shown.append(f"{job.script.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
@@ -5458,14 +5559,17 @@ main()
 PLACE = 2048  # bytes for the first lines, and for LAUNCHER
 
 COMPILE = """\
+import __future__
 import sys
 from importlib.util import MAGIC_NUMBER, source_hash
 from marshal import dumps
 
 source = sys.stdin.buffer.read()
-code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # a flag does it, and imports nothing
+code = compile(lean, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
 sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
 """
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)  # no columns in tracebacks: what is not there need not be read
 
 
 def slowness() -> str:
@@ -5508,7 +5612,7 @@ def application(python: str) -> bytes:
         source = file.read()
     if zipfile.is_zipfile(FILE):
         source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
-    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
+    bytecode = ask_python(python or sys.executable, *COMPILING, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
@@ -5554,9 +5658,6 @@ def install(path: str, python: str) -> str:
 
 class Args:
     """The parsed command line: an attribute an option and a positional."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
 
     if TYPE_CHECKING:
 
@@ -5642,15 +5743,21 @@ def units_or(default: str) -> Argument:
 
 
 class Command:
-    """One command: what runs it, an example, its options and positionals (the last may be repeated).
+    """Makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
 
-    `tail` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
+    The last positional may be repeated; `tail` is argparse's `nargs` for the words after `--`, if these are a
+    command's and not positionals. The help pages say what the function's docstring says. The function returns the
+    exit status, None for 0.
     """
 
-    def __init__(self, run: Callable[[Args], int], example: str, arguments: tuple[Argument, ...], tail: str) -> None:
-        self.run, self.example, self.arguments, self.tail = run, example, (*arguments, *COMMON), tail
+    def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
+        self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
+
+    def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
-        self.help = about[:1].lower() + about[1:].rstrip(".")
+        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
+        COMMANDS[run.__name__[len("cmd_") :]] = self
+        return run
 
 
 COMMON = (
@@ -5684,16 +5791,6 @@ TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there
 COMMANDS: dict[str, Command] = {}
 
 
-def declare(example: str, *arguments: Argument, tail: str = "") -> Callable[[Any], Any]:
-    """Make a function `cmd_NAME` the command NAME; the help pages say what its docstring says."""
-
-    def add(run: Callable[[Args], int]) -> Callable[[Args], int]:
-        COMMANDS[run.__name__[len("cmd_") :]] = Command(run, example, arguments, tail)
-        return run
-
-    return add
-
-
 class Reporter:
     """Says what a wait lacks; `waited` is whether there was one."""
 
@@ -5716,14 +5813,15 @@ class Reporter:
         return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
-def start_of(args: Args, report: Reporter, pid: int = 0, hold: bool = False) -> Start:
+def start_of(args: Args, report: Reporter, **more: Any) -> Start:
     """The start that the options of `start` and `run` describe. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
-    return Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, report, pid, hold)
+    params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
+    return Start(client_of(args), args.unit, args.timeout, report, **params)
 
 
-@declare(
+@Command(
     "serve --detach --log-file /tmp/coder-sync.log",
     QUIET,
     flag("-v", "--verbose", help="log every request"),
@@ -5755,7 +5853,7 @@ def cmd_serve(args: Args) -> int:
         "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
         "advice": slowness(),
-        "replace": end_agent if args.replace else None,
+        "replace": make_room if args.replace else None,
     }
     if not args.command:
         return serve(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, **options)
@@ -5773,13 +5871,11 @@ def cmd_serve(args: Args) -> int:
         raise CommandError(str(error), 125) from None
 
 
-def end_agent(path: str) -> None:
-    """Ask the agent at a path to end, and wait until it has gone, or for a few seconds."""
+def make_room(path: str) -> None:
+    """Have the agent at a path end, if there is one; one that does not is replaced all the same."""
     try:
-        with Channel(path) as channel:
-            channel.answer(channel.request("shutdown"), 3.0)
-            channel.receive(3.0)
-    except SyncError:  # there is none, it has gone, or it does not answer: it is replaced all the same
+        end_agent(path, timeout=3.0)
+    except SyncError:
         pass
 
 
@@ -5800,77 +5896,71 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-@declare(
+@Command(
     "ping --wait 10s", Argument("-w", "--wait", type=duration, default="0s", metavar="DURATION", help="how long to try")
 )
-def cmd_ping(args: Args) -> int:
+def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
     client = client_of(args)
     answer = client.ping(args.wait)
     up = answer.get("uptime")
-    about = f"pid {answer.get('pid')}, version {answer.get('version')}"
-    about += f", up {span(up)}" if isinstance(up, (int, float)) else ""
-    put(f"agent at {client.socket_path}: {about}\n")
-    return 0
+    age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
+    put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
 
 
-@declare(
+@Command(
     "want pip-install git-clone apt-install",
     UNIT,
     Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"),
     REQUIRES,
     QUIET,
 )
-def cmd_want(args: Args) -> int:
+def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
     status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     "start pip-install --want git-clone --timeout 10m",
     *STARTING,
     Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
     QUIET,
 )
-def cmd_start(args: Args) -> int:
+def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
     with start_of(args, report, pid=args.pid) as start:
         say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
         start.confirm()  # the last step: if we are killed before, the next in line has the unit
-    return 0
 
 
-@declare(
+@Command(
     "complete pip-install --exit-code $?",
     UNIT,
     Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
     QUIET,
 )
-def cmd_complete(args: Args) -> int:
+def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
     client_of(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     'fail git-clone --reason "no network"',
     UNIT,
     Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"),
     QUIET,
 )
-def cmd_fail(args: Args) -> int:
+def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
     client_of(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
@@ -5897,102 +5987,107 @@ def cmd_run(args: Args) -> int:
         return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    return Run(args.unit, args.command, start, args.ready == "notify").tries(
-        args.retry, args.retry_delay, args.ready, args.ready_timeout
-    )
+    return Run(args, start).to_its_end()
 
 
-class Run:
-    """The command of a started unit: run, perhaps more than once, and reported on the connection that has the unit."""
+class Run(Task):
+    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
-    def __init__(self, unit: str, command: list[str], start: Start, notifies: bool) -> None:
-        self.unit, self.command, self.start = unit, command, start
-        self.file, self.left = private_file()  # for what the command leaves
-        self.directory = private_directory() if notifies or not self.left else ""
-        self.left = self.left or (os.path.join(self.directory, "env") if self.directory else "")
-        self.came: list[int] = []  # signals: nothing is tried again after one
+    def __init__(self, args: Args, start: Start) -> None:
+        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
+        super().__init__(Loop(), args.unit, args.command, args.ready, **options)
+        self.env, self.channel = environment(**start.environment), start.channel
+        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
+        self.status = 0  # to return
+        self.file, self.left = private_file()
+        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
+        if self.directory:
+            self.left = self.left or os.path.join(self.directory, "env")
+            self.notify_path = os.path.join(self.directory, "notify")
 
-    def tries(self, more: int, delay: float, ready: str, ready_timeout: float) -> int:
-        """Run the command, at most `more` times again if it fails; return its exit status."""
-        most = more + 1
+    def to_its_end(self) -> int:
+        """Run it, at most `retries` times again if it fails; return its exit status."""
         try:
-            while True:
-                readiness = Readiness(lambda: self.prober(ready), ready_timeout, self.is_ready) if ready else None
-                code, why = self.once(readiness)
-                if readiness and readiness.is_ready:
-                    self.report("exited", "its end", reason=ending(code))
-                    return shell_status(code)
-                if not why:
-                    return 0 if self.complete() else 1
-                if not more or self.came:
-                    outcome = f"its outcome (exit code {shell_status(code)})"
-                    self.report("fail", outcome, reason=why, exit_code=shell_status(code))
-                    return shell_status(code) or 1
-                detail = f"try {most - more + 1} of {most} after {why}"
-                put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-                try:
-                    time.sleep(delay)
-                except BaseException:  # a signal
-                    self.start.channel.request("fail", unit=self.unit, reason=f"stopped between two tries; {why}")
-                    raise
-                more, delay = more - 1, min(2 * delay, 30.0)
-                self.report("retry", detail, detail=detail)
+            try:
+                self.begin()
+                while self.running or self.again_at < NEVER:
+                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                        self.signalled(number, sent)
+            finally:
+                self.loop.give_back()
+            while self.asked:  # signals have their effect again, should the agent not answer
+                self.answered()
+            return self.status
         finally:
             remove_directory(self.directory)
 
-    def once(self, readiness: Readiness | None) -> tuple[int, str]:
-        """Run the command once; return its exit status and, unless it ended well, why the unit has failed."""
-        env = {**self.start.environment, "CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            env["CODER_SYNC_ENV"] = self.left
-        if readiness and self.directory:
-            env["NOTIFY_SOCKET"] = os.path.join(self.directory, "notify")
+    def signalled(self, number: int, sent: bool) -> None:
+        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+        self.stopped = True
+        if self.running and sent:
+            self.signal(number)
+        elif self.again_at < NEVER:
+            self.fail(f"stopped between two tries; {self.reason}")
+            sys.exit(128 + number)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
         if self.file >= 0:
             os.ftruncate(self.file, 0)
         else:
             remove(self.left)
+        if self.tries:
+            self.report("retry", detail=self.next_try())
+        return super().spawn(env)
+
+    def not_begun(self, error: Exception) -> None:
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
+        self.tries += 1
+        self.tried(str(wrong), wrong.exit_code)
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+
+    def complete(self) -> None:
+        super().complete()
+        if self.running and self.reported == "complete":
+            self.report("running")
+            self.loop.watch(self.channel.fileno(), self.answered)
+
+    def exited(self) -> None:
+        self.status = shell_status(self.code)
+        super().exited()
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        self.status = shell_status(code) or 1
+        if reason != ending(code):  # else the exit status says it
+            put(f"error: {self.unit}: {reason}\n", 2)
+        super().fail(reason, code)
+
+    def report(self, method: str, **params: Any) -> None:
+        outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
+        what = params.get("detail") or {"running": "that it runs on", "exited": "its end"}.get(method, outcome)
         try:
-            code = supervise(self.command, environment(**env), readiness, self.came)
-        except CommandError as error:
-            put(f"error: {self.unit}: {error}\n", 2)
-            return error.exit_code, str(error)
-        except OSError as error:
-            return 125, f"cannot be probed: {error.strerror}"
-        finally:
-            if readiness:
-                readiness.close()
-        return code, readiness.reason(code) if readiness else ending(code) if code else ""
-
-    def prober(self, ready: str) -> Prober | Notified:
-        """What finds out whether the command is ready."""
-        if ready == "notify":
-            return Notified(os.path.join(self.directory, "notify"))
-        return Prober(ready, environment(**self.start.environment, CODER_SYNC_UNIT=self.unit))
-
-    def is_ready(self) -> None:
-        """The command is ready, and goes on."""
-        self.complete()
-        self.report("running", "that it runs on")
-
-    def complete(self) -> bool:
-        """The unit is done, unless what the command left for others cannot be read: then it has failed."""
-        try:
-            self.report("complete", "its outcome (exit code 0)", env=exported(self.left))
-        except Refused as error:
-            put(f"error: {self.unit}: {error}\n", 2)
-            self.report("fail", "its outcome (exit code 0)", reason=str(error))
-            return False
-        return True
-
-    def report(self, method: str, what: str, **params: Any) -> None:
-        """Tell the agent; without it the command goes on all the same."""
-        try:
-            self.start.channel.call(method, unit=self.unit, **params)
+            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
         except SyncError as error:
-            put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+            self.not_reported(what, error)
+
+    def answered(self) -> None:
+        """Take an answer to what was reported; without the agent the command goes on all the same."""
+        if not self.asked:  # it has hung up
+            self.loop.forget(self.channel.fileno())
+            return
+        request, what = self.asked.pop(0)
+        try:
+            self.channel.answer(request)
+        except SyncError as error:
+            self.not_reported(what, error)
+
+    def not_reported(self, what: str, error: SyncError) -> None:
+        """Say that the agent may not know something."""
+        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
-@declare(
+@Command(
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
@@ -6022,13 +6117,13 @@ def cmd_boot(args: Args) -> int:
         put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
         return 0
     write = timeline_writer(args.timeline) if args.timeline else None
-    signals = Signals(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))
+    loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
-    boot = Boot(scripts, options, signals)
+    boot = Boot(scripts, options, loop)
     code = boot_at(path, boot)
     if write and boot.graph:
         write(boot.graph)
-    signals.give_back()
+    loop.give_back()
     if args.command and not boot.signal and (code == 0 or args.always):
         import _signal as signal
 
@@ -6089,7 +6184,7 @@ def completed_at(path: str) -> set[str]:
         return set()
 
 
-@declare(
+@Command(
     "wait pip-install --ready tcp:5432 --timeout 2m",
     Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
     Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
@@ -6113,7 +6208,8 @@ def cmd_wait(args: Args) -> int:
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         for prober in probers.values():
-            if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
+            left = began + args.timeout - time.monotonic() if args.timeout else NEVER
+            if not can_be_read(prober.fileno(), left) or prober.error:
                 lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
                 put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
                 return TimedOut.exit_code
@@ -6126,46 +6222,42 @@ def cmd_wait(args: Args) -> int:
     return 0
 
 
-@declare(
+@Command(
     "install /usr/local/bin/coder_sync",
     Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
     Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
     QUIET,
 )
-def cmd_install(args: Args) -> int:
+def cmd_install(args: Args) -> None:
     """Write a copy of this program to PATH, with its bytecode: calls of it are fast."""
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
-    return 0
 
 
-@declare("reset pip-install", units_or("all"), QUIET)
-def cmd_reset(args: Args) -> int:
+@Command("reset pip-install", units_or("all"), QUIET)
+def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
-    return 0
 
 
-@declare("shutdown", QUIET)
-def cmd_shutdown(args: Args) -> int:
+@Command("shutdown", QUIET)
+def cmd_shutdown(args: Args) -> None:
     """End the agent, and return when it has ended."""
     client = client_of(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
-    return 0
 
 
-@declare("env pip-install", UNIT)
-def cmd_env(args: Args) -> int:
+@Command("env pip-install", UNIT)
+def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
     variables = client_of(args).env(args.unit)
     for name in variables:
         if not (name.isidentifier() and name.isascii()):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
     put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
-    return 0
 
 
 def shell_word(text: str) -> str:
@@ -6174,37 +6266,34 @@ def shell_word(text: str) -> str:
     return f"'{quoted}'"
 
 
-@declare("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
-def cmd_status(args: Args) -> int:
+@Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
+def cmd_status(args: Args) -> None:
     """Show UNIT and its dependencies."""
     status = client_of(args).status(args.unit)
     put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
-    return 0
 
 
-@declare(
+@Command(
     "list --column unit,status",
     flag("-a", "--all", help="also names that were only ever wanted"),
     output("table", "json"),
     COLUMN,
 )
-def cmd_list(args: Args) -> int:
+def cmd_list(args: Args) -> None:
     """Show all units."""
     units = client_of(args).list(args.all)
     put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
-    return 0
 
 
-@declare("why pip-install", units_or("all that is stuck"))
-def cmd_why(args: Args) -> int:
+@Command("why pip-install", units_or("all that is stuck"))
+def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
     graph = client_of(args).graph()
     put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
-    return 0
 
 
-@declare(
+@Command(
     "timeline --output svg > startup.svg",
     output("text", "svg", "json", "trace"),
     flag("--blame", help="units by how long they ran, and how long others waited"),
@@ -6212,13 +6301,13 @@ def cmd_why(args: Args) -> int:
     Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
     flag("--watch", help="live, until interrupted"),
 )
-def cmd_timeline(args: Args) -> int:
+def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     saved, width = args.saved, terminal()[0]
     if args.watch:
         if saved or args.compare:
             raise UsageError("--watch shows an agent, not what was saved")
-        return watch(args, client_of(args))
+        return watch(client_of(args))
     before = saved_timeline(args.compare) if args.compare else None
     graph = saved_timeline(saved) if saved else client_of(args).graph()
     if before:
@@ -6229,7 +6318,6 @@ def cmd_timeline(args: Args) -> int:
         put(timeline_text(graph, *terminal()))
     else:
         put(timeline_as(args.output, graph))
-    return 0
 
 
 def saved_timeline(path: str) -> Graph:
@@ -6241,21 +6329,19 @@ def saved_timeline(path: str) -> Graph:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
-def watch(args: Args, client: Client) -> int:
+def watch(client: Client) -> None:
     """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
     end_on_term()
-    channel = Channel(client.socket_path)
-    channel.call("events", follow=True, since=(1 << 31) - 1)
+    since, began = (1 << 31) - 1, 0.0  # nothing of what happened before
     if not os.isatty(1):
-        began = 0.0
-        while True:
-            message = channel.receive(3600.0)
-            if message and message.get("method") == "event":
-                event: Event = record(Event, message["params"])
-                began = began or event.time
-                detail = f": {event.detail}" if event.detail else ""
-                if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
-                    return 0
+        for event in client.events(True, since):
+            began = began or event.time
+            detail = f": {event.detail}" if event.detail else ""
+            if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
+                break
+        return
+    channel = Channel(client.socket_path)
+    channel.call("events", follow=True, since=since)
     graph, taken = client.graph(), time.monotonic()
     put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
     try:
@@ -6275,8 +6361,8 @@ def watch(args: Args, client: Client) -> int:
         put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
 
 
-@declare("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
-def cmd_graph(args: Args) -> int:
+@Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
+def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(client_of(args).graph(), args.units)
     if args.output == "tree":
@@ -6285,16 +6371,14 @@ def cmd_graph(args: Args) -> int:
         put(json_text(graph_data(graph)))
     else:
         put(graph_dot(graph) if args.output == "dot" else graph_mermaid(graph))
-    return 0
 
 
-@declare("events --follow", flag("-f", "--follow", help="go on with what happens next"))
-def cmd_events(args: Args) -> int:
+@Command("events --follow", flag("-f", "--follow", help="go on with what happens next"))
+def cmd_events(args: Args) -> None:
     """Print what happened, one JSON object a line."""
     for event in client_of(args).events(args.follow):
         if not put(_dumps(plain(event)) + "\n"):
-            break
-    return 0
+            return
 
 
 SHELL_SCRIPTS = {
@@ -6332,18 +6416,17 @@ complete -c PROGRAM -f -a '(__coder_sync)'
 }
 
 
-@declare(
+@Command(
     "completion bash >> ~/.bashrc",
     Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),
     tail="*",
 )
-def cmd_completion(args: Args) -> int:
+def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
     if args.command:
         put("".join(word + "\n" for word in candidates(args.command)))
     else:
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
-    return 0
 
 
 def candidates(line: Sequence[str]) -> list[str]:
@@ -6375,8 +6458,8 @@ def known_units(words: Sequence[str]) -> list[str]:
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
-            rows = expect(list, channel.answer(channel.request("list", all=True), 1.0))
-        return [str(row.get("unit_name")) for row in rows]
+            rows = channel.answer(channel.request("list", all=True), 1.0)
+        return [unit.unit_name for unit in records(UnitStatus, rows)]
     except SyncError:
         return []
 
@@ -6410,38 +6493,36 @@ def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
 
 def parse(name: str, words: Sequence[str]) -> Args:
     """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
+    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
     cut = words.index("--") if "--" in words else len(words)
-    after, tail, arguments = words[cut + 1 :], COMMANDS[name].tail, COMMANDS[name].arguments
-    values = {a.dest: a.read(a.default) if a.default and isinstance(a.default, str) else a.default for a in arguments}
+    after, values = list(words[cut + 1 :]), vars(args)
+    for argument in command.arguments:
+        default = argument.default
+        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
     try:
         rest = parse_options(name, words[:cut], values)
-        if tail:
-            values["command"] = [*after]
-            if not after and (cut < len(words) or tail == "+"):
-                raise UsageError(f"a command must follow --; usage: {usage_of(name)}")
-        else:
+        if not command.tail:
             rest += after
-        for argument in arguments:
-            if argument.is_option:
-                continue
+        elif after or (cut == len(words) and command.tail == "*"):
+            values["command"] = after
+        else:
+            raise UsageError(f"a command must follow --; {usage}")
+        for argument in (argument for argument in command.arguments if not argument.is_option):
             if not rest and argument.words.get("nargs") != "*":
-                raise UsageError(f"too few arguments; usage: {usage_of(name)}")
-            if argument.is_repeated:
-                values[argument.dest], rest = rest, []
-            else:
-                values[argument.dest] = argument.read(rest.pop(0))
+                raise UsageError(f"too few arguments; {usage}")
+            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
+            values[argument.dest] = value
         if rest:
-            hint = "; did you forget -- before the command?" if tail else ""
-            raise UsageError(f"unexpected {ascii(rest[0])[:60]}{hint}; usage: {usage_of(name)}")
+            hint = " did you forget -- before the command?;" if command.tail else ""
+            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
-    return Args(values)
+    return args
 
 
 def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
     """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    options = options_in(COMMANDS[name].arguments)
-    todo, rest = list(words), []
+    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
     while todo:
         word = todo.pop(0)
         given, text = option_in(word, options)
@@ -6453,14 +6534,10 @@ def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> li
             hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
             raise UsageError(f"no such option: {ascii(given)[:40]}; {hint}")
         elif option.takes_value:
-            if text is None:
-                if not todo or option_in(todo[0], options)[0]:
-                    raise UsageError(
-                        f"{given} needs a value; one that begins with - is written {option.names[-1]}=-..."
-                    )
-                text = todo.pop(0)
+            if text is None and (not todo or option_in(todo[0], options)[0]):
+                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
             try:
-                value = option.read(text)
+                value = option.read(todo.pop(0) if text is None else text)
             except UsageError as error:
                 raise UsageError(f"{given}: {error}") from None
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
@@ -6543,7 +6620,7 @@ def dispatch(argv: Sequence[str]) -> int:
         guess = resembling(name, list(COMMANDS))
         hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
         raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
-    return COMMANDS[name].run(parse(name, [*options, *rest]))
+    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -6560,12 +6637,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = 130
     except SystemExit as end:  # argparse's --help
         code = end.code if isinstance(end.code, int) else 2
-    except TimedOut as error:
-        missing = "".join(f"  {dependency_text(d)}\n" for d in error.data)
-        put(f"{error.args[0]}\n{missing}", 2)
-        code = error.exit_code
     except SyncError as error:
-        put(f"error: {error}\n", 2)
+        missing = error.data if isinstance(error, TimedOut) else None
+        rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
+        put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
     except Exception as error:  # a defect of ours; no traceback reaches a user
         put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)

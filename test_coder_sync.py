@@ -3532,7 +3532,7 @@ def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: Wor
 sys.path.insert(0, sys.argv[1])
 import coder_sync
 signal.pthread_sigmask(signal.SIG_BLOCK, [int(n) for n in sys.argv[2:]])
-signals = coder_sync.Signals()
+signals = coder_sync.Loop()
 os.kill(os.getpid(), signal.SIGTERM)
 try:
     signals.give_back()
