@@ -5089,6 +5089,7 @@ class Boot:
         import _signal as signal
 
         script = job.script
+        self.close_output(job)  # of the try before
         read = write = -1
         try:
             env = self.prepare(job)
