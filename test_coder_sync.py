@@ -844,6 +844,14 @@ def test_a_unit_may_have_20_locks(rules: Rules) -> None:
     assert rules.play(f"start a #1 lock={locks}; start b #2 lock={locks},more").startswith("#1 ok, !Refused |")
 
 
+def test_a_hundred_scripts_whose_start_was_refused_are_remembered(rules: Rules) -> None:
+    rules.play("start a #0 late;" + ";".join(f"start a #{pid} by={pid}" for pid in range(1, 121)) + "; delivered #0")
+    refused = rules.units.units["a"].refused
+    assert [owner.pid for owner in refused] == [*range(1, 101)]
+    rules.play("start a #121 by=121")
+    assert [owner.pid for owner in rules.units.units["a"].refused] == [*range(2, 101), 121]
+
+
 def test_the_oldest_events_are_forgotten(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coder_sync, "MAX_EVENTS", 3)
     chain(units, 5)
@@ -1018,6 +1026,7 @@ def test_a_graph_says_when_a_unit_did_what_and_who_let_it_go(rules: Rules) -> No
     assert (graph.now, b.registered, b.waiting, b.ready, b.started, b.ended) == (5.123457, 1, 1, 3, 3, 4)
     assert (b.status, b.released_by, b.wants) == ("completed", "z", {"z": "success", "a": "success"})
     assert (c.is_waiting, c.registered, c.waiting, c.ready, c.started, c.ended) == (True, 5, 5, -1, -1, -1)
+    assert (c.age, b.age) == (0.123, 1.123)
     assert (x.is_waiting, x.registered, x.waiting, x.started, x.ended) == (False, -1, -1, -1, -1)
 
 
