@@ -6825,8 +6825,8 @@ def test_a_boot_that_finds_an_agent_about_to_end_is_the_agent_itself(world: Worl
     time.sleep(0.3)  # it asks again and again
     assert two.process.poll() is None
     gate.open()
-    one.ends(0, "a | a\n", "1 completed")
-    two.ends(0, "a | a\n", "1 completed")
+    one.ends(0, "a | a\n", "1 completed", leaves=True)
+    two.ends(0, "a | a\n", "1 completed", leaves=True)
 
 
 def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(world: World) -> None:
