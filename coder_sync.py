@@ -1198,6 +1198,7 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = FILE.rpartition("/")[2]
+NEVER = float("inf")  # a time
 
 
 def put(text: str, fd: int = 1) -> bool:
@@ -1250,14 +1251,25 @@ def terminal() -> tuple[int, bool, bool]:
     return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
 
 
-def environment(**extra: str) -> dict[bytes, bytes]:
-    """The environment for a command, and what is added to it."""
-    return {**os.environb, **{os.fsencode(name): os.fsencode(value) for name, value in extra.items()}}
+def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
+    """The environment for a command: ours, or what was made before, and what is added to it."""
+    added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
+    return {**(os.environb if base is None else base), **added}
 
 
 def getenv(name: str) -> str:
     """An environment variable, empty if unset."""
     return os.environ.get(name, "")
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 59.5:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 # -- who a process is ---------------------------------------------------------------------------------------
@@ -1338,11 +1350,12 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
 
 
-class Signals:
-    """Signals and the ends of children, taken one by one in `wait` and nowhere else until they are given back.
+class Loop:
+    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
 
-    They are blocked here and in all threads that begin from now on. Those that we were started to ignore stay
-    ignored, as nohup(1) wants it; but not TERM, which is how an agent is told to end.
+    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
+    are given back. Those that we were started to ignore stay ignored, as nohup(1) wants it; but not TERM, which is how
+    an agent is told to end. There is a poll, and a thread that takes signals for it, once there is a descriptor.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
@@ -1350,34 +1363,117 @@ class Signals:
 
         numbers = [getattr(signal, name) for name in names]
         self.numbers = [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._poll: Any = None
+        self._leaving = False
         # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
-        # gets to `wait`, and children leave no exit status. A handler changes that, even if it is never run.
+        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
         self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
 
-    def wait(self) -> tuple[int, bool]:
-        """Take the next signal: its number, and whether a process sent it, not the terminal (macOS: always so)."""
+    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
+        """Wait until something happens, or until a time; handle it.
+
+        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        """
         import _signal as signal
 
-        if not hasattr(signal, "sigwaitinfo"):
-            return signal.sigwait([*self.numbers, signal.SIGCHLD]), True
-        got = signal.sigwaitinfo([*self.numbers, signal.SIGCHLD])
-        return got.si_signo, got.si_code <= 0  # SI_USER and its kin; the kernel's own are positive
+        if due < NEVER and not hasattr(signal, "sigtimedwait"):
+            self._begin_to_poll()
+        if not self._poll:
+            return self._signals(self._take(due))
+        came: list[tuple[int, bool]] = []
+        for fd, _ in self._poll.poll(None if due == NEVER else max(0.0, due - time.monotonic()) * 1000 + 1):
+            if fd == self._taken:
+                came = self._signals(os.read(fd, 4096))
+            elif fd in self._handlers:  # it may be gone since
+                self._handlers[fd]()
+        return came
+
+    def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
+        """Have something called whenever a descriptor can be read, or written to."""
+        import select
+
+        self._begin_to_poll()
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
+
+    def forget(self, *fds: int) -> None:
+        """Watch descriptors no more."""
+        for fd in fds:
+            if self._handlers.pop(fd, None):
+                self._poll.unregister(fd)
 
     def give_back(self) -> None:
         """Let signals have their usual effect again, as before a command takes our place.
 
-        Raises SystemExit(128+N) if one has come that `wait` did not take, so that none is lost, not even to process
+        Raises SystemExit(128+N) if one has come that `turn` did not return, so that none is lost, not even to process
         1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
         """
         import _signal as signal
 
-        late = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
-        number = signal.sigwait(late) if late else 0
+        late = []
+        if self._poll:
+            self._leaving = True
+            os.kill(os.getpid(), signal.SIGCHLD)
+            self._thread.join()
+            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
+            os.close(self._taken)
+            self._poll = None
+        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
+        late += [signal.sigwait(pending)] if pending else []
         signal.signal(signal.SIGCHLD, self._of_children)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        if number:
-            sys.exit(128 + number)
+        if late:
+            sys.exit(128 + late[0])
+
+    def _take(self, due: float) -> bytes:
+        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        import _signal as signal
+
+        awaited = [*self.numbers, signal.SIGCHLD]
+        if not hasattr(signal, "sigwaitinfo"):
+            return bytes([signal.sigwait(awaited), True])
+        if due == NEVER:
+            got = signal.sigwaitinfo(awaited)
+        else:
+            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+
+    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
+        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
+        import _signal as signal
+
+        signals = list(zip(taken[::2], map(bool, taken[1::2])))
+        while any(number == signal.SIGCHLD for number, _ in signals):
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            if pid in self.children:
+                self.children.pop(pid)(exit_code_of(status))
+        return [one for one in signals if one[0] != signal.SIGCHLD]
+
+    def _begin_to_poll(self) -> None:
+        import select
+        import threading
+
+        if self._poll:
+            return
+        self._taken, write = os.pipe()
+
+        def take_signals() -> None:
+            while not self._leaving:
+                os.write(write, self._take(NEVER))
+            os.close(write)
+
+        self._thread = threading.Thread(target=take_signals, daemon=True)
+        self._thread.start()
+        self._poll = select.poll()
+        self._poll.register(self._taken, select.POLLIN)
 
 
 def end_on_term() -> None:
@@ -1394,57 +1490,36 @@ def let_children_go() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
-def supervise(
-    command: list[str], env: dict[bytes, bytes], readiness: Readiness | None = None, came: list[int] | None = None
-) -> int:
-    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
+    """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
 
-    `readiness` notices when it is ready, `came` gets the signals that came. What the terminal sends (Ctrl-C) goes to
-    the whole foreground group, so the command has it already; only what a process sent to us is passed on. Raises
-    CommandError if the command cannot be run.
+    Raises OSError, or ValueError for an empty name.
     """
     import _signal as signal
 
-    signals = Signals()
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
+    return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
+
+
+def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+
+    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
+    process sent to us is passed on. Raises CommandError if the command cannot be run.
+    """
+    loop, codes = Loop(), []  # type: ignore[var-annotated]
     try:
-        if readiness:
-            readiness.begin()
-        try:
-            # Python ignores these two, and what we take is blocked; the command starts with neither.
-            defaults = [signal.SIGPIPE, signal.SIGXFSZ]
-            pid = os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults)
-        except (OSError, ValueError) as error:  # ValueError: an empty name
-            raise cannot_run(command[0], error) from None
-        while True:
-            number, sent = signals.wait()
-            if number != signal.SIGCHLD:
-                if came is not None:
-                    came.append(number)
-                if sent:
+        pid = spawn(command, env)
+        loop.children[pid] = codes.append
+        while not codes:
+            for number, sent in loop.turn():
+                if sent and not codes:
                     signal_to(pid, number)
-                continue
-            code = reap(pid)
-            if code is not None:
-                return code
-            if readiness:
-                readiness.look(pid)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
     finally:
-        signals.give_back()
-
-
-def reap(pid: int = -1) -> int | None:
-    """Take the ends of all children, as process 1 must of every orphan; return that of `pid` if it is among them."""
-    code = None
-    try:
-        while True:
-            ended, status = os.waitpid(-1, os.WNOHANG)
-            if not ended:
-                break
-            if ended == pid:
-                code = exit_code_of(status)
-    except ChildProcessError:  # there are none left
-        pass
-    return code
+        loop.give_back()
+    return int(codes[0])
 
 
 def exit_code_of(status: int) -> int:
@@ -1458,7 +1533,7 @@ def ending(code: int) -> str:
 
 
 def shell_status(code: int) -> int:
-    """The exit status that a shell gives for what `supervise` returned."""
+    """The exit status that a shell gives for a command's, where we have -N for signal N."""
     return code if code >= 0 else 128 - code
 
 
@@ -1561,6 +1636,15 @@ def http_status(text: str, timeout: float) -> int:
     return int(words[1])
 
 
+def can_be_read(fd: int, timeout: float) -> bool:
+    """Wait for a descriptor, for so many seconds; return whether it can be read."""
+    import select
+
+    awaited = select.poll()
+    awaited.register(fd, select.POLLIN)
+    return bool(awaited.poll(None if timeout == NEVER else max(0.0, timeout) * 1000))
+
+
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
@@ -1585,15 +1669,6 @@ class Prober:
     def ready(self) -> bool:
         """Whether a try has succeeded."""
         return not self.error
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for that, for so many seconds; return whether it has."""
-        import select
-
-        done = select.poll()
-        done.register(self._ready, select.POLLIN)
-        done.poll(None if timeout == float("inf") else max(0.0, timeout) * 1000)
-        return self.ready()
 
     def close(self) -> None:
         """No more tries; a command that is being tried is killed."""
@@ -1642,9 +1717,6 @@ class Prober:
             return one_line(getattr(error, "strerror", None) or str(error))
 
     def _command(self) -> str:
-        import _signal as signal
-        import select
-
         read, write = os.pipe()
         nothing = null()
         try:
@@ -1652,20 +1724,12 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                self._group = os.posix_spawnp(
-                    "sh",
-                    ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text],
-                    self._env,
-                    file_actions=[*streams, (os.POSIX_SPAWN_DUP2, write, 3)],
-                    setpgroup=0,
-                    setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD],
-                )
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            answered = select.poll()
-            answered.register(read, select.POLLIN)
-            if not answered.poll(PROBE_TIMEOUT * 1000):
+            if not can_be_read(read, PROBE_TIMEOUT):
                 signal_group(self._group, 9)
                 return f"no end within {PROBE_TIMEOUT:.0f}s"
             status = os.read(read, 16).strip()
@@ -1713,68 +1777,6 @@ class Notified:
         remove(self._path)  # unless the command did
 
 
-class Readiness:
-    """Whether the command that `supervise` runs is ready, or has not been for too long and is ended.
-
-    `look` is called at each SIGCHLD; a thread sends one when there is something to see. `on_ready` runs in a thread of
-    its own, so that signals are passed on while it does.
-    """
-
-    GRACE = 10.0  # seconds from TERM to KILL
-
-    def __init__(self, prober: Callable[[], Prober | Notified], timeout: float, on_ready: Callable[[], None]) -> None:
-        self.prober: Prober | Notified | None = None
-        self.is_ready = self.is_late = False
-        self._reporting: Any = None  # the thread of `on_ready`
-        self._make, self._timeout, self._on_ready = prober, timeout, on_ready
-
-    def begin(self) -> None:
-        """Start to probe, once signals are blocked for the threads that this takes. Raises OSError."""
-        import threading
-
-        self.prober = self._make()
-        self._deadline = time.monotonic() + self._timeout if self._timeout else float("inf")
-        threading.Thread(target=self._wait, args=(self.prober.fileno(),), daemon=True).start()
-
-    def _wait(self, fd: int) -> None:
-        import _signal as signal
-        import select
-
-        ready = select.poll()
-        ready.register(fd, select.POLLIN)
-        ready.poll(self._timeout * 1000 if self._timeout else None)
-        for pause in (0.0, self.GRACE):
-            time.sleep(pause)
-            os.kill(os.getpid(), signal.SIGCHLD)
-
-    def look(self, pid: int) -> None:
-        """See whether the command is ready, or late."""
-        if self.prober and not self.is_ready and not self.is_late and self.prober.ready():
-            from threading import Thread
-
-            self.is_ready = True
-            self._reporting = Thread(target=self._on_ready, daemon=True)
-            self._reporting.start()
-        elif not self.is_ready and time.monotonic() >= self._deadline:
-            os.kill(pid, 9 if self.is_late and time.monotonic() >= self._deadline + self.GRACE else 15)
-            self.is_late = True
-
-    def reason(self, code: int) -> str:
-        """Why the unit of a command that ended with `code` has failed; empty if it was ready."""
-        if self.is_ready or not self.prober:
-            return ""
-        if self.is_late:
-            return f"not ready after {self._timeout:g}s: {self.prober.error}"
-        return f"ended before it was ready ({ending(code)})"
-
-    def close(self) -> None:
-        """Probe no more; what `on_ready` does comes to its end."""
-        if self._reporting:
-            self._reporting.join()
-        if self.prober:
-            self.prober.close()
-
-
 # -- what a command leaves to others ----------------------------------------------------------------------------
 
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
@@ -1805,17 +1807,12 @@ def private_file() -> tuple[int, str]:
 
 def private_directory() -> str:
     """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    base = getenv("TMPDIR") or "/tmp"
-    for number in range(100):
-        path = os.path.join(base, f"coder-sync-{os.getpid()}-{time.time_ns() + number:x}")
-        try:
-            os.mkdir(path, 0o700)
-            return path
-        except FileExistsError:
-            continue
-        except OSError:
-            break
-    return ""
+    path = os.path.join(getenv("TMPDIR") or "/tmp", f"coder-sync-{os.urandom(8).hex()}")
+    try:
+        os.mkdir(path, 0o700)
+    except OSError:
+        return ""
+    return path
 
 
 def remove_directory(path: str) -> None:
@@ -1856,6 +1853,199 @@ def exported(path: str) -> dict[str, str]:
     if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
         raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     return values
+
+
+# -- a unit's command -------------------------------------------------------------------------------------------
+
+LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+
+
+class Task:
+    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
+
+    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
+    of it goes to `report`, as a request to the agent.
+    """
+
+    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
+    grace = 10.0  # seconds from TERM to KILL
+
+    def __init__(
+        self,
+        loop: Loop,
+        unit: str,
+        command: list[str],
+        ready: str = "",
+        ready_timeout: float = 0.0,
+        timeout: float = 0.0,
+        retries: int = 0,
+        delay: float = 0.0,
+    ) -> None:
+        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
+        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
+        self.env: dict[bytes, bytes] = {}
+        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.pid = 0  # of the process or group of the latest try, until it is gone
+        self.running = False  # the process; the group may live on
+        self.code = 0  # with which it ended
+        self.tries = 0
+        self.began = 0.0  # the latest try
+        self.stopped = False  # nothing is tried again
+        self.killed = False
+        self.prober: Prober | Notified | None = None  # while it is not ready
+        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
+        self.why = ""  # we end it
+        self.reason = ""  # how the latest try ended, or the unit
+        self.reported = ""  # "complete" or "fail"
+
+    # What is for others to say: how it is run, and who is told.
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        """Start the process; return its pid. Raises OSError or ValueError."""
+        return spawn(self.command, env)
+
+    def not_begun(self, error: Exception) -> None:
+        """A try could not begin."""
+        raise NotImplementedError
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        """There will be another try."""
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent."""
+        raise NotImplementedError
+
+    def exited(self) -> None:
+        """The process of a unit that has completed has ended."""
+        self.report("exited", reason=ending(self.code))
+
+    # The way.
+
+    def begin(self) -> None:
+        """Begin a try."""
+        paths = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left, "NOTIFY_SOCKET": self.notify_path}
+        env = environment(self.env, **{name: value for name, value in paths.items() if value})
+        try:
+            self.probe(env)
+            self.pid = self.spawn(env)
+        except (CommandError, OSError, ValueError) as error:
+            self.close_prober()
+            self.not_begun(error)
+            return
+        self.loop.children[self.pid] = self.process_ended
+        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.tries += 1
+        self.stop_at = self.began + self.timeout if self.timeout else NEVER
+        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+
+    def probe(self, env: dict[bytes, bytes]) -> None:
+        """Begin to ask whether it is ready. Raises CommandError."""
+        if not self.ready:
+            return
+        try:
+            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env)
+            self.loop.watch(self.prober.fileno(), self.probed)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            raise CommandError(f"cannot be probed: {getattr(error, 'strerror', error)}", 125) from None
+
+    def probed(self) -> None:
+        """The prober has something to say."""
+        if self.prober and self.prober.ready():
+            self.close_prober()
+            self.ready_by = NEVER
+            self.complete()
+
+    def close_prober(self) -> None:
+        """Probe no more."""
+        if self.prober:
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.ready_by:
+            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+        if now >= self.stop_at:
+            self.end(f"timed out after {span(self.timeout)}")
+        if now >= self.kill_at:
+            self.kill()
+        if now >= self.again_at and not self.pid:
+            self.again_at = NEVER
+            self.begin()
+        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group may go first
+
+    def end(self, why: str) -> None:
+        """End it: TERM, and KILL after the grace."""
+        self.why = self.why or why
+        self.stop_at = self.ready_by = NEVER
+        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+        self.close_prober()
+        self.signal(15)
+
+    def kill(self) -> None:
+        """End it for good, or give up what is left of its group."""
+        if self.killed and not self.running:
+            self.gone()
+        else:
+            self.killed, self.kill_at = True, time.monotonic() + 1
+            self.signal(9)
+
+    def signal(self, number: int) -> None:
+        """Signal the process, or its group."""
+        if self.own_group:
+            signal_group(self.pid, number)
+        else:
+            signal_to(self.pid, number)
+
+    def gone(self) -> None:
+        """Forget the number of the process, or of its group, before it is another one's."""
+        self.pid, self.kill_at = 0, NEVER
+
+    def process_ended(self, code: int) -> None:
+        """The process has ended, with this exit status, -N for signal N."""
+        self.running, self.code = False, code
+        self.stop_at = self.ready_by = NEVER
+        if not self.own_group or not alive_groups([self.pid]):
+            self.gone()
+        early = self.prober is not None
+        self.close_prober()
+        if self.reported == "complete":
+            self.exited()
+        elif not self.reported:
+            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            self.tried(self.why or how, code)
+
+    def tried(self, how: str, code: int) -> None:
+        """A try has ended, without success unless there is nothing to say how."""
+        if not how:
+            self.complete()
+        elif self.tries <= self.retries and not self.stopped:
+            self.reason, delay = how, self.delay
+            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
+            self.again_at = time.monotonic() + delay
+            self.to_be_tried_again(self.next_try(), delay)
+        else:
+            self.fail(how, code)
+
+    def next_try(self) -> str:
+        """Which try is next, and why."""
+        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
+
+    def complete(self) -> None:
+        """Report that it is done, or ready, and what it leaves to others."""
+        try:
+            env = exported(self.left)
+        except Refused as error:
+            self.fail(str(error))
+        else:
+            self.reported = "complete"
+            self.report("complete", env=env)
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        """Report that the unit has failed."""
+        self.reported, self.again_at = "fail", NEVER
+        self.report("fail", reason=reason, exit_code=shell_status(code))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2052,34 +2242,35 @@ class WakeUp:
     awake = False
 
     def __init__(self) -> None:
-        self._ends: tuple[int, ...] = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        from io import FileIO
+
+        ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        self._ends = [FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
 
     def close(self) -> None:
         """Give the descriptors back; from now on nobody is woken."""
-        ends, self._ends = getattr(self, "_ends", ()), ()
-        for fd in ends:
-            os.close(fd)
-
-    __del__ = close  # of a connection whose thread found no memory to begin with
+        self.awake = True
+        for end in self._ends:
+            end.close()
 
     def wake(self) -> None:
         """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
-        if self._ends and not self.awake:
+        if not self.awake:
             self.awake = True
-            os.write(self._ends[-1], (1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
 
     def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
         """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
         from select import POLLIN, poll
 
-        poller = poll()
-        for fd in (self._ends[0], *others):
+        poller, end = poll(), self._ends[0]
+        for fd in (end.fileno(), *others):
             poller.register(fd, POLLIN)
         ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < float("inf") else None)}
         self.awake = True
-        if self._ends[0] in ready:
-            os.read(self._ends[0], 4096)
-        return ready - {self._ends[0]}
+        if end.fileno() in ready:
+            end.read(4096)
+        return ready - {end.fileno()}
 
 
 class Connection:
@@ -2102,7 +2293,7 @@ class Connection:
         """When the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
         for claim in self.open.values():
-            times += (claim.deadline, claim.ticket.look_at)
+            times += [claim.ticket.look_at] if claim.ticket.answered else [claim.ticket.look_at, claim.deadline]
         return min(times)
 
     def send(self, data: bytes) -> None:
@@ -2160,7 +2351,6 @@ class Agent:
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
         self.connections: WeakSet[Connection] = WeakSet()  # one whose thread found no memory to begin with leaves
         self.followers: set[Connection] = set()
-        self.news = False  # there is an event for which the followers have not been woken
         self.began = time.monotonic()
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
@@ -2244,10 +2434,11 @@ class Agent:
             where = f"line {trace.tb_lineno}" if trace else "an unknown line"
             self.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
         finally:
-            self._end(connection)
+            while not self._end(connection):
+                time.sleep(0.05)
 
-    def _end(self, connection: Connection) -> None:
-        """The peer of a connection is gone: end its claims, however little memory there is."""
+    def _end(self, connection: Connection) -> bool:
+        """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
         try:
             with self.lock:
                 self.connections.discard(connection)
@@ -2266,10 +2457,10 @@ class Agent:
                 connection.claims.clear()
                 connection.wake_up.close()
                 connection.gone = True
-            connection.sock.close()
         except MemoryError:
-            time.sleep(0.05)
-            self._end(connection)
+            return False
+        connection.sock.close()
+        return True
 
     def _converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
@@ -2327,8 +2518,7 @@ class Agent:
             result = self._call(request, decode(line))
             if isinstance(result, UnitStatus):
                 own = Dependency(result.unit_name, "", result.status, False)
-                self._suggest([own], "")
-                self._suggest(result.dependencies, result.unit_name)
+                self._suggest([own, *result.dependencies], result.unit_name)
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
@@ -2424,13 +2614,9 @@ class Agent:
     # -- under the lock -----------------------------------------------------------------------------------
 
     def _distribute(self) -> None:
-        """Pass on the answers that became known, and wake the followers if anything has happened."""
+        """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
             self._answer(claim, answer)
-        if self.news:
-            self.news = False
-            for follower in self.followers:
-                follower.wake_up.wake()
 
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
@@ -2444,7 +2630,8 @@ class Agent:
         detail = f": {event.detail}" if event.detail else ""
         level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
         self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
-        self.news = True
+        for follower in self.followers:
+            follower.wake_up.wake()
 
     def _report(self, claim: Claim) -> None:
         request = claim.ticket
@@ -2704,8 +2891,6 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
     before = os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if replace:
-            replace(path)
         doing = f"open {lock}{whose(lock)}"
         held = hold(lock, path, replace)
         at_end.callback(os.close, held)
@@ -2744,6 +2929,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
 
     deadline = time.monotonic() + REPLACE_TIMEOUT
     while True:
+        late = time.monotonic() > deadline
+        if replace and not late:
+            replace(path)
         # O_NONBLOCK: another user may have put a pipe there
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         found = os.fstat(fd)
@@ -2760,11 +2948,9 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{whose(lock)} is serving {path} already", "stop") from None
-            if time.monotonic() > deadline:
+            if late:
                 remove(lock, found)
-            else:
-                replace(path)
-                time.sleep(0.02)
+            time.sleep(0.02)
         except FileNotFoundError:
             pass
         finally:
@@ -2896,9 +3082,9 @@ def serve(
         sock = sock or listen(at_end, path, mode, group, replace)
         path = sock.getsockname()
         at_end.callback(sock.close)
-        signals = Signals(PASSED_ON if command or body else STOPS)  # for all threads to come
-        if body:  # which may end in a command that takes our place
-            at_end.callback(signals.give_back)
+        loop = (
+            Loop(PASSED_ON if command else STOPS) if not body else None
+        )  # for all threads to come; a body has its own
         threading.stack_size(STACK)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -2926,13 +3112,12 @@ def serve(
         try:
             if body:
                 return body(agent, accepting.start)
-            if command:
+            if command or not loop:
                 return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
-            number = signal.SIGCHLD
-            while number == signal.SIGCHLD:
-                reap()
-                number = signal.Signals(signals.wait()[0])
-            log.say(f"stopping: got {number.name}")
+            came = loop.turn()
+            while not came:
+                came = loop.turn()
+            log.say(f"stopping: got {signal.Signals(came[0][0]).name}")
             return 0
         finally:
             notify("STOPPING=1")
@@ -3468,16 +3653,6 @@ def wait_for(
 # ----------------------------------------------------------------------------------------------------------
 
 LONG = 30.0  # seconds after which `why` has a word about a unit that runs
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f}ms"
-    if seconds < 59.5:
-        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def names_of(names: Sequence[str]) -> str:
@@ -4319,8 +4494,6 @@ CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
 PING_AFTER = 5.0  # seconds of silence from the agent
 LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
-LONGEST_DELAY = 30.0  # between two tries
-NEVER = float("inf")
 MARKS = ("#", "//", "--", ";")
 BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
 HEADERS = {
@@ -4686,11 +4859,10 @@ class Output:
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
-    def __init__(self, scripts: list[Script], options: BootOptions, signals: Signals) -> None:
+    def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
         self.jobs = {s.unit: Job(s) for s in scripts}
-        self.options, self.signals = options, signals
+        self.options, self.events = options, loop
         self.unfinished = len(scripts)
-        self.by_pid: dict[int, Job] = {}
         self.by_fd: dict[int, Job] = {}  # its output
         self.groups: dict[int, Job] = {}  # process groups that may have members
         self.look_at = NEVER  # when to look which of them have gone
@@ -4712,26 +4884,11 @@ class Boot:
 
         Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
-        import select
-        from threading import Thread
-
-        self.poll = select.poll()
-        self.handlers: dict[int, Callable[[], None]] = {}
         self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
         self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
-        self.watch(channel.fileno(), self.answers)
-        numbers, write = os.pipe()
-        self.watch(numbers, lambda: self.got_signals(os.read(numbers, 4096)))
-        self.leaving = False
-
-        def pass_signals_on() -> None:
-            while not self.leaving:
-                os.write(write, bytes([self.signals.wait()[0]]))
-
-        thread = Thread(target=pass_signals_on, daemon=True)
-        thread.start()
+        self.events.watch(channel.fileno(), self.answers)
         try:
             if self.options.log_dir:
                 self.make_log_dir()
@@ -4748,36 +4905,14 @@ class Boot:
                 self.relay()
             return code
         finally:
-            import _signal as signal
-
-            self.leaving = True
-            os.kill(os.getpid(), signal.SIGCHLD)
-            thread.join()
-            os.write(write, bytes([signal.SIGCHLD]))  # so that there is something to read
-            late = [n for n in os.read(numbers, 4096) if n != signal.SIGCHLD]
-            self.signal = self.signal or (late[0] if late else 0)
+            self.events.forget(channel.fileno(), *self.by_fd)
             remove_directory(self.directory)
-            for fd in (numbers, write, self.null):
-                os.close(fd)
+            os.close(self.null)
 
     # -- the loop -----------------------------------------------------------------------------------------
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Have something called whenever there is something to read."""
-        import select
-
-        self.handlers[fd] = handler
-        self.poll.register(fd, select.POLLIN)
-
-    def forget(self, fd: int) -> None:
-        """Watch a descriptor no more."""
-        if self.handlers.pop(fd, None):
-            self.poll.unregister(fd)
-
     def loop(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
-        import select
-
         while True:
             if self.channel and self.channel.more():
                 self.answers()
@@ -4794,23 +4929,18 @@ class Boot:
                 due = min(due, self.out.live_at)
             self.pause(len(self.out.pending) >= FULL)
             if self.out.pending:
-                self.poll.register(1, select.POLLOUT)
-            ready = self.poll.poll(max(0, due - now) * 1000 + 1)
-            if self.out.pending:
-                self.poll.unregister(1)
-            for fd, event in ready:
-                if fd == 1:
-                    self.out.pending = b"" if event & select.POLLERR else self.out.pending
-                    self.out.write()
-                elif fd in self.handlers:  # it may be gone since
-                    self.handlers[fd]()
+                self.events.watch(1, self.out.write, for_writing=True)
+            for number, _ in self.events.turn(due):
+                again, self.signal = self.signal, number
+                self.stop(9 if again else number, f"stopped: boot got signal {number}")
+            self.events.forget(1)
 
     def pause(self, full: bool) -> None:
         """Read no output while our own is not taken."""
         if full != self.paused:
             self.paused = full
             for fd, job in self.by_fd.items():
-                self.forget(fd) if full else self.watch(fd, self.reader(job))
+                self.events.forget(fd) if full else self.events.watch(fd, self.reader(job))
 
     def reader(self, job: Job) -> Callable[[], None]:
         """What reads a job's output."""
@@ -4942,7 +5072,7 @@ class Boot:
             raise error
         if self.channel and not self.lost:
             self.lost = str(error)
-            self.forget(self.channel.fileno())
+            self.events.forget(self.channel.fileno())
             self.out.clear()
             put(f"error: {error}\n", 2)
             for job in self.jobs.values():
@@ -4985,7 +5115,7 @@ class Boot:
             if read >= 0:
                 os.close(read)
             self.close_prober(job)
-            if self.by_pid and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+            if self.events.children and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
                 job.again_at = time.monotonic() + 0.05  # the system may have room for it then
             else:
                 self.fail(job, f"cannot be run: {error.strerror}")
@@ -4999,9 +5129,10 @@ class Boot:
         job.out, job.kill_at, job.kills = read, NEVER, 0
         job.stop_at = job.began + script.timeout if script.timeout else NEVER
         job.ready_by = job.began + script.ready_timeout if script.ready and script.ready_timeout else NEVER
-        self.by_pid[job.pid] = self.by_fd[read] = self.groups[job.pid] = job
+        self.events.children[job.pid] = lambda code: self.process_ended(job, code)
+        self.by_fd[read] = self.groups[job.pid] = job
         if not self.paused:
-            self.watch(read, self.reader(job))
+            self.events.watch(read, self.reader(job))
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
         self.ask("owner", job, pid=job.pid, log=os.fsencode(job.log_path).decode(errors="replace"))
@@ -5034,20 +5165,7 @@ class Boot:
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             self.end(job, f"cannot be probed: {one_line(str(error))}")
         else:
-            self.watch(job.prober.fileno(), lambda: self.probed(job))
-
-    def reap(self) -> None:
-        """Take the ends of all processes that have one: scripts, and, as process 1, whatever was left to us."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            job = self.by_pid.pop(pid, None)
-            if job:
-                self.process_ended(job, exit_code_of(status))
+            self.events.watch(job.prober.fileno(), lambda: self.probed(job))
 
     def process_ended(self, job: Job, code: int) -> None:
         """The process of a script has ended."""
@@ -5118,7 +5236,7 @@ class Boot:
 
     def close_prober(self, job: Job) -> None:
         if job.prober:
-            self.forget(job.prober.fileno())
+            self.events.forget(job.prober.fileno())
             job.prober.close()
             job.prober = None
 
@@ -5135,17 +5253,6 @@ class Boot:
             self.signal_in_order()
 
     # -- ends ---------------------------------------------------------------------------------------------
-
-    def got_signals(self, numbers: bytes) -> None:
-        """Obey signals: the first is passed on, the second kills."""
-        import _signal as signal
-
-        if signal.SIGCHLD in numbers:
-            self.reap()
-        for number in numbers:
-            if number != signal.SIGCHLD:
-                again, self.signal = self.signal, number
-                self.stop(9 if again else number, f"stopped: boot got signal {number}")
 
     def stop(self, number: int, why: str) -> None:
         """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
@@ -5234,7 +5341,7 @@ class Boot:
     def close_output(self, job: Job) -> None:
         if job.out >= 0:
             del self.by_fd[job.out]
-            self.forget(job.out)
+            self.events.forget(job.out)
             os.close(job.out)
             job.out = -1
         if job.log >= 0:
@@ -5291,13 +5398,15 @@ class Boot:
                 [*self.by_fd, *(job.log for job in self.by_fd.values())]
             )  # the agent's clients wait for its end
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            self.poll = select.poll()
-            for fd, job in self.by_fd.items():
-                self.watch(fd, self.reader(job))
+            ready = select.poll()
+            for fd in self.by_fd:
+                ready.register(fd, select.POLLIN)
             while self.by_fd:
-                for fd, _ in self.poll.poll():
-                    self.handlers[fd]()
+                for fd, _ in ready.poll():
+                    self.output(self.by_fd[fd])
                     self.out.write(patience=1e6)
+                    if fd not in self.by_fd:
+                        ready.unregister(fd)
         finally:  # and never into the parent's ways out
             os._exit(0)
 
@@ -5306,8 +5415,8 @@ class Boot:
     def running(self, now: float) -> list[str]:
         """What runs and has not ended, for how long, and what a service lacks."""
         shown = []
-        for job in self.by_pid.values():
-            if not job.outcome:
+        for job in self.groups.values():
+            if job.running and not job.outcome:
                 more = [f"try {job.tries} of {job.script.retries + 1}"] if job.tries > 1 else []
                 more += [f"not ready: {job.prober.error}"] if job.prober else []
                 shown.append(f"{job.script.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
@@ -5902,99 +6011,104 @@ def cmd_run(args: Args) -> int:
         return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    return Run(args.unit, args.command, start, args.ready == "notify").tries(
-        args.retry, args.retry_delay, args.ready, args.ready_timeout
-    )
+    return Run(args, start).to_its_end()
 
 
-class Run:
-    """The command of a started unit: run, perhaps more than once, and reported on the connection that has the unit."""
+class Run(Task):
+    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
-    def __init__(self, unit: str, command: list[str], start: Start, notifies: bool) -> None:
-        self.unit, self.command, self.start = unit, command, start
-        self.file, self.left = private_file()  # for what the command leaves
-        self.directory = private_directory() if notifies or not self.left else ""
-        self.left = self.left or (os.path.join(self.directory, "env") if self.directory else "")
-        self.came: list[int] = []  # signals: nothing is tried again after one
+    def __init__(self, args: Args, start: Start) -> None:
+        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
+        super().__init__(Loop(), args.unit, args.command, args.ready, **options)
+        self.env, self.channel = environment(**start.environment), start.channel
+        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
+        self.status = 0  # to return
+        self.file, self.left = private_file()
+        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
+        if self.directory:
+            self.left = self.left or os.path.join(self.directory, "env")
+            self.notify_path = os.path.join(self.directory, "notify")
 
-    def tries(self, more: int, delay: float, ready: str, ready_timeout: float) -> int:
-        """Run the command, at most `more` times again if it fails; return its exit status."""
-        most = more + 1
+    def to_its_end(self) -> int:
+        """Run it, at most `retries` times again if it fails; return its exit status."""
         try:
-            while True:
-                readiness = Readiness(lambda: self.prober(ready), ready_timeout, self.is_ready) if ready else None
-                code, why = self.once(readiness)
-                if readiness and readiness.is_ready:
-                    self.report("exited", "its end", reason=ending(code))
-                    return shell_status(code)
-                if not why:
-                    return 0 if self.complete() else 1
-                if not more or self.came:
-                    outcome = f"its outcome (exit code {shell_status(code)})"
-                    self.report("fail", outcome, reason=why, exit_code=shell_status(code))
-                    return shell_status(code) or 1
-                detail = f"try {most - more + 1} of {most} after {why}"
-                put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-                try:
-                    time.sleep(delay)
-                except BaseException:  # a signal
-                    self.start.channel.request("fail", unit=self.unit, reason=f"stopped between two tries; {why}")
-                    raise
-                more, delay = more - 1, min(2 * delay, 30.0)
-                self.report("retry", detail, detail=detail)
+            try:
+                self.begin()
+                while self.running or self.again_at < NEVER:
+                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                        self.signalled(number, sent)
+            finally:
+                self.loop.give_back()
+            while self.asked:  # signals have their effect again, should the agent not answer
+                self.answered()
+            return self.status
         finally:
             remove_directory(self.directory)
 
-    def once(self, readiness: Readiness | None) -> tuple[int, str]:
-        """Run the command once; return its exit status and, unless it ended well, why the unit has failed."""
-        env = {**self.start.environment, "CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            env["CODER_SYNC_ENV"] = self.left
-        if readiness and self.directory:
-            env["NOTIFY_SOCKET"] = os.path.join(self.directory, "notify")
+    def signalled(self, number: int, sent: bool) -> None:
+        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+        self.stopped = True
+        if self.running and sent:
+            self.signal(number)
+        elif self.again_at < NEVER:
+            self.fail(f"stopped between two tries; {self.reason}")
+            sys.exit(128 + number)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
         if self.file >= 0:
             os.ftruncate(self.file, 0)
         else:
             remove(self.left)
+        if self.tries:
+            self.report("retry", detail=self.next_try())
+        return super().spawn(env)
+
+    def not_begun(self, error: Exception) -> None:
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
+        self.tries += 1
+        self.tried(str(wrong), wrong.exit_code)
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+
+    def complete(self) -> None:
+        super().complete()
+        if self.running and self.reported == "complete":
+            self.report("running")
+            self.loop.watch(self.channel.fileno(), self.answered)
+
+    def exited(self) -> None:
+        self.status = shell_status(self.code)
+        super().exited()
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        self.status = shell_status(code) or 1
+        if reason != ending(code):  # else the exit status says it
+            put(f"error: {self.unit}: {reason}\n", 2)
+        super().fail(reason, code)
+
+    def report(self, method: str, **params: Any) -> None:
+        outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
+        what = params.get("detail") or {"running": "that it runs on", "exited": "its end"}.get(method, outcome)
         try:
-            code = supervise(self.command, environment(**env), readiness, self.came)
-        except CommandError as error:
-            put(f"error: {self.unit}: {error}\n", 2)
-            return error.exit_code, str(error)
-        except OSError as error:
-            return 125, f"cannot be probed: {error.strerror}"
-        finally:
-            if readiness:
-                readiness.close()
-        return code, readiness.reason(code) if readiness else ending(code) if code else ""
-
-    def prober(self, ready: str) -> Prober | Notified:
-        """What finds out whether the command is ready."""
-        if ready == "notify":
-            return Notified(os.path.join(self.directory, "notify"))
-        return Prober(ready, environment(**self.start.environment, CODER_SYNC_UNIT=self.unit))
-
-    def is_ready(self) -> None:
-        """The command is ready, and goes on."""
-        self.complete()
-        self.report("running", "that it runs on")
-
-    def complete(self) -> bool:
-        """The unit is done, unless what the command left for others cannot be read: then it has failed."""
-        try:
-            self.report("complete", "its outcome (exit code 0)", env=exported(self.left))
-        except Refused as error:
-            put(f"error: {self.unit}: {error}\n", 2)
-            self.report("fail", "its outcome (exit code 0)", reason=str(error))
-            return False
-        return True
-
-    def report(self, method: str, what: str, **params: Any) -> None:
-        """Tell the agent; without it the command goes on all the same."""
-        try:
-            self.start.channel.call(method, unit=self.unit, **params)
+            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
         except SyncError as error:
-            put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+            self.not_reported(what, error)
+
+    def answered(self) -> None:
+        """Take an answer to what was reported; without the agent the command goes on all the same."""
+        if not self.asked:  # it has hung up
+            self.loop.forget(self.channel.fileno())
+            return
+        request, what = self.asked.pop(0)
+        try:
+            self.channel.answer(request)
+        except SyncError as error:
+            self.not_reported(what, error)
+
+    def not_reported(self, what: str, error: SyncError) -> None:
+        """Say that the agent may not know something."""
+        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
 @declare(
@@ -6027,13 +6141,13 @@ def cmd_boot(args: Args) -> int:
         put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
         return 0
     write = timeline_writer(args.timeline) if args.timeline else None
-    signals = Signals(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))
+    loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
-    boot = Boot(scripts, options, signals)
+    boot = Boot(scripts, options, loop)
     code = boot_at(path, boot)
     if write and boot.graph:
         write(boot.graph)
-    signals.give_back()
+    loop.give_back()
     if args.command and not boot.signal and (code == 0 or args.always):
         import _signal as signal
 
@@ -6118,7 +6232,8 @@ def cmd_wait(args: Args) -> int:
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         for prober in probers.values():
-            if not prober.wait(began + args.timeout - time.monotonic() if args.timeout else float("inf")):
+            left = began + args.timeout - time.monotonic() if args.timeout else NEVER
+            if not can_be_read(prober.fileno(), left) or prober.error:
                 lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
                 put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
                 return TimedOut.exit_code

@@ -1784,6 +1784,8 @@ def test_a_name_close_to_a_known_one_resembles_it() -> None:
     for name, guess in guesses.items():
         assert coder_sync.resembling(name, ["apt-install", "git-clone", "pip"]) == guess
     assert coder_sync.resembling("git-clone", []) == ""
+    assert coder_sync.resembling("db-2", ["db-1", "db-22"]) == ""  # numbered siblings are no slips of the finger
+    assert coder_sync.resembling("db_1", ["db-2", "db-1"]) == "db-1"
 
 
 NO_VALUES = {
@@ -3621,7 +3623,7 @@ def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: Wor
 sys.path.insert(0, sys.argv[1])
 import coder_sync
 signal.pthread_sigmask(signal.SIG_BLOCK, [int(n) for n in sys.argv[2:]])
-signals = coder_sync.Signals()
+signals = coder_sync.Loop()
 os.kill(os.getpid(), signal.SIGTERM)
 try:
     signals.give_back()
@@ -3782,32 +3784,22 @@ b           completed        not registered  false
 on          completed        started         false
 done        ended            completed       true
 ...
-$ status table -c 'satisfied,depends on' ->
-...
-SATISFIED  DEPENDS ON
-false      b
-...
-$ status other --column=current_status,required_status ->
+$ status other --column=current_status,required_status,SATISFIED ->
 ...
 Ready: true
 
-CURRENT STATUS  REQUIRED STATUS
-started         started
+CURRENT STATUS  REQUIRED STATUS  SATISFIED
+started         started          true
 ...
-$ status bad ->
-Unit: bad
-Status: failed
-...
-Reason: no disk
-...
-$ status behind ->
+$ status behind -c 'reason,depends on' ->
 Unit: behind
 Status: skipped
 Ready: false
 Reason: dependency "bad" failed (no disk)
 
-DEPENDS ON  REQUIRED STATUS  CURRENT STATUS  SATISFIED  REASON
-bad         completed        failed          false      no disk
+REASON   DEPENDS ON
+no disk  bad
+         b
 ...
 $ status behynd ->
 Unit: behynd
@@ -3816,22 +3808,18 @@ Ready: true
 ...
 Did you mean: behind
 ...
-$ list ->
-UNIT ...  READY  AGE ...REASON
-a ...
-bad ... true ...no disk
-behind ... dependency ...no disk)
-...
-$ list --all -c READY,unit,status ->
-READY  UNIT    STATUS
+$ list -c ready,UNIT,status,reason ->
+READY  UNIT    STATUS     REASON
 false  a       pending
-true   b       not registered
-true   bad     failed
-false  behind  skipped
+true   bad     failed     no disk
+false  behind  skipped    dependency "bad" failed (no disk)
 true   done    completed
 true   on      started
 true   other   pending
 false  table   pending
+$ list ->
+UNIT ...  READY  AGE ...REASON
+...
 $ wait bad behind done --requires completion -> bad, behind, done: done...
 $ wait on --requires start -> on: done...
 $ wait dome -t 20ms ->
@@ -3839,6 +3827,16 @@ waiting for dome not registered, did you mean "done"?
 ! timeout waiting for dome
 !   dome not registered, did you mean "done"?
 exit 124
+$ list --all -c unit ->
+UNIT
+a
+b
+bad
+behind
+done
+on
+other
+table
 $ start git-clone --pid PID -q; want apt disk -q ->
 $ start ide -t 50ms --want gitclone --want git-clone --want apt --want zzz ->
 ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone started ...; apt ...; zzz not registered
@@ -3849,22 +3847,23 @@ ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone s
 !   zzz not registered
 exit 124
 $ complete ide -> ide: completed
-$ run ran --want ever -t 10ms -- echo ran ->
-! ran: waiting for ever not registered
+$ run ran --want apt-instal -t 10ms -- echo ran ->
+! ran: waiting for apt-instal not registered
 ! timeout waiting for dependencies of unit ran
-!   ever not registered
+!   apt-instal not registered
 exit 124
-$ start pip-install --want apt-install -t 10ms ->
-pip-install: waiting for apt-install not registered
-! timeout waiting for dependencies of unit pip-install
-!   apt-install not registered
+$ start apt-install --want apt-instal -t 10ms ->
+apt-install: waiting for apt-instal not registered
+! timeout waiting for dependencies of unit apt-install
+!   apt-instal not registered
 exit 124
 $ start locked --lock=left --lock right -q ->
 $ start second --lock right -t 1ms ->
 ...
-! ...
 ! ...lock right...
 exit 124
+$ complete locked -q ->
+$ start second --lock right -> second: started; it has no dependencies
 """
 REFUSALS = """
 $ want a a -> 1: cycle detected: a -> a; a unit cannot depend on itself
@@ -3899,6 +3898,7 @@ $ sync list -> 2: no such command: 'sync'; ...
 $ exp -> 2: after exp comes sync, as in `exp sync start UNIT`
 $ exp sync -> 2: which command? ...
 $ exp list -> 2: after exp comes sync, ...
+$ --quiet start a -> 2: '--quiet': which command? Options other than --socket-path follow the command
 $ --frobnicate list -> 2: '--frobnicate': which command? Options other than --socket-path follow ...
 $ help frobnicate -> 2: no such command: 'frobnicate'; ...
 $ start a --\udcff=x -> 2: start: no such option: '--\\udcff'; see ...
@@ -3954,13 +3954,8 @@ def play(call: Call, world: World, transcript: str) -> None:
 
     Those after `!` come on standard error. `4: TEXT` stands for `! error: TEXT` and exit status 4; X9 for nine x.
     """
-    words = {
-        "AGENT": world.processes[0].pid,
-        "PID": os.getpid(),
-        "PARENT": os.getppid(),
-        "PATH": world.path,
-        "VERSION": coder_sync.__version__,
-    }
+    words = {"PID": os.getpid(), "PARENT": os.getppid(), "PATH": world.path, "VERSION": coder_sync.__version__}
+    words["AGENT"] = world.processes[0].pid if world.processes else 0
     for word, meaning in words.items():
         transcript = transcript.replace(word, str(meaning))
     transcript = re.sub(r"X(\d+)", lambda match: "x" * int(match[1]), transcript)
@@ -4033,29 +4028,22 @@ def test_options_may_stand_before_among_and_after_the_names(call: Call, agent: W
         assert call(agent, *line.replace("PATH", agent.path).split(), **nowhere).returncode == 0
 
 
-def test_a_start_that_waits_says_for_what_and_then_that_it_is_done(agent: World) -> None:
-    agent.client.start("git-clone")
-    process = agent.popen("start", "a", "--want", "git-clone", "--want", "apt", "--timeout", "0")
-    expected = f"a: waiting for git-clone started TIME ago by ... (pid {os.getppid()}); apt not registered\n"
-    assert as_written(expected, line_of(process.stdout))
-    agent.client.complete("git-clone")
-    agent.end("apt")
-    done = finish(process)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert as_written("a: started after TIME\n", done.stdout)
-
-
-def test_a_start_that_waits_for_long_says_so_again_and_again(world: World) -> None:
+def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_done(world: World) -> None:
     world.spawn(altered("coder_sync.REPORT_EVERY = 0.02", "serve"), stderr=subprocess.DEVNULL)
     world.client.ping(wait=PATIENCE)
-    process = world.popen("start", "a", "--want", "apt")
-    assert line_of(process.stdout) == "a: waiting for apt not registered\n"
+    world.client.start("clone")
+    process = world.popen("start", "a", "--want", "clone", "--want", "apt", "--timeout", "0")
+    started = f"clone started TIME ago by ... (pid {os.getppid()})"
+    assert as_written(f"a: waiting for {started}; apt not registered\n", line_of(process.stdout))
     world.client.want("apt", "disk")
-    expected = "a: still waiting after TIME for apt pending for TIME, waits for disk\n"
+    expected = f"a: still waiting after TIME for {started}; apt pending for TIME, waits for disk\n"
     until(lambda: as_written(expected, line_of(process.stdout)))
     assert as_written(expected, line_of(process.stdout))
+    world.client.complete("clone")
     world.client.complete("apt")
-    assert finish(process).returncode == 0
+    done = finish(process)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert as_written("...\na: started after TIME\n", done.stdout)
 
 
 def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World) -> None:
@@ -4085,15 +4073,6 @@ def test_env_prints_what_a_shell_takes_back_unchanged(
         assert done.stderr.startswith("error: the agent knows a variable that no shell can take: ")
 
 
-def test_of_the_units_with_one_lock_one_is_started_at_a_time(call: Call, agent: World) -> None:
-    call.ok(agent, "start", "a", "--lock", "apt", "--lock", "pip")
-    process = agent.popen("run", "c", "-q", "--lock", "pip", "--", "true")
-    agent.waiting("c")
-    call.ok(agent, "complete", "a")
-    done = finish(process)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
     def data(*words: str) -> Any:
         return json.loads(call.ok(agent, *words))
@@ -4115,7 +4094,8 @@ def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> Non
     assert rows[2].keys() >= {"exit_code", "owner"}
     assert rows[3]["owner"]["pid"] == os.getpid()
 
-    assert agent.run("run", "bad", "--", "sh", "-c", "exit 9").returncode == 9
+    done = agent.run("run", "bad", "--quiet", "--", "sh", "-c", "exit 9")
+    assert (done.returncode, done.stdout, done.stderr) == (9, "", "")
     agent.client.want("table", "nobody")
     agent.client.want("table", "\u00e4", requires="start")
     agent.client.want("table", "bad", requires="completion")
@@ -4222,30 +4202,28 @@ def test_a_call_begun_before_the_agent_boots_succeeds(world: World, stale: bool)
     assert [finish(process).returncode for process in processes] == [0] * 5
 
 
-def unreachable(call: Call, world: World, *words: str) -> str:
-    """Why there is no agent, from a call that tries once."""
-    done = call(world, *(words or ("start", "a", "--connect-timeout", "0")))
-    assert (done.returncode, done.stdout) == (3, "")
-    assert re.fullmatch(f"error: .*{world.path}.*\n", done.stderr)
-    return done.stderr
+NO_AGENT = "$ start a --connect-timeout 0; ping -> 3: ...PATH...{}\n"  # and why there is none
 
 
-THERE: dict[str, tuple[Callable[[str], Any], str]] = {
-    "nothing": (lambda path: None, "no such file; .*serve --detach --socket-path PATH"),
-    "a stale socket": (
-        lambda path: listener(path).close(),
-        "connection refused; who made it is gone: build the tunnel",
-    ),
-    "a file": (lambda path: Path(path).write_text("x"), "not a socket; remove it"),
-    "a directory": (os.mkdir, "not a socket\n"),
-}
-
-
-@pytest.mark.parametrize("what", THERE)
-def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World, what: str) -> None:
-    make, pattern = THERE[what]
-    make(world.path)
-    assert re.search(pattern.replace("PATH", world.path), unreachable(call, world))
+def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> None:
+    play(call, world, NO_AGENT.format("no such file; ...serve --detach --socket-path PATH..."))
+    listener(world.path).close()
+    play(call, world, NO_AGENT.format("connection refused; who made it is gone: build the tunnel..."))
+    os.unlink(world.path)
+    Path(world.path).write_text("x")
+    play(call, world, NO_AGENT.format("not a socket; remove it..."))
+    os.unlink(world.path)
+    os.mkdir(world.path)
+    play(call, world, NO_AGENT.format("not a socket"))
+    os.rmdir(world.path)
+    with listener(world.path) as sock:
+        sock.listen(0)
+        queued = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(5)]
+        for one in queued:
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                one.connect(world.path)
+        play(call, world, NO_AGENT.format("the agent does not take connections; is it stopped or overloaded?"))
 
 
 def test_a_socket_of_somebody_else_names_the_owner(world: World) -> None:
@@ -4273,43 +4251,31 @@ def test_a_shared_socket_serves_others_but_on_the_default_path_only_if_it_is_roo
         assert finish(world.spawn(stranger("start", "a", "--socket-path", path))).returncode == 0
 
 
-NOT_OURS, HUNG_UP = "does not speak our protocol", "went away before it answered"
 IMPOSTORS = {
-    b"HTTP/1.1 400 Bad Request\r\n\r\n": NOT_OURS,
-    b'{"hello": "world"}\n': NOT_OURS,
-    b"[1, 2]\n": NOT_OURS,
-    b"\xff\xfe\x00\n": NOT_OURS,
-    b"[" * 60_000 + b"\n": NOT_OURS,
-    b'{"jsonrpc": "1.0", "id": 1, "result": {}}\n': NOT_OURS,
-    b"": HUNG_UP,
-    b'{"jsonrpc": "2.0", "id"': HUNG_UP,
+    "does not speak our protocol...": [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b'{"hello": "world"}\n',
+        b"[1, 2]\n",
+        b"\xff\xfe\x00\n",
+        b"[" * 60_000 + b"\n",
+        b'{"jsonrpc": "1.0", "id": 1, "result": {}}\n',
+    ],
+    "went away before it answered...": [b"", b'{"jsonrpc": "2.0", "id"'],
 }
 ODD_ANSWERS: list[Any] = [{"result": r} for r in (None, "x", {}, [1])] + [{"error": "x"}, {"error": {}}, {}]
 
 
 def test_what_is_no_agent_of_ours_is_said_to_be_none_or_to_hang_up(call: Call, world: World) -> None:
-    for answer, complaint in IMPOSTORS.items():
-        with impostor(world, answer):
-            assert complaint in unreachable(call, world), answer[:40]
-            assert complaint in unreachable(call, world, "ping"), answer[:40]
+    for complaint, answers in IMPOSTORS.items():
+        for answer in answers:
+            with impostor(world, answer):
+                play(call, world, NO_AGENT.format(complaint))
     for odd in ODD_ANSWERS:
         for words in ("ping", "want a b", "start a", "status a", "list"):
             with impostor(world, json.dumps({"jsonrpc": "2.0", "id": 1, **odd}).encode() + b"\n"):
                 done = call(world, *words.split())
             assert "internal error" not in done.stderr, (odd, words)
             assert done.returncode in (0, 1, 3)
-
-
-def test_an_agent_that_takes_no_connections(call: Call, world: World) -> None:
-    with listener(world.path) as sock:
-        sock.listen(0)
-        queued = []
-        for _ in range(5):
-            queued.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            queued[-1].setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                queued[-1].connect(world.path)
-        assert "does not take connections; is it stopped or overloaded?" in unreachable(call, world)
 
 
 def test_a_client_that_waits_ends_with_its_agent_and_at_ctrl_c(world: World) -> None:
@@ -4520,17 +4486,6 @@ def test_a_command_that_leaves_a_child_behind_or_closes_its_streams_is_done_when
     assert agent.client.status("b").exit_code == 4
 
 
-def test_a_process_that_stops_and_continues_keeps_its_unit(agent: World) -> None:
-    process = agent.popen("run", "a", "--", *PYTHON, CATCH)
-    assert line_of(process.stdout) == "ready\n"
-    os.killpg(process.pid, signal.SIGSTOP)
-    until(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT | os.WNOHANG), "stopped")
-    assert agent.status("a") == "started"
-    os.killpg(process.pid, signal.SIGCONT)
-    process.terminate()
-    assert finish(process).returncode == 9
-
-
 @LINUX
 def test_a_run_stops_with_its_terminals_group_and_goes_on(agent: World) -> None:
     job = """import os, sys
@@ -4723,34 +4678,30 @@ def test_scripts_go_on_without_the_cli_and_without_an_agent(world: World) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
 
 
-WILD = {
-    "trap-first": """set -euo pipefail
-        trap 'coder exp sync complete UNIT' EXIT
-        coder exp sync want UNIT a b c
-        coder exp sync start --timeout 30m UNIT""",
-    "option-after": """coder exp sync want UNIT a b c && coder exp sync start UNIT --timeout 10m &&
-        coder exp sync complete UNIT""",
-    "in-one-breath": """coder exp sync want UNIT a b c
-        coder exp sync start UNIT && coder exp sync complete UNIT""",
-    "silent": """coder exp sync want UNIT a b c > /dev/null 2>&1 || true
-        coder exp sync start UNIT > /dev/null 2>&1 || true
-        coder exp sync complete UNIT > /dev/null 2>&1 || true""",
-    "function": """sync() { coder exp sync "$@"; }
-        sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
-    "run": "coder run UNIT --want a --want b --want c -- true",
-    "barrier": """(coder exp sync want ready-UNIT a b c
-        coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
-        coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
-}
+WILD = [
+    """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
+    coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
+    """coder exp sync want UNIT a b c && coder exp sync start UNIT --timeout 10m && coder exp sync complete UNIT""",
+    """coder exp sync want UNIT a b c
+    coder exp sync start UNIT && coder exp sync complete UNIT""",
+    """coder exp sync want UNIT a b c > /dev/null 2>&1 || true
+    coder exp sync start UNIT > /dev/null 2>&1 || true
+    coder exp sync complete UNIT > /dev/null 2>&1 || true""",
+    """sync() { coder exp sync "$@"; }
+    sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
+    "coder run UNIT --want a --want b --want c -- true",
+    """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
+    coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
+]
 
 
 def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
     agent.end("a", "b", "c")
-    for unit, script in WILD.items():
-        done = agent.shell(script.replace("UNIT", unit), "bash")
-        assert (done.returncode, done.stderr) == (0, ""), unit
-        assert agent.status(unit) == "completed"
-        assert len(agent.client.status(unit).dependencies) == 3
+    for n, script in enumerate(WILD):
+        done = agent.shell(script.replace("UNIT", f"form-{n}"), "bash")
+        assert (done.returncode, done.stderr) == (0, ""), script
+        assert agent.status(f"form-{n}") == "completed"
+        assert len(agent.client.status(f"form-{n}").dependencies) == 3
 
 
 def test_serve_runs_scripts(world: World) -> None:
@@ -4778,7 +4729,7 @@ def command(world: World, *argv: str, **options: Any) -> subprocess.CompletedPro
 
 
 def install(world: World, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return command(world, sys.executable, "-IS", str(FILE), "install", *words, **options)
+    return command(world, sys.executable, "-IS", str(installed()), "install", *words, **options)
 
 
 def pythons(oldest: str, newest: str) -> list[str]:
@@ -4794,29 +4745,27 @@ def pythons(oldest: str, newest: str) -> list[str]:
     return list(versions.values())
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+BOTH_FORMS = pytest.mark.parametrize("form", ["plain", "installed"])
+
+
+@BOTH_FORMS
 def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -> None:
     path, python = tool(world, form), os.path.join(os.path.dirname(sys.executable), "python3")
     (world.directory / "link").symlink_to(path)
     (world.directory / "link of a link").symlink_to("link")
     env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
-    for argv in (
-        [path],
-        [python, path],
-        ["./link of a link"],
-        [python, "link"],
-        [os.path.relpath(path, world.directory)],
-    ):
+    relative = os.path.relpath(path, world.directory)
+    for argv in ([path], [python, path], ["./link of a link"], [python, "link"], [relative]):
         done = command(world, *argv, "exp", "sync", "ping", env=env)
         assert (done.returncode, done.stderr) == (0, "")
-        assert command(world, *argv, "--help", env=env).stdout.startswith(
-            f"usage: {os.path.basename(argv[-1])} COMMAND"
-        )
-        assert command(world, *argv, "frobnicate", env=env).returncode == 2
+        done = command(world, *argv, env=env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith(f"see `{os.path.basename(argv[-1])} --help`\n")
+    assert command(world, path, "--help", env=env).stdout.startswith("usage: coder COMMAND")
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+@BOTH_FORMS
 @pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh", "busybox sh"])
 def test_any_shell_may_read_its_first_lines(shared: World, world: World, form: str, shell: str) -> None:
     program, *rest = shell.split()
@@ -4829,7 +4778,7 @@ def test_any_shell_may_read_its_first_lines(shared: World, world: World, form: s
     assert command(world, *words, path, "ping", env={"PATH": "/nowhere"}).returncode == 127
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+@BOTH_FORMS
 def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, form: str) -> None:
     path = tool(world, form)
     for module in ("json", "socket", "argparse", "threading", "errno", "time", "coder_sync"):
@@ -4845,10 +4794,10 @@ def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, fo
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("form", ["plain", "installed"])
+@BOTH_FORMS
 def test_whoever_calls_it_is_shown_as_what_was_called(agent: World, form: str) -> None:
     run = agent.spawn([tool(agent, form), "run", "a", "--", "sleep", "60"], env=agent.shell_env())
-    owner = until(lambda: agent.connect().call("list")["result"] and agent.client.status("a").owner)
+    owner = until(lambda: agent.client.list() and agent.client.status("a").owner)
     assert (owner.pid, owner.command) == (run.pid, "coder run a -- sleep 60")
 
 
@@ -4856,37 +4805,30 @@ def test_other_users_call_it_and_may_write_nothing(world: World) -> None:
     python, become = shutil.which("python3", path="/usr/bin:/bin"), ["setpriv", "--reuid=65534", "--clear-groups"]
     if os.getuid() or not python or not shutil.which("setpriv"):
         pytest.skip("only root can become somebody else")
-    directory = Path(tempfile.mkdtemp())
-    directory.chmod(0o755)
-    try:
-        shutil.copy(FILE, directory / "plain")
-        assert install(world, str(directory / "copy")).returncode == 0
-        for path in (directory / "plain", directory / "copy"):
+    with open_directory() as directory:
+        shutil.copy(FILE, f"{directory}/plain")
+        assert install(world, f"{directory}/copy").returncode == 0
+        for path in (f"{directory}/plain", f"{directory}/copy"):
             script = f"{path} serve -- {path} run x -- echo ran; {python} {path} --version"
             done = command(world, *become, "sh", "-c", script, env={"PATH": "/usr/bin:/bin"}, cwd="/")
             assert (done.stdout, done.stderr) == (f"ran\ncoder_sync {coder_sync.__version__}\n", "")
-        done = command(world, *become, python, str(directory / "plain"), "install", env={}, cwd="/")
+        done = command(world, *become, python, f"{directory}/plain", "install", env={}, cwd="/")
         assert done.returncode == 1 and "Permission denied; nothing was changed" in done.stderr
         assert sorted(os.listdir(directory)) == ["copy", "plain"]
-    finally:
-        shutil.rmtree(directory)
 
 
-def test_the_copy_is_an_archive_with_the_source_as_it_was(world: World) -> None:
-    path = tool(world)
+def test_the_copy_is_an_archive_with_the_source_as_it_was_and_imported_from_as_any(agent: World) -> None:
+    path = tool(agent)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.read("coder_sync.py") == FILE.read_bytes()
     if shutil.which("unzip"):
         done = subprocess.run(["unzip", "-p", path, "coder_sync.py"], capture_output=True)
         assert (done.stdout, done.stderr) == (FILE.read_bytes(), b"")
-
-
-def test_the_copy_is_imported_from_as_any_archive_is(shared: World, world: World) -> None:
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path, "PYTHONPATH": tool(world)}
+    env = {**agent.shell_env(), "PYTHONPATH": path}
     code = "import coder_sync as c; print(c.Client().ping()['pid'] > 0, c.Client.unit.__doc__ > '', c.PROGRAM)"
-    assert command(world, sys.executable, "-c", code, env=env).stdout == "True True coder\n"
-    assert command(world, sys.executable, "-m", "coder_sync", "ping", env=env).returncode == 0
+    assert command(agent, sys.executable, "-c", code, env=env).stdout == "True True coder\n"
+    assert command(agent, sys.executable, "-m", "coder_sync", "ping", env=env).returncode == 0
 
 
 def test_the_same_input_gives_the_same_bytes(world: World) -> None:
@@ -4903,18 +4845,19 @@ def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: Wo
     if not others:
         pytest.skip("there is no other Python")
     path, python = tool(world), others[-1]
-    said = "`coder install` would make every call faster"
-    assert said not in command(world, path, "serve", "-v", "--", "true").stderr
-    for argv, expected in (([python, path], 1), ([sys.executable, tool(world, "plain")], 1)):
-        done = command(world, *argv, "serve", "-v", "--", "true")
-        assert (done.returncode, done.stderr.count(said)) == (0, expected)
-    assert said not in command(world, python, path, "serve", "--", "true").stderr
+
+    def said(*argv: str, verbose: str = "-v") -> int:
+        done = command(world, *argv, "serve", *verbose.split(), "--", "true")
+        assert done.returncode == 0
+        return done.stderr.count("`coder install` would make every call faster")
+
+    assert [said(path), said(python, path), said(sys.executable, tool(world, "plain"))] == [0, 1, 1]
+    assert said(python, path, verbose="") == 0
     done = command(world, path, "install", "--python", python)
     assert (done.returncode, done.stdout) == (0, f"{path}: installed for {python}\n")
-    for argv in ([path], [python, path]):
-        assert said not in command(world, *argv, "serve", "-v", "--", "true").stderr
+    assert [said(path), said(python, path)] == [0, 0]
     assert command(world, path, "install").returncode == 0  # by the other Python, which `path` now calls
-    assert said not in command(world, python, path, "serve", "-v", "--", "true").stderr
+    assert said(python, path) == 0
 
 
 def test_too_old_a_python_is_told_which_is_needed(world: World) -> None:
@@ -4945,36 +4888,36 @@ def test_install_keeps_mode_and_owner_and_follows_links(world: World) -> None:
         after = real.stat()
         assert (stat.S_IMODE(after.st_mode), after.st_uid, after.st_gid) == (expected, before.st_uid, before.st_gid)
         assert link.is_symlink() and real.read_bytes() == installed().read_bytes()
-    world.spawn(["sh", "-c", f"umask 027; exec {sys.executable} {FILE} install new"]).wait()
+    assert command(world, "sh", "-c", f"umask 027; exec {sys.executable} link install new").returncode == 0
     assert stat.S_IMODE((world.directory / "new").stat().st_mode) == 0o750
 
 
-@pytest.mark.parametrize("trouble", ["directory", "fifo", "no directory", "full disk", "no python", "broken python"])
+DAMAGED = "#!/bin/sh\necho damaged >&2; exit 1\n"
+TROUBLES: dict[str, tuple[list[str], str, Callable[[Path], Any]]] = {
+    "directory": (["there"], "a directory is there", os.mkdir),
+    "fifo": (["there"], "no regular file is there", os.mkfifo),
+    "no directory": (["/nowhere/coder"], "No such file or directory; nothing was changed", lambda path: None),
+    "full disk": (["there"], "File too large; nothing was changed", lambda path: path.write_text("old")),
+    "no python": (["new", "--python", "./there"], "cannot run", lambda path: None),
+    "broken python": (
+        ["new", "--python", "./there"],
+        "cannot run coder_sync, which needs Python 3.8 or later: damaged",
+        lambda path: path.write_text(DAMAGED) and path.chmod(0o755),
+    ),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trouble: str) -> None:
-    path, words, options = tool(world), [], {}
-    if trouble == "directory":
-        path, said = os.path.dirname(path), "a directory is there"
-    elif trouble == "fifo":
-        os.unlink(path)
-        os.mkfifo(path)
-        said = "no regular file is there"
-    elif trouble == "no directory":
-        path, said = "/nowhere/coder", "No such file or directory; nothing was changed"
-    elif trouble == "full disk":
-        size = installed().stat().st_size - 1
-        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        said = "File too large; nothing was changed"
-    else:
-        words, said = ["--python", "./none"], "cannot run"
-        if trouble == "broken python":
-            (world.directory / "none").write_text("#!/bin/sh\necho damaged >&2; exit 1\n")
-            (world.directory / "none").chmod(0o755)
-            said = "cannot run coder_sync, which needs Python 3.8 or later: damaged"
+    words, complaint, make = TROUBLES[trouble]
+    make(world.directory / "there")
+    size = installed().stat().st_size - 1
+    limit = [lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))] if trouble == "full disk" else [None]
     world.shell_env()
     before = sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*"))
-    done = install(world, path, *words, **options)
+    done = install(world, *words, preexec_fn=limit[0])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.startswith("error: ") and complaint in done.stderr
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
@@ -4982,7 +4925,7 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
     python.write_text(f'#!/bin/sh\n[ $1 != -IS ] || {{ : > {tried}; exec sleep 60; }}; exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    process = world.spawn([sys.executable, "-IS", str(FILE), "install", "--python", str(python), "copy"])
+    process = world.popen("install", "--python", str(python), "copy")
     until(tried.exists)
     assert len(os.listdir(world.directory)) == 3  # with the copy that is tried
     assert stopped(process).returncode == 143
@@ -5089,97 +5032,91 @@ def test_calls_return_typed_results(agent: World) -> None:
     assert [(e.unit, e.kind) for e in client.events()][:2] == [("a", "registered"), ("a", "wants")]
 
 
-ERRORS: list[tuple[str, int, Callable[[Client], Any]]] = [
-    ("AlreadyStarted", 1, lambda client: client.start("on")),
-    ("CycleError", 1, lambda client: client.want("a", "a")),
-    ("NotRegistered", 1, lambda client: client.complete("nobody")),
-    ("Refused", 1, lambda client: client.want("", "a")),
-    ("Refused", 1, lambda client: client.want("big", *[f"{i:0250}" for i in range(300)])),
-    ("TimedOut", 124, lambda client: client.wait("nobody", timeout=0.01)),
-    ("DependencyFailed", 4, lambda client: client.wait("bad")),
-    ("Unreachable", 3, lambda client: Client("/nowhere", 0).ping()),
-    ("UsageError", 2, lambda client: coder_sync.duration("x")),
+ERRORS: list[tuple[type, int, Callable[[Client], Any], str]] = [
+    (AlreadyStarted, 1, lambda client: client.start("on"), "already started"),
+    (CycleError, 1, lambda client: client.want("a", "a"), "a -> a"),
+    (NotRegistered, 1, lambda client: client.complete("nobody"), "nobody"),
+    (Refused, 1, lambda client: client.want("", "a"), "empty"),
+    (Refused, 1, lambda client: client.want("big", *[f"{i:0250}" for i in range(300)]), "too much"),
+    (TimedOut, 124, lambda client: client.wait("nobody", timeout=0.01), "timeout waiting for .*nobody not registered"),
+    (DependencyFailed, 4, lambda client: client.wait("bad"), "no disk"),
+    (Unreachable, 3, lambda client: Client("/nowhere", 0).ping(), "/nowhere"),
+    (UsageError, 2, lambda client: coder_sync.duration("x"), "x"),
 ]
 
 
-@pytest.mark.parametrize(("name", "code", "call"), ERRORS)
-def test_an_error_is_an_exception_of_its_own(mixed: World, name: str, code: int, call: Callable[[Client], Any]) -> None:
+def test_an_error_is_an_exception_of_its_own_and_says_what_it_is_about(mixed: World) -> None:
     before = mixed.client.list(everything=True)
-    with pytest.raises(coder_sync.SyncError) as caught:
-        call(mixed.client)
-    assert (type(caught.value).__name__, caught.value.exit_code) == (name, code)
+    for kind, code, call, about in ERRORS:
+        with pytest.raises(coder_sync.SyncError, match=about) as caught:
+            call(mixed.client)
+        assert (type(caught.value), caught.value.exit_code) == (kind, code)
+        if isinstance(caught.value, DependencyFailed):
+            assert (caught.value.unit, caught.value.reason) == ("bad", "no disk")  # type: ignore[attr-defined]
     assert len(mixed.client.list(everything=True)) == len(before)
-
-
-def test_a_timeout_carries_what_was_missing(shared: World) -> None:
-    with pytest.raises(TimedOut) as caught:
-        shared.client.start("late", want=["b-late", "c-late"], timeout=0.01)
-    rows = [(d.depends_on, d.current_status) for d in caught.value.data]
+    with pytest.raises(TimedOut) as late:
+        mixed.client.start("late", want=["b-late", "c-late"], timeout=0.01)
+    rows = [(d.depends_on, d.current_status) for d in late.value.data]
     assert rows == [("b-late", "not registered"), ("c-late", "not registered")]
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "reason"),
-    [
-        (None, "completed", ""),
-        (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
-        (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
-        (SystemExit(3), "failed", ".*3"),
-        (SystemExit("no disk"), "failed", ".*no disk"),
-        pytest.param(SystemExit(0), "completed", ""),
-        pytest.param(SystemExit(None), "completed", ""),
-    ],
-    ids=repr,
-)
-def test_a_unit_ends_as_its_block_does(shared: World, error: Any, status: str, reason: str) -> None:
-    name = f"block-{next(COUNT)}"
-    ending = pytest.raises(type(error)) if error else contextlib.nullcontext()
-    with ending, shared.client.unit(name) as start:
-        assert (start.result.unit, shared.status(name)) == (name, "started")
-        if error:
-            raise error
-    ended = shared.client.status(name)
-    assert ended.status == status
-    assert re.fullmatch(reason, ended.reason)
-
-
-BAD_ARGUMENTS: list[tuple[str, Callable[[Client, str], Any]]] = [
-    ("want of unit", lambda client, name: client.unit(name, want="database", timeout=0.1).__enter__()),
-    ("want of start", lambda client, name: client.start(name, want="database", timeout=0.1)),
-    ("want of numbers", lambda client, name: client.start(name, want=[1], timeout=0.1)),  # type: ignore[list-item]
-    ("requires", lambda client, name: client.start(name, want=["x"], requires="luck")),
-    ("timeout a string", lambda client, name: client.start(name, want=["x"], timeout="soon")),  # type: ignore[arg-type]
-    ("timeout below 0", lambda client, name: client.start(name, want=["x"], timeout=-1)),
-    ("pid", lambda client, name: client.start(name, pid="me", timeout=0.1)),  # type: ignore[arg-type]
-    ("on_wait", lambda client, name: client.start(name, want=["x"], timeout=0.1, on_wait=5)),  # type: ignore[arg-type]
-    ("name", lambda client, name: client.start(None)),  # type: ignore[arg-type]
-]
-
-
-@pytest.mark.parametrize(("what", "call"), BAD_ARGUMENTS, ids=lambda value: value if type(value) is str else "")
-def test_a_bad_argument_is_refused_before_anything_is_registered(
-    shared: World, what: str, call: Callable[[Client, str], Any]
-) -> None:
-    name = f"never-{next(COUNT)}"
-    kinds = (TypeError,) if what.startswith("want of") else (TypeError, ValueError, coder_sync.SyncError)
-    with pytest.raises(kinds) as caught:
-        call(shared.client, name)
-    assert not isinstance(caught.value, TimedOut)
-    assert shared.status(name) == "not registered"
-
-
-def test_errors_say_what_they_are_about(mixed: World) -> None:
-    with pytest.raises(TimedOut, match=r"timeout waiting for .*nobody not registered"):
-        mixed.client.wait("nobody", timeout=0.01)
-    with pytest.raises(DependencyFailed) as caught:
-        mixed.client.wait("bad")
-    assert (caught.value.unit, caught.value.reason) == ("bad", "no disk")  # type: ignore[attr-defined]
+    with pytest.raises(DependencyFailed), mixed.client.unit("block", want=["bad"]):
+        pytest.fail("entered")
+    assert mixed.status("block") == "skipped"
 
 
 def test_every_exception_of_the_readme_can_be_imported_by_a_star() -> None:
     kinds = [name for name in dir(coder_sync) if isinstance(getattr(coder_sync, name), type)]
     errors = [name for name in kinds if issubclass(getattr(coder_sync, name), coder_sync.SyncError)]
     assert {"TimedOut", "DependencyFailed"} <= set(re.findall(r"\w+", README)) & set(errors) <= set(coder_sync.__all__)
+
+
+def test_a_unit_ends_as_its_block_does(agent: World) -> None:
+    endings: list[tuple[Any, str, str]] = [
+        (None, "completed", ""),
+        (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+        (SystemExit(3), "failed", ".*3"),
+        (SystemExit("no disk"), "failed", ".*no disk"),
+        (SystemExit(0), "completed", ""),
+        (SystemExit(None), "completed", ""),
+    ]
+    for n, (error, status, reason) in enumerate(endings):
+        ending = pytest.raises(type(error)) if error else contextlib.nullcontext()
+        with ending, agent.client.unit(f"block-{n}") as start:
+            assert (start.result.unit, agent.status(f"block-{n}")) == (f"block-{n}", "started")
+            if error:
+                raise error
+        ended = agent.client.status(f"block-{n}")
+        assert ended.status == status
+        assert re.fullmatch(reason, ended.reason)
+    with agent.client.unit("within"):
+        agent.client.complete("within")
+    assert agent.status("within") == "completed"
+
+
+BAD_ARGUMENTS: list[dict[str, Any]] = [
+    {"want": "database"},
+    {"want": [1]},
+    {"want": ["x"], "requires": "luck"},
+    {"want": ["x"], "timeout": "soon"},
+    {"want": ["x"], "timeout": -1},
+    {"pid": "me"},
+    {"want": ["x"], "on_wait": 5},
+    {"unit": None},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_ARGUMENTS, ids=str)
+def test_a_bad_argument_is_refused_before_anything_is_registered(agent: World, bad: dict[str, Any]) -> None:
+    arguments = {"unit": "never", "timeout": 0.1, **bad}
+    calls: list[Callable[[], Any]] = [lambda: agent.client.start(**arguments)]
+    if not {"pid", "on_wait"} & {*bad}:
+        calls.append(lambda: agent.client.unit(**arguments).__enter__())
+    kinds = TypeError if bad in ({"want": "database"}, {"want": [1]}) else (TypeError, ValueError, coder_sync.SyncError)
+    for call in calls:
+        with pytest.raises(kinds) as caught:
+            call()
+        assert not isinstance(caught.value, TimedOut)
+    assert agent.client.list(everything=True) == []
 
 
 HASTE = 50
@@ -5201,41 +5138,19 @@ def test_every_call_to_a_stopped_agent_ends_within_35_seconds(world: World, monk
     monkeypatch.setattr(coder_sync, "time", hasty)
     monkeypatch.setattr("_socket.socket", HastySocket)
     client = Client(world.path)
-    calls: list[Callable[[], Any]] = [
-        client.ping,
-        client.list,
-        client.graph,
-        lambda: client.status("a"),
-        lambda: client.want("a", "b"),
-        lambda: client.complete("a"),
-        lambda: client.fail("a"),
-        lambda: list(client.events()),
-        lambda: client.start("a", timeout=1),
-        lambda: client.wait("a", timeout=1),
-    ]
+    calls = ["ping", "list", "graph", "status a", "want a b", "complete a", "fail a", "events", "start a", "wait a"]
 
-    def ending(call: Callable[[], Any]) -> tuple[float, str]:
+    def ending(line: str) -> tuple[float, str]:
+        name, *units = line.split()
         began = hasty.monotonic()
         with pytest.raises((Unreachable, TimedOut)) as caught:
-            call()
+            list(getattr(client, name)(*units, **({"timeout": 1} if name in ("start", "wait") else {})))
         return hasty.monotonic() - began, str(caught.value)
 
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         endings = list(pool.map(ending, calls))
     assert all(seconds < 35 + HASTE / 10 for seconds, _ in endings)  # and a tenth of ours, for a busy machine
     assert all(re.search(r"has not answered for \d+ s; is it stopped\?", text) for _, text in endings[:-2])
-
-
-def test_a_block_whose_unit_was_completed_within_is_fine(shared: World) -> None:
-    with shared.client.unit("within"):
-        shared.client.complete("within")
-    assert shared.status("within") == "completed"
-
-
-def test_a_block_that_must_not_start_is_not_entered(mixed: World) -> None:
-    with pytest.raises(DependencyFailed), mixed.client.unit("block", want=["bad"]):
-        pytest.fail("entered")
-    assert mixed.status("block") == "skipped"
 
 
 def test_a_process_that_ends_in_its_block_fails_the_unit(agent: World) -> None:
@@ -5261,16 +5176,13 @@ def test_a_client_may_be_used_from_many_threads(agent: World) -> None:
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         list(pool.map(work, reversed(range(40))))
     assert [u.status for u in client.list()] == ["completed"] * 40
-
-
-def test_on_wait_is_called_with_what_is_missing(shared: World) -> None:
     calls: list[Any] = []
 
     def on_wait(missing: list[coder_sync.Dependency], waited: float) -> None:
         calls.append(([d.depends_on for d in missing], round(waited)))
-        shared.end("b-missing")
+        agent.end("b-missing")
 
-    shared.client.start("a-missing", want=["b-missing"], on_wait=on_wait)
+    client.start("a-missing", want=["b-missing"], on_wait=on_wait)
     assert calls == [(["b-missing"], 0)]
 
 
@@ -5306,24 +5218,6 @@ def test_a_header_that_is_nearly_one_is_a_mistake(line: str, told: str) -> None:
     mistakes: list[str] = []
     coder_sync.read_script("x.sh", f"#!/bin/sh\n{line}\n".encode(), mistakes)
     assert len(mistakes) == 1 and told in mistakes[0]
-
-
-def test_numbered_siblings_are_not_taken_for_slips_of_the_finger() -> None:
-    assert coder_sync.resembling("db-2", ["db-1", "db-22"]) == ""
-    assert coder_sync.resembling("db_1", ["db-2", "db-1"]) == "db-1"
-
-
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
-        (["exp", "start", "a"], "after exp comes sync"),
-        (["--quiet", "start", "a"], "Options other than --socket-path follow the command"),
-        (["start", "a", "--requires", "start"], "--requires is about the units of --want"),
-    ],
-)
-def test_a_call_that_cannot_mean_anything_says_what_was_meant(world: World, argv: list[str], told: str) -> None:
-    done = world.run(*argv)
-    assert done.returncode == 2 and told in done.stderr
 
 
 CLOCK_SET_BACK = """
