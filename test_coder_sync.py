@@ -5325,8 +5325,10 @@ EDGES = startup_of(  # bounds of what is shown, and a start a second after the f
     unit("b", 1, 4, 9, {"<a>": "completion", "c": "success"}, ready=1.5, locks=["l", "m"], released_by="<a>"),
     unit("c", 2, 2.0009, 2.0009, status="failed", reason='say "&"'),
     unit("d", 2, -1, 3, {"c": "success"}, status="skipped", reason="c"),
-    unit("e", 3, 3.001, 3.002, {"d": "start"}, exited=8, exit_reason=""),
+    unit("e", 3, 3.001, 3.002, {"d": "start"}, exited=8, exit_reason="exit code 1"),
     unit("f", 9, 9, -1, {"b": "start"}, released_by="b", status="started"),
+    unit("g", 3, 3, 5, running_on=True),
+    unit("h", 4, wants=["g"], ready=6, locks=["l"], blocked_by={"l": "f"}),
 )
 LATER = startup_of(
     282,
@@ -5391,7 +5393,7 @@ STARTUPS = {
         unit("its process is gone", 0, 0, owner=Owner(42, "bash a.sh", False)),
         unit("its cause has gone", -1, -1, 9, ["hardly waited"], status="skipped", reason="b failed"),
         unit("completed without a start", -1, -1, 180),
-        unit("waited and failed", 0, 1, 2, ["hardly waited"], status="failed"),
+        unit("ran and failed", 0, 0, 2, ["hardly waited"], status="failed"),
         unit("hardly waited", 0, 0.04, -1, ["gate"], released_by="gate"),
         UnitStatus("refused", "not registered", False, refusal="cycle detected: a -> b -> a"),
         unit("refused later", refusal="cycle detected: a -> b -> a"),
@@ -5639,13 +5641,16 @@ digraph startup {
   "b" [style=filled, fillcolor=palegreen, tooltip="completed", color=orangered, penwidth=3];
   "c" [style=filled, fillcolor=salmon, tooltip="failed: say \\"&\\""];
   "d" [style=filled, fillcolor=khaki, tooltip="skipped: c"];
-  "e" [style=filled, fillcolor=palegreen, tooltip="completed"];
+  "e" [style=filled, fillcolor=palegreen, tooltip="completed: exit code 1"];
   "f" [style=filled, fillcolor=lightblue, tooltip="started", color=orangered, penwidth=3];
+  "g" [style=filled, fillcolor=palegreen, tooltip="completed"];
+  "h" [style=filled, fillcolor=white, tooltip="pending"];
   "<a>" -> "b" [label="completion", color=orangered, penwidth=3];
   "c" -> "b";
   "c" -> "d";
   "d" -> "e" [label="start"];
   "b" -> "f" [label="start", color=orangered, penwidth=3];
+  "g" -> "h";
 }
 ? mermaid: edges
 flowchart LR
@@ -5655,11 +5660,14 @@ flowchart LR
   u3["d"]:::skipped
   u4["e"]:::completed
   u5["f"]:::started
+  u6["g"]:::completed
+  u7["h"]:::pending
   u0 -->|completion| u1
   u2 --> u1
   u2 --> u3
   u3 -->|start| u4
   u1 -->|start| u5
+  u6 --> u7
   classDef completed fill:#bfe8c8,color:#222
   classDef failed fill:#f4b0b0,color:#222
   classDef skipped fill:#f3e2a0,color:#222
@@ -5679,54 +5687,68 @@ i t 1 3500000 try try 3
 M 2 thread_name {'name': 'c'}
 M 2 thread_sort_index {'sort_index': 2}
 X 2 2000900 0 running c terrible {'status': 'failed', 'reason': 'say "&"', 'released_by': '', 'wants': []}
-M 3 thread_name {'name': 'e'}
+M 3 thread_name {'name': 'g'}
 M 3 thread_sort_index {'sort_index': 3}
-X 3 3000000 1000 waiting e waits grey {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 3 3001000 1000 running e {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 3 3002000 4998000 running on e runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-M 4 thread_name {'name': 'b'}
+X 3 3000000 2000000 running g {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
+X 3 5000000 5000000 running on g runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
+M 4 thread_name {'name': 'e'}
 M 4 thread_sort_index {'sort_index': 4}
-X 4 1000000 500000 waiting b waits grey {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': \
-['<a>', 'c']}
-X 4 1500000 2500000 locked out b waits for lock l, m grey {'status': 'completed', 'reason': '', 'released_by': \
-'<a>', 'wants': ['<a>', 'c']}
-X 4 4000000 5000000 running b {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': ['<a>', 'c']}
-M 5 thread_name {'name': 'f'}
+X 4 3000000 1000 waiting e waits grey {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
+X 4 3001000 1000 running e {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
+X 4 3002000 4998000 running on e runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
+M 5 thread_name {'name': 'b'}
 M 5 thread_sort_index {'sort_index': 5}
-X 5 9000000 1000000 running f {'status': 'started', 'reason': '', 'released_by': 'b', 'wants': ['b']}
-M 6 thread_name {'name': 'd'}
+X 5 1000000 500000 waiting b waits grey {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': \
+['<a>', 'c']}
+X 5 1500000 2500000 locked out b waits for lock l, m grey {'status': 'completed', 'reason': '', 'released_by': \
+'<a>', 'wants': ['<a>', 'c']}
+X 5 4000000 5000000 running b {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': ['<a>', 'c']}
+M 6 thread_name {'name': 'f'}
 M 6 thread_sort_index {'sort_index': 6}
-X 6 2000000 1000000 waiting d waits bad {'status': 'skipped', 'reason': 'c', 'released_by': '', 'wants': ['c']}
-s 4 1 3999999 released released
-f e 4 4 4000000 released released
-s 5 4 8999999 released released
-f e 5 5 9000000 released released
+X 6 9000000 1000000 running f {'status': 'started', 'reason': '', 'released_by': 'b', 'wants': ['b']}
+M 7 thread_name {'name': 'd'}
+M 7 thread_sort_index {'sort_index': 7}
+X 7 2000000 1000000 waiting d waits bad {'status': 'skipped', 'reason': 'c', 'released_by': '', 'wants': ['c']}
+M 8 thread_name {'name': 'h'}
+M 8 thread_sort_index {'sort_index': 8}
+X 8 4000000 2000000 waiting h waits grey {'status': 'pending', 'reason': '', 'released_by': '', 'wants': ['g']}
+X 8 6000000 4000000 locked out h waits for lock l grey {'status': 'pending', 'reason': '', 'released_by': '', \
+'wants': ['g']}
+s 5 1 3999999 released released
+f e 5 5 4000000 released released
+s 6 5 8999999 released released
+f e 6 6 9000000 released released
 ? svg: edges
-h 8.0,20 10s in all (1 failed, 1 skipped, 1 still running); critical path: <a> 3.0s -> b 5.0s -> f 1.0s (90% of \
-it); g M38.2 54V182; m 38.2,48 0; g M114.2 54V182; m 114.2,48 1s; g M190.2 54V182; m 190.2,48 2s; g M266.2 54V182; \
-m 266.2,48 3s; g M342.2 54V182; m 342.2,48 4s; g M418.2 54V182; m 418.2,48 5s; g M494.2 54V182; m 494.2,48 6s; g \
-M570.2 54V182; m 570.2,48 7s; g M646.2 54V182; m 646.2,48 8s; g M722.2 54V182; m 722.2,48 9s; g M798.2 54V182; m \
-798.2,48 10s
+h 8.0,20 10s in all (1 failed, 1 skipped, 1 still running, 1 not started); critical path: <a> 3.0s -> b 5.0s -> f \
+1.0s (90% of it); g M38.2 54V222; m 38.2,48 0; g M114.2 54V222; m 114.2,48 1s; g M190.2 54V222; m 190.2,48 2s; g \
+M266.2 54V222; m 266.2,48 3s; g M342.2 54V222; m 342.2,48 4s; g M418.2 54V222; m 418.2,48 5s; g M494.2 54V222; m \
+494.2,48 6s; g M570.2 54V222; m 570.2,48 7s; g M646.2 54V222; m 646.2,48 8s; g M722.2 54V222; m 722.2,48 9s; g \
+M798.2 54V222; m 798.2,48 10s
 <a>: completed / waited 0ms / ran 3.0s in 3 tries / locks: l
-    y 0.0,62 987.2x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t M190.2 66v12; t M304.2 66v12;  860.2,76 \
+    y 0.0,62 1016.8x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t M190.2 66v12; t M304.2 66v12;  860.2,76 \
 3.0s; m 868.2,76 completed
 c: failed (say "&") / waited 1ms / ran 0ms
-    z 0.0,82 987.2x20;  8.0,96 c; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: say "&"
-e: completed / waited 1ms / ran 1ms / its process ended 5.0s later / depends on d
-    y 0.0,102 987.2x20;  8.0,116 e; completed 266.3,106 2.0x12; completed 266.4,111 379.8x3;  860.2,116 1ms; m \
-868.2,116 exited
+    z 0.0,82 1016.8x20;  8.0,96 c; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: say "&"
+g: completed / waited 0ms / ran 2.0s / its process runs on
+    y 0.0,102 1016.8x20;  8.0,116 g; completed 266.2,106 152.0x12; completed 418.2,111 380.0x3;  860.2,116 2.0s; m \
+868.2,116 running on
+e: completed / waited 1ms / ran 1ms / its process ended 5.0s later: exit code 1 / depends on d
+    z 0.0,122 1016.8x20;  8.0,136 e; completed 266.3,126 2.0x12; completed 266.4,131 379.8x3;  860.2,136 1ms; m \
+868.2,136 exited: exit code 1
 b: completed / waited 3.0s, last for <a> / of it 2.5s for a lock / ran 5.0s / depends on <a>, c / locks: l, m
-    z 0.0,122 987.2x20; h 8.0,136 b; w 114.2,129 38.0x6; l 152.2,129 190.0x6; completed k 342.2,126 380.0x12;  \
-860.2,136 5.0s; m 868.2,136 completed
+    y 0.0,142 1016.8x20; h 8.0,156 b; w 114.2,149 38.0x6; l 152.2,149 190.0x6; completed k 342.2,146 380.0x12;  \
+860.2,156 5.0s; m 868.2,156 completed
 f: started / waited 0ms, last for b / ran 1.0s / depends on b
-    y 0.0,142 987.2x20; h 8.0,156 f; started k 722.2,146 76.0x12;  860.2,156 1.0s; m 868.2,156 running
+    z 0.0,162 1016.8x20; h 8.0,176 f; started k 722.2,166 76.0x12;  860.2,176 1.0s; m 868.2,176 running
 d: skipped (c) / waited 1.0s / depends on c
-    z 0.0,162 987.2x20;  8.0,176 d; skipped 190.2,169 76.0x6;  860.2,176 1.0s; m 868.2,176 skipped: c
-c M342.2 78V126; c M722.2 138V146; w 8.0,221 24.0x6; m 38.0,228 waits; l 89.8,221 24.0x6; m 119.8,228 waits for a \
-lock; skipped 253.0,221 24.0x6; m 283.0,228 skipped; started 349.6,218 24.0x12; m 379.6,228 runs; completed \
-424.0,218 24.0x12; m 454.0,228 completed; failed 535.4,218 24.0x12; m 565.4,228 failed; completed 624.6,218 \
-24.0x12; m 654.6,228 another try; t M636.6 218v12; completed 750.8,223 24.0x3; m 780.8,228 runs on as a service; \
-completed k 8.0,238 24.0x12; m 38.0,248 on the critical path
+    y 0.0,182 1016.8x20;  8.0,196 d; skipped 190.2,189 76.0x6;  860.2,196 1.0s; m 868.2,196 skipped: c
+h: pending / waited 6.0s / of it 4.0s for a lock / depends on g / locks: l
+    z 0.0,202 1016.8x20;  8.0,216 h; w 342.2,209 152.0x6; l 494.2,209 304.0x6;  860.2,216 6.0s; m 868.2,216 waiting
+c M342.2 78V146; c M722.2 158V166; w 8.0,261 24.0x6; m 38.0,268 waits; l 89.8,261 24.0x6; m 119.8,268 waits for a \
+lock; skipped 253.0,261 24.0x6; m 283.0,268 skipped; started 349.6,258 24.0x12; m 379.6,268 runs; completed \
+424.0,258 24.0x12; m 454.0,268 completed; failed 535.4,258 24.0x12; m 565.4,268 failed; completed 624.6,258 \
+24.0x12; m 654.6,268 another try; t M636.6 258v12; completed 750.8,263 24.0x3; m 780.8,268 runs on as a service; \
+completed k 8.0,278 24.0x12; m 38.0,288 on the critical path
 ? why each: broken
 "base" completed 20s ago after running 10s; started by bash base.sh (pid 7) at once.
 "web" started 20s ago by bash web.sh (pid 42), after waiting 10s, last for base; it is still running.
@@ -5758,7 +5780,7 @@ output is in /logs/tools.log.
 complete.
 "its cause has gone" was skipped 2m56s ago: b failed.
 "completed without a start" completed 5.0s ago without having started.
-"waited and failed" failed 3m03s ago after running 1.0s; started after waiting 1.0s.
+"ran and failed" failed 3m03s ago after running 2.0s; started at once.
 "hardly waited" started 3m05s ago, at once; it is still running.
 "refused" is not registered: its want was refused: cycle detected: a -> b -> a; did you mean "refused later"?
 "refused later" has not started: nobody has called start on it; its last want was refused: cycle detected: a -> b \
@@ -5771,6 +5793,9 @@ complete.
 "gate" is not registered: nobody has called want, start or run on it.
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
+? why: services: shell
+"shell" has not started: for 2m30s it has been waiting for lock port, which "ide" has.
+"ide" started 1m00s ago (pid 77), after waiting 1m40s, last for tools; it is still running.
 ? why: broken: mail
 "mail" was skipped 15s ago because of "report".
 "report" was skipped 15s ago because of "data".
@@ -5781,6 +5806,8 @@ complete.
 "misspelt" has not started: for 3m05s it has been waiting for "b_setup", "zzz".
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
+? why: odd ends: ran and failed
+"ran and failed" failed 3m03s ago after running 2.0s; started at once.
 ? why: broken: gone
 "gone" is not registered: nobody has called want, start or run on it.
 It is wanted by lint.
@@ -5814,7 +5841,7 @@ complete.
 "finds no place" has not started: for 3m05s it has been waiting for a place among those that may run at once.
 "is tried again" started 3m05s ago, at once; it is still running (try 2).
 "hardly waited" started 3m05s ago, at once; it is still running.
-"waited and failed" failed 3m03s ago after running 1.0s; started after waiting 1.0s.
+"ran and failed" failed 3m03s ago after running 2.0s; started at once.
 "timed out" failed 3m00s ago without having started: timed out waiting for gate; it lacked "gate".
 "its cause has gone" was skipped 2m56s ago: b failed.
 ? why all: services
@@ -5832,7 +5859,7 @@ c      pending  true   12s   b, lock x
 ? list: running: reason,waits_for, Unit
 REASON  WAITS FOR  UNIT
                    only
-? list: nothing
+? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
 Unit: alone
