@@ -3149,6 +3149,9 @@ def connection_limit(raise_it: bool) -> int:
 # ----------------------------------------------------------------------------------------------------------
 
 LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
+GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
 
 
 def duration(text: str) -> float:
@@ -3156,22 +3159,18 @@ def duration(text: str) -> float:
 
     0 means no limit wherever a timeout is asked for. Raises UsageError.
     """
-    units = {"": 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-    units.update({"\u00b5s": 1e-6, "\u03bcs": 1e-6})  # micro sign and Greek mu, as in Go
-    total, rest = 0.0, text
+    digits, total = "0123456789.", 0.0
+    rest = text if text.strip(digits) else text + "s"
     try:
-        while rest or not text:
-            number = rest[: len(rest) - len(rest.lstrip("0123456789."))]
-            rest = rest[len(number) :]
-            unit = rest[: len(rest) - len(rest.lstrip("nu\u00b5\u03bcmsh"))]
-            rest = rest[len(unit) :]
-            if not unit and number != text:
-                raise ValueError
-            total += float(number) * units[unit]
+        while rest:
+            number = rest[: len(rest) - len(rest.lstrip(digits))]
+            unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(number)))
+            total += float(number) * GO_UNITS[unit]
+            rest = rest[len(number) + len(unit) :]
         if total > 1e9:
             raise ValueError
         return total
-    except (ValueError, KeyError):
+    except (ValueError, StopIteration):
         hint = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
         raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
 
@@ -3245,6 +3244,12 @@ class Channel:
         message: dict[str, Any] = self._messages.pop(0)
         return message
 
+    def messages(self, timeout: float = float("inf")) -> Iterator[dict[str, Any]]:
+        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
+        deadline = time.monotonic() + timeout
+        while message := self.receive(deadline - time.monotonic()):
+            yield message
+
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
@@ -3275,13 +3280,10 @@ class Channel:
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
         """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        deadline = time.monotonic() + timeout
-        while True:
-            message = self.receive(deadline - time.monotonic())
-            if message is None:
-                raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+        for message in self.messages(timeout):
             if is_answer(message, request):
                 return result_of(message)
+        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
@@ -3309,9 +3311,6 @@ class Channel:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
-
-
 def is_answer(message: dict[str, Any], request: int) -> bool:
     """Whether a message is the answer to a request, or an error that is about the connection."""
     return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
@@ -3326,7 +3325,7 @@ def result_of(message: dict[str, Any]) -> Any:
         raise Unreachable("the agent's answer has an error that is none")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
-    raise kind(str(error.get("message")), missing_of({"missing": data}) if kind is TimedOut else data)
+    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
 
 
 def expect(kind: type[Any], answer: Any) -> Any:
@@ -3337,9 +3336,19 @@ def expect(kind: type[Any], answer: Any) -> Any:
     return answer
 
 
-def missing_of(answer: Any) -> list[Dependency]:
-    """The dependencies that an answer or a notification says are missing."""
-    return [record(Dependency, row) for row in expect(list, expect(dict, answer).get("missing"))]
+def records(kind: type[Any], rows: Any) -> list[Any]:
+    """Return the records that an answer has a list of. Raises Unreachable."""
+    return [record(kind, row) for row in expect(list, rows)]
+
+
+def texts(values: Any) -> list[str]:
+    """Return the names that an answer has a list of, if any."""
+    return [str(value) for value in values or ()]
+
+
+def variables_in(answer: Any) -> dict[str, str]:
+    """Return the environment variables in an answer, if any. Raises Unreachable."""
+    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
 
 
 def refuse_foreign(path: str) -> None:
@@ -3354,12 +3363,12 @@ def explain(path: str, error: OSError) -> str:
     """Why an agent could not be reached, and what to do, in one line."""
     import stat
 
-    start = f"start one with `{PROGRAM} serve --detach"
-    start += "`" if path == DEFAULT_SOCKET else f" --socket-path {path}`"
+    start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
     try:
         found = os.lstat(path)
     except OSError:
         found = None
+    why = error.strerror or str(error)
     if error.errno == errno.ENOENT:
         why = f"no such file; is the agent running, and with this path? {start}"
     elif error.errno in (errno.EACCES, errno.EPERM):
@@ -3367,14 +3376,12 @@ def explain(path: str, error: OSError) -> str:
         why = f"permission denied{whose}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
         why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
-    elif error.errno == errno.ECONNREFUSED and os.path.lexists(path + ".lock"):
-        why = f"connection refused; the agent that made it is gone; {start}"
     elif error.errno == errno.ECONNREFUSED:
-        why = f"connection refused; who made it is gone: build the tunnel again if it was one, else {start}"
+        gone = "who made it is gone: build the tunnel again if it was one, else "
+        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
-    else:
-        why = error.strerror or str(error)
     return f"cannot reach an agent at {path}: {why}"
 
 
@@ -3390,6 +3397,18 @@ def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
         raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+
+
+def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
+    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
+    with Channel(path, connect_timeout) as channel:
+        channel.answer(channel.request("shutdown"), timeout)
+        try:
+            for _ in channel.messages(timeout):
+                pass
+        except Unreachable:
+            return
+    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -3413,12 +3432,9 @@ class Client:
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
-    def _do(self, method: str, **params: Any) -> dict[str, Any]:
-        with Channel(self.socket_path, self.connect_timeout) as channel:
-            return dict(expect(dict, channel.call(method, **params)))
-
-    def _ask(self, kind: type[Any], method: str, **params: Any) -> Any:
-        with Channel(self.socket_path, self._question_timeout) as channel:
+    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
+        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
+        with Channel(self.socket_path, patience) as channel:
             return expect(kind, channel.call(method, **params))
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
@@ -3428,12 +3444,12 @@ class Client:
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        return [str(name) for name in self.declare(unit, *dependencies, requires=requires).get("dependencies") or ()]
+        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """As `want`, but return the `dependencies` and the `status` of the unit."""
         check_arguments(unit, dependencies)
-        return self._do("want", unit=unit, dependencies=list(dependencies), requires=requires)
+        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
 
     def start(
         self,
@@ -3452,8 +3468,8 @@ class Client:
         and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
         DependencyFailed, TimedOut.
         """
-        start = Start(self, unit, want, requires, timeout, locks, on_wait, pid=pid)
-        with start:
+        params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
+        with Start(self, unit, timeout, on_wait, **params) as start:
             start.confirm()
         return start.result
 
@@ -3474,13 +3490,13 @@ class Client:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._do("fail", unit=unit, exit_code=exit_code)
+            self._call(dict, "fail", unit=unit, exit_code=exit_code)
         else:
-            self._do("complete", unit=unit)
+            self._call(dict, "complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._do("fail", unit=unit, reason=reason)
+        self._call(dict, "fail", unit=unit, reason=reason)
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -3488,40 +3504,31 @@ class Client:
         Returns their names. Raises NotRegistered, or Refused while one of them is started.
         """
         check_arguments("units", units)
-        return [str(name) for name in self._do("reset", units=list(units)).get("units") or ()]
+        return texts(self._call(dict, "reset", units=list(units)).get("units"))
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that `unit` would start with: what its dependencies have left."""
-        answer = expect(dict, self._ask(dict, "env", unit=unit).get("env"))
-        return {str(name): str(value) for name, value in answer.items()}
+        return variables_in(self._call(dict, "env", unit=unit))
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        with Channel(self.socket_path, self._question_timeout) as channel:
-            channel.call("shutdown")
-            deadline = time.monotonic() + REPLY_TIMEOUT
-            try:
-                while channel.receive(deadline - time.monotonic()):
-                    pass
-                raise Unreachable(f"the agent at {self.socket_path} was told to end and has not; is it stopped?")
-            except Unreachable:
-                if time.monotonic() >= deadline:
-                    raise
+        deadline = time.monotonic() + REPLY_TIMEOUT
+        end_agent(self.socket_path, self._question_timeout)
         while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._ask(dict, "status", unit=unit))
+        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
         return status
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return [record(UnitStatus, row) for row in self._ask(list, "list", all=everything)]
+        return records(UnitStatus, self._call(list, "list", all=everything))
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._ask(dict, "graph"))
+        graph: Graph = record(Graph, self._call(dict, "graph"))
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
@@ -3531,11 +3538,9 @@ class Client:
         with Unreachable, as it does when the agent ends.
         """
         with Channel(self.socket_path, self._question_timeout) as channel:
-            for row in expect(list, channel.call("events", follow=follow, since=since)):
-                yield record(Event, row)
-            while follow:
-                message = channel.receive(3600.0)
-                if message and message.get("method") == "event":
+            yield from records(Event, channel.call("events", follow=follow, since=since))
+            for message in channel.messages() if follow else ():
+                if message.get("method") == "event":
                     yield record(Event, expect(dict, message.get("params")))
 
     def unit(
@@ -3551,31 +3556,24 @@ class Client:
         A block that raises fails the unit, with the exception's text as the reason; so does the end of the
         process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
         """
-        return Start(self, unit, want, requires, timeout, locks, hold=True)
+        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
 class Start:
     """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
 
     def __init__(
-        self,
-        client: Client,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: str = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        locks: Iterable[str] = (),
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-        pid: int = 0,
-        hold: bool = False,
+        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        wanted, names = ((each if isinstance(each, str) else list(each)) for each in (want, locks))
-        check_arguments(unit, wanted, timeout)
-        check_arguments(unit, names)
-        if type(pid) is not int or not (on_wait is None or callable(on_wait)):
+        """`params` are those that the agent's method `start` has besides."""
+        for names in ("dependencies", "locks"):
+            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
+            check_arguments(unit, params[names], timeout)
+        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
+            pid = params.get("pid")
             raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
-        self.params = {"unit": unit, "dependencies": wanted, "requires": requires, "locks": names, "pid": pid}
+        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -3586,10 +3584,9 @@ class Start:
         began = time.monotonic()
         self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
         try:
-            params = {**self.params, "hold": self.hold, "confirm": not self.hold}
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **params)
-            names = [str(name) for name in expect(dict, result).get("dependencies") or ()]
-            self.environment = {str(k): str(v) for k, v in expect(dict, result.get("env") or {}).items()}
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
+            names = texts(expect(dict, result).get("dependencies"))
+            self.environment = variables_in(result)
         except BaseException:
             self.channel.close()
             raise
@@ -3601,9 +3598,9 @@ class Start:
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        code = error.code if isinstance(error, SystemExit) else None
+        code: Any = error.code if isinstance(error, SystemExit) else error
         try:
-            if self.hold and (error is None or (isinstance(error, SystemExit) and code in (None, 0))):
+            if self.hold and code in (None, 0):
                 self.channel.call("complete", unit=self.unit)
             elif self.hold and isinstance(code, int):
                 self.channel.call("fail", unit=self.unit, exit_code=code)
@@ -3617,12 +3614,7 @@ class Start:
 
 
 def wait_for(
-    channel: Channel,
-    what: str,
-    timeout: float,
-    on_wait: Callable[[list[Dependency], float], None] | None,
-    method: str,
-    **params: Any,
+    channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
     """Send a request that may wait; report what is missing now and then; return its result.
 
@@ -3630,21 +3622,17 @@ def wait_for(
     is only for one that no longer answers. Raises TimedOut, and what the agent answers.
     """
     request = channel.request(method, timeout=timeout, progress=True, **params)
-    deadline = time.monotonic() + timeout + LATE if timeout else float("inf")
     missing: list[Dependency] = []
-    while True:
-        message = channel.receive(deadline - time.monotonic())
-        if message is None:
-            on = "dependencies of " if method == "start" else ""
-            raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
-        if message.get("method") == "waiting":
-            about = expect(dict, message.get("params"))
-            if about.get("id") == request:
-                missing = missing_of(about)
-                if on_wait:
-                    on_wait(missing, float(about.get("waited") or 0.0))
-        elif is_answer(message, request):
+    for message in channel.messages(timeout + LATE if timeout else float("inf")):
+        if is_answer(message, request):
             return result_of(message)
+        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
+        if about.get("id") == request:
+            missing = records(Dependency, about.get("missing"))
+            if on_wait:
+                on_wait(missing, float(about.get("waited") or 0.0))
+    on = "dependencies of " if method == "start" else ""
+    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5102,6 +5090,7 @@ class Boot:
         import _signal as signal
 
         script = job.script
+        self.close_output(job)  # of the try before
         read = write = -1
         try:
             env = self.prepare(job)
@@ -5572,14 +5561,17 @@ main()
 PLACE = 2048  # bytes for the first lines, and for LAUNCHER
 
 COMPILE = """\
+import __future__
 import sys
 from importlib.util import MAGIC_NUMBER, source_hash
 from marshal import dumps
 
 source = sys.stdin.buffer.read()
-code = compile(source, "coder_sync.py", "exec", dont_inherit=True)
+lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # a flag does it, and imports nothing
+code = compile(lean, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
 sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
 """
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)  # no columns in tracebacks: what is not there need not be read
 
 
 def slowness() -> str:
@@ -5622,7 +5614,7 @@ def application(python: str) -> bytes:
         source = file.read()
     if zipfile.is_zipfile(FILE):
         source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
-    bytecode = ask_python(python or sys.executable, "-sSc", COMPILE, data=source)
+    bytecode = ask_python(python or sys.executable, *COMPILING, data=source)
     head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
@@ -5668,9 +5660,6 @@ def install(path: str, python: str) -> str:
 
 class Args:
     """The parsed command line: an attribute an option and a positional."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
 
     if TYPE_CHECKING:
 
@@ -5756,15 +5745,21 @@ def units_or(default: str) -> Argument:
 
 
 class Command:
-    """One command: what runs it, an example, its options and positionals (the last may be repeated).
+    """Makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
 
-    `tail` is argparse's `nargs` for the words after `--`, if these are a command's and not positionals.
+    The last positional may be repeated; `tail` is argparse's `nargs` for the words after `--`, if these are a
+    command's and not positionals. The help pages say what the function's docstring says. The function returns the
+    exit status, None for 0.
     """
 
-    def __init__(self, run: Callable[[Args], int], example: str, arguments: tuple[Argument, ...], tail: str) -> None:
-        self.run, self.example, self.arguments, self.tail = run, example, (*arguments, *COMMON), tail
+    def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
+        self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
+
+    def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
-        self.help = about[:1].lower() + about[1:].rstrip(".")
+        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
+        COMMANDS[run.__name__[len("cmd_") :]] = self
+        return run
 
 
 COMMON = (
@@ -5798,16 +5793,6 @@ TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there
 COMMANDS: dict[str, Command] = {}
 
 
-def declare(example: str, *arguments: Argument, tail: str = "") -> Callable[[Any], Any]:
-    """Make a function `cmd_NAME` the command NAME; the help pages say what its docstring says."""
-
-    def add(run: Callable[[Args], int]) -> Callable[[Args], int]:
-        COMMANDS[run.__name__[len("cmd_") :]] = Command(run, example, arguments, tail)
-        return run
-
-    return add
-
-
 class Reporter:
     """Says what a wait lacks; `waited` is whether there was one."""
 
@@ -5830,14 +5815,15 @@ class Reporter:
         return f"started; satisfied already: {names_of(started.dependencies)}"
 
 
-def start_of(args: Args, report: Reporter, pid: int = 0, hold: bool = False) -> Start:
+def start_of(args: Args, report: Reporter, **more: Any) -> Start:
     """The start that the options of `start` and `run` describe. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
-    return Start(client_of(args), args.unit, args.want, args.requires, args.timeout, args.lock, report, pid, hold)
+    params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
+    return Start(client_of(args), args.unit, args.timeout, report, **params)
 
 
-@declare(
+@Command(
     "serve --detach --log-file /tmp/coder-sync.log",
     QUIET,
     flag("-v", "--verbose", help="log every request"),
@@ -5869,7 +5855,7 @@ def cmd_serve(args: Args) -> int:
         "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
         "advice": slowness(),
-        "replace": end_agent if args.replace else None,
+        "replace": make_room if args.replace else None,
     }
     if not args.command:
         return serve(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, **options)
@@ -5887,13 +5873,11 @@ def cmd_serve(args: Args) -> int:
         raise CommandError(str(error), 125) from None
 
 
-def end_agent(path: str) -> None:
-    """Ask the agent at a path to end, and wait until it has gone, or for a few seconds."""
+def make_room(path: str) -> None:
+    """Have the agent at a path end, if there is one; one that does not is replaced all the same."""
     try:
-        with Channel(path) as channel:
-            channel.answer(channel.request("shutdown"), 3.0)
-            channel.receive(3.0)
-    except SyncError:  # there is none, it has gone, or it does not answer: it is replaced all the same
+        end_agent(path, timeout=3.0)
+    except SyncError:
         pass
 
 
@@ -5914,77 +5898,71 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-@declare(
+@Command(
     "ping --wait 10s", Argument("-w", "--wait", type=duration, default="0s", metavar="DURATION", help="how long to try")
 )
-def cmd_ping(args: Args) -> int:
+def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
     client = client_of(args)
     answer = client.ping(args.wait)
     up = answer.get("uptime")
-    about = f"pid {answer.get('pid')}, version {answer.get('version')}"
-    about += f", up {span(up)}" if isinstance(up, (int, float)) else ""
-    put(f"agent at {client.socket_path}: {about}\n")
-    return 0
+    age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
+    put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
 
 
-@declare(
+@Command(
     "want pip-install git-clone apt-install",
     UNIT,
     Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"),
     REQUIRES,
     QUIET,
 )
-def cmd_want(args: Args) -> int:
+def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
     status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     "start pip-install --want git-clone --timeout 10m",
     *STARTING,
     Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
     QUIET,
 )
-def cmd_start(args: Args) -> int:
+def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
     with start_of(args, report, pid=args.pid) as start:
         say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
         start.confirm()  # the last step: if we are killed before, the next in line has the unit
-    return 0
 
 
-@declare(
+@Command(
     "complete pip-install --exit-code $?",
     UNIT,
     Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
     QUIET,
 )
-def cmd_complete(args: Args) -> int:
+def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
     client_of(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     'fail git-clone --reason "no network"',
     UNIT,
     Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"),
     QUIET,
 )
-def cmd_fail(args: Args) -> int:
+def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
     client_of(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
-    return 0
 
 
-@declare(
+@Command(
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
@@ -6111,7 +6089,7 @@ class Run(Task):
         put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
-@declare(
+@Command(
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
@@ -6208,7 +6186,7 @@ def completed_at(path: str) -> set[str]:
         return set()
 
 
-@declare(
+@Command(
     "wait pip-install --ready tcp:5432 --timeout 2m",
     Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
     Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
@@ -6246,46 +6224,42 @@ def cmd_wait(args: Args) -> int:
     return 0
 
 
-@declare(
+@Command(
     "install /usr/local/bin/coder_sync",
     Argument("paths", nargs="*", metavar="PATH", help="where to (default: its own place)"),
     Argument("--python", metavar="PROGRAM", help="the interpreter that is to run it (default: python3)"),
     QUIET,
 )
-def cmd_install(args: Args) -> int:
+def cmd_install(args: Args) -> None:
     """Write a copy of this program to PATH, with its bytecode: calls of it are fast."""
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
-    return 0
 
 
-@declare("reset pip-install", units_or("all"), QUIET)
-def cmd_reset(args: Args) -> int:
+@Command("reset pip-install", units_or("all"), QUIET)
+def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
-    return 0
 
 
-@declare("shutdown", QUIET)
-def cmd_shutdown(args: Args) -> int:
+@Command("shutdown", QUIET)
+def cmd_shutdown(args: Args) -> None:
     """End the agent, and return when it has ended."""
     client = client_of(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
-    return 0
 
 
-@declare("env pip-install", UNIT)
-def cmd_env(args: Args) -> int:
+@Command("env pip-install", UNIT)
+def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
     variables = client_of(args).env(args.unit)
     for name in variables:
         if not (name.isidentifier() and name.isascii()):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
     put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
-    return 0
 
 
 def shell_word(text: str) -> str:
@@ -6294,37 +6268,34 @@ def shell_word(text: str) -> str:
     return f"'{quoted}'"
 
 
-@declare("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
-def cmd_status(args: Args) -> int:
+@Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
+def cmd_status(args: Args) -> None:
     """Show UNIT and its dependencies."""
     status = client_of(args).status(args.unit)
     put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
-    return 0
 
 
-@declare(
+@Command(
     "list --column unit,status",
     flag("-a", "--all", help="also names that were only ever wanted"),
     output("table", "json"),
     COLUMN,
 )
-def cmd_list(args: Args) -> int:
+def cmd_list(args: Args) -> None:
     """Show all units."""
     units = client_of(args).list(args.all)
     put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
-    return 0
 
 
-@declare("why pip-install", units_or("all that is stuck"))
-def cmd_why(args: Args) -> int:
+@Command("why pip-install", units_or("all that is stuck"))
+def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
     graph = client_of(args).graph()
     put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
-    return 0
 
 
-@declare(
+@Command(
     "timeline --output svg > startup.svg",
     output("text", "svg", "json", "trace"),
     flag("--blame", help="units by how long they ran, and how long others waited"),
@@ -6332,13 +6303,13 @@ def cmd_why(args: Args) -> int:
     Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
     flag("--watch", help="live, until interrupted"),
 )
-def cmd_timeline(args: Args) -> int:
+def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     saved, width = args.saved, terminal()[0]
     if args.watch:
         if saved or args.compare:
             raise UsageError("--watch shows an agent, not what was saved")
-        return watch(args, client_of(args))
+        return watch(client_of(args))
     before = saved_timeline(args.compare) if args.compare else None
     graph = saved_timeline(saved) if saved else client_of(args).graph()
     if before:
@@ -6349,7 +6320,6 @@ def cmd_timeline(args: Args) -> int:
         put(timeline_text(graph, *terminal()))
     else:
         put(timeline_as(args.output, graph))
-    return 0
 
 
 def saved_timeline(path: str) -> Graph:
@@ -6361,21 +6331,19 @@ def saved_timeline(path: str) -> Graph:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
-def watch(args: Args, client: Client) -> int:
+def watch(client: Client) -> None:
     """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
     end_on_term()
-    channel = Channel(client.socket_path)
-    channel.call("events", follow=True, since=(1 << 31) - 1)
+    since, began = (1 << 31) - 1, 0.0  # nothing of what happened before
     if not os.isatty(1):
-        began = 0.0
-        while True:
-            message = channel.receive(3600.0)
-            if message and message.get("method") == "event":
-                event: Event = record(Event, message["params"])
-                began = began or event.time
-                detail = f": {event.detail}" if event.detail else ""
-                if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
-                    return 0
+        for event in client.events(True, since):
+            began = began or event.time
+            detail = f": {event.detail}" if event.detail else ""
+            if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
+                break
+        return
+    channel = Channel(client.socket_path)
+    channel.call("events", follow=True, since=since)
     graph, taken = client.graph(), time.monotonic()
     put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
     try:
@@ -6395,8 +6363,8 @@ def watch(args: Args, client: Client) -> int:
         put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
 
 
-@declare("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
-def cmd_graph(args: Args) -> int:
+@Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
+def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(client_of(args).graph(), args.units)
     if args.output == "tree":
@@ -6405,16 +6373,14 @@ def cmd_graph(args: Args) -> int:
         put(json_text(graph_data(graph)))
     else:
         put(graph_dot(graph) if args.output == "dot" else graph_mermaid(graph))
-    return 0
 
 
-@declare("events --follow", flag("-f", "--follow", help="go on with what happens next"))
-def cmd_events(args: Args) -> int:
+@Command("events --follow", flag("-f", "--follow", help="go on with what happens next"))
+def cmd_events(args: Args) -> None:
     """Print what happened, one JSON object a line."""
     for event in client_of(args).events(args.follow):
         if not put(_dumps(plain(event)) + "\n"):
-            break
-    return 0
+            return
 
 
 SHELL_SCRIPTS = {
@@ -6452,18 +6418,17 @@ complete -c PROGRAM -f -a '(__coder_sync)'
 }
 
 
-@declare(
+@Command(
     "completion bash >> ~/.bashrc",
     Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),
     tail="*",
 )
-def cmd_completion(args: Args) -> int:
+def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
     if args.command:
         put("".join(word + "\n" for word in candidates(args.command)))
     else:
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
-    return 0
 
 
 def candidates(line: Sequence[str]) -> list[str]:
@@ -6495,8 +6460,8 @@ def known_units(words: Sequence[str]) -> list[str]:
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
-            rows = expect(list, channel.answer(channel.request("list", all=True), 1.0))
-        return [str(row.get("unit_name")) for row in rows]
+            rows = channel.answer(channel.request("list", all=True), 1.0)
+        return [unit.unit_name for unit in records(UnitStatus, rows)]
     except SyncError:
         return []
 
@@ -6530,38 +6495,36 @@ def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
 
 def parse(name: str, words: Sequence[str]) -> Args:
     """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
+    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
     cut = words.index("--") if "--" in words else len(words)
-    after, tail, arguments = words[cut + 1 :], COMMANDS[name].tail, COMMANDS[name].arguments
-    values = {a.dest: a.read(a.default) if a.default and isinstance(a.default, str) else a.default for a in arguments}
+    after, values = list(words[cut + 1 :]), vars(args)
+    for argument in command.arguments:
+        default = argument.default
+        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
     try:
         rest = parse_options(name, words[:cut], values)
-        if tail:
-            values["command"] = [*after]
-            if not after and (cut < len(words) or tail == "+"):
-                raise UsageError(f"a command must follow --; usage: {usage_of(name)}")
-        else:
+        if not command.tail:
             rest += after
-        for argument in arguments:
-            if argument.is_option:
-                continue
+        elif after or (cut == len(words) and command.tail == "*"):
+            values["command"] = after
+        else:
+            raise UsageError(f"a command must follow --; {usage}")
+        for argument in (argument for argument in command.arguments if not argument.is_option):
             if not rest and argument.words.get("nargs") != "*":
-                raise UsageError(f"too few arguments; usage: {usage_of(name)}")
-            if argument.is_repeated:
-                values[argument.dest], rest = rest, []
-            else:
-                values[argument.dest] = argument.read(rest.pop(0))
+                raise UsageError(f"too few arguments; {usage}")
+            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
+            values[argument.dest] = value
         if rest:
-            hint = "; did you forget -- before the command?" if tail else ""
-            raise UsageError(f"unexpected {ascii(rest[0])[:60]}{hint}; usage: {usage_of(name)}")
+            hint = " did you forget -- before the command?;" if command.tail else ""
+            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
-    return Args(values)
+    return args
 
 
 def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
     """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    options = options_in(COMMANDS[name].arguments)
-    todo, rest = list(words), []
+    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
     while todo:
         word = todo.pop(0)
         given, text = option_in(word, options)
@@ -6573,14 +6536,10 @@ def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> li
             hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
             raise UsageError(f"no such option: {ascii(given)[:40]}; {hint}")
         elif option.takes_value:
-            if text is None:
-                if not todo or option_in(todo[0], options)[0]:
-                    raise UsageError(
-                        f"{given} needs a value; one that begins with - is written {option.names[-1]}=-..."
-                    )
-                text = todo.pop(0)
+            if text is None and (not todo or option_in(todo[0], options)[0]):
+                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
             try:
-                value = option.read(text)
+                value = option.read(todo.pop(0) if text is None else text)
             except UsageError as error:
                 raise UsageError(f"{given}: {error}") from None
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
@@ -6663,7 +6622,7 @@ def dispatch(argv: Sequence[str]) -> int:
         guess = resembling(name, list(COMMANDS))
         hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
         raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
-    return COMMANDS[name].run(parse(name, [*options, *rest]))
+    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -6680,12 +6639,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = 130
     except SystemExit as end:  # argparse's --help
         code = end.code if isinstance(end.code, int) else 2
-    except TimedOut as error:
-        missing = "".join(f"  {dependency_text(d)}\n" for d in error.data)
-        put(f"{error.args[0]}\n{missing}", 2)
-        code = error.exit_code
     except SyncError as error:
-        put(f"error: {error}\n", 2)
+        missing = error.data if isinstance(error, TimedOut) else None
+        rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
+        put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
     except Exception as error:  # a defect of ours; no traceback reaches a user
         put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
