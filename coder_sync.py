@@ -491,13 +491,13 @@ class Units:
         for name, wants, _ in members:
             for requires in wants.values():
                 check_requirement(requires)
-            unit = self.units.get(name)
-            claim, owner_now = (unit.first(), unit.facts.owner) if unit else (None, None)
-            lives = unit and unit.status == STARTED and not (owner_now and self.alive(owner_now) is False)
-            if unit and (claim or lives):
-                by = self._by(claim.owner if claim else owner_now)
-                how = "started" if unit.status == STARTED else "claimed"
-                raise Refused(f'unit "{name}" is {how}{by}; nothing was run: end that first')
+            if name not in self.units:
+                continue
+            unit = self.units[name]
+            started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+            if claim or (started and (by is None or self.alive(by) is not False)):
+                how = ("started" if started else "claimed") + self._by(claim.owner if claim else by)
+                raise Refused(f'unit "{name}" is {how}; nothing was run: end that first')
         return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
 
     def delivered(self, claim: Claim) -> None:
@@ -558,11 +558,11 @@ class Units:
         left = [env, *(unit.facts.environment for unit in self.units.values())] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        return self._end(name, COMPLETED, "", 0, by, env)
+        return self._end(name, COMPLETED, by, "", 0, env)
 
     def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
         """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, one_line(reason), exit_code, by)
+        self._end(name, FAILED, by, one_line(reason), exit_code)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended pending again, with those skipped because of them; all if none is named.
@@ -625,7 +625,7 @@ class Units:
         rows = []
         needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
         if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            needs.append((unit, ""))
+            needs.insert(len(needs) if unit.unmet else 0, (unit, ""))  # before locks
         for other, need in needs:
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
@@ -699,7 +699,7 @@ class Units:
             return
         if unit.unmet:
             unit.facts.ready = -1.0
-            causes = (because,) if because else unit.wants
+            causes = (because,) if because in unit.wants else unit.wants
             cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
             if cause:
                 self._skip(unit, cause)
@@ -761,7 +761,14 @@ class Units:
             self._settle(unit, because)
         self._affected.clear()
 
-    def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
+    def _set(
+        self,
+        unit: Unit,
+        status: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
         old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
         if old == STARTED:
@@ -777,6 +784,8 @@ class Units:
         else:
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = reason, exit_code
+        if env:
+            unit.facts.environment, self.left_environment = env, True
         if status != STARTED or not unit.name:
             unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
@@ -785,41 +794,32 @@ class Units:
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
         if claim and claim.boot and status != PENDING:
-            env = self.environment(unit.name) if status == STARTED else {}
-            self._answers.append((claim, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
+            answer = {"unit": unit.name, "status": status, "reason": reason}
+            self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
                 self._forget(other)
 
-    def _end(
-        self,
-        name: str,
-        status: str,
-        reason: str,
-        exit_code: int | None,
-        by: Owner | None,
-        env: dict[str, str] | None = None,
-    ) -> Unit:
+    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> Unit:
+        """End a unit as its caller tells; `outcome` is what `_set` takes."""
         unit = self._registered(name)
+        owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not unit.facts.owner or by.pid != unit.facts.owner.pid):
+        if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
             raise Refused(
                 f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{self._by(unit.facts.owner)}; if it is to be ended all the same, call from another shell"
+                f"was started{self._by(owner)}; if it is to be ended all the same, call from another shell"
             )
-        if unit.status == status:
-            return unit
-        if unit.status in ENDED:
+        if unit.status in ENDED and unit.status != status:
             why = f" ({unit.facts.reason})" if unit.facts.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        if env:
-            unit.facts.environment, self.left_environment = env, True
-        self._set(unit, status, reason, exit_code)
-        self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
-        self._settle_all()
+        if unit.status != status:
+            self._set(unit, status, *outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+            self._settle_all()
         return unit
 
     # -- small parts --------------------------------------------------------------------------------------
@@ -829,8 +829,8 @@ class Units:
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
-        made: list[str] = []
-        dropped: list[tuple[Unit, Unit, str]] = []
+        undo: list[tuple[Any, ...]] = []  # what takes each step back
+        dropped: list[Unit] = []
         linked: list[tuple[Unit, Unit, str]] = []
         name = members[0][0] if members else ""
 
@@ -840,32 +840,30 @@ class Units:
                     limit = f"the agent has reached its limit of {MAX_UNITS} units"
                     raise Refused(f'unit "{members[0][0]}": {limit}')
                 self.units[other] = self._unknown(check_name(other))
-                made.append(other)
+                undo.append((self.units.pop, other))
             return self.units[other]
 
         try:
-            units = [known(name) if name else self._unknown("") for name, _, _ in members]
-            dropped += [(u, *edge) for u in units if anew and u.status in ENDED for edge in u.wants.items()]
-            for unit, other, _ in dropped:
-                self._cut(unit, other)
+            units = [known(name) if name else self._unknown(name) for name, _, _ in members]
+            for unit in [unit for unit in units if anew and unit.status in ENDED]:
+                for other, requires in reversed(list(unit.wants.items())):
+                    self._cut(unit, other)
+                    undo.append((self._link, unit, other, requires))
+                    dropped.append(other)
             for unit, (name, wants, _) in zip(units, members):
                 for dependency, requires in wants.items():
                     other = known(dependency)
-                    has = unit.wants.get(other)
-                    if has is None:
+                    if other not in unit.wants:
                         self._check_edge(unit, other)
                         self._link(unit, other, requires)
+                        undo.append((self._cut, unit, other))
                         linked.append((unit, other, requires))
-                    elif has != requires:
-                        text = f'wants "{dependency}" with requirement {has} already, not {requires}'
-                        raise Refused(f'unit "{name}" {text}')
+                    elif unit.wants[other] != requires:
+                        text = f"with requirement {unit.wants[other]} already, not {requires}"
+                        raise Refused(f'unit "{name}" wants "{dependency}" {text}')
         except SyncError as error:
-            for unit, other, _ in reversed(linked):
-                self._cut(unit, other)
-            for edge in dropped:
-                self._link(*edge)
-            for each in made:
-                del self.units[each]
+            for step, *arguments in reversed(undo):
+                step(*arguments)
             if name:
                 self.refusals.pop(name, None)
                 self.refusals[name] = one_line(str(error))
@@ -878,7 +876,7 @@ class Units:
                 self._set(unit, PENDING)
         for unit, other, requires in linked:
             self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
-        for _, other, _ in dropped:
+        for other in dropped:
             self._forget(other)
         return units
 
@@ -2358,54 +2356,25 @@ class Agent:
         # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
         self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
         self._owners_wake = WakeUp()
-        Thread(target=self._for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
+        Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
-    def accept(self, sock: Any, most: int) -> None:
-        """The body of the accepting thread: each connection on a listening socket gets a thread; at most `most` do."""
-        from select import POLLIN, poll
-
-        poller = poll()
-        poller.register(sock, POLLIN)
-
-        def accept_one() -> None:
-            poller.poll()  # no descriptor is missed before there is somebody to connect
-            try:
-                wake_up = WakeUp()
-                self.admit(Connection(sock.accept()[0], wake_up), most)
-            except (OSError, RuntimeError, MemoryError) as error:
-                self._no_room(error)
-                time.sleep(0.05)  # do not spin
-
-        self._for_ever("accepting connections", accept_one)
-
-    def admit(self, connection: Connection, most: int = MAX_CONNECTIONS) -> None:
-        """Begin the thread of a connection, unless there are too many."""
-        import _thread
+    def room(self, most: int) -> bool:
+        """Whether there are fewer than `most` connections."""
         from weakref import WeakSet
 
         with self.lock:
             if len(self.connections) >= most:
                 self.connections = WeakSet(self.connections)  # without those that had no memory to leave
-            full = len(self.connections) >= most
-            if not full:
-                self.connections.add(connection)
-        if full:
-            limit = Unreachable(f"the agent has reached its limit of {most} connections")
-            connection.sock.setblocking(False)
-            connection.send(encode(error_message(None, limit)))
-            self.log.say(f"refused: {limit}")
-        else:
-            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
-            _thread.start_new_thread(self.serve_connection, (connection,))
+            return len(self.connections) < most
 
-    def _no_room(self, error: Exception) -> None:
+    def no_room(self, error: BaseException | None) -> None:
         """Say once that there are no descriptors or no memory left for another connection."""
         if not self.exhausted:
             self.exhausted = True
             why = error.strerror if isinstance(error, OSError) else "no memory for another one"
             self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
-    def _for_ever(self, doing: str, step: Callable[[], None]) -> None:
+    def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """The body of a thread that goes on whatever goes wrong, even if there is no memory for a line about it."""
         while True:
             try:
@@ -2419,25 +2388,7 @@ class Agent:
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def serve_connection(self, connection: Connection) -> None:
-        """The body of a connection's thread: answer one client until it goes away."""
-        try:
-            self._converse(connection)
-        except OSError:  # the peer vanished
-            pass
-        except MemoryError as error:
-            self._no_room(error)
-        except Exception as error:
-            trace = error.__traceback__
-            while trace and trace.tb_next:
-                trace = trace.tb_next
-            where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            self.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
-        finally:
-            while not self._end(connection):
-                time.sleep(0.05)
-
-    def _end(self, connection: Connection) -> bool:
+    def end(self, connection: Connection) -> bool:
         """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
         try:
             with self.lock:
@@ -2462,7 +2413,7 @@ class Agent:
         connection.sock.close()
         return True
 
-    def _converse(self, connection: Connection) -> None:
+    def converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
         import socket
         import struct
@@ -2878,6 +2829,66 @@ class Agent:
 METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
 
 
+def make_server(agent: Agent, sock: Any, most: int) -> Any:
+    """Return a socketserver on a listening socket: each connection has a thread, and at most `most` are open at once.
+
+    What socketserver calls a request is a Connection here.
+    """
+    import _thread
+    import socketserver
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            agent.converse(self.request)
+
+    class Server(socketserver.ThreadingUnixStreamServer):
+        def accept(self) -> None:
+            self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
+
+        def get_request(self) -> Any:
+            try:
+                wake_up = WakeUp()
+                return Connection(sock.accept()[0], wake_up), ""
+            except (OSError, MemoryError) as error:
+                agent.no_room(error)
+                time.sleep(0.05)  # do not spin
+                raise OSError from None  # for which socketserver looks again
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            if agent.room(most):
+                return True
+            limit = Unreachable(f"the agent has reached its limit of {most} connections")
+            request.sock.setblocking(False)
+            request.send(encode(error_message(None, limit)))
+            agent.log.say(f"refused: {limit}")
+            return False
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            with agent.lock:
+                agent.connections.add(request)
+            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+        def shutdown_request(self, request: Any) -> None:
+            while not agent.end(request):
+                time.sleep(0.05)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            _, error, trace = sys.exc_info()
+            if isinstance(error, MemoryError) or "start new thread" in str(error):
+                agent.no_room(error)
+            elif not isinstance(error, OSError):  # else the peer vanished
+                while trace and trace.tb_next:
+                    trace = trace.tb_next
+                where = f"line {trace.tb_lineno}" if trace else "an unknown line"
+                agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+
+    server = Server("", Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = sock
+    return server
+
+
 def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
     """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused.
 
@@ -3060,15 +3071,15 @@ def serve(
     pid_file: str = "",
     background: bool = False,
     command: Sequence[str] = (),
-    body: Callable[[Agent, Callable[[], None]], int] | None = None,
+    body: Callable[[Agent, Any, Callable[[], None]], int] | None = None,
     timeline: Callable[[Graph], None] | None = None,
     replace: Callable[[str], None] | None = None,
     advice: str = "",  # goes to the log
 ) -> int:
     """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
 
-    `body` is called with the agent and with what begins to take connections, `timeline` with the graph at the end,
-    `replace` with the path as long as there is another agent, to end it. Raises Refused.
+    `body` is called with the agent, its server and what begins to take connections, `timeline` with the graph at the
+    end, `replace` with the path as long as there is another agent, to end it. Raises Refused.
     """
     import signal
     import threading
@@ -3101,7 +3112,9 @@ def serve(
         log.say(f"listening at {path} (pid {os.getpid()})")
         if advice:
             log.say(advice)
-        accepting = threading.Thread(target=agent.accept, args=(sock, most), daemon=True)
+        server = make_server(agent, sock, most)
+        forever = ("accepting connections", server.accept)
+        accepting = threading.Thread(target=agent.for_ever, args=forever, daemon=True)
         if not body:
             accepting.start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
@@ -3111,7 +3124,7 @@ def serve(
             os.close(ready)
         try:
             if body:
-                return body(agent, accepting.start)
+                return body(agent, server, accepting.start)
             if command or not loop:
                 return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
             came = loop.turn()
@@ -6149,7 +6162,7 @@ def boot_at(path: str, boot: Boot) -> int:
             channel = Channel(path)
         except Unreachable:
             try:
-                return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
+                return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
             except Refused:  # another agent was faster, or is about to go
                 if boot.channel or time.monotonic() >= deadline:
                     raise
@@ -6164,7 +6177,7 @@ def boot_at(path: str, boot: Boot) -> int:
         time.sleep(0.02)
 
 
-def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
+def boot_at_own(path: str, boot: Boot, agent: Agent, server: Any, accept: Callable[[], None]) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
 
@@ -6174,7 +6187,7 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None])
         accept()
 
     ours, theirs = socketpair()
-    agent.admit(Connection(theirs, WakeUp()))
+    server.process_request(Connection(theirs, WakeUp()), "")
     return boot.run(Channel(path, sock=ours), claimed)
 
 
