@@ -5662,6 +5662,9 @@ UNIT   STATUS   READY  AGE   WAITS FOR  REASON
 e\u0301tape  failed   true   3.0s             no disk
 b      started  true   12s
 c      pending  true   12s   b, lock x
+? list: running
+UNIT  STATUS   READY  AGE
+only  started  true   2.5s
 ? list: running: reason,waits_for, Unit
 REASON  WAITS FOR  UNIT
                    only
