@@ -3800,10 +3800,8 @@ class Bar:
         self.ready = min(max(unit.ready, self.asked), self.started) if unit.ready >= 0 else self.started
         self.exited = max(self.ended, last if unit.running_on else min(unit.exited, last))
         self.ran = self.ended - self.started if self.has_run else 0.0
-        # how long it ran, or waited if it has not started
-        self.took = span(self.ran if self.has_run else self.ended - self.asked)
-        if not self.has_run and unit.waiting < 0:
-            self.took = "-"
+        waited = span(self.ended - self.asked) if unit.waiting >= 0 else "-"
+        self.took = span(self.ran) if self.has_run else waited
 
     def phases(self) -> list[tuple[str, float, float]]:
         """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
@@ -4193,20 +4191,23 @@ def svg_text(x: float, y: float, content: str, more: str = ' class="m"') -> str:
     return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
 
 
-def svg_rect(words: str, x: float, y: float, width: float, height: float) -> str:
-    """A rectangle in the picture; `words` are its classes in STYLE."""
-    return f'<rect class="{words}" x="{x:.1f}" y="{y:.0f}" width="{width:.1f}" height="{height:.0f}"/>'
-
-
 def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
-    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path."""
+    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path.
+
+    Or the row itself: then `words` are its class in STYLE.
+    """
     if kind == "another try":
         return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
     outcome = words.partition(" ")[0]
-    waits = "l" if kind == "locked out" else outcome if outcome == SKIPPED else "w"
-    words = {"running": words, "running on": outcome}.get(kind, waits)
-    below, height = {"running": (4, 12), "running on": (9, 3)}.get(kind, (7, 6))
-    return svg_rect(words, x, y + below, size, height)
+    waits = (outcome if outcome == SKIPPED else "w", 7, 6)
+    shapes = {
+        "locked out": ("l", 7, 6),
+        "running": (words, 4, 12),
+        "running on": (outcome, 9, 3),
+        "row": (words, 0, 20),
+    }
+    look, below, height = shapes.get(kind, waits)
+    return f'<rect class="{look}" x="{x:.1f}" y="{y + below:.0f}" width="{size:.1f}" height="{height}"/>'
 
 
 def timeline_svg(graph: Graph) -> str:
@@ -4235,7 +4236,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
         u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
-        body.append(svg_rect("z" if i % 2 else "y", 0, y, width, high))
+        body.append(svg_phase("row", "z" if i % 2 else "y", 0, y, width))
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else ""))
         for kind, since, upto in bar.phases():
             size = max((upto - since) * scale, 2.0 if kind == "running" or not bar.has_run else 0.0)
@@ -4322,20 +4323,18 @@ def graph_dot(graph: Graph) -> str:
     def quote(text: str) -> str:
         return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
-    def line(what: str, words: list[str], bold: bool) -> str:
-        words += ["color=orangered", "penwidth=3"] if bold else []
-        return f"  {what} [{', '.join(words)}];" if words else f"  {what};"
-
     fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
-    startup = Startup(graph)
+    startup, bold = Startup(graph), ["color=orangered", "penwidth=3"]
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
     for u in graph.nodes:
         words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
         words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
-        lines.append(line(quote(u.unit_name), words, u.unit_name in startup.critical))
-    for name, dependent, requirement, bold in startup.edges:
+        words += bold if u.unit_name in startup.critical else []
+        lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
+    for name, dependent, requirement, on_path in startup.edges:
         words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
-        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, bold))
+        words += bold if on_path else []
+        lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
