@@ -491,13 +491,13 @@ class Units:
         for name, wants, _ in members:
             for requires in wants.values():
                 check_requirement(requires)
-            unit = self.units.get(name)
-            claim, owner_now = (unit.first(), unit.facts.owner) if unit else (None, None)
-            lives = unit and unit.status == STARTED and not (owner_now and self.alive(owner_now) is False)
-            if unit and (claim or lives):
-                by = self._by(claim.owner if claim else owner_now)
-                how = "started" if unit.status == STARTED else "claimed"
-                raise Refused(f'unit "{name}" is {how}{by}; nothing was run: end that first')
+            if name not in self.units:
+                continue
+            unit = self.units[name]
+            started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+            if claim or (started and (by is None or self.alive(by) is not False)):
+                how = ("started" if started else "claimed") + self._by(claim.owner if claim else by)
+                raise Refused(f'unit "{name}" is {how}; nothing was run: end that first')
         return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
 
     def delivered(self, claim: Claim) -> None:
@@ -558,11 +558,11 @@ class Units:
         left = [env, *(unit.facts.environment for unit in self.units.values())] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        return self._end(name, COMPLETED, "", 0, by, env)
+        return self._end(name, COMPLETED, by, "", 0, env)
 
     def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
         """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, one_line(reason), exit_code, by)
+        self._end(name, FAILED, by, one_line(reason), exit_code)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended pending again, with those skipped because of them; all if none is named.
@@ -625,7 +625,7 @@ class Units:
         rows = []
         needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
         if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            needs.append((unit, ""))
+            needs.insert(len(needs) if unit.unmet else 0, (unit, ""))  # before locks
         for other, need in needs:
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
@@ -699,7 +699,7 @@ class Units:
             return
         if unit.unmet:
             unit.facts.ready = -1.0
-            causes = (because,) if because else unit.wants
+            causes = (because,) if because in unit.wants else unit.wants
             cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
             if cause:
                 self._skip(unit, cause)
@@ -761,7 +761,14 @@ class Units:
             self._settle(unit, because)
         self._affected.clear()
 
-    def _set(self, unit: Unit, status: str, reason: str = "", exit_code: int | None = None) -> None:
+    def _set(
+        self,
+        unit: Unit,
+        status: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
         """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
         old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
         if old == STARTED:
@@ -777,6 +784,8 @@ class Units:
         else:
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = reason, exit_code
+        if env:
+            unit.facts.environment, self.left_environment = env, True
         if status != STARTED or not unit.name:
             unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
@@ -785,41 +794,32 @@ class Units:
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
         if claim and claim.boot and status != PENDING:
-            env = self.environment(unit.name) if status == STARTED else {}
-            self._answers.append((claim, {"unit": unit.name, "status": status, "reason": reason, "env": env}))
+            answer = {"unit": unit.name, "status": status, "reason": reason}
+            self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
         self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
                 self._forget(other)
 
-    def _end(
-        self,
-        name: str,
-        status: str,
-        reason: str,
-        exit_code: int | None,
-        by: Owner | None,
-        env: dict[str, str] | None = None,
-    ) -> Unit:
+    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> Unit:
+        """End a unit as its caller tells; `outcome` is what `_set` takes."""
         unit = self._registered(name)
+        owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not unit.facts.owner or by.pid != unit.facts.owner.pid):
+        if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
             raise Refused(
                 f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{self._by(unit.facts.owner)}; if it is to be ended all the same, call from another shell"
+                f"was started{self._by(owner)}; if it is to be ended all the same, call from another shell"
             )
-        if unit.status == status:
-            return unit
-        if unit.status in ENDED:
+        if unit.status in ENDED and unit.status != status:
             why = f" ({unit.facts.reason})" if unit.facts.reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        if env:
-            unit.facts.environment, self.left_environment = env, True
-        self._set(unit, status, reason, exit_code)
-        self._answer_line(unit, Refused(f'unit "{unit.name}" was {status} by another caller while its start waited'))
-        self._settle_all()
+        if unit.status != status:
+            self._set(unit, status, *outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+            self._settle_all()
         return unit
 
     # -- small parts --------------------------------------------------------------------------------------
@@ -829,8 +829,8 @@ class Units:
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
-        made: list[str] = []
-        dropped: list[tuple[Unit, Unit, str]] = []
+        undo: list[tuple[Any, ...]] = []  # what takes each step back
+        dropped: list[Unit] = []
         linked: list[tuple[Unit, Unit, str]] = []
         name = members[0][0] if members else ""
 
@@ -840,32 +840,30 @@ class Units:
                     limit = f"the agent has reached its limit of {MAX_UNITS} units"
                     raise Refused(f'unit "{members[0][0]}": {limit}')
                 self.units[other] = self._unknown(check_name(other))
-                made.append(other)
+                undo.append((self.units.pop, other))
             return self.units[other]
 
         try:
-            units = [known(name) if name else self._unknown("") for name, _, _ in members]
-            dropped += [(u, *edge) for u in units if anew and u.status in ENDED for edge in u.wants.items()]
-            for unit, other, _ in dropped:
-                self._cut(unit, other)
+            units = [known(name) if name else self._unknown(name) for name, _, _ in members]
+            for unit in [unit for unit in units if anew and unit.status in ENDED]:
+                for other, requires in reversed(list(unit.wants.items())):
+                    self._cut(unit, other)
+                    undo.append((self._link, unit, other, requires))
+                    dropped.append(other)
             for unit, (name, wants, _) in zip(units, members):
                 for dependency, requires in wants.items():
                     other = known(dependency)
-                    has = unit.wants.get(other)
-                    if has is None:
+                    if other not in unit.wants:
                         self._check_edge(unit, other)
                         self._link(unit, other, requires)
+                        undo.append((self._cut, unit, other))
                         linked.append((unit, other, requires))
-                    elif has != requires:
-                        text = f'wants "{dependency}" with requirement {has} already, not {requires}'
-                        raise Refused(f'unit "{name}" {text}')
+                    elif unit.wants[other] != requires:
+                        text = f"with requirement {unit.wants[other]} already, not {requires}"
+                        raise Refused(f'unit "{name}" wants "{dependency}" {text}')
         except SyncError as error:
-            for unit, other, _ in reversed(linked):
-                self._cut(unit, other)
-            for edge in dropped:
-                self._link(*edge)
-            for each in made:
-                del self.units[each]
+            for step, *arguments in reversed(undo):
+                step(*arguments)
             if name:
                 self.refusals.pop(name, None)
                 self.refusals[name] = one_line(str(error))
@@ -878,7 +876,7 @@ class Units:
                 self._set(unit, PENDING)
         for unit, other, requires in linked:
             self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
-        for _, other, _ in dropped:
+        for other in dropped:
             self._forget(other)
         return units
 
