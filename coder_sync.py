@@ -1902,6 +1902,11 @@ class Task:
         """Start the process; return its pid. Raises OSError or ValueError."""
         return spawn(self.command, env)
 
+    def begun(self, detail: str) -> None:
+        """A try has begun, which `detail` says if it is not the first."""
+        if detail:
+            self.report("retry", detail=detail)
+
     def not_begun(self, error: Exception) -> None:
         """A try could not begin."""
         raise NotImplementedError
@@ -1921,8 +1926,13 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try."""
-        paths = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left, "NOTIFY_SOCKET": self.notify_path}
-        env = environment(self.env, **{name: value for name, value in paths.items() if value})
+        added = {"CODER_SYNC_UNIT": self.unit}
+        if self.left:
+            added["CODER_SYNC_ENV"] = self.left
+        if self.ready == "notify":
+            added["NOTIFY_SOCKET"] = self.notify_path
+        env = environment(self.env, **added)
+        detail = self.next_try() if self.tries else ""
         try:
             self.probe(env)
             self.pid = self.spawn(env)
@@ -1935,12 +1945,15 @@ class Task:
         self.tries += 1
         self.stop_at = self.began + self.timeout if self.timeout else NEVER
         self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+        self.begun(detail)
 
     def probe(self, env: dict[bytes, bytes]) -> None:
         """Begin to ask whether it is ready. Raises CommandError."""
         if not self.ready:
             return
         try:
+            if self.ready == "notify" and not self.notify_path:
+                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
             self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env)
             self.loop.watch(self.prober.fileno(), self.probed)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
@@ -4775,37 +4788,93 @@ class BootOptions:
     quiet: bool = False
 
 
-class Job:
-    """A script on its way: its process, its output, its end."""
+class Job(Task):
+    """A script on its way: a Task in a process group of its own, whose output is read."""
 
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.began = 0.0  # its first or latest try; 0 if it never could
-        self.tries = 0
-        self.again_at = NEVER  # when the next try begins
-        self.env: dict[str, str] = {}  # what its dependencies export
-        self.pid = 0  # its process, and the number of its process group
-        self.running = False  # its process; the group may live on
-        self.running_on = False  # and the agent knows that it is a service
-        self.code = 0  # with which it ended
+    own_group = True
+
+    def __init__(self, script: Script, boot: Boot) -> None:
+        limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
+        super().__init__(boot.events, script.unit, [script.path], script.ready, *limits)
+        self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.running_on = False  # the agent knows that it is a service
+        self.signalled = False  # by `stop`
+        self.outcome = ""  # the unit's, as the agent has it
         self.out = -1  # read end of its output
         self.log, self.log_path = -1, ""  # its file in --log-dir
-        self.env_path = ""  # its $CODER_SYNC_ENV
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []
-        self.prober: Prober | Notified | None = None  # while it is not ready
-        self.stop_at = self.ready_by = self.kill_at = NEVER
-        self.kills = 0
-        self.signalled = False  # by `stop`
-        self.why = ""  # we ended it
-        self.reported = False  # that it has completed
-        self.outcome = ""  # the unit's, as the agent has it
-        self.reason = ""
-        self.died = ""  # how its process ended after its unit had completed
+
+    @property
+    def died(self) -> bool:
+        """Whether its process ended badly after its unit had completed."""
+        return self.outcome == COMPLETED and not self.running and bool(self.code) and not self.why
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
         return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        self.boot.close_output(self)  # of the try before
+        if self.tries:
+            remove(self.left)
+        read, write = os.pipe()
+        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
+        try:
+            pid = spawn(self.command, env, file_actions=streams, setpgroup=0)
+        except OSError:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        os.set_blocking(read, False)
+        self.out = read
+        return pid
+
+    def not_begun(self, error: Exception) -> None:
+        if self.loop.children and getattr(error, "errno", 0) in (
+            errno.EMFILE,
+            errno.ENFILE,
+            errno.EAGAIN,
+            errno.ENOMEM,
+        ):
+            self.again_at = time.monotonic() + 0.05  # the system may have room for it then
+            self.boot.active[self.unit] = self
+        else:
+            self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
+
+    def begun(self, detail: str) -> None:
+        self.boot.begun(self)
+        self.report("owner", pid=self.pid, log=os.fsencode(self.log_path).decode(errors="replace"))
+        super().begun(detail)
+        if detail:
+            self.boot.take(self, f"{detail}\n".encode())
+
+    def report(self, method: str, **params: Any) -> None:
+        self.boot.ask(method, self, **params)
+        if self.boot.lost and method in ("complete", "fail"):
+            self.boot.ended(self, COMPLETED if method == "complete" else FAILED, params.get("reason", ""))
+
+    def end(self, why: str) -> None:
+        super().end(why)
+        self.boot.look_at = 0.0
+
+    def process_ended(self, code: int) -> None:
+        self.boot.output(self, last=True)
+        super().process_ended(code)
+        if self.pid:
+            self.boot.look_at = 0.0
+            if self.reported != "complete":
+                self.end("")  # what a failure leaves behind ends with it
+        if self.boot.stopping:
+            self.boot.signal_in_order()
+
+    def exited(self) -> None:
+        if not self.running_on and self.code:
+            self.report("running")
+        super().exited()
+        if self.code and not self.why:
+            self.boot.died(self)
 
 
 class Output:
@@ -4861,11 +4930,11 @@ class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
     def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.jobs = {s.unit: Job(s) for s in scripts}
         self.options, self.events = options, loop
+        self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
         self.by_fd: dict[int, Job] = {}  # its output
-        self.groups: dict[int, Job] = {}  # process groups that may have members
+        self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.look_at = NEVER  # when to look which of them have gone
         self.out = Output(self.jobs, options.quiet)
         self.paused = self.log_trouble = False
@@ -4889,6 +4958,9 @@ class Boot:
         self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
+        for number, job in enumerate(self.jobs.values() if self.directory else ()):
+            job.left = os.path.join(self.directory, f"{number}.env")
+            job.notify_path = os.path.join(self.directory, f"{number}.notify")
         self.events.watch(channel.fileno(), self.answers)
         try:
             if self.options.log_dir:
@@ -4919,7 +4991,7 @@ class Boot:
                 self.answers()
             now = time.monotonic()
             due = self.keep_time(now)
-            if over() and not any(job.ending() for job in self.groups.values()):
+            if over() and not any(job.ending() for job in self.active.values()):
                 return
             if not self.out.pending:
                 if now >= self.out.live_at:
@@ -4957,20 +5029,10 @@ class Boot:
             due = min(due, self.watch_agent(now))
         if now >= self.look_at:
             self.forget_groups()
-        for job in list(self.groups.values()):
-            if now >= job.ready_by:
-                lacks = job.prober.error if job.prober else ""
-                self.end(job, f"not ready after {span(job.script.ready_timeout)} ({lacks})")
-            if now >= job.stop_at:
-                self.end(job, f"timed out after {span(job.script.timeout)}")
-            if now >= job.kill_at:
-                self.kill(job, now)
-            due = min(due, job.ready_by, job.stop_at, job.kill_at)
-        for job in self.jobs.values() if self.unfinished else ():
-            if now >= job.again_at and job.pid not in self.groups:
-                job.again_at = NEVER
-                self.spawn(job)
-            due = min(due, max(job.again_at, now + 0.02))
+        for job in list(self.active.values()):
+            due = min(due, job.keep_time(now))
+            if not job.pid and job.again_at == NEVER:
+                del self.active[job.unit]
         return min(due, self.look_at)
 
     def watch_agent(self, now: float) -> float:
@@ -4992,13 +5054,13 @@ class Boot:
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
         limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
-        limit -= 3 * sum(bool(job.script.ready) for job in self.jobs.values())
+        limit -= 3 * sum(bool(job.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
         rows: list[dict[str, Any]] = []
         size = 0
         for job in self.jobs.values():
             wants = {edge.dependency: edge.requires for edge in job.script.wants}
-            row = {"unit": job.script.unit, "wants": wants, "locks": job.script.locks}
+            row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
                 self.ask("boot", units=rows, jobs=jobs, more=True)
@@ -5011,7 +5073,7 @@ class Boot:
         """Send a request; `answer` gets what comes back."""
         if self.channel and not self.lost:
             if job:
-                params["unit"] = job.script.unit
+                params["unit"] = job.unit
             try:
                 self.asked[self.channel.request(method, **params)] = (method, job)
             except Unreachable as error:
@@ -5039,9 +5101,9 @@ class Boot:
             if method == "boot":
                 raise
             if method == "fail" and job and job.outcome != FAILED:
-                self.service_ended(job)
+                job.exited()
             elif method == "complete" and job and not job.outcome:
-                self.fail(job, str(error))
+                job.fail(str(error))
             return
         if method == "boot":
             self.claimed = expect(dict, result).get("units") == len(self.jobs)  # else more are to come
@@ -5060,10 +5122,10 @@ class Boot:
             return
         if status == STARTED and not job.tries:
             if self.stopping:
-                self.fail(job, job.why)
+                job.fail(job.why)
             else:
-                job.env = expect(dict, news.get("env") or {})
-                self.spawn(job)
+                job.env = environment(self.env, **expect(dict, news.get("env") or {}))
+                job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 
@@ -5077,6 +5139,7 @@ class Boot:
             self.out.clear()
             put(f"error: {error}\n", 2)
             for job in self.jobs.values():
+                job.stopped = True
                 if job.again_at < NEVER and job.began:
                     self.ended(job, FAILED, job.reason)
                 elif not job.running:
@@ -5087,6 +5150,7 @@ class Boot:
         if job.outcome:
             return
         job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
+        job.reported = "complete" if status == COMPLETED else "fail"
         self.unfinished -= 1
         if status == COMPLETED and job.running:
             job.running_on = True
@@ -5098,158 +5162,35 @@ class Boot:
 
     # -- processes ----------------------------------------------------------------------------------------
 
-    def spawn(self, job: Job) -> None:
-        """Begin a try: start the script in a process group of its own."""
-        import _signal as signal
-
-        script = job.script
-        self.close_output(job)  # of the try before
-        read = write = -1
-        try:
-            env = self.prepare(job)
-            read, write = os.pipe()
-            streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.null, 0), (write, 1), (write, 2))]
-            defaults = [signal.SIGPIPE, signal.SIGXFSZ]
-            job.pid = os.posix_spawn(
-                script.path, [script.path], env, file_actions=streams, setpgroup=0, setsigmask=[], setsigdef=defaults
-            )
-        except OSError as error:
-            if read >= 0:
-                os.close(read)
-            self.close_prober(job)
-            if self.events.children and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
-                job.again_at = time.monotonic() + 0.05  # the system may have room for it then
-            else:
-                self.fail(job, f"cannot be run: {error.strerror}")
-            return
-        finally:
-            if write >= 0:
-                os.close(write)
-        os.set_blocking(read, False)
-        job.began, job.running, job.why = time.monotonic(), True, ""
-        job.tries += 1
-        job.out, job.kill_at, job.kills = read, NEVER, 0
-        job.stop_at = job.began + script.timeout if script.timeout else NEVER
-        job.ready_by = job.began + script.ready_timeout if script.ready and script.ready_timeout else NEVER
-        self.events.children[job.pid] = lambda code: self.process_ended(job, code)
-        self.by_fd[read] = self.groups[job.pid] = job
+    def begun(self, job: Job) -> None:
+        """A try of a script has begun: read its output."""
+        self.active[job.unit] = self.by_fd[job.out] = job
         if not self.paused:
-            self.events.watch(read, self.reader(job))
+            self.events.watch(job.out, self.reader(job))
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
-        self.ask("owner", job, pid=job.pid, log=os.fsencode(job.log_path).decode(errors="replace"))
-        if job.tries > 1:
-            text = f"try {job.tries} of {script.retries + 1} after {job.reason}"
-            self.ask("retry", job, detail=text)
-            self.take(job, f"{text}\n".encode())
-        if script.ready:
-            self.probe(job, env)
 
-    def prepare(self, job: Job) -> dict[bytes, bytes]:
-        """The environment for a try, and the socket at which it may say that it is ready. Raises OSError."""
-        added = {**job.env, "CODER_SYNC_UNIT": job.script.unit}
-        if self.directory:
-            number = list(self.jobs).index(job.script.unit)
-            job.env_path = added["CODER_SYNC_ENV"] = os.path.join(self.directory, f"{number}.env")
-            if job.tries:
-                remove(job.env_path)
-        if job.script.ready == "notify":
-            if not self.directory:
-                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            added["NOTIFY_SOCKET"] = job.env_path[:-3] + "notify"
-            job.prober = Notified(added["NOTIFY_SOCKET"])
-        return {**self.env, **{os.fsencode(name): os.fsencode(value) for name, value in added.items()}}
+    def died(self, job: Job) -> None:
+        """The process of a unit that has completed has ended badly."""
+        self.out.clear()
+        say(f"warning: {job.unit}: ended after its unit had completed ({ending(job.code)})", 2)
+        if self.options.fail_fast and not self.stopping:
+            self.stop(15, "stopped: another unit ended")
 
-    def probe(self, job: Job, env: dict[bytes, bytes]) -> None:
-        """Begin to ask whether a script is ready."""
-        try:
-            job.prober = job.prober or Prober(job.script.ready, env)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            self.end(job, f"cannot be probed: {one_line(str(error))}")
-        else:
-            self.events.watch(job.prober.fileno(), lambda: self.probed(job))
-
-    def process_ended(self, job: Job, code: int) -> None:
-        """The process of a script has ended."""
-        job.running, job.code = False, code
-        job.stop_at = job.ready_by = NEVER
-        if alive_groups([job.pid]):
-            self.look_at = 0.0
-        else:
-            del self.groups[job.pid]
-        self.output(job, last=True)
-        early = job.prober is not None
-        self.close_prober(job)
-        how = job.why or (f"ended before it was ready ({ending(code)})" if early else ending(code) if code else "")
-        if job.outcome == COMPLETED or job.reported:
-            self.service_ended(job)
-        elif job.outcome:
-            pass
-        elif not how:
-            self.complete(job)
-        elif job.tries <= job.script.retries and not (self.stopping or self.lost):
-            job.reason = how
-            job.again_at = time.monotonic() + min(job.script.delay * 2 ** (job.tries - 1), LONGEST_DELAY)
-        else:
-            self.fail(job, how, code)
-        if job.pid in self.groups and job.outcome != COMPLETED and not job.reported:
-            self.end(job, "")  # what a failure leaves behind ends with it
-        if self.stopping:
-            self.signal_in_order()
-
-    def complete(self, job: Job) -> None:
-        """Report that a script has done its work, and what it leaves to others."""
-        try:
-            env = exported(job.env_path)
-        except Refused as error:
-            self.fail(job, str(error))
-            return
-        job.reported = True
-        self.ask("complete", job, env=env)
-        if self.lost:
-            self.ended(job, COMPLETED, "")
-
-    def fail(self, job: Job, reason: str, code: int = 0) -> None:
-        """Report that a unit has failed."""
-        job.again_at, job.reported = NEVER, False
-        self.ask("fail", job, reason=reason, exit_code=shell_status(code))
-        if self.lost:
-            self.ended(job, FAILED, reason)
-
-    def service_ended(self, job: Job) -> None:
-        """The process of a unit that has completed has ended."""
-        how = ending(job.code)
-        if not job.running_on and job.code:
-            self.ask("running", job)
-        self.ask("exited", job, reason=how)
-        if job.code and not job.why:
-            job.died = how
-            self.out.clear()
-            say(f"warning: {job.script.unit}: ended after its unit had completed ({how})", 2)
-            if self.options.fail_fast and not self.stopping:
-                self.stop(15, "stopped: another unit ended")
-
-    def probed(self, job: Job) -> None:
-        """A prober has something to say."""
-        if job.prober and job.prober.ready():
-            self.close_prober(job)
-            job.ready_by = NEVER
-            self.complete(job)
-
-    def close_prober(self, job: Job) -> None:
-        if job.prober:
-            self.events.forget(job.prober.fileno())
-            job.prober.close()
-            job.prober = None
+    def groups(self) -> list[Job]:
+        """Those whose process group may have members."""
+        return [job for job in self.active.values() if job.pid]
 
     def forget_groups(self) -> None:
         """Forget process groups that are gone, before their numbers are those of others."""
         now = time.monotonic()
-        left = [pid for pid, job in self.groups.items() if not job.running]
-        for pid in set(left) - alive_groups(left):
-            del self.groups[pid]
-        left = [pid for pid in left if pid in self.groups]
-        urgent = any(self.groups[pid].ending() for pid in left)
+        left = [job for job in self.groups() if not job.running]
+        alive = alive_groups(job.pid for job in left)
+        for job in left:
+            if job.pid not in alive:
+                job.gone()
+        left = [job for job in left if job.pid]
+        urgent = any(job.ending() for job in left)
         self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
         if self.stopping:
             self.signal_in_order()
@@ -5261,45 +5202,29 @@ class Boot:
         self.forget_groups()
         self.stopping = number
         latest = time.monotonic() + (0 if number == 9 else self.options.grace)
-        for job in self.groups.values():
+        for job in self.groups():
             job.why = job.why or why
             job.stop_at = job.ready_by = NEVER
             job.kill_at = min(job.kill_at, latest)
         for job in self.jobs.values():
+            job.stopped = True
             if not (job.outcome or job.running or job.reported):
                 job.why = job.why or why
-                self.fail(job, why)
+                job.fail(why)
         self.forget_groups()
 
     def signal_in_order(self) -> None:
         """Pass the signal on to those that run, and that nothing wants which does, also through others."""
         wanted: set[str] = set()
-        todo = list(self.groups.values())
+        todo = self.groups()
         while todo:
             new = {edge.dependency for edge in todo.pop().script.wants} - wanted
             wanted |= new
             todo += [self.jobs[name] for name in new if name in self.jobs]
-        for pid, job in self.groups.items():
-            if job.script.unit not in wanted and not job.signalled:
+        for job in self.groups():
+            if job.unit not in wanted and not job.signalled:
                 job.signalled = True
-                signal_group(pid, self.stopping)
-
-    def end(self, job: Job, why: str) -> None:
-        """End a script and what it has started: TERM, and KILL after --grace."""
-        job.why = job.why or why
-        job.stop_at = job.ready_by = NEVER
-        job.kill_at = min(job.kill_at, time.monotonic() + self.options.grace)
-        self.look_at = 0.0
-        signal_group(job.pid, 15)
-
-    def kill(self, job: Job, now: float) -> None:
-        """End a process group for good, or give it up."""
-        if job.kills and not job.running:
-            del self.groups[job.pid]
-        else:
-            job.kills += 1
-            job.kill_at = now + 1
-            signal_group(job.pid, 9)
+                job.signal(self.stopping)
 
     # -- output -------------------------------------------------------------------------------------------
 
@@ -5338,7 +5263,7 @@ class Boot:
             lines = lines[-LAST_LINES:]
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
         job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self.out.lines(job.script.unit, texts)
+        self.out.lines(job.unit, texts)
 
     def close_output(self, job: Job) -> None:
         if job.out >= 0:
@@ -5417,11 +5342,11 @@ class Boot:
     def running(self, now: float) -> list[str]:
         """What runs and has not ended, for how long, and what a service lacks."""
         shown = []
-        for job in self.groups.values():
+        for job in self.active.values():
             if job.running and not job.outcome:
-                more = [f"try {job.tries} of {job.script.retries + 1}"] if job.tries > 1 else []
+                more = [f"try {job.tries} of {job.retries + 1}"] if job.tries > 1 else []
                 more += [f"not ready: {job.prober.error}"] if job.prober else []
-                shown.append(f"{job.script.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
+                shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
     def progress(self, graph: Graph) -> str:
@@ -5479,15 +5404,15 @@ class Boot:
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
-                how = f"completed, then ended: {job.died}" if job.died else job.reason
-                text += f"{'died' if job.died else 'failed'}: {job.script.unit} ({how}); {job.script.path}\n"
+                how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
+                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
                 text += "".join(f"    | {line}\n" for line in job.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
-                text += f"skipped: {job.script.unit}: {job.reason}\n"
+                text += f"skipped: {job.unit}: {job.reason}\n"
             elif job.outcome == PENDING or (job.outcome == FAILED and job.why and not job.tries):
-                text += f"not started: {job.script.unit}: {job.reason}\n"
-        going_on = [job.script.unit for job in self.groups.values()]
+                text += f"not started: {job.unit}: {job.reason}\n"
+        going_on = [job.unit for job in self.groups()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
         lines = [Startup(graph).summary()] if graph.nodes else []
         if os.isatty(2):
@@ -6050,8 +5975,6 @@ class Run(Task):
             os.ftruncate(self.file, 0)
         else:
             remove(self.left)
-        if self.tries:
-            self.report("retry", detail=self.next_try())
         return super().spawn(env)
 
     def not_begun(self, error: Exception) -> None:

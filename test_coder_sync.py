@@ -7010,6 +7010,13 @@ def test_a_script_that_fails_is_tried_again_later_each_time_and_only_the_last_tr
     Boot(agent, {"a": "@retry 1 0\nexit 4"}).ends(1, None, "failed: a (exit code 4)")
 
 
+@needs_proc
+def test_what_passes_output_on_ends_though_a_try_before_left_something_behind(world: World) -> None:
+    boot = booting(world, {"a": "# coder-sync: retry 1 10ms\ntest -e n && exit\n: > n\nsleep 60 & exit 1"})
+    assert boot.wait(PATIENCE) == 0
+    until(lambda: session(boot) == [])
+
+
 def test_a_signal_between_two_tries_ends_them(world: World, gate: Gate) -> None:
     boot = Boot(world, {"a": "@retry 5 10m\ncat gate; exit 1"})
     gate.open()
@@ -7596,13 +7603,13 @@ def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, opti
 def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World) -> None:
     full = """
 import errno, os
-posix_spawn = os.posix_spawn
+posix_spawnp = os.posix_spawnp
 def spawn(path, *args, **options):
     if path.endswith("late") and not os.path.exists("room"):
         open("refused", "w").close()
         raise OSError(errno.EMFILE, "Too many open files")
-    return posix_spawn(path, *args, **options)
-os.posix_spawn = spawn
+    return posix_spawnp(path, *args, **options)
+os.posix_spawnp = spawn
 """
     gate = Gate(world)
     boot = booting(world, {"a": "cat gate", "late": "echo late"}, patch=full)
