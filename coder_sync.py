@@ -2369,54 +2369,25 @@ class Agent:
         # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
         self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
         self._owners_wake = WakeUp()
-        Thread(target=self._for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
+        Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
-    def accept(self, sock: Any, most: int) -> None:
-        """The body of the accepting thread: each connection on a listening socket gets a thread; at most `most` do."""
-        from select import POLLIN, poll
-
-        poller = poll()
-        poller.register(sock, POLLIN)
-
-        def accept_one() -> None:
-            poller.poll()  # no descriptor is missed before there is somebody to connect
-            try:
-                wake_up = WakeUp()
-                self.admit(Connection(sock.accept()[0], wake_up), most)
-            except (OSError, RuntimeError, MemoryError) as error:
-                self._no_room(error)
-                time.sleep(0.05)  # do not spin
-
-        self._for_ever("accepting connections", accept_one)
-
-    def admit(self, connection: Connection, most: int = MAX_CONNECTIONS) -> None:
-        """Begin the thread of a connection, unless there are too many."""
-        import _thread
+    def room(self, most: int) -> bool:
+        """Whether there are fewer than `most` connections."""
         from weakref import WeakSet
 
         with self.lock:
             if len(self.connections) >= most:
                 self.connections = WeakSet(self.connections)  # without those that had no memory to leave
-            full = len(self.connections) >= most
-            if not full:
-                self.connections.add(connection)
-        if full:
-            limit = Unreachable(f"the agent has reached its limit of {most} connections")
-            connection.sock.setblocking(False)
-            connection.send(encode(error_message(None, limit)))
-            self.log.say(f"refused: {limit}")
-        else:
-            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
-            _thread.start_new_thread(self.serve_connection, (connection,))
+            return len(self.connections) < most
 
-    def _no_room(self, error: Exception) -> None:
+    def no_room(self, error: BaseException | None) -> None:
         """Say once that there are no descriptors or no memory left for another connection."""
         if not self.exhausted:
             self.exhausted = True
             why = error.strerror if isinstance(error, OSError) else "no memory for another one"
             self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
-    def _for_ever(self, doing: str, step: Callable[[], None]) -> None:
+    def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """The body of a thread that goes on whatever goes wrong, even if there is no memory for a line about it."""
         while True:
             try:
@@ -2430,25 +2401,7 @@ class Agent:
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def serve_connection(self, connection: Connection) -> None:
-        """The body of a connection's thread: answer one client until it goes away."""
-        try:
-            self._converse(connection)
-        except OSError:  # the peer vanished
-            pass
-        except MemoryError as error:
-            self._no_room(error)
-        except Exception as error:
-            trace = error.__traceback__
-            while trace and trace.tb_next:
-                trace = trace.tb_next
-            where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-            self.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
-        finally:
-            while not self._end(connection):
-                time.sleep(0.05)
-
-    def _end(self, connection: Connection) -> bool:
+    def end(self, connection: Connection) -> bool:
         """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
         try:
             with self.lock:
@@ -2473,7 +2426,7 @@ class Agent:
         connection.sock.close()
         return True
 
-    def _converse(self, connection: Connection) -> None:
+    def converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
         import socket
         import struct
@@ -2889,6 +2842,66 @@ class Agent:
 METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
 
 
+def make_server(agent: Agent, sock: Any, most: int) -> Any:
+    """Return a socketserver on a listening socket: each connection has a thread, and at most `most` are open at once.
+
+    What socketserver calls a request is a Connection here.
+    """
+    import _thread
+    import socketserver
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            agent.converse(self.request)
+
+    class Server(socketserver.ThreadingUnixStreamServer):
+        def accept(self) -> None:
+            self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
+
+        def get_request(self) -> Any:
+            try:
+                wake_up = WakeUp()
+                return Connection(sock.accept()[0], wake_up), ""
+            except (OSError, MemoryError) as error:
+                agent.no_room(error)
+                time.sleep(0.05)  # do not spin
+                raise OSError from None  # for which socketserver looks again
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            if agent.room(most):
+                return True
+            limit = Unreachable(f"the agent has reached its limit of {most} connections")
+            request.sock.setblocking(False)
+            request.send(encode(error_message(None, limit)))
+            agent.log.say(f"refused: {limit}")
+            return False
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            with agent.lock:
+                agent.connections.add(request)
+            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+        def shutdown_request(self, request: Any) -> None:
+            while not agent.end(request):
+                time.sleep(0.05)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            _, error, trace = sys.exc_info()
+            if isinstance(error, MemoryError) or "start new thread" in str(error):
+                agent.no_room(error)
+            elif not isinstance(error, OSError):  # else the peer vanished
+                while trace and trace.tb_next:
+                    trace = trace.tb_next
+                where = f"line {trace.tb_lineno}" if trace else "an unknown line"
+                agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+
+    server = Server("", Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = sock
+    return server
+
+
 def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
     """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused.
 
@@ -3071,15 +3084,15 @@ def serve(
     pid_file: str = "",
     background: bool = False,
     command: Sequence[str] = (),
-    body: Callable[[Agent, Callable[[], None]], int] | None = None,
+    body: Callable[[Agent, Any, Callable[[], None]], int] | None = None,
     timeline: Callable[[Graph], None] | None = None,
     replace: Callable[[str], None] | None = None,
     advice: str = "",  # goes to the log
 ) -> int:
     """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
 
-    `body` is called with the agent and with what begins to take connections, `timeline` with the graph at the end,
-    `replace` with the path as long as there is another agent, to end it. Raises Refused.
+    `body` is called with the agent, its server and what begins to take connections, `timeline` with the graph at the
+    end, `replace` with the path as long as there is another agent, to end it. Raises Refused.
     """
     import signal
     import threading
@@ -3112,7 +3125,9 @@ def serve(
         log.say(f"listening at {path} (pid {os.getpid()})")
         if advice:
             log.say(advice)
-        accepting = threading.Thread(target=agent.accept, args=(sock, most), daemon=True)
+        server = make_server(agent, sock, most)
+        forever = ("accepting connections", server.accept)
+        accepting = threading.Thread(target=agent.for_ever, args=forever, daemon=True)
         if not body:
             accepting.start()
         notify(f"READY=1\nMAINPID={os.getpid()}")
@@ -3122,7 +3137,7 @@ def serve(
             os.close(ready)
         try:
             if body:
-                return body(agent, accepting.start)
+                return body(agent, server, accepting.start)
             if command or not loop:
                 return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
             came = loop.turn()
@@ -3798,10 +3813,8 @@ class Bar:
         self.ready = min(max(unit.ready, self.asked), self.started) if unit.ready >= 0 else self.started
         self.exited = max(self.ended, last if unit.running_on else min(unit.exited, last))
         self.ran = self.ended - self.started if self.has_run else 0.0
-        # how long it ran, or waited if it has not started
-        self.took = span(self.ran if self.has_run else self.ended - self.asked)
-        if not self.has_run and unit.waiting < 0:
-            self.took = "-"
+        waited = span(self.ended - self.asked) if unit.waiting >= 0 else "-"
+        self.took = span(self.ran) if self.has_run else waited
 
     def phases(self) -> list[tuple[str, float, float]]:
         """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
@@ -4191,20 +4204,23 @@ def svg_text(x: float, y: float, content: str, more: str = ' class="m"') -> str:
     return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
 
 
-def svg_rect(words: str, x: float, y: float, width: float, height: float) -> str:
-    """A rectangle in the picture; `words` are its classes in STYLE."""
-    return f'<rect class="{words}" x="{x:.1f}" y="{y:.0f}" width="{width:.1f}" height="{height:.0f}"/>'
-
-
 def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
-    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path."""
+    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path.
+
+    Or the row itself: then `words` are its class in STYLE.
+    """
     if kind == "another try":
         return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
     outcome = words.partition(" ")[0]
-    waits = "l" if kind == "locked out" else outcome if outcome == SKIPPED else "w"
-    words = {"running": words, "running on": outcome}.get(kind, waits)
-    below, height = {"running": (4, 12), "running on": (9, 3)}.get(kind, (7, 6))
-    return svg_rect(words, x, y + below, size, height)
+    waits = (outcome if outcome == SKIPPED else "w", 7, 6)
+    shapes = {
+        "locked out": ("l", 7, 6),
+        "running": (words, 4, 12),
+        "running on": (outcome, 9, 3),
+        "row": (words, 0, 20),
+    }
+    look, below, height = shapes.get(kind, waits)
+    return f'<rect class="{look}" x="{x:.1f}" y="{y + below:.0f}" width="{size:.1f}" height="{height}"/>'
 
 
 def timeline_svg(graph: Graph) -> str:
@@ -4233,7 +4249,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
         u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
-        body.append(svg_rect("z" if i % 2 else "y", 0, y, width, high))
+        body.append(svg_phase("row", "z" if i % 2 else "y", 0, y, width))
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else ""))
         for kind, since, upto in bar.phases():
             size = max((upto - since) * scale, 2.0 if kind == "running" or not bar.has_run else 0.0)
@@ -4320,20 +4336,18 @@ def graph_dot(graph: Graph) -> str:
     def quote(text: str) -> str:
         return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
-    def line(what: str, words: list[str], bold: bool) -> str:
-        words += ["color=orangered", "penwidth=3"] if bold else []
-        return f"  {what} [{', '.join(words)}];" if words else f"  {what};"
-
     fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
-    startup = Startup(graph)
+    startup, bold = Startup(graph), ["color=orangered", "penwidth=3"]
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
     for u in graph.nodes:
         words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
         words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
-        lines.append(line(quote(u.unit_name), words, u.unit_name in startup.critical))
-    for name, dependent, requirement, bold in startup.edges:
+        words += bold if u.unit_name in startup.critical else []
+        lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
+    for name, dependent, requirement, on_path in startup.edges:
         words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
-        lines.append(line(f"{quote(name)} -> {quote(dependent)}", words, bold))
+        words += bold if on_path else []
+        lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
@@ -6071,7 +6085,7 @@ def boot_at(path: str, boot: Boot) -> int:
             channel = Channel(path)
         except Unreachable:
             try:
-                return serve(path, level=0, body=lambda agent, accept: boot_at_own(path, boot, agent, accept))
+                return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
             except Refused:  # another agent was faster, or is about to go
                 if boot.channel or time.monotonic() >= deadline:
                     raise
@@ -6086,7 +6100,7 @@ def boot_at(path: str, boot: Boot) -> int:
         time.sleep(0.02)
 
 
-def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None]) -> int:
+def boot_at_own(path: str, boot: Boot, agent: Agent, server: Any, accept: Callable[[], None]) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
 
@@ -6096,7 +6110,7 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, accept: Callable[[], None])
         accept()
 
     ours, theirs = socketpair()
-    agent.admit(Connection(theirs, WakeUp()))
+    server.process_request(Connection(theirs, WakeUp()), "")
     return boot.run(Channel(path, sock=ours), claimed)
 
 
