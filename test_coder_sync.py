@@ -7011,9 +7011,9 @@ def test_a_script_that_fails_is_tried_again_later_each_time_and_only_the_last_tr
 
 @needs_proc
 def test_what_passes_output_on_ends_though_a_try_before_left_something_behind(world: World) -> None:
-    boot = booting(world, {"a": "# coder-sync: retry 1 10ms\ntest -e n && exit\n: > n\nsleep 60 & exit 1"})
-    assert boot.wait(PATIENCE) == 0
-    until(lambda: session(boot) == [])
+    boot = Boot(world, {"a": "@retry 1 10ms\ntest -e n && exit\n: > n\nsleep 60 & exit 1"})
+    assert boot.process.wait(PATIENCE) == 0
+    until(lambda: boot.left() == [])
 
 
 def test_a_signal_between_two_tries_ends_them(world: World, gate: Gate) -> None:
