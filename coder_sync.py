@@ -114,6 +114,7 @@ DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
 CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
+STOPPED_TIMEOUT = 2.0  # for those that `run` waits for once a signal has come, which has no effect any more
 REPORT_EVERY = 30.0
 
 
@@ -5956,7 +5957,7 @@ class Run(Task):
             finally:
                 self.loop.give_back()
             while self.asked:  # signals have their effect again, should the agent not answer
-                self.answered()
+                self.answered(STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT)
             return self.status
         finally:
             remove_directory(self.directory)
@@ -6009,14 +6010,14 @@ class Run(Task):
         except SyncError as error:
             self.not_reported(what, error)
 
-    def answered(self) -> None:
+    def answered(self, timeout: float = REPLY_TIMEOUT) -> None:
         """Take an answer to what was reported; without the agent the command goes on all the same."""
         if not self.asked:  # it has hung up
             self.loop.forget(self.channel.fileno())
             return
         request, what = self.asked.pop(0)
         try:
-            self.channel.answer(request)
+            self.channel.answer(request, timeout)
         except SyncError as error:
             self.not_reported(what, error)
 

@@ -4402,6 +4402,22 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     assert found == expected
 
 
+def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_little_time(world: World) -> None:
+    agent = world.serve()
+    process, pid = held(world, "a")
+    agent.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    process.terminate()
+    began = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(PATIENCE) == 137
+    assert time.monotonic() - began < 20  # not: the 30 s that an answer may take otherwise
+    agent.send_signal(signal.SIGCONT)
+    until(lambda: world.status("a") == "failed")
+    assert world.client.status("a").exit_code == 137
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Scripts as people write them, with the file installed as `coder`.
 # ---------------------------------------------------------------------------------------------------------
