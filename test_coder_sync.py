@@ -7758,13 +7758,29 @@ class PlayedAgent:
 
 
 @needs_proc
-def test_a_script_whose_failure_does_not_count_has_died(world: World) -> None:
-    agent = PlayedAgent(world, {"a": "exit 3"})
-    agent.refuses("fail")
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
+    agent = PlayedAgent(world, {"a": "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3"})
+    if ready:
+        agent.asked("complete")  # and not answered while it ends
+        gate.open()
+    else:
+        agent.refuses("fail")
     agent.asked("running")
     agent.asked("exited")
     agent.reports("completed")
     agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
+
+
+def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world: World, gate: Gate) -> None:
+    files = {"a": "@retry 1 10m\nexit 3", "b": "cat gate"}
+    boot = Boot(world, files, patch="coder_sync.REPORT_EVERY = 0.1")
+    boot.says("a to try again after exit code 3")
+    world.ok("complete", "a")
+    boot.says("boot: 1 of 2 ended after ")
+    gate.open()
+    told = boot.ends(0, "")
+    assert "a to try again" not in told.partition("boot: 1 of 2 ended")[2]
 
 
 @needs_proc
