@@ -35,7 +35,7 @@ import threading
 import time
 import types
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -3364,9 +3364,8 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     assert world.run("run", name, "--ready", "notify", "--", "sh", "-c", script).returncode == 7
     assert shared.client.status(name).reason == "ended before it was ready (exit code 7)"
     world.env["CODER_AGENT_SOCKET_PATH"] = world.path
-    done = booted(world, {"a": f"# coder-sync: ready notify\n{script}", "b": "echo b"})
-    assert done.returncode == 1 and "failed: a (ended before it was ready (exit code 7))" in done.stderr, done
-    assert done.stdout == "b | b\n"
+    boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
+    boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
     assert not list(world.directory.glob("coder-sync-*"))
 
 
@@ -6360,12 +6359,20 @@ def startup(world: World, files: Mapping[str, str | bytes], name: str = "startup
 
 
 class Boot:
-    """A boot that has begun; `patch` is code that changes something in the module before."""
+    """A boot that has begun, perhaps under a command; `patch` is code that changes something in the module before."""
 
-    def __init__(self, world: World, files: Mapping[str, str | bytes], *options: str, patch: str = "", **popen: Any):
+    def __init__(
+        self,
+        world: World,
+        files: Mapping[str, str | bytes],
+        *options: str,
+        patch: str = "",
+        under: Sequence[str] = (),
+        **popen: Any,
+    ) -> None:
         main = "coder_sync.main("
         load = LOAD.replace(main, patch + "\n" + main)
-        argv = [sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
+        argv = [*under, sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
         self.process = world.spawn(argv, **popen)
 
     def prints(self, text: str) -> None:
@@ -6400,16 +6407,6 @@ def boots(world: World, files: Mapping[str, str | bytes], *options: str, **popen
     done = finish(boot.process)
     assert done.returncode == 0 and boot.left() == [], done
     return done.stdout
-
-
-def booting(world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any) -> subprocess.Popen[str]:
-    return Boot(world, files, *options, **popen).process
-
-
-def booted(
-    world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any
-) -> subprocess.CompletedProcess[str]:
-    return finish(booting(world, files, *options, **popen))
 
 
 class Gate:
@@ -7142,64 +7139,50 @@ def sent(world: World) -> dict[str, list[int]]:
 
 @needs_proc
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_reaches_everything_and_nothing_is_left(world: World, number: int, code: int) -> None:
-    gate = Gate(world)
+def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gate, number: int, code: int) -> None:
     text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
-    boot = booting(
-        world, {"a": text, "b": "# coder-sync: want a"}, "--grace", "300ms"
-    )  # for those that sh has ignore INT
+    boot = Boot(world, {"a": text, "b": "@want a"}, "--grace", "300ms")  # for those that sh has ignore INT
     gate.open()
-    until(lambda: len(session(boot)) >= 4)
-    boot.send_signal(number)
-    done = finish(boot)
-    assert done.returncode == code and session(boot) == []
-    assert f"stopped: boot got signal {number}" in done.stderr and "b: " in done.stderr
+    until(lambda: len(boot.left()) >= 4)
+    boot.signal(number)
+    boot.ends(code, None, f"stopped: boot got signal {number}", "b: ")
 
 
 def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None:
     text = "trap 'cat {0}; echo {0} >> ended; exit' TERM\n$SYNC complete {0} -q\nwhile :; do sleep 0.01; done"
     wants = {"a": "extern x", "b": "want a", "c": "want b", "d": "want a"}
     gates = {name: Gate(world, name) for name in wants}
-    files = {name: f"# coder-sync: {want}\n{text.format(name)}" for name, want in wants.items()}
-    boot = booting(world, files, "--stay")
-    hear(boot.stderr, "staying")
-    boot.terminate()
+    boot = Boot(world, {name: f"@{want}\n{text.format(name)}" for name, want in wants.items()}, "--stay")
+    boot.says("staying")
+    boot.signal()
     for i, name in enumerate("dcba"):
         gates[name].open()
         until(lambda: len(read_lines(world.directory / "ended")) == i + 1)  # noqa: B023
-    assert finish(boot).returncode == 143 and read_lines(world.directory / "ended") == ["d", "c", "b", "a"]
+    boot.ends(143)
+    assert read_lines(world.directory / "ended") == ["d", "c", "b", "a"]
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    ("text", "grace"),
-    [
-        (STUBBORN, "200ms"),
-        (f"({STUBBORN}) & wait", "200ms"),  # its child, though it obeys itself
-        (f"$SYNC complete a -q; {STUBBORN}", "200ms"),
-    ],
-)
-def test_what_ignores_the_signal_is_killed_after_the_grace(world: World, text: str, grace: str) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": text, "b": "sleep 60"}, "--grace", grace)
+@pytest.mark.parametrize("text", [STUBBORN, f"({STUBBORN}) & wait", f"$SYNC complete a -q; {STUBBORN}"])
+def test_what_ignores_the_signal_is_killed_after_the_grace(world: World, gate: Gate, text: str) -> None:
+    boot = Boot(world, {"a": text, "b": "sleep 60"}, "--grace", "200ms")
     gate.open()
     began = time.monotonic()
-    boot.terminate()
-    assert finish(boot).returncode == 143 and session(boot) == []
+    boot.signal()
+    boot.ends(143)
     assert time.monotonic() - began >= 0.2
 
 
 @needs_proc
-def test_a_second_signal_kills_at_once(world: World) -> None:
-    gate = Gate(world)
+def test_a_second_signal_kills_at_once(world: World, gate: Gate) -> None:
     told = "trap 'echo told > told' INT; : > trapped; while :; do sleep 0.01; done"
-    boot = booting(world, {"a": STUBBORN, "b": told}, "--grace", "10m")
+    boot = Boot(world, {"a": STUBBORN, "b": told}, "--grace", "10m")
     gate.open()
     until((world.directory / "trapped").exists)
-    boot.send_signal(signal.SIGINT)
+    boot.signal(signal.SIGINT)
     until(lambda: read_lines(world.directory / "told"))
-    boot.send_signal(signal.SIGINT)
-    assert finish(boot).returncode == 130 and session(boot) == []
+    boot.signal(signal.SIGINT)
+    boot.ends(130)
 
 
 @needs_proc
@@ -7208,16 +7191,12 @@ def test_a_second_signal_kills_at_once(world: World) -> None:
     ["exec sleep 60", "sleep 60 & sleep 60", STUBBORN.replace("cat gate;", ""), "(trap '' TERM; sleep 60) & sleep 60"],
 )
 def test_past_its_timeout_a_script_and_its_children_end_and_it_has_failed(world: World, text: str) -> None:
-    files = {"a": "# coder-sync: timeout 100ms\n" + text, "b": "# coder-sync: want a"}
-    boot = booting(world, files, "--grace", "100ms")
-    done = finish(boot)
-    assert done.returncode == 1 and session(boot) == []
-    assert "failed: a (timed out after 100ms)" in done.stderr and "skipped: b" in done.stderr
+    boot = Boot(world, {"a": f"@timeout 100ms\n{text}", "b": "@want a"}, "--grace", "100ms")
+    boot.ends(1, None, "failed: a (timed out after 100ms)", "skipped: b")
 
 
 def test_a_timeout_bounds_the_run_and_not_the_waiting(world: World) -> None:
-    files = {"a": "sleep 0.5", "b": "# coder-sync: want a\n# coder-sync: timeout 400ms\necho b"}
-    assert boots(world, files) == "b | b\n"
+    assert boots(world, {"a": "sleep 0.5", "b": "@want a\n@timeout 400ms\necho b"}) == "b | b\n"
 
 
 @needs_proc
@@ -7249,53 +7228,56 @@ def test_past_its_timeout_a_script_that_goes_on_is_told_once(world: World) -> No
 
 
 @needs_proc
-def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World) -> None:
-    text = "# coder-sync: timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
-    gate = Gate(world)
-    boot = booting(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=0))
+def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
+    text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
+    boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=0))
     gate.reached()
     until(lambda: sent(world))
-    boot.send_signal(signal.SIGSTOP)
+    boot.signal(signal.SIGSTOP)
     time.sleep(1.5)
-    boot.send_signal(signal.SIGCONT)
-    assert finish(boot).returncode == 1 and session(boot) == []
+    boot.signal(signal.SIGCONT)
+    boot.ends(1)
 
 
-def test_the_number_of_a_process_group_that_is_gone_is_forgotten(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate &"}, "--stay", patch=SPY.format(deaf=0))
-    hear(boot.stderr, "staying")
+def test_the_number_of_a_process_group_that_is_gone_is_forgotten(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate &"}, "--stay", patch=SPY.format(deaf=0))
+    boot.says("staying")
     gate.open()
-    until(lambda: len(session(boot)) == 0)
-    boot.terminate()
-    assert finish(boot).returncode == 143 and sent(world) == {}
+    until(lambda: len(boot.left()) == 0)
+    boot.signal()
+    boot.ends(143)
+    assert sent(world) == {}
 
 
-def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World) -> None:
+def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: Gate) -> None:
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # but this one, without which no end is ever seen
 
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate; echo a"}, preexec_fn=ignore)
+    boot = Boot(world, {"a": "cat gate; echo a"}, preexec_fn=ignore)
     gate.reached()
-    boot.send_signal(signal.SIGHUP)
+    boot.signal(signal.SIGHUP)
     gate.open()
-    done = finish(boot)
-    assert (done.returncode, done.stdout) == (0, "a | a\n")
+    boot.ends(0, "a | a\n")
 
 
-def on_terminal(world: World, files: dict[str, str], columns: int, until_seen: list[bytes], then: bytes) -> bytes:
-    """Boot on a terminal, type something once all this has been seen; return all that was shown."""
+def on_terminal(world: World, files: dict[str, str], columns: int, *shown: bytes, gate: Gate | None = None) -> bytes:
+    """Boot on a terminal until all this has been shown in turn, then type Ctrl-C; return all that was shown.
+
+    A gate is opened once the first has been shown.
+    """
     path = startup(world, files)
     pid, master = pty.fork()
     if pid == 0:
         os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     seen = b""
-    while not all(text in seen for text in until_seen):
-        seen += os.read(master, 4096)
-    os.write(master, then)
+    for text in shown:
+        while text not in seen:
+            seen += os.read(master, 4096)
+        if gate and text == shown[0]:
+            gate.open()
+    os.write(master, b"\x03")
     with contextlib.suppress(OSError):  # end of file on a terminal
         while True:
             seen += os.read(master, 4096)
@@ -7305,16 +7287,15 @@ def on_terminal(world: World, files: dict[str, str], columns: int, until_seen: l
 
 
 @needs_proc
-def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World) -> None:
-    files = {"a": "sleep 1.5; echo hello; sleep 60", "b": "# coder-sync: want a"}
-    seen = on_terminal(world, files, 120, [b"[0/2 ended, 1 waiting] a ", b"hello"], b"\x03")
+def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World, gate: Gate) -> None:
+    files = {"a": f"cat {gate.path}; echo hello; sleep 60", "b": "@want a"}
+    seen = on_terminal(world, files, 120, b"[0/2 ended, 1 waiting] a ", b"hello", gate=gate)
     assert re.search(rb"\r\033\[K\033\[3[2-6]ma\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
 
 
 @needs_proc
 def test_the_status_line_shows_what_fits_and_how_many_more(world: World) -> None:
-    files = {f"a-unit-with-a-long-name-{i}": "sleep 60" for i in range(6)}
-    seen = on_terminal(world, files, 70, [b", +5 more"], b"\x03")
+    seen = on_terminal(world, {f"a-unit-with-a-long-name-{i}": "sleep 60" for i in range(6)}, 70, b", +5 more")
     lines = re.findall(rb"\r\033\[K(\[[^\r^]*)", seen)
     assert max(map(len, lines)) < 70 and b"\xe2\x80\xa6" not in seen
     assert re.fullmatch(rb"\[0/6 ended, 0 waiting\] a-unit-with-a-long-name-0 [\d.]+m?s, \+5 more", lines[-1]), lines
@@ -7351,7 +7332,7 @@ while data:
 
 
 def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -> None:
-    out = boots(world, {"a": "echo 1", "abc": "# coder-sync: want a\necho 2"})
+    out = boots(world, {"a": "echo 1", "abc": "@want a\necho 2"})
     assert out == "a   | 1\nabc | 2\n"
     assert boots(world, {"n" * 60: "echo 3"}).index(" | 3") == 24
 
@@ -7380,9 +7361,8 @@ def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None
 
 
 def test_a_log_dir_keeps_a_file_a_unit_byte_for_byte(world: World) -> None:
-    files = {"a": "printf 'a\\000\\377\\r\\nend'", "b": "echo b >&2", "c": "# coder-sync: unit 'x/y z'\necho c"}
-    files["d"] = "# coder-sync: unit x_y_z\necho d"
-    files["e"] = "# coder-sync: unit " + "\u00e9" * 127 + "\necho e"
+    files = {"a": "printf 'a\\000\\377\\r\\nend'", "b": "echo b >&2", "c": "@unit 'x/y z'\necho c"}
+    files.update(d="@unit x_y_z\necho d", e=f"@unit {chr(0xE9) * 127}\necho e")
     assert len(boots(world, files, "--log-dir", "logs/deep").splitlines()) == 6
     logs = world.directory / "logs" / "deep"
     assert (logs / "a.log").read_bytes() == b"a\0\xff\r\nend" and (logs / "b.log").read_bytes() == b"b\n"
@@ -7401,37 +7381,35 @@ def test_a_log_dir_keeps_a_file_a_unit_byte_for_byte(world: World) -> None:
 )
 def test_much_output_hurts_neither_the_memory_nor_the_others(world: World, script: str) -> None:
     with open(world.directory / "out", "wb") as out:
-        boot = booting(world, {"a": script, "b": "echo still here"}, "--stay", stdout=out)
-    hear(boot.stderr, "staying")
-    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.pid}/status").read_text())
+        boot = Boot(world, {"a": script, "b": "echo still here"}, "--stay", stdout=out)
+    boot.says("staying")
+    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.process.pid}/status").read_text())
     assert peak and int(peak.group(1)) < 40 * 1024
-    boot.terminate()
-    assert finish(boot).returncode == 143
+    boot.signal()
+    boot.ends(143)
     seen = (world.directory / "out").read_bytes()
     assert b"b | still here\n" in seen and len(seen) > 3e6 and max(map(len, seen.split(b"\n"))) < 80_000
 
 
 def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(world: World) -> None:
-    boot = booting(world, {"a": "seq 1 100000", "b": "# coder-sync: want a\ntouch ran"})
-    hear(boot.stdout, "a | 1")
-    assert boot.stdout
-    boot.stdout.close()
-    assert boot.wait(PATIENCE) == 0 and (world.directory / "ran").exists()
-    path = startup(world, {"a": "echo a; touch ran-again"})
-    done = finish(world.spawn(["sh", "-c", f"exec {world.env['SYNC']} boot {path} >&-"]))
-    assert done.returncode == 0 and (world.directory / "ran-again").exists()
+    boot = Boot(world, {"a": "seq 1 100000", "b": "@want a\ntouch ran"})
+    boot.prints("a | 1")
+    assert boot.process.stdout
+    boot.process.stdout.close()
+    assert boot.process.wait(PATIENCE) == 0 and (world.directory / "ran").exists()
+    Boot(world, {"a": "echo a; touch ran-again"}, under=["sh", "-c", 'exec "$@" >&-', "-"]).ends(0, "")
+    assert (world.directory / "ran-again").exists()
 
 
 @needs_proc
 @pytest.mark.parametrize("together", [False, True], ids=["stdout", "both"])
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, together: bool) -> None:
     stderr = subprocess.STDOUT if together else subprocess.PIPE
-    boot = booting(world, {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}, stderr=stderr)
-    assert boot.stdout
+    boot = Boot(world, {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}, stderr=stderr)
+    stdout: Any = boot.process.stdout
 
     def full() -> bool:
-        size = struct.unpack("i", fcntl.ioctl(boot.stdout, termios.FIONREAD, b"1234"))[0]
-        return bool(size > 60000)
+        return bool(struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000)
 
     def stands_still() -> bool:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
@@ -7441,15 +7419,15 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, togethe
 
     until(full)
     until(stands_still, "a script that has to wait for the reader")
-    boot.terminate()
-    assert boot.wait(PATIENCE) == 143 and session(boot) == []
+    boot.signal()
+    assert boot.process.wait(PATIENCE) == 143 and boot.left() == []
 
 
 def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
-    boot = booting(world, {"a": "seq 1 30000"}, "--stay")
+    boot = Boot(world, {"a": "seq 1 30000"}, "--stay")
     until(lambda: world.run("status", "a", "-c", "status").stdout.endswith("completed\n"))
-    assert boot.stdout
-    lines = [boot.stdout.readline() for _ in range(30000)]
+    assert boot.process.stdout
+    lines = [boot.process.stdout.readline() for _ in range(30000)]
     assert lines[-1] == "a | 30000\n"
 
 
@@ -7458,36 +7436,28 @@ def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_becomes_the_command_in_the_same_process(world: World) -> None:
-    script = 'echo $$ "$@"; grep SigBlk /proc/self/status; exit 7'
-    boot = booting(world, {"a": "echo a"}, "-q", "--", "sh", "-c", script, "sh", "--x", "")
-    pid, blocked = finish(boot).stdout.splitlines()
-    assert pid == f"{boot.pid} --x " and blocked.split()[1].strip("0") == "" and boot.returncode == 7
-
-
-def test_the_command_has_no_agent_and_the_usual_signals(world: World) -> None:
-    script = "test -e $CODER_AGENT_SOCKET_PATH && echo agent; grep SigIgn /proc/self/status; ls /proc/self/fd | xargs"
-    lines = boots(world, {"a": ""}, "-q", "--", "sh", "-c", script).splitlines()
+def test_it_becomes_the_command_in_the_same_process_without_an_agent_and_with_the_usual_signals(world: World) -> None:
+    script = 'echo $$ "$@"; test -e $CODER_AGENT_SOCKET_PATH && echo agent; ls /proc/self/fd | xargs; '
+    script += "grep -E 'SigBlk|SigIgn' /proc/self/status; exit 7"
+    boot = Boot(world, {"a": "echo a"}, "-q", "--", "sh", "-c", script, "sh", "--x", "")
+    done = finish(boot.process)
+    pid, descriptors, blocked, ignored = done.stdout.splitlines()
     ours = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn"))
-    ignored = int(ours.split()[1], 16) & ~(1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)  # which Popen restores
-    assert int(lines[0].split()[1], 16) == ignored and lines[1:] == ["0 1 2 3"]
+    usual = int(ours.split()[1], 16) & ~(1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)  # which Popen restores
+    assert (done.returncode, pid, descriptors) == (7, f"{boot.process.pid} --x ", "0 1 2 3")
+    assert blocked.split()[1].strip("0") == "" and int(ignored.split()[1], 16) == usual
 
 
 def test_a_failed_boot_becomes_the_command_only_if_always(world: World) -> None:
-    command = ["--", "echo", "hello"]
-    done = booted(world, {"a": "exit 3"}, *command)
-    assert (done.returncode, done.stdout) == (1, "")
-    done = booted(world, {"a": "exit 3"}, "--always", *command)
-    assert (done.returncode, done.stdout) == (0, "hello\n")
+    Boot(world, {"a": "exit 3"}, "--", "echo", "hello").ends(1, "")
+    Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "hello").ends(0, "hello\n")
 
 
-def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate"}, "--always", "--", "echo", "hello")
+def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate"}, "--always", "--", "echo", "hello")
     gate.reached()
-    boot.terminate()
-    done = finish(boot)
-    assert (done.returncode, done.stdout) == (143, "")
+    boot.signal()
+    boot.ends(143, "")
 
 
 LATE = """
@@ -7517,55 +7487,46 @@ def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(
     if not hosted:
         world.serve()
     patch = LATE.format(owner=owner, name=name)
-    done = booted(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch)
-    assert (done.returncode, done.stdout) == (143, ""), done
+    Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
 
 @pytest.mark.parametrize(("command", "code"), [("nosuchcommand", 127), ("/etc/passwd", 126)])
 def test_a_command_that_cannot_be_run(world: World, command: str, code: int) -> None:
-    done = booted(world, {"a": ""}, "-q", "--", command)
-    assert done.returncode == code and f"cannot run {command}: " in done.stderr
+    Boot(world, {"a": ""}, "-q", "--", command).ends(code, None, f"cannot run {command}: ")
 
 
 @needs_proc
 def test_stay_goes_on_serving_until_a_signal_which_ends_services_and_is_the_status(world: World) -> None:
-    boot = booting(world, {"a": "echo a", "b": "$SYNC complete b -q; exec sleep 60"}, "--stay")
-    hear(boot.stderr, "staying")
+    boot = Boot(world, {"a": "echo a", "b": "$SYNC complete b -q; exec sleep 60"}, "--stay")
+    boot.says("staying")
     assert world.ok("run", "more", "--want", "a", "--", "echo", "more") == "more\n"
-    boot.terminate()
-    done = finish(boot)
-    assert done.returncode == 143 and "warning" not in done.stderr and session(boot) == []
+    boot.signal()
+    assert "warning" not in boot.ends(143)
 
 
-def as_process_one(world: World, path: str, *words: str, patch: str = "") -> subprocess.Popen[str]:
+def as_process_one(world: World, script: str, *words: str, patch: str = "") -> Boot:
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("no process namespaces here")
-    main = "coder_sync.main("
-    load = LOAD.replace(main, patch + "\n" + main)
-    return world.spawn([*unshare, sys.executable, "-IS", "-c", load, str(FILE), "boot", path, *words])
+    return Boot(world, {"a": script}, *words, patch=patch, under=unshare)
 
 
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
     orphan = "(setsid sh -c 'echo $$ > orphan' &)\nwhile ! test -s orphan; do :; done\n"
-    path = startup(world, {"a": orphan + "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo $PPID"})
-    done = finish(as_process_one(world, path, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status"))
-    assert done.stdout == "a | 1\n1\n", done
+    orphan += "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo $PPID"
+    boot = as_process_one(world, orphan, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status")
+    assert finish(boot.process).stdout == "a | 1\n1\n"
 
 
-def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(world: World) -> None:
-    gate = Gate(world)
-    path = startup(world, {"a": "trap 'echo told; exit' TERM; cat gate; while :; do sleep 0.01; done"})
-    outer = as_process_one(world, path)
+def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(world: World, gate: Gate) -> None:
+    outer = as_process_one(world, "trap 'echo told; exit' TERM; cat gate; while :; do sleep 0.01; done")
     gate.open()
-    boot = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
-    os.kill(boot, signal.SIGTERM)
-    done = finish(outer)
-    assert done.stdout.endswith("a | told\n") and "stopped: boot got signal 15" in done.stderr
-    assert done.returncode == 143
-    path = startup(world, {"a": ""})
+    pid = outer.process.pid
+    os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
+    outer.prints("a | told")
+    outer.ends(143, None, "stopped: boot got signal 15")
     late = LATE.format(owner="coder_sync", name="boot_at")
-    assert finish(as_process_one(world, path, "--", "echo", "hello", patch=late)).returncode == 143
+    as_process_one(world, "", "--", "echo", "hello", patch=late).ends(143, "")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7574,55 +7535,49 @@ def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(wor
 
 
 @needs_proc
-def test_a_daemon_that_keeps_the_output_open_holds_nothing_up_and_is_still_heard(world: World) -> None:
-    gate = Gate(world)
+def test_a_daemon_that_keeps_the_output_open_holds_nothing_up_and_is_still_heard(world: World, gate: Gate) -> None:
     daemon = "(cat gate; echo from the daemon; printf 'its end') &\necho script"
-    boot = booting(world, {"a": daemon, "b": "# coder-sync: want a\necho b"}, "--log-dir", "logs")
+    boot = Boot(world, {"a": daemon, "b": "@want a\necho b"}, "--log-dir", "logs")
     gate.reached()
-    assert boot.wait(PATIENCE) == 0
+    assert boot.process.wait(PATIENCE) == 0
     gate.open()
-    done = finish(boot)
-    assert done.stdout == "a | script\nb | b\na | from the daemon\na | its end\n"
-    assert "still running: a\n" in done.stderr
+    boot.ends(0, "a | script\nb | b\na | from the daemon\na | its end\n", "still running: a\n", leaves=True)
     assert (world.directory / "logs" / "a.log").read_text() == "script\nfrom the daemon\nits end"
-    until(lambda: session(boot) == [])
+    until(lambda: boot.left() == [])
 
 
 @needs_proc
 def test_a_quiet_boot_leaves_no_output_open_behind_a_daemon(world: World) -> None:
-    boot = booting(world, {"a": "sleep 60 &"}, "--quiet")
-    assert finish(boot).returncode == 0  # which reads to the end of file
-    for pid in session(boot):
+    boot = Boot(world, {"a": "sleep 60 &"}, "--quiet")
+    boot.ends(leaves=True)  # which reads to the end of file
+    for pid in boot.left():
         os.kill(pid, signal.SIGKILL)
 
 
 @needs_proc
-def test_a_daemon_is_stopped_with_a_boot_that_is_stopped(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "sleep 60 &", "b": "# coder-sync: want a\ncat gate"})
+def test_a_daemon_is_stopped_with_a_boot_that_is_stopped(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "sleep 60 &", "b": "@want a\ncat gate"})
     gate.reached()
-    boot.terminate()
-    assert finish(boot).returncode == 143 and session(boot) == []
+    boot.signal()
+    boot.ends(143)
 
 
 @pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["", "with logs"])
-def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, options: list[str]) -> None:
-    path = startup(world, {f"x{i}": f": < hold; echo {i}" for i in range(300)})
-    gate = Gate(world, "hold")
-    command = f"ulimit -n 256; exec {world.env['SYNC']} boot {path} {' '.join(options)}"
-    boot = world.spawn(["sh", "-c", command])
+def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, gate: Gate, options: list[str]) -> None:
+    limit = ["sh", "-c", 'ulimit -n 256; exec "$@"', "-"]
+    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(300)}, *options, under=limit)
     world.client.ping(wait=PATIENCE)
     until(lambda: len(world.client.list()) == 300)
     at_once = sum(unit.status == "started" for unit in world.client.list())
-    until(lambda: len(session(boot)) == at_once >= 100, "that all stand at the gate")
-    gate.keep_open(boot)
-    done = finish(boot)
+    until(lambda: len(boot.left()) == at_once >= 100, "that all stand at the gate")
+    gate.keep_open(boot.process)
+    done = finish(boot.process)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(300))
     assert not options or len(list((world.directory / "logs").iterdir())) == 300
 
 
-def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World) -> None:
+def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
     full = """
 import errno, os
 posix_spawnp = os.posix_spawnp
@@ -7633,12 +7588,11 @@ def spawn(path, *args, **options):
     return posix_spawnp(path, *args, **options)
 os.posix_spawnp = spawn
 """
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate", "late": "echo late"}, patch=full)
+    boot = Boot(world, {"a": "cat gate", "late": "echo late"}, patch=full)
     until((world.directory / "refused").exists)
     (world.directory / "room").touch()
     gate.open()
-    assert finish(boot).stdout == "late | late\n" and boot.returncode == 0
+    boot.ends(0, "late | late\n")
 
 
 def test_a_log_dir_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
@@ -7656,9 +7610,9 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     if subprocess.run(["unshare", "--mount", "sh", "-c", mount + "true"], capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
     fill = "head -c 60000 /dev/zero; sleep 0.05; head -c 6000 /dev/zero"  # what is cut off is at the very end
-    path = startup(world, {"a": fill, "b": "# coder-sync: want a\nseq 1 30000"})
-    script = mount + f"{world.env['SYNC']} boot {path} --log-dir {logs}; echo $?; wc -c < {logs}/a.log; ls {logs}"
-    done = finish(world.spawn(["unshare", "--mount", "sh", "-c", script]))
+    under = ["unshare", "--mount", "sh", "-c", mount + f'"$@"; echo $?; wc -c < {logs}/a.log; ls {logs}', "-"]
+    boot = Boot(world, {"a": fill, "b": "@want a\nseq 1 30000"}, "--log-dir", str(logs), under=under)
+    done = finish(boot.process)
     assert done.stdout.splitlines()[-4:] == ["b | 30000", "0", "65536", "a.log"]
     assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
 
@@ -7675,16 +7629,15 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     ids=["deleted", "not executable", "no such interpreter", "no interpreter", "edited"],
 )
 def test_a_script_that_changes_after_the_check_runs_as_it_is_then_or_fails_alone(
-    world: World, harm: Any, reason: str
+    world: World, gate: Gate, harm: Any, reason: str
 ) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate", "b": "# coder-sync: want a", "c": "# coder-sync: want a\necho c"})
+    boot = Boot(world, {"a": "cat gate", "b": "@want a", "c": "@want a\necho c"})
     gate.reached()
     harm(world.directory / "startup.d" / "b")
     gate.open()
-    done = finish(boot)
+    done = finish(boot.process)
     assert "c | c\n" in done.stdout and ("b | new\n" in done.stdout) == (not reason)
-    assert not reason or (done.returncode == 1 and f"failed: b ({reason}); " in done.stderr)
+    assert done.returncode == bool(reason) and (not reason or f"failed: b ({reason}); " in done.stderr)
 
 
 def test_paths_with_spaces_and_quotes_are_paths(world: World) -> None:
@@ -7695,26 +7648,25 @@ def test_paths_with_spaces_and_quotes_are_paths(world: World) -> None:
 
 
 def test_many_units_with_much_to_want_are_claimed_though_it_takes_several_lines(world: World) -> None:
-    names = [f"{i:03}-" + "n" * 100 for i in range(60)]
-    files = {n: f"# coder-sync: want {' '.join(names[:i])}" if i else "" for i, n in enumerate(names)}
-    files = {n: t for n, t in files.items() if len(t) < 6000}
-    done = booted(world, {f"u{n}": t.replace(" 0", " u0") for n, t in files.items()})
-    assert done.returncode == 0 and f"boot: {len(files)} completed" in done.stderr, done
+    names = [f"u{i:03}-" + "n" * 100 for i in range(60)]
+    files = {name: f"@want {' '.join(names[:i])}" for i, name in enumerate(names) if i}
+    files = {names[0]: "", **{name: text for name, text in files.items() if len(text) < 6000}}
+    Boot(world, files).ends(0, None, f"boot: {len(files)} completed")
+
+
+IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, how: str) -> None:
-    server, gate = world.serve(), Gate(world)
-    impatient = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
-    files = {"a": "cat gate; echo a", "b": "# coder-sync: want a\necho b", "c": "# coder-sync: retry 1 10m\nexit 1"}
-    boot = booting(world, files, patch=impatient)
+def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, gate: Gate, how: str) -> None:
+    server = world.serve()
+    files = {"a": "cat gate; echo a", "b": "@want a\necho b", "c": "@retry 1 10m\nexit 1"}
+    boot = Boot(world, files, patch=IMPATIENT)
     gate.reached()
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-    hear(boot.stderr, "went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
+    boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
     gate.open()
-    done = finish(boot)
-    assert done.returncode == 3 and done.stdout == "a | a\n" and "not started: b: the agent went away" in done.stderr
-    assert "failed: c (exit code 1)" in done.stderr
+    boot.ends(3, "a | a\n", "not started: b: the agent went away", "failed: c (exit code 1)")
 
 
 class PlayedAgent:
@@ -7814,16 +7766,18 @@ def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> No
 
 def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
     world.serve().send_signal(signal.SIGSTOP)
-    done = booted(world, {"a": "echo a"}, patch="coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0")
-    assert done.returncode == 3 and done.stdout == "" and done.stderr.count("is it stopped?") == 1
+    soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 1.0"
+    told = Boot(world, {"a": "echo a"}, patch=soon).ends(3, "")
+    assert told.count("is it stopped?") == 1
 
 
 @needs_proc
-def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_that_lives(agent: World) -> None:
-    gate = Gate(agent)
-    boot = booting(agent, {"a": "cat gate", "b": "# coder-sync: want a"})
+def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_that_lives(
+    agent: World, gate: Gate
+) -> None:
+    boot = Boot(agent, {"a": "cat gate", "b": "@want a"})
     gate.reached()
-    boot.kill()
+    boot.process.kill()
     until(lambda: agent.status("b") == "failed")
     assert agent.status("a") == "failed" and "lost: " in agent.client.status("a").reason
     gate.open()
@@ -7836,27 +7790,27 @@ def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_tha
 TEN = {
     "01-fetch.sh": "mkdir -p src && printf 'int main(void){}' > src/main.c && tar cf src.tar src && echo fetched",
     "02-fetch-data.py": """#!/usr/bin/env python3
-# coder-sync: unit data
+@unit data
 import json
 json.dump([1, 2], open("data.json", "w"))
 """,
-    "03-unpack.sh": "# coder-sync: want fetch\nmkdir -p work && tar xf src.tar -C work && ls work/src",
+    "03-unpack.sh": "@want fetch\nmkdir -p work && tar xf src.tar -C work && ls work/src",
     "04-users.sh": "echo dev > user",
-    "05-configure.sh": """# coder-sync: want unpack users
+    "05-configure.sh": """@want unpack users
 printf 'user=%s\\n' "$(cat user)" > config && test -f work/src/main.c
 """,
-    "06-build.sh": """# coder-sync: want unpack configure
-# coder-sync: timeout 10m
+    "06-build.sh": """@want unpack configure
+@timeout 10m
 cp work/src/main.c built && echo built
 """,
     "07-migrate.py": """#!/usr/bin/env python3
-# coder-sync: want data configure
+@want data configure
 import json
 print("rows", len(json.load(open("data.json"))))
 """,
-    "08-serve.sh": "# coder-sync: want build migrate\ntest -f built && echo up > service && echo serving",
-    "09-health.sh": "# coder-sync: want serve\ngrep up service",
-    "10-report.sh": "# coder-sync: want health --requires completion\necho done",
+    "08-serve.sh": "@want build migrate\ntest -f built && echo up > service && echo serving",
+    "09-health.sh": "@want serve\ngrep up service",
+    "10-report.sh": "@want health --requires completion\necho done",
 }
 
 
@@ -7865,25 +7819,23 @@ def test_ten_real_scripts_are_ordered_by_headers_only(world: World) -> None:
     said = [tuple(re.split(r" +\| ", line)) for line in out.splitlines()]
     assert {("fetch", "fetched"), ("migrate", "rows 2"), ("serve", "serving"), ("health", "up")} <= set(said)
     assert said[-1] == ("report", "done")
-    rows = {row["unit_name"]: row for row in json.loads((world.directory / "t.json").read_text())["units"]}
+    rows = rows_of(world.directory / "t.json")
     assert all(rows[dep]["ended"] <= row["started"] for row in rows.values() for dep in row["wants"])
 
 
 def test_with_one_of_ten_broken_a_newcomer_is_told_what_to_fix(world: World) -> None:
     broken = {**TEN, "05-configure.sh": TEN["05-configure.sh"].replace("cat user", "cat usr")}
     broken["05-configure.sh"] += "\ncat usr || exit 4"
-    done = booted(world, broken)
-    assert done.returncode == 1 and "failed: configure (exit code 4); " in done.stderr
-    assert "05-configure.sh\n" in done.stderr and re.search(r"    \| cat: .?usr.?: No such file", done.stderr)
-    assert 'skipped: build: dependency "configure" failed (exit code 4)' in done.stderr
-    assert "5 completed, 1 failed, 4 skipped" in done.stderr
+    told = ["failed: configure (exit code 4); ", "05-configure.sh\n", "5 completed, 1 failed, 4 skipped"]
+    skipped = 'skipped: build: dependency "configure" failed (exit code 4)'
+    assert re.search(r"    \| cat: .?usr.?: No such file", Boot(world, broken).ends(1, None, *told, skipped))
 
 
 def test_a_boot_takes_as_long_as_its_critical_path(world: World) -> None:
     layers = [[f"x{layer}-{i}" for i in range(4)] for layer in range(4)]
     files = dict.fromkeys(layers[0], "sleep 0.1")
     for before, layer in zip(layers, layers[1:]):
-        files.update((n, f"# coder-sync: want {' '.join(before)}\nsleep 0.1") for n in layer)
+        files.update((n, f"@want {' '.join(before)}\nsleep 0.1") for n in layer)
     boots(world, files, "--timeline", "t.json")
     data = json.loads((world.directory / "t.json").read_text())
     assert data["seconds"] >= 0.4  # how much more is the benchmark's business
