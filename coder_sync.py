@@ -157,6 +157,8 @@ class AlreadyStarted(Refused, code=-32002):
 class NotRegistered(Refused, code=-32003):
     """Nobody has called `want`, `start` or `run` on the unit."""
 
+    unit = ""  # its name; it stays with the agent
+
 
 class DependencyFailed(SyncError, code=-32004, exit_code=4):
     """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
@@ -929,7 +931,9 @@ class Units:
     def _registered(self, name: str) -> Unit:
         unit = self.units.get(check_name(name))
         if unit is None or unit.status == NOT_REGISTERED:
-            raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+            error = NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+            error.unit = name
+            raise error
         return unit
 
     def _check_edge(self, unit: Unit, other: Unit) -> None:
@@ -2488,6 +2492,10 @@ class Agent:
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
         except SyncError as error:
+            if isinstance(error, NotRegistered):
+                unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
+                self._suggest([unknown], "")
+                error.args = (error.args[0] + f'; did you mean "{unknown.did_you_mean}"?' * bool(unknown.did_you_mean),)
             self.log.say(f"refused: {one_line(str(error))}")
             connection.outbox.append((None, error_message(request.id, error)))
             trusted = not isinstance(error, ParseError)
@@ -4291,7 +4299,9 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            raise NotRegistered(f'no unit "{name}"; see `{PROGRAM} list --all`')
+            guess = resembling(name, wants)
+            hint = f'did you mean "{guess}"?' if guess else f"see `{PROGRAM} list --all`"
+            raise NotRegistered(f'no unit "{name}"; {hint}')
     keep = set(reached(names, wants))
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
 

@@ -3681,6 +3681,9 @@ $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
 $ complete nobody -> 1: unit "nobody" is not registered; call want, start or run on it first
 $ fail nobody --reason '- \udcff' -> 1: unit "nobody" is not registered; ...
+$ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
+$ graph dome -> 1: no unit "dome"; did you mean "done"?
+$ graph nobody -> 1: no unit "nobody"; see `coder_sync.py list --all`
 $ fail done -> 1: unit "done" is completed and cannot become failed: ...start it again first
 $ complete bad -> 1: unit "bad" is failed (no disk) and cannot become completed: ...
 $ run on -- true -> 1: unit "on" is already started...
