@@ -366,8 +366,8 @@ def one_line(text: str) -> str:
 class Facts(UnitStatus):
     """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
 
-    def __init__(self, registered: float = -1.0, waiting: float = -1.0) -> None:
-        self.registered, self.waiting = registered, waiting
+    def __init__(self, registered: float = -1.0) -> None:
+        self.registered = registered
 
 
 class Unit:
@@ -541,7 +541,9 @@ class Units:
             if held and not unit.first():
                 self._set(unit, FAILED, one_line(reason))
             elif unit.status == STARTED and not unit.holder:
+                asked = unit.facts
                 self._set(unit, PENDING, "the client that asked for its start was gone")
+                unit.facts.registered, unit.facts.waiting = asked.registered, asked.waiting
         self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
@@ -776,8 +778,7 @@ class Units:
                 del lock.taken[unit]
                 self._freed.append((lock, unit))
         if status == PENDING:  # forget the run before
-            registered = unit.since if old == NOT_REGISTERED else unit.facts.registered
-            unit.facts = Facts(registered, unit.facts.waiting)
+            unit.facts = Facts(unit.since)
             unit.root, unit.locks = "", ()
         elif status == STARTED:
             unit.facts.started = unit.since

@@ -1042,11 +1042,12 @@ def test_who_waits_for_a_lock_is_ready_no_more_when_a_dependency_begins_again(ru
 def test_a_re_run_begins_anew(rules: Rules) -> None:
     rules.play("start a #1; sleep 1; fail a oops; sleep 1; start a #2 b; sleep 1; want b; complete b")
     a = rules.units.status("a")
-    assert (a.status, a.registered, a.waiting, a.started, a.ended) == ("started", 0, 2, 3, -1)
+    assert (a.status, a.registered, a.waiting, a.started, a.ended) == ("started", 2, 2, 3, -1)
     assert (a.reason, a.exit_code, a.age, a.released_by) == ("", None, 0, "b")
     rules.play("complete a; reset a")
     a = rules.units.status("a")
-    assert (a.status, a.started, a.ended, a.owner, a.released_by) == ("pending", -1, -1, None, "")
+    assert (a.status, a.registered, a.waiting, a.started, a.ended) == ("pending", 3, -1, -1, -1)
+    assert (a.owner, a.released_by) == (None, "")
     rules.play("start c #3 late; sleep 1; lose #3; start c #4 d")
     assert (rules.units.status("c").ready, rules.units.status("c").waiting) == (-1, 4)
 
