@@ -4800,11 +4800,12 @@ def test_of_many_runs_a_third_killed_each_ends_and_for_the_right_reason(world: W
             assert not bad
             assert codes[name] == 0 or (name in fate and codes[name] == -signal.SIGKILL)
         elif unit.status == "skipped":
-            reasons = [
-                f'dependency "{d}" ' + ("was skipped: " if found[d].status == "skipped" else "failed (") for d in bad
+            assert unit.reason in [
+                f'dependency "{d}" was skipped: {found[d].reason}'
+                if found[d].status == "skipped"
+                else f'dependency "{d}" failed ({found[d].reason})'
+                for d in bad
             ]
-            ends = [found[d].reason + ("" if found[d].status == "skipped" else ")") for d in bad]
-            assert unit.reason in [reason + end for reason, end in zip(reasons, ends)]
             assert codes[name] == 4 or (name in fate and codes[name] == -signal.SIGKILL)
         elif fate.get(name) == "command":
             assert not bad
@@ -7144,9 +7145,12 @@ def sent(world: World) -> dict[str, list[int]]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gate, number: int, code: int) -> None:
     text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
-    boot = Boot(world, {"a": text, "b": "@want a"}, "--grace", "300ms")  # for those that sh has ignore INT
+    files = {"a": text, "b": "@want a", "daemon": "sleep 60 &", "c": "@want daemon\ncat c"}
+    after = Gate(world, "c")
+    boot = Boot(world, files, "--grace", "300ms")  # for those that sh has ignore INT
     gate.open()
-    until(lambda: len(boot.left()) >= 4)
+    after.reached()
+    until(lambda: len(boot.left()) >= 7)
     boot.signal(number)
     boot.ends(code, None, f"stopped: boot got signal {number}", "b: ")
 
@@ -7340,7 +7344,7 @@ def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -
     assert boots(world, {"n" * 60: "echo 3"}).index(" | 3") == 24
 
 
-def test_a_line_is_shown_as_it_can_be(world: World) -> None:
+def test_a_line_is_shown_as_it_can_be_and_cut_between_characters_if_it_is_too_long(world: World) -> None:
     shown = {
         "printf 'no newline'": ["no newline"],
         "printf 'one\\n\\nthree'": ["one", "", "three"],
@@ -7351,16 +7355,11 @@ def test_a_line_is_shown_as_it_can_be(world: World) -> None:
         "echo out; echo err >&2": ["out", "err"],
         "exec >&- 2>&-; sleep 0.05": [],
     }
+    pieces = ["x" + 2730 * "\u20ac", *6 * [2730 * "\u20ac"], 890 * "\u20ac"]  # of 8,192 bytes at most
+    shown["#!/usr/bin/env python3\nimport os\nos.write(1, ('x' + 20000 * '\u20ac').encode() + b'\\n')"] = pieces
     said = boots(world, {f"x{i}": script for i, script in enumerate(shown)}, encoding="utf-8").splitlines()
     for i, expected in enumerate(shown.values()):
         assert [line[5:] for line in said if line.startswith(f"x{i} | ")] == expected
-
-
-def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None:
-    text = "#!/usr/bin/env python3\nimport os\nos.write(1, ('x' + 20000 * '\u20ac').encode() + b'\\n')"
-    lines = [line[4:] for line in boots(world, {"a": text}, encoding="utf-8").splitlines()]
-    assert "".join(lines) == "x" + 20000 * "\u20ac" and len(lines) == 8
-    assert max(len(line.encode()) for line in lines) <= 8192
 
 
 def test_a_log_dir_keeps_a_file_a_unit_byte_for_byte(world: World) -> None:
@@ -7555,14 +7554,6 @@ def test_a_quiet_boot_leaves_no_output_open_behind_a_daemon(world: World) -> Non
     boot.ends(leaves=True)  # which reads to the end of file
     for pid in boot.left():
         os.kill(pid, signal.SIGKILL)
-
-
-@needs_proc
-def test_a_daemon_is_stopped_with_a_boot_that_is_stopped(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"a": "sleep 60 &", "b": "@want a\ncat gate"})
-    gate.reached()
-    boot.signal()
-    boot.ends(143)
 
 
 @pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["", "with logs"])
@@ -7853,6 +7844,27 @@ def test_a_boot_takes_as_long_as_its_critical_path(world: World) -> None:
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
+def block(kind: str, words: str) -> str:
+    """The example of the README that has these words."""
+    found = [text for text in re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M) if words in text]
+    assert len(found) == 1, words
+    return str(found[0])
+
+
+@pytest.fixture(params=["bash", "dash"])
+def shell(request: pytest.FixtureRequest) -> str:
+    if not shutil.which(request.param):
+        pytest.skip(f"no {request.param} here")
+    return str(request.param)
+
+
+def with_copy(world: World) -> dict[str, str]:
+    """The environment in which coder_sync.py is a command."""
+    env = world.shell_env()
+    world.install(world.directory / "bin" / "coder_sync.py")
+    return env
+
+
 def examples(text: str) -> list[list[tuple[str, str]]]:
     """Sessions of commands, each with the output it should have."""
     sessions: list[list[tuple[str, str]]] = []
@@ -7963,11 +7975,7 @@ def listed(timeline: str) -> set[tuple[str, str]]:
 
 
 def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
-    tools, ports = write_example(world.directory), []
-    for _ in range(2):
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            ports.append(str(sock.getsockname()[1]))
+    tools, ports = write_example(world.directory), [str(free_port()), str(free_port())]
     for file in [*tools.iterdir(), *(world.directory / "startup.d").iterdir()]:
         if file.name != "coder_sync.py":
             text = file.read_text().replace("5432", ports[0]).replace("8080", ports[1])
@@ -7990,8 +7998,7 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
         log = (world.directory / "startup.log").read_text()
         assert "boot: 8 completed\n" in log and "nothing waits" in log
         assert ("clone        | try 2 of 4 after exit code 128" in log) is not again
-        shown = re.search(r"```text\n(.*?)```", README, re.S)
-        assert shown and listed(shell("coder_sync.py timeline")) == listed(shown[1]) != set()
+        assert listed(shell("coder_sync.py timeline")) == listed(block("text", "apt-build")) != set()
         for unit in ("ide", "database"):  # which go on when boot is over, until they are ended
             owner = world.client.status(unit).owner
             assert owner and world.client.status(unit).running_on
@@ -8003,28 +8010,23 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
 def test_the_picture_of_the_readme_is_of_its_startup() -> None:
     assert "![" in README and "(.github/startup.svg)" in README
     picture = (HERE / ".github" / "startup.svg").read_text(encoding="utf-8")
-    shown = re.search(r"```text\n(.*?)```", README, re.S)
-    assert shown and all(f">{unit}" in picture for unit, _ in listed(shown[1]))
+    shown = listed(block("text", "apt-build"))
+    assert shown and all(f">{unit}" in picture for unit, _ in shown)
 
 
-@pytest.mark.parametrize("shell", ["bash", "dash"])
 @pytest.mark.parametrize(
     "name", ["HUP", "TERM", "PIPE", "USR1", "KILL", "the dependency fails", "the command fails", ""]
 )
-def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World, shell: str, name: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    found = re.search(r"^```sh\n(#!/bin/sh\nset -e\ncoder_sync.py start pip-install.*?)```", README, re.S | re.M)
-    assert found
+def test_the_script_of_the_readme_reports_its_end_whatever_happens(
+    agent: World, gate: Gate, shell: str, name: str
+) -> None:
     command = "true; cat gate" if name.isupper() else "false" if name == "the command fails" else "true"
-    script = found[1].replace("pip install -r requirements.txt", command)
-    env = agent.shell_env()
-    agent.install(agent.directory / "bin" / "coder_sync.py")
-    gate = Gate(agent)
+    script = block("sh", "set -e\ncoder_sync.py start pip-install")
+    env = with_copy(agent)
     agent.end("git-clone")
     agent.client.want("apt-install")
     (agent.client.fail if name == "the dependency fails" else agent.client.complete)("apt-install")
-    (agent.directory / "script").write_text(script)
+    (agent.directory / "script").write_text(script.replace("pip install -r requirements.txt", command))
     process = agent.spawn([shell, "script"], env=env)
     if name.isupper():
         gate.reached()
@@ -8037,22 +8039,10 @@ def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World,
     assert (code == 0) == (name == "")
 
 
-def block(kind: str, words: str) -> str:
-    """The example of the README that has these words."""
-    found = [text for text in re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M) if words in text]
-    assert len(found) == 1, words
-    return str(found[0])
-
-
-@pytest.mark.parametrize("shell", ["bash", "dash"])
 @pytest.mark.parametrize("name", ["HUP", "INT", "TERM", "PIPE", "USR1", ""])
-def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str, name: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    env, gate = agent.shell_env(), Gate(agent)
-    agent.install(agent.directory / "bin" / "coder_sync.py")
-    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate"
-    process = agent.spawn([shell, "-c", script + "\ntrue"], env=env)
+def test_the_traps_of_the_readme_report_a_signal(agent: World, gate: Gate, shell: str, name: str) -> None:
+    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate\ntrue"
+    process = agent.spawn([shell, "-c", script], env=with_copy(agent))
     gate.reached()
     if name:
         process.send_signal(getattr(signal, f"SIG{name}"))
@@ -8060,21 +8050,12 @@ def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str, name:
     assert (finish(process).returncode, agent.status("my-unit")) == ((1, "failed") if name else (0, "completed"))
 
 
-@pytest.mark.parametrize("shell", ["bash", "dash"])
-@pytest.mark.parametrize(
-    ("case", "goes_on"),
-    [("agent", True), ("no agent", True), ("no file", True), ("failed", False), ("time is up", False)],
-)
-def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(
-    world: World, shell: str, case: str, goes_on: bool
-) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
+@pytest.mark.parametrize("case", ["agent", "no agent", "no file", "failed", "time is up"])
+def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(world: World, shell: str, case: str) -> None:
     script = block("sh", "not coordinated").replace("make install", "echo installed")
-    env = {**world.shell_env(), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
-    if case != "no file":
-        world.install(world.directory / "bin" / "coder_sync.py")
-    if case not in ("no agent", "no file"):
+    env = {**(world.shell_env() if case == "no file" else with_copy(world)), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
+    alone, goes_on = case in ("no agent", "no file"), case in ("agent", "no agent", "no file")
+    if not alone:
         world.serve()
         world.client.start("git-clone")
     if case == "agent":
@@ -8085,19 +8066,20 @@ def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(
         script = script.replace("--pid", "--timeout 0.1 --pid")
     done = world.shell(script, shell, env=env)
     assert ("installed\n" in done.stdout) == goes_on == (done.returncode == 0), done
-    assert ("not coordinated" in done.stderr) == (goes_on and case != "agent")
+    assert ("not coordinated" in done.stderr) == alone
     if case == "agent":
         assert world.status("my-unit") == "completed"
 
 
 def test_the_program_of_the_readme_runs(agent: World) -> None:
     agent.end("cache", "database")
+    program = [sys.executable, "-c", block("python", "with client.unit")]
     env = {**agent.env, "PYTHONPATH": str(installed())}
-    done = finish(agent.spawn([sys.executable, "-c", block("python", "with client.unit")], env=env))
+    done = finish(agent.spawn(program, env=env))
     assert done.stdout.splitlines()[0] == "migrating" and "migrate completed" in done.stdout
     agent.client.start("database")
     agent.client.fail("database", "disk full")
-    done = finish(agent.spawn([sys.executable, "-c", block("python", "with client.unit")], env=env))
+    done = finish(agent.spawn(program, env=env))
     assert done.returncode == 1 and done.stderr.startswith("not migrated: ") and "disk full" in done.stderr
 
 
