@@ -6295,9 +6295,10 @@ def watch(client: Client) -> None:
     put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
     try:
         while True:
-            shown = Graph(graph.now + time.monotonic() - taken, graph.nodes)
+            now = time.monotonic()
+            graph, taken = Graph(graph.now + now - taken, graph.nodes), now
             rows = os.get_terminal_size(1).lines
-            lines = timeline_text(shown, *terminal()).splitlines()
+            lines = timeline_text(graph, *terminal()).splitlines()
             if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
                 lines = [lines[0], *lines[len(lines) - rows + 1 :]]
             put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
