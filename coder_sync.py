@@ -31,16 +31,19 @@ The file is also a module: `from coder_sync import Client`. How it reads, top to
 rooms above it:
 
     Errors          one hierarchy; each knows its exit code and its JSON-RPC code
-    Units           the dependency graph and its rules, pure
+    Names and records
+                    the words of the rules, and what is known of a unit
     Protocol        newline-delimited JSON-RPC 2.0
-    Processes and terminal
-                    what several rooms need of the system
-    Agent           the daemon
+    Terminal        standard output and error
     Client          the Python API
+    Calls           the reader of command lines; want, start, complete, fail
+    Units           the dependency graph and its rules, pure
+    Processes       what several rooms need of the system
+    Agent           the daemon
     Views           data to text, pure
     Boot            a directory of scripts as one graph; a client like any other
     Install         a copy with its bytecode
-    Command line    one small function a command
+    Command line    the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
 system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
@@ -1378,9 +1381,15 @@ def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, rest
 
 
+def load_rest() -> None:
+    """Have the commands that are declared below. An installed copy replaces this, see Install."""
+
+
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
     options, words = command_line(argv)
+    if not words or words[0] not in COMMANDS:
+        load_rest()
     if not words:
         raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
     name, rest = words[0], words[1:]
@@ -2183,9 +2192,8 @@ class Units:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Processes and terminal. What several rooms need of the system: standard output and error, the environment, who
-# a process is, which descriptors are open, signals, a command's run and its end. It may use Linux's /proc, and
-# makes do without.
+# Processes. What several rooms need of the system: what standard output shows, who a process is, which descriptors
+# are open, signals, a command's run and its end. It may use Linux's /proc, and makes do without.
 # ----------------------------------------------------------------------------------------------------------
 
 NEVER = float("inf")  # a time
@@ -5845,7 +5853,8 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
 # bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs, which reads the file
 # once: a call that is made while the file is replaced sees all of the old one or all of the new one. `python3 PATH`
-# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy.
+# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
+# LOADER with two parts, above and below the banner of Units; LAUNCHER reads the second only where it is needed.
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD = """\
@@ -5863,31 +5872,57 @@ if sys.version_info < (3, 8):
 
 from _frozen_importlib_external import MAGIC_NUMBER
 from marshal import loads
+from posix import fstat
 
 if sys.argv[0] == "-c":
     del sys.argv[0]
 __file__, __name__ = sys.argv[0], "coder_sync"
+mark = MAGIC_NUMBER + bytes([1, 0, 0, 0])  # of a .pyc that is not to be compared with its source, and of its parts
 
 
-def code():
+def read(start, size):
     with open(__file__, "rb", 0) as file:
-        data = file.read()
-    at = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
-    if at >= 0:
-        return loads(memoryview(data)[at + 16 :])
-    from io import BytesIO
+        file.seek(start)
+        found = fstat(file.fileno())
+        return file.read(size), (found.st_ino, found.st_mtime_ns)
+
+
+def run_source():
     from zipfile import ZipFile
 
-    return compile(ZipFile(BytesIO(data)).read("coder_sync.py"), __file__, "exec")
+    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"), globals())
 
 
 gc.disable()  # all that comes now stays
-exec(code())
+data, which = read(0, 1 << 18)
+if data.count(mark) > 2:
+    above = data.find(mark, data.find(mark) + 1) + 16
+    below = data.find(mark, above) + 16
+    exec(loads(memoryview(data)[above:]))
+
+    def load_rest():
+        gc.disable()
+        data, now = read(below, -1)
+        if now == which:
+            exec(loads(data), globals())
+        else:  # the file was replaced just now
+            run_source()
+        gc.enable()
+
+else:  # it was made for another Python
+    run_source()
 gc.enable()
 main()
 """
 
 PLACE = 2048  # bytes for the first lines, and for LAUNCHER
+
+LOADER = """\
+from marshal import loads
+
+for part in {parts!r}:
+    exec(loads(part[16:]))
+"""
 
 COMPILE = """\
 import __future__
@@ -5895,12 +5930,20 @@ import sys
 from importlib.util import MAGIC_NUMBER, source_hash
 from marshal import dumps
 
+
+def compiled(text):  # a flag does what an import of __future__ would
+    code = compile(text, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
+    return MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code)
+
+
 source = sys.stdin.buffer.read()
-lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # a flag does it, and imports nothing
-code = compile(lean, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
-sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
+lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
+above, banner, below = lean.partition(b"\\n# Units. ")
+below = b"\\n" * above.count(b"\\n") + banner + below  # with its line numbers
+sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(above), compiled(below)))))
 """
-COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)  # no columns in tracebacks: what is not there need not be read
+# No columns in tracebacks: what is not there need not be read.
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE, LOADER)
 
 
 def slowness() -> str:
@@ -5948,7 +5991,7 @@ def application(python: str) -> bytes:
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
         launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
-        for name, part in (("__main__.py", launcher), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+        for name, part in (("__main__.py", launcher), ("coder_sync.pyc", bytecode), ("coder_sync.py", source)):
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, part)
@@ -5982,8 +6025,7 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. One small function a command, above it what it takes, in argparse's own words. These are read by our
-# own parser, because importing argparse costs more than a call; by argparse for the help pages; and by completion.
+# Command line. The other commands.
 # ----------------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,10 @@ Sections: helpers; Units (the rules); Protocol; Agent; Command line; Run and own
 from __future__ import annotations
 
 import atexit
+import builtins
 import concurrent.futures
 import contextlib
+import dis
 import fcntl
 import functools
 import grp
@@ -4750,6 +4752,30 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World) -> None:
     for process in calls:
         done = finish(process)
         assert (done.returncode, done.stderr, set(done.stdout.splitlines())) == (0, "", {"coder_sync 0.1.0"})
+
+
+def test_what_is_above_units_is_all_that_a_plain_call_needs(agent: World) -> None:
+    above = FILE.read_text(encoding="utf-8").partition("\n# Units. ")[0]
+    defined = {"load_rest": None, "__name__": "above", "__file__": str(FILE)}
+    exec(compile(above, "above", "exec", dont_inherit=True), defined)
+    missing, todo = set(), [compile(above, "above", "exec", dont_inherit=True)]
+    for code in todo:
+        todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
+    assert missing <= vars(builtins).keys()
+    copy = agent.directory / "above.py"
+    copy.write_text(above + "\n\ndef load_rest():\n    raise AssertionError\n\n\nmain()\n", encoding="utf-8")
+    lines = ["want b a -q", "start a --want c --requires completion -t 10ms", "start c", "complete c --exit-code 3"]
+    lines += [
+        "start a",
+        "complete a",
+        "complete a --exit-code 1",
+        "fail b --reason x",
+        "start d --want b",
+        "complete e",
+    ]
+    codes = [finish(agent.spawn([*PYTHON[:2], str(copy), *line.split()])).returncode for line in lines]
+    assert codes == [0, 124, 0, 0, 0, 0, 1, 0, 4, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------
