@@ -31,16 +31,19 @@ The file is also a module: `from coder_sync import Client`. How it reads, top to
 rooms above it:
 
     Errors          one hierarchy; each knows its exit code and its JSON-RPC code
-    Units           the dependency graph and its rules, pure
+    Names and records
+                    the words of the rules, and what is known of a unit
     Protocol        newline-delimited JSON-RPC 2.0
-    Processes and terminal
-                    what several rooms need of the system
-    Agent           the daemon
+    Terminal        standard output and error
     Client          the Python API
+    Calls           the reader of command lines; want, start, complete, fail
+    Units           the dependency graph and its rules, pure
+    Processes       what several rooms need of the system
+    Agent           the daemon
     Views           data to text, pure
     Boot            a directory of scripts as one graph; a client like any other
     Install         a copy with its bytecode
-    Command line    one small function a command
+    Command line    the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
 system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
@@ -117,12 +120,10 @@ REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` waits for once a signal has come, which has no effect any more
 REPORT_EVERY = 30.0
 
-
 # ----------------------------------------------------------------------------------------------------------
 # Errors. One small hierarchy, shared by agent and client: the agent sends `code`, `message` and `data`, the
 # client raises the same class again and exits with `exit_code`. Codes are those of JSON-RPC 2.0, section 5.1.
 # ----------------------------------------------------------------------------------------------------------
-
 
 ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their code
 
@@ -157,6 +158,8 @@ class AlreadyStarted(Refused, code=-32002):
 
 class NotRegistered(Refused, code=-32003):
     """Nobody has called `want`, `start` or `run` on the unit."""
+
+    unit = ""  # its name; it stays with the agent
 
 
 class DependencyFailed(SyncError, code=-32004, exit_code=4):
@@ -209,14 +212,7 @@ class CommandError(SyncError):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
-# A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
-# makes it end finds (claim, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock.
-#
-# A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
-# `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
-# Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
-# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
+# Names and records. The words of the rules, what may be a name, and what is known of a unit, as it crosses the wire.
 # ----------------------------------------------------------------------------------------------------------
 
 NOT_REGISTERED = "not registered"  # only ever wanted by others
@@ -231,20 +227,9 @@ SUCCESS: Requirement = "success"
 COMPLETION: Requirement = "completion"
 START: Requirement = "start"
 REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
-MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
-# What a requirement cannot be met by any more:
-HOPELESS: dict[str, tuple[str, ...]] = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}
-REQUIRED_STATUS: dict[str, str] = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
 
 MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
-MAX_UNITS = 50_000
-MAX_EDGES = 500_000
-MAX_WAITS = 20_000
-MAX_EVENTS = 100_000
-MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
-MAX_HISTORY = 200  # events that `status` shows
-MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
 @dataclass
@@ -364,11 +349,1133 @@ def one_line(text: str) -> str:
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
 
 
+def resembling(name: str, names: Iterable[str]) -> str:
+    """The one of `names` that `name` may have been meant to be, or nothing."""
+    try:
+        from difflib import get_close_matches
+    except (ImportError, OSError):  # no descriptor left to read it with
+        return ""
+    from itertools import islice
+
+    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
+    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
+    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
+# may come out of order. `start` and `wait` with `"progress": true` may first send the notification `waiting`.
+# ----------------------------------------------------------------------------------------------------------
+
+MAX_LINE = 65536  # bytes, of a request
+MAX_REPLY = 256 << 20  # bytes; what a client takes from an agent
+MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a small thread, which is not an exception
+
+
+class _Scanner:
+    """What json.decoder.JSONDecoder would tell the C scanner."""
+
+    strict, object_hook, object_pairs_hook = True, None, None
+    parse_float, parse_int = float, int
+
+    @staticmethod
+    def parse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+
+def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
+    """Return (loads, dumps): the C halves of the json package without the package, which imports re and enum."""
+    try:
+        import _json
+
+        scan = _json.make_scanner(_Scanner)  # type: ignore[arg-type]
+        options: list[Any] = [None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, False]
+        write = _json.make_encoder(*options)  # the arguments that json.JSONEncoder passes
+
+        def loads(text: str) -> Any:
+            value, end = scan(text, 0)
+            if text[end:].strip():
+                raise ValueError("more than one value")
+            return value
+
+        return loads, lambda value: "".join(write(value, 0))
+    except (ImportError, AttributeError, TypeError):  # another Python than CPython
+        import json
+
+        return (
+            lambda text: json.loads(text, parse_constant=_Scanner.parse_constant),
+            lambda value: json.dumps(value, allow_nan=False),
+        )
+
+
+_loads, _dumps = _codec()
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """Return one message as a line."""
+    return _dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Any:
+    """Return the value on a line. Raises ParseError for what is not UTF-8, not JSON, or nested too deeply."""
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+        raise ParseError(f"JSON nested deeper than {MAX_DEPTH} levels")
+    try:
+        return _loads(line.decode().strip())
+    except (ValueError, StopIteration, RecursionError, SystemError):  # SystemError: 3.10 without json imported
+        raise ParseError(f"not a line of JSON: {one_line(ascii(line[:60]))}") from None
+
+
+def _depth(line: bytes) -> int:
+    """How deep the brackets of a line nest, those inside strings left out."""
+    others = bytes(b for b in range(256) if b not in b"[]{}")
+    outside = line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+    depth = deepest = 0
+    for bracket in b"".join(outside).translate(None, others):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def error_message(request: Any, error: SyncError) -> dict[str, Any]:
+    """An error as an answer."""
+    body = {"code": error.code, "message": str(error.args[0])}
+    if error.data is not None:
+        body["data"] = plain(error.data)
+    return {"id": request, "error": body}
+
+
+def plain(value: Any) -> Any:
+    """Return records as what JSON can hold."""
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if hasattr(value, "__annotations__"):  # a record
+        return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
+    return value
+
+
+def record(kind: type[Any], data: dict[str, Any]) -> Any:
+    """Return a record from JSON; keys of a newer agent are ignored."""
+    try:
+        known = {k: data[k] for k in kind.__annotations__ if k in data}
+        if known.get("owner"):
+            known["owner"] = record(Owner, known["owner"])
+        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", UnitStatus)):
+            if field in known:
+                known[field] = [record(inner, row) for row in known[field]]
+        return kind(**known)
+    except (AttributeError, TypeError):
+        raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Terminal. What is read from the environment, and said on standard output and error.
+# ----------------------------------------------------------------------------------------------------------
+
+PROGRAM = FILE.rpartition("/")[2]
+
+
+def put(text: str, fd: int = 1) -> bool:
+    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
+    stream = sys.stdout if fd == 1 else sys.stderr
+    data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except BrokenPipeError:
+        os.dup2(null(), fd)
+        return False
+    except OSError as error:
+        if fd == 1:
+            raise SyncError(f"cannot write to standard output: {error.strerror}") from None
+    return True
+
+
+def say(text: str, fd: int = 1, quiet: bool = False) -> None:
+    """Print a line about what was done. What was done stays done if nobody can read it."""
+    if not quiet:
+        try:
+            put(text + "\n", fd)
+        except SyncError:
+            pass
+
+
+def null() -> int:
+    """A descriptor at its end for who reads, and of no interest for who writes: /dev/null, if there is one."""
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError:
+        from _socket import socketpair
+
+        one, other = socketpair()
+        other.close()
+        return one.detach()
+
+
+def getenv(name: str) -> str:
+    """An environment variable, empty if unset."""
+    return os.environ.get(name, "")
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 59.5:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Names for a message, not too many."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def user_name(uid: int) -> str:
+    """The name of a user, or its number."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return f"uid {uid}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Client. The Python API and what the command line is made of. Every call has a connection of its own, so a
+# Client may be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the
+# agent answers when the time has come, and keeps the time. Times are in seconds.
+# ----------------------------------------------------------------------------------------------------------
+
+LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
+GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
+
+
+def duration(text: str) -> float:
+    """Return seconds from a duration as Go's time.ParseDuration has it (1h30m, 500ms) or bare seconds.
+
+    0 means no limit wherever a timeout is asked for. Raises UsageError.
+    """
+    digits, total = "0123456789.", 0.0
+    rest = text if text.strip(digits) else text + "s"
+    try:
+        while rest:
+            number = rest[: len(rest) - len(rest.lstrip(digits))]
+            unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(number)))
+            total += float(number) * GO_UNITS[unit]
+            rest = rest[len(number) + len(unit) :]
+        if total > 1e9:
+            raise ValueError
+        return total
+    except (ValueError, StopIteration):
+        hint = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
+        raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
+
+
+@dataclass
+class Started:
+    """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
+
+    unit: str
+    dependencies: list[str]
+    waited: float
+
+
+class Channel:
+    """One connection to an agent: requests out, messages in."""
+
+    def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
+        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
+
+        `sock` is a socket that leads to the agent already.
+        """
+        from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
+
+        self.path = path
+        self._next = 0
+        self._buffer = b""
+        self._messages: list[Any] = []
+        deadline, pause = time.monotonic() + connect_timeout, 0.005
+        self.sock: Any = sock
+        while not sock:
+            self.sock = socket(AF_UNIX, SOCK_STREAM)
+            try:
+                refuse_foreign(path)
+                self.sock.settimeout(REPLY_TIMEOUT)
+                self.sock.connect(path)
+                return
+            except OSError as error:
+                self.sock.close()
+                if time.monotonic() >= deadline or error.errno not in RETRIED:
+                    raise Unreachable(explain(path, error)) from None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+    def request(self, method: str, **params: Any) -> int:
+        """Send a request and return its id."""
+        self._next += 1
+        data = encode({"id": self._next, "method": method, "params": params})
+        if len(data) > MAX_LINE:
+            raise Refused(f"{method}: too much for one request ({len(data)} bytes of {MAX_LINE}); use several calls")
+        deadline = time.monotonic() + REPLY_TIMEOUT
+        while data:
+            try:
+                self.sock.settimeout(0)
+                data = data[self.sock.send(data) :]
+            except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
+                if time.monotonic() > deadline:
+                    raise self._gone() from None
+                self._read(0.01)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
+                    raise self._gone() from None
+                break
+        return self._next
+
+    def receive(self, timeout: float) -> dict[str, Any] | None:
+        """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
+        deadline = time.monotonic() + timeout
+        while not self._messages:
+            if not self._read(deadline - time.monotonic()):
+                return None
+        message: dict[str, Any] = self._messages.pop(0)
+        return message
+
+    def messages(self, timeout: float = float("inf")) -> Iterator[dict[str, Any]]:
+        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
+        deadline = time.monotonic() + timeout
+        while message := self.receive(deadline - time.monotonic()):
+            yield message
+
+    def _read(self, timeout: float) -> bool:
+        """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
+        self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
+        try:
+            chunk = self.sock.recv(65536)
+        except OSError as error:
+            if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
+                return False
+            raise self._gone() from None
+        if not chunk:
+            raise self._gone()
+        self._buffer += chunk
+        if b"\n" in chunk:
+            *lines, self._buffer = self._buffer.split(b"\n")
+            self._messages += [self._message(line) for line in lines]
+        elif len(self._buffer) > MAX_REPLY:
+            raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
+        return True
+
+    def _message(self, line: bytes) -> dict[str, Any]:
+        try:
+            message = decode(line)
+        except ParseError:
+            message = None
+        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
+        return message
+
+    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
+        """Return the result of a request. Raises what the agent answered, or Unreachable."""
+        for message in self.messages(timeout):
+            if is_answer(message, request):
+                return result_of(message)
+        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+
+    def call(self, method: str, **params: Any) -> Any:
+        """Send a request and return its result."""
+        return self.answer(self.request(method, **params))
+
+    def more(self) -> bool:
+        """Whether a message has come that was not received yet."""
+        return bool(self._messages)
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return int(self.sock.fileno())
+
+    def close(self) -> None:
+        """Hang up; the claims of the connection end."""
+        self.sock.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _gone(self) -> Unreachable:
+        return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
+
+
+def is_answer(message: dict[str, Any], request: int) -> bool:
+    """Whether a message is the answer to a request, or an error that is about the connection."""
+    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
+
+
+def result_of(message: dict[str, Any]) -> Any:
+    """Return the result in an answer or raise its error as the class it was on the agent's side."""
+    error = message.get("error")
+    if error is None:
+        return message.get("result")
+    if not isinstance(error, dict):
+        raise Unreachable("the agent's answer has an error that is none")
+    code, data = error.get("code"), error.get("data")
+    kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
+    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
+
+
+def expect(kind: type[Any], answer: Any) -> Any:
+    """Return an answer that is of the kind it should be: a list of objects, or an object. Raises Unreachable."""
+    rows = answer if isinstance(answer, list) else [answer]
+    if not isinstance(answer, kind) or not all(isinstance(row, dict) for row in rows):
+        raise Unreachable(f"the agent's answer is not one of ours: {one_line(ascii(answer))[:60]}; one version?")
+    return answer
+
+
+def records(kind: type[Any], rows: Any) -> list[Any]:
+    """Return the records that an answer has a list of. Raises Unreachable."""
+    return [record(kind, row) for row in expect(list, rows)]
+
+
+def texts(values: Any) -> list[str]:
+    """Return the names that an answer has a list of, if any."""
+    return [str(value) for value in values or ()]
+
+
+def variables_in(answer: Any) -> dict[str, str]:
+    """Return the environment variables in an answer, if any. Raises Unreachable."""
+    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
+
+
+def refuse_foreign(path: str) -> None:
+    """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
+    if path == DEFAULT_SOCKET and os.geteuid() != 0:
+        uid = os.lstat(path).st_uid
+        if uid not in (0, os.geteuid()):
+            raise Unreachable(f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path")
+
+
+def explain(path: str, error: OSError) -> str:
+    """Why an agent could not be reached, and what to do, in one line."""
+    import stat
+
+    start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
+    try:
+        found = os.lstat(path)
+    except OSError:
+        found = None
+    why = error.strerror or str(error)
+    if error.errno == errno.ENOENT:
+        why = f"no such file; is the agent running, and with this path? {start}"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        belongs = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
+        why = f"permission denied{belongs}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
+    elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
+        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
+    elif error.errno == errno.ECONNREFUSED:
+        gone = "who made it is gone: build the tunnel again if it was one, else "
+        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        why = f"connection refused; {gone}{start}"
+    elif error.errno == errno.EAGAIN:
+        why = "the agent does not take connections; is it stopped or overloaded?"
+    return f"cannot reach an agent at {path}: {why}"
+
+
+def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
+    """Refuse what cannot be meant, before anything is registered. Raises TypeError, ValueError or Refused."""
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"a list of names is needed, not {names!r}")
+    for name in (unit, *names):
+        if not isinstance(name, str):
+            raise TypeError(f"a name must be a str, not {type(name).__name__}")
+        check_name(name)
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
+    if not 0 <= timeout < 1e9:
+        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+
+
+def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
+    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
+    with Channel(path, connect_timeout) as channel:
+        channel.answer(channel.request("shutdown"), timeout)
+        try:
+            for _ in channel.messages(timeout):
+                pass
+        except Unreachable:
+            return
+    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
+
+
+class Client:
+    """Talk to an agent. All times in seconds.
+
+    Every call may raise Unreachable (no agent, or it went away), Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it), and TypeError or ValueError for an argument that cannot be
+    meant. `exit_code` of an error is the command line's.
+    """
+
+    def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
+        """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
+
+        Calls try for `connect_timeout` to reach an agent that may still be booting. Default is
+        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
+        connected yet.
+        """
+        self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
+        text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
+        given = duration(text) if text and connect_timeout is None else connect_timeout
+        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
+        self._question_timeout = 0.0 if given is None else given
+
+    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
+        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
+        with Channel(self.socket_path, patience) as channel:
+            return expect(kind, channel.call(method, **params))
+
+    def ping(self, wait: float = 0.0) -> dict[str, Any]:
+        """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
+        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
+            return dict(expect(dict, channel.call("ping")))
+
+    def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
+        """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
+        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
+
+    def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
+        """As `want`, but return the `dependencies` and the `status` of the unit."""
+        check_arguments(unit, dependencies)
+        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
+
+    def start(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        pid: int = 0,
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+        locks: Iterable[str] = (),
+    ) -> Started:
+        """Wait until `unit` may run and mark it started, in one step. `timeout` 0 waits without limit.
+
+        `want` adds dependencies first; `pid` names a process whose end fails the unit if it is still started
+        then; of the units with one of `locks` one is started at a time; `on_wait` is called with what is missing,
+        and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
+        DependencyFailed, TimedOut.
+        """
+        params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
+        with Start(self, unit, timeout, on_wait, **params) as start:
+            start.confirm()
+        return start.result
+
+    def wait(
+        self,
+        *units: str,
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+    ) -> float:
+        """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        began = time.monotonic()
+        check_arguments("units", units, timeout)
+        with Channel(self.socket_path, self.connect_timeout) as channel:
+            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
+        return time.monotonic() - began
+
+    def complete(self, unit: str, exit_code: int = 0) -> None:
+        """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
+        if exit_code:
+            self._call(dict, "fail", unit=unit, exit_code=exit_code)
+        else:
+            self._call(dict, "complete", unit=unit)
+
+    def fail(self, unit: str, reason: str = "") -> None:
+        """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
+        self._call(dict, "fail", unit=unit, reason=reason)
+
+    def reset(self, *units: str) -> list[str]:
+        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+
+        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        """
+        check_arguments("units", units)
+        return texts(self._call(dict, "reset", units=list(units)).get("units"))
+
+    def env(self, unit: str) -> dict[str, str]:
+        """Return the environment variables that `unit` would start with: what its dependencies have left."""
+        return variables_in(self._call(dict, "env", unit=unit))
+
+    def shutdown(self) -> None:
+        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
+        deadline = time.monotonic() + REPLY_TIMEOUT
+        end_agent(self.socket_path, self._question_timeout)
+        while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def status(self, unit: str) -> UnitStatus:
+        """Return a snapshot of one unit and its dependencies."""
+        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
+        return status
+
+    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
+        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
+        return records(UnitStatus, self._call(list, "list", all=everything))
+
+    def graph(self) -> Graph:
+        """Return all units with their edges and times."""
+        graph: Graph = record(Graph, self._call(dict, "graph"))
+        return graph
+
+    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
+        """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
+
+        The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
+        with Unreachable, as it does when the agent ends.
+        """
+        with Channel(self.socket_path, self._question_timeout) as channel:
+            yield from records(Event, channel.call("events", follow=follow, since=since))
+            for message in channel.messages() if follow else ():
+                if message.get("method") == "event":
+                    yield record(Event, expect(dict, message.get("params")))
+
+    def unit(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+    ) -> Start:
+        """Return a context manager that starts `unit`, and completes it at the end of its block.
+
+        A block that raises fails the unit, with the exception's text as the reason; so does the end of the
+        process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
+        """
+        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
+
+
+class Start:
+    """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
+
+    def __init__(
+        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
+    ) -> None:
+        """`params` are those that the agent's method `start` has besides."""
+        for names in ("dependencies", "locks"):
+            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
+            check_arguments(unit, params[names], timeout)
+        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
+            pid = params.get("pid")
+            raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
+        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
+        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        self.result = Started(unit, [], 0.0)
+        self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
+
+    def __repr__(self) -> str:
+        return f"Start({self.result!r})"
+
+    def __enter__(self) -> Start:
+        began = time.monotonic()
+        self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
+        try:
+            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
+            names = texts(expect(dict, result).get("dependencies"))
+            self.environment = variables_in(result)
+        except BaseException:
+            self.channel.close()
+            raise
+        self.result = Started(self.unit, names, time.monotonic() - began)
+        return self
+
+    def confirm(self) -> None:
+        """Say that the answer has arrived; until then the agent would give the unit to the next in line."""
+        self.channel.request("confirm", id=1)
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        code: Any = error.code if isinstance(error, SystemExit) else error
+        try:
+            if self.hold and code in (None, 0):
+                self.channel.call("complete", unit=self.unit)
+            elif self.hold and isinstance(code, int):
+                self.channel.call("fail", unit=self.unit, exit_code=code)
+            elif self.hold:
+                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+        except SyncError:
+            if error is None:  # else the block's own exception matters more
+                raise
+        finally:
+            self.channel.close()
+
+
+def wait_for(
+    channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
+) -> Any:
+    """Send a request that may wait; report what is missing now and then; return its result.
+
+    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
+    is only for one that no longer answers. Raises TimedOut, and what the agent answers.
+    """
+    request = channel.request(method, timeout=timeout, progress=True, **params)
+    missing: list[Dependency] = []
+    for message in channel.messages(timeout + LATE if timeout else float("inf")):
+        if is_answer(message, request):
+            return result_of(message)
+        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
+        if about.get("id") == request:
+            missing = records(Dependency, about.get("missing"))
+            if on_wait:
+                on_wait(missing, float(about.get("waited") or 0.0))
+    on = "dependencies of " if method == "start" else ""
+    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Calls. The reader of command lines, and the commands that scripts call most: `want`, `start`, `complete`, `fail`. A
+# command is a small function, above it what it takes, in argparse's own words. These are read by our own parser,
+# because importing argparse costs more than a call; by argparse for the help pages; and by completion.
+# Up to here the file is all that such a call needs: an installed copy loads what follows only for other commands.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    who = f"{by}{owner.command} " if owner.command else by and " "
+    return f"{who}(pid {owner.pid})" + (gone if owner.alive is False else "")
+
+
+def dependency_text(row: Dependency) -> str:
+    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
+    text = f"{row.depends_on} {row.current_status}"
+    if row.current_status == NOT_REGISTERED:
+        return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
+    if row.current_status == PENDING:
+        lacks = f"waits for {', '.join(row.waits_for)}" if row.waits_for else "not started yet"
+        return f"{text} for {span(row.age)}, {lacks}"
+    text += f" {span(row.age)} ago" + (f" ({row.reason})" if row.reason else "")
+    return text + (owner_text(row.owner, " by ") if row.current_status == STARTED else "")
+
+
+class Args:
+    """The parsed command line: an attribute an option and a positional."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def client_of(args: Args) -> Client:
+    """The client that the common options describe."""
+    return Client(args.socket_path, args.connect_timeout)
+
+
+def whole(text: str) -> int:
+    """A whole number. Raises UsageError."""
+    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
+        return int(text)
+    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
+
+
+class Argument:
+    """An option or a positional of a command, declared in the words of argparse's add_argument.
+
+    But the default of a text is an empty one, and of what may be repeated an empty list. All are made at each call,
+    so what only one command's need is worked out later.
+    """
+
+    def __init__(self, *names: str, **words: Any) -> None:
+        self.names, self.words = names, words
+        self.is_option = names[0][0] == "-"
+        self.is_repeated = "nargs" in words or words.get("action") == "append"
+        self.takes_value = self.is_repeated or "action" not in words
+
+    @property
+    def dest(self) -> str:
+        """The attribute of Args that has its value."""
+        return self.words.get("dest") or self.names[-1].lstrip("-").replace("-", "_")
+
+    @property
+    def default(self) -> Any:
+        """The value where the command line has none; a text is read as if it stood there."""
+        return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
+
+    def read(self, text: str) -> Any:
+        """The value of a text. Raises UsageError."""
+        choices = self.words.get("choices")
+        if choices and text not in choices:
+            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
+        return self.words.get("type", str)(text)
+
+
+def flag(*names: str, help: str) -> Argument:
+    """An option without a value."""
+    return Argument(*names, action="store_true", help=help)
+
+
+class Command:
+    """Makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
+
+    The last positional may be repeated; `tail` is argparse's `nargs` for the words after `--`, if these are a
+    command's and not positionals. The help pages say what the function's docstring says. The function returns the
+    exit status, None for 0.
+    """
+
+    def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
+        self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
+
+    def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
+        about = run.__doc__ or ""
+        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
+        COMMANDS[run.__name__[len("cmd_") :]] = self
+        return run
+
+
+COMMON = (
+    Argument(
+        "--socket-path",
+        metavar="PATH",
+        help=f"where the agent listens (default: $CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})",
+    ),
+    Argument(
+        "--connect-timeout",
+        type=duration,
+        default=None,
+        metavar="DURATION",
+        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
+        "questions try once)",
+    ),
+    Argument("-h", "--help", action="help", help="show this help"),
+)
+UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
+QUIET = flag("-q", "--quiet", help="say nothing but errors")
+LIMIT = "how long to wait, as in 30s, 10m or 1h30m; 0: no limit"
+TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURATION", help=LIMIT)
+REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
+WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
+LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
+STARTING = (UNIT, WANT, REQUIRES, LOCK, TIMEOUT)
+
+COMMANDS: dict[str, Command] = {}
+
+
+class Reporter:
+    """Says what a wait lacks; `waited` is whether there was one."""
+
+    def __init__(self, args: Args, who: str, fd: int = 1) -> None:
+        self.args, self.who, self.fd, self.waited = args, who, fd, False
+
+    def __call__(self, missing: list[Dependency], waited: float) -> None:
+        how = f"still waiting after {span(waited)}" if self.waited else "waiting"
+        self.waited = True
+        more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
+        text = f"{self.who}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
+        say(text, self.fd, self.args.quiet)
+
+    def started(self, started: Started) -> str:
+        """What a start found."""
+        if self.waited:
+            return f"started after {span(started.waited)}"
+        if not started.dependencies:
+            return "started; it has no dependencies"
+        return f"started; satisfied already: {names_of(started.dependencies)}"
+
+
+def start_of(args: Args, report: Reporter, **more: Any) -> Start:
+    """The start that the options of `start` and `run` describe. Raises UsageError."""
+    if args.requires != SUCCESS and not args.want:
+        raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
+    params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
+    return Start(client_of(args), args.unit, args.timeout, report, **params)
+
+
+@Command(
+    "want pip-install git-clone apt-install",
+    UNIT,
+    Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"),
+    REQUIRES,
+    QUIET,
+)
+def cmd_want(args: Args) -> None:
+    """Make UNIT depend on DEP..., all or none."""
+    status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
+    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
+
+
+@Command(
+    "start pip-install --want git-clone --timeout 10m",
+    *STARTING,
+    Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
+    QUIET,
+)
+def cmd_start(args: Args) -> None:
+    """Wait until UNIT may run, and mark it started."""
+    report = Reporter(args, f"{args.unit}: ")
+    with start_of(args, report, pid=args.pid) as start:
+        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+        start.confirm()  # the last step: if we are killed before, the next in line has the unit
+
+
+@Command(
+    "complete pip-install --exit-code $?",
+    UNIT,
+    Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
+    QUIET,
+)
+def cmd_complete(args: Args) -> None:
+    """End UNIT, so that others may go on."""
+    client_of(args).complete(args.unit, args.exit_code)
+    say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
+
+
+@Command(
+    'fail git-clone --reason "no network"',
+    UNIT,
+    Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"),
+    QUIET,
+)
+def cmd_fail(args: Args) -> None:
+    """End UNIT without success, so that what requires it is skipped."""
+    client_of(args).fail(args.unit, args.reason)
+    say(f"{args.unit}: failed", quiet=args.quiet)
+
+
+def usage_of(name: str) -> str:
+    """The usage line of a command."""
+    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
+    positionals = [a.words for a in COMMANDS[name].arguments if not a.is_option]
+    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in positionals]
+    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].tail]
+    return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
+
+
+def argparse_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
+    import argparse
+
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    parser = argparse.ArgumentParser(None, usage_of(name), COMMANDS[name].help, formatter_class=form, add_help=False)
+    parser.epilog, parser.allow_abbrev = f"example: {PROGRAM} {COMMANDS[name].example}", False
+    for argument in COMMANDS[name].arguments:
+        text = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
+        parser.add_argument(*argument.names, **{**argument.words, "default": argument.default, "help": text})
+    return parser
+
+
+def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
+    """The options by each of their names."""
+    return {name: argument for argument in arguments if argument.is_option for name in argument.names}
+
+
+def parse(name: str, words: Sequence[str]) -> Args:
+    """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
+    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
+    cut = words.index("--") if "--" in words else len(words)
+    after, values = list(words[cut + 1 :]), vars(args)
+    for argument in command.arguments:
+        default = argument.default
+        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+    try:
+        rest = parse_options(name, words[:cut], values)
+        if not command.tail:
+            rest += after
+        elif after or (cut == len(words) and command.tail == "*"):
+            values["command"] = after
+        else:
+            raise UsageError(f"a command must follow --; {usage}")
+        for argument in (argument for argument in command.arguments if not argument.is_option):
+            if not rest and argument.words.get("nargs") != "*":
+                raise UsageError(f"too few arguments; {usage}")
+            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
+            values[argument.dest] = value
+        if rest:
+            hint = " did you forget -- before the command?;" if command.tail else ""
+            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    return args
+
+
+def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
+    """Put the values of the options into `values`; return the other words. Raises UsageError."""
+    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
+    while todo:
+        word = todo.pop(0)
+        given, text = option_in(word, options)
+        option = options.get(given)
+        if not given:
+            rest.append(word)
+        elif option is None:
+            guess = resembling(given, list(options))
+            hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
+            raise UsageError(f"no such option: {ascii(given)[:40]}; {hint}")
+        elif option.takes_value:
+            if text is None and (not todo or option_in(todo[0], options)[0]):
+                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
+            try:
+                value = option.read(todo.pop(0) if text is None else text)
+            except UsageError as error:
+                raise UsageError(f"{given}: {error}") from None
+            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
+        elif option.words["action"] == "help":
+            put(argparse_of(name).format_help())
+            raise SystemExit(0)
+        else:
+            values[option.dest] = True
+            if text is not None and (given[:2] == "--" or "-" + text[:1] not in options):
+                raise UsageError(f"{given} takes no value")
+            if text is not None:  # -qv is -q -v
+                todo.insert(0, "-" + text)
+    return rest
+
+
+def option_in(word: str, options: Iterable[str]) -> tuple[str, str | None]:
+    """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
+    given, equals, text = word.partition("=")
+    if given in options:
+        return given, text if equals else None
+    if word[:2] in options and "-" + given not in options:
+        return word[:2], word[2:]
+    is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
+    return given if is_option else "", None
+
+
+def overview() -> str:
+    """The page that --help prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    return f"""usage: {PROGRAM} COMMAND [ARG]...
+
+Startup coordination for scripts that run in parallel. A unit is a named phase of work,
+usually one script; it starts when the units it depends on are done.
+
+{chr(10).join(lines)}
+
+`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
+"""
+
+
+def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options before the command; the command and what follows it, without the words `exp sync` in front."""
+    options: list[str] = []
+    rest, front = list(words), ["exp", "sync"]
+    while rest:
+        if rest[0].partition("=")[0] in ("--socket-path", "--connect-timeout"):
+            end = 1 if "=" in rest[0] else 2
+            options += rest[:end]
+            del rest[:end]
+        elif rest[:2] == front:
+            del rest[:2]
+            front = []
+        else:
+            break
+    return options, rest
+
+
+def load_rest() -> None:
+    """Have the commands that are declared below. An installed copy replaces this, see Install."""
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one command line; return the exit status. Raises SyncError."""
+    options, words = command_line(argv)
+    if not words or words[0] not in COMMANDS:
+        load_rest()
+    if not words:
+        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
+    name, rest = words[0], words[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "help"):
+        put(overview())
+        return 0
+    if name in ("--version", "version"):
+        put(f"coder_sync {__version__}\n")
+        return 0
+    if name not in COMMANDS:
+        if name == "exp":
+            raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
+        if name[0:1] == "-":
+            which = "which command? Options other than --socket-path follow the command"
+            raise UsageError(f"{ascii(name)[:60]}: {which}")
+        guess = resembling(name, list(COMMANDS))
+        hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
+        raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
+    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
+    code = 0
+    try:
+        for fd in (0, 1, 2):
+            try:
+                os.fstat(fd)
+            except OSError:  # closed: no socket of ours must take its place
+                null()
+        code = dispatch(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:  # argparse's --help
+        code = end.code if isinstance(end.code, int) else 2
+    except SyncError as error:
+        missing = error.data if isinstance(error, TimedOut) else None
+        rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
+        put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
+        code = error.exit_code
+    except Exception as error:  # a defect of ours; no traceback reaches a user
+        put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
+        if "CODER_SYNC_DEBUG" in os.environ:
+            raise
+        code = 125
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass
+    os._exit(code)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
+# A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
+# makes it end finds (claim, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock.
+#
+# A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
+# `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
+# Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
+# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
+# ----------------------------------------------------------------------------------------------------------
+
+MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
+
+# What a requirement cannot be met by any more:
+HOPELESS: dict[str, tuple[str, ...]] = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}
+REQUIRED_STATUS: dict[str, str] = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
+MAX_UNITS = 50_000
+MAX_EDGES = 500_000
+MAX_WAITS = 20_000
+MAX_EVENTS = 100_000
+MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
+MAX_HISTORY = 200  # events that `status` shows
+MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
+
+
 class Facts(UnitStatus):
     """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
 
-    def __init__(self, registered: float = -1.0, waiting: float = -1.0) -> None:
-        self.registered, self.waiting = registered, waiting
+    def __init__(self, registered: float = -1.0) -> None:
+        self.registered = registered
 
 
 class Unit:
@@ -542,7 +1649,9 @@ class Units:
             if held and not unit.first():
                 self._set(unit, FAILED, one_line(reason))
             elif unit.status == STARTED and not unit.holder:
+                asked = unit.facts
                 self._set(unit, PENDING, "the client that asked for its start was gone")
+                unit.facts.registered, unit.facts.waiting = asked.registered, asked.waiting
         self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
@@ -777,8 +1886,7 @@ class Units:
                 del lock.taken[unit]
                 self._freed.append((lock, unit))
         if status == PENDING:  # forget the run before
-            registered = unit.since if old == NOT_REGISTERED else unit.facts.registered
-            unit.facts = Facts(registered, unit.facts.waiting)
+            unit.facts = Facts(unit.since)
             unit.root, unit.locks = "", ()
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -929,7 +2037,9 @@ class Units:
     def _registered(self, name: str) -> Unit:
         unit = self.units.get(check_name(name))
         if unit is None or unit.status == NOT_REGISTERED:
-            raise NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+            error = NotRegistered(f'unit "{name}" is not registered; call want, start or run on it first')
+            error.unit = name
+            raise error
         return unit
 
     def _check_edge(self, unit: Unit, other: Unit) -> None:
@@ -1083,158 +2193,11 @@ class Units:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
-# may come out of order. `start` and `wait` with `"progress": true` may first send the notification `waiting`.
+# Processes. What several rooms need of the system: what standard output shows, who a process is, which descriptors
+# are open, signals, a command's run and its end. It may use Linux's /proc, and makes do without.
 # ----------------------------------------------------------------------------------------------------------
 
-MAX_LINE = 65536  # bytes, of a request
-MAX_REPLY = 256 << 20  # bytes; what a client takes from an agent
-MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a small thread, which is not an exception
-
-
-class _Scanner:
-    """What json.decoder.JSONDecoder would tell the C scanner."""
-
-    strict, object_hook, object_pairs_hook = True, None, None
-    parse_float, parse_int = float, int
-
-    @staticmethod
-    def parse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-
-def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
-    """Return (loads, dumps): the C halves of the json package without the package, which imports re and enum."""
-    try:
-        import _json
-
-        scan = _json.make_scanner(_Scanner)  # type: ignore[arg-type]
-        options: list[Any] = [None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, False]
-        write = _json.make_encoder(*options)  # the arguments that json.JSONEncoder passes
-
-        def loads(text: str) -> Any:
-            value, end = scan(text, 0)
-            if text[end:].strip():
-                raise ValueError("more than one value")
-            return value
-
-        return loads, lambda value: "".join(write(value, 0))
-    except (ImportError, AttributeError, TypeError):  # another Python than CPython
-        import json
-
-        return (
-            lambda text: json.loads(text, parse_constant=_Scanner.parse_constant),
-            lambda value: json.dumps(value, allow_nan=False),
-        )
-
-
-_loads, _dumps = _codec()
-
-
-def encode(message: dict[str, Any]) -> bytes:
-    """Return one message as a line."""
-    return _dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
-
-
-def decode(line: bytes) -> Any:
-    """Return the value on a line. Raises ParseError for what is not UTF-8, not JSON, or nested too deeply."""
-    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
-        raise ParseError(f"JSON nested deeper than {MAX_DEPTH} levels")
-    try:
-        return _loads(line.decode().strip())
-    except (ValueError, StopIteration, RecursionError, SystemError):  # SystemError: 3.10 without json imported
-        raise ParseError(f"not a line of JSON: {one_line(ascii(line[:60]))}") from None
-
-
-def _depth(line: bytes) -> int:
-    """How deep the brackets of a line nest, those inside strings left out."""
-    others = bytes(b for b in range(256) if b not in b"[]{}")
-    outside = line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
-    depth = deepest = 0
-    for bracket in b"".join(outside).translate(None, others):
-        depth += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def error_message(request: Any, error: SyncError) -> dict[str, Any]:
-    """An error as an answer."""
-    body = {"code": error.code, "message": str(error.args[0])}
-    if error.data is not None:
-        body["data"] = plain(error.data)
-    return {"id": request, "error": body}
-
-
-def plain(value: Any) -> Any:
-    """Return records as what JSON can hold."""
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if hasattr(value, "__annotations__"):  # a record
-        return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
-    return value
-
-
-def record(kind: type[Any], data: dict[str, Any]) -> Any:
-    """Return a record from JSON; keys of a newer agent are ignored."""
-    try:
-        known = {k: data[k] for k in kind.__annotations__ if k in data}
-        if known.get("owner"):
-            known["owner"] = record(Owner, known["owner"])
-        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", UnitStatus)):
-            if field in known:
-                known[field] = [record(inner, row) for row in known[field]]
-        return kind(**known)
-    except (AttributeError, TypeError):
-        raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Processes and terminal. What several rooms need of the system: standard output and error, the environment, who
-# a process is, which descriptors are open, signals, a command's run and its end. It may use Linux's /proc, and
-# makes do without.
-# ----------------------------------------------------------------------------------------------------------
-
-PROGRAM = FILE.rpartition("/")[2]
 NEVER = float("inf")  # a time
-
-
-def put(text: str, fd: int = 1) -> bool:
-    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
-    stream = sys.stdout if fd == 1 else sys.stderr
-    data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    except BrokenPipeError:
-        os.dup2(null(), fd)
-        return False
-    except OSError as error:
-        if fd == 1:
-            raise SyncError(f"cannot write to standard output: {error.strerror}") from None
-    return True
-
-
-def say(text: str, fd: int = 1, quiet: bool = False) -> None:
-    """Print a line about what was done. What was done stays done if nobody can read it."""
-    if not quiet:
-        try:
-            put(text + "\n", fd)
-        except SyncError:
-            pass
-
-
-def null() -> int:
-    """A descriptor at its end for who reads, and of no interest for who writes: /dev/null, if there is one."""
-    try:
-        return os.open(os.devnull, os.O_RDWR)
-    except OSError:
-        from _socket import socketpair
-
-        one, other = socketpair()
-        other.close()
-        return one.detach()
 
 
 def terminal() -> tuple[int, bool, bool]:
@@ -1256,32 +2219,7 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
     return {**(os.environb if base is None else base), **added}
 
 
-def getenv(name: str) -> str:
-    """An environment variable, empty if unset."""
-    return os.environ.get(name, "")
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f}ms"
-    if seconds < 59.5:
-        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
 # -- who a process is ---------------------------------------------------------------------------------------
-
-
-def user_name(uid: int) -> str:
-    """The name of a user, or its number."""
-    try:
-        import pwd
-
-        return pwd.getpwuid(uid).pw_name
-    except (ImportError, KeyError):
-        return f"uid {uid}"
 
 
 def stat_of(pid: int) -> list[str]:
@@ -1326,8 +2264,6 @@ def command_of(pid: int) -> str:
 
 
 # -- descriptors --------------------------------------------------------------------------------------------
-
-
 def open_files() -> int:
     """How many descriptors this process may have."""
     import resource
@@ -1344,7 +2280,6 @@ def close_others(keep: Iterable[int]) -> None:
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
-
 STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
 
@@ -1573,7 +2508,6 @@ def alive_groups(groups: Iterable[int]) -> set[int]:
 
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
-
 PROBE_TIMEOUT = 5.0  # for one try
 
 
@@ -1777,7 +2711,6 @@ class Notified:
 
 
 # -- what a command leaves to others ----------------------------------------------------------------------------
-
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 
 
@@ -1855,7 +2788,6 @@ def exported(path: str) -> dict[str, str]:
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
-
 LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
 
 
@@ -2138,19 +3070,6 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
     if sum(len(k) + len(v) for k, v in env.items()) > MAX_LINE:
         raise Refused(f"the environment that a unit leaves may have {MAX_LINE} characters")
     return env
-
-
-def resembling(name: str, names: Iterable[str]) -> str:
-    """The one of `names` that `name` may have been meant to be, or nothing."""
-    try:
-        from difflib import get_close_matches
-    except (ImportError, OSError):  # no descriptor left to read it with
-        return ""
-    from itertools import islice
-
-    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
-    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
-    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
 class Log:
@@ -2488,6 +3407,10 @@ class Agent:
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
         except SyncError as error:
+            if isinstance(error, NotRegistered):
+                unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
+                self._suggest([unknown], "")
+                error.args = (error.args[0] + f'; did you mean "{unknown.did_you_mean}"?' * bool(unknown.did_you_mean),)
             self.log.say(f"refused: {one_line(str(error))}")
             connection.outbox.append((None, error_message(request.id, error)))
             trusted = not isinstance(error, ParseError)
@@ -2916,8 +3839,8 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
     before = os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        doing = f"open {lock}{whose(lock)}"
-        held = hold(lock, path, replace)
+        doing = f"open {lock}{owner_of(lock)}"
+        held = hold_lock(lock, path, replace)
         at_end.callback(os.close, held)
         at_end.callback(remove, lock, os.fstat(held))
         doing = f"listen at {path}"
@@ -2942,7 +3865,7 @@ def in_the_way(what: str, do: str = "remove") -> Refused:
     return Refused(f"{what}; {do} it or choose another --socket-path")
 
 
-def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> int:
+def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None) -> int:
     """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
@@ -2962,7 +3885,7 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
-                raise in_the_way(f"{lock}{whose(lock)} is not a regular file")
+                raise in_the_way(f"{lock}{owner_of(lock)} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
                 os.ftruncate(fd, 0)
@@ -2972,7 +3895,7 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
-                raise in_the_way(f"an agent{who}{whose(lock)} is serving {path} already", "stop") from None
+                raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", "stop") from None
             if late:
                 remove(lock, found)
             time.sleep(0.02)
@@ -2982,7 +3905,7 @@ def hold(lock: str, path: str, replace: Callable[[str], None] | None = None) -> 
             os.close(fd)
 
 
-def whose(path: str) -> str:
+def owner_of(path: str) -> str:
     """Whose a file is, for a message, if it is neither ours nor root's."""
     try:
         uid = os.lstat(path).st_uid
@@ -3170,509 +4093,11 @@ def connection_limit(raise_it: bool) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The Python API and what the command line is made of. Every call has a connection of its own, so a
-# Client may be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the
-# agent answers when the time has come, and keeps the time. Times are in seconds.
-# ----------------------------------------------------------------------------------------------------------
-
-LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
-GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
-COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
-
-
-def duration(text: str) -> float:
-    """Return seconds from a duration as Go's time.ParseDuration has it (1h30m, 500ms) or bare seconds.
-
-    0 means no limit wherever a timeout is asked for. Raises UsageError.
-    """
-    digits, total = "0123456789.", 0.0
-    rest = text if text.strip(digits) else text + "s"
-    try:
-        while rest:
-            number = rest[: len(rest) - len(rest.lstrip(digits))]
-            unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(number)))
-            total += float(number) * GO_UNITS[unit]
-            rest = rest[len(number) + len(unit) :]
-        if total > 1e9:
-            raise ValueError
-        return total
-    except (ValueError, StopIteration):
-        hint = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
-        raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
-
-
-@dataclass
-class Started:
-    """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
-
-    unit: str
-    dependencies: list[str]
-    waited: float
-
-
-class Channel:
-    """One connection to an agent: requests out, messages in."""
-
-    def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
-        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
-
-        `sock` is a socket that leads to the agent already.
-        """
-        from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
-
-        self.path = path
-        self._next = 0
-        self._buffer = b""
-        self._messages: list[Any] = []
-        deadline, pause = time.monotonic() + connect_timeout, 0.005
-        self.sock: Any = sock
-        while not sock:
-            self.sock = socket(AF_UNIX, SOCK_STREAM)
-            try:
-                refuse_foreign(path)
-                self.sock.settimeout(REPLY_TIMEOUT)
-                self.sock.connect(path)
-                return
-            except OSError as error:
-                self.sock.close()
-                if time.monotonic() >= deadline or error.errno not in RETRIED:
-                    raise Unreachable(explain(path, error)) from None
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
-
-    def request(self, method: str, **params: Any) -> int:
-        """Send a request and return its id."""
-        self._next += 1
-        data = encode({"id": self._next, "method": method, "params": params})
-        if len(data) > MAX_LINE:
-            raise Refused(f"{method}: too much for one request ({len(data)} bytes of {MAX_LINE}); use several calls")
-        deadline = time.monotonic() + REPLY_TIMEOUT
-        while data:
-            try:
-                self.sock.settimeout(0)
-                data = data[self.sock.send(data) :]
-            except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
-                if time.monotonic() > deadline:
-                    raise self._gone() from None
-                self._read(0.01)
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
-                    raise self._gone() from None
-                break
-        return self._next
-
-    def receive(self, timeout: float) -> dict[str, Any] | None:
-        """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
-        deadline = time.monotonic() + timeout
-        while not self._messages:
-            if not self._read(deadline - time.monotonic()):
-                return None
-        message: dict[str, Any] = self._messages.pop(0)
-        return message
-
-    def messages(self, timeout: float = float("inf")) -> Iterator[dict[str, Any]]:
-        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
-        deadline = time.monotonic() + timeout
-        while message := self.receive(deadline - time.monotonic()):
-            yield message
-
-    def _read(self, timeout: float) -> bool:
-        """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
-        self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
-        try:
-            chunk = self.sock.recv(65536)
-        except OSError as error:
-            if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
-                return False
-            raise self._gone() from None
-        if not chunk:
-            raise self._gone()
-        self._buffer += chunk
-        if b"\n" in chunk:
-            *lines, self._buffer = self._buffer.split(b"\n")
-            self._messages += [self._message(line) for line in lines]
-        elif len(self._buffer) > MAX_REPLY:
-            raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
-        return True
-
-    def _message(self, line: bytes) -> dict[str, Any]:
-        try:
-            message = decode(line)
-        except ParseError:
-            message = None
-        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
-        return message
-
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
-        """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        for message in self.messages(timeout):
-            if is_answer(message, request):
-                return result_of(message)
-        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
-
-    def call(self, method: str, **params: Any) -> Any:
-        """Send a request and return its result."""
-        return self.answer(self.request(method, **params))
-
-    def more(self) -> bool:
-        """Whether a message has come that was not received yet."""
-        return bool(self._messages)
-
-    def fileno(self) -> int:
-        """The descriptor to poll."""
-        return int(self.sock.fileno())
-
-    def close(self) -> None:
-        """Hang up; the claims of the connection end."""
-        self.sock.close()
-
-    def __enter__(self) -> Channel:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _gone(self) -> Unreachable:
-        return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
-
-
-def is_answer(message: dict[str, Any], request: int) -> bool:
-    """Whether a message is the answer to a request, or an error that is about the connection."""
-    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
-
-
-def result_of(message: dict[str, Any]) -> Any:
-    """Return the result in an answer or raise its error as the class it was on the agent's side."""
-    error = message.get("error")
-    if error is None:
-        return message.get("result")
-    if not isinstance(error, dict):
-        raise Unreachable("the agent's answer has an error that is none")
-    code, data = error.get("code"), error.get("data")
-    kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
-    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
-
-
-def expect(kind: type[Any], answer: Any) -> Any:
-    """Return an answer that is of the kind it should be: a list of objects, or an object. Raises Unreachable."""
-    rows = answer if isinstance(answer, list) else [answer]
-    if not isinstance(answer, kind) or not all(isinstance(row, dict) for row in rows):
-        raise Unreachable(f"the agent's answer is not one of ours: {one_line(ascii(answer))[:60]}; one version?")
-    return answer
-
-
-def records(kind: type[Any], rows: Any) -> list[Any]:
-    """Return the records that an answer has a list of. Raises Unreachable."""
-    return [record(kind, row) for row in expect(list, rows)]
-
-
-def texts(values: Any) -> list[str]:
-    """Return the names that an answer has a list of, if any."""
-    return [str(value) for value in values or ()]
-
-
-def variables_in(answer: Any) -> dict[str, str]:
-    """Return the environment variables in an answer, if any. Raises Unreachable."""
-    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
-
-
-def refuse_foreign(path: str) -> None:
-    """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
-    if path == DEFAULT_SOCKET and os.geteuid() != 0:
-        uid = os.lstat(path).st_uid
-        if uid not in (0, os.geteuid()):
-            raise Unreachable(f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path")
-
-
-def explain(path: str, error: OSError) -> str:
-    """Why an agent could not be reached, and what to do, in one line."""
-    import stat
-
-    start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
-    try:
-        found = os.lstat(path)
-    except OSError:
-        found = None
-    why = error.strerror or str(error)
-    if error.errno == errno.ENOENT:
-        why = f"no such file; is the agent running, and with this path? {start}"
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        whose = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
-        why = f"permission denied{whose}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
-    elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
-    elif error.errno == errno.ECONNREFUSED:
-        gone = "who made it is gone: build the tunnel again if it was one, else "
-        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
-        why = f"connection refused; {gone}{start}"
-    elif error.errno == errno.EAGAIN:
-        why = "the agent does not take connections; is it stopped or overloaded?"
-    return f"cannot reach an agent at {path}: {why}"
-
-
-def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
-    """Refuse what cannot be meant, before anything is registered. Raises TypeError, ValueError or Refused."""
-    if not isinstance(names, (list, tuple)):
-        raise TypeError(f"a list of names is needed, not {names!r}")
-    for name in (unit, *names):
-        if not isinstance(name, str):
-            raise TypeError(f"a name must be a str, not {type(name).__name__}")
-        check_name(name)
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
-    if not 0 <= timeout < 1e9:
-        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
-
-
-def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
-    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
-    with Channel(path, connect_timeout) as channel:
-        channel.answer(channel.request("shutdown"), timeout)
-        try:
-            for _ in channel.messages(timeout):
-                pass
-        except Unreachable:
-            return
-    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
-
-
-class Client:
-    """Talk to an agent. All times in seconds.
-
-    Every call may raise Unreachable (no agent, or it went away), Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it), and TypeError or ValueError for an argument that cannot be
-    meant. `exit_code` of an error is the command line's.
-    """
-
-    def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
-        """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
-
-        Calls try for `connect_timeout` to reach an agent that may still be booting. Default is
-        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
-        connected yet.
-        """
-        self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-        text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
-        given = duration(text) if text and connect_timeout is None else connect_timeout
-        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
-        self._question_timeout = 0.0 if given is None else given
-
-    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
-        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        with Channel(self.socket_path, patience) as channel:
-            return expect(kind, channel.call(method, **params))
-
-    def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
-        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
-            return dict(expect(dict, channel.call("ping")))
-
-    def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
-        """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
-
-    def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
-        """As `want`, but return the `dependencies` and the `status` of the unit."""
-        check_arguments(unit, dependencies)
-        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
-
-    def start(
-        self,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        pid: int = 0,
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-        locks: Iterable[str] = (),
-    ) -> Started:
-        """Wait until `unit` may run and mark it started, in one step. `timeout` 0 waits without limit.
-
-        `want` adds dependencies first; `pid` names a process whose end fails the unit if it is still started
-        then; of the units with one of `locks` one is started at a time; `on_wait` is called with what is missing,
-        and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
-        DependencyFailed, TimedOut.
-        """
-        params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
-        with Start(self, unit, timeout, on_wait, **params) as start:
-            start.confirm()
-        return start.result
-
-    def wait(
-        self,
-        *units: str,
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-    ) -> float:
-        """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
-        began = time.monotonic()
-        check_arguments("units", units, timeout)
-        with Channel(self.socket_path, self.connect_timeout) as channel:
-            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
-        return time.monotonic() - began
-
-    def complete(self, unit: str, exit_code: int = 0) -> None:
-        """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
-        if exit_code:
-            self._call(dict, "fail", unit=unit, exit_code=exit_code)
-        else:
-            self._call(dict, "complete", unit=unit)
-
-    def fail(self, unit: str, reason: str = "") -> None:
-        """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=reason)
-
-    def reset(self, *units: str) -> list[str]:
-        """Make units that have ended pending again, and those skipped because of them; all if none is named.
-
-        Returns their names. Raises NotRegistered, or Refused while one of them is started.
-        """
-        check_arguments("units", units)
-        return texts(self._call(dict, "reset", units=list(units)).get("units"))
-
-    def env(self, unit: str) -> dict[str, str]:
-        """Return the environment variables that `unit` would start with: what its dependencies have left."""
-        return variables_in(self._call(dict, "env", unit=unit))
-
-    def shutdown(self) -> None:
-        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        deadline = time.monotonic() + REPLY_TIMEOUT
-        end_agent(self.socket_path, self._question_timeout)
-        while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def status(self, unit: str) -> UnitStatus:
-        """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
-        return status
-
-    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
-        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return records(UnitStatus, self._call(list, "list", all=everything))
-
-    def graph(self) -> Graph:
-        """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._call(dict, "graph"))
-        return graph
-
-    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
-
-        The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
-        with Unreachable, as it does when the agent ends.
-        """
-        with Channel(self.socket_path, self._question_timeout) as channel:
-            yield from records(Event, channel.call("events", follow=follow, since=since))
-            for message in channel.messages() if follow else ():
-                if message.get("method") == "event":
-                    yield record(Event, expect(dict, message.get("params")))
-
-    def unit(
-        self,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        locks: Iterable[str] = (),
-    ) -> Start:
-        """Return a context manager that starts `unit`, and completes it at the end of its block.
-
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the
-        process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
-        """
-        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
-
-
-class Start:
-    """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
-
-    def __init__(
-        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
-    ) -> None:
-        """`params` are those that the agent's method `start` has besides."""
-        for names in ("dependencies", "locks"):
-            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
-            check_arguments(unit, params[names], timeout)
-        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
-            pid = params.get("pid")
-            raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
-        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
-        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
-        self.result = Started(unit, [], 0.0)
-        self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
-
-    def __repr__(self) -> str:
-        return f"Start({self.result!r})"
-
-    def __enter__(self) -> Start:
-        began = time.monotonic()
-        self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
-        try:
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            names = texts(expect(dict, result).get("dependencies"))
-            self.environment = variables_in(result)
-        except BaseException:
-            self.channel.close()
-            raise
-        self.result = Started(self.unit, names, time.monotonic() - began)
-        return self
-
-    def confirm(self) -> None:
-        """Say that the answer has arrived; until then the agent would give the unit to the next in line."""
-        self.channel.request("confirm", id=1)
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        code: Any = error.code if isinstance(error, SystemExit) else error
-        try:
-            if self.hold and code in (None, 0):
-                self.channel.call("complete", unit=self.unit)
-            elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=code)
-            elif self.hold:
-                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
-        except SyncError:
-            if error is None:  # else the block's own exception matters more
-                raise
-        finally:
-            self.channel.close()
-
-
-def wait_for(
-    channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
-) -> Any:
-    """Send a request that may wait; report what is missing now and then; return its result.
-
-    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
-    is only for one that no longer answers. Raises TimedOut, and what the agent answers.
-    """
-    request = channel.request(method, timeout=timeout, progress=True, **params)
-    missing: list[Dependency] = []
-    for message in channel.messages(timeout + LATE if timeout else float("inf")):
-        if is_answer(message, request):
-            return result_of(message)
-        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
-        if about.get("id") == request:
-            missing = records(Dependency, about.get("missing"))
-            if on_wait:
-                on_wait(missing, float(about.get("waited") or 0.0))
-    on = "dependencies of " if method == "start" else ""
-    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # Views. Pure functions from data to text: tables, sentences, pictures. All pictures of a startup are drawn from
 # one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
 # ----------------------------------------------------------------------------------------------------------
 
 LONG = 30.0  # seconds after which `why` has a word about a unit that runs
-
-
-def names_of(names: Sequence[str]) -> str:
-    """Names for a message, not too many."""
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def wide(text: str) -> int:
@@ -3712,26 +4137,6 @@ def json_text(value: Any) -> str:
 
 
 # -- one unit, and tables -----------------------------------------------------------------------------------
-
-
-def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    who = f"{by}{owner.command} " if owner.command else by and " "
-    return f"{who}(pid {owner.pid})" + (gone if owner.alive is False else "")
-
-
-def dependency_text(row: Dependency) -> str:
-    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
-    text = f"{row.depends_on} {row.current_status}"
-    if row.current_status == NOT_REGISTERED:
-        return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
-    if row.current_status == PENDING:
-        lacks = f"waits for {', '.join(row.waits_for)}" if row.waits_for else "not started yet"
-        return f"{text} for {span(row.age)}, {lacks}"
-    text += f" {span(row.age)} ago" + (f" ({row.reason})" if row.reason else "")
-    return text + (owner_text(row.owner, " by ") if row.current_status == STARTED else "")
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
@@ -3798,8 +4203,6 @@ def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
-
-
 class Bar:
     """A unit, and when it was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
 
@@ -3929,8 +4332,6 @@ def joined(*parts: str, by: str = ": ") -> str:
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
-
-
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
     """Round numbers of seconds for an axis, at most `most` behind 0 and not many less, each with its text."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
@@ -4282,8 +4683,6 @@ def timeline_as(form: str, graph: Graph) -> str:
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
-
-
 def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
     if not names:
@@ -4291,7 +4690,9 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            raise NotRegistered(f'no unit "{name}"; see `{PROGRAM} list --all`')
+            guess = resembling(name, wants)
+            hint = f'did you mean "{guess}"?' if guess else f"see `{PROGRAM} list --all`"
+            raise NotRegistered(f'no unit "{name}"; {hint}')
     keep = set(reached(names, wants))
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
 
@@ -4381,8 +4782,6 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
 
 # -- why ----------------------------------------------------------------------------------------------------
-
-
 def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     """What keeps each unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
 
@@ -5455,7 +5854,8 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
 # bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs, which reads the file
 # once: a call that is made while the file is replaced sees all of the old one or all of the new one. `python3 PATH`
-# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy.
+# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
+# LOADER with two parts, above and below the banner of Units; LAUNCHER reads the second only where it is needed.
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD = """\
@@ -5473,31 +5873,57 @@ if sys.version_info < (3, 8):
 
 from _frozen_importlib_external import MAGIC_NUMBER
 from marshal import loads
+from posix import fstat
 
 if sys.argv[0] == "-c":
     del sys.argv[0]
 __file__, __name__ = sys.argv[0], "coder_sync"
+mark = MAGIC_NUMBER + bytes([1, 0, 0, 0])  # of a .pyc that is not to be compared with its source, and of its parts
 
 
-def code():
+def read(start, size):
     with open(__file__, "rb", 0) as file:
-        data = file.read()
-    at = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
-    if at >= 0:
-        return loads(memoryview(data)[at + 16 :])
-    from io import BytesIO
+        file.seek(start)
+        found = fstat(file.fileno())
+        return file.read(size), (found.st_ino, found.st_mtime_ns)
+
+
+def run_source():
     from zipfile import ZipFile
 
-    return compile(ZipFile(BytesIO(data)).read("coder_sync.py"), __file__, "exec")
+    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"), globals())
 
 
 gc.disable()  # all that comes now stays
-exec(code())
+data, which = read(0, 1 << 18)
+if data.count(mark) > 2:
+    above = data.find(mark, data.find(mark) + 1) + 16
+    below = data.find(mark, above) + 16
+    exec(loads(memoryview(data)[above:]))
+
+    def load_rest():
+        gc.disable()
+        data, now = read(below, -1)
+        if now == which:
+            exec(loads(data), globals())
+        else:  # the file was replaced just now
+            run_source()
+        gc.enable()
+
+else:  # it was made for another Python
+    run_source()
 gc.enable()
 main()
 """
 
 PLACE = 2048  # bytes for the first lines, and for LAUNCHER
+
+LOADER = """\
+from marshal import loads
+
+for part in {parts!r}:
+    exec(loads(part[16:]))
+"""
 
 COMPILE = """\
 import __future__
@@ -5505,12 +5931,20 @@ import sys
 from importlib.util import MAGIC_NUMBER, source_hash
 from marshal import dumps
 
+
+def compiled(text):  # a flag does what an import of __future__ would
+    code = compile(text, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
+    return MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code)
+
+
 source = sys.stdin.buffer.read()
-lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # a flag does it, and imports nothing
-code = compile(lean, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
-sys.stdout.buffer.write(MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code))
+lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
+above, banner, below = lean.partition(b"\\n# Units. ")
+below = b"\\n" * above.count(b"\\n") + banner + below  # with its line numbers
+sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(above), compiled(below)))))
 """
-COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)  # no columns in tracebacks: what is not there need not be read
+# No columns in tracebacks: what is not there need not be read.
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE, LOADER)
 
 
 def slowness() -> str:
@@ -5558,7 +5992,7 @@ def application(python: str) -> bytes:
     data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
     with zipfile.ZipFile(data, "a") as archive:
         launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
-        for name, part in (("__main__.py", launcher), ("coder_sync.py", source), ("coder_sync.pyc", bytecode)):
+        for name, part in (("__main__.py", launcher), ("coder_sync.pyc", bytecode), ("coder_sync.py", source)):
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, part)
@@ -5592,22 +6026,8 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. One small function a command, above it what it takes, in argparse's own words. These are read by our
-# own parser, because importing argparse costs more than a call; by argparse for the help pages; and by completion.
+# Command line. The other commands.
 # ----------------------------------------------------------------------------------------------------------
-
-
-class Args:
-    """The parsed command line: an attribute an option and a positional."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
-def client_of(args: Args) -> Client:
-    """The client that the common options describe."""
-    return Client(args.socket_path, args.connect_timeout)
 
 
 def mode_bits(text: str) -> int:
@@ -5630,49 +6050,6 @@ def group_id(name: str) -> int:
     raise UsageError(f"no such group: {ascii(name)[:40]}")
 
 
-def whole(text: str) -> int:
-    """A whole number. Raises UsageError."""
-    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
-        return int(text)
-    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
-
-
-class Argument:
-    """An option or a positional of a command, declared in the words of argparse's add_argument.
-
-    But the default of a text is an empty one, and of what may be repeated an empty list. All are made at each call,
-    so what only one command's need is worked out later.
-    """
-
-    def __init__(self, *names: str, **words: Any) -> None:
-        self.names, self.words = names, words
-        self.is_option = names[0][0] == "-"
-        self.is_repeated = "nargs" in words or words.get("action") == "append"
-        self.takes_value = self.is_repeated or "action" not in words
-
-    @property
-    def dest(self) -> str:
-        """The attribute of Args that has its value."""
-        return self.words.get("dest") or self.names[-1].lstrip("-").replace("-", "_")
-
-    @property
-    def default(self) -> Any:
-        """The value where the command line has none; a text is read as if it stood there."""
-        return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
-
-    def read(self, text: str) -> Any:
-        """The value of a text. Raises UsageError."""
-        choices = self.words.get("choices")
-        if choices and text not in choices:
-            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
-        return self.words.get("type", str)(text)
-
-
-def flag(*names: str, help: str) -> Argument:
-    """An option without a value."""
-    return Argument(*names, action="store_true", help=help)
-
-
 def output(*forms: str) -> Argument:
     """The option that chooses one of several forms, the first by default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
@@ -5683,83 +6060,9 @@ def units_or(default: str) -> Argument:
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 
-class Command:
-    """Makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
-
-    The last positional may be repeated; `tail` is argparse's `nargs` for the words after `--`, if these are a
-    command's and not positionals. The help pages say what the function's docstring says. The function returns the
-    exit status, None for 0.
-    """
-
-    def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
-        self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
-
-    def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
-        about = run.__doc__ or ""
-        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
-        COMMANDS[run.__name__[len("cmd_") :]] = self
-        return run
-
-
-COMMON = (
-    Argument(
-        "--socket-path",
-        metavar="PATH",
-        help=f"where the agent listens (default: $CODER_AGENT_SOCKET_PATH, else {DEFAULT_SOCKET})",
-    ),
-    Argument(
-        "--connect-timeout",
-        type=duration,
-        default=None,
-        metavar="DURATION",
-        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
-        "questions try once)",
-    ),
-    Argument("-h", "--help", action="help", help="show this help"),
-)
-UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
-QUIET = flag("-q", "--quiet", help="say nothing but errors")
-LIMIT = "how long to wait, as in 30s, 10m or 1h30m; 0: no limit"
-TIMEOUT = Argument("-t", "--timeout", type=duration, default="5m", metavar="DURATION", help=LIMIT)
-REQUIRES = Argument("--requires", choices=REQUIREMENTS, default=SUCCESS, help="what must become of the dependencies")
-WANT = Argument("--want", action="append", metavar="DEP", help="depend on this unit as well; may be repeated")
-LOCK = Argument("--lock", action="append", metavar="NAME", help="never be started with another that has this lock")
-STARTING = (UNIT, WANT, REQUIRES, LOCK, TIMEOUT)
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
 TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
-
-COMMANDS: dict[str, Command] = {}
-
-
-class Reporter:
-    """Says what a wait lacks; `waited` is whether there was one."""
-
-    def __init__(self, args: Args, who: str, fd: int = 1) -> None:
-        self.args, self.who, self.fd, self.waited = args, who, fd, False
-
-    def __call__(self, missing: list[Dependency], waited: float) -> None:
-        how = f"still waiting after {span(waited)}" if self.waited else "waiting"
-        self.waited = True
-        more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
-        text = f"{self.who}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
-        say(text, self.fd, self.args.quiet)
-
-    def started(self, started: Started) -> str:
-        """What a start found."""
-        if self.waited:
-            return f"started after {span(started.waited)}"
-        if not started.dependencies:
-            return "started; it has no dependencies"
-        return f"started; satisfied already: {names_of(started.dependencies)}"
-
-
-def start_of(args: Args, report: Reporter, **more: Any) -> Start:
-    """The start that the options of `start` and `run` describe. Raises UsageError."""
-    if args.requires != SUCCESS and not args.want:
-        raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
-    params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(client_of(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -5847,58 +6150,6 @@ def cmd_ping(args: Args) -> None:
     up = answer.get("uptime")
     age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
     put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
-
-
-@Command(
-    "want pip-install git-clone apt-install",
-    UNIT,
-    Argument("deps", nargs="+", metavar="DEP", help="names of units that UNIT depends on"),
-    REQUIRES,
-    QUIET,
-)
-def cmd_want(args: Args) -> None:
-    """Make UNIT depend on DEP..., all or none."""
-    status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
-    late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
-    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
-
-
-@Command(
-    "start pip-install --want git-clone --timeout 10m",
-    *STARTING,
-    Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
-    QUIET,
-)
-def cmd_start(args: Args) -> None:
-    """Wait until UNIT may run, and mark it started."""
-    report = Reporter(args, f"{args.unit}: ")
-    with start_of(args, report, pid=args.pid) as start:
-        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
-        start.confirm()  # the last step: if we are killed before, the next in line has the unit
-
-
-@Command(
-    "complete pip-install --exit-code $?",
-    UNIT,
-    Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
-    QUIET,
-)
-def cmd_complete(args: Args) -> None:
-    """End UNIT, so that others may go on."""
-    client_of(args).complete(args.unit, args.exit_code)
-    say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
-
-
-@Command(
-    'fail git-clone --reason "no network"',
-    UNIT,
-    Argument("--reason", metavar="TEXT", help="why, for units that are skipped because of it"),
-    QUIET,
-)
-def cmd_fail(args: Args) -> None:
-    """End UNIT without success, so that what requires it is skipped."""
-    client_of(args).fail(args.unit, args.reason)
-    say(f"{args.unit}: failed", quiet=args.quiet)
 
 
 @Command(
@@ -6285,9 +6536,10 @@ def watch(client: Client) -> None:
     put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
     try:
         while True:
-            shown = Graph(graph.now + time.monotonic() - taken, graph.nodes)
+            now = time.monotonic()
+            graph, taken = Graph(graph.now + now - taken, graph.nodes), now
             rows = os.get_terminal_size(1).lines
-            lines = timeline_text(shown, *terminal()).splitlines()
+            lines = timeline_text(graph, *terminal()).splitlines()
             if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
                 lines = [lines[0], *lines[len(lines) - rows + 1 :]]
             put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
@@ -6401,197 +6653,6 @@ def known_units(words: Sequence[str]) -> list[str]:
         return [unit.unit_name for unit in records(UnitStatus, rows)]
     except SyncError:
         return []
-
-
-def usage_of(name: str) -> str:
-    """The usage line of a command."""
-    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    positionals = [a.words for a in COMMANDS[name].arguments if not a.is_option]
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in positionals]
-    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].tail]
-    return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
-
-
-def argparse_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
-    import argparse
-
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    parser = argparse.ArgumentParser(None, usage_of(name), COMMANDS[name].help, formatter_class=form, add_help=False)
-    parser.epilog, parser.allow_abbrev = f"example: {PROGRAM} {COMMANDS[name].example}", False
-    for argument in COMMANDS[name].arguments:
-        text = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
-        parser.add_argument(*argument.names, **{**argument.words, "default": argument.default, "help": text})
-    return parser
-
-
-def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
-    """The options by each of their names."""
-    return {name: argument for argument in arguments if argument.is_option for name in argument.names}
-
-
-def parse(name: str, words: Sequence[str]) -> Args:
-    """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
-    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
-    cut = words.index("--") if "--" in words else len(words)
-    after, values = list(words[cut + 1 :]), vars(args)
-    for argument in command.arguments:
-        default = argument.default
-        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
-    try:
-        rest = parse_options(name, words[:cut], values)
-        if not command.tail:
-            rest += after
-        elif after or (cut == len(words) and command.tail == "*"):
-            values["command"] = after
-        else:
-            raise UsageError(f"a command must follow --; {usage}")
-        for argument in (argument for argument in command.arguments if not argument.is_option):
-            if not rest and argument.words.get("nargs") != "*":
-                raise UsageError(f"too few arguments; {usage}")
-            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
-            values[argument.dest] = value
-        if rest:
-            hint = " did you forget -- before the command?;" if command.tail else ""
-            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
-    return args
-
-
-def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
-    while todo:
-        word = todo.pop(0)
-        given, text = option_in(word, options)
-        option = options.get(given)
-        if not given:
-            rest.append(word)
-        elif option is None:
-            guess = resembling(given, list(options))
-            hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
-            raise UsageError(f"no such option: {ascii(given)[:40]}; {hint}")
-        elif option.takes_value:
-            if text is None and (not todo or option_in(todo[0], options)[0]):
-                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
-            try:
-                value = option.read(todo.pop(0) if text is None else text)
-            except UsageError as error:
-                raise UsageError(f"{given}: {error}") from None
-            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        elif option.words["action"] == "help":
-            put(argparse_of(name).format_help())
-            raise SystemExit(0)
-        else:
-            values[option.dest] = True
-            if text is not None and (given[:2] == "--" or "-" + text[:1] not in options):
-                raise UsageError(f"{given} takes no value")
-            if text is not None:  # -qv is -q -v
-                todo.insert(0, "-" + text)
-    return rest
-
-
-def option_in(word: str, options: Iterable[str]) -> tuple[str, str | None]:
-    """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
-    given, equals, text = word.partition("=")
-    if given in options:
-        return given, text if equals else None
-    if word[:2] in options and "-" + given not in options:
-        return word[:2], word[2:]
-    is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
-    return given if is_option else "", None
-
-
-def overview() -> str:
-    """The page that --help prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
-    return f"""usage: {PROGRAM} COMMAND [ARG]...
-
-Startup coordination for scripts that run in parallel. A unit is a named phase of work,
-usually one script; it starts when the units it depends on are done.
-
-{chr(10).join(lines)}
-
-`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
-`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
-"""
-
-
-def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options before the command; the command and what follows it, without the words `exp sync` in front."""
-    options: list[str] = []
-    rest, front = list(words), ["exp", "sync"]
-    while rest:
-        if rest[0].partition("=")[0] in ("--socket-path", "--connect-timeout"):
-            end = 1 if "=" in rest[0] else 2
-            options += rest[:end]
-            del rest[:end]
-        elif rest[:2] == front:
-            del rest[:2]
-            front = []
-        else:
-            break
-    return options, rest
-
-
-def dispatch(argv: Sequence[str]) -> int:
-    """Run one command line; return the exit status. Raises SyncError."""
-    options, words = command_line(argv)
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    name, rest = words[0], words[1:]
-    if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
-    if name in ("-h", "--help", "help"):
-        put(overview())
-        return 0
-    if name in ("--version", "version"):
-        put(f"coder_sync {__version__}\n")
-        return 0
-    if name not in COMMANDS:
-        if name == "exp":
-            raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-        if name[0:1] == "-":
-            which = "which command? Options other than --socket-path follow the command"
-            raise UsageError(f"{ascii(name)[:60]}: {which}")
-        guess = resembling(name, list(COMMANDS))
-        hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
-        raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
-    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
-    code = 0
-    try:
-        for fd in (0, 1, 2):
-            try:
-                os.fstat(fd)
-            except OSError:  # closed: no socket of ours must take its place
-                null()
-        code = dispatch(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as end:  # argparse's --help
-        code = end.code if isinstance(end.code, int) else 2
-    except SyncError as error:
-        missing = error.data if isinstance(error, TimedOut) else None
-        rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
-        put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
-        code = error.exit_code
-    except Exception as error:  # a defect of ours; no traceback reaches a user
-        put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
-        if "CODER_SYNC_DEBUG" in os.environ:
-            raise
-        code = 125
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
-    os._exit(code)
 
 
 if __name__ == "__main__":

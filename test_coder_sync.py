@@ -6,8 +6,10 @@ Sections: helpers; Units (the rules); Protocol; Agent; Command line; Run and own
 from __future__ import annotations
 
 import atexit
+import builtins
 import concurrent.futures
 import contextlib
+import dis
 import fcntl
 import functools
 import grp
@@ -35,7 +37,7 @@ import threading
 import time
 import types
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -1042,11 +1044,12 @@ def test_who_waits_for_a_lock_is_ready_no_more_when_a_dependency_begins_again(ru
 def test_a_re_run_begins_anew(rules: Rules) -> None:
     rules.play("start a #1; sleep 1; fail a oops; sleep 1; start a #2 b; sleep 1; want b; complete b")
     a = rules.units.status("a")
-    assert (a.status, a.registered, a.waiting, a.started, a.ended) == ("started", 0, 2, 3, -1)
+    assert (a.status, a.registered, a.waiting, a.started, a.ended) == ("started", 2, 2, 3, -1)
     assert (a.reason, a.exit_code, a.age, a.released_by) == ("", None, 0, "b")
     rules.play("complete a; reset a")
     a = rules.units.status("a")
-    assert (a.status, a.started, a.ended, a.owner, a.released_by) == ("pending", -1, -1, None, "")
+    assert (a.status, a.registered, a.waiting, a.started, a.ended) == ("pending", 3, -1, -1, -1)
+    assert (a.owner, a.released_by) == (None, "")
     rules.play("start c #3 late; sleep 1; lose #3; start c #4 d")
     assert (rules.units.status("c").ready, rules.units.status("c").waiting) == (-1, 4)
 
@@ -3363,9 +3366,8 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     assert world.run("run", name, "--ready", "notify", "--", "sh", "-c", script).returncode == 7
     assert shared.client.status(name).reason == "ended before it was ready (exit code 7)"
     world.env["CODER_AGENT_SOCKET_PATH"] = world.path
-    done = booted(world, {"a": f"# coder-sync: ready notify\n{script}", "b": "echo b"})
-    assert done.returncode == 1 and "failed: a (ended before it was ready (exit code 7))" in done.stderr, done
-    assert done.stdout == "b | b\n"
+    boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
+    boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
     assert not list(world.directory.glob("coder-sync-*"))
 
 
@@ -3681,6 +3683,9 @@ $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
 $ complete nobody -> 1: unit "nobody" is not registered; call want, start or run on it first
 $ fail nobody --reason '- \udcff' -> 1: unit "nobody" is not registered; ...
+$ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
+$ graph dome -> 1: no unit "dome"; did you mean "done"?
+$ graph nobody -> 1: no unit "nobody"; see `coder_sync.py list --all`
 $ fail done -> 1: unit "done" is completed and cannot become failed: ...start it again first
 $ complete bad -> 1: unit "bad" is failed (no disk) and cannot become completed: ...
 $ run on -- true -> 1: unit "on" is already started...
@@ -3693,9 +3698,9 @@ $ start new --want behind -> 4: ..."new" skipped: dependency "behind" was skippe
 $ wait bad -> 4: dependency "bad" failed (no disk)
 $ wait behind -> 4: dependency "behind" was skipped: dependency "bad" failed ...
 $ run behind -- echo ran -> 4: unit "behind" skipped: ...
-$  -> 2: which command? serve, ping, ...; see `coder_sync.py --help`
+$  -> 2: which command? want, start, ...; see `coder_sync.py --help`
 $ --socket-path -> 2: which command? ...
-$ frobnicate -> 2: no such command: 'frobnicate'; there are serve, ping, ...
+$ frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
 $ \udcff -> 2: no such command: '\\udcff'; there are ...
 $ X500 -> 2: no such command: 'X59; there are ...
@@ -4765,6 +4770,30 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World) -> None:
         assert (done.returncode, done.stderr, set(done.stdout.splitlines())) == (0, "", {"coder_sync 0.1.0"})
 
 
+def test_what_is_above_units_is_all_that_a_plain_call_needs(agent: World) -> None:
+    above = FILE.read_text(encoding="utf-8").partition("\n# Units. ")[0]
+    defined = {"load_rest": None, "__name__": "above", "__file__": str(FILE)}
+    exec(compile(above, "above", "exec", dont_inherit=True), defined)
+    missing, todo = set(), [compile(above, "above", "exec", dont_inherit=True)]
+    for code in todo:
+        todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
+    assert missing <= vars(builtins).keys()
+    copy = agent.directory / "above.py"
+    copy.write_text(above + "\n\ndef load_rest():\n    raise AssertionError\n\n\nmain()\n", encoding="utf-8")
+    lines = ["want b a -q", "start a --want c --requires completion -t 10ms", "start c", "complete c --exit-code 3"]
+    lines += [
+        "start a",
+        "complete a",
+        "complete a --exit-code 1",
+        "fail b --reason x",
+        "start d --want b",
+        "complete e",
+    ]
+    codes = [finish(agent.spawn([*PYTHON[:2], str(copy), *line.split()])).returncode for line in lines]
+    assert codes == [0, 124, 0, 0, 0, 0, 1, 0, 4, 1]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Load: many runs in one layered graph, a third of them killed.
 # ---------------------------------------------------------------------------------------------------------
@@ -4813,11 +4842,12 @@ def test_of_many_runs_a_third_killed_each_ends_and_for_the_right_reason(world: W
             assert not bad
             assert codes[name] == 0 or (name in fate and codes[name] == -signal.SIGKILL)
         elif unit.status == "skipped":
-            reasons = [
-                f'dependency "{d}" ' + ("was skipped: " if found[d].status == "skipped" else "failed (") for d in bad
+            assert unit.reason in [
+                f'dependency "{d}" was skipped: {found[d].reason}'
+                if found[d].status == "skipped"
+                else f'dependency "{d}" failed ({found[d].reason})'
+                for d in bad
             ]
-            ends = [found[d].reason + ("" if found[d].status == "skipped" else ")") for d in bad]
-            assert unit.reason in [reason + end for reason, end in zip(reasons, ends)]
             assert codes[name] == 4 or (name in fate and codes[name] == -signal.SIGKILL)
         elif fate.get(name) == "command":
             assert not bad
@@ -6375,21 +6405,29 @@ def startup(world: World, files: Mapping[str, str | bytes], name: str = "startup
 
 
 class Boot:
-    """A boot that has begun; `patch` is code that changes something in the module before."""
+    """A boot that has begun, perhaps under a command; `patch` is code that changes something in the module before."""
 
-    def __init__(self, world: World, files: Mapping[str, str | bytes], *options: str, patch: str = "", **popen: Any):
+    def __init__(
+        self,
+        world: World,
+        files: Mapping[str, str | bytes],
+        *options: str,
+        patch: str = "",
+        under: Sequence[str] = (),
+        **popen: Any,
+    ) -> None:
         main = "coder_sync.main("
         load = LOAD.replace(main, patch + "\n" + main)
-        argv = [sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
+        argv = [*under, sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
         self.process = world.spawn(argv, **popen)
 
     def prints(self, text: str) -> None:
         """Return once it has printed a line with this text."""
         hear(self.process.stdout, text)
 
-    def says(self, text: str) -> None:
-        """Return once it has said this on standard error."""
-        hear(self.process.stderr, text)
+    def says(self, text: str) -> str:
+        """The line, once it has said this on standard error."""
+        return hear(self.process.stderr, text)
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -6415,16 +6453,6 @@ def boots(world: World, files: Mapping[str, str | bytes], *options: str, **popen
     done = finish(boot.process)
     assert done.returncode == 0 and boot.left() == [], done
     return done.stdout
-
-
-def booting(world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any) -> subprocess.Popen[str]:
-    return Boot(world, files, *options, **popen).process
-
-
-def booted(
-    world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any
-) -> subprocess.CompletedProcess[str]:
-    return finish(booting(world, files, *options, **popen))
 
 
 class Gate:
@@ -6482,14 +6510,16 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def hear(stream: Any, text: str) -> None:
-    """Read a pipe until a line with this text has come; what follows it is left there."""
-    heard, deadline = b"", time.monotonic() + PATIENCE
-    while text.encode() not in heard.rpartition(b"\n")[0].rpartition(b"\n")[2]:
+def hear(stream: Any, text: str) -> str:
+    """Read a pipe until a line with this text has come, and return it; what follows it is left there."""
+    heard, line, deadline = b"", b"", time.monotonic() + PATIENCE
+    while text.encode() not in line:
         assert select.select([stream], [], [], deadline - time.monotonic())[0], f"never heard {text!r}: {heard!r}"
         byte = os.read(stream.fileno(), 1)
         assert byte, f"never said {text!r}: {heard!r}"
         heard += byte
+        line = heard.rpartition(b"\n")[0].rpartition(b"\n")[2]
+    return line.decode()
 
 
 def rows_of(timeline: Path) -> dict[str, Any]:
@@ -6695,9 +6725,9 @@ def test_after_and_before_count_for_what_is_part_of_the_boot_and_an_explicit_wan
 
 def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(world: World) -> None:
     files = {"a": "echo a", "b": "@want a\necho b", "c": "@want b\n@after d\necho c", "d": "@want b\necho d"}
-    assert boots(world, files, "--only", "b") == "a | a\nb | b\n"
-    world.serve()
-    for only, ran in (("b --only d", "abd"), ("c", "c"), ("b", "b")):
+    for only, ran in (("b", "ab"), ("c", "abc"), ("b --only d", "abd"), ("c", "c"), ("b", "b")):
+        if only == "b --only d":
+            world.serve()  # what has completed there does not run again
         assert boots(world, files, "--only", *only.split()) == "".join(f"{unit} | {unit}\n" for unit in ran)
     Boot(world, files, "--only", "bb").ends(2, "", '--only: no file provides "bb"')
 
@@ -7138,73 +7168,70 @@ SPY = """
 signal_group = coder_sync.signal_group
 def spy(group, number):
     with open("signals", "a") as file:
-        print(number, file=file)
+        print(group, number, file=file)
     if number != {deaf}:
         signal_group(group, number)
 coder_sync.signal_group = spy
-"""  # what is sent, but for what a process is to be deaf for
+"""  # writes down what is sent, and does not send what a process is to be deaf for
+
+
+def sent(world: World) -> dict[str, list[int]]:
+    """The signals that each process group was sent."""
+    signals: dict[str, list[int]] = {}
+    for group, number in map(str.split, read_lines(world.directory / "signals")):
+        signals.setdefault(group, []).append(int(number))
+    return signals
 
 
 @needs_proc
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_reaches_everything_and_nothing_is_left(world: World, number: int, code: int) -> None:
-    gate = Gate(world)
+def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gate, number: int, code: int) -> None:
     text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
-    boot = booting(
-        world, {"a": text, "b": "# coder-sync: want a"}, "--grace", "300ms"
-    )  # for those that sh has ignore INT
+    files = {"a": text, "b": "@want a", "daemon": "sleep 60 &", "c": "@want daemon\ncat c"}
+    after = Gate(world, "c")
+    boot = Boot(world, files, "--grace", "300ms")  # for those that sh has ignore INT
     gate.open()
-    until(lambda: len(session(boot)) >= 4)
-    boot.send_signal(number)
-    done = finish(boot)
-    assert done.returncode == code and session(boot) == []
-    assert f"stopped: boot got signal {number}" in done.stderr and "b: " in done.stderr
+    after.reached()
+    until(lambda: len(boot.left()) >= 7)
+    boot.signal(number)
+    boot.ends(code, None, f"stopped: boot got signal {number}", "b: ")
 
 
 def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None:
     text = "trap 'cat {0}; echo {0} >> ended; exit' TERM\n$SYNC complete {0} -q\nwhile :; do sleep 0.01; done"
     wants = {"a": "extern x", "b": "want a", "c": "want b", "d": "want a"}
     gates = {name: Gate(world, name) for name in wants}
-    files = {name: f"# coder-sync: {want}\n{text.format(name)}" for name, want in wants.items()}
-    boot = booting(world, files, "--stay")
-    hear(boot.stderr, "staying")
-    boot.terminate()
+    boot = Boot(world, {name: f"@{want}\n{text.format(name)}" for name, want in wants.items()}, "--stay")
+    boot.says("staying")
+    boot.signal()
     for i, name in enumerate("dcba"):
         gates[name].open()
         until(lambda: len(read_lines(world.directory / "ended")) == i + 1)  # noqa: B023
-    assert finish(boot).returncode == 143 and read_lines(world.directory / "ended") == ["d", "c", "b", "a"]
+    boot.ends(143)
+    assert read_lines(world.directory / "ended") == ["d", "c", "b", "a"]
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    ("text", "grace"),
-    [
-        (STUBBORN, "200ms"),
-        (f"({STUBBORN}) & wait", "200ms"),  # its child, though it obeys itself
-        (f"$SYNC complete a -q; {STUBBORN}", "200ms"),
-    ],
-)
-def test_what_ignores_the_signal_is_killed_after_the_grace(world: World, text: str, grace: str) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": text, "b": "sleep 60"}, "--grace", grace)
+@pytest.mark.parametrize("text", [STUBBORN, f"({STUBBORN}) & wait", f"$SYNC complete a -q; {STUBBORN}"])
+def test_what_ignores_the_signal_is_killed_after_the_grace(world: World, gate: Gate, text: str) -> None:
+    boot = Boot(world, {"a": text, "b": "sleep 60"}, "--grace", "200ms")
     gate.open()
     began = time.monotonic()
-    boot.terminate()
-    assert finish(boot).returncode == 143 and session(boot) == []
+    boot.signal()
+    boot.ends(143)
     assert time.monotonic() - began >= 0.2
 
 
 @needs_proc
-def test_a_second_signal_kills_at_once(world: World) -> None:
-    gate = Gate(world)
+def test_a_second_signal_kills_at_once(world: World, gate: Gate) -> None:
     told = "trap 'echo told > told' INT; : > trapped; while :; do sleep 0.01; done"
-    boot = booting(world, {"a": STUBBORN, "b": told}, "--grace", "10m")
+    boot = Boot(world, {"a": STUBBORN, "b": told}, "--grace", "10m")
     gate.open()
     until((world.directory / "trapped").exists)
-    boot.send_signal(signal.SIGINT)
+    boot.signal(signal.SIGINT)
     until(lambda: read_lines(world.directory / "told"))
-    boot.send_signal(signal.SIGINT)
-    assert finish(boot).returncode == 130 and session(boot) == []
+    boot.signal(signal.SIGINT)
+    boot.ends(130)
 
 
 @needs_proc
@@ -7213,82 +7240,93 @@ def test_a_second_signal_kills_at_once(world: World) -> None:
     ["exec sleep 60", "sleep 60 & sleep 60", STUBBORN.replace("cat gate;", ""), "(trap '' TERM; sleep 60) & sleep 60"],
 )
 def test_past_its_timeout_a_script_and_its_children_end_and_it_has_failed(world: World, text: str) -> None:
-    files = {"a": "# coder-sync: timeout 100ms\n" + text, "b": "# coder-sync: want a"}
-    boot = booting(world, files, "--grace", "100ms")
-    done = finish(boot)
-    assert done.returncode == 1 and session(boot) == []
-    assert "failed: a (timed out after 100ms)" in done.stderr and "skipped: b" in done.stderr
+    boot = Boot(world, {"a": f"@timeout 100ms\n{text}", "b": "@want a"}, "--grace", "100ms")
+    boot.ends(1, None, "failed: a (timed out after 100ms)", "skipped: b")
 
 
 def test_a_timeout_bounds_the_run_and_not_the_waiting(world: World) -> None:
-    files = {"a": "sleep 0.5", "b": "# coder-sync: want a\n# coder-sync: timeout 400ms\necho b"}
-    assert boots(world, files) == "b | b\n"
+    assert boots(world, {"a": "sleep 0.5", "b": "@want a\n@timeout 400ms\necho b"}) == "b | b\n"
 
 
 @needs_proc
 @pytest.mark.parametrize("left", ["sleep 60", "(trap '' TERM; sleep 60)"])
 def test_what_a_failed_unit_leaves_behind_ends_with_it(world: World, left: str) -> None:
-    boot = booting(world, {"a": f"{left} &\nexit 3"}, "--grace", "100ms")
-    assert finish(boot).returncode == 1 and session(boot) == []  # which reads to the end of file
+    files, seldom = {"a": f"{left} &\nexit 3"}, "coder_sync.LOOK_EVERY = 600"
+    Boot(world, files, "--grace", "100ms", patch=seldom).ends(1)  # which reads to the end of file
 
 
-def test_kill_is_not_sent_again_and_again_to_what_it_does_not_end(world: World) -> None:
-    deaf = "(trap '' TERM; : > up; cat gate) & while ! test -e up; do :; done; exit 3"
-    gate = Gate(world)
-    boot = booting(world, {"a": deaf}, "--grace", "50ms", patch=SPY.format(deaf=9))
-    gate.reached()
-    assert finish(boot).returncode == 1 and read_lines(world.directory / "signals") == ["15", "9"]
+def test_term_is_sent_once_and_kill_now_and_then_to_what_neither_ends(world: World, gate: Gate) -> None:
+    files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
+    files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate")
+    end = Gate(world, "end")
+    boot = Boot(world, files, "--grace", "100ms", patch=SPY.format(deaf=9))
+    until(lambda: len(sent(world)) == 2 and any(len(numbers) == 3 for numbers in sent(world).values()))
     gate.open()
+    boot.ends(1, "", leaves=True)
+    end.open()
+    assert sorted(sent(world).values()) == [[15, 9], [15, 9, 9]]
+
+
+def test_past_its_timeout_a_script_that_goes_on_is_told_once(world: World) -> None:
+    text = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e go; do :; done"
+    boot = Boot(world, {"a": text}, "--grace", "10m", patch=SPY.format(deaf=0))
+    until((world.directory / "told").exists)
+    (world.directory / "go").touch()
+    boot.ends(1, "", "failed: a (timed out after 50ms); ")
+    assert list(sent(world).values()) == [[15]]
 
 
 @needs_proc
-def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World) -> None:
-    text = "# coder-sync: timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
-    gate = Gate(world)
-    boot = booting(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=0))
+def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
+    text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
+    boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=0))
     gate.reached()
-    until(lambda: read_lines(world.directory / "signals"))
-    boot.send_signal(signal.SIGSTOP)
+    until(lambda: sent(world))
+    boot.signal(signal.SIGSTOP)
     time.sleep(1.5)
-    boot.send_signal(signal.SIGCONT)
-    assert finish(boot).returncode == 1 and session(boot) == []
+    boot.signal(signal.SIGCONT)
+    boot.ends(1)
 
 
-def test_the_number_of_a_process_group_that_is_gone_is_forgotten(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate &"}, "--stay", patch=SPY.format(deaf=0))
-    hear(boot.stderr, "staying")
+def test_the_number_of_a_process_group_that_is_gone_is_forgotten(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate &"}, "--stay", patch=SPY.format(deaf=0))
+    boot.says("staying")
     gate.open()
-    until(lambda: len(session(boot)) == 0)
-    boot.terminate()
-    assert finish(boot).returncode == 143 and read_lines(world.directory / "signals") == []
+    until(lambda: len(boot.left()) == 0)
+    boot.signal()
+    boot.ends(143)
+    assert sent(world) == {}
 
 
-def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World) -> None:
+def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: Gate) -> None:
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # but this one, without which no end is ever seen
 
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate; echo a"}, preexec_fn=ignore)
+    boot = Boot(world, {"a": "cat gate; echo a"}, preexec_fn=ignore)
     gate.reached()
-    boot.send_signal(signal.SIGHUP)
+    boot.signal(signal.SIGHUP)
     gate.open()
-    done = finish(boot)
-    assert (done.returncode, done.stdout) == (0, "a | a\n")
+    boot.ends(0, "a | a\n")
 
 
-def on_terminal(world: World, files: dict[str, str], columns: int, until_seen: list[bytes], then: bytes) -> bytes:
-    """Boot on a terminal, type something once all this has been seen; return all that was shown."""
+def on_terminal(world: World, files: dict[str, str], columns: int, *shown: bytes, gate: Gate | None = None) -> bytes:
+    """Boot on a terminal until all this has been shown in turn, then type Ctrl-C; return all that was shown.
+
+    A gate is opened once the first has been shown.
+    """
     path = startup(world, files)
     pid, master = pty.fork()
     if pid == 0:
         os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     seen = b""
-    while not all(text in seen for text in until_seen):
-        seen += os.read(master, 4096)
-    os.write(master, then)
+    for text in shown:
+        while text not in seen:
+            seen += os.read(master, 4096)
+        if gate and text == shown[0]:
+            gate.open()
+    os.write(master, b"\x03")
     with contextlib.suppress(OSError):  # end of file on a terminal
         while True:
             seen += os.read(master, 4096)
@@ -7298,16 +7336,15 @@ def on_terminal(world: World, files: dict[str, str], columns: int, until_seen: l
 
 
 @needs_proc
-def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World) -> None:
-    files = {"a": "sleep 1.5; echo hello; sleep 60", "b": "# coder-sync: want a"}
-    seen = on_terminal(world, files, 120, [b"[0/2 ended, 1 waiting] a ", b"hello"], b"\x03")
-    assert re.search(rb"\033\[3[2-6]ma\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
+def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World, gate: Gate) -> None:
+    files = {"a": f"cat {gate.path}; echo hello; sleep 60", "b": "@want a"}
+    seen = on_terminal(world, files, 120, b"[0/2 ended, 1 waiting] a ", b"hello", gate=gate)
+    assert re.search(rb"\r\033\[K\033\[3[2-6]ma\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
 
 
 @needs_proc
 def test_the_status_line_shows_what_fits_and_how_many_more(world: World) -> None:
-    files = {f"a-unit-with-a-long-name-{i}": "sleep 60" for i in range(6)}
-    seen = on_terminal(world, files, 70, [b", +5 more"], b"\x03")
+    seen = on_terminal(world, {f"a-unit-with-a-long-name-{i}": "sleep 60" for i in range(6)}, 70, b", +5 more")
     lines = re.findall(rb"\r\033\[K(\[[^\r^]*)", seen)
     assert max(map(len, lines)) < 70 and b"\xe2\x80\xa6" not in seen
     assert re.fullmatch(rb"\[0/6 ended, 0 waiting\] a-unit-with-a-long-name-0 [\d.]+m?s, \+5 more", lines[-1]), lines
@@ -7344,12 +7381,12 @@ while data:
 
 
 def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -> None:
-    out = boots(world, {"a": "echo 1", "abc": "# coder-sync: want a\necho 2"})
+    out = boots(world, {"a": "echo 1", "abc": "@want a\necho 2"})
     assert out == "a   | 1\nabc | 2\n"
     assert boots(world, {"n" * 60: "echo 3"}).index(" | 3") == 24
 
 
-def test_a_line_is_shown_as_it_can_be(world: World) -> None:
+def test_a_line_is_shown_as_it_can_be_and_cut_between_characters_if_it_is_too_long(world: World) -> None:
     shown = {
         "printf 'no newline'": ["no newline"],
         "printf 'one\\n\\nthree'": ["one", "", "three"],
@@ -7360,22 +7397,16 @@ def test_a_line_is_shown_as_it_can_be(world: World) -> None:
         "echo out; echo err >&2": ["out", "err"],
         "exec >&- 2>&-; sleep 0.05": [],
     }
+    pieces = ["x" + 2730 * "\u20ac", *6 * [2730 * "\u20ac"], 890 * "\u20ac"]  # of 8,192 bytes at most
+    shown["#!/usr/bin/env python3\nimport os\nos.write(1, ('x' + 20000 * '\u20ac').encode() + b'\\n')"] = pieces
     said = boots(world, {f"x{i}": script for i, script in enumerate(shown)}, encoding="utf-8").splitlines()
     for i, expected in enumerate(shown.values()):
         assert [line[5:] for line in said if line.startswith(f"x{i} | ")] == expected
 
 
-def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None:
-    text = "#!/usr/bin/env python3\nimport os\nos.write(1, ('x' + 20000 * '\u20ac').encode() + b'\\n')"
-    lines = [line[4:] for line in boots(world, {"a": text}, encoding="utf-8").splitlines()]
-    assert "".join(lines) == "x" + 20000 * "\u20ac" and len(lines) == 8
-    assert max(len(line.encode()) for line in lines) <= 8192
-
-
 def test_a_log_dir_keeps_a_file_a_unit_byte_for_byte(world: World) -> None:
-    files = {"a": "printf 'a\\000\\377\\r\\nend'", "b": "echo b >&2", "c": "# coder-sync: unit 'x/y z'\necho c"}
-    files["d"] = "# coder-sync: unit x_y_z\necho d"
-    files["e"] = "# coder-sync: unit " + "\u00e9" * 127 + "\necho e"
+    files = {"a": "printf 'a\\000\\377\\r\\nend'", "b": "echo b >&2", "c": "@unit 'x/y z'\necho c"}
+    files.update(d="@unit x_y_z\necho d", e=f"@unit {chr(0xE9) * 127}\necho e")
     assert len(boots(world, files, "--log-dir", "logs/deep").splitlines()) == 6
     logs = world.directory / "logs" / "deep"
     assert (logs / "a.log").read_bytes() == b"a\0\xff\r\nend" and (logs / "b.log").read_bytes() == b"b\n"
@@ -7394,37 +7425,35 @@ def test_a_log_dir_keeps_a_file_a_unit_byte_for_byte(world: World) -> None:
 )
 def test_much_output_hurts_neither_the_memory_nor_the_others(world: World, script: str) -> None:
     with open(world.directory / "out", "wb") as out:
-        boot = booting(world, {"a": script, "b": "echo still here"}, "--stay", stdout=out)
-    hear(boot.stderr, "staying")
-    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.pid}/status").read_text())
+        boot = Boot(world, {"a": script, "b": "echo still here"}, "--stay", stdout=out)
+    boot.says("staying")
+    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.process.pid}/status").read_text())
     assert peak and int(peak.group(1)) < 40 * 1024
-    boot.terminate()
-    assert finish(boot).returncode == 143
+    boot.signal()
+    boot.ends(143)
     seen = (world.directory / "out").read_bytes()
     assert b"b | still here\n" in seen and len(seen) > 3e6 and max(map(len, seen.split(b"\n"))) < 80_000
 
 
 def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(world: World) -> None:
-    boot = booting(world, {"a": "seq 1 100000", "b": "# coder-sync: want a\ntouch ran"})
-    hear(boot.stdout, "a | 1")
-    assert boot.stdout
-    boot.stdout.close()
-    assert boot.wait(PATIENCE) == 0 and (world.directory / "ran").exists()
-    path = startup(world, {"a": "echo a; touch ran-again"})
-    done = finish(world.spawn(["sh", "-c", f"exec {world.env['SYNC']} boot {path} >&-"]))
-    assert done.returncode == 0 and (world.directory / "ran-again").exists()
+    boot = Boot(world, {"a": "seq 1 100000", "b": "@want a\ntouch ran"})
+    boot.prints("a | 1")
+    assert boot.process.stdout
+    boot.process.stdout.close()
+    assert boot.process.wait(PATIENCE) == 0 and (world.directory / "ran").exists()
+    Boot(world, {"a": "echo a; touch ran-again"}, under=["sh", "-c", 'exec "$@" >&-', "-"]).ends(0, "")
+    assert (world.directory / "ran-again").exists()
 
 
 @needs_proc
 @pytest.mark.parametrize("together", [False, True], ids=["stdout", "both"])
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, together: bool) -> None:
     stderr = subprocess.STDOUT if together else subprocess.PIPE
-    boot = booting(world, {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}, stderr=stderr)
-    assert boot.stdout
+    boot = Boot(world, {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}, stderr=stderr)
+    stdout: Any = boot.process.stdout
 
     def full() -> bool:
-        size = struct.unpack("i", fcntl.ioctl(boot.stdout, termios.FIONREAD, b"1234"))[0]
-        return bool(size > 60000)
+        return bool(struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000)
 
     def stands_still() -> bool:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
@@ -7434,15 +7463,15 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, togethe
 
     until(full)
     until(stands_still, "a script that has to wait for the reader")
-    boot.terminate()
-    assert boot.wait(PATIENCE) == 143 and session(boot) == []
+    boot.signal()
+    assert boot.process.wait(PATIENCE) == 143 and boot.left() == []
 
 
 def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
-    boot = booting(world, {"a": "seq 1 30000"}, "--stay")
+    boot = Boot(world, {"a": "seq 1 30000"}, "--stay")
     until(lambda: world.run("status", "a", "-c", "status").stdout.endswith("completed\n"))
-    assert boot.stdout
-    lines = [boot.stdout.readline() for _ in range(30000)]
+    assert boot.process.stdout
+    lines = [boot.process.stdout.readline() for _ in range(30000)]
     assert lines[-1] == "a | 30000\n"
 
 
@@ -7451,36 +7480,28 @@ def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_becomes_the_command_in_the_same_process(world: World) -> None:
-    script = 'echo $$ "$@"; grep SigBlk /proc/self/status; exit 7'
-    boot = booting(world, {"a": "echo a"}, "-q", "--", "sh", "-c", script, "sh", "--x", "")
-    pid, blocked = finish(boot).stdout.splitlines()
-    assert pid == f"{boot.pid} --x " and blocked.split()[1].strip("0") == "" and boot.returncode == 7
-
-
-def test_the_command_has_no_agent_and_the_usual_signals(world: World) -> None:
-    script = "test -e $CODER_AGENT_SOCKET_PATH && echo agent; grep SigIgn /proc/self/status; ls /proc/self/fd | xargs"
-    lines = boots(world, {"a": ""}, "-q", "--", "sh", "-c", script).splitlines()
+def test_it_becomes_the_command_in_the_same_process_without_an_agent_and_with_the_usual_signals(world: World) -> None:
+    script = 'echo $$ "$@"; test -e $CODER_AGENT_SOCKET_PATH && echo agent; ls /proc/self/fd | xargs; '
+    script += "grep -E 'SigBlk|SigIgn' /proc/self/status; exit 7"
+    boot = Boot(world, {"a": "echo a"}, "-q", "--", "sh", "-c", script, "sh", "--x", "")
+    done = finish(boot.process)
+    pid, descriptors, blocked, ignored = done.stdout.splitlines()
     ours = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn"))
-    ignored = int(ours.split()[1], 16) & ~(1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)  # which Popen restores
-    assert int(lines[0].split()[1], 16) == ignored and lines[1:] == ["0 1 2 3"]
+    usual = int(ours.split()[1], 16) & ~(1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)  # which Popen restores
+    assert (done.returncode, pid, descriptors) == (7, f"{boot.process.pid} --x ", "0 1 2 3")
+    assert blocked.split()[1].strip("0") == "" and int(ignored.split()[1], 16) == usual
 
 
 def test_a_failed_boot_becomes_the_command_only_if_always(world: World) -> None:
-    command = ["--", "echo", "hello"]
-    done = booted(world, {"a": "exit 3"}, *command)
-    assert (done.returncode, done.stdout) == (1, "")
-    done = booted(world, {"a": "exit 3"}, "--always", *command)
-    assert (done.returncode, done.stdout) == (0, "hello\n")
+    Boot(world, {"a": "exit 3"}, "--", "echo", "hello").ends(1, "")
+    Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "hello").ends(0, "hello\n")
 
 
-def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate"}, "--always", "--", "echo", "hello")
+def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate"}, "--always", "--", "echo", "hello")
     gate.reached()
-    boot.terminate()
-    done = finish(boot)
-    assert (done.returncode, done.stdout) == (143, "")
+    boot.signal()
+    boot.ends(143, "")
 
 
 LATE = """
@@ -7510,55 +7531,46 @@ def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(
     if not hosted:
         world.serve()
     patch = LATE.format(owner=owner, name=name)
-    done = booted(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch)
-    assert (done.returncode, done.stdout) == (143, ""), done
+    Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
 
 @pytest.mark.parametrize(("command", "code"), [("nosuchcommand", 127), ("/etc/passwd", 126)])
 def test_a_command_that_cannot_be_run(world: World, command: str, code: int) -> None:
-    done = booted(world, {"a": ""}, "-q", "--", command)
-    assert done.returncode == code and f"cannot run {command}: " in done.stderr
+    Boot(world, {"a": ""}, "-q", "--", command).ends(code, None, f"cannot run {command}: ")
 
 
 @needs_proc
 def test_stay_goes_on_serving_until_a_signal_which_ends_services_and_is_the_status(world: World) -> None:
-    boot = booting(world, {"a": "echo a", "b": "$SYNC complete b -q; exec sleep 60"}, "--stay")
-    hear(boot.stderr, "staying")
+    boot = Boot(world, {"a": "echo a", "b": "$SYNC complete b -q; exec sleep 60"}, "--stay")
+    boot.says("staying")
     assert world.ok("run", "more", "--want", "a", "--", "echo", "more") == "more\n"
-    boot.terminate()
-    done = finish(boot)
-    assert done.returncode == 143 and "warning" not in done.stderr and session(boot) == []
+    boot.signal()
+    assert "warning" not in boot.ends(143)
 
 
-def as_process_one(world: World, path: str, *words: str, patch: str = "") -> subprocess.Popen[str]:
+def as_process_one(world: World, script: str, *words: str, patch: str = "") -> Boot:
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("no process namespaces here")
-    main = "coder_sync.main("
-    load = LOAD.replace(main, patch + "\n" + main)
-    return world.spawn([*unshare, sys.executable, "-IS", "-c", load, str(FILE), "boot", path, *words])
+    return Boot(world, {"a": script}, *words, patch=patch, under=unshare)
 
 
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
     orphan = "(setsid sh -c 'echo $$ > orphan' &)\nwhile ! test -s orphan; do :; done\n"
-    path = startup(world, {"a": orphan + "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo $PPID"})
-    done = finish(as_process_one(world, path, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status"))
-    assert done.stdout == "a | 1\n1\n", done
+    orphan += "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo $PPID"
+    boot = as_process_one(world, orphan, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status")
+    assert finish(boot.process).stdout == "a | 1\n1\n"
 
 
-def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(world: World) -> None:
-    gate = Gate(world)
-    path = startup(world, {"a": "trap 'echo told; exit' TERM; cat gate; while :; do sleep 0.01; done"})
-    outer = as_process_one(world, path)
+def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(world: World, gate: Gate) -> None:
+    outer = as_process_one(world, "trap 'echo told; exit' TERM; cat gate; while :; do sleep 0.01; done")
     gate.open()
-    boot = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
-    os.kill(boot, signal.SIGTERM)
-    done = finish(outer)
-    assert done.stdout.endswith("a | told\n") and "stopped: boot got signal 15" in done.stderr
-    assert done.returncode == 143
-    path = startup(world, {"a": ""})
+    pid = outer.process.pid
+    os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
+    outer.prints("a | told")
+    outer.ends(143, None, "stopped: boot got signal 15")
     late = LATE.format(owner="coder_sync", name="boot_at")
-    assert finish(as_process_one(world, path, "--", "echo", "hello", patch=late)).returncode == 143
+    as_process_one(world, "", "--", "echo", "hello", patch=late).ends(143, "")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7567,55 +7579,41 @@ def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(wor
 
 
 @needs_proc
-def test_a_daemon_that_keeps_the_output_open_holds_nothing_up_and_is_still_heard(world: World) -> None:
-    gate = Gate(world)
+def test_a_daemon_that_keeps_the_output_open_holds_nothing_up_and_is_still_heard(world: World, gate: Gate) -> None:
     daemon = "(cat gate; echo from the daemon; printf 'its end') &\necho script"
-    boot = booting(world, {"a": daemon, "b": "# coder-sync: want a\necho b"}, "--log-dir", "logs")
+    boot = Boot(world, {"a": daemon, "b": "@want a\necho b"}, "--log-dir", "logs")
     gate.reached()
-    assert boot.wait(PATIENCE) == 0
+    assert boot.process.wait(PATIENCE) == 0
     gate.open()
-    done = finish(boot)
-    assert done.stdout == "a | script\nb | b\na | from the daemon\na | its end\n"
-    assert "still running: a\n" in done.stderr
+    boot.ends(0, "a | script\nb | b\na | from the daemon\na | its end\n", "still running: a\n", leaves=True)
     assert (world.directory / "logs" / "a.log").read_text() == "script\nfrom the daemon\nits end"
-    until(lambda: session(boot) == [])
+    until(lambda: boot.left() == [])
 
 
 @needs_proc
 def test_a_quiet_boot_leaves_no_output_open_behind_a_daemon(world: World) -> None:
-    boot = booting(world, {"a": "sleep 60 &"}, "--quiet")
-    assert finish(boot).returncode == 0  # which reads to the end of file
-    for pid in session(boot):
+    boot = Boot(world, {"a": "sleep 60 &"}, "--quiet")
+    boot.ends(leaves=True)  # which reads to the end of file
+    for pid in boot.left():
         os.kill(pid, signal.SIGKILL)
 
 
-@needs_proc
-def test_a_daemon_is_stopped_with_a_boot_that_is_stopped(world: World) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "sleep 60 &", "b": "# coder-sync: want a\ncat gate"})
-    gate.reached()
-    boot.terminate()
-    assert finish(boot).returncode == 143 and session(boot) == []
-
-
 @pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["", "with logs"])
-def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, options: list[str]) -> None:
-    path = startup(world, {f"x{i}": f": < hold; echo {i}" for i in range(300)})
-    gate = Gate(world, "hold")
-    command = f"ulimit -n 256; exec {world.env['SYNC']} boot {path} {' '.join(options)}"
-    boot = world.spawn(["sh", "-c", command])
+def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, gate: Gate, options: list[str]) -> None:
+    limit = ["sh", "-c", 'ulimit -n 256; exec "$@"', "-"]
+    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(300)}, *options, under=limit)
     world.client.ping(wait=PATIENCE)
     until(lambda: len(world.client.list()) == 300)
     at_once = sum(unit.status == "started" for unit in world.client.list())
-    until(lambda: len(session(boot)) == at_once >= 100, "that all stand at the gate")
-    gate.keep_open(boot)
-    done = finish(boot)
+    until(lambda: len(boot.left()) == at_once >= 100, "that all stand at the gate")
+    gate.keep_open(boot.process)
+    done = finish(boot.process)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(300))
     assert not options or len(list((world.directory / "logs").iterdir())) == 300
 
 
-def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World) -> None:
+def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
     full = """
 import errno, os
 posix_spawnp = os.posix_spawnp
@@ -7626,20 +7624,19 @@ def spawn(path, *args, **options):
     return posix_spawnp(path, *args, **options)
 os.posix_spawnp = spawn
 """
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate", "late": "echo late"}, patch=full)
+    boot = Boot(world, {"a": "cat gate", "late": "echo late"}, patch=full)
     until((world.directory / "refused").exists)
     (world.directory / "room").touch()
     gate.open()
-    assert finish(boot).stdout == "late | late\n" and boot.returncode == 0
+    boot.ends(0, "late | late\n")
 
 
 def test_a_log_dir_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
     (world.directory / "file").touch()
-    for path in ("file", "file/logs"):
-        done = booted(world, {"a": "echo a", "b": "# coder-sync: want a\necho b"}, "--log-dir", path)
-        assert done.returncode == 0 and done.stdout == "a | a\nb | b\n"
-        assert done.stderr.count(f"warning: no more logs in {path}: ") == 1, done.stderr
+    for path, why in (("file", "File exists"), ("file/logs", "Not a directory")):
+        boot = Boot(world, {"a": "echo a", "b": "@want a\necho b"}, "--log-dir", path)
+        told = boot.ends(0, "a | a\nb | b\n", f"warning: no more logs in {path}: {why}\n")
+        assert told.count("warning") == 1
 
 
 def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: World) -> None:
@@ -7649,9 +7646,9 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     if subprocess.run(["unshare", "--mount", "sh", "-c", mount + "true"], capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
     fill = "head -c 60000 /dev/zero; sleep 0.05; head -c 6000 /dev/zero"  # what is cut off is at the very end
-    path = startup(world, {"a": fill, "b": "# coder-sync: want a\nseq 1 30000"})
-    script = mount + f"{world.env['SYNC']} boot {path} --log-dir {logs}; echo $?; wc -c < {logs}/a.log; ls {logs}"
-    done = finish(world.spawn(["unshare", "--mount", "sh", "-c", script]))
+    under = ["unshare", "--mount", "sh", "-c", mount + f'"$@"; echo $?; wc -c < {logs}/a.log; ls {logs}', "-"]
+    boot = Boot(world, {"a": fill, "b": "@want a\nseq 1 30000"}, "--log-dir", str(logs), under=under)
+    done = finish(boot.process)
     assert done.stdout.splitlines()[-4:] == ["b | 30000", "0", "65536", "a.log"]
     assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
 
@@ -7668,16 +7665,15 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     ids=["deleted", "not executable", "no such interpreter", "no interpreter", "edited"],
 )
 def test_a_script_that_changes_after_the_check_runs_as_it_is_then_or_fails_alone(
-    world: World, harm: Any, reason: str
+    world: World, gate: Gate, harm: Any, reason: str
 ) -> None:
-    gate = Gate(world)
-    boot = booting(world, {"a": "cat gate", "b": "# coder-sync: want a", "c": "# coder-sync: want a\necho c"})
+    boot = Boot(world, {"a": "cat gate", "b": "@want a", "c": "@want a\necho c"})
     gate.reached()
     harm(world.directory / "startup.d" / "b")
     gate.open()
-    done = finish(boot)
+    done = finish(boot.process)
     assert "c | c\n" in done.stdout and ("b | new\n" in done.stdout) == (not reason)
-    assert not reason or (done.returncode == 1 and f"failed: b ({reason}); " in done.stderr)
+    assert done.returncode == bool(reason) and (not reason or f"failed: b ({reason}); " in done.stderr)
 
 
 def test_paths_with_spaces_and_quotes_are_paths(world: World) -> None:
@@ -7688,40 +7684,136 @@ def test_paths_with_spaces_and_quotes_are_paths(world: World) -> None:
 
 
 def test_many_units_with_much_to_want_are_claimed_though_it_takes_several_lines(world: World) -> None:
-    names = [f"{i:03}-" + "n" * 100 for i in range(60)]
-    files = {n: f"# coder-sync: want {' '.join(names[:i])}" if i else "" for i, n in enumerate(names)}
-    files = {n: t for n, t in files.items() if len(t) < 6000}
-    done = booted(world, {f"u{n}": t.replace(" 0", " u0") for n, t in files.items()})
-    assert done.returncode == 0 and f"boot: {len(files)} completed" in done.stderr, done
+    names = [f"u{i:03}-" + "n" * 100 for i in range(60)]
+    files = {name: f"@want {' '.join(names[:i])}" for i, name in enumerate(names) if i}
+    files = {names[0]: "", **{name: text for name, text in files.items() if len(text) < 6000}}
+    Boot(world, files).ends(0, None, f"boot: {len(files)} completed")
+
+
+IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, how: str) -> None:
-    server, gate = world.serve(), Gate(world)
-    impatient = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
-    files = {"a": "cat gate; echo a", "b": "# coder-sync: want a\necho b", "c": "# coder-sync: retry 1 10m\nexit 1"}
-    boot = booting(world, files, patch=impatient)
+def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, gate: Gate, how: str) -> None:
+    server = world.serve()
+    files = {"a": "cat gate; echo a", "b": "@want a\necho b", "c": "@retry 1 10m\nexit 1"}
+    boot = Boot(world, files, patch=IMPATIENT)
     gate.reached()
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-    hear(boot.stderr, "went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
+    boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
     gate.open()
-    done = finish(boot)
-    assert done.returncode == 3 and done.stdout == "a | a\n" and "not started: b: the agent went away" in done.stderr
-    assert "failed: c (exit code 1)" in done.stderr
+    boot.ends(3, "a | a\n", "not started: b: the agent went away", "failed: c (exit code 1)")
+
+
+class PlayedAgent:
+    """An agent that the test plays for a boot of one unit, `a`. Reports, which are asked for now and then, may wait."""
+
+    def __init__(self, world: World, files: Mapping[str, str | bytes], **options: Any) -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(world.path)
+            listener.listen()
+            self.boot = Boot(world, files, **options)
+            self.peer = listener.accept()[0]
+        self.peer.settimeout(PATIENCE)
+        self.file = self.peer.makefile("rb")
+        self.answers(self.asked("boot"), result={"units": 1})
+        self.says(method="unit", params={"unit": "a", "status": "started"})
+        self.pid = self.asked("owner")["params"]["pid"]
+
+    def says(self, **message: Any) -> None:
+        self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+
+    def asked(self, method: str) -> Any:
+        """The next request, which must be this one."""
+        request = json.loads(self.file.readline())
+        while request["method"] == "graph" != method:
+            request = json.loads(self.file.readline())
+        assert request["method"] == method
+        return request
+
+    def answers(self, request: Any, **answer: Any) -> None:
+        self.says(id=request["id"], **answer)
+
+    def refuses(self, method: str) -> None:
+        self.answers(self.asked(method), error={"code": 1, "message": "refused"})
+
+    def sees_its_end(self) -> None:
+        """Return once boot has taken the end of the script."""
+        until(lambda: not os.path.exists(f"/proc/{self.pid}"))
+
+    def reports(self, status: str = "", reason: str = "") -> None:
+        """Say what has become of the unit, if something has, and answer the next request for a report."""
+        if status:
+            self.says(method="unit", params={"unit": "a", "status": status, "reason": reason})
+        self.answers(self.asked("graph"), result={"now": 0, "nodes": []})
+
+
+@needs_proc
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
+    agent = PlayedAgent(world, {"a": "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3"})
+    if ready:
+        agent.asked("complete")  # and not answered while it ends
+        gate.open()
+    else:
+        agent.refuses("fail")
+    agent.asked("running")
+    agent.asked("exited")
+    agent.reports("completed")
+    agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
+
+
+def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world: World, gate: Gate) -> None:
+    files = {"a": "@retry 1 10m\necho n >> n; exit 3", "b": "cat gate"}
+    boot = Boot(world, files, patch="coder_sync.REPORT_EVERY = 0.1")
+    boot.says("a to try again after exit code 3")
+    world.ok("complete", "a")
+    boot.says("boot: 1 of 2 ended after ")
+    told = boot.says("boot: 1 of 2 ended")
+    assert "running: b " in told and "try again" not in told
+    gate.open()
+    assert boot.process.wait(PATIENCE) >= 0 and read_lines(world.directory / "n") == ["n"]
+
+
+@needs_proc
+def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World, gate: Gate) -> None:
+    agent = PlayedAgent(world, {"a": "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3"})
+    agent.refuses("complete")
+    assert agent.asked("fail")["params"]["reason"] == "refused"
+    gate.open()
+    agent.sees_its_end()
+    agent.reports("failed", "refused")
+    agent.boot.ends(1, "", "failed: a (refused); ")
+
+
+@needs_proc
+def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> None:
+    agent = PlayedAgent(world, {"a": "@retry 1 10m\nexit 3"}, patch="coder_sync.REPORT_EVERY = 0.05")
+    agent.sees_its_end()
+    agent.reports()
+    agent.boot.says("a to try again after exit code 3")
+    agent.boot.signal()
+    agent.asked("fail")
+    agent.reports()
+    agent.reports("failed", "stopped")
+    told = agent.boot.ends(143, "", "boot: 0 of 1 ended", "failed: a (stopped); ")
+    assert "to try again" not in told
 
 
 def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
     world.serve().send_signal(signal.SIGSTOP)
-    done = booted(world, {"a": "echo a"}, patch="coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0")
-    assert done.returncode == 3 and done.stdout == "" and done.stderr.count("is it stopped?") == 1
+    soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 1.0"
+    told = Boot(world, {"a": "echo a"}, patch=soon).ends(3, "")
+    assert told.count("is it stopped?") == 1
 
 
 @needs_proc
-def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_that_lives(agent: World) -> None:
-    gate = Gate(agent)
-    boot = booting(agent, {"a": "cat gate", "b": "# coder-sync: want a"})
+def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_that_lives(
+    agent: World, gate: Gate
+) -> None:
+    boot = Boot(agent, {"a": "cat gate", "b": "@want a"})
     gate.reached()
-    boot.kill()
+    boot.process.kill()
     until(lambda: agent.status("b") == "failed")
     assert agent.status("a") == "failed" and "lost: " in agent.client.status("a").reason
     gate.open()
@@ -7734,27 +7826,27 @@ def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_tha
 TEN = {
     "01-fetch.sh": "mkdir -p src && printf 'int main(void){}' > src/main.c && tar cf src.tar src && echo fetched",
     "02-fetch-data.py": """#!/usr/bin/env python3
-# coder-sync: unit data
+@unit data
 import json
 json.dump([1, 2], open("data.json", "w"))
 """,
-    "03-unpack.sh": "# coder-sync: want fetch\nmkdir -p work && tar xf src.tar -C work && ls work/src",
+    "03-unpack.sh": "@want fetch\nmkdir -p work && tar xf src.tar -C work && ls work/src",
     "04-users.sh": "echo dev > user",
-    "05-configure.sh": """# coder-sync: want unpack users
+    "05-configure.sh": """@want unpack users
 printf 'user=%s\\n' "$(cat user)" > config && test -f work/src/main.c
 """,
-    "06-build.sh": """# coder-sync: want unpack configure
-# coder-sync: timeout 10m
+    "06-build.sh": """@want unpack configure
+@timeout 10m
 cp work/src/main.c built && echo built
 """,
     "07-migrate.py": """#!/usr/bin/env python3
-# coder-sync: want data configure
+@want data configure
 import json
 print("rows", len(json.load(open("data.json"))))
 """,
-    "08-serve.sh": "# coder-sync: want build migrate\ntest -f built && echo up > service && echo serving",
-    "09-health.sh": "# coder-sync: want serve\ngrep up service",
-    "10-report.sh": "# coder-sync: want health --requires completion\necho done",
+    "08-serve.sh": "@want build migrate\ntest -f built && echo up > service && echo serving",
+    "09-health.sh": "@want serve\ngrep up service",
+    "10-report.sh": "@want health --requires completion\necho done",
 }
 
 
@@ -7763,25 +7855,23 @@ def test_ten_real_scripts_are_ordered_by_headers_only(world: World) -> None:
     said = [tuple(re.split(r" +\| ", line)) for line in out.splitlines()]
     assert {("fetch", "fetched"), ("migrate", "rows 2"), ("serve", "serving"), ("health", "up")} <= set(said)
     assert said[-1] == ("report", "done")
-    rows = {row["unit_name"]: row for row in json.loads((world.directory / "t.json").read_text())["units"]}
+    rows = rows_of(world.directory / "t.json")
     assert all(rows[dep]["ended"] <= row["started"] for row in rows.values() for dep in row["wants"])
 
 
 def test_with_one_of_ten_broken_a_newcomer_is_told_what_to_fix(world: World) -> None:
     broken = {**TEN, "05-configure.sh": TEN["05-configure.sh"].replace("cat user", "cat usr")}
     broken["05-configure.sh"] += "\ncat usr || exit 4"
-    done = booted(world, broken)
-    assert done.returncode == 1 and "failed: configure (exit code 4); " in done.stderr
-    assert "05-configure.sh\n" in done.stderr and re.search(r"    \| cat: .?usr.?: No such file", done.stderr)
-    assert 'skipped: build: dependency "configure" failed (exit code 4)' in done.stderr
-    assert "5 completed, 1 failed, 4 skipped" in done.stderr
+    told = ["failed: configure (exit code 4); ", "05-configure.sh\n", "5 completed, 1 failed, 4 skipped"]
+    skipped = 'skipped: build: dependency "configure" failed (exit code 4)'
+    assert re.search(r"    \| cat: .?usr.?: No such file", Boot(world, broken).ends(1, None, *told, skipped))
 
 
 def test_a_boot_takes_as_long_as_its_critical_path(world: World) -> None:
     layers = [[f"x{layer}-{i}" for i in range(4)] for layer in range(4)]
     files = dict.fromkeys(layers[0], "sleep 0.1")
     for before, layer in zip(layers, layers[1:]):
-        files.update((n, f"# coder-sync: want {' '.join(before)}\nsleep 0.1") for n in layer)
+        files.update((n, f"@want {' '.join(before)}\nsleep 0.1") for n in layer)
     boots(world, files, "--timeline", "t.json")
     data = json.loads((world.directory / "t.json").read_text())
     assert data["seconds"] >= 0.4  # how much more is the benchmark's business
@@ -7794,6 +7884,27 @@ def test_a_boot_takes_as_long_as_its_critical_path(world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def block(kind: str, words: str) -> str:
+    """The example of the README that has these words."""
+    found = [text for text in re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M) if words in text]
+    assert len(found) == 1, words
+    return str(found[0])
+
+
+@pytest.fixture(params=["bash", "dash"])
+def shell(request: pytest.FixtureRequest) -> str:
+    if not shutil.which(request.param):
+        pytest.skip(f"no {request.param} here")
+    return str(request.param)
+
+
+def with_copy(world: World) -> dict[str, str]:
+    """The environment in which coder_sync.py is a command."""
+    env = world.shell_env()
+    world.install(world.directory / "bin" / "coder_sync.py")
+    return env
 
 
 def examples(text: str) -> list[list[tuple[str, str]]]:
@@ -7906,11 +8017,7 @@ def listed(timeline: str) -> set[tuple[str, str]]:
 
 
 def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
-    tools, ports = write_example(world.directory), []
-    for _ in range(2):
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            ports.append(str(sock.getsockname()[1]))
+    tools, ports = write_example(world.directory), [str(free_port()), str(free_port())]
     for file in [*tools.iterdir(), *(world.directory / "startup.d").iterdir()]:
         if file.name != "coder_sync.py":
             text = file.read_text().replace("5432", ports[0]).replace("8080", ports[1])
@@ -7933,8 +8040,7 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
         log = (world.directory / "startup.log").read_text()
         assert "boot: 8 completed\n" in log and "nothing waits" in log
         assert ("clone        | try 2 of 4 after exit code 128" in log) is not again
-        shown = re.search(r"```text\n(.*?)```", README, re.S)
-        assert shown and listed(shell("coder_sync.py timeline")) == listed(shown[1]) != set()
+        assert listed(shell("coder_sync.py timeline")) == listed(block("text", "apt-build")) != set()
         for unit in ("ide", "database"):  # which go on when boot is over, until they are ended
             owner = world.client.status(unit).owner
             assert owner and world.client.status(unit).running_on
@@ -7946,28 +8052,23 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
 def test_the_picture_of_the_readme_is_of_its_startup() -> None:
     assert "![" in README and "(.github/startup.svg)" in README
     picture = (HERE / ".github" / "startup.svg").read_text(encoding="utf-8")
-    shown = re.search(r"```text\n(.*?)```", README, re.S)
-    assert shown and all(f">{unit}" in picture for unit, _ in listed(shown[1]))
+    shown = listed(block("text", "apt-build"))
+    assert shown and all(f">{unit}" in picture for unit, _ in shown)
 
 
-@pytest.mark.parametrize("shell", ["bash", "dash"])
 @pytest.mark.parametrize(
     "name", ["HUP", "TERM", "PIPE", "USR1", "KILL", "the dependency fails", "the command fails", ""]
 )
-def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World, shell: str, name: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    found = re.search(r"^```sh\n(#!/bin/sh\nset -e\ncoder_sync.py start pip-install.*?)```", README, re.S | re.M)
-    assert found
+def test_the_script_of_the_readme_reports_its_end_whatever_happens(
+    agent: World, gate: Gate, shell: str, name: str
+) -> None:
     command = "true; cat gate" if name.isupper() else "false" if name == "the command fails" else "true"
-    script = found[1].replace("pip install -r requirements.txt", command)
-    env = agent.shell_env()
-    agent.install(agent.directory / "bin" / "coder_sync.py")
-    gate = Gate(agent)
+    script = block("sh", "set -e\ncoder_sync.py start pip-install")
+    env = with_copy(agent)
     agent.end("git-clone")
     agent.client.want("apt-install")
     (agent.client.fail if name == "the dependency fails" else agent.client.complete)("apt-install")
-    (agent.directory / "script").write_text(script)
+    (agent.directory / "script").write_text(script.replace("pip install -r requirements.txt", command))
     process = agent.spawn([shell, "script"], env=env)
     if name.isupper():
         gate.reached()
@@ -7980,22 +8081,10 @@ def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World,
     assert (code == 0) == (name == "")
 
 
-def block(kind: str, words: str) -> str:
-    """The example of the README that has these words."""
-    found = [text for text in re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M) if words in text]
-    assert len(found) == 1, words
-    return str(found[0])
-
-
-@pytest.mark.parametrize("shell", ["bash", "dash"])
 @pytest.mark.parametrize("name", ["HUP", "INT", "TERM", "PIPE", "USR1", ""])
-def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str, name: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    env, gate = agent.shell_env(), Gate(agent)
-    agent.install(agent.directory / "bin" / "coder_sync.py")
-    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate"
-    process = agent.spawn([shell, "-c", script + "\ntrue"], env=env)
+def test_the_traps_of_the_readme_report_a_signal(agent: World, gate: Gate, shell: str, name: str) -> None:
+    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate\ntrue"
+    process = agent.spawn([shell, "-c", script], env=with_copy(agent))
     gate.reached()
     if name:
         process.send_signal(getattr(signal, f"SIG{name}"))
@@ -8003,21 +8092,12 @@ def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str, name:
     assert (finish(process).returncode, agent.status("my-unit")) == ((1, "failed") if name else (0, "completed"))
 
 
-@pytest.mark.parametrize("shell", ["bash", "dash"])
-@pytest.mark.parametrize(
-    ("case", "goes_on"),
-    [("agent", True), ("no agent", True), ("no file", True), ("failed", False), ("time is up", False)],
-)
-def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(
-    world: World, shell: str, case: str, goes_on: bool
-) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
+@pytest.mark.parametrize("case", ["agent", "no agent", "no file", "failed", "time is up"])
+def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(world: World, shell: str, case: str) -> None:
     script = block("sh", "not coordinated").replace("make install", "echo installed")
-    env = {**world.shell_env(), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
-    if case != "no file":
-        world.install(world.directory / "bin" / "coder_sync.py")
-    if case not in ("no agent", "no file"):
+    env = {**(world.shell_env() if case == "no file" else with_copy(world)), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
+    alone, goes_on = case in ("no agent", "no file"), case in ("agent", "no agent", "no file")
+    if not alone:
         world.serve()
         world.client.start("git-clone")
     if case == "agent":
@@ -8028,19 +8108,20 @@ def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(
         script = script.replace("--pid", "--timeout 0.1 --pid")
     done = world.shell(script, shell, env=env)
     assert ("installed\n" in done.stdout) == goes_on == (done.returncode == 0), done
-    assert ("not coordinated" in done.stderr) == (goes_on and case != "agent")
+    assert ("not coordinated" in done.stderr) == alone
     if case == "agent":
         assert world.status("my-unit") == "completed"
 
 
 def test_the_program_of_the_readme_runs(agent: World) -> None:
     agent.end("cache", "database")
+    program = [sys.executable, "-c", block("python", "with client.unit")]
     env = {**agent.env, "PYTHONPATH": str(installed())}
-    done = finish(agent.spawn([sys.executable, "-c", block("python", "with client.unit")], env=env))
+    done = finish(agent.spawn(program, env=env))
     assert done.stdout.splitlines()[0] == "migrating" and "migrate completed" in done.stdout
     agent.client.start("database")
     agent.client.fail("database", "disk full")
-    done = finish(agent.spawn([sys.executable, "-c", block("python", "with client.unit")], env=env))
+    done = finish(agent.spawn(program, env=env))
     assert done.returncode == 1 and done.stderr.startswith("not migrated: ") and "disk full" in done.stderr
 
 
