@@ -2593,7 +2593,13 @@ class Prober:
         self._group = 0  # of a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
+
+    def begin(self) -> Prober:
+        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+        import threading
+
         threading.Thread(target=self._run, daemon=True).start()
+        return self
 
     def fileno(self) -> int:
         """The descriptor to poll."""
@@ -2887,7 +2893,7 @@ class Task:
         try:
             if self.ready == "notify" and not self.notify_path:
                 raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env)
+            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
             self.loop.watch(self.prober.fileno(), self.probed)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             raise CommandError(f"cannot be probed: {getattr(error, 'strerror', error)}", 125) from None
@@ -6389,12 +6395,13 @@ def cmd_wait(args: Args) -> int:
     for probe in args.ready:
         check_probe(probe)
     began, report = time.monotonic(), Reporter(args, "")
-    probers: dict[str, Prober] = {}
     if args.ready:
         let_children_go()
         end_on_term()
+    probers = {probe: Prober(probe, environment()) for probe in args.ready}
     try:
-        probers.update((probe, Prober(probe, environment())) for probe in args.ready)
+        for prober in probers.values():
+            prober.begin()
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         for prober in probers.values():

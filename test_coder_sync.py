@@ -3953,6 +3953,27 @@ def test_what_a_wait_is_trying_ends_with_it(world: World, how: str, code: int) -
     until(lambda: not alive(int(file.read_text())))
 
 
+def test_what_a_wait_is_trying_ends_with_it_also_when_it_is_ended_while_a_probe_begins(world: World) -> None:
+    changes = """
+import os, threading, time
+class Thread(threading.Thread):
+    def start(self):
+        super().start()
+        while not (os.path.exists("pid") and os.path.getsize("pid")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), 15)
+threading.Thread = Thread"""
+    done = finish(world.spawn(altered(changes, "wait", "--ready", "echo $$ > pid; sleep 60")))
+    assert done.returncode == 143, done
+    until(lambda: not alive(int((world.directory / "pid").read_text())))
+
+
+def test_what_a_wait_is_trying_ends_with_it_also_if_it_is_named_twice(world: World) -> None:
+    probe = ["--ready", "echo $$ >> pids; sleep 60"]
+    assert world.run("wait", *probe, *probe, "--timeout", "1s").returncode == 124
+    until(lambda: not any(map(alive, map(int, (world.directory / "pids").read_text().split()))))
+
+
 def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> None:
     processes = [agent.popen("wait", *names) for names in (["a", "b"], ["b", "c", "d"])]
     assert line_of(processes[0].stdout) == "waiting for a not registered; b not registered\n"
@@ -7028,7 +7049,7 @@ def test_a_service_that_is_never_ready_fails_and_ends(world: World, probe: str, 
 def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
     for status, error in (("HTTP/1.1 503 x", "HTTP status 503"), ("hello", "its answer is not HTTP")):
         with socket.create_server(("127.0.0.1", 0)) as server:
-            prober = coder_sync.Prober(f"http://127.0.0.1:{server.getsockname()[1]}", {})
+            prober = coder_sync.Prober(f"http://127.0.0.1:{server.getsockname()[1]}", {}).begin()
             with server.accept()[0] as peer:
                 peer.recv(1000)
                 peer.sendall(status.encode() + b"\r\n\r\n")
