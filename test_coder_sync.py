@@ -3337,6 +3337,7 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
     agent = world.serve()
     process, pid = held(world, "a")
     agent.send_signal(signal.SIGSTOP)
+    until(lambda: process_state(agent.pid) == "T")  # else it may still answer
     os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(pid) and process_state(process.pid) == "S")
     process.send_signal(number)
