@@ -2443,14 +2443,15 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
     """
     loop, codes = Loop(), []  # type: ignore[var-annotated]
     try:
-        pid = spawn(command, env)
+        try:
+            pid = spawn(command, env)
+        except (OSError, ValueError) as error:
+            raise cannot_run(command[0], error) from None
         loop.children[pid] = codes.append
         while not codes:
             for number, sent in loop.turn():
                 if sent and not codes:
                     signal_to(pid, number)
-    except (OSError, ValueError) as error:
-        raise cannot_run(command[0], error) from None
     finally:
         loop.give_back()
     return int(codes[0])
@@ -5858,8 +5859,8 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 
 # ----------------------------------------------------------------------------------------------------------
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs, which reads the file
-# once: a call that is made while the file is replaced sees all of the old one or all of the new one. `python3 PATH`
+# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
+# that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
 # looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
 # LOADER with two parts, above and below the banner of Units; LAUNCHER reads the second only where it is needed.
 # ----------------------------------------------------------------------------------------------------------
