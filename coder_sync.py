@@ -830,7 +830,10 @@ class Client:
         """
         self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
-        given = duration(text) if text and connect_timeout is None else connect_timeout
+        try:
+            given = duration(text) if text and connect_timeout is None else connect_timeout
+        except UsageError as error:
+            raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
@@ -1083,6 +1086,14 @@ def whole(text: str) -> int:
     if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
         return int(text)
     raise UsageError(f"not a whole number: {ascii(text)[:40]}")
+
+
+def number(text: str) -> int:
+    """A whole number that is not negative. Raises UsageError."""
+    value = whole(text)
+    if value < 0:
+        raise UsageError(f"not a whole number from 0 on: {text}")
+    return value
 
 
 class Argument:
@@ -1695,10 +1706,11 @@ class Units:
         self._settle_all(*again)
         return [unit.name for unit in again]
 
-    def own(self, claim: Claim, owner: Owner | None, log: str) -> None:
-        """The process that a claim runs, and the file with its output."""
+    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
+        """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
         claim.unit.facts.log = log
+        claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
@@ -3641,11 +3653,11 @@ class Agent:
         known = self.units.units.get(unit)
         return request.connection.caller(hold=False) if known and known.refused else None
 
-    def do_owner(self, request: Request, unit: str, pid: int = 0, log: str = "") -> Any:
+    def do_owner(self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "") -> Any:
         known = self.units.units.get(unit)
         if not known or not known.holder or known.holder not in request.connection.claims:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        self.units.own(known.holder, process(pid), one_line(log))
+        self.units.own(known.holder, process(pid), one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -4886,7 +4898,8 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else "it is still running"
+        still = f"it is {unit.reason or 'still running'}"
+        still = "that process is gone: it ended without complete" if gone else still
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(now - unit.started)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(now - unit.ended)} ago"
@@ -5252,7 +5265,8 @@ class Job(Task):
 
     def begun(self, detail: str) -> None:
         self.boot.begun(self)
-        self.report("owner", pid=self.pid, log=os.fsencode(self.log_path).decode(errors="replace"))
+        log = os.fsencode(self.log_path).decode(errors="replace")
+        self.report("owner", pid=self.pid, log=log, ready=self.ready)
         super().begun(detail)
         if detail:
             self.boot.take(self, f"{detail}\n".encode())
@@ -6162,9 +6176,9 @@ def cmd_ping(args: Args) -> None:
 @Command(
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
-    Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+    Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
     Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
-    Argument("--retry", type=whole, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+    Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
     Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
     flag("--optional", help="run COMMAND even if there is no agent"),
     QUIET,
@@ -6174,7 +6188,7 @@ def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
     start = start_of(args, report, hold=True)
-    if args.ready:
+    if args.ready is not None:
         check_probe(args.ready)
     end_on_term()
     try:
@@ -6194,7 +6208,7 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
-        super().__init__(Loop(), args.unit, args.command, args.ready, **options)
+        super().__init__(Loop(), args.unit, args.command, args.ready or "", **options)
         self.env, self.channel = environment(**start.environment), start.channel
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
@@ -6236,6 +6250,11 @@ class Run(Task):
             remove(self.left)
         return super().spawn(env)
 
+    def begun(self, detail: str) -> None:
+        super().begun(detail)
+        if self.ready:
+            self.report("owner", ready=self.ready)
+
     def not_begun(self, error: Exception) -> None:
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         self.tries += 1
@@ -6262,7 +6281,8 @@ class Run(Task):
 
     def report(self, method: str, **params: Any) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        what = params.get("detail") or {"running": "that it runs on", "exited": "its end"}.get(method, outcome)
+        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
+        what = params.get("detail") or others.get(method, outcome)
         try:
             self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
         except SyncError as error:
@@ -6287,7 +6307,7 @@ class Run(Task):
 @Command(
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
-    Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
+    Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
     flag("--check", help="only check the headers"),
     flag("--dry-run", help="only show the order"),
     Argument("--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"),
@@ -6395,6 +6415,8 @@ def cmd_wait(args: Args) -> int:
         raise UsageError("wait: name a unit, or what is to be --ready")
     for probe in args.ready:
         check_probe(probe)
+        if probe == "notify":
+            raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()

@@ -1058,9 +1058,10 @@ def test_services_and_tries_are_remembered(rules: Rules) -> None:
     units = rules.units
     rules.play("start a #1 held by=41; sleep 1")
     units.retry("a", "try 2 of 4 after exit code 100")
+    units.own(rules.claims["#1"], None, "", "tcp:1")
+    assert (units.status("a").owner, units.status("a").reason) == (Owner(41, "script 41"), "not ready yet: tcp:1")
     rules.play("sleep 1; complete a")
-    units.own(rules.claims["#1"], None, "")
-    assert units.status("a").owner == Owner(41, "script 41")
+    assert units.status("a").reason == ""
     units.own(rules.claims["#1"], Owner(42, "db"), "/log")
     units.exit("a", "before it was said to run on")
     units.run_on("a")
@@ -3718,6 +3719,9 @@ $ start a --requires start -> 2: --requires is about the units of --want, ...
 $ status a -c colour -> 2: no such column: ...
 $ list -c unit,,status -> 2: no such column: ...
 $ wait -> 2: wait: name a unit, or what is to be --ready
+$ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command of a unit that says so
+$ run a --ready '' -- true -> 2: ready: what is to be probed is missing
+$ run a --retry=-1 -- true -> 2: run: --retry: not a whole number from 0 on: -1
 $ serve --group 99999999999999999999 -> 2: no such group: '99999999999999999999'
 $ serve --detach -- true -> 2: --detach and -- COMMAND exclude each other: the agent ends with the command
 $ serve --timeline x.pdf -> 2: --timeline x.pdf: the name must end in .svg, .json or .txt
@@ -4010,7 +4014,7 @@ def test_questions_try_once_and_what_coordinates_again_unless_it_should_not(
         assert call(world, *words, CODER_SYNC_CONNECT_TIMEOUT="0").returncode == 3
     done = call(world, "start", "never", CODER_SYNC_CONNECT_TIMEOUT="soon")
     assert done.returncode == 2
-    assert "invalid duration 'soon'" in done.stderr
+    assert done.stderr.startswith("error: CODER_SYNC_CONNECT_TIMEOUT: invalid duration 'soon'")
 
 
 BOOTING = """import time
@@ -7056,6 +7060,24 @@ def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: 
                 peer.sendall(status.encode() + b"\r\n\r\n")
             until(lambda: prober.error == error, error)  # noqa: B023
         prober.close()
+
+
+def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(agent: World) -> None:
+    up = agent.directory / "up"
+    Boot(agent, {"cache": "@ready file:up\nsleep 60"})
+    agent.popen("run", "db", "--ready", f"file:{up}", "--", "sleep", "60")
+    for name, probe in (("cache", "file:up"), ("db", f"file:{up}")):
+        reason = until(lambda: agent.client.status(name).reason, name)  # noqa: B023
+        assert reason == f"not ready yet: {probe}"
+        peer = agent.connect()
+        peer.request("start", unit=f"after {name}", dependencies=[name], progress=True)
+        (row,) = peer.read()["params"]["missing"]
+        assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
+        assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
+        assert f"; it is {reason}" in agent.ok("why", name)
+    up.touch()
+    until(lambda: agent.status("cache") == agent.status("db") == "completed")
+    assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
 
 
 def test_units_with_one_lock_run_one_at_a_time_in_whatever_way_each_ends(world: World) -> None:
