@@ -6445,11 +6445,12 @@ class Boot:
         main = "coder_sync.main("
         load = LOAD.replace(main, patch + "\n" + main)
         argv = [*under, sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
+        self.out = self.told = ""
         self.process = world.spawn(argv, **popen)
 
-    def prints(self, text: str) -> None:
-        """Return once it has printed a line with this text."""
-        hear(self.process.stdout, text)
+    def prints(self, text: str) -> str:
+        """The line, once it has printed one with this text."""
+        return hear(self.process.stdout, text)
 
     def says(self, text: str) -> str:
         """The line, once it has said this on standard error."""
@@ -6467,10 +6468,23 @@ class Boot:
         Returns what it said on standard error.
         """
         done = finish(self.process)
+        self.out, self.told = done.stdout, done.stderr
         assert done.returncode == code and out in (None, done.stdout), done
         assert [text for text in told if text not in done.stderr] == [], done.stderr
         assert leaves or (self.left() == [] and "still running" not in (done.stderr or "")), done.stderr
         return done.stderr
+
+    def said(self) -> dict[str, list[str]]:
+        """Once it has ended: the lines that each unit has printed."""
+        lines: dict[str, list[str]] = {}
+        for unit, _, text in (line.partition("| ") for line in self.out.splitlines()):
+            lines.setdefault(unit.rstrip(), []).append(text)
+        return lines
+
+    def unsuccessful(self) -> dict[str, str]:
+        """Once it has ended: how each unit ended that has not completed, as its report says."""
+        found = re.findall(r"^(failed|died|skipped|not started): (\S+?)(?::| \() ?(.*?)(?:\); /.*)?$", self.told, re.M)
+        return {unit: f"{how}: {why}" for how, unit, why in found}
 
 
 def boots(world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any) -> str:
@@ -6505,15 +6519,15 @@ class Gate:
         os.close(self.fd)
         self.fd = -1
 
-    def keep_open(self, process: subprocess.Popen[str]) -> None:
-        """Let everybody through who comes, until a process ends."""
+    def keep_open(self, over: Callable[[], bool]) -> None:
+        """Let everybody through who comes, until it is over."""
 
-        def ended() -> bool:
+        def open_and_ask() -> bool:
             with contextlib.suppress(OSError):
                 os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
-            return process.poll() is not None
+            return over()
 
-        until(ended, f"the end of {process.args!r}")
+        until(open_and_ask)
 
 
 @pytest.fixture
@@ -6724,21 +6738,22 @@ def test_a_file_that_nothing_can_interpret_is_a_mistake(world: World, text: str,
     assert mistakes(startup(world, {"a": text.encode()})) == ([f"a:1: {mistake}"] if mistake else [])
 
 
-def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World) -> None:
+def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World, call: Call) -> None:
     files = {"10-good": "touch ran", "20-word": "@wants good", "30-twice": "@unit good", "50-cycle": "@want cycle"}
     files.update({"40-typo": "@want godo\n@timeout x", "60-shebang": "#!/no/such\n"})
-    told = Boot(world, files).ends(2, "").splitlines()
+    done = call(world, "boot", startup(world, files))
+    first, *told = done.stderr.splitlines()
     expected = ["20-word:2", "30-twice:2", "40-typo:2", "40-typo:3", "50-cycle:2", "60-shebang:1"]
-    assert sorted(os.path.basename(line.split(": ")[0]) for line in told) == [*expected, "error"]
-    assert told[0].startswith("error: ") and not (world.directory / "ran").exists()
+    assert sorted(os.path.basename(line.split(": ")[0]) for line in told) == expected
+    assert (done.returncode, done.stdout, first) == (2, "", "error: nothing was run:")
+    assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
-def test_check_only_checks_and_dry_run_shows_the_order_as_graph_does(world: World) -> None:
-    files = {"a": "touch ran", "b": "@want a", "c": "@after b"}
-    assert boots(world, files, "--check") == "3 scripts, no mistakes\n"
-    out = boots(world, files, "--dry-run", env={**world.env, "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"})
+def test_check_only_checks_and_dry_run_shows_the_order_as_graph_does(world: World, call: Call) -> None:
+    path = startup(world, {"a": "touch ran", "b": "@want a", "c": "@after b"})
+    assert call.ok(world, "boot", path, "--check") == "3 scripts, no mistakes\n"
+    out = call.ok(world, "boot", path, "--dry-run")
     assert [re.sub(r"\W*(\w+).*", r"\1", line) for line in out.splitlines()] == ["c", "b", "a"]
-    Boot(world, {**files, "b": "@want d"}, "--check").ends(2)
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
@@ -6749,13 +6764,17 @@ def test_after_and_before_count_for_what_is_part_of_the_boot_and_an_explicit_wan
     assert wanted(scripts["y"]) == [("a", "start", 2)]
 
 
-def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(world: World) -> None:
+def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(agent: World, call: Call) -> None:
     files = {"a": "echo a", "b": "@want a\necho b", "c": "@want b\n@after d\necho c", "d": "@want b\necho d"}
-    for only, ran in (("b", "ab"), ("c", "abc"), ("b --only d", "abd"), ("c", "c"), ("b", "b")):
-        if only == "b --only d":
-            world.serve()  # what has completed there does not run again
-        assert boots(world, files, "--only", *only.split()) == "".join(f"{unit} | {unit}\n" for unit in ran)
-    Boot(world, files, "--only", "bb").ends(2, "", '--only: no file provides "bb"')
+    path = startup(agent, files)
+    rows = [("b", "", "ab"), ("c", "", "abc"), ("c", "abd", "c"), ("b", "ab", "b"), ("bd", "", "abd")]
+    for only, done, runs in [*rows, ("cd", "a", "bcd")]:
+        scripts = coder_sync.selected(coder_sync.plan([path]), list(only), set(done))
+        assert "".join(script.unit for script in scripts) == runs, (only, done)
+    agent.end("a")  # what has completed there does not run again
+    assert boots(agent, files, "--only", "b", "--only", "d") == "b | b\nd | d\n"
+    done = call(agent, "boot", path, "--only", "bb")
+    assert (done.returncode, done.stdout) == (2, "") and '--only: no file provides "bb"' in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -6987,17 +7006,6 @@ def test_variables_that_are_none_fail_the_unit_and_are_not_shown(world: World, t
 # Boot: services, locks and further tries.
 # ---------------------------------------------------------------------------------------------------------
 
-SERVER = """#!/usr/bin/env python3
-# coder-sync: ready %s
-import os, socket, sys, time
-open("gate").read()
-%s
-open("end").read()
-"""
-LISTEN = "s = socket.socket(); s.setsockopt(1, 2, 1); s.bind(('127.0.0.1', %d)); s.listen()"
-ANSWER = LISTEN + "\nwhile not os.path.exists('answered'):\n c = s.accept()[0]; c.recv(999); c.sendall(b'HTTP/1.0 %s')"
-ANSWER += "; c.close()\n open('answered', 'w')"
-
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -7005,50 +7013,52 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-@pytest.mark.parametrize(
-    ("probe", "act"),
-    [
-        ("tcp:%d", LISTEN),
-        ("tcp:localhost:%d", LISTEN),
-        ("http://127.0.0.1:%d/health", ANSWER.replace("%s", "302 Found\\r\\n\\r\\n")),
-        ("unix:./up.sock", "s = socket.socket(socket.AF_UNIX); s.bind('up.sock'); s.listen()"),
-        ("file:up", "open('up', 'w')"),
-        ("test -e up && test $CODER_SYNC_UNIT = db # 'it", "open('up', 'w')"),
-        ("notify", "s = socket.socket(1, 2); s.sendto(b'STATUS=x\\nREADY=1', os.environ['NOTIFY_SOCKET'])"),
-    ],
-)
-def test_a_service_completes_when_its_probe_succeeds_and_runs_on(
-    world: World, gate: Gate, probe: str, act: str
-) -> None:
-    end, port = Gate(world, "end"), str(free_port())
-    server = SERVER % (probe.replace("%d", port), act.replace("%d", port))
-    boot = Boot(world, {"db": server, "b": "@want db\necho b"})
-    gate.reached()
-    assert world.status("b") == "pending"
-    gate.open()
-    assert boot.process.wait(PATIENCE) == 0
-    end.reached()
-    assert len(boot.left()) == 2  # the service, and what passes its output on
-    end.open()
-    boot.ends(0, "b  | b\n", "still running: db", leaves=True)
+def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -> None:
+    port, web = free_port(), socket.create_server(("127.0.0.1", 0))
+    probes = {"port": f"tcp:{port}", "host": f"tcp:localhost:{port}", "unix": "unix:./up.sock", "file": "file:up"}
+    probes.update(http=f"http://127.0.0.1:{web.getsockname()[1]}/health")
+    probes.update(command="test -e up && test $CODER_SYNC_UNIT = command # 'it", notify="notify")
+    end, notify = Gate(world, "end"), Gate(world, "notify")
+    says = 'import os, socket; s = socket.socket(1, 2); s.sendto(b"STATUS=x\\nREADY=1", os.environ["NOTIFY_SOCKET"])'
+    act = {"notify": f"cat notify; {sys.executable} -IS -c '{says}'\n"}
+    services = {name: f"@ready {probe}\n{act.get(name, '')}exec cat end" for name, probe in probes.items()}
+    users = {f"of-{name}": f"@want {name}\necho {name} is up" for name in probes}
+    boot = Boot(world, {**services, **users})
+    notify.reached()
+    expected = {**dict.fromkeys(services, "started"), **dict.fromkeys(users, "pending")}
+    until(lambda: {unit.unit_name: unit.status for unit in world.client.list()} == expected)
+    with web, socket.create_server(("127.0.0.1", port)), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(world.directory / "up.sock"))
+        listener.listen()
+        (world.directory / "up").touch()
+        notify.open()
+        with web.accept()[0] as asked:
+            assert asked.recv(1000).startswith(b"GET /health HTTP/1.")
+            asked.sendall(b"HTTP/1.0 302 Found\r\n\r\n")
+        assert boot.process.wait(PATIENCE) == 0
+    until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on
+    end.keep_open(lambda: not boot.left())
+    boot.ends(0, None, f"\nstill running: {', '.join(sorted(services))}\n", leaves=True)
+    assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
 
 
-@pytest.mark.parametrize(
-    ("probe", "script", "reason"),
-    [
-        ("file:up", "exit 0", "ended before it was ready (exit code 0)"),
-        ("notify", "exit 3", "ended before it was ready (exit code 3)"),
-        ("file:up", "sleep 60", "not ready after 300ms (no such file)"),
-        ("notify", "sleep 60", "not ready after 300ms (it has not said READY=1)"),
-        ("tcp:1", "sleep 60", "not ready after 300ms (Connection refused)"),
-        ("exit 7", "sleep 60 & sleep 60", "not ready after 300ms (exit code 7)"),
-        ("sleep 60", "sleep 60", "not ready after 300ms (no end within 0s)"),
-    ],
-)
-def test_a_service_that_is_never_ready_fails_and_ends(world: World, probe: str, script: str, reason: str) -> None:
-    text = f"@ready {probe}\n@ready-timeout 300ms\n{script}"
-    boot = Boot(world, {"a": text, "b": "@want a"}, patch="coder_sync.PROBE_TIMEOUT = 0.1")
-    boot.ends(1, None, f"failed: a ({reason}); ", "skipped: b")
+def test_a_service_that_is_never_ready_fails_and_ends(world: World) -> None:
+    rows = {
+        "file:up; exit 0": "ended before it was ready (exit code 0)",
+        "notify; exit 3": "ended before it was ready (exit code 3)",
+        "file:up; sleep 60": "not ready after 500ms (no such file)",
+        "notify; sleep 60": "not ready after 500ms (it has not said READY=1)",
+        "tcp:1; sleep 60": "not ready after 500ms (Connection refused)",
+        "exit 7; sleep 60 & sleep 60": "not ready after 500ms (exit code 7)",
+        "sleep 60; sleep 60": "not ready after 500ms (no end within 0s)",
+    }
+    texts = [f"@ready-timeout 500ms\n@ready {row.replace('; ', chr(10))}" for row in rows]
+    files = {**{f"x{i}": text for i, text in enumerate(texts)}, **{f"y{i}": f"@want x{i}" for i in range(len(rows))}}
+    boot = Boot(world, files, patch="coder_sync.PROBE_TIMEOUT = 0.1")
+    boot.ends(1, "")
+    failed = {f"x{i}": f"failed: {reason}" for i, reason in enumerate(rows.values())}
+    skipped = {f"y{i}": f'skipped: dependency "x{i}" failed ({reason})' for i, reason in enumerate(rows.values())}
+    assert boot.unsuccessful() == {**failed, **skipped}
 
 
 def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
@@ -7089,36 +7099,28 @@ def test_units_with_one_lock_run_one_at_a_time_in_whatever_way_each_ends(world: 
 
 def test_a_script_that_fails_is_tried_again_later_each_time_and_only_the_last_try_counts(agent: World) -> None:
     flaky = "@retry 3 100ms\necho n >> n; test $(wc -l < n) = 3 && exit\nsleep 60 & exit 100"
+    boot = Boot(agent, {"a": flaky, "b": "@want a\necho b", "c": "@retry 1 0\nexit 4"}, "--log-dir", "logs")
+    boot.ends(1)  # and what passes output on ends too, though a try has left something behind
     told = [f"try {n} of 4 after exit code 100" for n in (2, 3)]
-    boot = Boot(agent, {"a": flaky, "b": "@want a\necho b"}, "--log-dir", "logs")
-    boot.ends(0, "".join(f"a | {line}\n" for line in told) + "b | b\n")
+    assert boot.said() == {"a": told, "b": ["b"], "c": ["try 2 of 2 after exit code 4"]}
+    assert boot.unsuccessful() == {"c": "failed: exit code 4"}
     assert read_lines(agent.directory / "logs" / "a.log") == told
     first, second = [e for e in agent.client.status("a").history if e.kind == "retry"]
     assert [first.detail, second.detail] == told and second.time - first.time >= 0.2
     assert len(agent.client.status("a").tries) == 2
-    Boot(agent, {"a": "@retry 1 0\nexit 4"}).ends(1, None, "failed: a (exit code 4)")
 
 
-@needs_proc
-def test_what_passes_output_on_ends_though_a_try_before_left_something_behind(world: World) -> None:
-    boot = Boot(world, {"a": "@retry 1 10ms\ntest -e n && exit\n: > n\nsleep 60 & exit 1"})
-    assert boot.process.wait(PATIENCE) == 0
-    until(lambda: boot.left() == [])
-
-
-def test_a_signal_between_two_tries_ends_them(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"a": "@retry 5 10m\ncat gate; exit 1"})
-    gate.open()
-    until(lambda: not boot.left())
-    boot.signal()
-    boot.ends(143, None, "failed: a (stopped: boot got signal 15)")
-
-
-def test_a_service_that_ends_before_it_is_ready_is_tried_again(world: World) -> None:
-    text = "@retry 1 10ms\n@ready file:up\nif test -e n; then : > up; sleep 60; fi; : > n"
-    boot = Boot(world, {"a": text})
-    assert boot.process.wait(PATIENCE) == 0
+def test_a_service_that_ends_before_it_is_ready_is_tried_again_and_a_signal_between_two_tries_ends_them(
+    world: World,
+) -> None:
+    service = "@retry 1 10ms\n@ready file:up\nif test -e n; then : > up; sleep 60; fi; : > n"
+    boot = Boot(world, {"a": service, "b": "@want a\n@retry 5 10m\necho $$; exit 1"})
     boot.prints("a | try 2 of 2 after ended before it was ready (exit code 0)")
+    pid = int(boot.prints("b | ").partition("| ")[2])
+    until(lambda: not alive(pid))
+    boot.signal()
+    boot.ends(143, "")
+    assert boot.unsuccessful() == {"b": "failed: stopped: boot got signal 15"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7650,7 +7652,7 @@ def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, gate
     until(lambda: len(world.client.list()) == 300)
     at_once = sum(unit.status == "started" for unit in world.client.list())
     until(lambda: len(boot.left()) == at_once >= 100, "that all stand at the gate")
-    gate.keep_open(boot.process)
+    gate.keep_open(lambda: boot.process.poll() is not None)
     done = finish(boot.process)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(300))
