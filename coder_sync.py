@@ -47,12 +47,12 @@ rooms above it:
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
 system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
-start, so nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
-`typing` each cost more than everything the call does.
+start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`, `threading`
+and `typing` each cost more than everything the call does.
 """
 
 import errno
-import os
+import posix  # what os is made of
 import sys
 import time
 
@@ -483,9 +483,9 @@ def put(text: str, fd: int = 1) -> bool:
     data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
     try:
         while data:
-            data = data[os.write(fd, data) :]
+            data = data[posix.write(fd, data) :]
     except BrokenPipeError:
-        os.dup2(null(), fd)
+        posix.dup2(null(), fd)
         return False
     except OSError as error:
         if fd == 1:
@@ -505,7 +505,7 @@ def say(text: str, fd: int = 1, quiet: bool = False) -> None:
 def null() -> int:
     """A descriptor at its end for who reads, and of no interest for who writes: /dev/null, if there is one."""
     try:
-        return os.open(os.devnull, os.O_RDWR)
+        return posix.open("/dev/null", posix.O_RDWR)
     except OSError:
         from _socket import socketpair
 
@@ -515,8 +515,10 @@ def null() -> int:
 
 
 def getenv(name: str) -> str:
-    """An environment variable, empty if unset."""
-    return os.environ.get(name, "")
+    """An environment variable, empty if unset; as a program has it that uses us, and may have changed it."""
+    if "os" in sys.modules:
+        return str(sys.modules["os"].environ.get(name, ""))
+    return posix.environ.get(name.encode(), b"").decode(errors="surrogateescape")
 
 
 def span(seconds: float) -> str:
@@ -755,19 +757,20 @@ def variables_in(answer: Any) -> dict[str, str]:
 
 def refuse_foreign(path: str) -> None:
     """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
-    if path == DEFAULT_SOCKET and os.geteuid() != 0:
-        uid = os.lstat(path).st_uid
-        if uid not in (0, os.geteuid()):
+    if path == DEFAULT_SOCKET and posix.geteuid() != 0:
+        uid = posix.lstat(path).st_uid
+        if uid not in (0, posix.geteuid()):
             raise Unreachable(f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path")
 
 
 def explain(path: str, error: OSError) -> str:
     """Why an agent could not be reached, and what to do, in one line."""
+    import os
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
     try:
-        found = os.lstat(path)
+        found = posix.lstat(path)
     except OSError:
         found = None
     why = error.strerror or str(error)
@@ -917,6 +920,8 @@ class Client:
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
+        import os
+
         deadline = time.monotonic() + REPLY_TIMEOUT
         end_agent(self.socket_path, self._question_timeout)
         while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
@@ -1394,7 +1399,24 @@ def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_rest() -> None:
-    """Have the commands that are declared below. An installed copy replaces this, see Install."""
+    """Have the commands that are declared below, of which LAUNCHER (see Install) has loaded nothing yet."""
+    if "rest" not in globals():
+        return
+    import gc
+    from marshal import loads
+
+    place, was = globals().pop("rest")
+    with open(FILE, "rb", 0) as file:
+        now = posix.fstat(file.fileno())
+        file.seek(place)
+        data = file.read()
+    if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
+        exec(loads(data), globals())
+    else:  # the file was replaced just now
+        from zipfile import ZipFile
+
+        exec(compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec"), globals())
+    gc.enable()
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -1431,7 +1453,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         for fd in (0, 1, 2):
             try:
-                os.fstat(fd)
+                posix.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
                 null()
         code = dispatch(sys.argv[1:] if argv is None else argv)
@@ -1446,7 +1468,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = error.exit_code
     except Exception as error:  # a defect of ours; no traceback reaches a user
         put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
-        if "CODER_SYNC_DEBUG" in os.environ:
+        if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
     for stream in (sys.stdout, sys.stderr):
@@ -1454,7 +1476,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             stream.flush()
         except (OSError, ValueError, AttributeError):
             pass
-    os._exit(code)
+    posix._exit(code)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2208,6 +2230,8 @@ class Units:
 # Processes. What several rooms need of the system: what standard output shows, who a process is, which descriptors
 # are open, signals, a command's run and its end. It may use Linux's /proc, and makes do without.
 # ----------------------------------------------------------------------------------------------------------
+
+import os  # noqa: E402  (a plain call, which needs only what is above Units, does without)
 
 NEVER = float("inf")  # a time
 
@@ -5876,7 +5900,7 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
 # that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
 # looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
-# LOADER with two parts, above and below the banner of Units; LAUNCHER reads the second only where it is needed.
+# LOADER with two parts, above and below the banner of Units; `load_rest` reads the second only where it is needed.
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD = """\
@@ -5899,41 +5923,18 @@ from posix import fstat
 if sys.argv[0] == "-c":
     del sys.argv[0]
 __file__, __name__ = sys.argv[0], "coder_sync"
-mark = MAGIC_NUMBER + bytes([1, 0, 0, 0])  # of a .pyc that is not to be compared with its source, and of its parts
-
-
-def read(start, size):
-    with open(__file__, "rb", 0) as file:
-        file.seek(start)
-        found = fstat(file.fileno())
-        return file.read(size), (found.st_ino, found.st_mtime_ns)
-
-
-def run_source():
+gc.disable()  # all that comes now stays
+with open(__file__, "rb", 0) as file:
+    data, found = file.read(1 << 17), fstat(file.fileno())
+parts = data.split(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
+if len(parts) > 3:
+    rest = len(data) - len(parts[3]) + 8, found
+    exec(loads(parts[2][8:]))
+else:  # it was made for another Python
     from zipfile import ZipFile
 
-    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"), globals())
-
-
-gc.disable()  # all that comes now stays
-data, which = read(0, 1 << 18)
-if data.count(mark) > 2:
-    above = data.find(mark, data.find(mark) + 1) + 16
-    below = data.find(mark, above) + 16
-    exec(loads(memoryview(data)[above:]))
-
-    def load_rest():
-        gc.disable()
-        data, now = read(below, -1)
-        if now == which:
-            exec(loads(data), globals())
-        else:  # the file was replaced just now
-            run_source()
-        gc.enable()
-
-else:  # it was made for another Python
-    run_source()
-gc.enable()
+    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"))
+    gc.enable()
 main()
 """
 
