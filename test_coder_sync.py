@@ -6777,45 +6777,94 @@ def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(agent: 
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_scripts_run_in_the_order_of_their_headers_and_a_failure_skips_what_requires_success(
-    world: World, gate: Gate
-) -> None:
-    files = {"10-d": "@want c b\necho d", "20-c": "@want a\ncat gate", "30-a": "sleep 0.1; echo a"}
-    files.update({"40-b": "@want c --requires start\necho b > gate", "e": "exit 3", "f": "@want e", "g": "@want f"})
-    files.update(h="kill -9 $$", i="exec 2> /dev/null\nexec /no/such/program", j="@before l\nsleep 0.1; : > j; exit 1")
-    files.update(k="@want e --requires completion\n@after f j\nls j", l="touch l")
-    boot = Boot(world, files, "--timeline", "t.svg")
-    boot.ends(1, None, "boot: 5 completed, 4 failed, 3 skipped\n", "(4 failed, 3 skipped)")
-    assert boot.out.replace("k | j\n", "") == "a | a\nc | b\nd | d\n" and boot.said()["k"] == ["j"]
-    assert boot.unsuccessful() == {
-        "e": "failed: exit code 3",
-        "h": "failed: killed by signal 9",
-        "i": "failed: exit code 127",
-        "j": "failed: exit code 1",
-        "f": 'skipped: dependency "e" failed (exit code 3)',
-        "g": 'skipped: dependency "f" was skipped: dependency "e" failed (exit code 3)',
-        "l": 'skipped: dependency "j" failed (exit code 1)',
-    }
-    assert (world.directory / "t.svg").read_text().startswith("<svg")
+# UNIT: HEADERS AND SCRIPT => the lines that it prints, or how it ends without success. All are in one boot.
+SCRIPTS = r"""
+# the order is that of the headers
+a: @want b c; ls b.done => b.done
+b: @want d; ls d.done; cat gate; : > b.done => d.done / c runs
+c: @want b --requires start; test ! -e b.done && echo c runs > gate =>
+d: sleep 0.1; : > d.done =>
+# a failure skips what requires success, also through others; after does not mind it
+e: exit 3 => failed: exit code 3
+f: @want e; echo f => skipped: dependency "e" failed (exit code 3)
+g: @want f; echo g => skipped: dependency "f" was skipped: dependency "e" failed (exit code 3)
+h: kill -9 $$ => failed: killed by signal 9
+i: exec 2> /dev/null; exec /no/such/program => failed: exit code 127
+j: @before l; sleep 0.1; : > j.done; exit 1 => failed: exit code 1
+k: @want e --requires completion; @after f j; ls j.done => j.done
+l: echo l => skipped: dependency "j" failed (exit code 1)
+# what a script is given: its unit, the socket, the environment, no input; signals and descriptors as usual
+given: echo $CODER_SYNC_UNIT $CODER_AGENT_SOCKET_PATH $MINE $(cat | wc -c) $PWD $# $0
+    => given DIR/agent.sock yes 0 DIR 0 DIR/startup.d/given
+usual: grep -cE 'Sig(Blk|Ign):.[0-9a-f]{8}[08]0{7}$' /proc/self/status; ls /proc/self/fd => 2 / 0 / 1 / 2 / 3
+# variables are those of its dependents; what is none fails the unit
+v1: echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
+v2: @want v1; echo "$A $B"; echo A=2 > $CODER_SYNC_ENV => 1 x y="z"
+v3: @want v2; echo "$A $B"; dirname $CODER_SYNC_ENV > private; test -e $CODER_SYNC_ENV || echo new => 2 x y="z" / new
+v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYNC_ENV is not NAME=VALUE
+v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
+v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
+v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
+# a service that is never ready fails and ends
+s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
+s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
+s3: @ready file:up; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no such file)
+s4: @ready notify; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (it has not said READY=1)
+s5: @ready tcp:1; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (Connection refused)
+s6: @ready exit 7; @ready-timeout 500ms; sleep 60 & sleep 60 => failed: not ready after 500ms (exit code 7)
+s7: @ready sleep 60; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no end within 0s)
+s8: @want s3; echo s8 => skipped: dependency "s3" failed (not ready after 500ms (no such file))
+# past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
+t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
+t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
+t3: @timeout 200ms; trap '' TERM INT; while :; do sleep 60; done => failed: timed out after 200ms
+t4: @timeout 200ms; (trap '' TERM; exec sleep 60) & sleep 60 => failed: timed out after 200ms
+t5: @want t1; echo t5 => skipped: dependency "t1" failed (timed out after 200ms)
+t6: sleep 0.5 =>
+t7: @want t6; @timeout 400ms; echo t7 => t7
+t8: sleep 60 & exit 3 => failed: exit code 3
+t9: (trap '' TERM; exec sleep 60) & exit 3 => failed: exit code 3
+# what fails is tried again, and only the last try counts
+r1: @retry 3 100ms; echo n >> n; test $(wc -l < n) = 3 && exit; sleep 60 & exit 9
+    => try 2 of 4 after exit code 9 / try 3 of 4 after exit code 9
+r2: @want r1; echo r2 => r2
+r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
+# a script that changes after the check runs as it is then, or fails alone
+w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; echo exit > w5; printf '#!/bin/sh\necho new\n' > w6 =>
+w2: @want w1; echo old => failed: cannot be run: No such file or directory
+w3: @want w1; echo old => failed: cannot be run: Permission denied
+w4: @want w1; echo old => failed: cannot be run: No such file or directory
+w5: @want w1; echo old => failed: cannot be run: Exec format error
+w6: @want w1; echo old => new
+"""
 
 
-def test_what_a_script_is_given(world: World) -> None:
-    script = 'echo "$CODER_SYNC_UNIT,$CODER_AGENT_SOCKET_PATH,$MINE,$(cat | wc -c),$PWD,$#,$0"'
-    usual = "grep -E 'SigBlk|SigIgn' /proc/self/status; ls /proc/self/fd"
-    see = 'echo "$A $B"; ls $(dirname $CODER_SYNC_ENV) | wc -l; dirname $CODER_SYNC_ENV >&2'
-    files = {"10-a.sh": script, "b": usual, "e": f"@want d\n{see}"}
-    files.update(c="echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y=\"z\"' >> $CODER_SYNC_ENV")
-    files.update(d='@want c\necho "$A $B"; echo A=2 > $CODER_SYNC_ENV')
-    env = {**world.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
+def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
+    files, says, fails = {}, {}, {}
+    rows = SCRIPTS.replace("\n ", "").replace("DIR", str(agent.directory))
+    for unit, text, end in re.findall("^(\\w+): (.*) =>(.*)", rows, re.M):
+        files[unit] = re.sub("(@[^;]*); ", r"\1\n", text)
+        lines = [line for line in end.strip().split(" / ") if line]
+        if end.rpartition(" / ")[2].strip().startswith(("failed: ", "skipped: ")):
+            fails[unit] = lines.pop()
+        if lines:
+            says[unit] = lines
+    env = {**agent.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
+    options = ["--grace", "100ms", "--socket-path", agent.path, "--timeline", "t.svg", "--log-dir", "logs"]
     endless, _ = os.pipe()
-    boot = Boot(world, files, "--socket-path", world.path, env=env, stdin=endless)
-    boot.ends()
-    said = boot.said()
-    assert said["a"] == [f"a,{world.path},yes,0,{world.directory},0,{world.directory}/startup.d/10-a.sh"]
-    masks = [int(line.split()[1], 16) & (1 << 31) - 1 for line in said["b"][:2]]  # above are those of the C library
-    assert masks == [0, 0] and said["b"][2:] == ["0", "1", "2", "3"]  # signals and descriptors as usual
-    *variables, private = said["d"] + said["e"]
-    assert variables == ['1 x y="z"', '2 x y="z"', "2"] and not os.path.exists(private)
+    patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
+    boot = Boot(agent, files, *options, env=env, stdin=endless, patch=patch)
+    assert "secret" not in boot.ends(1)  # which reads to the end of file
+    assert (boot.said(), boot.unsuccessful()) == (says, fails)
+    skipped = sum(end.startswith("skipped") for end in fails.values())
+    count = f"{len(fails) - skipped} failed, {skipped} skipped"
+    assert f"boot: {len(files) - len(fails)} completed, {count}\n" in boot.told and f"({count})" in boot.told
+    assert not os.path.exists((agent.directory / "private").read_text().strip())
+    assert (agent.directory / "t.svg").read_text().startswith("<svg")
+    assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
+    first, second = [event for event in agent.client.status("r1").history if event.kind == "retry"]
+    assert [first.detail, second.detail] == says["r1"] and second.time - first.time >= 0.2
+    assert len(agent.client.status("r1").tries) == 2
 
 
 def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
@@ -6996,18 +7045,6 @@ def test_with_one_job_one_runs_at_a_time_and_a_unit_ended_from_outside_takes_no_
     assert most_at_once(world.directory / "t.json") == 1
 
 
-def test_variables_that_are_none_fail_the_unit_and_are_not_shown(world: World) -> None:
-    rows = {
-        "A=1\\nnonsense": "line 2 of its $CODER_SYNC_ENV is not NAME=VALUE",
-        "1A=secret": "line 1 of its $CODER_SYNC_ENV is not NAME=VALUE",
-        "A=\\377": "line 1 of its $CODER_SYNC_ENV is not UTF-8",
-        "A=%40000d": "its $CODER_SYNC_ENV is larger than 32 KiB",
-    }
-    boot = Boot(world, {f"x{i}": f'printf "{text}" 0 > $CODER_SYNC_ENV' for i, text in enumerate(rows)})
-    assert "secret" not in boot.ends(1)
-    assert boot.unsuccessful() == {f"x{i}": f"failed: {mistake}" for i, mistake in enumerate(rows.values())}
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Boot: services, locks and further tries.
 # ---------------------------------------------------------------------------------------------------------
@@ -7048,25 +7085,6 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
 
 
-def test_a_service_that_is_never_ready_fails_and_ends(world: World) -> None:
-    rows = {
-        "file:up; exit 0": "ended before it was ready (exit code 0)",
-        "notify; exit 3": "ended before it was ready (exit code 3)",
-        "file:up; sleep 60": "not ready after 500ms (no such file)",
-        "notify; sleep 60": "not ready after 500ms (it has not said READY=1)",
-        "tcp:1; sleep 60": "not ready after 500ms (Connection refused)",
-        "exit 7; sleep 60 & sleep 60": "not ready after 500ms (exit code 7)",
-        "sleep 60; sleep 60": "not ready after 500ms (no end within 0s)",
-    }
-    texts = [f"@ready-timeout 500ms\n@ready {row.replace('; ', chr(10))}" for row in rows]
-    files = {**{f"x{i}": text for i, text in enumerate(texts)}, **{f"y{i}": f"@want x{i}" for i in range(len(rows))}}
-    boot = Boot(world, files, patch="coder_sync.PROBE_TIMEOUT = 0.1")
-    boot.ends(1, "")
-    failed = {f"x{i}": f"failed: {reason}" for i, reason in enumerate(rows.values())}
-    skipped = {f"y{i}": f'skipped: dependency "x{i}" failed ({reason})' for i, reason in enumerate(rows.values())}
-    assert boot.unsuccessful() == {**failed, **skipped}
-
-
 def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
     for status, error in (("HTTP/1.1 503 x", "HTTP status 503"), ("hello", "its answer is not HTTP")):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -7101,19 +7119,6 @@ def test_units_with_one_lock_run_one_at_a_time_in_whatever_way_each_ends(world: 
     files = {f"x{i}": f"@lock apt\nmkdir held && rmdir held || echo both\n{ends[i % 3]}" for i in range(12)}
     Boot(world, files, "--timeline", "t.json").ends(1, "", "boot: 4 completed, 8 failed\n")
     assert most_at_once(world.directory / "t.json") == 1
-
-
-def test_a_script_that_fails_is_tried_again_later_each_time_and_only_the_last_try_counts(agent: World) -> None:
-    flaky = "@retry 3 100ms\necho n >> n; test $(wc -l < n) = 3 && exit\nsleep 60 & exit 100"
-    boot = Boot(agent, {"a": flaky, "b": "@want a\necho b", "c": "@retry 1 0\nexit 4"}, "--log-dir", "logs")
-    boot.ends(1)  # and what passes output on ends too, though a try has left something behind
-    told = [f"try {n} of 4 after exit code 100" for n in (2, 3)]
-    assert boot.said() == {"a": told, "b": ["b"], "c": ["try 2 of 2 after exit code 4"]}
-    assert boot.unsuccessful() == {"c": "failed: exit code 4"}
-    assert read_lines(agent.directory / "logs" / "a.log") == told
-    first, second = [e for e in agent.client.status("a").history if e.kind == "retry"]
-    assert [first.detail, second.detail] == told and second.time - first.time >= 0.2
-    assert len(agent.client.status("a").tries) == 2
 
 
 def test_a_service_that_ends_before_it_is_ready_is_tried_again_and_a_signal_between_two_tries_ends_them(
@@ -7265,21 +7270,6 @@ def test_a_second_signal_kills_at_once(world: World, gate: Gate) -> None:
     until(lambda: read_lines(world.directory / "told"))
     boot.signal(signal.SIGINT)
     boot.ends(130)
-
-
-@needs_proc
-def test_a_failed_unit_ends_with_all_it_left_and_a_timeout_bounds_the_run_and_not_the_waiting(world: World) -> None:
-    ignoring = "(trap '' TERM; exec sleep 60) &"
-    late = ["exec sleep 60", "sleep 60 & sleep 60", STUBBORN.replace("cat gate;", ""), f"{ignoring} sleep 60"]
-    left = [f"{text}\nexit 3" for text in ("sleep 60 &", ignoring)]
-    files = {f"x{i}": f"@timeout 200ms\n{text}" for i, text in enumerate(late)}
-    files.update({f"y{i}": text for i, text in enumerate(left)}, a="sleep 0.5", b="@want a\n@timeout 400ms\ntouch b")
-    boot = Boot(world, {**files, "c": "@want x0"}, "--grace", "100ms", patch="coder_sync.LOOK_EVERY = 600")
-    boot.ends(1)  # which reads to the end of file
-    failed = {**{f"x{i}": "failed: timed out after 200ms" for i in range(4)}, "y0": "failed: exit code 3"}
-    skipped = 'skipped: dependency "x0" failed (timed out after 200ms)'
-    assert boot.unsuccessful() == {**failed, "y1": "failed: exit code 3", "c": skipped}
-    assert (world.directory / "b").exists()
 
 
 def test_term_is_sent_once_and_kill_now_and_then_to_what_neither_ends(world: World, gate: Gate) -> None:
@@ -7642,20 +7632,6 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     done = finish(boot.process)
     assert done.stdout.splitlines()[-4:] == ["b | 30000", "0", "65536", "a.log"]
     assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
-
-
-def test_a_script_that_changes_after_the_check_runs_as_it_is_then_or_fails_alone(world: World) -> None:
-    rows = {
-        "rm startup.d/x0": "No such file or directory",
-        "chmod 644 startup.d/x1": "Permission denied",
-        "echo '#!/no/such' > startup.d/x2": "No such file or directory",
-        "echo 'echo no interpreter' > startup.d/x3": "Exec format error",
-    }
-    harm = "\n".join([*rows, "printf '#!/bin/sh\\necho new\\n' > startup.d/x4"])
-    boot = Boot(world, {"a": harm, **{f"x{i}": "@want a\necho old" for i in range(6)}})
-    boot.ends(1)
-    assert boot.said() == {"x4": ["new"], "x5": ["old"]}
-    assert boot.unsuccessful() == {f"x{i}": f"failed: cannot be run: {why}" for i, why in enumerate(rows.values())}
 
 
 def test_many_units_with_much_to_want_are_claimed_though_it_takes_several_lines(world: World) -> None:
