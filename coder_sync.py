@@ -2473,6 +2473,11 @@ def shell_status(code: int) -> int:
 
 
 def cannot_run(program: str, error: Exception) -> CommandError:
+def trouble_of(error: Exception) -> str:
+    """What an error says, without its number."""
+    return one_line(getattr(error, "strerror", None) or str(error))
+
+
     """The error for a command that could not be started."""
     known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
     return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
@@ -2654,7 +2659,7 @@ class Prober:
                 return "" if status < 400 else f"HTTP status {status}"
             return self._command()
         except (OSError, ValueError) as error:  # ValueError: a name that no host can have
-            return one_line(getattr(error, "strerror", None) or str(error))
+            return trouble_of(error)
 
     def _command(self) -> str:
         read, write = os.pipe()
@@ -2897,7 +2902,7 @@ class Task:
             self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
             self.loop.watch(self.prober.fileno(), self.probed)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            raise CommandError(f"cannot be probed: {getattr(error, 'strerror', error)}", 125) from None
+            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
 
     def probed(self) -> None:
         """The prober has something to say."""
