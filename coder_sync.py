@@ -2198,6 +2198,7 @@ class Units:
 # ----------------------------------------------------------------------------------------------------------
 
 NEVER = float("inf")  # a time
+LONGEST_POLL = 2e6  # seconds: its milliseconds are an int
 
 
 def terminal() -> tuple[int, bool, bool]:
@@ -2318,7 +2319,7 @@ class Loop:
         if not self._poll:
             return self._signals(self._take(due))
         came: list[tuple[int, bool]] = []
-        for fd, _ in self._poll.poll(None if due == NEVER else max(0.0, due - time.monotonic()) * 1000 + 1):
+        for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._taken:
                 came = self._signals(os.read(fd, 4096))
             elif fd in self._handlers:  # it may be gone since
@@ -2581,7 +2582,7 @@ def can_be_read(fd: int, timeout: float) -> bool:
 
     awaited = select.poll()
     awaited.register(fd, select.POLLIN)
-    return bool(awaited.poll(None if timeout == NEVER else max(0.0, timeout) * 1000))
+    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
 
 
 class Prober:
@@ -6271,6 +6272,8 @@ class Run(Task):
         try:
             self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
         except SyncError as error:
+        if self.asked and can_be_read(self.channel.fileno(), 0):
+            self.answered()  # an agent takes no requests while its answers are not taken
             self.not_reported(what, error)
 
     def answered(self, timeout: float = REPLY_TIMEOUT) -> None:

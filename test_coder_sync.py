@@ -4445,6 +4445,24 @@ def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_litt
     assert world.client.status("a").exit_code == 137
 
 
+def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent: World, gate: Gate) -> None:
+    (agent.directory / "n").write_text("0\n")
+    script = "read n < n; echo $((n + 1)) > n; test $n -lt 700 || cat gate; exit 1"
+    run = agent.popen("run", "a", "--retry", "700", "--retry-delay", "0", "--", "sh", "-c", script)
+    gate.reached()
+    until(lambda: kinds_of(agent, "a").count("retry") == 700)
+    assert agent.status("a") == "started"
+    gate.open()
+    assert finish(run).returncode == 1
+
+
+def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
+    run = agent.popen("run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate")
+    agent.ok("wait", "a", "--ready", "sleep 0.1", "--timeout", "1000h")
+    gate.open()
+    assert finish(run).returncode == 0
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Scripts as people write them, with the file installed as `coder`.
 # ---------------------------------------------------------------------------------------------------------
