@@ -7774,6 +7774,10 @@ class PlayedAgent:
     def answers(self, request: Any, **answer: Any) -> None:
         self.says(id=request["id"], **answer)
 
+    def hangs_up(self) -> None:
+        self.file.close()
+        self.peer.close()
+
     def refuses(self, method: str) -> None:
         self.answers(self.asked(method), error={"code": 1, "message": "refused"})
 
@@ -7812,7 +7816,8 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     told = boot.says("boot: 1 of 2 ended")
     assert "running: b " in told and "try again" not in told
     gate.open()
-    assert boot.process.wait(PATIENCE) >= 0 and read_lines(world.directory / "n") == ["n"]
+    assert "died: " not in boot.ends(0)
+    assert read_lines(world.directory / "n") == ["n"]
 
 
 @needs_proc
@@ -7857,6 +7862,52 @@ def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_tha
     until(lambda: agent.status("b") == "failed")
     assert agent.status("a") == "failed" and "lost: " in agent.client.status("a").reason
     gate.open()
+
+
+@pytest.mark.parametrize(("code", "report", "told"), [(0, "complete", "1 completed"), (3, "fail", "1 failed")])
+def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
+    world: World, code: int, report: str, told: str
+) -> None:
+    agent = PlayedAgent(world, {"a": f"exit {code}"})
+    agent.asked(report)
+    agent.hangs_up()
+    agent.boot.ends(3, "", f"boot: {told}\n", leaves=True)
+
+
+def test_a_service_whose_readiness_the_agent_did_not_answer_any_more_holds_nothing_up(world: World, gate: Gate) -> None:
+    agent = PlayedAgent(world, {"a": "@ready true\ncat gate"})
+    agent.asked("complete")
+    agent.hangs_up()
+    assert agent.boot.process.wait(PATIENCE) == 3
+    gate.open()
+    agent.boot.ends(3, "", "boot: 1 completed\nstill running: a\n", leaves=True)
+
+
+def test_an_agent_that_is_stopped_does_not_hold_up_a_boot_that_is_told_to_stop(world: World, gate: Gate) -> None:
+    server = world.serve()
+    patch = "coder_sync.PING_AFTER, coder_sync.STOPPED_TIMEOUT = 0.2, 1.0"
+    boot = Boot(world, {"a": "cat gate", "b": "@want a"}, patch=patch)
+    gate.reached()
+    server.send_signal(signal.SIGSTOP)
+    boot.signal()
+    told = boot.ends(143, "", "failed: a (stopped: boot got signal 15)", "not started: b: stopped: boot got signal 15")
+    assert "has not answered for 1 s; is it stopped?" in told
+
+
+def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
+    (world.directory / "logs").mkdir()
+    os.mkfifo(world.directory / "logs" / "a.log")
+    boot = Boot(world, {"a": "echo a", "b": "echo b"}, "--log-dir", "logs")
+    boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
+
+
+def test_a_temporary_directory_with_too_long_a_name_for_a_socket_is_the_reason_that_is_given(agent: World) -> None:
+    deep = agent.directory / ("d" * 100)
+    deep.mkdir()
+    agent.env["TMPDIR"] = str(deep)
+    told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
+    told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
+    assert told.count("cannot be probed: AF_UNIX path too long") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------
