@@ -47,12 +47,12 @@ rooms above it:
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
 system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
-start, so nothing is imported here that a plain call does not need: `socket`, `json`, `argparse`, `threading` and
-`typing` each cost more than everything the call does.
+start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`, `threading`
+and `typing` each cost more than everything the call does.
 """
 
 import errno
-import os
+import posix  # what os is made of
 import sys
 import time
 
@@ -483,9 +483,9 @@ def put(text: str, fd: int = 1) -> bool:
     data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
     try:
         while data:
-            data = data[os.write(fd, data) :]
+            data = data[posix.write(fd, data) :]
     except BrokenPipeError:
-        os.dup2(null(), fd)
+        posix.dup2(null(), fd)
         return False
     except OSError as error:
         if fd == 1:
@@ -505,7 +505,7 @@ def say(text: str, fd: int = 1, quiet: bool = False) -> None:
 def null() -> int:
     """A descriptor at its end for who reads, and of no interest for who writes: /dev/null, if there is one."""
     try:
-        return os.open(os.devnull, os.O_RDWR)
+        return posix.open("/dev/null", posix.O_RDWR)
     except OSError:
         from _socket import socketpair
 
@@ -515,8 +515,10 @@ def null() -> int:
 
 
 def getenv(name: str) -> str:
-    """An environment variable, empty if unset."""
-    return os.environ.get(name, "")
+    """An environment variable, empty if unset; as a program has it that uses us, and may have changed it."""
+    if "os" in sys.modules:
+        return str(sys.modules["os"].environ.get(name, ""))
+    return posix.environ.get(name.encode(), b"").decode(errors="surrogateescape")
 
 
 def span(seconds: float) -> str:
@@ -755,19 +757,20 @@ def variables_in(answer: Any) -> dict[str, str]:
 
 def refuse_foreign(path: str) -> None:
     """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
-    if path == DEFAULT_SOCKET and os.geteuid() != 0:
-        uid = os.lstat(path).st_uid
-        if uid not in (0, os.geteuid()):
+    if path == DEFAULT_SOCKET and posix.geteuid() != 0:
+        uid = posix.lstat(path).st_uid
+        if uid not in (0, posix.geteuid()):
             raise Unreachable(f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path")
 
 
 def explain(path: str, error: OSError) -> str:
     """Why an agent could not be reached, and what to do, in one line."""
+    import os
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
     try:
-        found = os.lstat(path)
+        found = posix.lstat(path)
     except OSError:
         found = None
     why = error.strerror or str(error)
@@ -830,7 +833,10 @@ class Client:
         """
         self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
-        given = duration(text) if text and connect_timeout is None else connect_timeout
+        try:
+            given = duration(text) if text and connect_timeout is None else connect_timeout
+        except UsageError as error:
+            raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
@@ -914,6 +920,8 @@ class Client:
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
+        import os
+
         deadline = time.monotonic() + REPLY_TIMEOUT
         end_agent(self.socket_path, self._question_timeout)
         while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
@@ -1083,6 +1091,14 @@ def whole(text: str) -> int:
     if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
         return int(text)
     raise UsageError(f"not a whole number: {ascii(text)[:40]}")
+
+
+def number(text: str) -> int:
+    """A whole number that is not negative. Raises UsageError."""
+    value = whole(text)
+    if value < 0:
+        raise UsageError(f"not a whole number from 0 on: {text}")
+    return value
 
 
 class Argument:
@@ -1383,7 +1399,24 @@ def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_rest() -> None:
-    """Have the commands that are declared below. An installed copy replaces this, see Install."""
+    """Have the commands that are declared below, of which LAUNCHER (see Install) has loaded nothing yet."""
+    if "rest" not in globals():
+        return
+    import gc
+    from marshal import loads
+
+    place, was = globals().pop("rest")
+    with open(FILE, "rb", 0) as file:
+        now = posix.fstat(file.fileno())
+        file.seek(place)
+        data = file.read()
+    if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
+        exec(loads(data), globals())
+    else:  # the file was replaced just now
+        from zipfile import ZipFile
+
+        exec(compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec"), globals())
+    gc.enable()
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -1420,7 +1453,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         for fd in (0, 1, 2):
             try:
-                os.fstat(fd)
+                posix.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
                 null()
         code = dispatch(sys.argv[1:] if argv is None else argv)
@@ -1435,7 +1468,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = error.exit_code
     except Exception as error:  # a defect of ours; no traceback reaches a user
         put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
-        if "CODER_SYNC_DEBUG" in os.environ:
+        if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
     for stream in (sys.stdout, sys.stderr):
@@ -1443,7 +1476,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             stream.flush()
         except (OSError, ValueError, AttributeError):
             pass
-    os._exit(code)
+    posix._exit(code)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1695,10 +1728,11 @@ class Units:
         self._settle_all(*again)
         return [unit.name for unit in again]
 
-    def own(self, claim: Claim, owner: Owner | None, log: str) -> None:
-        """The process that a claim runs, and the file with its output."""
+    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
+        """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
         claim.unit.facts.log = log
+        claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
@@ -2196,6 +2230,8 @@ class Units:
 # Processes. What several rooms need of the system: what standard output shows, who a process is, which descriptors
 # are open, signals, a command's run and its end. It may use Linux's /proc, and makes do without.
 # ----------------------------------------------------------------------------------------------------------
+
+import os  # noqa: E402  (a plain call, which needs only what is above Units, does without)
 
 NEVER = float("inf")  # a time
 LONGEST_POLL = 2e6  # seconds: its milliseconds are an int
@@ -3647,11 +3683,11 @@ class Agent:
         known = self.units.units.get(unit)
         return request.connection.caller(hold=False) if known and known.refused else None
 
-    def do_owner(self, request: Request, unit: str, pid: int = 0, log: str = "") -> Any:
+    def do_owner(self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "") -> Any:
         known = self.units.units.get(unit)
         if not known or not known.holder or known.holder not in request.connection.claims:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        self.units.own(known.holder, process(pid), one_line(log))
+        self.units.own(known.holder, process(pid), one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -4892,7 +4928,8 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else "it is still running"
+        still = f"it is {unit.reason or 'still running'}"
+        still = "that process is gone: it ended without complete" if gone else still
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(now - unit.started)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(now - unit.ended)} ago"
@@ -5254,7 +5291,8 @@ class Job(Task):
 
     def begun(self, detail: str) -> None:
         self.boot.begun(self)
-        self.report("owner", pid=self.pid, log=os.fsencode(self.log_path).decode(errors="replace"))
+        log = os.fsencode(self.log_path).decode(errors="replace")
+        self.report("owner", pid=self.pid, log=log, ready=self.ready)
         super().begun(detail)
         if detail:
             self.boot.take(self, f"{detail}\n".encode())
@@ -5871,7 +5909,7 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
 # that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
 # looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
-# LOADER with two parts, above and below the banner of Units; LAUNCHER reads the second only where it is needed.
+# LOADER with two parts, above and below the banner of Units; `load_rest` reads the second only where it is needed.
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD = """\
@@ -5894,41 +5932,18 @@ from posix import fstat
 if sys.argv[0] == "-c":
     del sys.argv[0]
 __file__, __name__ = sys.argv[0], "coder_sync"
-mark = MAGIC_NUMBER + bytes([1, 0, 0, 0])  # of a .pyc that is not to be compared with its source, and of its parts
-
-
-def read(start, size):
-    with open(__file__, "rb", 0) as file:
-        file.seek(start)
-        found = fstat(file.fileno())
-        return file.read(size), (found.st_ino, found.st_mtime_ns)
-
-
-def run_source():
+gc.disable()  # all that comes now stays
+with open(__file__, "rb", 0) as file:
+    data, found = file.read(1 << 17), fstat(file.fileno())
+parts = data.split(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
+if len(parts) > 3:
+    rest = len(data) - len(parts[3]) + 8, found
+    exec(loads(parts[2][8:]))
+else:  # it was made for another Python
     from zipfile import ZipFile
 
-    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"), globals())
-
-
-gc.disable()  # all that comes now stays
-data, which = read(0, 1 << 18)
-if data.count(mark) > 2:
-    above = data.find(mark, data.find(mark) + 1) + 16
-    below = data.find(mark, above) + 16
-    exec(loads(memoryview(data)[above:]))
-
-    def load_rest():
-        gc.disable()
-        data, now = read(below, -1)
-        if now == which:
-            exec(loads(data), globals())
-        else:  # the file was replaced just now
-            run_source()
-        gc.enable()
-
-else:  # it was made for another Python
-    run_source()
-gc.enable()
+    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"))
+    gc.enable()
 main()
 """
 
@@ -6171,9 +6186,9 @@ def cmd_ping(args: Args) -> None:
 @Command(
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
-    Argument("--ready", metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+    Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
     Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
-    Argument("--retry", type=whole, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+    Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
     Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
     flag("--optional", help="run COMMAND even if there is no agent"),
     QUIET,
@@ -6183,7 +6198,7 @@ def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
     start = start_of(args, report, hold=True)
-    if args.ready:
+    if args.ready is not None:
         check_probe(args.ready)
     end_on_term()
     try:
@@ -6203,7 +6218,7 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
-        super().__init__(Loop(), args.unit, args.command, args.ready, **options)
+        super().__init__(Loop(), args.unit, args.command, args.ready or "", **options)
         self.env, self.channel = environment(**start.environment), start.channel
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
@@ -6245,6 +6260,11 @@ class Run(Task):
             remove(self.left)
         return super().spawn(env)
 
+    def begun(self, detail: str) -> None:
+        super().begun(detail)
+        if self.ready:
+            self.report("owner", ready=self.ready)
+
     def not_begun(self, error: Exception) -> None:
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         self.tries += 1
@@ -6271,7 +6291,8 @@ class Run(Task):
 
     def report(self, method: str, **params: Any) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        what = params.get("detail") or {"running": "that it runs on", "exited": "its end"}.get(method, outcome)
+        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
+        what = params.get("detail") or others.get(method, outcome)
         if self.asked and can_be_read(self.channel.fileno(), 0):
             self.answered()  # an agent takes no requests while its answers are not taken
         try:
@@ -6298,7 +6319,7 @@ class Run(Task):
 @Command(
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
-    Argument("-j", "--jobs", type=whole, default="0", metavar="N", help="run at most N at once; 0: no limit"),
+    Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
     flag("--check", help="only check the headers"),
     flag("--dry-run", help="only show the order"),
     Argument("--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"),
@@ -6406,6 +6427,8 @@ def cmd_wait(args: Args) -> int:
         raise UsageError("wait: name a unit, or what is to be --ready")
     for probe in args.ready:
         check_probe(probe)
+        if probe == "notify":
+            raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
