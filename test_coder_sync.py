@@ -5147,12 +5147,12 @@ def unit(name: str, asked: float = -1, started: float = -1, ended: float = -1, w
 
 def startup_of(now: float, *units: UnitStatus) -> Graph:
     """A startup seen at `now`; names that are only wanted are not registered."""
-    graph = Graph(float(now), list(units))
+    nodes = {one.unit_name: one for one in units}
     for one in units:
         one.age = now - max(one.waiting, one.started, one.ended, 0)
-        missing = one.wants.keys() - {u.unit_name for u in graph.nodes}
-        graph.nodes += [UnitStatus(name, "not registered", False) for name in sorted(missing)]
-    return graph
+        for name in sorted(name for name in one.wants if name not in nodes):
+            nodes[name] = UnitStatus(name, "not registered", False)
+    return Graph(float(now), list(nodes.values()))
 
 
 NOTHING = startup_of(7)
