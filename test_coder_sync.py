@@ -277,7 +277,8 @@ class Peer:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Units: the rules, on a fake clock. A scenario is a line of steps and what they lead to.
+# Units: the rules, on a fake clock. A scenario is a line of steps and what they lead to: what was answered, where
+# the units stand then, and what the last error says.
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -429,11 +430,15 @@ def scenarios(table: str) -> Any:
 # want
 want registers the unit and not what it wants: want b a c => | a:not-registered b:pending c:not-registered
 a name only wanted may be registered later: want b a; want a => | a:pending b:pending
-want is all or nothing when an edge closes a cycle: want b a; want a x b y => !CycleError | a:not-registered b:pending
-a unit cannot depend on itself: want a b a => !CycleError |
+want is all or nothing when an edge closes a cycle:
+    want b a; want a x b y => !CycleError | a:not-registered b:pending | says cycle detected: a -> b -> a
+a unit cannot depend on itself:
+    want a b a => !CycleError | | says cycle detected: a -> a; a unit cannot depend on itself
 start is all or nothing too: want b a; start a #1 b => !CycleError | a:not-registered b:pending
-another requirement for an edge is refused whole: want b a; want b x!start a => !Refused | a:not-registered b:pending
-an unknown requirement is refused: want b a!perfection; wait #1 a!perfection => !Refused, !Refused |
+another requirement for an edge is refused whole: want b a; want b x!start a
+    => !Refused | a:not-registered b:pending | says unit "b" wants "a" with requirement success already, not start
+an unknown requirement is refused: want b a!perfection; wait #1 a!perfection
+    => !Refused, !Refused | | says no such requirement: perfection; use one of success, completion, start
 a diamond is no cycle: want d b c; want b a; want c a => | a:not-registered b:pending c:pending d:pending
 requirements do not make a cycle acceptable:
     want b a!start; want a b!completion => !CycleError | a:not-registered b:pending
@@ -450,12 +455,13 @@ a failed dependency added while a start waits ends the wait:
     want x; fail x; start b #1 a; want b x => #1 DependencyFailed | a:not-registered b:skipped x:failed
 one added after the start counts the next time:
     start b #1; want b x; complete b; start b #2 => #1 ok | b:pending x:not-registered
-a started unit is not started again: start a #1; start a #2 => #1 ok, !AlreadyStarted | a:started
+a started unit is not started again: start a #1 by=42; start a #2
+    => #1 ok, !AlreadyStarted | a:started | says unit "a" is already started by script 42 (pid 42)
 of starts that wait the oldest wins and the others are answered:
     start b #1 a; start b #2; start b #3; start a #4; complete a
-    => #4 ok, #1 ok, #2 AlreadyStarted, #3 AlreadyStarted | a:completed b:started
+    => #4 ok, #1 ok, #2 AlreadyStarted, #3 AlreadyStarted | a:completed b:started | says unit "b" is already started
 who asks while an answer is on its way stands in line:
-    start a #1 late; start a #2; delivered #1 => #1 ok, #2 AlreadyStarted | a:started
+    start a #1 late; start a #2; delivered #1 => #1 ok, #2 AlreadyStarted | a:started | says unit "a" is already started
 # again
 a completed unit is pending as soon as it is asked to start again:
     start a #1; complete a; start a #2 x => #1 ok | a:pending x:not-registered
@@ -465,25 +471,31 @@ a second round runs in order:
 a failed unit starts again: want a; fail a; start a #1 => #1 ok | a:started
 a skipped unit waits for what is repaired:
     want a; fail a; want b a; start a #1; start b #2; complete a => #1 ok, #2 ok | a:completed b:started
-asked before the repair it is skipped again:
-    want a; fail a; want b a; start b #1 => #1 DependencyFailed | a:failed b:skipped
+asked before the repair it is skipped again: want a; fail a oops; want b a; start b #1
+    => #1 DependencyFailed | a:failed b:skipped | says unit "b" skipped: dependency "a" failed (oops)
 who has not started waits for a re-run:
     start a #1; complete a; want b a; start a #2; start b #3 => #1 ok, #2 ok | a:started b:pending
 a re-run whose wait fails is skipped:
     want a; complete a; start a #1 x; want x; fail x => #1 DependencyFailed | a:skipped x:failed
 # complete, fail
 complete ends what has not started: want a; complete a => | a:completed
-the outcome of an unregistered name is refused:
-    want b a; complete a; fail a; complete ghost
-    => !NotRegistered, !NotRegistered, !NotRegistered | a:not-registered b:pending
+the outcome of an unregistered name is refused: want b a; complete a; fail a; complete ghost
+    => !NotRegistered, !NotRegistered, !NotRegistered | a:not-registered b:pending | says unit "ghost" is not
+    registered; call want, start or run on it first
 the same outcome again is fine: want a; complete a; complete a; want b; fail b; fail b => | a:completed b:failed
-another outcome is refused:
-    want a; complete a; fail a; want b; fail b; complete b; want c b; complete c; fail c
-    => !Refused, !Refused, !Refused, !Refused | a:completed b:failed c:skipped
-a start that waits is answered when another ends the unit:
-    start b #1 a; complete b => #1 Refused | a:not-registered b:completed
-a second copy's report does not count:
-    start a #1 by=10; start a #2 by=20; complete a by=20 => #1 ok, !AlreadyStarted, !Refused | a:started
+what completed cannot fail, nor what was skipped:
+    want b; fail b; want c b; complete c; fail c; want a; complete a; fail a
+    => !Refused, !Refused, !Refused | a:completed b:failed c:skipped | says unit "a" is completed and cannot become
+    failed: others may have acted on that; start it again first
+what failed cannot complete: want a; fail a oops; complete a
+    => !Refused | a:failed | says unit "a" is failed (oops) and cannot become completed: others may have acted on that;
+    start it again first
+a start that waits is answered when another ends the unit: start b #1 a; complete b
+    => #1 Refused | a:not-registered b:completed | says unit "b" was completed by another caller while its start waited
+a second copy's report does not count: start a #1 by=10; start a #2 by=20; complete a by=20
+    => #1 ok, !AlreadyStarted, !Refused | a:started | says unit "a": a report of process 20 (script 20) does not count:
+    its start was refused, because the unit was started by script 10 (pid 10); if it is to be ended all the same, call
+    from another shell
 nor does that of one that lost while it waited:
     start b #1 a by=10; start b #2 by=20; want a; complete a; complete b by=20; complete b by=10
     => #1 ok, #2 AlreadyStarted, !Refused | a:completed b:completed
@@ -494,9 +506,12 @@ who was refused once may start it later:
     => #1 ok, !AlreadyStarted, #3 ok | a:completed
 # skipping
 a failure skips down the graph: want c b; want b a; want a; fail a => | a:failed b:skipped c:skipped
-whoever waits is answered:
-    want b a; start c #1 b; start c #2; wait #3 c; want a; fail a
-    => #1 DependencyFailed, #2 DependencyFailed, #3 DependencyFailed | a:failed b:skipped c:skipped
+whoever waits is answered: want b a; start c #1 b; start c #2; wait #3 c; want a; fail a
+    => #1 DependencyFailed, #2 DependencyFailed, #3 DependencyFailed | a:failed b:skipped c:skipped | says dependency
+    "c" was skipped: dependency "b" was skipped: dependency "a" failed
+who asks later is told the whole cause: want b a; want a; fail a; start c #1 b
+    => #1 DependencyFailed | a:failed b:skipped c:skipped | says unit "c" skipped: dependency "b" was skipped:
+    dependency "a" failed
 what has started or ended is left alone:
     want a; complete a; start b #1 a; want c a; complete c; start a #2; fail a
     => #1 ok, #2 ok | a:failed b:started c:completed
@@ -508,7 +523,8 @@ a skip meets completion: want b a; start c #1 b!completion; want a; fail a => #1
 # wait
 a wait ends with the last of its units:
     wait #1 a b a; want a; complete a; want b; complete b => #1 ok | a:completed b:completed
-a wait ends with the first that fails: wait #1 a b; want b; fail b => #1 DependencyFailed | b:failed
+a wait ends with the first that fails:
+    wait #1 a b; want b; fail b => #1 DependencyFailed | b:failed | says dependency "b" failed
 a wait is no unit and closes no cycle: want b a; wait #1 a b; want a c => | a:pending b:pending c:not-registered
 names that only a wait knew go with it:
     want b x; wait #1 only x both; wait #2 both; lose #1 => | b:pending both:not-registered x:not-registered
@@ -539,15 +555,19 @@ all claims of one caller end in one step:
 and none is granted because another has ended:
     start x #1 lock=k held; start a #2 lock=k held; start b #3 lock=k; lose #1 #2
     => #1 ok, #3 ok | a:failed b:started x:failed
-time that is up ends a plain start:
-    start b #1 a within=5; sleep 4; sleep 1; want a; complete a => #1 TimedOut | a:completed b:pending
+time that is up ends a plain start: start b #1 a within=5; sleep 4; sleep 1; want a; complete a
+    => #1 TimedOut | a:completed b:pending | says timeout waiting for dependencies of unit b: a not registered
 time that is up fails the unit of a held start:
     start b #1 a within=5 held; sleep 5 => #1 TimedOut | a:not-registered b:failed
 but not while another wants to run it:
     start b #1 a within=5 held; start b #2; sleep 5; want a; complete a => #1 TimedOut, #2 ok | a:completed b:started
-time that is up ends a wait: wait #1 a within=5; sleep 5 => #1 TimedOut |
+time that is up ends a wait:
+    wait #1 a c within=5; sleep 5 => #1 TimedOut | | says timeout waiting for a, c: a not registered, c not registered
+time that is up ends the wait behind an answer on its way: start a #1 late; start a #2 within=1; sleep 1
+    => #1 ok, #2 TimedOut | a:started | says timeout waiting for dependencies of unit a: a started
 after the start time counts no more: start a #1 within=5 held; sleep 50 => #1 ok | a:started
-a start whose process ends is answered: start b #1 a held; quit #1 => #1 Refused | a:not-registered b:failed
+a start whose process ends is answered: start b #1 a held; quit #1
+    => #1 Refused | a:not-registered b:failed | says unit "b" was not started: the process that was to own it has ended
 # locks
 of the units with a lock one is started at a time:
     start a #1 lock=k; start b #2 lock=k; start c #3 => #1 ok, #3 ok | a:started b:pending c:started
@@ -565,7 +585,8 @@ a lock is taken in the order of becoming ready:
     => #1 ok, #3 ok | a:pending b:started d:completed x:completed
 who waits for a lock and gives up leaves it to the next:
     start a #1 lock=k; start b #2 lock=k within=5; start c #3 lock=k; sleep 5; complete a
-    => #1 ok, #2 TimedOut, #3 ok | a:completed b:pending c:started
+    => #1 ok, #2 TimedOut, #3 ok | a:completed b:pending c:started | says timeout waiting for dependencies of unit b:
+    lock k taken
 a failed dependency skips a unit that waits for a lock:
     want d; complete d; start x #1 lock=k; start b #2 d lock=k; start d #3; fail d; complete x
     => #1 ok, #3 ok, #2 DependencyFailed | b:skipped d:failed x:completed
@@ -576,12 +597,15 @@ a boot runs in order and is notified of every outcome:
     boot #b a b:a; complete a; fail b => #b a started, #b a completed, #b b started, #b b failed | a:completed b:failed
 what a failure skips is an outcome:
     boot #b a b:a c:b; fail a => #b a started, #b a failed, #b b skipped, #b c skipped | a:failed b:skipped c:skipped
-while a unit is started a boot is refused whole: start b #1; boot #b a b => #1 ok, !Refused | b:started
-while one is claimed too: start b #1 x; boot #b a b => !Refused | b:pending x:not-registered
+while a unit is started a boot is refused whole: start b #1 by=42; boot #b a b
+    => #1 ok, !Refused | b:started | says unit "b" is started by script 42 (pid 42); nothing was run: end that first
+while one is claimed too: start b #1 x by=42; boot #b a b
+    => !Refused | b:pending x:not-registered | says unit "b" is claimed by script 42 (pid 42); nothing was run: end that
+    first
 while another boot goes on too:
     boot #a a b:a; boot #b b; complete a => #a a started, !Refused, #a a completed, #a b started | a:completed b:started
 with a cycle too: want b a; boot #b a:b c => !CycleError | a:not-registered b:pending
-with one name twice too: boot #b a a => !Refused |
+with one name twice too: boot #b a a => !Refused | | says a boot names a unit twice
 a finished boot may be repeated in order:
     boot #a a b:a; complete a; complete b; boot #b b:a a; complete a; complete b
     => #a a started, #a a completed, #a b started, #a b completed, #b a started, #b a completed, #b b started,
@@ -611,8 +635,9 @@ those skipped for another reason are skipped again:
     want b a x; want a; want x; fail a; fail x; reset a => | a:pending b:skipped x:failed
 reset without names is for all:
     want a; complete a; want b a; complete b; want c; reset => | a:pending b:pending c:pending
-a started unit is not reset, nor anything with it:
-    want a; complete a; start b #1; reset a b => #1 ok, !Refused | a:completed b:started
+a started unit is not reset, nor anything with it: want a; complete a; start b #1 by=42; reset a b
+    => #1 ok, !Refused | a:completed b:started | says unit "b" is started by script 42 (pid 42) and cannot be reset; end
+    it first
 nor is an unknown one: reset ghost => !NotRegistered |
 # time: none is no limit
 a start or a wait without a time waits on: start b #1 a; wait #2 a; sleep 99999 => | a:not-registered b:pending
@@ -628,7 +653,9 @@ a second copy's report of another outcome does not count either:
     start a #1 by=10; start a #2 by=20; fail a by=20 => #1 ok, !AlreadyStarted, !Refused | a:started
 """)
 def test_rule(rules: Rules, steps: str, outcome: str) -> None:
-    assert rules.play(steps).strip() == outcome
+    answers_and_statuses, _, message = outcome.partition(" | says ")
+    assert rules.play(steps).strip() == answers_and_statuses.strip()
+    assert not message or str(list(rules.errors.values())[-1]) == message
 
 
 # What an edge asks of a dependency in each status, from DESIGN.md; "never" cannot be met any more, and skips.
@@ -663,41 +690,6 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
         assert b.status == {"waits": "pending", "met": "started", "never": "skipped"}[verdict]
         assert (row.required_status, row.requirement, row.current_status) == (shown, requires, status)
         assert row.is_satisfied == b.is_ready == (verdict == "met")
-
-
-@scenarios("""
-start a #1 by=42; start a #2 => unit "a" is already started by script 42 (pid 42)
-start a #1; start a #2 => unit "a" is already started
-start b #1 a; start b #2; want a; complete a => unit "b" is already started
-want b a; want a b => cycle detected: a -> b -> a
-want a a => cycle detected: a -> a; a unit cannot depend on itself
-complete a => unit "a" is not registered; call want, start or run on it first
-want a; fail a oops; complete a => unit "a" is failed (oops) and cannot become completed: others may have acted on that;
-    start it again first
-want a; complete a; fail a => unit "a" is completed and cannot become failed: others may have acted on that;
-    start it again first
-start b #1 a; complete b => unit "b" was completed by another caller while its start waited
-want b a; want a; fail a oops; start b #1 => unit "b" skipped: dependency "a" failed (oops)
-want b a; want a; fail a; start c #1 b => unit "c" skipped: dependency "b" was skipped: dependency "a" failed
-want b a; want a; fail a; wait #1 b => dependency "b" was skipped: dependency "a" failed
-start b #1 a within=1; sleep 1 => timeout waiting for dependencies of unit b: a not registered
-wait #1 a c within=1; sleep 1 => timeout waiting for a, c: a not registered, c not registered
-start a #1 lock=k; start b #2 lock=k within=1; sleep 1 => timeout waiting for dependencies of unit b: lock k taken
-start a #1 late; start a #2 within=1; sleep 1 => timeout waiting for dependencies of unit a: a started
-start b #1 a held; quit #1 => unit "b" was not started: the process that was to own it has ended
-start a #1 held by=42; boot #b a => unit "a" is started by script 42 (pid 42); nothing was run: end that first
-start a #1 x by=42; boot #b a => unit "a" is claimed by script 42 (pid 42); nothing was run: end that first
-start a #1 by=42; reset a => unit "a" is started by script 42 (pid 42) and cannot be reset; end it first
-boot #b a a => a boot names a unit twice
-start a #1 by=42; start a #2 by=43; complete a by=43 => unit "a": a report of process 43 (script 43) does not count: its
-    start was refused, because the unit was started by script 42 (pid 42); if it is to be ended all the same,
-    call from another shell
-want b a; want b a!start => unit "b" wants "a" with requirement success already, not start
-want b a!perfect => no such requirement: perfect; use one of success, completion, start
-""")
-def test_an_error_says_what_happened_to_which_unit(rules: Rules, steps: str, outcome: str) -> None:
-    rules.play(steps)
-    assert str(list(rules.errors.values())[-1]) == outcome
 
 
 @scenarios("""
