@@ -4425,6 +4425,24 @@ def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_litt
     assert world.client.status("a").exit_code == 137
 
 
+def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent: World, gate: Gate) -> None:
+    (agent.directory / "n").write_text("0\n")
+    script = "read n < n; echo $((n + 1)) > n; test $n -lt 700 || cat gate; exit 1"
+    run = agent.popen("run", "a", "--retry", "700", "--retry-delay", "0", "--", "sh", "-c", script)
+    gate.reached()
+    until(lambda: kinds_of(agent, "a").count("retry") == 700)
+    assert agent.status("a") == "started"
+    gate.open()
+    assert finish(run).returncode == 1
+
+
+def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
+    run = agent.popen("run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate")
+    agent.ok("wait", "a", "--ready", "sleep 0.1", "--timeout", "1000h")
+    gate.open()
+    assert finish(run).returncode == 0
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Scripts as people write them, with the file installed as `coder`.
 # ---------------------------------------------------------------------------------------------------------
@@ -7712,6 +7730,10 @@ class PlayedAgent:
     def answers(self, request: Any, **answer: Any) -> None:
         self.says(id=request["id"], **answer)
 
+    def hangs_up(self) -> None:
+        self.file.close()
+        self.peer.close()
+
     def refuses(self, method: str) -> None:
         self.answers(self.asked(method), error={"code": 1, "message": "refused"})
 
@@ -7750,7 +7772,8 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     told = boot.says("boot: 1 of 2 ended")
     assert "running: b " in told and "try again" not in told
     gate.open()
-    assert boot.process.wait(PATIENCE) >= 0 and read_lines(world.directory / "n") == ["n"]
+    assert "died: " not in boot.ends(0)
+    assert read_lines(world.directory / "n") == ["n"]
 
 
 @needs_proc
@@ -7795,6 +7818,52 @@ def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_tha
     until(lambda: agent.status("b") == "failed")
     assert agent.status("a") == "failed" and "lost: " in agent.client.status("a").reason
     gate.open()
+
+
+@pytest.mark.parametrize(("code", "report", "told"), [(0, "complete", "1 completed"), (3, "fail", "1 failed")])
+def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
+    world: World, code: int, report: str, told: str
+) -> None:
+    agent = PlayedAgent(world, {"a": f"exit {code}"})
+    agent.asked(report)
+    agent.hangs_up()
+    agent.boot.ends(3, "", f"boot: {told}\n", leaves=True)
+
+
+def test_a_service_whose_readiness_the_agent_did_not_answer_any_more_holds_nothing_up(world: World, gate: Gate) -> None:
+    agent = PlayedAgent(world, {"a": "@ready true\ncat gate"})
+    agent.asked("complete")
+    agent.hangs_up()
+    assert agent.boot.process.wait(PATIENCE) == 3
+    gate.open()
+    agent.boot.ends(3, "", "boot: 1 completed\nstill running: a\n", leaves=True)
+
+
+def test_an_agent_that_is_stopped_does_not_hold_up_a_boot_that_is_told_to_stop(world: World, gate: Gate) -> None:
+    server = world.serve()
+    patch = "coder_sync.PING_AFTER, coder_sync.STOPPED_TIMEOUT = 0.2, 1.0"
+    boot = Boot(world, {"a": "cat gate", "b": "@want a"}, patch=patch)
+    gate.reached()
+    server.send_signal(signal.SIGSTOP)
+    boot.signal()
+    told = boot.ends(143, "", "failed: a (stopped: boot got signal 15)", "not started: b: stopped: boot got signal 15")
+    assert "has not answered for 1 s; is it stopped?" in told
+
+
+def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
+    (world.directory / "logs").mkdir()
+    os.mkfifo(world.directory / "logs" / "a.log")
+    boot = Boot(world, {"a": "echo a", "b": "echo b"}, "--log-dir", "logs")
+    boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
+
+
+def test_a_temporary_directory_with_too_long_a_name_for_a_socket_is_the_reason_that_is_given(agent: World) -> None:
+    deep = agent.directory / ("d" * 100)
+    deep.mkdir()
+    agent.env["TMPDIR"] = str(deep)
+    told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
+    told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
+    assert told.count("cannot be probed: AF_UNIX path too long") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------
