@@ -2448,10 +2448,12 @@ class Loop:
 
 
 def end_on_term() -> None:
-    """Have TERM end us as Ctrl-C does, by an exception; process 1, too, which its usual effect would spare."""
+    """Have TERM, and HUP unless it is ignored, end us as Ctrl-C does, by an exception; even process 1."""
     import _signal as signal
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def let_children_go() -> None:
