@@ -2869,6 +2869,7 @@ class Task:
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.pid = 0  # of the process or group of the latest try, until it is gone
         self.running = False  # the process; the group may live on
+        self.running_on = False  # the agent knows that it is a service
         self.code = 0  # with which it ended
         self.tries = 0
         self.began = 0.0  # the latest try
@@ -2904,6 +2905,8 @@ class Task:
 
     def exited(self) -> None:
         """The process of a unit that has completed has ended."""
+        if self.code and not self.running_on:
+            self.report("running")
         self.report("exited", reason=ending(self.code))
 
     # The way.
@@ -3003,6 +3006,7 @@ class Task:
         self.stop_at = self.ready_by = NEVER
         if not self.own_group or not alive_groups([self.pid]):
             self.gone()
+        self.probed()  # it may have become ready with the last that it did
         early = self.prober is not None
         self.close_prober()
         if self.reported == "complete":
@@ -5249,7 +5253,6 @@ class Job(Task):
         limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
         super().__init__(boot.events, script.unit, [script.path], script.ready, *limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
-        self.running_on = False  # the agent knows that it is a service
         self.signalled = False  # by `stop`
         self.outcome = ""  # the unit's, as the agent has it
         self.died = False  # its process, badly, after its unit had completed
@@ -5319,8 +5322,6 @@ class Job(Task):
             self.boot.signal_in_order()
 
     def exited(self) -> None:
-        if not self.running_on and self.code:
-            self.report("running")
         super().exited()
         if self.code and not self.why:
             self.died = True
@@ -6278,6 +6279,7 @@ class Run(Task):
     def complete(self) -> None:
         super().complete()
         if self.running and self.reported == "complete":
+            self.running_on = True
             self.report("running")
             self.loop.watch(self.channel.fileno(), self.answered)
 
@@ -6310,6 +6312,9 @@ class Run(Task):
         request, what = self.asked.pop(0)
         try:
             self.channel.answer(request, timeout)
+        except Unreachable as error:  # nothing else will be answered either
+            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
+            self.asked.clear()
         except SyncError as error:
             self.not_reported(what, error)
 

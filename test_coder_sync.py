@@ -4443,6 +4443,37 @@ def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate
     assert finish(run).returncode == 0
 
 
+def test_a_run_waits_once_for_an_agent_that_is_stopped_not_for_each_of_its_answers(world: World, gate: Gate) -> None:
+    agent = world.serve()
+    command = ["run", "a", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
+    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", *command))
+    gate.reached()
+    agent.send_signal(signal.SIGSTOP)
+    gate.open()
+    gate.keep_open(lambda: run.poll() is not None)
+    what = "try 2 of 3 after exit code 3, try 3 of 3 after exit code 3, its outcome (exit code 3)"
+    assert f"warning: a: {what} may not have been reported: " in finish(run).stderr
+
+
+@pytest.mark.parametrize("way", ["run", "boot"])
+def test_what_says_that_it_is_ready_and_ends_was_ready_whatever_is_seen_first(agent: World, way: str) -> None:
+    unseen = """
+watch = coder_sync.Loop.watch
+def unless_probed(loop, fd, handler, for_writing=False):
+    if handler.__name__ != "probed":
+        watch(loop, fd, handler, for_writing)
+coder_sync.Loop.watch = unless_probed"""
+    says = "import os, socket; s = socket.socket(1, 2); s.sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); os._exit(3)"
+    script = f'exec {sys.executable} -ISc "{says}"'
+    if way == "run":
+        done = finish(agent.spawn(altered(unseen, "run", "a", "--ready", "notify", "--", "sh", "-c", script)))
+        assert (done.returncode, done.stderr) == (3, "")
+    else:
+        Boot(agent, {"a": f"@ready notify\n{script}"}, patch=unseen).ends(1, "", "died: a (completed, then ended: ")
+    assert agent.status("a") == "completed"
+    assert kinds_of(agent, "a")[-2:] == ["completed", "exited"]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Scripts as people write them, with the file installed as `coder`.
 # ---------------------------------------------------------------------------------------------------------
