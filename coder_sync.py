@@ -2531,11 +2531,6 @@ def signal_to(pid: int, number: int) -> bool:
     return True
 
 
-def signal_group(group: int, number: int) -> None:
-    """Signal a process group that may be gone."""
-    signal_to(-group, number)
-
-
 def alive_groups(groups: Iterable[int]) -> set[int]:
     """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
     alive = {group for group in groups if signal_to(-group, 0)}
@@ -2659,7 +2654,7 @@ class Prober:
         self._closed.set()
         with self._lock:
             if self._group:
-                signal_group(self._group, 9)
+                signal_to(-self._group, 9)
         os.close(self._ready)
 
     def _run(self) -> None:
@@ -2714,7 +2709,7 @@ class Prober:
             os.close(write)
             write = -1
             if not can_be_read(read, PROBE_TIMEOUT):
-                signal_group(self._group, 9)
+                signal_to(-self._group, 9)
                 return f"no end within {PROBE_TIMEOUT:.0f}s"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
@@ -2991,10 +2986,7 @@ class Task:
 
     def signal(self, number: int) -> None:
         """Signal the process, or its group."""
-        if self.own_group:
-            signal_group(self.pid, number)
-        else:
-            signal_to(self.pid, number)
+        signal_to(-self.pid if self.own_group else self.pid, number)
 
     def gone(self) -> None:
         """Forget the number of the process, or of its group, before it is another one's."""
@@ -4964,6 +4956,7 @@ CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
 PING_AFTER = 5.0  # seconds of silence from the agent
 LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # the system may have some when others have ended
 MARKS = ("#", "//", "--", ";")
 BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
 HEADERS = {
@@ -5283,13 +5276,8 @@ class Job(Task):
         return pid
 
     def not_begun(self, error: Exception) -> None:
-        if self.loop.children and getattr(error, "errno", 0) in (
-            errno.EMFILE,
-            errno.ENFILE,
-            errno.EAGAIN,
-            errno.ENOMEM,
-        ):
-            self.again_at = time.monotonic() + 0.05  # the system may have room for it then
+        if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
+            self.again_at = time.monotonic() + 0.05
             self.boot.active[self.unit] = self
         else:
             self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
@@ -5463,12 +5451,15 @@ class Boot:
         """Read no output while our own is not taken."""
         if full != self.paused:
             self.paused = full
-            for fd, job in self.by_fd.items():
-                self.events.forget(fd) if full else self.events.watch(fd, self.reader(job))
+            for job in self.by_fd.values():
+                self.read(job)
 
-    def reader(self, job: Job) -> Callable[[], None]:
-        """What reads a job's output."""
-        return lambda: self.output(job)
+    def read(self, job: Job) -> None:
+        """Read a job's output whenever there is some, unless our own is not taken."""
+        if self.paused:
+            self.events.forget(job.out)
+        else:
+            self.events.watch(job.out, lambda: self.output(job))
 
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
@@ -5621,8 +5612,7 @@ class Boot:
     def begun(self, job: Job) -> None:
         """A try of a script has begun: read its output."""
         self.active[job.unit] = self.by_fd[job.out] = job
-        if not self.paused:
-            self.events.watch(job.out, self.reader(job))
+        self.read(job)
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
 

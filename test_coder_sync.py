@@ -7221,13 +7221,13 @@ def test_wrong_usage_is_refused(world: World, call: Call) -> None:
 
 STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
 SPY = """
-signal_group = coder_sync.signal_group
-def spy(group, number):
-    with open("signals", "a") as file:
-        print(group, number, file=file)
-    if number != {deaf}:
-        signal_group(group, number)
-coder_sync.signal_group = spy
+signal_to = coder_sync.signal_to
+def spy(pid, number):
+    if number and pid < 0:
+        with open("signals", "a") as file:
+            print(-pid, number, file=file)
+    return number == {deaf} or signal_to(pid, number)
+coder_sync.signal_to = spy
 """  # writes down what is sent, and does not send what a process is to be deaf for
 
 
