@@ -1083,8 +1083,8 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
 # -- size --------------------------------------------------------------------------------------------------
 
 
-def test_a_chain_of_5000_starts_in_one_go(units: Units) -> None:
-    names = chain(units, 5000, "start")
+def test_a_chain_of_3000_starts_in_one_go(units: Units) -> None:
+    names = chain(units, 3000, "start")
     for name in names[1:]:
         units.start(name, name)
     assert answers(units) == {}
@@ -1092,8 +1092,8 @@ def test_a_chain_of_5000_starts_in_one_go(units: Units) -> None:
     assert list(answers(units)) == names
 
 
-def test_a_chain_of_5000_completes_one_by_one_or_is_skipped_in_one_go(units: Units) -> None:
-    names = chain(units, 5000)
+def test_a_chain_of_3000_completes_one_by_one_or_is_skipped_in_one_go(units: Units) -> None:
+    names = chain(units, 3000)
     for name in reversed(names):
         units.start(name, name)
     for name in names[:500]:
@@ -1104,7 +1104,7 @@ def test_a_chain_of_5000_completes_one_by_one_or_is_skipped_in_one_go(units: Uni
     assert list(told) == names[500:]
     assert {type(told[name]) for name in names[501:]} == {DependencyFailed}
     with pytest.raises(CycleError) as caught:
-        units.want("u0", ["u4999"])
+        units.want("u0", ["u2999"])
     assert caught.value.data == ["u0", *reversed(names)]
 
 
@@ -1411,8 +1411,7 @@ class Play:
             del model.waits[ticket]
         assert told == model.told
         model.settled()
-        seen = {s.unit_name: s for s in units.snapshots(everything=True)}
-        assert {name: s.status for name, s in seen.items()} == {n: model.status(n) for n in model.names()}
+        assert {name: unit.status for name, unit in units.units.items()} == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
         assert units.waits == len(model.line) + len(model.waits)
         assert not units._freed
@@ -1420,9 +1419,7 @@ class Play:
         for name, unit in units.units.items():
             needs = model.needs(name)
             assert {d.name: r for d, r in unit.wants.items()} == dict(needs)
-            unmet = model.unmet(needs)
-            assert unit.unmet == len(unmet), f"{name}: unmet"
-            assert seen[name].is_ready == (not unmet)
+            assert unit.unmet == len(model.unmet(needs)), f"{name}: unmet"
             assert {lock.name for lock in unit.locks if unit in lock.taken} == set(model.locks.get(name, []))
         for ticket, claim in self.rules.claims.items():
             assert units.is_over(claim) == model.is_over(ticket), ticket
@@ -1449,6 +1446,9 @@ def test_units_do_what_the_model_allows_and_demands(first: int) -> None:
                 play.do(step)
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {error!r}\n" + "; ".join(steps)) from error
+        for shown in play.units.snapshots(everything=True):
+            assert shown.status == play.model.status(shown.unit_name)
+            assert shown.is_ready == (not play.model.unmet(play.model.needs(shown.unit_name)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5341,8 +5341,16 @@ def events(graph: Graph) -> str:
     """A trace, an event a line: what it is, its row, when and how long in microseconds, its name and colour."""
     trace = coder_sync.timeline_trace(graph)
     assert list(trace) == ["traceEvents", "displayTimeUnit"] and {e["pid"] for e in trace["traceEvents"]} <= {1}
-    keys = ("ph", "bp", "s", "id", "tid", "ts", "dur", "cat", "name", "cname", "args")
-    return "".join(" ".join(str(e[key]) for key in keys if key in e) + "\n" for e in trace["traceEvents"])
+    rows = [e for e in trace["traceEvents"] if e["name"] == "thread_sort_index"]  # are in the order of their numbers
+    assert [e["tid"] for e in rows] == [e["args"]["sort_index"] for e in rows] == list(range(1, len(rows) + 1))
+    keys = ("ph", "bp", "s", "id", "tid", "ts", "dur", "cat", "name", "cname")
+    return "".join(
+        " ".join(str(e[key]) for key in keys if key in e)
+        + "".join(f" {key}={in_short(value)}" for key, value in e.get("args", {}).items() if value)
+        + "\n"
+        for e in trace["traceEvents"]
+        if e not in rows
+    )
 
 
 VIEWS: dict[str, Callable[..., str]] = {
@@ -5549,42 +5557,31 @@ flowchart LR
   style u5 stroke:#d2641e,stroke-width:3px
   linkStyle 0,4 stroke:#d2641e,stroke-width:3px
 ? trace: edges
-M process_name {'name': 'startup'}
-M 1 thread_name {'name': '<a>'}
-M 1 thread_sort_index {'sort_index': 1}
-X 1 1000000 3000000 running <a> {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
+M process_name name=startup
+M 1 thread_name name=<a>
+X 1 1000000 3000000 running <a> status=completed
 i t 1 2000000 try try 2
 i t 1 3500000 try try 3
-M 2 thread_name {'name': 'c'}
-M 2 thread_sort_index {'sort_index': 2}
-X 2 2000900 0 running c terrible {'status': 'failed', 'reason': 'say "&"', 'released_by': '', 'wants': []}
-M 3 thread_name {'name': 'g'}
-M 3 thread_sort_index {'sort_index': 3}
-X 3 3000000 2000000 running g {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
-X 3 5000000 5000000 running on g runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
-M 4 thread_name {'name': 'e'}
-M 4 thread_sort_index {'sort_index': 4}
-X 4 3000000 1000 waiting e waits grey {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 4 3001000 1000 running e {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 4 3002000 4998000 running on e runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-M 5 thread_name {'name': 'b'}
-M 5 thread_sort_index {'sort_index': 5}
-X 5 1000000 500000 waiting b waits grey {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': \
-['<a>', 'c']}
-X 5 1500000 2500000 locked out b waits for lock l, m grey {'status': 'completed', 'reason': '', 'released_by': \
-'<a>', 'wants': ['<a>', 'c']}
-X 5 4000000 5000000 running b {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': ['<a>', 'c']}
-M 6 thread_name {'name': 'f'}
-M 6 thread_sort_index {'sort_index': 6}
-X 6 9000000 1000000 running f {'status': 'started', 'reason': '', 'released_by': 'b', 'wants': ['b']}
-M 7 thread_name {'name': 'd'}
-M 7 thread_sort_index {'sort_index': 7}
-X 7 2000000 1000000 waiting d waits bad {'status': 'skipped', 'reason': 'c', 'released_by': '', 'wants': ['c']}
-M 8 thread_name {'name': 'h'}
-M 8 thread_sort_index {'sort_index': 8}
-X 8 4000000 2000000 waiting h waits grey {'status': 'pending', 'reason': '', 'released_by': '', 'wants': ['g']}
-X 8 6000000 4000000 locked out h waits for lock l grey {'status': 'pending', 'reason': '', 'released_by': '', \
-'wants': ['g']}
+M 2 thread_name name=c
+X 2 2000900 0 running c terrible status=failed reason=say "&"
+M 3 thread_name name=g
+X 3 3000000 2000000 running g status=completed
+X 3 5000000 5000000 running on g runs on status=completed
+M 4 thread_name name=e
+X 4 3000000 1000 waiting e waits grey status=completed wants=d
+X 4 3001000 1000 running e status=completed wants=d
+X 4 3002000 4998000 running on e runs on status=completed wants=d
+M 5 thread_name name=b
+X 5 1000000 500000 waiting b waits grey status=completed released_by=<a> wants=<a> and c
+X 5 1500000 2500000 locked out b waits for lock l, m grey status=completed released_by=<a> wants=<a> and c
+X 5 4000000 5000000 running b status=completed released_by=<a> wants=<a> and c
+M 6 thread_name name=f
+X 6 9000000 1000000 running f status=started released_by=b wants=b
+M 7 thread_name name=d
+X 7 2000000 1000000 waiting d waits bad status=skipped reason=c wants=c
+M 8 thread_name name=h
+X 8 4000000 2000000 waiting h waits grey status=pending wants=g
+X 8 6000000 4000000 locked out h waits for lock l grey status=pending wants=g
 s 5 1 3999999 released released
 f e 5 5 4000000 released released
 s 6 5 8999999 released released
@@ -6186,7 +6183,7 @@ def test_the_client_iterates_over_events(agent: World) -> None:
 
 
 def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
-    for i in range(40):
+    for i in range(20):
         agent.client.want(f"{i}", *(f"{i}.{j}" for j in range(100)))
     for i in range(10):
         peer = agent.connect()
@@ -6208,17 +6205,13 @@ def test_a_watcher_that_does_not_read_is_dropped_and_costs_nobody_anything(world
         peer.call("events", follow=True)
     hung_up = select.poll()
     hung_up.register(deaf.sock, select.POLLHUP)
-    seen = 0
-    for i in itertools.count():
+    rounds = 10  # of some 90 kB, far more than a socket takes
+    for i in range(rounds + 1):
         began = time.monotonic()
         agent.client.want(f"{i}-".ljust(250, "x"), *(f"{i}-{j}-".ljust(250, "y") for j in range(150)))
         assert time.monotonic() - began < PATIENCE / 10
-        for seq in range(seen + 1, seen + 152):
-            assert reader.read()["params"]["seq"] == seq
-        seen += 151
-        if hung_up.poll(0):
-            break
-    assert seen < 50_000
+        assert [reader.read()["params"]["seq"] for _ in range(151)] == list(range(151 * i + 1, 151 * (i + 1) + 1))
+        assert i < rounds - 1 or hung_up.poll(5000)
 
 
 def test_watching_prints_a_line_an_event_where_there_is_no_terminal(agent: World) -> None:
