@@ -455,25 +455,16 @@ want is all or nothing when an edge closes a cycle:
     want b a; want a x b y => !CycleError | a:not-registered b:pending | says cycle detected: a -> b -> a
 a unit cannot depend on itself:
     want a b a => !CycleError | | says cycle detected: a -> a; a unit cannot depend on itself
-start is all or nothing too: want b a; start a #1 b => !CycleError | a:not-registered b:pending
 another requirement for an edge is refused whole: want b a; want b x!start a
     => !Refused | a:not-registered b:pending | says unit "b" wants "a" with requirement success already, not start
 an unknown requirement is refused: want b a!perfection; wait #1 a!perfection
     => !Refused, !Refused | | says no such requirement: perfection; use one of success, completion, start
-a diamond is no cycle: want d b c; want b a; want c a => | a:not-registered b:pending c:pending d:pending
-requirements do not make a cycle acceptable:
-    want b a!start; want a b!completion => !CycleError | a:not-registered b:pending
 wanting what has failed skips at once, and so on: want a; fail a; want c b; want b a => | a:failed b:skipped c:skipped
 # start
 a ready unit starts at once: start a #1 => #1 ok | a:started
 a start waits until all dependencies are met:
     start c #1 a b; start a #2; complete a; start b #3; complete b
     => #2 ok, #3 ok, #1 ok | a:completed b:completed c:started
-a dependency added while a start waits is waited for too:
-    start b #1 a; want b x; start a #2; complete a; start x #3; complete x
-    => #2 ok, #3 ok, #1 ok | a:completed b:started x:completed
-a failed dependency added while a start waits ends the wait:
-    want x; fail x; start b #1 a; want b x => #1 DependencyFailed | a:not-registered b:skipped x:failed
 one added after the start counts the next time:
     start b #1; want b x; complete b; start b #2 => #1 ok | b:pending x:not-registered
 a started unit is not started again: start a #1 by=42; start a #2
@@ -486,18 +477,12 @@ who asks while an answer is on its way stands in line:
 # again
 a completed unit is pending as soon as it is asked to start again:
     start a #1; complete a; start a #2 x => #1 ok | a:pending x:not-registered
-a second round runs in order:
-    start a #1; complete a; start b #2 a; complete b; start a #3; start b #4; complete a
-    => #1 ok, #2 ok, #3 ok, #4 ok | a:completed b:started
-a failed unit starts again: want a; fail a; start a #1 => #1 ok | a:started
 a skipped unit waits for what is repaired:
     want a; fail a; want b a; start a #1; start b #2; complete a => #1 ok, #2 ok | a:completed b:started
 asked before the repair it is skipped again: want a; fail a oops; want b a; start b #1
     => #1 DependencyFailed | a:failed b:skipped | says unit "b" skipped: dependency "a" failed (oops)
 who has not started waits for a re-run:
     start a #1; complete a; want b a; start a #2; start b #3 => #1 ok, #2 ok | a:started b:pending
-a re-run whose wait fails is skipped:
-    want a; complete a; start a #1 x; want x; fail x => #1 DependencyFailed | a:skipped x:failed
 # complete, fail
 complete ends what has not started: want a; complete a => | a:completed
 the outcome of an unregistered name is refused: want b a; complete a; fail a; complete ghost
@@ -536,17 +521,11 @@ who asks later is told the whole cause: want b a; want a; fail a; start c #1 b
 what has started or ended is left alone:
     want a; complete a; start b #1 a; want c a; complete c; start a #2; fail a
     => #1 ok, #2 ok | a:failed b:started c:completed
-what was ready but had not started is skipped:
-    want a; complete a; want b a; start a #1; fail a => #1 ok | a:failed b:skipped
-a branch that completes does not start what another skipped:
-    start d #1 b c; want b; want c; fail b; complete c => #1 DependencyFailed | b:failed c:completed d:skipped
-a skip meets completion: want b a; start c #1 b!completion; want a; fail a => #1 ok | a:failed b:skipped c:started
 # wait
 a wait ends with the last of its units:
     wait #1 a b a; want a; complete a; want b; complete b => #1 ok | a:completed b:completed
 a wait ends with the first that fails:
     wait #1 a b; want b; fail b => #1 DependencyFailed | b:failed | says dependency "b" failed
-a wait is no unit and closes no cycle: want b a; wait #1 a b; want a c => | a:pending b:pending c:not-registered
 names that only a wait knew go with it:
     want b x; wait #1 only x both; wait #2 both; lose #1 => | b:pending both:not-registered x:not-registered
 # claims: each ends in one way
@@ -759,14 +738,6 @@ def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
     assert "cycle detected" in graph[names[-1]] == units.status(names[-1]).refusal
     units.want(names[-1], [])
     assert units.status(names[-1]).refusal == ""
-
-
-def test_a_cycle_is_found_through_a_wide_graph(units: Units) -> None:
-    for i in range(50):
-        units.want("top", [f"middle{i}"])
-        units.want(f"middle{i}", ["bottom"] if i == 30 else [f"leaf{i}"])
-    with pytest.raises(CycleError, match=r"^cycle detected: bottom -> top -> middle30 -> bottom$"):
-        units.want("bottom", ["top"])
 
 
 def test_what_was_refused_leaves_nothing_behind(rules: Rules) -> None:
@@ -5374,16 +5345,6 @@ VIEWS: dict[str, Callable[..., str]] = {
 
 
 TEXTS = """
-? timeline: good: 100
-              0          45s         1m30s       2m15s       3m00s       3m45s
-* apt-install █████████████████████████████████                                     2m05s completed
-  git-clone   ███                                                                     12s completed
-  db          █████████                                                               32s completed
-  migrate     ░░░░░░░░███                                                            9.0s completed
-* pip-install ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░████████████████████████████████     1m58s completed
-* serve       ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░███    9.0s completed
-
-4m12s in all; critical path: apt-install 2m05s -> pip-install 1m58s -> serve 9.0s (100% of it)
 ? timeline: broken: 60
          0         10s        20s
 * base   ███████████                          10s completed
@@ -5414,14 +5375,6 @@ started); critical path: base 10s -> web 20s (100% of it)
 │ another try, ─ runs on as a service, ▒ waits for a lock
 2m40s in all (1 still running, 1 not started); critical path: apt-base 40s
 -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
-? timeline: uneven: 44
-        0
-* quick █                     1ms completed
-* slow  █████████████████   5m00s completed
-* last                  █     1ms completed
-
-5m00s in all; critical path: quick 1ms ->
-slow 5m00s -> last 1ms (100% of it)
 ? timeline: late: 50
        0           10s
 * a    ████████████                 10s completed
@@ -5661,9 +5614,6 @@ complete.
 "gate" is not registered: nobody has called want, start or run on it.
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
-? why: services: shell
-"shell" has not started: for 2m30s it has been waiting for lock port, which "ide" has.
-"ide" started 1m00s ago (pid 77), after waiting 1m40s, last for tools; it is still running.
 ? why: broken: mail
 "mail" was skipped 15s ago because of "report".
 "report" was skipped 15s ago because of "data".
@@ -5674,8 +5624,6 @@ complete.
 "misspelt" has not started: for 3m05s it has been waiting for "b_setup", "zzz".
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
-? why: odd ends: ran and failed
-"ran and failed" failed 3m03s ago after running 2.0s; started at once.
 ? why: broken: gone
 "gone" is not registered: nobody has called want, start or run on it.
 It is wanted by lint.
@@ -6020,12 +5968,8 @@ def test_names_cannot_say_anything_in_dot_and_mermaid() -> None:
     assert [re.sub(r"\\(.)", r"\1", s) for s in strings] == [
         *(HOSTILE, "pending", "plain", "not registered", "plain", HOSTILE, "completion")
     ]
-    assert re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text).splitlines()[2:] == [
-        "  ID [style=filled, fillcolor=white, tooltip=ID];",
-        "  ID [style=dashed, fillcolor=white, tooltip=ID];",
-        "  ID -> ID [label=ID];",
-        "}",
-    ]
+    plain = coder_sync.graph_dot(startup_of(0, unit("a", wants={"b": "completion"})))
+    assert re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text) == re.sub('"[^"]*"', "ID", plain)
     lines = coder_sync.graph_mermaid(startup_of(0, unit(HOSTILE, wants={"环境": "start"}))).splitlines()
     assert "linkStyle" not in "".join(lines)
     assert lines[2:4] == ['  u1["环境"]:::not_registered', "  u1 -->|start| u0"]
