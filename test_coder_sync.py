@@ -6698,45 +6698,94 @@ def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(agent: 
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_scripts_run_in_the_order_of_their_headers_and_a_failure_skips_what_requires_success(
-    world: World, gate: Gate
-) -> None:
-    files = {"10-d": "@want c b\necho d", "20-c": "@want a\ncat gate", "30-a": "sleep 0.1; echo a"}
-    files.update({"40-b": "@want c --requires start\necho b > gate", "e": "exit 3", "f": "@want e", "g": "@want f"})
-    files.update(h="kill -9 $$", i="exec 2> /dev/null\nexec /no/such/program", j="@before l\nsleep 0.1; : > j; exit 1")
-    files.update(k="@want e --requires completion\n@after f j\nls j", l="touch l")
-    boot = Boot(world, files, "--timeline", "t.svg")
-    boot.ends(1, None, "boot: 5 completed, 4 failed, 3 skipped\n", "(4 failed, 3 skipped)")
-    assert boot.out.replace("k | j\n", "") == "a | a\nc | b\nd | d\n" and boot.said()["k"] == ["j"]
-    assert boot.unsuccessful() == {
-        "e": "failed: exit code 3",
-        "h": "failed: killed by signal 9",
-        "i": "failed: exit code 127",
-        "j": "failed: exit code 1",
-        "f": 'skipped: dependency "e" failed (exit code 3)',
-        "g": 'skipped: dependency "f" was skipped: dependency "e" failed (exit code 3)',
-        "l": 'skipped: dependency "j" failed (exit code 1)',
-    }
-    assert (world.directory / "t.svg").read_text().startswith("<svg")
+# UNIT: HEADERS AND SCRIPT => the lines that it prints, or how it ends without success. All are in one boot.
+SCRIPTS = r"""
+# the order is that of the headers
+a: @want b c; ls b.done => b.done
+b: @want d; ls d.done; cat gate; : > b.done => d.done / c runs
+c: @want b --requires start; test ! -e b.done && echo c runs > gate =>
+d: sleep 0.1; : > d.done =>
+# a failure skips what requires success, also through others; after does not mind it
+e: exit 3 => failed: exit code 3
+f: @want e; echo f => skipped: dependency "e" failed (exit code 3)
+g: @want f; echo g => skipped: dependency "f" was skipped: dependency "e" failed (exit code 3)
+h: kill -9 $$ => failed: killed by signal 9
+i: exec 2> /dev/null; exec /no/such/program => failed: exit code 127
+j: @before l; sleep 0.1; : > j.done; exit 1 => failed: exit code 1
+k: @want e --requires completion; @after f j; ls j.done => j.done
+l: echo l => skipped: dependency "j" failed (exit code 1)
+# what a script is given: its unit, the socket, the environment, no input; signals and descriptors as usual
+given: echo $CODER_SYNC_UNIT $CODER_AGENT_SOCKET_PATH $MINE $(cat | wc -c) $PWD $# $0
+    => given DIR/agent.sock yes 0 DIR 0 DIR/startup.d/given
+usual: grep -cE 'Sig(Blk|Ign):.[0-9a-f]{8}[08]0{7}$' /proc/self/status; ls /proc/self/fd => 2 / 0 / 1 / 2 / 3
+# variables are those of its dependents; what is none fails the unit
+v1: echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
+v2: @want v1; echo "$A $B"; echo A=2 > $CODER_SYNC_ENV => 1 x y="z"
+v3: @want v2; echo "$A $B"; dirname $CODER_SYNC_ENV > private; test -e $CODER_SYNC_ENV || echo new => 2 x y="z" / new
+v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYNC_ENV is not NAME=VALUE
+v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
+v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
+v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
+# a service that is never ready fails and ends
+s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
+s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
+s3: @ready file:up; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no such file)
+s4: @ready notify; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (it has not said READY=1)
+s5: @ready tcp:1; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (Connection refused)
+s6: @ready exit 7; @ready-timeout 500ms; sleep 60 & sleep 60 => failed: not ready after 500ms (exit code 7)
+s7: @ready sleep 60; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no end within 0s)
+s8: @want s3; echo s8 => skipped: dependency "s3" failed (not ready after 500ms (no such file))
+# past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
+t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
+t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
+t3: @timeout 200ms; trap '' TERM INT; while :; do sleep 60; done => failed: timed out after 200ms
+t4: @timeout 200ms; (trap '' TERM; exec sleep 60) & sleep 60 => failed: timed out after 200ms
+t5: @want t1; echo t5 => skipped: dependency "t1" failed (timed out after 200ms)
+t6: sleep 0.5 =>
+t7: @want t6; @timeout 400ms; echo t7 => t7
+t8: sleep 60 & exit 3 => failed: exit code 3
+t9: (trap '' TERM; exec sleep 60) & exit 3 => failed: exit code 3
+# what fails is tried again, and only the last try counts
+r1: @retry 3 100ms; echo n >> n; test $(wc -l < n) = 3 && exit; sleep 60 & exit 9
+    => try 2 of 4 after exit code 9 / try 3 of 4 after exit code 9
+r2: @want r1; echo r2 => r2
+r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
+# a script that changes after the check runs as it is then, or fails alone
+w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; echo exit > w5; printf '#!/bin/sh\necho new\n' > w6 =>
+w2: @want w1; echo old => failed: cannot be run: No such file or directory
+w3: @want w1; echo old => failed: cannot be run: Permission denied
+w4: @want w1; echo old => failed: cannot be run: No such file or directory
+w5: @want w1; echo old => failed: cannot be run: Exec format error
+w6: @want w1; echo old => new
+"""
 
 
-def test_what_a_script_is_given(world: World) -> None:
-    script = 'echo "$CODER_SYNC_UNIT,$CODER_AGENT_SOCKET_PATH,$MINE,$(cat | wc -c),$PWD,$#,$0"'
-    usual = "grep -E 'SigBlk|SigIgn' /proc/self/status; ls /proc/self/fd"
-    see = 'echo "$A $B"; ls $(dirname $CODER_SYNC_ENV) | wc -l; dirname $CODER_SYNC_ENV >&2'
-    files = {"10-a.sh": script, "b": usual, "e": f"@want d\n{see}"}
-    files.update(c="echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y=\"z\"' >> $CODER_SYNC_ENV")
-    files.update(d='@want c\necho "$A $B"; echo A=2 > $CODER_SYNC_ENV')
-    env = {**world.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
+def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
+    files, says, fails = {}, {}, {}
+    rows = SCRIPTS.replace("\n ", "").replace("DIR", str(agent.directory))
+    for unit, text, end in re.findall("^(\\w+): (.*) =>(.*)", rows, re.M):
+        files[unit] = re.sub("(@[^;]*); ", r"\1\n", text)
+        lines = [line for line in end.strip().split(" / ") if line]
+        if end.rpartition(" / ")[2].strip().startswith(("failed: ", "skipped: ")):
+            fails[unit] = lines.pop()
+        if lines:
+            says[unit] = lines
+    env = {**agent.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
+    options = ["--grace", "100ms", "--socket-path", agent.path, "--timeline", "t.svg", "--log-dir", "logs"]
     endless, _ = os.pipe()
-    boot = Boot(world, files, "--socket-path", world.path, env=env, stdin=endless)
-    boot.ends()
-    said = boot.said()
-    assert said["a"] == [f"a,{world.path},yes,0,{world.directory},0,{world.directory}/startup.d/10-a.sh"]
-    masks = [int(line.split()[1], 16) & (1 << 31) - 1 for line in said["b"][:2]]  # above are those of the C library
-    assert masks == [0, 0] and said["b"][2:] == ["0", "1", "2", "3"]  # signals and descriptors as usual
-    *variables, private = said["d"] + said["e"]
-    assert variables == ['1 x y="z"', '2 x y="z"', "2"] and not os.path.exists(private)
+    patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
+    boot = Boot(agent, files, *options, env=env, stdin=endless, patch=patch)
+    assert "secret" not in boot.ends(1)  # which reads to the end of file
+    assert (boot.said(), boot.unsuccessful()) == (says, fails)
+    skipped = sum(end.startswith("skipped") for end in fails.values())
+    count = f"{len(fails) - skipped} failed, {skipped} skipped"
+    assert f"boot: {len(files) - len(fails)} completed, {count}\n" in boot.told and f"({count})" in boot.told
+    assert not os.path.exists((agent.directory / "private").read_text().strip())
+    assert (agent.directory / "t.svg").read_text().startswith("<svg")
+    assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
+    first, second = [event for event in agent.client.status("r1").history if event.kind == "retry"]
+    assert [first.detail, second.detail] == says["r1"] and second.time - first.time >= 0.2
+    assert len(agent.client.status("r1").tries) == 2
 
 
 def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
@@ -6917,18 +6966,6 @@ def test_with_one_job_one_runs_at_a_time_and_a_unit_ended_from_outside_takes_no_
     assert most_at_once(world.directory / "t.json") == 1
 
 
-def test_variables_that_are_none_fail_the_unit_and_are_not_shown(world: World) -> None:
-    rows = {
-        "A=1\\nnonsense": "line 2 of its $CODER_SYNC_ENV is not NAME=VALUE",
-        "1A=secret": "line 1 of its $CODER_SYNC_ENV is not NAME=VALUE",
-        "A=\\377": "line 1 of its $CODER_SYNC_ENV is not UTF-8",
-        "A=%40000d": "its $CODER_SYNC_ENV is larger than 32 KiB",
-    }
-    boot = Boot(world, {f"x{i}": f'printf "{text}" 0 > $CODER_SYNC_ENV' for i, text in enumerate(rows)})
-    assert "secret" not in boot.ends(1)
-    assert boot.unsuccessful() == {f"x{i}": f"failed: {mistake}" for i, mistake in enumerate(rows.values())}
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Boot: services, locks and further tries.
 # ---------------------------------------------------------------------------------------------------------
@@ -6969,25 +7006,6 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
 
 
-def test_a_service_that_is_never_ready_fails_and_ends(world: World) -> None:
-    rows = {
-        "file:up; exit 0": "ended before it was ready (exit code 0)",
-        "notify; exit 3": "ended before it was ready (exit code 3)",
-        "file:up; sleep 60": "not ready after 500ms (no such file)",
-        "notify; sleep 60": "not ready after 500ms (it has not said READY=1)",
-        "tcp:1; sleep 60": "not ready after 500ms (Connection refused)",
-        "exit 7; sleep 60 & sleep 60": "not ready after 500ms (exit code 7)",
-        "sleep 60; sleep 60": "not ready after 500ms (no end within 0s)",
-    }
-    texts = [f"@ready-timeout 500ms\n@ready {row.replace('; ', chr(10))}" for row in rows]
-    files = {**{f"x{i}": text for i, text in enumerate(texts)}, **{f"y{i}": f"@want x{i}" for i in range(len(rows))}}
-    boot = Boot(world, files, patch="coder_sync.PROBE_TIMEOUT = 0.1")
-    boot.ends(1, "")
-    failed = {f"x{i}": f"failed: {reason}" for i, reason in enumerate(rows.values())}
-    skipped = {f"y{i}": f'skipped: dependency "x{i}" failed ({reason})' for i, reason in enumerate(rows.values())}
-    assert boot.unsuccessful() == {**failed, **skipped}
-
-
 def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
     for status, error in (("HTTP/1.1 503 x", "HTTP status 503"), ("hello", "its answer is not HTTP")):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -7022,19 +7040,6 @@ def test_units_with_one_lock_run_one_at_a_time_in_whatever_way_each_ends(world: 
     files = {f"x{i}": f"@lock apt\nmkdir held && rmdir held || echo both\n{ends[i % 3]}" for i in range(12)}
     Boot(world, files, "--timeline", "t.json").ends(1, "", "boot: 4 completed, 8 failed\n")
     assert most_at_once(world.directory / "t.json") == 1
-
-
-def test_a_script_that_fails_is_tried_again_later_each_time_and_only_the_last_try_counts(agent: World) -> None:
-    flaky = "@retry 3 100ms\necho n >> n; test $(wc -l < n) = 3 && exit\nsleep 60 & exit 100"
-    boot = Boot(agent, {"a": flaky, "b": "@want a\necho b", "c": "@retry 1 0\nexit 4"}, "--log-dir", "logs")
-    boot.ends(1)  # and what passes output on ends too, though a try has left something behind
-    told = [f"try {n} of 4 after exit code 100" for n in (2, 3)]
-    assert boot.said() == {"a": told, "b": ["b"], "c": ["try 2 of 2 after exit code 4"]}
-    assert boot.unsuccessful() == {"c": "failed: exit code 4"}
-    assert read_lines(agent.directory / "logs" / "a.log") == told
-    first, second = [e for e in agent.client.status("a").history if e.kind == "retry"]
-    assert [first.detail, second.detail] == told and second.time - first.time >= 0.2
-    assert len(agent.client.status("a").tries) == 2
 
 
 def test_a_service_that_ends_before_it_is_ready_is_tried_again_and_a_signal_between_two_tries_ends_them(
@@ -7078,15 +7083,19 @@ def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> No
     assert re.search(r"in all \(1 failed\); critical path: a ", told)
 
 
-def test_a_quiet_boot_that_succeeds_says_nothing(world: World) -> None:
-    files, quick = {"a": "echo a; sleep 0.1"}, "coder_sync.REPORT_EVERY = 0.01"
-    assert Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick).ends(0, "") == ""
+@needs_proc
+def test_a_quiet_boot_that_succeeds_says_nothing_and_leaves_no_output_open_behind_a_daemon(world: World) -> None:
+    files, quick = {"a": "echo a; sleep 0.1", "b": "sleep 60 &"}, "coder_sync.REPORT_EVERY = 0.01"
+    boot = Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick)
+    assert boot.ends(0, "", leaves=True) == ""  # which reads to the end of file
     assert (world.directory / "logs" / "a.log").read_text() == "a\n"
+    for pid in boot.left():
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, gate: Gate) -> None:
-    other = agent.popen("run", "other", "--", "cat", "gate")
-    gate.reached()
+    somebody = agent.connect()
+    somebody.call("start", unit="other", hold=True)
     files = {"a": "@lock apt\ncat gate", "b": "@want a\n@lock apt", "c": "@want disk other\n@extern disk other"}
     files.update(d="@want a --requires start\n@lock apt", e="@ready file:up\nsleep 60", f="@retry 1 10m\nexit 9")
     boot = Boot(agent, files, "--grace", "100ms", patch="coder_sync.REPORT_EVERY = 0.3")
@@ -7099,7 +7108,6 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
     boot.signal()
     gate.open()
     boot.ends(143)
-    assert finish(other).returncode == 0
 
 
 def test_wrong_usage_is_refused(world: World, call: Call) -> None:
@@ -7146,24 +7154,27 @@ def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gat
 
 
 def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None:
-    text = "trap 'cat {0}; echo {0} >> ended; exit' TERM\n$SYNC complete {0} -q\nwhile :; do sleep 0.01; done"
+    text = "trap 'cat {0}; echo {0}; exit' TERM\n: > up-{0}; sleep 60 & wait"
     wants = {"a": "extern x", "b": "want a", "c": "want b", "d": "want a"}
     gates = {name: Gate(world, name) for name in wants}
-    boot = Boot(world, {name: f"@{want}\n{text.format(name)}" for name, want in wants.items()}, "--stay")
+    files = {name: f"@{want}\n@ready file:up-{name}\n{text.format(name)}" for name, want in wants.items()}
+    boot = Boot(world, files, "--stay")
     boot.says("staying")
     boot.signal()
-    for i, name in enumerate("dcba"):
+    for name in "dcba":
         gates[name].open()
-        until(lambda: len(read_lines(world.directory / "ended")) == i + 1)  # noqa: B023
-    boot.ends(143)
-    assert read_lines(world.directory / "ended") == ["d", "c", "b", "a"]
+        boot.prints(f"{name} | {name}")
+    boot.ends(143, "")
 
 
 @needs_proc
-@pytest.mark.parametrize("text", [STUBBORN, f"({STUBBORN}) & wait", f"$SYNC complete a -q; {STUBBORN}"])
-def test_what_ignores_the_signal_is_killed_after_the_grace(world: World, gate: Gate, text: str) -> None:
-    boot = Boot(world, {"a": text, "b": "sleep 60"}, "--grace", "200ms")
-    gate.open()
+def test_what_ignores_the_signal_is_killed_after_the_grace(world: World) -> None:
+    texts = [STUBBORN, f"({STUBBORN}) & wait", f"$SYNC complete $CODER_SYNC_UNIT -q; {STUBBORN}"]
+    gates = [Gate(world, f"gate{i}") for i in range(len(texts))]
+    files = {f"x{i}": text.replace("cat gate", f"cat gate{i}") for i, text in enumerate(texts)}
+    boot = Boot(world, {**files, "y": "sleep 60"}, "--grace", "200ms")
+    for gate in gates:
+        gate.open()
     began = time.monotonic()
     boot.signal()
     boot.ends(143)
@@ -7182,27 +7193,6 @@ def test_a_second_signal_kills_at_once(world: World, gate: Gate) -> None:
     boot.ends(130)
 
 
-@needs_proc
-@pytest.mark.parametrize(
-    "text",
-    ["exec sleep 60", "sleep 60 & sleep 60", STUBBORN.replace("cat gate;", ""), "(trap '' TERM; sleep 60) & sleep 60"],
-)
-def test_past_its_timeout_a_script_and_its_children_end_and_it_has_failed(world: World, text: str) -> None:
-    boot = Boot(world, {"a": f"@timeout 100ms\n{text}", "b": "@want a"}, "--grace", "100ms")
-    boot.ends(1, None, "failed: a (timed out after 100ms)", "skipped: b")
-
-
-def test_a_timeout_bounds_the_run_and_not_the_waiting(world: World) -> None:
-    assert boots(world, {"a": "sleep 0.5", "b": "@want a\n@timeout 400ms\necho b"}) == "b | b\n"
-
-
-@needs_proc
-@pytest.mark.parametrize("left", ["sleep 60", "(trap '' TERM; sleep 60)"])
-def test_what_a_failed_unit_leaves_behind_ends_with_it(world: World, left: str) -> None:
-    files, seldom = {"a": f"{left} &\nexit 3"}, "coder_sync.LOOK_EVERY = 600"
-    Boot(world, files, "--grace", "100ms", patch=seldom).ends(1)  # which reads to the end of file
-
-
 def test_term_is_sent_once_and_kill_now_and_then_to_what_neither_ends(world: World, gate: Gate) -> None:
     files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
     files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate")
@@ -7215,12 +7205,19 @@ def test_term_is_sent_once_and_kill_now_and_then_to_what_neither_ends(world: Wor
     assert sorted(sent(world).values()) == [[15, 9], [15, 9, 9]]
 
 
-def test_past_its_timeout_a_script_that_goes_on_is_told_once(world: World) -> None:
-    text = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e go; do :; done"
-    boot = Boot(world, {"a": text}, "--grace", "10m", patch=SPY.format(deaf=0))
-    until((world.directory / "told").exists)
-    (world.directory / "go").touch()
-    boot.ends(1, "", "failed: a (timed out after 50ms); ")
+def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone_is_forgotten(
+    world: World, gate: Gate
+) -> None:
+    late = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e told; do :; done; cat gate"
+    after = Gate(world, "after")
+    boot = Boot(world, {"a": late, "b": "cat after &"}, "--stay", "--grace", "10m", patch=SPY.format(deaf=0))
+    gate.open()
+    boot.says("failed: a (timed out after 50ms); ")
+    boot.says("staying")
+    after.open()
+    until(lambda: boot.left() == [])
+    boot.signal()
+    boot.ends(143, "")
     assert list(sent(world).values()) == [[15]]
 
 
@@ -7236,16 +7233,6 @@ def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, ga
     boot.ends(1)
 
 
-def test_the_number_of_a_process_group_that_is_gone_is_forgotten(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"a": "cat gate &"}, "--stay", patch=SPY.format(deaf=0))
-    boot.says("staying")
-    gate.open()
-    until(lambda: len(boot.left()) == 0)
-    boot.signal()
-    boot.ends(143)
-    assert sent(world) == {}
-
-
 def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: Gate) -> None:
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -7258,46 +7245,37 @@ def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: 
     boot.ends(0, "a | a\n")
 
 
-def on_terminal(world: World, files: dict[str, str], columns: int, *shown: bytes, gate: Gate | None = None) -> bytes:
-    """Boot on a terminal until all this has been shown in turn, then type Ctrl-C; return all that was shown.
-
-    A gate is opened once the first has been shown.
-    """
-    path = startup(world, files)
+@needs_proc
+def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_c(world: World, gate: Gate) -> None:
+    files = {"a": f"cat {gate.path}; echo hello; sleep 60", "b": "@want a"}
+    path = startup(world, {**files, **{f"unit-with-a-long-name-{i}": "sleep 60" for i in range(5)}})
     pid, master = pty.fork()
     if pid == 0:
         os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
-    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 70, 0, 0))
     seen = b""
-    for text in shown:
+
+    def shows(text: bytes) -> None:
+        nonlocal seen
         while text not in seen:
             seen += os.read(master, 4096)
-        if gate and text == shown[0]:
-            gate.open()
+
+    shows(b", +4 more")
+    gate.open()
+    shows(b"hello")
     os.write(master, b"\x03")
     with contextlib.suppress(OSError):  # end of file on a terminal
         while True:
             seen += os.read(master, 4096)
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
     os.close(master)
-    return seen
-
-
-@needs_proc
-def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World, gate: Gate) -> None:
-    files = {"a": f"cat {gate.path}; echo hello; sleep 60", "b": "@want a"}
-    seen = on_terminal(world, files, 120, b"[0/2 ended, 1 waiting] a ", b"hello", gate=gate)
-    assert re.search(rb"\r\033\[K\033\[3[2-6]ma\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
-
-
-@needs_proc
-def test_the_status_line_shows_what_fits_and_how_many_more(world: World) -> None:
-    seen = on_terminal(world, {f"a-unit-with-a-long-name-{i}": "sleep 60" for i in range(6)}, 70, b", +5 more")
+    assert re.search(rb"\r\033\[K\033\[3[2-6]ma {22}\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
     lines = re.findall(rb"\r\033\[K(\[[^\r^]*)", seen)
     assert max(map(len, lines)) < 70 and b"\xe2\x80\xa6" not in seen
-    assert re.fullmatch(rb"\[0/6 ended, 0 waiting\] a-unit-with-a-long-name-0 [\d.]+m?s, \+5 more", lines[-1]), lines
+    line = rb"\[0/7 ended, 1 waiting\] a [\d.]+m?s, unit-with-a-long-name-0 [\d.]+m?s, \+4 more"
+    assert any(re.fullmatch(line, shown) for shown in lines), lines
     summary = seen.rpartition(b"    |")[2].splitlines()
-    assert all(len(line) <= 70 for line in summary if line.startswith(b"6")), "the last lines are wrapped"
+    assert all(len(shown) <= 70 for shown in summary if shown.startswith(b"7")), "the last lines are wrapped"
 
 
 def test_red_is_left_to_failures() -> None:
@@ -7314,73 +7292,71 @@ def test_red_is_left_to_failures() -> None:
 
 
 def test_lines_are_whole_in_order_and_never_mixed(world: World) -> None:
-    text = """#!/usr/bin/env python3
+    text = f"""#!{sys.executable} -IS
 import os, sys
-data = "".join(f"{os.environ['CODER_SYNC_UNIT']} {i} {'x' * (i % 300)}.\\n" for i in range(3000)).encode()
+data = "".join(f"{{os.environ['CODER_SYNC_UNIT']}} {{i}} {{'x' * (i % 300)}}.\\n" for i in range(3000)).encode()
 while data:
     data = data[os.write(1 + len(data) % 2, data[:3001]) :]
 """
-    names = [f"unit-{i}" for i in range(4)]
-    lines = boots(world, dict.fromkeys(names, text)).splitlines()
-    assert len(lines) == 12000
-    for name in names:
-        mine = [n for n in lines if n.startswith(name)]
-        assert [f"{name} | {name} {i} {'x' * (i % 300)}." for i in range(3000)] == mine
+    boot = Boot(world, dict.fromkeys("abc", text))
+    boot.ends()
+    assert boot.said() == {name: [f"{name} {i} {'x' * (i % 300)}." for i in range(3000)] for name in "abc"}
+
+
+def test_a_line_is_shown_as_it_can_be_and_cut_if_it_is_too_long_and_logged_byte_for_byte(world: World) -> None:
+    euros = "\u20ac" * 2730  # of which 8,192 bytes take no more
+    rows: list[tuple[str, list[str], bytes]] = [
+        ("printf 'no newline'", ["no newline"], b"no newline"),
+        ("printf 'one\\n\\nthree'", ["one", "", "three"], b"one\n\nthree"),
+        ("printf 'dos\\r\\n'", ["dos"], b"dos\r\n"),
+        ("printf '10%%\\r50%%\\r100%%\\n'", ["100%"], b"10%\r50%\r100%\n"),
+        ("printf 'caf\\351\\n'", ["caf\\xe9"], b"caf\xe9\n"),
+        ("printf 'caf\\303\\251\\000\\n'", ["caf\u00e9\0"], b"caf\xc3\xa9\0\n"),
+        ("echo out; echo err >&2", ["out", "err"], b"out\nerr\n"),
+        ("exec >&- 2>&-; sleep 0.05", [], b""),
+        ("cat euros", ["x" + euros, euros, "\u20ac" * 270], b"x" + 5730 * b"\xe2\x82\xac"),
+    ]
+    (world.directory / "euros").write_bytes(rows[-1][2])
+    boot = Boot(world, {f"x{i}": row[0] for i, row in enumerate(rows)}, "--log-dir", "a/log", encoding="utf-8")
+    boot.ends()
+    for i, (script, shown, logged) in enumerate(rows):
+        assert boot.said().get(f"x{i}", []) == shown, script
+        assert (world.directory / "a" / "log" / f"x{i}.log").read_bytes() == logged, script
 
 
 def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -> None:
-    out = boots(world, {"a": "echo 1", "abc": "@want a\necho 2"})
-    assert out == "a   | 1\nabc | 2\n"
-    assert boots(world, {"n" * 60: "echo 3"}).index(" | 3") == 24
+    assert boots(world, {"a": "echo 1", "abc": "@want a\necho 2"}) == "a   | 1\nabc | 2\n"
+    out = coder_sync.Output(["a", "n" * 60], quiet=False)
+    out.lines("n" * 60, ["x"])
+    assert out.pending.decode().index(" | x") == 24
 
 
-def test_a_line_is_shown_as_it_can_be_and_cut_between_characters_if_it_is_too_long(world: World) -> None:
-    shown = {
-        "printf 'no newline'": ["no newline"],
-        "printf 'one\\n\\nthree'": ["one", "", "three"],
-        "printf 'dos\\r\\n'": ["dos"],
-        "printf '10%%\\r50%%\\r100%%\\n'": ["100%"],
-        "printf 'caf\\351\\n'": ["caf\\xe9"],
-        "printf 'caf\\303\\251\\n'": ["caf\u00e9"],
-        "echo out; echo err >&2": ["out", "err"],
-        "exec >&- 2>&-; sleep 0.05": [],
-    }
-    pieces = ["x" + 2730 * "\u20ac", *6 * [2730 * "\u20ac"], 890 * "\u20ac"]  # of 8,192 bytes at most
-    shown["#!/usr/bin/env python3\nimport os\nos.write(1, ('x' + 20000 * '\u20ac').encode() + b'\\n')"] = pieces
-    said = boots(world, {f"x{i}": script for i, script in enumerate(shown)}, encoding="utf-8").splitlines()
-    for i, expected in enumerate(shown.values()):
-        assert [line[5:] for line in said if line.startswith(f"x{i} | ")] == expected
-
-
-def test_a_log_dir_keeps_a_file_a_unit_byte_for_byte(world: World) -> None:
-    files = {"a": "printf 'a\\000\\377\\r\\nend'", "b": "echo b >&2", "c": "@unit 'x/y z'\necho c"}
-    files.update(d="@unit x_y_z\necho d", e=f"@unit {chr(0xE9) * 127}\necho e")
-    assert len(boots(world, files, "--log-dir", "logs/deep").splitlines()) == 6
-    logs = world.directory / "logs" / "deep"
-    assert (logs / "a.log").read_bytes() == b"a\0\xff\r\nend" and (logs / "b.log").read_bytes() == b"b\n"
-    assert sorted(p.read_bytes() for p in logs.iterdir() if p.name[0] not in "ab") == [b"c\n", b"d\n", b"e\n"]
+def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
+    units = ['it\'s a "b" $(x)', "x/y z", "x_y_z", "\u00e9" * 127]
+    files = {f"{i}": f'@unit {shlex.quote(unit)}\necho {i} "$0"' for i, unit in enumerate(units)}
+    path = startup(world, files, "my 'dir' $HOME")
+    out = world.ok("boot", path, "--log-dir", "the logs'", encoding="utf-8")
+    assert sorted(line.split(" | ")[1] for line in out.splitlines()) == [f"{i} {path}/{i}" for i in range(4)]
+    assert 'it\'s a "b" $(x)' in out and "x/y z  " in out
+    logs = (world.directory / "the logs'").iterdir()
+    assert sorted(log.read_text() for log in logs) == [f"{i} {path}/{i}\n" for i in range(4)]
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    "script",
-    [
-        "#!/usr/bin/env python3\nfor _ in range(1000): print(('x' * 999 + chr(10)) * 100, end='')",
-        "head -c 30000000 /dev/zero | tr '\\000' x",
-        "head -c 3000000 /dev/urandom",
-    ],
-    ids=["100 MB", "a line of 30 MB", "binary"],
-)
-def test_much_output_hurts_neither_the_memory_nor_the_others(world: World, script: str) -> None:
+def test_much_output_hurts_neither_the_memory_nor_the_others(world: World) -> None:
+    many = f"#!{sys.executable} -IS\nfor _ in range(500): print(('x' * 999 + chr(10)) * 100, end='')"
+    files = {"many": many, "long": "head -c 20000000 /dev/zero | tr '\\000' x", "b": "echo still here"}
+    files.update(binary="head -c 3000000 /dev/urandom")
     with open(world.directory / "out", "wb") as out:
-        boot = Boot(world, {"a": script, "b": "echo still here"}, "--stay", stdout=out)
+        boot = Boot(world, files, "--stay", stdout=out)
     boot.says("staying")
     peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.process.pid}/status").read_text())
     assert peak and int(peak.group(1)) < 40 * 1024
     boot.signal()
     boot.ends(143)
     seen = (world.directory / "out").read_bytes()
-    assert b"b | still here\n" in seen and len(seen) > 3e6 and max(map(len, seen.split(b"\n"))) < 80_000
+    assert seen.count(b"many   | " + b"x" * 999 + b"\n") == 50000
+    assert b"b      | still here\n" in seen and len(seen) > 73e6 and max(map(len, seen.split(b"\n"))) < 80_000
 
 
 def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(world: World) -> None:
@@ -7394,10 +7370,12 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 
 @needs_proc
-@pytest.mark.parametrize("together", [False, True], ids=["stdout", "both"])
-def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, together: bool) -> None:
-    stderr = subprocess.STDOUT if together else subprocess.PIPE
-    boot = Boot(world, {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}, stderr=stderr)
+def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
+    sooner = (
+        "was = coder_sync.write_some\ncoder_sync.write_some = lambda data, fd, patience: was(data, fd, patience / 5)"
+    )
+    files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
+    boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
 
     def full() -> bool:
@@ -7406,7 +7384,8 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, togethe
     def stands_still() -> bool:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
         before = io.read_text()
-        world.ok("list")  # the agent answers all the while
+        assert world.status("a") == "started"  # the agent answers all the while
+        time.sleep(0.02)
         return before == io.read_text()
 
     until(full)
@@ -7417,7 +7396,8 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World, togethe
 
 def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
     boot = Boot(world, {"a": "seq 1 30000"}, "--stay")
-    until(lambda: world.run("status", "a", "-c", "status").stdout.endswith("completed\n"))
+    world.client.ping(wait=PATIENCE)
+    until(lambda: world.status("a") == "completed")
     assert boot.process.stdout
     lines = [boot.process.stdout.readline() for _ in range(30000)]
     assert lines[-1] == "a | 30000\n"
@@ -7464,34 +7444,38 @@ def late(*args):
 
 
 @pytest.mark.parametrize("hosted", [True, False])
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
+def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(world: World, hosted: bool) -> None:
+    if not hosted:
+        world.serve()
+    for owner, name in (
         ("coder_sync.Boot", "finish"),
         ("coder_sync", "remove_directory"),
         ("coder_sync", "boot_at"),
         ("coder_sync", "timeline_as"),
-    ],
-)
-def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(
-    world: World, owner: str, name: str, hosted: bool
-) -> None:
-    if not hosted:
-        world.serve()
-    patch = LATE.format(owner=owner, name=name)
-    Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
+    ):
+        patch = LATE.format(owner=owner, name=name)
+        Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
 
-@pytest.mark.parametrize(("command", "code"), [("nosuchcommand", 127), ("/etc/passwd", 126)])
-def test_a_command_that_cannot_be_run(world: World, command: str, code: int) -> None:
-    Boot(world, {"a": ""}, "-q", "--", command).ends(code, None, f"cannot run {command}: ")
+def test_a_command_that_cannot_be_run(world: World) -> None:
+    Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
+
+
+@functools.lru_cache(maxsize=None)
+def unshare() -> list[str]:
+    """What makes a command process 1 of a namespace; nothing where that cannot be done."""
+    words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    return (
+        words
+        if shutil.which("unshare") and not subprocess.run([*words, "true"], capture_output=True).returncode
+        else []
+    )
 
 
 def as_process_one(world: World, script: str, *words: str, patch: str = "") -> Boot:
-    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+    if not unshare():
         pytest.skip("no process namespaces here")
-    return Boot(world, {"a": script}, *words, patch=patch, under=unshare)
+    return Boot(world, {"a": script}, *words, patch=patch, under=unshare())
 
 
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
@@ -7517,27 +7501,19 @@ def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(wor
 # ---------------------------------------------------------------------------------------------------------
 
 
-@needs_proc
-def test_a_quiet_boot_leaves_no_output_open_behind_a_daemon(world: World) -> None:
-    boot = Boot(world, {"a": "sleep 60 &"}, "--quiet")
-    boot.ends(leaves=True)  # which reads to the end of file
-    for pid in boot.left():
-        os.kill(pid, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["", "with logs"])
-def test_300_scripts_at_once_under_a_limit_of_256_descriptors(world: World, gate: Gate, options: list[str]) -> None:
-    limit = ["sh", "-c", 'ulimit -n 256; exec "$@"', "-"]
-    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(300)}, *options, under=limit)
-    world.client.ping(wait=PATIENCE)
-    until(lambda: len(world.client.list()) == 300)
-    at_once = sum(unit.status == "started" for unit in world.client.list())
-    until(lambda: len(boot.left()) == at_once >= 100, "that all stand at the gate")
+@pytest.mark.parametrize(("options", "at_once"), [([], 52), (["--log-dir", "logs"], 26)], ids=["", "with logs"])
+def test_as_many_scripts_as_have_descriptors_run_at_once(
+    world: World, gate: Gate, options: list[str], at_once: int
+) -> None:
+    limit = ["sh", "-c", 'ulimit -n 100; exec "$@"', "-"]
+    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(90)}, *options, under=limit)
+    until(lambda: len(boot.left()) == at_once, "that all stand at the gate")
+    assert sum(unit.status == "started" for unit in world.client.list()) == at_once
     gate.keep_open(lambda: boot.process.poll() is not None)
     done = finish(boot.process)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
-    assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(300))
-    assert not options or len(list((world.directory / "logs").iterdir())) == 300
+    assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(90))
+    assert not options or len(list((world.directory / "logs").iterdir())) == 90
 
 
 def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
@@ -7560,10 +7536,9 @@ os.posix_spawnp = spawn
 
 def test_a_log_dir_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
     (world.directory / "file").touch()
-    for path, why in (("file", "File exists"), ("file/logs", "Not a directory")):
-        boot = Boot(world, {"a": "echo a", "b": "@want a\necho b"}, "--log-dir", path)
-        told = boot.ends(0, "a | a\nb | b\n", f"warning: no more logs in {path}: {why}\n")
-        assert told.count("warning") == 1
+    boot = Boot(world, {"a": "echo a", "b": "@want a\necho b"}, "--log-dir", "file")
+    told = boot.ends(0, "a | a\nb | b\n", "warning: no more logs in file: File exists\n")
+    assert told.count("warning") == 1
 
 
 def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: World) -> None:
@@ -7580,41 +7555,10 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
 
 
-@pytest.mark.parametrize(
-    ("harm", "reason"),
-    [
-        (lambda path: path.unlink(), "cannot be run: No such file or directory"),
-        (lambda path: path.chmod(0o644), "cannot be run: Permission denied"),
-        (lambda path: path.write_text("#!/no/such\n"), "cannot be run: No such file or directory"),
-        (lambda path: path.write_text("echo no interpreter\n"), "cannot be run: Exec format error"),
-        (lambda path: path.write_text("#!/bin/sh\necho new\n"), ""),
-    ],
-    ids=["deleted", "not executable", "no such interpreter", "no interpreter", "edited"],
-)
-def test_a_script_that_changes_after_the_check_runs_as_it_is_then_or_fails_alone(
-    world: World, gate: Gate, harm: Any, reason: str
-) -> None:
-    boot = Boot(world, {"a": "cat gate", "b": "@want a", "c": "@want a\necho c"})
-    gate.reached()
-    harm(world.directory / "startup.d" / "b")
-    gate.open()
-    done = finish(boot.process)
-    assert "c | c\n" in done.stdout and ("b | new\n" in done.stdout) == (not reason)
-    assert done.returncode == bool(reason) and (not reason or f"failed: b ({reason}); " in done.stderr)
-
-
-def test_paths_with_spaces_and_quotes_are_paths(world: World) -> None:
-    path = startup(world, {'10-it\'s a "b" $(x).sh': 'echo "$0"'}, "my 'dir' $HOME")
-    out = world.ok("boot", path, "--log-dir", "the logs'")
-    assert out == f'it\'s a "b" $(x) | {path}/10-it\'s a "b" $(x).sh\n'
-    assert len(list((world.directory / "the logs'").iterdir())) == 1
-
-
 def test_many_units_with_much_to_want_are_claimed_though_it_takes_several_lines(world: World) -> None:
-    names = [f"u{i:03}-" + "n" * 100 for i in range(60)]
-    files = {name: f"@want {' '.join(names[:i])}" for i, name in enumerate(names) if i}
-    files = {names[0]: "", **{name: text for name, text in files.items() if len(text) < 6000}}
-    Boot(world, files).ends(0, None, f"boot: {len(files)} completed")
+    names = [f"u{i:03}-" + "n" * 240 for i in range(35)]  # in all some 150 KB
+    files = {name: f"@want {' '.join(names[:i])}" if i else "" for i, name in enumerate(names)}
+    Boot(world, files).ends(0, None, "boot: 35 completed")
 
 
 IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
@@ -7734,7 +7678,7 @@ def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> No
 
 def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
     world.serve().send_signal(signal.SIGSTOP)
-    soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 1.0"
+    soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 0.5"
     told = Boot(world, {"a": "echo a"}, patch=soon).ends(3, "")
     assert told.count("is it stopped?") == 1
 
@@ -7803,7 +7747,7 @@ def test_a_temporary_directory_with_too_long_a_name_for_a_socket_is_the_reason_t
 
 TEN = {
     "01-fetch.sh": "mkdir -p src && printf 'int main(void){}' > src/main.c && tar cf src.tar src && echo fetched",
-    "02-fetch-data.py": """#!/usr/bin/env python3
+    "02-fetch-data.py": f"""#!{sys.executable} -IS
 @unit data
 import json
 json.dump([1, 2], open("data.json", "w"))
@@ -7817,7 +7761,7 @@ printf 'user=%s\\n' "$(cat user)" > config && test -f work/src/main.c
 @timeout 10m
 cp work/src/main.c built && echo built
 """,
-    "07-migrate.py": """#!/usr/bin/env python3
+    "07-migrate.py": f"""#!{sys.executable} -IS
 @want data configure
 import json
 print("rows", len(json.load(open("data.json"))))
