@@ -117,7 +117,7 @@ DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
 CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
-STOPPED_TIMEOUT = 2.0  # for those that `run` waits for once a signal has come, which has no effect any more
+STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2234,6 +2234,7 @@ class Units:
 import os  # noqa: E402  (a plain call, which needs only what is above Units, does without)
 
 NEVER = float("inf")  # a time
+LONGEST_POLL = 2e6  # seconds: its milliseconds are an int
 
 
 def terminal() -> tuple[int, bool, bool]:
@@ -2354,7 +2355,7 @@ class Loop:
         if not self._poll:
             return self._signals(self._take(due))
         came: list[tuple[int, bool]] = []
-        for fd, _ in self._poll.poll(None if due == NEVER else max(0.0, due - time.monotonic()) * 1000 + 1):
+        for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._taken:
                 came = self._signals(os.read(fd, 4096))
             elif fd in self._handlers:  # it may be gone since
@@ -2508,6 +2509,11 @@ def shell_status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def trouble_of(error: Exception) -> str:
+    """What an error says, without its number."""
+    return one_line(getattr(error, "strerror", None) or str(error))
+
+
 def cannot_run(program: str, error: Exception) -> CommandError:
     """The error for a command that could not be started."""
     known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
@@ -2612,7 +2618,7 @@ def can_be_read(fd: int, timeout: float) -> bool:
 
     awaited = select.poll()
     awaited.register(fd, select.POLLIN)
-    return bool(awaited.poll(None if timeout == NEVER else max(0.0, timeout) * 1000))
+    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
 
 
 class Prober:
@@ -2690,7 +2696,7 @@ class Prober:
                 return "" if status < 400 else f"HTTP status {status}"
             return self._command()
         except (OSError, ValueError) as error:  # ValueError: a name that no host can have
-            return one_line(getattr(error, "strerror", None) or str(error))
+            return trouble_of(error)
 
     def _command(self) -> str:
         read, write = os.pipe()
@@ -2933,7 +2939,7 @@ class Task:
             self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
             self.loop.watch(self.prober.fileno(), self.probed)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            raise CommandError(f"cannot be probed: {getattr(error, 'strerror', error)}", 125) from None
+            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
 
     def probed(self) -> None:
         """The prober has something to say."""
@@ -3031,7 +3037,7 @@ class Task:
 
     def fail(self, reason: str, code: int = 0) -> None:
         """Report that the unit has failed."""
-        self.reported, self.again_at = "fail", NEVER
+        self.reported, self.reason, self.again_at = "fail", reason, NEVER
         self.report("fail", reason=reason, exit_code=shell_status(code))
 
 
@@ -5244,15 +5250,11 @@ class Job(Task):
         self.running_on = False  # the agent knows that it is a service
         self.signalled = False  # by `stop`
         self.outcome = ""  # the unit's, as the agent has it
+        self.died = False  # its process, badly, after its unit had completed
         self.out = -1  # read end of its output
         self.log, self.log_path = -1, ""  # its file in --log-dir
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []
-
-    @property
-    def died(self) -> bool:
-        """Whether its process ended badly after its unit had completed."""
-        return self.outcome == COMPLETED and not self.running and bool(self.code) and not self.why
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
@@ -5297,8 +5299,8 @@ class Job(Task):
 
     def report(self, method: str, **params: Any) -> None:
         self.boot.ask(method, self, **params)
-        if self.boot.lost and method in ("complete", "fail"):
-            self.boot.ended(self, COMPLETED if method == "complete" else FAILED, params.get("reason", ""))
+        if self.boot.lost:
+            self.boot.settle(self)
 
     def end(self, why: str) -> None:
         super().end(why)
@@ -5319,6 +5321,7 @@ class Job(Task):
             self.report("running")
         super().exited()
         if self.code and not self.why:
+            self.died = True
             self.boot.died(self)
 
 
@@ -5482,17 +5485,16 @@ class Boot:
 
     def watch_agent(self, now: float) -> float:
         """Ask an agent that is silent whether it lives, and take its silence for an end; return when to look again."""
+        patience = min(STOPPED_TIMEOUT if self.signal else NEVER, REPLY_TIMEOUT)
         if now >= self.heard + PING_AFTER and not self.pinged:
             self.pinged, self.heard = True, now
             self.ask("ping")
-        elif self.pinged and now >= self.heard + REPLY_TIMEOUT:
+        elif self.pinged and now >= self.heard + patience:
             self.answers()  # it may be we who slept
             if self.pinged and not self.lost:
                 path = self.channel.path if self.channel else ""
-                self.gone(
-                    Unreachable(f"the agent at {path} has not answered for {REPLY_TIMEOUT:.0f} s; is it stopped?")
-                )
-        return self.heard + (REPLY_TIMEOUT if self.pinged else PING_AFTER)
+                self.gone(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
+        return self.heard + (patience if self.pinged else PING_AFTER)
 
     # -- the agent ----------------------------------------------------------------------------------------
 
@@ -5585,10 +5587,16 @@ class Boot:
             put(f"error: {error}\n", 2)
             for job in self.jobs.values():
                 job.stopped = True
-                if job.again_at < NEVER and job.began:
-                    self.ended(job, FAILED, job.reason)
-                elif not job.running:
-                    self.ended(job, PENDING, "the agent went away")
+                self.settle(job)
+
+    def settle(self, job: Job) -> None:
+        """Without the agent, a unit's outcome is what it was, or was to be, told."""
+        if job.reported:
+            self.ended(job, COMPLETED if job.reported == "complete" else FAILED, job.reason)
+        elif job.again_at < NEVER and job.began:
+            self.ended(job, FAILED, job.reason)
+        elif not job.running:
+            self.ended(job, PENDING, "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
         """A unit has its outcome."""
@@ -5736,7 +5744,8 @@ class Boot:
 
     def open_log(self, job: Job) -> None:
         """Open a unit's file; a further try adds to it."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if job.tries > 1 else os.O_TRUNC)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # were it a fifo, nobody might ever read
+        flags |= os.O_APPEND if job.tries > 1 else os.O_TRUNC
         try:
             job.log = os.open(job.log_path, flags, 0o644)
         except OSError as error:
@@ -6284,6 +6293,8 @@ class Run(Task):
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
         others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
+        if self.asked and can_be_read(self.channel.fileno(), 0):
+            self.answered()  # an agent takes no requests while its answers are not taken
         try:
             self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
         except SyncError as error:
