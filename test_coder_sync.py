@@ -8102,48 +8102,48 @@ def test_the_picture_of_the_readme_is_of_its_startup() -> None:
     assert shown and all(f">{unit}" in picture for unit, _ in shown)
 
 
-DEPENDENCY_FAILS, COMMAND_FAILS, NOTHING = "the dependency fails", "the command fails", "nothing"
+DEPENDENCY_FAILS, COMMAND_FAILS, NO_TROUBLE = "dependency-fails", "command-fails", "no-trouble"
 
 
 def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World, shell: str) -> None:
     env, scripts = with_copy(agent), {}
-    for name in ("HUP", "TERM", "PIPE", "USR1", "KILL", DEPENDENCY_FAILS, COMMAND_FAILS, NOTHING):
-        unit, gate = name.replace(" ", "-"), f"gate-{name}"
+    for name in ("HUP", "TERM", "PIPE", "USR1", "KILL", DEPENDENCY_FAILS, COMMAND_FAILS, NO_TROUBLE):
+        gate = f"gate-{name}"
         command = f"true; cat {gate}" if name.isupper() else "false" if name == COMMAND_FAILS else "true"
         script = block("sh", "set -e\ncoder_sync.py start pip-install")
         script = script.replace("pip install -r requirements.txt", command)
-        script = re.sub("pip-install|git-clone|apt-install", lambda word, unit=unit: f"{unit}-{word[0]}", script)
-        agent.end(f"{unit}-git-clone")
-        agent.client.want(f"{unit}-apt-install")
+        script = re.sub("pip-install|git-clone|apt-install", lambda word, name=name: f"{name}-{word[0]}", script)
+        agent.end(f"{name}-git-clone")
+        agent.client.want(f"{name}-apt-install")
         ends = agent.client.fail if name == DEPENDENCY_FAILS else agent.client.complete
-        ends(f"{unit}-apt-install")
-        (agent.directory / unit).write_text(script)
-        scripts[name] = Gate(agent, gate), agent.spawn([shell, unit], env=env)
+        ends(f"{name}-apt-install")
+        (agent.directory / name).write_text(script)
+        scripts[name] = Gate(agent, gate), agent.spawn([shell, name], env=env)
     for name, (gate, process) in scripts.items():
         if name.isupper():
             gate.reached()
             process.send_signal(getattr(signal, f"SIG{name}"))
             process.wait(PATIENCE)
             gate.open()
-        code, unit = finish(process).returncode, f"{name.replace(' ', '-')}-pip-install"
-        outcome = {NOTHING: "completed", DEPENDENCY_FAILS: "skipped"}.get(name, "failed")
+        code, unit = finish(process).returncode, f"{name}-pip-install"
+        outcome = {NO_TROUBLE: "completed", DEPENDENCY_FAILS: "skipped"}.get(name, "failed")
         until(lambda unit=unit, outcome=outcome: agent.status(unit) == outcome, f"{unit} {outcome}")
-        assert (code == 0) == (name == NOTHING), name
+        assert (code == 0) == (name == NO_TROUBLE), name
 
 
 def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str) -> None:
     env, scripts = with_copy(agent), {}
-    for name in ("HUP", "INT", "TERM", "PIPE", "USR1", NOTHING):
+    for name in ("HUP", "INT", "TERM", "PIPE", "USR1", NO_TROUBLE):
         script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate\ntrue"
         script = script.replace("my-unit", name).replace("gate", f"gate-{name}")
         scripts[name] = Gate(agent, f"gate-{name}"), agent.spawn([shell, "-c", script], env=env)
     for name, (gate, process) in scripts.items():
         gate.reached()
-        if name != NOTHING:
+        if name != NO_TROUBLE:
             process.send_signal(getattr(signal, f"SIG{name}"))
         gate.open()
         ended = finish(process).returncode, agent.status(name)
-        assert ended == ((0, "completed") if name == NOTHING else (1, "failed")), name
+        assert ended == ((0, "completed") if name == NO_TROUBLE else (1, "failed")), name
 
 
 def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(world: World, shell: str) -> None:
