@@ -38,6 +38,7 @@ import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -1696,24 +1697,28 @@ def refuse(message: str) -> NoReturn:
     raise UsageError(message)
 
 
-@pytest.mark.parametrize("name", coder_sync.COMMANDS)
-def test_our_parser_reads_what_argparse_reads_and_refuses_what_it_refuses(name: str) -> None:
-    chance, parser, read, refused = random.Random(name), coder_sync.argparse_of(name), 0, 0
+def read_as_argparse_does(chance: random.Random, name: str, count: int) -> tuple[int, int]:
+    """Assert that random words are read alike, or refused; return how many were."""
+    parser, read = coder_sync.argparse_of(name), 0
     parser.error = refuse  # type: ignore
     tail = ["--", "true"] if coder_sync.COMMANDS[name].tail == "+" else []
-    for _ in range(1000):
+    for _ in range(count):
         words = random_words(chance, name)
         try:
             expected = vars(parser.parse_intermixed_args(words))
         except UsageError:
-            refused += 1
             with pytest.raises(UsageError, match=f"^{name}: .{{10}}"):
                 pytest.fail(f"{words}: {vars(coder_sync.parse(name, words + tail))}")
         else:
             read += 1
             expected.update({"help": False}, **{"command": tail[1:]} if coder_sync.COMMANDS[name].tail else {})
             assert vars(coder_sync.parse(name, words + tail)) == expected, words
-    assert min(read, refused) > 100
+    return read, count - read
+
+
+@pytest.mark.parametrize("name", coder_sync.COMMANDS)
+def test_our_parser_reads_what_argparse_reads_and_refuses_what_it_refuses(name: str) -> None:
+    assert min(read_as_argparse_does(random.Random(name), name, 400)) > 40
 
 
 def test_nothing_is_kept_from_one_command_line_to_the_next() -> None:
@@ -2164,6 +2169,7 @@ class Call:
 
     def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.capfd, self.monkeypatch = capfd, monkeypatch
+        self.main: Callable[[], Any] = coder_sync.main
 
     def __call__(self, world: World, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         def end(code: int) -> None:
@@ -2176,7 +2182,7 @@ class Call:
                 patch.setenv(name, value)
             self.capfd.readouterr()
             with pytest.raises(Ended) as caught:
-                coder_sync.main()
+                self.main()
             out, err = self.capfd.readouterr()
         return subprocess.CompletedProcess(words, caught.value.args[0], out, err)
 
@@ -3964,15 +3970,18 @@ def first(seconds, sleep=time.sleep):
 time.sleep = first"""
 
 
-@pytest.mark.parametrize("stale", [False, True], ids=["no socket", "stale socket"])
-def test_a_call_begun_before_the_agent_boots_succeeds(world: World, stale: bool) -> None:
-    if stale:
-        listener(world.path).close()
+def test_a_call_begun_before_the_agent_boots_succeeds_also_if_there_is_a_socket_of_a_dead_one(world: World) -> None:
     limit = ["--connect-timeout", "30s"]
-    lines = [["start", "a", *limit], ["want", "b", "c", *limit], ["list", *limit], ["ping", "--wait", "30s"]]
-    processes = [world.spawn(altered(BOOTING, *words)) for words in lines]
-    processes.append(world.spawn(altered(BOOTING, "ping"), env={**world.env, "CODER_SYNC_CONNECT_TIMEOUT": "30s"}))
-    assert [line_of(process.stdout) for process in processes] == ["tried\n"] * 5
+
+    def tried(*words: str, **env: str) -> subprocess.Popen[str]:
+        process = world.spawn(altered(BOOTING, *words), env={**world.env, **env})
+        assert line_of(process.stdout) == "tried\n"
+        return process
+
+    processes = [tried("start", "a", *limit), tried("list", *limit)]
+    listener(world.path).close()
+    processes += [tried("want", "b", "c", *limit), tried("ping", "--wait", "30s")]
+    processes.append(tried("ping", CODER_SYNC_CONNECT_TIMEOUT="30s"))
     world.serve()
     assert [finish(process).returncode for process in processes] == [0] * 5
 
@@ -4543,14 +4552,15 @@ def install(world: World, *words: str, **options: Any) -> subprocess.CompletedPr
 
 def pythons(oldest: str, newest: str) -> list[str]:
     """Other Pythons of this machine, from one version to before another."""
-    found = [str(p) for p in Path.home().glob(".pyenv/versions/*/bin/python") if "venv" not in str(p)]
-    found += filter(None, (shutil.which(f"python3.{minor}") for minor in range(6, 15)))
+    found = {path.parent.parent.name: str(path) for path in Path.home().glob(".pyenv/versions/*/bin/python")}
+    named = {f"3.{minor}": shutil.which(f"python3.{minor}") or "shims" for minor in range(6, 15)}
+    found.update((version, path) for version, path in named.items() if "shims" not in path)  # which may lead nowhere
     versions: dict[str, str] = {}
-    for python in found:
-        ask = [python, "-c", "import sys; sys.stdout.write('%d.%02d' % sys.version_info[:2])"]
-        version = subprocess.run(ask, capture_output=True, text=True).stdout
+    for name, path in found.items():
+        match = re.fullmatch(r"(\d+)\.(\d+)[.\d]*", name)
+        version = f"{match[1]}.{match[2]:0>2}" if match else ""
         if oldest <= version < newest and version != f"{sys.version_info[0]}.{sys.version_info[1]:02}":
-            versions.setdefault(version, python)
+            versions.setdefault(version, path)
     return list(versions.values())
 
 
@@ -4565,11 +4575,12 @@ def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -
     env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
     relative = os.path.relpath(path, world.directory)
     for argv in ([path], [python, path], ["./link of a link"], [python, "link"], [relative]):
-        done = command(world, *argv, "exp", "sync", "ping", env=env)
-        assert (done.returncode, done.stderr) == (0, "")
-        done = command(world, *argv, env=env)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.endswith(f"see `{os.path.basename(argv[-1])} --help`\n")
+        done = command(world, *argv, "exp", "sync", "graph", "nobody", env=env)
+        assert (done.returncode, done.stdout) == (1, "")
+        said = (
+            f'error: no unit "nobody"; see `{os.path.basename(argv[-1])} list --all`\n'  # by the agent, and by itself
+        )
+        assert done.stderr == said
     assert command(world, path, "--help", env=env).stdout.startswith("usage: coder COMMAND")
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
 
@@ -4684,20 +4695,28 @@ def test_too_old_a_python_is_told_which_is_needed(world: World) -> None:
     assert not (world.directory / "copy").exists()
 
 
-def test_install_keeps_mode_and_owner_and_follows_links(world: World) -> None:
-    real, link = world.directory / "real", world.directory / "link"
-    real.write_bytes(FILE.read_bytes())
-    link.symlink_to("real")
-    for mode, expected in ((0o640, 0o750), (0o755, 0o755), (0o600, 0o700)):
+def test_install_keeps_mode_and_owner_follows_links_and_replaces_in_one_step(world: World) -> None:
+    expected = {0o640: 0o750, 0o755: 0o755, 0o600: 0o700}
+    for mode in expected:
+        real = world.directory / f"real-{mode:o}"
+        real.write_bytes(FILE.read_bytes())
         real.chmod(mode)
         if os.getuid() == 0:
             os.chown(real, 65534, 65534)
-        before = real.stat()
-        assert command(world, sys.executable, str(link), "install").returncode == 0  # in place
-        after = real.stat()
-        assert (stat.S_IMODE(after.st_mode), after.st_uid, after.st_gid) == (expected, before.st_uid, before.st_gid)
-        assert link.is_symlink() and real.read_bytes() == installed().read_bytes()
-    assert command(world, "sh", "-c", f"umask 027; exec {sys.executable} link install new").returncode == 0
+        (world.directory / f"link-{mode:o}").symlink_to(real.name)
+    links = sorted(world.directory.glob("link-*"))
+    opened = [link.open("rb") for link in links]
+    before = [os.fstat(file.fileno()) for file in opened]
+    assert command(world, sys.executable, str(links[0]), "install").returncode == 0  # in place
+    assert install(world, *map(str, links[1:])).returncode == 0
+    for link, file, old in zip(links, opened, before):
+        now = link.stat()
+        assert stat.S_IMODE(now.st_mode) == expected[stat.S_IMODE(old.st_mode)]
+        assert (now.st_uid, now.st_gid) == (old.st_uid, old.st_gid)
+        assert link.is_symlink() and link.read_bytes() == installed().read_bytes()
+        with file:
+            assert file.read() == FILE.read_bytes()  # whoever reads goes on reading the old one
+    assert command(world, "sh", "-c", f"umask 027; exec {sys.executable} {links[0]} install new").returncode == 0
     assert stat.S_IMODE((world.directory / "new").stat().st_mode) == 0o750
 
 
@@ -4741,63 +4760,97 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World) -> None:
     assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
-def test_calls_see_the_old_copy_or_the_new_one(world: World) -> None:
-    path, others = tool(world), pythons("3.08", "3.14")[:1] or [sys.executable]
-    loop = "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do %s --version || exit; done"
-    calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'") * 2]
-    while any(process.poll() is None for process in calls):
-        for python in (others[0], sys.executable):
-            assert install(world, "-q", "--python", python, path).returncode == 0
+def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
+    source = world.directory / "longer.py"
+    source.write_bytes(FILE.read_bytes().replace(b'"""', b'"""' + b"more " * 999, 1))
+    monkeypatch.setattr(coder_sync, "FILE", str(source))
+    longer = coder_sync.application("")
+    of_another_python = longer.replace(MAGIC_NUMBER, b"\0" * len(MAGIC_NUMBER))
+
+    def put(copy: bytes, where: Path = beside) -> None:
+        where.write_bytes(copy)
+        where.chmod(0o755)
+
+    replaced = f"import os\nos.rename({str(beside)!r}, {path!r})\nmain()\n"  # when a first part has been loaded
+    for copy in (longer, of_another_python):
+        put(now, Path(path))
+        put(copy)
+        done = command(world, *PYTHON, coder_sync.LAUNCHER.replace("main()\n", replaced), path, "--version")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "coder_sync 0.1.0\n", "")
+    loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
+    calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
+    for copy in itertools.cycle([longer, now]):
+        put(copy)
+        os.rename(beside, path)  # as install does
+        time.sleep(0.01)  # so that calls get on
+        if all(process.poll() is not None for process in calls):
+            break
     for process in calls:
         done = finish(process)
-        assert (done.returncode, done.stderr, set(done.stdout.splitlines())) == (0, "", {"coder_sync 0.1.0"})
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "coder_sync 0.1.0\n" * 8)
 
 
-def test_what_is_above_units_is_all_that_a_plain_call_needs(agent: World) -> None:
-    above = FILE.read_text(encoding="utf-8").partition("\n# Units. ")[0]
-    defined = {"load_rest": None, "__name__": "above", "__file__": str(FILE)}
-    exec(compile(above, "above", "exec", dont_inherit=True), defined)
-    missing, todo = set(), [compile(above, "above", "exec", dont_inherit=True)]
+def test_what_is_above_units_is_all_that_a_plain_call_needs(call: Call, agent: World) -> None:
+    above = compile(FILE.read_text(encoding="utf-8").partition("\n# Units. ")[0], "above", "exec", dont_inherit=True)
+    defined: dict[str, Any] = {"__name__": "above", "__file__": str(FILE)}
+    exec(above, defined)
+    defined["load_rest"] = lambda: pytest.fail("it needs the rest")
+    missing, todo = set(), [above]
     for code in todo:
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    copy = agent.directory / "above.py"
-    copy.write_text(above + "\n\ndef load_rest():\n    raise AssertionError\n\n\nmain()\n", encoding="utf-8")
-    lines = ["want b a -q", "start a --want c --requires completion -t 10ms", "start c", "complete c --exit-code 3"]
-    lines += [
-        "start a",
-        "complete a",
-        "complete a --exit-code 1",
-        "fail b --reason x",
-        "start d --want b",
-        "complete e",
-    ]
-    codes = [finish(agent.spawn([*PYTHON[:2], str(copy), *line.split()])).returncode for line in lines]
-    assert codes == [0, 124, 0, 0, 0, 0, 1, 0, 4, 1]
+    call.main = defined["main"]
+    play(
+        call,
+        agent,
+        """
+$ want b a -q ->
+$ start a --want c --requires completion -t 10ms -> ...
+...
+exit 124
+$ start c; complete c --exit-code 3; start a; complete a -> ...
+$ complete a --exit-code 1 -> 1: ...
+$ fail b --reason x -> ...
+$ start d --want b -> 4: ...
+$ complete e -> 1: ...
+""",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Load: many runs in one layered graph, a third of them killed.
+# Load: many owners in one layered graph, a third of them runs that are killed.
 # ---------------------------------------------------------------------------------------------------------
 
-RUNS = 200
+UNITS = 200
 LAYERS = 8
 
 
-def test_of_many_runs_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
+def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
     world.serve("-q")
     chance = random.Random(20)
-    size = RUNS // LAYERS
+    size = UNITS // LAYERS
     layers = [[f"u{layer}-{i}" for i in range(size)] for layer in range(LAYERS)]
     wants = {name: chance.sample(layers[n - 1], 2) if n else ["go"] for n, layer in enumerate(layers) for name in layer}
     names = list(wants)
     chance.shuffle(names)
-    fate = {name: chance.choice(["run", "command", "late"]) for name in chance.sample(names, RUNS // 3)}
+    fate = {name: chance.choice(["run", "command", "late"]) for name in chance.sample(names, UNITS // 3)}
     runs: dict[str, subprocess.Popen[str]] = {}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    for name in names:
-        command = ["sh", "-c", "kill -9 $$"] if fate.get(name) == "command" else ["sleep", "0.02"]
+
+    def block(name: str) -> int:
+        try:
+            with Client(world.path).unit(name, want=wants[name], timeout=2 * PATIENCE):
+                time.sleep(0.02)
+        except coder_sync.SyncError as error:
+            return error.exit_code
+        return 0
+
+    pool = concurrent.futures.ThreadPoolExecutor(UNITS)
+    blocks = {name: pool.submit(block, name) for name in names if name not in fate}
+    for name, end in fate.items():
+        command = ["sh", "-c", "kill -9 $$"] if end == "command" else ["sleep", "0.02"]
         options = [word for dependency in wants[name] for word in ("--want", dependency)]
         runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *options, "--", *command, **quiet)
     world.waiting(*names)
@@ -4816,6 +4869,8 @@ def test_of_many_runs_a_third_killed_each_ends_and_for_the_right_reason(world: W
     for name in todo:
         runs[name].kill()
     codes = {name: run.wait(PATIENCE) for name, run in runs.items()}
+    codes.update((name, block.result(PATIENCE)) for name, block in blocks.items())
+    pool.shutdown()
     until(lambda: all(u.status in coder_sync.ENDED for u in world.client.list()), "every unit ended")
 
     found = {u.unit_name: u for u in world.client.list()}
@@ -7934,61 +7989,68 @@ def test_the_picture_of_the_readme_is_of_its_startup() -> None:
     assert shown and all(f">{unit}" in picture for unit, _ in shown)
 
 
-@pytest.mark.parametrize(
-    "name", ["HUP", "TERM", "PIPE", "USR1", "KILL", "the dependency fails", "the command fails", ""]
-)
-def test_the_script_of_the_readme_reports_its_end_whatever_happens(
-    agent: World, gate: Gate, shell: str, name: str
-) -> None:
-    command = "true; cat gate" if name.isupper() else "false" if name == "the command fails" else "true"
-    script = block("sh", "set -e\ncoder_sync.py start pip-install")
-    env = with_copy(agent)
-    agent.end("git-clone")
-    agent.client.want("apt-install")
-    (agent.client.fail if name == "the dependency fails" else agent.client.complete)("apt-install")
-    (agent.directory / "script").write_text(script.replace("pip install -r requirements.txt", command))
-    process = agent.spawn([shell, "script"], env=env)
-    if name.isupper():
+DEPENDENCY_FAILS, COMMAND_FAILS, NO_TROUBLE = "dependency-fails", "command-fails", "no-trouble"
+
+
+def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World, shell: str) -> None:
+    env, scripts = with_copy(agent), {}
+    for name in ("HUP", "TERM", "PIPE", "USR1", "KILL", DEPENDENCY_FAILS, COMMAND_FAILS, NO_TROUBLE):
+        gate = f"gate-{name}"
+        command = f"true; cat {gate}" if name.isupper() else "false" if name == COMMAND_FAILS else "true"
+        script = block("sh", "set -e\ncoder_sync.py start pip-install")
+        script = script.replace("pip install -r requirements.txt", command)
+        script = re.sub("pip-install|git-clone|apt-install", lambda word, name=name: f"{name}-{word[0]}", script)
+        agent.end(f"{name}-git-clone")
+        agent.client.want(f"{name}-apt-install")
+        ends = agent.client.fail if name == DEPENDENCY_FAILS else agent.client.complete
+        ends(f"{name}-apt-install")
+        (agent.directory / name).write_text(script)
+        scripts[name] = Gate(agent, gate), agent.spawn([shell, name], env=env)
+    for name, (gate, process) in scripts.items():
+        if name.isupper():
+            gate.reached()
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            process.wait(PATIENCE)
+            gate.open()
+        code, unit = finish(process).returncode, f"{name}-pip-install"
+        outcome = {NO_TROUBLE: "completed", DEPENDENCY_FAILS: "skipped"}.get(name, "failed")
+        until(lambda unit=unit, outcome=outcome: agent.status(unit) == outcome, f"{unit} {outcome}")
+        assert (code == 0) == (name == NO_TROUBLE), name
+
+
+def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str) -> None:
+    env, scripts = with_copy(agent), {}
+    for name in ("HUP", "INT", "TERM", "PIPE", "USR1", NO_TROUBLE):
+        script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate\ntrue"
+        script = script.replace("my-unit", name).replace("gate", f"gate-{name}")
+        scripts[name] = Gate(agent, f"gate-{name}"), agent.spawn([shell, "-c", script], env=env)
+    for name, (gate, process) in scripts.items():
         gate.reached()
-        process.send_signal(getattr(signal, f"SIG{name}"))
-        process.wait(PATIENCE)
+        if name != NO_TROUBLE:
+            process.send_signal(getattr(signal, f"SIG{name}"))
         gate.open()
-    code = finish(process).returncode
-    outcome = {"": "completed", "the dependency fails": "skipped"}.get(name, "failed")
-    until(lambda: agent.status("pip-install") == outcome)
-    assert (code == 0) == (name == "")
+        ended = finish(process).returncode, agent.status(name)
+        assert ended == ((0, "completed") if name == NO_TROUBLE else (1, "failed")), name
 
 
-@pytest.mark.parametrize("name", ["HUP", "INT", "TERM", "PIPE", "USR1", ""])
-def test_the_traps_of_the_readme_report_a_signal(agent: World, gate: Gate, shell: str, name: str) -> None:
-    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate\ntrue"
-    process = agent.spawn([shell, "-c", script], env=with_copy(agent))
-    gate.reached()
-    if name:
-        process.send_signal(getattr(signal, f"SIG{name}"))
-    gate.open()
-    assert (finish(process).returncode, agent.status("my-unit")) == ((1, "failed") if name else (0, "completed"))
-
-
-@pytest.mark.parametrize("case", ["agent", "no agent", "no file", "failed", "time is up"])
-def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(world: World, shell: str, case: str) -> None:
+def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(world: World, shell: str) -> None:
     script = block("sh", "not coordinated").replace("make install", "echo installed")
-    env = {**(world.shell_env() if case == "no file" else with_copy(world)), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
-    alone, goes_on = case in ("no agent", "no file"), case in ("agent", "no agent", "no file")
-    if not alone:
-        world.serve()
-        world.client.start("git-clone")
-    if case == "agent":
-        world.client.complete("git-clone")
-    elif case == "failed":
-        world.client.fail("git-clone")
-    elif case == "time is up":
-        script = script.replace("--pid", "--timeout 0.1 --pid")
-    done = world.shell(script, shell, env=env)
-    assert ("installed\n" in done.stdout) == goes_on == (done.returncode == 0), done
-    assert ("not coordinated" in done.stderr) == alone
-    if case == "agent":
-        assert world.status("my-unit") == "completed"
+
+    def done(change: tuple[str, str] = ("", ""), file: bool = True) -> tuple[bool, bool, bool]:
+        """Whether it has installed, succeeded, said that nothing coordinates it."""
+        env = {**(with_copy(world) if file else world.shell_env()), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
+        done = world.shell(script.replace(*change), shell, env=env)
+        return "installed\n" in done.stdout, done.returncode == 0, "not coordinated" in done.stderr
+
+    assert done(file=False) == done() == (True, True, True)
+    world.serve()
+    world.client.start("git-clone")
+    assert done(("--pid", "--timeout 0.1 --pid")) == (False, False, False)
+    world.client.fail("git-clone")
+    assert done() == (False, False, False)
+    world.end("git-clone")
+    assert done() == (True, True, False)
+    assert world.status("my-unit") == "completed"
 
 
 def test_the_program_of_the_readme_runs(agent: World) -> None:
@@ -8045,6 +8107,12 @@ def odd_line(chance: random.Random) -> bytes:
         at = chance.randrange(len(line) + 1)
         line[at : at + chance.randrange(4)] = chance.choice([b"", b"{", b"[", b'"', b"\\", b"\0", b"\xff", b"1", b"\n"])
     return bytes(line[: chance.choice([-1, 10**9, 10**9, 10**9])]) + chance.choice([b"\n", b"\n", b"\r\n", b""])
+
+
+@pytest.mark.attack
+def test_attack_with_command_lines() -> None:
+    for chance in rounds():
+        read_as_argparse_does(chance, chance.choice([*coder_sync.COMMANDS]), 1000)
 
 
 @pytest.mark.attack
