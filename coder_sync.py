@@ -2321,19 +2321,25 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
 
 
+def heeded(names: Iterable[str]) -> list[int]:
+    """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
+    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+
+    numbers = [int(getattr(signal, name)) for name in names]
+    return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+
+
 class Loop:
     """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
 
     Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
-    are given back. Those that we were started to ignore stay ignored, as nohup(1) wants it; but not TERM, which is how
-    an agent is told to end. There is a poll, and a thread that takes signals for it, once there is a descriptor.
+    are given back. There is a poll, and a thread that takes signals for it, once there is a descriptor.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
-        import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+        import _signal as signal
 
-        numbers = [getattr(signal, name) for name in names]
-        self.numbers = [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
         self._poll: Any = None
@@ -2447,13 +2453,12 @@ class Loop:
         self._poll.register(self._taken, select.POLLIN)
 
 
-def end_on_term() -> None:
-    """Have TERM, and HUP unless it is ignored, end us as Ctrl-C does, by an exception; even process 1."""
+def end_on(*names: str) -> None:
+    """Have signals end us as Ctrl-C does, by an exception; process 1, too, which their usual effect would spare."""
     import _signal as signal
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for number in heeded(names):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def let_children_go() -> None:
@@ -6029,7 +6034,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    end_on_term()  # by an exception, so that nothing is left beside it
+    end_on("SIGTERM")  # by an exception, so that nothing is left beside it
     try:
         data = application(python)
         with open(beside, "xb") as file:
@@ -6193,7 +6198,7 @@ def cmd_run(args: Args) -> int:
     start = start_of(args, report, hold=True)
     if args.ready is not None:
         check_probe(args.ready)
-    end_on_term()
+    end_on("SIGTERM")
     try:
         start.__enter__()
     except Unreachable as error:
@@ -6429,7 +6434,7 @@ def cmd_wait(args: Args) -> int:
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
-        end_on_term()
+        end_on("SIGTERM", "SIGHUP")
     probers = {probe: Prober(probe, environment()) for probe in args.ready}
     try:
         for prober in probers.values():
@@ -6560,7 +6565,7 @@ def saved_timeline(path: str) -> Graph:
 
 def watch(client: Client) -> None:
     """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
-    end_on_term()
+    end_on("SIGTERM")
     since, began = (1 << 31) - 1, 0.0  # nothing of what happened before
     if not os.isatty(1):
         for event in client.events(True, since):
