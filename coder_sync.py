@@ -6434,7 +6434,7 @@ def cmd_wait(args: Args) -> int:
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
-        end_on("SIGTERM", "SIGHUP")
+        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
     probers = {probe: Prober(probe, environment()) for probe in args.ready}
     try:
         for prober in probers.values():

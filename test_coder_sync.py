@@ -3891,7 +3891,7 @@ def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None
     process.kill()
 
 
-@pytest.mark.parametrize(("how", "code"), [("its time is up", 124), ("TERM", 143), ("HUP", 129), ("INT", 130)])
+@pytest.mark.parametrize(("how", "code"), [("its time is up", 124), ("TERM", 143), ("HUP", 129), ("QUIT", 131), ("INT", 130)])
 def test_what_a_wait_is_trying_ends_with_it(world: World, how: str, code: int) -> None:
     argv = ["wait", "--ready", "echo $$ > pid; sleep 60", "--timeout", "500ms" if how == "its time is up" else "60s"]
     process, file = world.popen(*argv), world.directory / "pid"
