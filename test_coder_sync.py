@@ -4122,7 +4122,7 @@ def test_a_client_that_waits_ends_with_its_agent_and_at_ctrl_c(world: World) -> 
 
 
 def test_a_reader_that_goes_away_is_no_error(agent: World) -> None:
-    fill(agent, 2000)  # more than a pipe holds
+    fill(agent, 400)  # more than a pipe holds
     for line in ("list --all", "list --all -o json", "status everything", "events"):
         process = agent.popen(*line.split())
         with process, process.stdout as out:  # type: ignore[union-attr]
@@ -4168,7 +4168,7 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str) -> None:
-    agent = world.spawn(["sh", "-c", f"exec {sys.executable} -IS {FILE} serve {closed}"])
+    agent = world.spawn(["sh", "-c", f"exec {sys.executable} -IS {installed()} serve {closed}"])
     world.client.ping(wait=PATIENCE)
     served(world)
     assert stopped(agent).returncode == 0
@@ -4437,10 +4437,10 @@ def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_litt
 
 def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent: World, gate: Gate) -> None:
     (agent.directory / "n").write_text("0\n")
-    script = "read n < n; echo $((n + 1)) > n; test $n -lt 700 || cat gate; exit 1"
-    run = agent.popen("run", "a", "--retry", "700", "--retry-delay", "0", "--", "sh", "-c", script)
+    script = "read n < n; echo $((n + 1)) > n; test $n -lt 400 || cat gate; exit 1"
+    run = agent.popen("run", "a", "--retry", "400", "--retry-delay", "0", "--", "sh", "-c", script)
     gate.reached()
-    until(lambda: kinds_of(agent, "a").count("retry") == 700)
+    until(lambda: kinds_of(agent, "a").count("retry") == 400)
     assert agent.status("a") == "started"
     gate.open()
     assert finish(run).returncode == 1
