@@ -456,25 +456,16 @@ want is all or nothing when an edge closes a cycle:
     want b a; want a x b y => !CycleError | a:not-registered b:pending | says cycle detected: a -> b -> a
 a unit cannot depend on itself:
     want a b a => !CycleError | | says cycle detected: a -> a; a unit cannot depend on itself
-start is all or nothing too: want b a; start a #1 b => !CycleError | a:not-registered b:pending
 another requirement for an edge is refused whole: want b a; want b x!start a
     => !Refused | a:not-registered b:pending | says unit "b" wants "a" with requirement success already, not start
 an unknown requirement is refused: want b a!perfection; wait #1 a!perfection
     => !Refused, !Refused | | says no such requirement: perfection; use one of success, completion, start
-a diamond is no cycle: want d b c; want b a; want c a => | a:not-registered b:pending c:pending d:pending
-requirements do not make a cycle acceptable:
-    want b a!start; want a b!completion => !CycleError | a:not-registered b:pending
 wanting what has failed skips at once, and so on: want a; fail a; want c b; want b a => | a:failed b:skipped c:skipped
 # start
 a ready unit starts at once: start a #1 => #1 ok | a:started
 a start waits until all dependencies are met:
     start c #1 a b; start a #2; complete a; start b #3; complete b
     => #2 ok, #3 ok, #1 ok | a:completed b:completed c:started
-a dependency added while a start waits is waited for too:
-    start b #1 a; want b x; start a #2; complete a; start x #3; complete x
-    => #2 ok, #3 ok, #1 ok | a:completed b:started x:completed
-a failed dependency added while a start waits ends the wait:
-    want x; fail x; start b #1 a; want b x => #1 DependencyFailed | a:not-registered b:skipped x:failed
 one added after the start counts the next time:
     start b #1; want b x; complete b; start b #2 => #1 ok | b:pending x:not-registered
 a started unit is not started again: start a #1 by=42; start a #2
@@ -487,18 +478,12 @@ who asks while an answer is on its way stands in line:
 # again
 a completed unit is pending as soon as it is asked to start again:
     start a #1; complete a; start a #2 x => #1 ok | a:pending x:not-registered
-a second round runs in order:
-    start a #1; complete a; start b #2 a; complete b; start a #3; start b #4; complete a
-    => #1 ok, #2 ok, #3 ok, #4 ok | a:completed b:started
-a failed unit starts again: want a; fail a; start a #1 => #1 ok | a:started
 a skipped unit waits for what is repaired:
     want a; fail a; want b a; start a #1; start b #2; complete a => #1 ok, #2 ok | a:completed b:started
 asked before the repair it is skipped again: want a; fail a oops; want b a; start b #1
     => #1 DependencyFailed | a:failed b:skipped | says unit "b" skipped: dependency "a" failed (oops)
 who has not started waits for a re-run:
     start a #1; complete a; want b a; start a #2; start b #3 => #1 ok, #2 ok | a:started b:pending
-a re-run whose wait fails is skipped:
-    want a; complete a; start a #1 x; want x; fail x => #1 DependencyFailed | a:skipped x:failed
 # complete, fail
 complete ends what has not started: want a; complete a => | a:completed
 the outcome of an unregistered name is refused: want b a; complete a; fail a; complete ghost
@@ -537,17 +522,11 @@ who asks later is told the whole cause: want b a; want a; fail a; start c #1 b
 what has started or ended is left alone:
     want a; complete a; start b #1 a; want c a; complete c; start a #2; fail a
     => #1 ok, #2 ok | a:failed b:started c:completed
-what was ready but had not started is skipped:
-    want a; complete a; want b a; start a #1; fail a => #1 ok | a:failed b:skipped
-a branch that completes does not start what another skipped:
-    start d #1 b c; want b; want c; fail b; complete c => #1 DependencyFailed | b:failed c:completed d:skipped
-a skip meets completion: want b a; start c #1 b!completion; want a; fail a => #1 ok | a:failed b:skipped c:started
 # wait
 a wait ends with the last of its units:
     wait #1 a b a; want a; complete a; want b; complete b => #1 ok | a:completed b:completed
 a wait ends with the first that fails:
     wait #1 a b; want b; fail b => #1 DependencyFailed | b:failed | says dependency "b" failed
-a wait is no unit and closes no cycle: want b a; wait #1 a b; want a c => | a:pending b:pending c:not-registered
 names that only a wait knew go with it:
     want b x; wait #1 only x both; wait #2 both; lose #1 => | b:pending both:not-registered x:not-registered
 # claims: each ends in one way
@@ -686,7 +665,7 @@ BRING = {
     "pending": "want a",
     "started": "start a #a",
     "completed": "want a; complete a",
-    "failed": "want a; fail a",
+    "failed": "want a; fail a oops",
     "skipped": "want a x; want x; fail x",
 }
 TABLE = {
@@ -705,6 +684,9 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
     rules.play(f"{BRING[status]}; {ask}" if how.endswith("finds it") else f"{ask}; {BRING[status]}")
     expected = {"waits": [], "met": ["#1 ok"], "never": ["#1 DependencyFailed"]}[verdict]
     assert [answer for answer in rules.told if answer.startswith("#1")] == expected
+    if verdict == "never":
+        error: Any = rules.errors["#1"]
+        assert (error.unit, error.reason) == ("a", {"failed": "oops", "skipped": 'dependency "x" failed'}[status])
     if how.startswith("start"):
         b = rules.units.status("b")
         row = b.dependencies[0]
@@ -712,30 +694,6 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
         assert b.status == {"waits": "pending", "met": "started", "never": "skipped"}[verdict]
         assert (row.required_status, row.requirement, row.current_status) == (shown, requires, status)
         assert row.is_satisfied == b.is_ready == (verdict == "met")
-
-
-@scenarios("""
-start a #1 held by=42; lose #1 => lost: process 42 (script 42) ended without completing
-start a #1 held; lose #1 => lost: the process that held it ended without completing
-start a #1 b held by=42; lose #1
-    => lost: process 42 (script 42) waited for b (not registered), and its caller went away
-start a #1 b held; lose #1 => lost: its start waited for b (not registered), and its caller went away
-want b; start a #1 b held within=1; sleep 1 => timed out waiting for b
-start a #1 b c held within=1; want c; sleep 1 => timed out waiting for b (not registered), c
-start x #1 lock=k; start a #2 lock=k held within=1; sleep 1 => timed out waiting for lock k, which x has
-want a b; want b; fail b => dependency "b" failed
-start a #1 late; lose #1 => the client that asked for its start was gone
-""")
-def test_a_unit_that_was_not_run_says_why(rules: Rules, steps: str, outcome: str) -> None:
-    rules.play(steps)
-    assert rules.units.status("a").reason == outcome
-
-
-def test_an_error_of_a_dependency_names_it_and_its_reason(rules: Rules) -> None:
-    rules.play("want a; fail a oops; start b #1 a")
-    error = rules.errors["#1"]
-    assert isinstance(error, DependencyFailed)
-    assert (error.unit, error.reason) == ("a", "oops")
 
 
 # -- cycles, names and limits ------------------------------------------------------------------------------
@@ -760,14 +718,6 @@ def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
     assert "cycle detected" in graph[names[-1]] == units.status(names[-1]).refusal
     units.want(names[-1], [])
     assert units.status(names[-1]).refusal == ""
-
-
-def test_a_cycle_is_found_through_a_wide_graph(units: Units) -> None:
-    for i in range(50):
-        units.want("top", [f"middle{i}"])
-        units.want(f"middle{i}", ["bottom"] if i == 30 else [f"leaf{i}"])
-    with pytest.raises(CycleError, match=r"^cycle detected: bottom -> top -> middle30 -> bottom$"):
-        units.want("bottom", ["top"])
 
 
 def test_what_was_refused_leaves_nothing_behind(rules: Rules) -> None:
@@ -956,6 +906,19 @@ of a start whose answer found nobody no time is left:
     start c #1 late; sleep 1; lose #1; start c #2 d; show c ready waiting => c: ready -1, waiting 1
 a failure has an exit status: want a; fail a oops code=3; show a reason exit_code => a: reason oops, exit_code 3
 success has one too: want a; complete a; show a reason exit_code => a: reason -, exit_code 0
+# why a unit was not run
+start a #1 held by=42; lose #1; show a reason => a: reason lost: process 42 (script 42) ended without completing
+start a #1 held; lose #1; show a reason => a: reason lost: the process that held it ended without completing
+start a #1 b held by=42; lose #1; show a reason
+    => a: reason lost: process 42 (script 42) waited for b (not registered), and its caller went away
+start a #1 b held; lose #1; show a reason
+    => a: reason lost: its start waited for b (not registered), and its caller went away
+want b; start a #1 b held within=1; sleep 1; show a reason => a: reason timed out waiting for b
+start a #1 b c held within=1; want c; sleep 1; show a reason => a: reason timed out waiting for b (not registered), c
+start x #1 lock=k; start a #2 lock=k held within=1; sleep 1; show a reason
+    => a: reason timed out waiting for lock k, which x has
+want a b; want b; fail b; show a reason => a: reason dependency "b" failed
+start a #1 late; lose #1; show a reason => a: reason the client that asked for its start was gone
 """)
 def test_what_is_known_of_a_unit(rules: Rules, steps: str, outcome: str) -> None:
     rules.play(steps)
@@ -1084,8 +1047,8 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
 # -- size --------------------------------------------------------------------------------------------------
 
 
-def test_a_chain_of_5000_starts_in_one_go(units: Units) -> None:
-    names = chain(units, 5000, "start")
+def test_a_chain_of_3000_starts_in_one_go(units: Units) -> None:
+    names = chain(units, 3000, "start")
     for name in names[1:]:
         units.start(name, name)
     assert answers(units) == {}
@@ -1093,8 +1056,8 @@ def test_a_chain_of_5000_starts_in_one_go(units: Units) -> None:
     assert list(answers(units)) == names
 
 
-def test_a_chain_of_5000_completes_one_by_one_or_is_skipped_in_one_go(units: Units) -> None:
-    names = chain(units, 5000)
+def test_a_chain_of_3000_completes_one_by_one_or_is_skipped_in_one_go(units: Units) -> None:
+    names = chain(units, 3000)
     for name in reversed(names):
         units.start(name, name)
     for name in names[:500]:
@@ -1105,7 +1068,7 @@ def test_a_chain_of_5000_completes_one_by_one_or_is_skipped_in_one_go(units: Uni
     assert list(told) == names[500:]
     assert {type(told[name]) for name in names[501:]} == {DependencyFailed}
     with pytest.raises(CycleError) as caught:
-        units.want("u0", ["u4999"])
+        units.want("u0", ["u2999"])
     assert caught.value.data == ["u0", *reversed(names)]
 
 
@@ -1412,8 +1375,7 @@ class Play:
             del model.waits[ticket]
         assert told == model.told
         model.settled()
-        seen = {s.unit_name: s for s in units.snapshots(everything=True)}
-        assert {name: s.status for name, s in seen.items()} == {n: model.status(n) for n in model.names()}
+        assert {name: unit.status for name, unit in units.units.items()} == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
         assert units.waits == len(model.line) + len(model.waits)
         assert not units._freed
@@ -1421,9 +1383,7 @@ class Play:
         for name, unit in units.units.items():
             needs = model.needs(name)
             assert {d.name: r for d, r in unit.wants.items()} == dict(needs)
-            unmet = model.unmet(needs)
-            assert unit.unmet == len(unmet), f"{name}: unmet"
-            assert seen[name].is_ready == (not unmet)
+            assert unit.unmet == len(model.unmet(needs)), f"{name}: unmet"
             assert {lock.name for lock in unit.locks if unit in lock.taken} == set(model.locks.get(name, []))
         for ticket, claim in self.rules.claims.items():
             assert units.is_over(claim) == model.is_over(ticket), ticket
@@ -1450,6 +1410,9 @@ def test_units_do_what_the_model_allows_and_demands(first: int) -> None:
                 play.do(step)
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {error!r}\n" + "; ".join(steps)) from error
+        for shown in play.units.snapshots(everything=True):
+            assert shown.status == play.model.status(shown.unit_name)
+            assert shown.is_ready == (not play.model.unmet(play.model.needs(shown.unit_name)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4134,7 +4097,7 @@ def test_a_reader_that_goes_away_is_no_error(agent: World) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_an_answer_that_cannot_be_written_is_an_error(mixed: World) -> None:
-    for line in ("list", "status a", "ping", "--help", "--version"):
+    for line in ("list", "status a", "timeline", "events", "ping", "--help", "--version"):
         with open("/dev/full", "w", encoding="ascii") as full:
             done = mixed.run(*line.split(), stdout=full)
         assert done.returncode == 1
@@ -5396,8 +5359,16 @@ def events(graph: Graph) -> str:
     """A trace, an event a line: what it is, its row, when and how long in microseconds, its name and colour."""
     trace = coder_sync.timeline_trace(graph)
     assert list(trace) == ["traceEvents", "displayTimeUnit"] and {e["pid"] for e in trace["traceEvents"]} <= {1}
-    keys = ("ph", "bp", "s", "id", "tid", "ts", "dur", "cat", "name", "cname", "args")
-    return "".join(" ".join(str(e[key]) for key in keys if key in e) + "\n" for e in trace["traceEvents"])
+    rows = [e for e in trace["traceEvents"] if e["name"] == "thread_sort_index"]  # are in the order of their numbers
+    assert [e["tid"] for e in rows] == [e["args"]["sort_index"] for e in rows] == list(range(1, len(rows) + 1))
+    keys = ("ph", "bp", "s", "id", "tid", "ts", "dur", "cat", "name", "cname")
+    return "".join(
+        " ".join(str(e[key]) for key in keys if key in e)
+        + "".join(f" {key}={in_short(value)}" for key, value in e.get("args", {}).items() if value)
+        + "\n"
+        for e in trace["traceEvents"]
+        if e not in rows
+    )
 
 
 VIEWS: dict[str, Callable[..., str]] = {
@@ -5421,16 +5392,6 @@ VIEWS: dict[str, Callable[..., str]] = {
 
 
 TEXTS = """
-? timeline: good: 100
-              0          45s         1m30s       2m15s       3m00s       3m45s
-* apt-install █████████████████████████████████                                     2m05s completed
-  git-clone   ███                                                                     12s completed
-  db          █████████                                                               32s completed
-  migrate     ░░░░░░░░███                                                            9.0s completed
-* pip-install ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░████████████████████████████████     1m58s completed
-* serve       ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░███    9.0s completed
-
-4m12s in all; critical path: apt-install 2m05s -> pip-install 1m58s -> serve 9.0s (100% of it)
 ? timeline: broken: 60
          0         10s        20s
 * base   ███████████                          10s completed
@@ -5461,14 +5422,6 @@ started); critical path: base 10s -> web 20s (100% of it)
 │ another try, ─ runs on as a service, ▒ waits for a lock
 2m40s in all (1 still running, 1 not started); critical path: apt-base 40s
 -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
-? timeline: uneven: 44
-        0
-* quick █                     1ms completed
-* slow  █████████████████   5m00s completed
-* last                  █     1ms completed
-
-5m00s in all; critical path: quick 1ms ->
-slow 5m00s -> last 1ms (100% of it)
 ? timeline: late: 50
        0           10s
 * a    ████████████                 10s completed
@@ -5604,42 +5557,31 @@ flowchart LR
   style u5 stroke:#d2641e,stroke-width:3px
   linkStyle 0,4 stroke:#d2641e,stroke-width:3px
 ? trace: edges
-M process_name {'name': 'startup'}
-M 1 thread_name {'name': '<a>'}
-M 1 thread_sort_index {'sort_index': 1}
-X 1 1000000 3000000 running <a> {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
+M process_name name=startup
+M 1 thread_name name=<a>
+X 1 1000000 3000000 running <a> status=completed
 i t 1 2000000 try try 2
 i t 1 3500000 try try 3
-M 2 thread_name {'name': 'c'}
-M 2 thread_sort_index {'sort_index': 2}
-X 2 2000900 0 running c terrible {'status': 'failed', 'reason': 'say "&"', 'released_by': '', 'wants': []}
-M 3 thread_name {'name': 'g'}
-M 3 thread_sort_index {'sort_index': 3}
-X 3 3000000 2000000 running g {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
-X 3 5000000 5000000 running on g runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
-M 4 thread_name {'name': 'e'}
-M 4 thread_sort_index {'sort_index': 4}
-X 4 3000000 1000 waiting e waits grey {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 4 3001000 1000 running e {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 4 3002000 4998000 running on e runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-M 5 thread_name {'name': 'b'}
-M 5 thread_sort_index {'sort_index': 5}
-X 5 1000000 500000 waiting b waits grey {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': \
-['<a>', 'c']}
-X 5 1500000 2500000 locked out b waits for lock l, m grey {'status': 'completed', 'reason': '', 'released_by': \
-'<a>', 'wants': ['<a>', 'c']}
-X 5 4000000 5000000 running b {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': ['<a>', 'c']}
-M 6 thread_name {'name': 'f'}
-M 6 thread_sort_index {'sort_index': 6}
-X 6 9000000 1000000 running f {'status': 'started', 'reason': '', 'released_by': 'b', 'wants': ['b']}
-M 7 thread_name {'name': 'd'}
-M 7 thread_sort_index {'sort_index': 7}
-X 7 2000000 1000000 waiting d waits bad {'status': 'skipped', 'reason': 'c', 'released_by': '', 'wants': ['c']}
-M 8 thread_name {'name': 'h'}
-M 8 thread_sort_index {'sort_index': 8}
-X 8 4000000 2000000 waiting h waits grey {'status': 'pending', 'reason': '', 'released_by': '', 'wants': ['g']}
-X 8 6000000 4000000 locked out h waits for lock l grey {'status': 'pending', 'reason': '', 'released_by': '', \
-'wants': ['g']}
+M 2 thread_name name=c
+X 2 2000900 0 running c terrible status=failed reason=say "&"
+M 3 thread_name name=g
+X 3 3000000 2000000 running g status=completed
+X 3 5000000 5000000 running on g runs on status=completed
+M 4 thread_name name=e
+X 4 3000000 1000 waiting e waits grey status=completed wants=d
+X 4 3001000 1000 running e status=completed wants=d
+X 4 3002000 4998000 running on e runs on status=completed wants=d
+M 5 thread_name name=b
+X 5 1000000 500000 waiting b waits grey status=completed released_by=<a> wants=<a> and c
+X 5 1500000 2500000 locked out b waits for lock l, m grey status=completed released_by=<a> wants=<a> and c
+X 5 4000000 5000000 running b status=completed released_by=<a> wants=<a> and c
+M 6 thread_name name=f
+X 6 9000000 1000000 running f status=started released_by=b wants=b
+M 7 thread_name name=d
+X 7 2000000 1000000 waiting d waits bad status=skipped reason=c wants=c
+M 8 thread_name name=h
+X 8 4000000 2000000 waiting h waits grey status=pending wants=g
+X 8 6000000 4000000 locked out h waits for lock l grey status=pending wants=g
 s 5 1 3999999 released released
 f e 5 5 4000000 released released
 s 6 5 8999999 released released
@@ -5719,9 +5661,6 @@ complete.
 "gate" is not registered: nobody has called want, start or run on it.
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
-? why: services: shell
-"shell" has not started: for 2m30s it has been waiting for lock port, which "ide" has.
-"ide" started 1m00s ago (pid 77), after waiting 1m40s, last for tools; it is still running.
 ? why: broken: mail
 "mail" was skipped 15s ago because of "report".
 "report" was skipped 15s ago because of "data".
@@ -5732,8 +5671,6 @@ complete.
 "misspelt" has not started: for 3m05s it has been waiting for "b_setup", "zzz".
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
-? why: odd ends: ran and failed
-"ran and failed" failed 3m03s ago after running 2.0s; started at once.
 ? why: broken: gone
 "gone" is not registered: nobody has called want, start or run on it.
 It is wanted by lint.
@@ -5842,13 +5779,15 @@ def test_a_timeline_has_a_colour_for_each_outcome_and_the_path_in_bold() -> None
 
 
 @each_startup
-@pytest.mark.parametrize("unicode", [True, False])
-@pytest.mark.parametrize("width", [40, 47, 60, 100, 400])
-def test_a_timeline_fits_its_width(name: str, width: int, unicode: bool) -> None:
-    lines = coder_sync.timeline_text(STARTUPS[name], width, unicode=unicode).splitlines()
-    assert max(map(coder_sync.wide, lines)) <= width
-    assert name == "nothing" or max(map(coder_sync.wide, lines)) >= width - 5
-    assert all(coder_sync.wide(line) <= width for line in coder_sync.blame_text(BROKEN, width).splitlines()[-6:])
+def test_a_timeline_fits_its_width(name: str) -> None:
+    for width, unicode in itertools.product((40, 47, 60, 100, 400), (True, False)):
+        widths = [
+            coder_sync.wide(line)
+            for line in coder_sync.timeline_text(STARTUPS[name], width, unicode=unicode).splitlines()
+        ]
+        assert max(widths) <= width, (width, unicode)
+        assert name == "nothing" or max(widths) >= width - 5, (width, unicode)
+        assert all(coder_sync.wide(line) <= width for line in coder_sync.blame_text(BROKEN, width).splitlines()[-6:])
 
 
 def test_a_timeline_lines_up_long_and_wide_names() -> None:
@@ -6078,12 +6017,8 @@ def test_names_cannot_say_anything_in_dot_and_mermaid() -> None:
     assert [re.sub(r"\\(.)", r"\1", s) for s in strings] == [
         *(HOSTILE, "pending", "plain", "not registered", "plain", HOSTILE, "completion")
     ]
-    assert re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text).splitlines()[2:] == [
-        "  ID [style=filled, fillcolor=white, tooltip=ID];",
-        "  ID [style=dashed, fillcolor=white, tooltip=ID];",
-        "  ID -> ID [label=ID];",
-        "}",
-    ]
+    plain = coder_sync.graph_dot(startup_of(0, unit("a", wants={"b": "completion"})))
+    assert re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text) == re.sub('"[^"]*"', "ID", plain)
     lines = coder_sync.graph_mermaid(startup_of(0, unit(HOSTILE, wants={"环境": "start"}))).splitlines()
     assert "linkStyle" not in "".join(lines)
     assert lines[2:4] == ['  u1["环境"]:::not_registered', "  u1 -->|start| u0"]
@@ -6166,16 +6101,6 @@ def follower(world: World, *argv: str) -> subprocess.Popen[str]:
     return process
 
 
-def lines_until(process: subprocess.Popen[str], end: str) -> list[str]:
-    """The lines that a process prints, to the one that ends so."""
-    lines: list[str] = []
-    while not (lines and lines[-1].endswith(end)):
-        line = process.stdout.readline() if process.stdout else ""
-        assert line, lines
-        lines.append(line.rstrip("\n"))
-    return lines
-
-
 @pytest.fixture(scope="module")
 def little(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """An agent with a startup that no test changes: a is done, b runs, c waits."""
@@ -6207,9 +6132,9 @@ def test_events_are_followed_until_the_agent_ends(world: World) -> None:
     agent = world.serve()
     world.client.want("a")
     process = world.popen("events", "--follow")
-    assert json.loads(lines_until(process, "}")[0])["kind"] == "registered"
+    assert json.loads(line_of(process.stdout))["kind"] == "registered"
     world.client.start("a")
-    assert json.loads(lines_until(process, "}")[0])["kind"] == "started"
+    assert json.loads(line_of(process.stdout))["kind"] == "started"
     agent.terminate()
     done = finish(process)
     assert done.returncode == 3
@@ -6241,7 +6166,7 @@ def test_the_client_iterates_over_events(agent: World) -> None:
 
 
 def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
-    for i in range(40):
+    for i in range(20):
         agent.client.want(f"{i}", *(f"{i}.{j}" for j in range(100)))
     for i in range(10):
         peer = agent.connect()
@@ -6254,34 +6179,14 @@ def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent:
         peer.close()
 
 
-def test_a_watcher_that_does_not_read_is_dropped_and_costs_nobody_anything(world: World) -> None:
-    agent = world
-    agent.spawn(altered("coder_sync.SEND_TIMEOUT = 1", "serve", "-q"))
-    agent.client.ping(PATIENCE)
-    deaf, reader = agent.connect(), agent.connect()
-    for peer in (deaf, reader):
-        peer.call("events", follow=True)
-    hung_up = select.poll()
-    hung_up.register(deaf.sock, select.POLLHUP)
-    seen = 0
-    for i in itertools.count():
-        began = time.monotonic()
-        agent.client.want(f"{i}-".ljust(250, "x"), *(f"{i}-{j}-".ljust(250, "y") for j in range(150)))
-        assert time.monotonic() - began < PATIENCE / 10
-        for seq in range(seen + 1, seen + 152):
-            assert reader.read()["params"]["seq"] == seq
-        seen += 151
-        if hung_up.poll(0):
-            break
-    assert seen < 50_000
-
-
 def test_watching_prints_a_line_an_event_where_there_is_no_terminal(agent: World) -> None:
     process = follower(agent, "timeline", "--watch")
     agent.client.start("a")
     agent.client.fail("a", "disk full")
-    lines = lines_until(process, "disk full")
+    lines = [line_of(process.stdout).rstrip("\n")]
     assert re.fullmatch(r"\+0ms probe-\d+ registered", lines[0])
+    while not lines[-1].endswith("disk full"):
+        lines.append(line_of(process.stdout).rstrip("\n"))
     assert [re.sub(r"^\+[\d.]+m?s ", "", line) for line in lines[-3:]] == [
         *("a registered", "a started", "a failed: disk full")
     ]
@@ -6347,10 +6252,6 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
     text = call.ok(little, "timeline", LC_ALL="C.UTF-8")
     rows = [re.sub("[\u2588\u2591 ]+[\\d.]+m?s", "", line) for line in text.splitlines()[1:4]]
     assert rows == ["* a completed", "* b running", "  c waiting"]
-    assert ElementTree.fromstring(call.ok(little, "timeline", "-o", "svg")).tag.endswith("svg")
-    assert [u["unit_name"] for u in json.loads(call.ok(little, "timeline", "-o", "json"))["units"]] == ["a", "b", "c"]
-    assert json.loads(call.ok(little, "timeline", "-o", "trace"))["traceEvents"]
-    assert call.ok(little, "timeline", "--blame").startswith("by how long they ran:\n")
     assert call.ok(little, "why").endswith("; it is still running.\n    held up: c\n")
     assert call.ok(little, "graph", LC_ALL="C") == "c (pending)\n`-- b (started)\n    `-- a (completed)\n"
     assert call.ok(little, "graph", "b", "-o", "dot").count("->") == 1
@@ -6363,7 +6264,7 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
 
 
 def test_what_was_saved_is_drawn_and_compared_without_an_agent(
-    world: World, call: Call, monkeypatch: pytest.MonkeyPatch
+    world: World, little: World, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.directory)
     for name, startup in (("good.json", GOOD), ("services.json", SERVICES)):
@@ -6377,6 +6278,7 @@ def test_what_was_saved_is_drawn_and_compared_without_an_agent(
         ("--from good.json --compare services.json", coder_sync.compare_text(SERVICES, GOOD, 77)),
     ):
         assert call.ok(world, "timeline", *words.split(), LC_ALL="C.UTF-8", COLUMNS="77") == text, words
+    assert "apt-install" in call.ok(little, "timeline", "--compare", "good.json")
     Path("bad.json").write_bytes(b"\xff")
     for words, message in (
         ("--from none.json", "cannot read none.json: No such file or directory"),
@@ -6389,15 +6291,10 @@ def test_what_was_saved_is_drawn_and_compared_without_an_agent(
         assert message in done.stderr
 
 
-def test_an_agent_is_compared_with_what_was_saved(little: World, call: Call, tmp_path: Path) -> None:
-    (tmp_path / "good.json").write_text(coder_sync.timeline_as("json", GOOD), encoding="utf-8")
-    assert "apt-install" in call.ok(little, "timeline", "--compare", str(tmp_path / "good.json"))
-
-
 def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call) -> None:
-    script = "coder start a && echo ready && exec sleep 60"
+    script = "coder start a -q && echo ready && exec sleep 60"
     process = agent.spawn(["sh", "-c", script], env=agent.shell_env())
-    lines_until(process, "ready")
+    assert line_of(process.stdout) == "ready\n"
     waits = agent.connect()
     waits.request("start", unit="b", dependencies=["a"])
     agent.waiting("b")
@@ -6410,15 +6307,13 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     assert call.ok(agent, "why", "x") == '"x" is not registered: nobody has called want, start or run on it.\n'
 
 
-@pytest.mark.parametrize(("ending", "end"), [("svg", signal.SIGTERM), ("json", signal.SIGINT)])
-def test_the_agent_leaves_a_timeline_behind(world: World, ending: str, end: int) -> None:
-    path = world.directory / f"startup.{ending}"
+def test_the_agent_leaves_a_timeline_behind(world: World) -> None:
+    path = world.directory / "startup.svg"
     agent = world.serve("--timeline", str(path))
     world.client.start("a")
-    agent.send_signal(end)
-    assert agent.wait(PATIENCE) == 0
+    assert stopped(agent).returncode == 0
     text = path.read_text(encoding="utf-8")
-    assert {"svg": "<svg ", "json": '{\n  "version": 2,'}[ending] in text and "1 still running" in text
+    assert text.startswith("<svg ") and "1 still running" in text
 
 
 def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: World) -> None:
@@ -6426,22 +6321,14 @@ def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: 
         ("startup.png", 2, ".svg, .json or .txt"),
         ("no/such/dir.svg", 0, "warning: cannot write the timeline to "),
         ("t.txt", 0, ""),
+        ("t.json", 0, ""),
     ):
         done = world.shell(f"coder serve --timeline {path} -- sh -c 'coder run a -- false; touch ran'")
         assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == (said != "")
         assert (world.directory / "ran").exists() == (code == 0)
     text = (world.directory / "t.txt").read_text(encoding="utf-8")
     assert "\n* a " in text and "failed" in text
-
-
-@pytest.mark.parametrize("words", ["timeline", "events", "status a"])
-def test_pictures_do_not_mind_a_closed_standard_output(little: World, words: str) -> None:
-    done = little.shell(f"coder {words} >&-")
-    assert (done.returncode, done.stderr) == (0, "")
-    if os.path.exists("/dev/full"):
-        done = little.shell(f"coder {words} >/dev/full")
-        said = "error: cannot write to standard output: No space left on device\n"
-        assert (done.returncode, done.stderr) == (1, said)
+    assert json.loads((world.directory / "t.json").read_bytes())["units"][0]["status"] == "failed"
 
 
 # ---------------------------------------------------------------------------------------------------------
