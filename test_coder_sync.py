@@ -7116,6 +7116,7 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
     assert "(not ready: no such file)" in line and "b for a" in line and "f to try again after exit code 9" in line
     assert re.search(r"c for disk, not registered; other, started by .*? \(pid \d+\)", line)
     assert "d for lock apt, which a has" in line
+    gate.reached()
     boot.signal()
     gate.open()
     boot.ends(143)
@@ -7955,7 +7956,7 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
         if file.name != "coder_sync.py":
             text = file.read_text().replace("5432", ports[0]).replace("8080", ports[1])
             file.write_text(text.replace("retry 3 2s", "retry 3 0.2s"))
-    env = {**world.shell_env(), "PACE": "0.1"}
+    env = {**world.shell_env(), "PACE": "0.05"}
     env["PATH"] = f"{tools}:{env['PATH']}"
     check = re.search(r"^RUN (coder_sync.py boot --check .*)$", README, re.M)
     begin = re.search(r'"postStartCommand": "(.*)"', README)
