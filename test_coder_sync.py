@@ -1591,12 +1591,12 @@ def test_durations_of_go_and_bare_seconds_are_read() -> None:
         assert coder_sync.duration(text) == pytest.approx(float(seconds), abs=1e-12), text
 
 
-@pytest.mark.parametrize("text", NO_DURATIONS, ids=lambda text: ascii(text[:20]))
-def test_what_is_no_duration_is_refused_in_one_printable_line(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^invalid duration .*: write 30 or 30s, 10m, 1h30m") as caught:
-        coder_sync.duration(text)
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 200
+def test_what_is_no_duration_is_refused_in_one_printable_line() -> None:
+    for text in NO_DURATIONS:
+        with pytest.raises(UsageError, match=r"^invalid duration .*: write 30 or 30s, 10m, 1h30m") as caught:
+            pytest.fail(f"{text[:20]!a} is read as {coder_sync.duration(text)}")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 200
 
 
 def test_a_span_reads_well() -> None:
@@ -1604,24 +1604,24 @@ def test_a_span_reads_well() -> None:
         assert coder_sync.span(float(seconds)) == text
 
 
-@pytest.mark.parametrize(
-    ("status", "more", "text"),
-    [
-        ("not registered", {}, "a not registered"),
-        ("not registered", {"did_you_mean": "aa"}, 'a not registered, did you mean "aa"?'),
-        ("pending", {"age": 12}, "a pending for 12s, not started yet"),
-        ("pending", {"waits_for": ["x", "y"]}, "a pending for 0ms, waits for x, y"),
-        ("started", {"age": 31}, "a started 31s ago"),
-        ("started", {"age": 31, "owner": OWNER}, "a started 31s ago by bash setup.sh (pid 4242)"),
-        ("started", {"owner": Owner(7, "")}, "a started 0ms ago (pid 7)"),
-        ("started", {"owner": GONE}, "a started 0ms ago by sh (pid 7), which is no longer running"),
-        ("completed", {"age": 2, "owner": OWNER}, "a completed 2.0s ago"),
-        ("failed", {"age": 2, "reason": "exit code 7"}, "a failed 2.0s ago (exit code 7)"),
-        ("skipped", {"reason": 'dependency "b" failed'}, 'a skipped 0ms ago (dependency "b" failed)'),
-    ],
-)
-def test_a_state_says_where_a_dependency_stands_and_why(status: str, more: dict[str, Any], text: str) -> None:
-    assert coder_sync.dependency_text(Dependency("a", "completed", status, False, **more)) == text
+STATES: list[tuple[str, dict[str, Any], str]] = [
+    ("not registered", {}, "a not registered"),
+    ("not registered", {"did_you_mean": "aa"}, 'a not registered, did you mean "aa"?'),
+    ("pending", {"age": 12}, "a pending for 12s, not started yet"),
+    ("pending", {"waits_for": ["x", "y"]}, "a pending for 0ms, waits for x, y"),
+    ("started", {"age": 31}, "a started 31s ago"),
+    ("started", {"age": 31, "owner": OWNER}, "a started 31s ago by bash setup.sh (pid 4242)"),
+    ("started", {"owner": Owner(7, "")}, "a started 0ms ago (pid 7)"),
+    ("started", {"owner": GONE}, "a started 0ms ago by sh (pid 7), which is no longer running"),
+    ("completed", {"age": 2, "owner": OWNER}, "a completed 2.0s ago"),
+    ("failed", {"age": 2, "reason": "exit code 7"}, "a failed 2.0s ago (exit code 7)"),
+    ("skipped", {"reason": 'dependency "b" failed'}, 'a skipped 0ms ago (dependency "b" failed)'),
+]
+
+
+def test_a_state_says_where_a_dependency_stands_and_why() -> None:
+    for status, more, text in STATES:
+        assert coder_sync.dependency_text(Dependency("a", "completed", status, False, **more)) == text
 
 
 def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_order() -> None:
@@ -4007,21 +4007,17 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
         play(call, world, NO_AGENT.format("the agent does not take connections; is it stopped or overloaded?"))
 
 
-def test_a_socket_of_somebody_else_names_the_owner(world: World) -> None:
-    with open_directory() as directory:
-        world.path = f"{directory}/agent.sock"
-        world.serve("--socket-path", world.path, "--mode", "600" if os.getuid() == 0 else "000")
-        owner = pwd.getpwuid(os.getuid()).pw_name
-        done = finish(world.spawn(stranger("ping", "--socket-path", world.path)))
-    assert done.returncode == 3
-    assert re.search(rf"permission denied \(it belongs to {owner}, mode \d+\)", done.stderr)
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be somebody else")
-def test_a_shared_socket_serves_others_but_on_the_default_path_only_if_it_is_roots(world: World) -> None:
+def test_a_socket_of_somebody_else_names_its_owner_and_on_the_default_path_it_must_be_roots(world: World) -> None:
     with open_directory() as directory:
         path = world.path = f"{directory}/agent.sock"
-        world.serve("--socket-path", path, "--mode", "666")
+        world.serve("--socket-path", path, "--mode", "600" if os.getuid() == 0 else "000")
+        done = finish(world.spawn(stranger("ping", "--socket-path", path)))
+        assert done.returncode == 3
+        owner = pwd.getpwuid(os.getuid()).pw_name
+        assert re.search(rf"permission denied \(it belongs to {owner}, mode \d+\)", done.stderr)
+        if os.getuid() != 0:
+            return
+        os.chmod(path, 0o666)
         there = stranger("ping", "--socket-path", path)
         there[3] = there[3].replace("coder_sync.main", f"coder_sync.DEFAULT_SOCKET = {path!r}\ncoder_sync.main")
         assert finish(world.spawn(there)).returncode == 0
@@ -4489,14 +4485,6 @@ def test_the_scripts_of_the_documents_refuse_cycles_and_end_in_their_trap(mixed:
     assert mixed.status("on") == "started"  # by somebody else, and left alone
 
 
-def test_scripts_go_on_without_the_cli_and_without_an_agent(world: World) -> None:
-    done = finish(world.spawn(["/bin/sh", "-c", COMMAND_V], env={"PATH": "/nowhere", "UNIT_NAME": "a"}))
-    assert (done.returncode, done.stdout) == (0, "Coder CLI not available, continuing without coordination\n")
-    world.env["CODER_SYNC_CONNECT_TIMEOUT"] = "0"
-    done = world.shell("set -e; coder exp sync start a > /dev/null 2>&1 || true; echo on")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
-
-
 WILD = [
     """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
     coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
@@ -4521,12 +4509,6 @@ def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
         assert (done.returncode, done.stderr) == (0, ""), script
         assert agent.status(f"form-{n}") == "completed"
         assert len(agent.client.status(f"form-{n}").dependencies) == 3
-
-
-def test_serve_runs_scripts(world: World) -> None:
-    script = "coder exp sync run b --want a -- echo b & coder exp sync run a -- echo a; wait"
-    done = world.shell(f"coder serve -- sh -c '{script}'")
-    assert (done.returncode, done.stdout) == (0, "a\nb\n")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4582,7 +4564,6 @@ def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -
             f'error: no unit "nobody"; see `{os.path.basename(argv[-1])} list --all`\n'  # by the agent, and by itself
         )
         assert done.stderr == said
-    assert command(world, path, "--help", env=env).stdout.startswith("usage: coder COMMAND")
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
 
 
@@ -6946,6 +6927,7 @@ def test_a_script_may_want_more_and_start_again_or_tell_its_outcome_and_tidy_up(
     files = {"a": again, "b": "cat gate; echo b ran > b.done", "c": tell, "d": "@want c"}
     boot = Boot(world, files, "--grace", "200ms")
     gate.reached()
+    told.reached()
     world.waiting("a")
     gate.open()
     boot.prints("a | b ran")
