@@ -1078,12 +1078,10 @@ def test_a_chain_of_3000_completes_one_by_one_or_is_skipped_in_one_go(units: Uni
 # ---------------------------------------------------------------------------------------------------------
 
 
-MET_BY = {
-    "success": {"completed"},
-    "completion": {"completed", "failed", "skipped"},
-    "start": {"started", "completed", "failed"},
-}
-LOST_BY: dict[str, set[str]] = {"success": {"failed", "skipped"}, "completion": set(), "start": {"skipped"}}
+MET_BY, LOST_BY = (
+    {requires: {status for status, is_so in zip(BRING, row) if is_so == verdict} for requires, row in TABLE.items()}
+    for verdict in ("met", "never")
+)
 ENDED = ("completed", "failed", "skipped")
 
 
