@@ -38,6 +38,7 @@ import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -455,25 +456,16 @@ want is all or nothing when an edge closes a cycle:
     want b a; want a x b y => !CycleError | a:not-registered b:pending | says cycle detected: a -> b -> a
 a unit cannot depend on itself:
     want a b a => !CycleError | | says cycle detected: a -> a; a unit cannot depend on itself
-start is all or nothing too: want b a; start a #1 b => !CycleError | a:not-registered b:pending
 another requirement for an edge is refused whole: want b a; want b x!start a
     => !Refused | a:not-registered b:pending | says unit "b" wants "a" with requirement success already, not start
 an unknown requirement is refused: want b a!perfection; wait #1 a!perfection
     => !Refused, !Refused | | says no such requirement: perfection; use one of success, completion, start
-a diamond is no cycle: want d b c; want b a; want c a => | a:not-registered b:pending c:pending d:pending
-requirements do not make a cycle acceptable:
-    want b a!start; want a b!completion => !CycleError | a:not-registered b:pending
 wanting what has failed skips at once, and so on: want a; fail a; want c b; want b a => | a:failed b:skipped c:skipped
 # start
 a ready unit starts at once: start a #1 => #1 ok | a:started
 a start waits until all dependencies are met:
     start c #1 a b; start a #2; complete a; start b #3; complete b
     => #2 ok, #3 ok, #1 ok | a:completed b:completed c:started
-a dependency added while a start waits is waited for too:
-    start b #1 a; want b x; start a #2; complete a; start x #3; complete x
-    => #2 ok, #3 ok, #1 ok | a:completed b:started x:completed
-a failed dependency added while a start waits ends the wait:
-    want x; fail x; start b #1 a; want b x => #1 DependencyFailed | a:not-registered b:skipped x:failed
 one added after the start counts the next time:
     start b #1; want b x; complete b; start b #2 => #1 ok | b:pending x:not-registered
 a started unit is not started again: start a #1 by=42; start a #2
@@ -486,18 +478,12 @@ who asks while an answer is on its way stands in line:
 # again
 a completed unit is pending as soon as it is asked to start again:
     start a #1; complete a; start a #2 x => #1 ok | a:pending x:not-registered
-a second round runs in order:
-    start a #1; complete a; start b #2 a; complete b; start a #3; start b #4; complete a
-    => #1 ok, #2 ok, #3 ok, #4 ok | a:completed b:started
-a failed unit starts again: want a; fail a; start a #1 => #1 ok | a:started
 a skipped unit waits for what is repaired:
     want a; fail a; want b a; start a #1; start b #2; complete a => #1 ok, #2 ok | a:completed b:started
 asked before the repair it is skipped again: want a; fail a oops; want b a; start b #1
     => #1 DependencyFailed | a:failed b:skipped | says unit "b" skipped: dependency "a" failed (oops)
 who has not started waits for a re-run:
     start a #1; complete a; want b a; start a #2; start b #3 => #1 ok, #2 ok | a:started b:pending
-a re-run whose wait fails is skipped:
-    want a; complete a; start a #1 x; want x; fail x => #1 DependencyFailed | a:skipped x:failed
 # complete, fail
 complete ends what has not started: want a; complete a => | a:completed
 the outcome of an unregistered name is refused: want b a; complete a; fail a; complete ghost
@@ -536,17 +522,11 @@ who asks later is told the whole cause: want b a; want a; fail a; start c #1 b
 what has started or ended is left alone:
     want a; complete a; start b #1 a; want c a; complete c; start a #2; fail a
     => #1 ok, #2 ok | a:failed b:started c:completed
-what was ready but had not started is skipped:
-    want a; complete a; want b a; start a #1; fail a => #1 ok | a:failed b:skipped
-a branch that completes does not start what another skipped:
-    start d #1 b c; want b; want c; fail b; complete c => #1 DependencyFailed | b:failed c:completed d:skipped
-a skip meets completion: want b a; start c #1 b!completion; want a; fail a => #1 ok | a:failed b:skipped c:started
 # wait
 a wait ends with the last of its units:
     wait #1 a b a; want a; complete a; want b; complete b => #1 ok | a:completed b:completed
 a wait ends with the first that fails:
     wait #1 a b; want b; fail b => #1 DependencyFailed | b:failed | says dependency "b" failed
-a wait is no unit and closes no cycle: want b a; wait #1 a b; want a c => | a:pending b:pending c:not-registered
 names that only a wait knew go with it:
     want b x; wait #1 only x both; wait #2 both; lose #1 => | b:pending both:not-registered x:not-registered
 # claims: each ends in one way
@@ -685,7 +665,7 @@ BRING = {
     "pending": "want a",
     "started": "start a #a",
     "completed": "want a; complete a",
-    "failed": "want a; fail a",
+    "failed": "want a; fail a oops",
     "skipped": "want a x; want x; fail x",
 }
 TABLE = {
@@ -704,6 +684,9 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
     rules.play(f"{BRING[status]}; {ask}" if how.endswith("finds it") else f"{ask}; {BRING[status]}")
     expected = {"waits": [], "met": ["#1 ok"], "never": ["#1 DependencyFailed"]}[verdict]
     assert [answer for answer in rules.told if answer.startswith("#1")] == expected
+    if verdict == "never":
+        error: Any = rules.errors["#1"]
+        assert (error.unit, error.reason) == ("a", {"failed": "oops", "skipped": 'dependency "x" failed'}[status])
     if how.startswith("start"):
         b = rules.units.status("b")
         row = b.dependencies[0]
@@ -711,30 +694,6 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
         assert b.status == {"waits": "pending", "met": "started", "never": "skipped"}[verdict]
         assert (row.required_status, row.requirement, row.current_status) == (shown, requires, status)
         assert row.is_satisfied == b.is_ready == (verdict == "met")
-
-
-@scenarios("""
-start a #1 held by=42; lose #1 => lost: process 42 (script 42) ended without completing
-start a #1 held; lose #1 => lost: the process that held it ended without completing
-start a #1 b held by=42; lose #1
-    => lost: process 42 (script 42) waited for b (not registered), and its caller went away
-start a #1 b held; lose #1 => lost: its start waited for b (not registered), and its caller went away
-want b; start a #1 b held within=1; sleep 1 => timed out waiting for b
-start a #1 b c held within=1; want c; sleep 1 => timed out waiting for b (not registered), c
-start x #1 lock=k; start a #2 lock=k held within=1; sleep 1 => timed out waiting for lock k, which x has
-want a b; want b; fail b => dependency "b" failed
-start a #1 late; lose #1 => the client that asked for its start was gone
-""")
-def test_a_unit_that_was_not_run_says_why(rules: Rules, steps: str, outcome: str) -> None:
-    rules.play(steps)
-    assert rules.units.status("a").reason == outcome
-
-
-def test_an_error_of_a_dependency_names_it_and_its_reason(rules: Rules) -> None:
-    rules.play("want a; fail a oops; start b #1 a")
-    error = rules.errors["#1"]
-    assert isinstance(error, DependencyFailed)
-    assert (error.unit, error.reason) == ("a", "oops")
 
 
 # -- cycles, names and limits ------------------------------------------------------------------------------
@@ -759,14 +718,6 @@ def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
     assert "cycle detected" in graph[names[-1]] == units.status(names[-1]).refusal
     units.want(names[-1], [])
     assert units.status(names[-1]).refusal == ""
-
-
-def test_a_cycle_is_found_through_a_wide_graph(units: Units) -> None:
-    for i in range(50):
-        units.want("top", [f"middle{i}"])
-        units.want(f"middle{i}", ["bottom"] if i == 30 else [f"leaf{i}"])
-    with pytest.raises(CycleError, match=r"^cycle detected: bottom -> top -> middle30 -> bottom$"):
-        units.want("bottom", ["top"])
 
 
 def test_what_was_refused_leaves_nothing_behind(rules: Rules) -> None:
@@ -955,6 +906,19 @@ of a start whose answer found nobody no time is left:
     start c #1 late; sleep 1; lose #1; start c #2 d; show c ready waiting => c: ready -1, waiting 1
 a failure has an exit status: want a; fail a oops code=3; show a reason exit_code => a: reason oops, exit_code 3
 success has one too: want a; complete a; show a reason exit_code => a: reason -, exit_code 0
+# why a unit was not run
+start a #1 held by=42; lose #1; show a reason => a: reason lost: process 42 (script 42) ended without completing
+start a #1 held; lose #1; show a reason => a: reason lost: the process that held it ended without completing
+start a #1 b held by=42; lose #1; show a reason
+    => a: reason lost: process 42 (script 42) waited for b (not registered), and its caller went away
+start a #1 b held; lose #1; show a reason
+    => a: reason lost: its start waited for b (not registered), and its caller went away
+want b; start a #1 b held within=1; sleep 1; show a reason => a: reason timed out waiting for b
+start a #1 b c held within=1; want c; sleep 1; show a reason => a: reason timed out waiting for b (not registered), c
+start x #1 lock=k; start a #2 lock=k held within=1; sleep 1; show a reason
+    => a: reason timed out waiting for lock k, which x has
+want a b; want b; fail b; show a reason => a: reason dependency "b" failed
+start a #1 late; lose #1; show a reason => a: reason the client that asked for its start was gone
 """)
 def test_what_is_known_of_a_unit(rules: Rules, steps: str, outcome: str) -> None:
     rules.play(steps)
@@ -1083,8 +1047,8 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
 # -- size --------------------------------------------------------------------------------------------------
 
 
-def test_a_chain_of_5000_starts_in_one_go(units: Units) -> None:
-    names = chain(units, 5000, "start")
+def test_a_chain_of_3000_starts_in_one_go(units: Units) -> None:
+    names = chain(units, 3000, "start")
     for name in names[1:]:
         units.start(name, name)
     assert answers(units) == {}
@@ -1092,8 +1056,8 @@ def test_a_chain_of_5000_starts_in_one_go(units: Units) -> None:
     assert list(answers(units)) == names
 
 
-def test_a_chain_of_5000_completes_one_by_one_or_is_skipped_in_one_go(units: Units) -> None:
-    names = chain(units, 5000)
+def test_a_chain_of_3000_completes_one_by_one_or_is_skipped_in_one_go(units: Units) -> None:
+    names = chain(units, 3000)
     for name in reversed(names):
         units.start(name, name)
     for name in names[:500]:
@@ -1104,7 +1068,7 @@ def test_a_chain_of_5000_completes_one_by_one_or_is_skipped_in_one_go(units: Uni
     assert list(told) == names[500:]
     assert {type(told[name]) for name in names[501:]} == {DependencyFailed}
     with pytest.raises(CycleError) as caught:
-        units.want("u0", ["u4999"])
+        units.want("u0", ["u2999"])
     assert caught.value.data == ["u0", *reversed(names)]
 
 
@@ -1411,8 +1375,7 @@ class Play:
             del model.waits[ticket]
         assert told == model.told
         model.settled()
-        seen = {s.unit_name: s for s in units.snapshots(everything=True)}
-        assert {name: s.status for name, s in seen.items()} == {n: model.status(n) for n in model.names()}
+        assert {name: unit.status for name, unit in units.units.items()} == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
         assert units.waits == len(model.line) + len(model.waits)
         assert not units._freed
@@ -1420,9 +1383,7 @@ class Play:
         for name, unit in units.units.items():
             needs = model.needs(name)
             assert {d.name: r for d, r in unit.wants.items()} == dict(needs)
-            unmet = model.unmet(needs)
-            assert unit.unmet == len(unmet), f"{name}: unmet"
-            assert seen[name].is_ready == (not unmet)
+            assert unit.unmet == len(model.unmet(needs)), f"{name}: unmet"
             assert {lock.name for lock in unit.locks if unit in lock.taken} == set(model.locks.get(name, []))
         for ticket, claim in self.rules.claims.items():
             assert units.is_over(claim) == model.is_over(ticket), ticket
@@ -1449,6 +1410,9 @@ def test_units_do_what_the_model_allows_and_demands(first: int) -> None:
                 play.do(step)
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {error!r}\n" + "; ".join(steps)) from error
+        for shown in play.units.snapshots(everything=True):
+            assert shown.status == play.model.status(shown.unit_name)
+            assert shown.is_ready == (not play.model.unmet(play.model.needs(shown.unit_name)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1733,24 +1697,28 @@ def refuse(message: str) -> NoReturn:
     raise UsageError(message)
 
 
-@pytest.mark.parametrize("name", coder_sync.COMMANDS)
-def test_our_parser_reads_what_argparse_reads_and_refuses_what_it_refuses(name: str) -> None:
-    chance, parser, read, refused = random.Random(name), coder_sync.argparse_of(name), 0, 0
+def read_as_argparse_does(chance: random.Random, name: str, count: int) -> tuple[int, int]:
+    """Assert that random words are read alike, or refused; return how many were."""
+    parser, read = coder_sync.argparse_of(name), 0
     parser.error = refuse  # type: ignore
     tail = ["--", "true"] if coder_sync.COMMANDS[name].tail == "+" else []
-    for _ in range(1000):
+    for _ in range(count):
         words = random_words(chance, name)
         try:
             expected = vars(parser.parse_intermixed_args(words))
         except UsageError:
-            refused += 1
             with pytest.raises(UsageError, match=f"^{name}: .{{10}}"):
                 pytest.fail(f"{words}: {vars(coder_sync.parse(name, words + tail))}")
         else:
             read += 1
             expected.update({"help": False}, **{"command": tail[1:]} if coder_sync.COMMANDS[name].tail else {})
             assert vars(coder_sync.parse(name, words + tail)) == expected, words
-    assert min(read, refused) > 100
+    return read, count - read
+
+
+@pytest.mark.parametrize("name", coder_sync.COMMANDS)
+def test_our_parser_reads_what_argparse_reads_and_refuses_what_it_refuses(name: str) -> None:
+    assert min(read_as_argparse_does(random.Random(name), name, 400)) > 40
 
 
 def test_nothing_is_kept_from_one_command_line_to_the_next() -> None:
@@ -2201,6 +2169,7 @@ class Call:
 
     def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.capfd, self.monkeypatch = capfd, monkeypatch
+        self.main: Callable[[], Any] = coder_sync.main
 
     def __call__(self, world: World, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         def end(code: int) -> None:
@@ -2213,7 +2182,7 @@ class Call:
                 patch.setenv(name, value)
             self.capfd.readouterr()
             with pytest.raises(Ended) as caught:
-                coder_sync.main()
+                self.main()
             out, err = self.capfd.readouterr()
         return subprocess.CompletedProcess(words, caught.value.args[0], out, err)
 
@@ -4001,15 +3970,18 @@ def first(seconds, sleep=time.sleep):
 time.sleep = first"""
 
 
-@pytest.mark.parametrize("stale", [False, True], ids=["no socket", "stale socket"])
-def test_a_call_begun_before_the_agent_boots_succeeds(world: World, stale: bool) -> None:
-    if stale:
-        listener(world.path).close()
+def test_a_call_begun_before_the_agent_boots_succeeds_also_if_there_is_a_socket_of_a_dead_one(world: World) -> None:
     limit = ["--connect-timeout", "30s"]
-    lines = [["start", "a", *limit], ["want", "b", "c", *limit], ["list", *limit], ["ping", "--wait", "30s"]]
-    processes = [world.spawn(altered(BOOTING, *words)) for words in lines]
-    processes.append(world.spawn(altered(BOOTING, "ping"), env={**world.env, "CODER_SYNC_CONNECT_TIMEOUT": "30s"}))
-    assert [line_of(process.stdout) for process in processes] == ["tried\n"] * 5
+
+    def tried(*words: str, **env: str) -> subprocess.Popen[str]:
+        process = world.spawn(altered(BOOTING, *words), env={**world.env, **env})
+        assert line_of(process.stdout) == "tried\n"
+        return process
+
+    processes = [tried("start", "a", *limit), tried("list", *limit)]
+    listener(world.path).close()
+    processes += [tried("want", "b", "c", *limit), tried("ping", "--wait", "30s")]
+    processes.append(tried("ping", CODER_SYNC_CONNECT_TIMEOUT="30s"))
     world.serve()
     assert [finish(process).returncode for process in processes] == [0] * 5
 
@@ -4128,7 +4100,7 @@ def test_a_reader_that_goes_away_is_no_error(agent: World) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_an_answer_that_cannot_be_written_is_an_error(mixed: World) -> None:
-    for line in ("list", "status a", "ping", "--help", "--version"):
+    for line in ("list", "status a", "timeline", "events", "ping", "--help", "--version"):
         with open("/dev/full", "w", encoding="ascii") as full:
             done = mixed.run(*line.split(), stdout=full)
         assert done.returncode == 1
@@ -4580,14 +4552,15 @@ def install(world: World, *words: str, **options: Any) -> subprocess.CompletedPr
 
 def pythons(oldest: str, newest: str) -> list[str]:
     """Other Pythons of this machine, from one version to before another."""
-    found = [str(p) for p in Path.home().glob(".pyenv/versions/*/bin/python") if "venv" not in str(p)]
-    found += filter(None, (shutil.which(f"python3.{minor}") for minor in range(6, 15)))
+    found = {path.parent.parent.name: str(path) for path in Path.home().glob(".pyenv/versions/*/bin/python")}
+    named = {f"3.{minor}": shutil.which(f"python3.{minor}") or "shims" for minor in range(6, 15)}
+    found.update((version, path) for version, path in named.items() if "shims" not in path)  # which may lead nowhere
     versions: dict[str, str] = {}
-    for python in found:
-        ask = [python, "-c", "import sys; sys.stdout.write('%d.%02d' % sys.version_info[:2])"]
-        version = subprocess.run(ask, capture_output=True, text=True).stdout
+    for name, path in found.items():
+        match = re.fullmatch(r"(\d+)\.(\d+)[.\d]*", name)
+        version = f"{match[1]}.{match[2]:0>2}" if match else ""
         if oldest <= version < newest and version != f"{sys.version_info[0]}.{sys.version_info[1]:02}":
-            versions.setdefault(version, python)
+            versions.setdefault(version, path)
     return list(versions.values())
 
 
@@ -4602,11 +4575,12 @@ def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -
     env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
     relative = os.path.relpath(path, world.directory)
     for argv in ([path], [python, path], ["./link of a link"], [python, "link"], [relative]):
-        done = command(world, *argv, "exp", "sync", "ping", env=env)
-        assert (done.returncode, done.stderr) == (0, "")
-        done = command(world, *argv, env=env)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.endswith(f"see `{os.path.basename(argv[-1])} --help`\n")
+        done = command(world, *argv, "exp", "sync", "graph", "nobody", env=env)
+        assert (done.returncode, done.stdout) == (1, "")
+        said = (
+            f'error: no unit "nobody"; see `{os.path.basename(argv[-1])} list --all`\n'  # by the agent, and by itself
+        )
+        assert done.stderr == said
     assert command(world, path, "--help", env=env).stdout.startswith("usage: coder COMMAND")
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
 
@@ -4721,20 +4695,28 @@ def test_too_old_a_python_is_told_which_is_needed(world: World) -> None:
     assert not (world.directory / "copy").exists()
 
 
-def test_install_keeps_mode_and_owner_and_follows_links(world: World) -> None:
-    real, link = world.directory / "real", world.directory / "link"
-    real.write_bytes(FILE.read_bytes())
-    link.symlink_to("real")
-    for mode, expected in ((0o640, 0o750), (0o755, 0o755), (0o600, 0o700)):
+def test_install_keeps_mode_and_owner_follows_links_and_replaces_in_one_step(world: World) -> None:
+    expected = {0o640: 0o750, 0o755: 0o755, 0o600: 0o700}
+    for mode in expected:
+        real = world.directory / f"real-{mode:o}"
+        real.write_bytes(FILE.read_bytes())
         real.chmod(mode)
         if os.getuid() == 0:
             os.chown(real, 65534, 65534)
-        before = real.stat()
-        assert command(world, sys.executable, str(link), "install").returncode == 0  # in place
-        after = real.stat()
-        assert (stat.S_IMODE(after.st_mode), after.st_uid, after.st_gid) == (expected, before.st_uid, before.st_gid)
-        assert link.is_symlink() and real.read_bytes() == installed().read_bytes()
-    assert command(world, "sh", "-c", f"umask 027; exec {sys.executable} link install new").returncode == 0
+        (world.directory / f"link-{mode:o}").symlink_to(real.name)
+    links = sorted(world.directory.glob("link-*"))
+    opened = [link.open("rb") for link in links]
+    before = [os.fstat(file.fileno()) for file in opened]
+    assert command(world, sys.executable, str(links[0]), "install").returncode == 0  # in place
+    assert install(world, *map(str, links[1:])).returncode == 0
+    for link, file, old in zip(links, opened, before):
+        now = link.stat()
+        assert stat.S_IMODE(now.st_mode) == expected[stat.S_IMODE(old.st_mode)]
+        assert (now.st_uid, now.st_gid) == (old.st_uid, old.st_gid)
+        assert link.is_symlink() and link.read_bytes() == installed().read_bytes()
+        with file:
+            assert file.read() == FILE.read_bytes()  # whoever reads goes on reading the old one
+    assert command(world, "sh", "-c", f"umask 027; exec {sys.executable} {links[0]} install new").returncode == 0
     assert stat.S_IMODE((world.directory / "new").stat().st_mode) == 0o750
 
 
@@ -4778,63 +4760,97 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World) -> None:
     assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
-def test_calls_see_the_old_copy_or_the_new_one(world: World) -> None:
-    path, others = tool(world), pythons("3.08", "3.14")[:1] or [sys.executable]
-    loop = "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do %s --version || exit; done"
-    calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'") * 2]
-    while any(process.poll() is None for process in calls):
-        for python in (others[0], sys.executable):
-            assert install(world, "-q", "--python", python, path).returncode == 0
+def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
+    source = world.directory / "longer.py"
+    source.write_bytes(FILE.read_bytes().replace(b'"""', b'"""' + b"more " * 999, 1))
+    monkeypatch.setattr(coder_sync, "FILE", str(source))
+    longer = coder_sync.application("")
+    of_another_python = longer.replace(MAGIC_NUMBER, b"\0" * len(MAGIC_NUMBER))
+
+    def put(copy: bytes, where: Path = beside) -> None:
+        where.write_bytes(copy)
+        where.chmod(0o755)
+
+    replaced = f"import os\nos.rename({str(beside)!r}, {path!r})\nmain()\n"  # when a first part has been loaded
+    for copy in (longer, of_another_python):
+        put(now, Path(path))
+        put(copy)
+        done = command(world, *PYTHON, coder_sync.LAUNCHER.replace("main()\n", replaced), path, "--version")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "coder_sync 0.1.0\n", "")
+    loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
+    calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
+    for copy in itertools.cycle([longer, now]):
+        put(copy)
+        os.rename(beside, path)  # as install does
+        time.sleep(0.01)  # so that calls get on
+        if all(process.poll() is not None for process in calls):
+            break
     for process in calls:
         done = finish(process)
-        assert (done.returncode, done.stderr, set(done.stdout.splitlines())) == (0, "", {"coder_sync 0.1.0"})
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "coder_sync 0.1.0\n" * 8)
 
 
-def test_what_is_above_units_is_all_that_a_plain_call_needs(agent: World) -> None:
-    above = FILE.read_text(encoding="utf-8").partition("\n# Units. ")[0]
-    defined = {"load_rest": None, "__name__": "above", "__file__": str(FILE)}
-    exec(compile(above, "above", "exec", dont_inherit=True), defined)
-    missing, todo = set(), [compile(above, "above", "exec", dont_inherit=True)]
+def test_what_is_above_units_is_all_that_a_plain_call_needs(call: Call, agent: World) -> None:
+    above = compile(FILE.read_text(encoding="utf-8").partition("\n# Units. ")[0], "above", "exec", dont_inherit=True)
+    defined: dict[str, Any] = {"__name__": "above", "__file__": str(FILE)}
+    exec(above, defined)
+    defined["load_rest"] = lambda: pytest.fail("it needs the rest")
+    missing, todo = set(), [above]
     for code in todo:
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    copy = agent.directory / "above.py"
-    copy.write_text(above + "\n\ndef load_rest():\n    raise AssertionError\n\n\nmain()\n", encoding="utf-8")
-    lines = ["want b a -q", "start a --want c --requires completion -t 10ms", "start c", "complete c --exit-code 3"]
-    lines += [
-        "start a",
-        "complete a",
-        "complete a --exit-code 1",
-        "fail b --reason x",
-        "start d --want b",
-        "complete e",
-    ]
-    codes = [finish(agent.spawn([*PYTHON[:2], str(copy), *line.split()])).returncode for line in lines]
-    assert codes == [0, 124, 0, 0, 0, 0, 1, 0, 4, 1]
+    call.main = defined["main"]
+    play(
+        call,
+        agent,
+        """
+$ want b a -q ->
+$ start a --want c --requires completion -t 10ms -> ...
+...
+exit 124
+$ start c; complete c --exit-code 3; start a; complete a -> ...
+$ complete a --exit-code 1 -> 1: ...
+$ fail b --reason x -> ...
+$ start d --want b -> 4: ...
+$ complete e -> 1: ...
+""",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Load: many runs in one layered graph, a third of them killed.
+# Load: many owners in one layered graph, a third of them runs that are killed.
 # ---------------------------------------------------------------------------------------------------------
 
-RUNS = 200
+UNITS = 200
 LAYERS = 8
 
 
-def test_of_many_runs_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
+def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
     world.serve("-q")
     chance = random.Random(20)
-    size = RUNS // LAYERS
+    size = UNITS // LAYERS
     layers = [[f"u{layer}-{i}" for i in range(size)] for layer in range(LAYERS)]
     wants = {name: chance.sample(layers[n - 1], 2) if n else ["go"] for n, layer in enumerate(layers) for name in layer}
     names = list(wants)
     chance.shuffle(names)
-    fate = {name: chance.choice(["run", "command", "late"]) for name in chance.sample(names, RUNS // 3)}
+    fate = {name: chance.choice(["run", "command", "late"]) for name in chance.sample(names, UNITS // 3)}
     runs: dict[str, subprocess.Popen[str]] = {}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    for name in names:
-        command = ["sh", "-c", "kill -9 $$"] if fate.get(name) == "command" else ["sleep", "0.02"]
+
+    def block(name: str) -> int:
+        try:
+            with Client(world.path).unit(name, want=wants[name], timeout=2 * PATIENCE):
+                time.sleep(0.02)
+        except coder_sync.SyncError as error:
+            return error.exit_code
+        return 0
+
+    pool = concurrent.futures.ThreadPoolExecutor(UNITS)
+    blocks = {name: pool.submit(block, name) for name in names if name not in fate}
+    for name, end in fate.items():
+        command = ["sh", "-c", "kill -9 $$"] if end == "command" else ["sleep", "0.02"]
         options = [word for dependency in wants[name] for word in ("--want", dependency)]
         runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *options, "--", *command, **quiet)
     world.waiting(*names)
@@ -4853,6 +4869,8 @@ def test_of_many_runs_a_third_killed_each_ends_and_for_the_right_reason(world: W
     for name in todo:
         runs[name].kill()
     codes = {name: run.wait(PATIENCE) for name, run in runs.items()}
+    codes.update((name, block.result(PATIENCE)) for name, block in blocks.items())
+    pool.shutdown()
     until(lambda: all(u.status in coder_sync.ENDED for u in world.client.list()), "every unit ended")
 
     found = {u.unit_name: u for u in world.client.list()}
@@ -5341,8 +5359,16 @@ def events(graph: Graph) -> str:
     """A trace, an event a line: what it is, its row, when and how long in microseconds, its name and colour."""
     trace = coder_sync.timeline_trace(graph)
     assert list(trace) == ["traceEvents", "displayTimeUnit"] and {e["pid"] for e in trace["traceEvents"]} <= {1}
-    keys = ("ph", "bp", "s", "id", "tid", "ts", "dur", "cat", "name", "cname", "args")
-    return "".join(" ".join(str(e[key]) for key in keys if key in e) + "\n" for e in trace["traceEvents"])
+    rows = [e for e in trace["traceEvents"] if e["name"] == "thread_sort_index"]  # are in the order of their numbers
+    assert [e["tid"] for e in rows] == [e["args"]["sort_index"] for e in rows] == list(range(1, len(rows) + 1))
+    keys = ("ph", "bp", "s", "id", "tid", "ts", "dur", "cat", "name", "cname")
+    return "".join(
+        " ".join(str(e[key]) for key in keys if key in e)
+        + "".join(f" {key}={in_short(value)}" for key, value in e.get("args", {}).items() if value)
+        + "\n"
+        for e in trace["traceEvents"]
+        if e not in rows
+    )
 
 
 VIEWS: dict[str, Callable[..., str]] = {
@@ -5366,16 +5392,6 @@ VIEWS: dict[str, Callable[..., str]] = {
 
 
 TEXTS = """
-? timeline: good: 100
-              0          45s         1m30s       2m15s       3m00s       3m45s
-* apt-install █████████████████████████████████                                     2m05s completed
-  git-clone   ███                                                                     12s completed
-  db          █████████                                                               32s completed
-  migrate     ░░░░░░░░███                                                            9.0s completed
-* pip-install ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░████████████████████████████████     1m58s completed
-* serve       ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░███    9.0s completed
-
-4m12s in all; critical path: apt-install 2m05s -> pip-install 1m58s -> serve 9.0s (100% of it)
 ? timeline: broken: 60
          0         10s        20s
 * base   ███████████                          10s completed
@@ -5406,14 +5422,6 @@ started); critical path: base 10s -> web 20s (100% of it)
 │ another try, ─ runs on as a service, ▒ waits for a lock
 2m40s in all (1 still running, 1 not started); critical path: apt-base 40s
 -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
-? timeline: uneven: 44
-        0
-* quick █                     1ms completed
-* slow  █████████████████   5m00s completed
-* last                  █     1ms completed
-
-5m00s in all; critical path: quick 1ms ->
-slow 5m00s -> last 1ms (100% of it)
 ? timeline: late: 50
        0           10s
 * a    ████████████                 10s completed
@@ -5549,42 +5557,31 @@ flowchart LR
   style u5 stroke:#d2641e,stroke-width:3px
   linkStyle 0,4 stroke:#d2641e,stroke-width:3px
 ? trace: edges
-M process_name {'name': 'startup'}
-M 1 thread_name {'name': '<a>'}
-M 1 thread_sort_index {'sort_index': 1}
-X 1 1000000 3000000 running <a> {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
+M process_name name=startup
+M 1 thread_name name=<a>
+X 1 1000000 3000000 running <a> status=completed
 i t 1 2000000 try try 2
 i t 1 3500000 try try 3
-M 2 thread_name {'name': 'c'}
-M 2 thread_sort_index {'sort_index': 2}
-X 2 2000900 0 running c terrible {'status': 'failed', 'reason': 'say "&"', 'released_by': '', 'wants': []}
-M 3 thread_name {'name': 'g'}
-M 3 thread_sort_index {'sort_index': 3}
-X 3 3000000 2000000 running g {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
-X 3 5000000 5000000 running on g runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': []}
-M 4 thread_name {'name': 'e'}
-M 4 thread_sort_index {'sort_index': 4}
-X 4 3000000 1000 waiting e waits grey {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 4 3001000 1000 running e {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-X 4 3002000 4998000 running on e runs on {'status': 'completed', 'reason': '', 'released_by': '', 'wants': ['d']}
-M 5 thread_name {'name': 'b'}
-M 5 thread_sort_index {'sort_index': 5}
-X 5 1000000 500000 waiting b waits grey {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': \
-['<a>', 'c']}
-X 5 1500000 2500000 locked out b waits for lock l, m grey {'status': 'completed', 'reason': '', 'released_by': \
-'<a>', 'wants': ['<a>', 'c']}
-X 5 4000000 5000000 running b {'status': 'completed', 'reason': '', 'released_by': '<a>', 'wants': ['<a>', 'c']}
-M 6 thread_name {'name': 'f'}
-M 6 thread_sort_index {'sort_index': 6}
-X 6 9000000 1000000 running f {'status': 'started', 'reason': '', 'released_by': 'b', 'wants': ['b']}
-M 7 thread_name {'name': 'd'}
-M 7 thread_sort_index {'sort_index': 7}
-X 7 2000000 1000000 waiting d waits bad {'status': 'skipped', 'reason': 'c', 'released_by': '', 'wants': ['c']}
-M 8 thread_name {'name': 'h'}
-M 8 thread_sort_index {'sort_index': 8}
-X 8 4000000 2000000 waiting h waits grey {'status': 'pending', 'reason': '', 'released_by': '', 'wants': ['g']}
-X 8 6000000 4000000 locked out h waits for lock l grey {'status': 'pending', 'reason': '', 'released_by': '', \
-'wants': ['g']}
+M 2 thread_name name=c
+X 2 2000900 0 running c terrible status=failed reason=say "&"
+M 3 thread_name name=g
+X 3 3000000 2000000 running g status=completed
+X 3 5000000 5000000 running on g runs on status=completed
+M 4 thread_name name=e
+X 4 3000000 1000 waiting e waits grey status=completed wants=d
+X 4 3001000 1000 running e status=completed wants=d
+X 4 3002000 4998000 running on e runs on status=completed wants=d
+M 5 thread_name name=b
+X 5 1000000 500000 waiting b waits grey status=completed released_by=<a> wants=<a> and c
+X 5 1500000 2500000 locked out b waits for lock l, m grey status=completed released_by=<a> wants=<a> and c
+X 5 4000000 5000000 running b status=completed released_by=<a> wants=<a> and c
+M 6 thread_name name=f
+X 6 9000000 1000000 running f status=started released_by=b wants=b
+M 7 thread_name name=d
+X 7 2000000 1000000 waiting d waits bad status=skipped reason=c wants=c
+M 8 thread_name name=h
+X 8 4000000 2000000 waiting h waits grey status=pending wants=g
+X 8 6000000 4000000 locked out h waits for lock l grey status=pending wants=g
 s 5 1 3999999 released released
 f e 5 5 4000000 released released
 s 6 5 8999999 released released
@@ -5664,9 +5661,6 @@ complete.
 "gate" is not registered: nobody has called want, start or run on it.
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
-? why: services: shell
-"shell" has not started: for 2m30s it has been waiting for lock port, which "ide" has.
-"ide" started 1m00s ago (pid 77), after waiting 1m40s, last for tools; it is still running.
 ? why: broken: mail
 "mail" was skipped 15s ago because of "report".
 "report" was skipped 15s ago because of "data".
@@ -5677,8 +5671,6 @@ complete.
 "misspelt" has not started: for 3m05s it has been waiting for "b_setup", "zzz".
 "b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it.
-? why: odd ends: ran and failed
-"ran and failed" failed 3m03s ago after running 2.0s; started at once.
 ? why: broken: gone
 "gone" is not registered: nobody has called want, start or run on it.
 It is wanted by lint.
@@ -5787,13 +5779,15 @@ def test_a_timeline_has_a_colour_for_each_outcome_and_the_path_in_bold() -> None
 
 
 @each_startup
-@pytest.mark.parametrize("unicode", [True, False])
-@pytest.mark.parametrize("width", [40, 47, 60, 100, 400])
-def test_a_timeline_fits_its_width(name: str, width: int, unicode: bool) -> None:
-    lines = coder_sync.timeline_text(STARTUPS[name], width, unicode=unicode).splitlines()
-    assert max(map(coder_sync.wide, lines)) <= width
-    assert name == "nothing" or max(map(coder_sync.wide, lines)) >= width - 5
-    assert all(coder_sync.wide(line) <= width for line in coder_sync.blame_text(BROKEN, width).splitlines()[-6:])
+def test_a_timeline_fits_its_width(name: str) -> None:
+    for width, unicode in itertools.product((40, 47, 60, 100, 400), (True, False)):
+        widths = [
+            coder_sync.wide(line)
+            for line in coder_sync.timeline_text(STARTUPS[name], width, unicode=unicode).splitlines()
+        ]
+        assert max(widths) <= width, (width, unicode)
+        assert name == "nothing" or max(widths) >= width - 5, (width, unicode)
+        assert all(coder_sync.wide(line) <= width for line in coder_sync.blame_text(BROKEN, width).splitlines()[-6:])
 
 
 def test_a_timeline_lines_up_long_and_wide_names() -> None:
@@ -6023,12 +6017,8 @@ def test_names_cannot_say_anything_in_dot_and_mermaid() -> None:
     assert [re.sub(r"\\(.)", r"\1", s) for s in strings] == [
         *(HOSTILE, "pending", "plain", "not registered", "plain", HOSTILE, "completion")
     ]
-    assert re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text).splitlines()[2:] == [
-        "  ID [style=filled, fillcolor=white, tooltip=ID];",
-        "  ID [style=dashed, fillcolor=white, tooltip=ID];",
-        "  ID -> ID [label=ID];",
-        "}",
-    ]
+    plain = coder_sync.graph_dot(startup_of(0, unit("a", wants={"b": "completion"})))
+    assert re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text) == re.sub('"[^"]*"', "ID", plain)
     lines = coder_sync.graph_mermaid(startup_of(0, unit(HOSTILE, wants={"环境": "start"}))).splitlines()
     assert "linkStyle" not in "".join(lines)
     assert lines[2:4] == ['  u1["环境"]:::not_registered', "  u1 -->|start| u0"]
@@ -6111,16 +6101,6 @@ def follower(world: World, *argv: str) -> subprocess.Popen[str]:
     return process
 
 
-def lines_until(process: subprocess.Popen[str], end: str) -> list[str]:
-    """The lines that a process prints, to the one that ends so."""
-    lines: list[str] = []
-    while not (lines and lines[-1].endswith(end)):
-        line = process.stdout.readline() if process.stdout else ""
-        assert line, lines
-        lines.append(line.rstrip("\n"))
-    return lines
-
-
 @pytest.fixture(scope="module")
 def little(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """An agent with a startup that no test changes: a is done, b runs, c waits."""
@@ -6152,9 +6132,9 @@ def test_events_are_followed_until_the_agent_ends(world: World) -> None:
     agent = world.serve()
     world.client.want("a")
     process = world.popen("events", "--follow")
-    assert json.loads(lines_until(process, "}")[0])["kind"] == "registered"
+    assert json.loads(line_of(process.stdout))["kind"] == "registered"
     world.client.start("a")
-    assert json.loads(lines_until(process, "}")[0])["kind"] == "started"
+    assert json.loads(line_of(process.stdout))["kind"] == "started"
     agent.terminate()
     done = finish(process)
     assert done.returncode == 3
@@ -6186,7 +6166,7 @@ def test_the_client_iterates_over_events(agent: World) -> None:
 
 
 def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
-    for i in range(40):
+    for i in range(20):
         agent.client.want(f"{i}", *(f"{i}.{j}" for j in range(100)))
     for i in range(10):
         peer = agent.connect()
@@ -6199,34 +6179,14 @@ def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent:
         peer.close()
 
 
-def test_a_watcher_that_does_not_read_is_dropped_and_costs_nobody_anything(world: World) -> None:
-    agent = world
-    agent.spawn(altered("coder_sync.SEND_TIMEOUT = 1", "serve", "-q"))
-    agent.client.ping(PATIENCE)
-    deaf, reader = agent.connect(), agent.connect()
-    for peer in (deaf, reader):
-        peer.call("events", follow=True)
-    hung_up = select.poll()
-    hung_up.register(deaf.sock, select.POLLHUP)
-    seen = 0
-    for i in itertools.count():
-        began = time.monotonic()
-        agent.client.want(f"{i}-".ljust(250, "x"), *(f"{i}-{j}-".ljust(250, "y") for j in range(150)))
-        assert time.monotonic() - began < PATIENCE / 10
-        for seq in range(seen + 1, seen + 152):
-            assert reader.read()["params"]["seq"] == seq
-        seen += 151
-        if hung_up.poll(0):
-            break
-    assert seen < 50_000
-
-
 def test_watching_prints_a_line_an_event_where_there_is_no_terminal(agent: World) -> None:
     process = follower(agent, "timeline", "--watch")
     agent.client.start("a")
     agent.client.fail("a", "disk full")
-    lines = lines_until(process, "disk full")
+    lines = [line_of(process.stdout).rstrip("\n")]
     assert re.fullmatch(r"\+0ms probe-\d+ registered", lines[0])
+    while not lines[-1].endswith("disk full"):
+        lines.append(line_of(process.stdout).rstrip("\n"))
     assert [re.sub(r"^\+[\d.]+m?s ", "", line) for line in lines[-3:]] == [
         *("a registered", "a started", "a failed: disk full")
     ]
@@ -6292,10 +6252,6 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
     text = call.ok(little, "timeline", LC_ALL="C.UTF-8")
     rows = [re.sub("[\u2588\u2591 ]+[\\d.]+m?s", "", line) for line in text.splitlines()[1:4]]
     assert rows == ["* a completed", "* b running", "  c waiting"]
-    assert ElementTree.fromstring(call.ok(little, "timeline", "-o", "svg")).tag.endswith("svg")
-    assert [u["unit_name"] for u in json.loads(call.ok(little, "timeline", "-o", "json"))["units"]] == ["a", "b", "c"]
-    assert json.loads(call.ok(little, "timeline", "-o", "trace"))["traceEvents"]
-    assert call.ok(little, "timeline", "--blame").startswith("by how long they ran:\n")
     assert call.ok(little, "why").endswith("; it is still running.\n    held up: c\n")
     assert call.ok(little, "graph", LC_ALL="C") == "c (pending)\n`-- b (started)\n    `-- a (completed)\n"
     assert call.ok(little, "graph", "b", "-o", "dot").count("->") == 1
@@ -6308,7 +6264,7 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
 
 
 def test_what_was_saved_is_drawn_and_compared_without_an_agent(
-    world: World, call: Call, monkeypatch: pytest.MonkeyPatch
+    world: World, little: World, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.directory)
     for name, startup in (("good.json", GOOD), ("services.json", SERVICES)):
@@ -6322,6 +6278,7 @@ def test_what_was_saved_is_drawn_and_compared_without_an_agent(
         ("--from good.json --compare services.json", coder_sync.compare_text(SERVICES, GOOD, 77)),
     ):
         assert call.ok(world, "timeline", *words.split(), LC_ALL="C.UTF-8", COLUMNS="77") == text, words
+    assert "apt-install" in call.ok(little, "timeline", "--compare", "good.json")
     Path("bad.json").write_bytes(b"\xff")
     for words, message in (
         ("--from none.json", "cannot read none.json: No such file or directory"),
@@ -6334,15 +6291,10 @@ def test_what_was_saved_is_drawn_and_compared_without_an_agent(
         assert message in done.stderr
 
 
-def test_an_agent_is_compared_with_what_was_saved(little: World, call: Call, tmp_path: Path) -> None:
-    (tmp_path / "good.json").write_text(coder_sync.timeline_as("json", GOOD), encoding="utf-8")
-    assert "apt-install" in call.ok(little, "timeline", "--compare", str(tmp_path / "good.json"))
-
-
 def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call) -> None:
-    script = "coder start a && echo ready && exec sleep 60"
+    script = "coder start a -q && echo ready && exec sleep 60"
     process = agent.spawn(["sh", "-c", script], env=agent.shell_env())
-    lines_until(process, "ready")
+    assert line_of(process.stdout) == "ready\n"
     waits = agent.connect()
     waits.request("start", unit="b", dependencies=["a"])
     agent.waiting("b")
@@ -6355,15 +6307,13 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     assert call.ok(agent, "why", "x") == '"x" is not registered: nobody has called want, start or run on it.\n'
 
 
-@pytest.mark.parametrize(("ending", "end"), [("svg", signal.SIGTERM), ("json", signal.SIGINT)])
-def test_the_agent_leaves_a_timeline_behind(world: World, ending: str, end: int) -> None:
-    path = world.directory / f"startup.{ending}"
+def test_the_agent_leaves_a_timeline_behind(world: World) -> None:
+    path = world.directory / "startup.svg"
     agent = world.serve("--timeline", str(path))
     world.client.start("a")
-    agent.send_signal(end)
-    assert agent.wait(PATIENCE) == 0
+    assert stopped(agent).returncode == 0
     text = path.read_text(encoding="utf-8")
-    assert {"svg": "<svg ", "json": '{\n  "version": 2,'}[ending] in text and "1 still running" in text
+    assert text.startswith("<svg ") and "1 still running" in text
 
 
 def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: World) -> None:
@@ -6371,22 +6321,14 @@ def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: 
         ("startup.png", 2, ".svg, .json or .txt"),
         ("no/such/dir.svg", 0, "warning: cannot write the timeline to "),
         ("t.txt", 0, ""),
+        ("t.json", 0, ""),
     ):
         done = world.shell(f"coder serve --timeline {path} -- sh -c 'coder run a -- false; touch ran'")
         assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == (said != "")
         assert (world.directory / "ran").exists() == (code == 0)
     text = (world.directory / "t.txt").read_text(encoding="utf-8")
     assert "\n* a " in text and "failed" in text
-
-
-@pytest.mark.parametrize("words", ["timeline", "events", "status a"])
-def test_pictures_do_not_mind_a_closed_standard_output(little: World, words: str) -> None:
-    done = little.shell(f"coder {words} >&-")
-    assert (done.returncode, done.stderr) == (0, "")
-    if os.path.exists("/dev/full"):
-        done = little.shell(f"coder {words} >/dev/full")
-        said = "error: cannot write to standard output: No space left on device\n"
-        assert (done.returncode, done.stderr) == (1, said)
+    assert json.loads((world.directory / "t.json").read_bytes())["units"][0]["status"] == "failed"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7995,61 +7937,68 @@ def test_the_picture_of_the_readme_is_of_its_startup() -> None:
     assert shown and all(f">{unit}" in picture for unit, _ in shown)
 
 
-@pytest.mark.parametrize(
-    "name", ["HUP", "TERM", "PIPE", "USR1", "KILL", "the dependency fails", "the command fails", ""]
-)
-def test_the_script_of_the_readme_reports_its_end_whatever_happens(
-    agent: World, gate: Gate, shell: str, name: str
-) -> None:
-    command = "true; cat gate" if name.isupper() else "false" if name == "the command fails" else "true"
-    script = block("sh", "set -e\ncoder_sync.py start pip-install")
-    env = with_copy(agent)
-    agent.end("git-clone")
-    agent.client.want("apt-install")
-    (agent.client.fail if name == "the dependency fails" else agent.client.complete)("apt-install")
-    (agent.directory / "script").write_text(script.replace("pip install -r requirements.txt", command))
-    process = agent.spawn([shell, "script"], env=env)
-    if name.isupper():
+DEPENDENCY_FAILS, COMMAND_FAILS, NO_TROUBLE = "dependency-fails", "command-fails", "no-trouble"
+
+
+def test_the_script_of_the_readme_reports_its_end_whatever_happens(agent: World, shell: str) -> None:
+    env, scripts = with_copy(agent), {}
+    for name in ("HUP", "TERM", "PIPE", "USR1", "KILL", DEPENDENCY_FAILS, COMMAND_FAILS, NO_TROUBLE):
+        gate = f"gate-{name}"
+        command = f"true; cat {gate}" if name.isupper() else "false" if name == COMMAND_FAILS else "true"
+        script = block("sh", "set -e\ncoder_sync.py start pip-install")
+        script = script.replace("pip install -r requirements.txt", command)
+        script = re.sub("pip-install|git-clone|apt-install", lambda word, name=name: f"{name}-{word[0]}", script)
+        agent.end(f"{name}-git-clone")
+        agent.client.want(f"{name}-apt-install")
+        ends = agent.client.fail if name == DEPENDENCY_FAILS else agent.client.complete
+        ends(f"{name}-apt-install")
+        (agent.directory / name).write_text(script)
+        scripts[name] = Gate(agent, gate), agent.spawn([shell, name], env=env)
+    for name, (gate, process) in scripts.items():
+        if name.isupper():
+            gate.reached()
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            process.wait(PATIENCE)
+            gate.open()
+        code, unit = finish(process).returncode, f"{name}-pip-install"
+        outcome = {NO_TROUBLE: "completed", DEPENDENCY_FAILS: "skipped"}.get(name, "failed")
+        until(lambda unit=unit, outcome=outcome: agent.status(unit) == outcome, f"{unit} {outcome}")
+        assert (code == 0) == (name == NO_TROUBLE), name
+
+
+def test_the_traps_of_the_readme_report_a_signal(agent: World, shell: str) -> None:
+    env, scripts = with_copy(agent), {}
+    for name in ("HUP", "INT", "TERM", "PIPE", "USR1", NO_TROUBLE):
+        script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate\ntrue"
+        script = script.replace("my-unit", name).replace("gate", f"gate-{name}")
+        scripts[name] = Gate(agent, f"gate-{name}"), agent.spawn([shell, "-c", script], env=env)
+    for name, (gate, process) in scripts.items():
         gate.reached()
-        process.send_signal(getattr(signal, f"SIG{name}"))
-        process.wait(PATIENCE)
+        if name != NO_TROUBLE:
+            process.send_signal(getattr(signal, f"SIG{name}"))
         gate.open()
-    code = finish(process).returncode
-    outcome = {"": "completed", "the dependency fails": "skipped"}.get(name, "failed")
-    until(lambda: agent.status("pip-install") == outcome)
-    assert (code == 0) == (name == "")
+        ended = finish(process).returncode, agent.status(name)
+        assert ended == ((0, "completed") if name == NO_TROUBLE else (1, "failed")), name
 
 
-@pytest.mark.parametrize("name", ["HUP", "INT", "TERM", "PIPE", "USR1", ""])
-def test_the_traps_of_the_readme_report_a_signal(agent: World, gate: Gate, shell: str, name: str) -> None:
-    script = f"coder_sync.py start my-unit\n{block('sh', 'complete my-unit --exit-code')}true; cat gate\ntrue"
-    process = agent.spawn([shell, "-c", script], env=with_copy(agent))
-    gate.reached()
-    if name:
-        process.send_signal(getattr(signal, f"SIG{name}"))
-    gate.open()
-    assert (finish(process).returncode, agent.status("my-unit")) == ((1, "failed") if name else (0, "completed"))
-
-
-@pytest.mark.parametrize("case", ["agent", "no agent", "no file", "failed", "time is up"])
-def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(world: World, shell: str, case: str) -> None:
+def test_a_script_of_the_readme_goes_on_only_where_nothing_can_coordinate(world: World, shell: str) -> None:
     script = block("sh", "not coordinated").replace("make install", "echo installed")
-    env = {**(world.shell_env() if case == "no file" else with_copy(world)), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
-    alone, goes_on = case in ("no agent", "no file"), case in ("agent", "no agent", "no file")
-    if not alone:
-        world.serve()
-        world.client.start("git-clone")
-    if case == "agent":
-        world.client.complete("git-clone")
-    elif case == "failed":
-        world.client.fail("git-clone")
-    elif case == "time is up":
-        script = script.replace("--pid", "--timeout 0.1 --pid")
-    done = world.shell(script, shell, env=env)
-    assert ("installed\n" in done.stdout) == goes_on == (done.returncode == 0), done
-    assert ("not coordinated" in done.stderr) == alone
-    if case == "agent":
-        assert world.status("my-unit") == "completed"
+
+    def done(change: tuple[str, str] = ("", ""), file: bool = True) -> tuple[bool, bool, bool]:
+        """Whether it has installed, succeeded, said that nothing coordinates it."""
+        env = {**(with_copy(world) if file else world.shell_env()), "CODER_SYNC_CONNECT_TIMEOUT": "0"}
+        done = world.shell(script.replace(*change), shell, env=env)
+        return "installed\n" in done.stdout, done.returncode == 0, "not coordinated" in done.stderr
+
+    assert done(file=False) == done() == (True, True, True)
+    world.serve()
+    world.client.start("git-clone")
+    assert done(("--pid", "--timeout 0.1 --pid")) == (False, False, False)
+    world.client.fail("git-clone")
+    assert done() == (False, False, False)
+    world.end("git-clone")
+    assert done() == (True, True, False)
+    assert world.status("my-unit") == "completed"
 
 
 def test_the_program_of_the_readme_runs(agent: World) -> None:
@@ -8106,6 +8055,12 @@ def odd_line(chance: random.Random) -> bytes:
         at = chance.randrange(len(line) + 1)
         line[at : at + chance.randrange(4)] = chance.choice([b"", b"{", b"[", b'"', b"\\", b"\0", b"\xff", b"1", b"\n"])
     return bytes(line[: chance.choice([-1, 10**9, 10**9, 10**9])]) + chance.choice([b"\n", b"\n", b"\r\n", b""])
+
+
+@pytest.mark.attack
+def test_attack_with_command_lines() -> None:
+    for chance in rounds():
+        read_as_argparse_does(chance, chance.choice([*coder_sync.COMMANDS]), 1000)
 
 
 @pytest.mark.attack
