@@ -6725,6 +6725,7 @@ i: exec 2> /dev/null; exec /no/such/program => failed: exit code 127
 j: @before l; sleep 0.1; : > j.done; exit 1 => failed: exit code 1
 k: @want e --requires completion; @after f j; ls j.done => j.done
 l: echo l => skipped: dependency "j" failed (exit code 1)
+m: @extern disk; @want disk; echo m => m
 # what a script is given: its unit, the socket, the environment, no input; signals and descriptors as usual
 given: echo $CODER_SYNC_UNIT $CODER_AGENT_SOCKET_PATH $MINE $(cat | wc -c) $PWD $# $0
     => given DIR/agent.sock yes 0 DIR 0 DIR/startup.d/given
@@ -6745,7 +6746,9 @@ s4: @ready notify; @ready-timeout 500ms; sleep 60 => failed: not ready after 500
 s5: @ready tcp:1; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (Connection refused)
 s6: @ready exit 7; @ready-timeout 500ms; sleep 60 & sleep 60 => failed: not ready after 500ms (exit code 7)
 s7: @ready sleep 60; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no end within 0s)
-s8: @want s3; echo s8 => skipped: dependency "s3" failed (not ready after 500ms (no such file))
+s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
+s9: @want s8; echo s9 => s9
+s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 500ms (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
 t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
@@ -6794,20 +6797,26 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     for unit, text, end in re.findall("^(\\w+): (.*) =>(.*)", rows, re.M):
         files[unit] = re.sub("(@[^;]*); ", r"\1\n", text)
         lines = end[1:].split(" / ") if end else []
-        if end.rpartition(" / ")[2].strip().startswith(("failed: ", "skipped: ")):
+        if end.rpartition(" / ")[2].strip().startswith(("failed: ", "skipped: ", "died: ")):
             fails[unit] = lines.pop()
         if lines:
             says[unit] = lines
-    env = {**agent.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
+    agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
     patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
-    boot = Boot(agent, files, *options, env=env, stdin=endless, patch=patch, encoding="utf-8")
+    boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
+    until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
+    agent.end("disk")
     assert "secret" not in boot.ends(1)  # which reads to the end of file
     assert (boot.said(), boot.unsuccessful()) == (says, fails)
-    skipped = sum(end.startswith("skipped") for end in fails.values())
-    count = f"{len(fails) - skipped} failed, {skipped} skipped"
-    assert f"boot: {len(files) - len(fails)} completed, {count}\n" in boot.told and f"({count})" in boot.told
+    failed, skipped = (sum(end.startswith(how) for end in fails.values()) for how in ("failed", "skipped"))
+    count = f"{failed} failed, {skipped} skipped"
+    assert f"boot: {len(files) - failed - skipped} completed, {count}\n" in boot.told and f"({count})" in boot.told
+    assert (
+        "warning: s8: ended after its unit had completed (exit code 3)\n" in boot.told and "    | oops\n" in boot.told
+    )
+    assert agent.client.status("s8").exit_reason == "exit code 3"
     assert not os.path.exists((agent.directory / "private").read_text().strip())
     logs = [(agent.directory / "logs" / f"o{i}.log").read_bytes() for i in range(1, 9)]
     assert logs[:4] == [b"no newline", b"one\n\nthree", b"dos\r\n", b"10%\r50%\r100%\n"]
@@ -6856,13 +6865,13 @@ def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World
     somebody = world.connect()
     somebody.call("start", unit="c", hold=True)
     before = list(world.client.events())
-    rows = [
+    refused = [
         (files, '"[ab]" is (started|claimed)'),
         ({"b": "", "x": ""}, '"b" is claimed'),
         ({"c": ""}, '"c" is started'),
     ]
-    for mine, why in rows:
-        done = world.run("boot", startup(world, mine, "other.d"))
+    for theirs, why in refused:
+        done = world.run("boot", startup(world, theirs, "other.d"))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.match(f"error: unit {why} by .* \\(pid \\d+\\)", done.stderr)
     assert list(world.client.events()) == before
@@ -6914,26 +6923,11 @@ def test_on_the_default_path_root_does_not_boot_at_anybodys_agent(agent: World) 
     assert not (agent.directory / "ran").exists()
 
 
-def test_a_unit_from_outside_is_waited_for(world: World) -> None:
-    boot = Boot(world, {"a": "@want disk\n@extern disk\necho a"})
-    world.client.ping(wait=PATIENCE)
-    world.end("disk")
-    boot.ends(0, "a | a\n")
-
-
-WITHOUT_LIST_OF_DESCRIPTORS = """
-import os
-listdir = os.listdir
-def without_fd(path):
-    if str(path).endswith("/fd"):
-        raise FileNotFoundError(2, "No such file or directory")
-    return listdir(path)
-os.listdir = without_fd
-"""
+HIDDEN = "import os; os.listdir = lambda path, was=os.listdir: was('/none' if str(path).endswith('/fd') else path)"
 
 
 @needs_proc
-@pytest.mark.parametrize("patch", ["", WITHOUT_LIST_OF_DESCRIPTORS], ids=["", "without a list of descriptors"])
+@pytest.mark.parametrize("patch", ["", HIDDEN], ids=["", "without a list of descriptors"])
 def test_what_goes_on_behind_its_unit_holds_nothing_up_and_is_heard_but_keeps_nothing_of_the_agent(
     world: World, patch: str
 ) -> None:
@@ -6972,18 +6966,6 @@ def test_a_script_may_want_more_and_start_again_or_tell_its_outcome_and_tidy_up(
     boot.ends(1, "c | tidied\n", leaves=True)
     assert boot.left() == []
     assert boot.unsuccessful() == {"c": "failed: no disk", "d": 'skipped: dependency "c" failed (no disk)'}
-
-
-@pytest.mark.parametrize("fail_fast", [False, True])
-def test_a_service_that_dies_while_it_boots_is_told_and_counts(world: World, gate: Gate, fail_fast: bool) -> None:
-    files = {"a": "$SYNC complete a -q; echo oops; exit 3", "b": "@want a\ncat gate"}
-    boot = Boot(world, files, *["--fail-fast"] * fail_fast)
-    boot.says("warning: a: ended after its unit had completed (exit code 3)")
-    if not fail_fast:
-        until(lambda: world.client.graph().nodes[0].exit_reason == "exit code 3")
-        gate.open()
-    told = boot.ends(1, None, "died: a (completed, then ended: exit code 3); ", "    | oops\n")
-    assert ("failed: b (stopped: " in told) == fail_fast
 
 
 def test_with_one_job_one_runs_at_a_time_and_a_unit_ended_from_outside_takes_no_place(world: World, gate: Gate) -> None:
@@ -7047,7 +7029,9 @@ def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: 
         prober.close()
 
 
-def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(agent: World) -> None:
+def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
+    agent: World, call: Call
+) -> None:
     up = agent.directory / "up"
     Boot(agent, {"cache": "@ready file:up\nsleep 60"})
     agent.popen("run", "db", "--ready", f"file:{up}", "--", "sleep", "60")
@@ -7059,7 +7043,7 @@ def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would
         (row,) = peer.read()["params"]["missing"]
         assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
         assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        assert f"; it is {reason}" in agent.ok("why", name)
+        assert f"; it is {reason}" in call.ok(agent, "why", name)
     up.touch()
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
@@ -7092,6 +7076,12 @@ def test_fail_fast_stops_what_runs_at_the_first_failure(world: World, gate: Gate
     assert re.search(r"(not started|skipped): c: .*stopped: another unit failed", told)
     counts = [re.findall(r"(\d) (failed|skipped)", line) for line in told.splitlines() if " failed" in line]
     assert counts[0] == counts[-1], "the report and the summary agree"
+
+
+def test_fail_fast_stops_what_runs_when_a_service_dies(world: World) -> None:
+    boot = Boot(world, {"a": "$SYNC complete a -q; exit 3", "b": "@want a\nexec sleep 60"}, "--fail-fast")
+    boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
+    assert boot.unsuccessful()["b"].endswith("stopped: another unit ended")
 
 
 def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> None:
