@@ -7332,11 +7332,12 @@ def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None
     assert out == f"a | x{euros}\na | {euros}\na | \u20ac\n"
 
 
-def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -> None:
-    assert boots(world, {"a": "echo 1", "abc": "@want a\necho 2"}) == "a   | 1\nabc | 2\n"
-    out = coder_sync.Output(["a", "n" * 60], quiet=False)
-    out.lines("n" * 60, ["x"])
-    assert out.pending.decode().index(" | x") == 24
+def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit() -> None:
+    for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", "n" * 60], 24)):
+        out = coder_sync.Output(names, quiet=False)
+        for name in names:
+            out.lines(name, ["x"])
+        assert {line.index(" | x") for line in out.pending.decode().splitlines()} == {width}
 
 
 def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
@@ -7379,9 +7380,7 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = (
-        "was = coder_sync.write_some\ncoder_sync.write_some = lambda data, fd, patience: was(data, fd, patience / 5)"
-    )
+    sooner = "coder_sync.write_some = lambda *args, was=coder_sync.write_some: was(*args[:2], args[2] / 5)"
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
@@ -7442,12 +7441,12 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
 
 LATE = """
 import os
-original = {owner}.{name}
+original = {name}
 def late(*args):
     result = original(*args)
     os.kill(os.getpid(), 15)
     return result
-{owner}.{name} = late
+{name} = late
 """  # TERM comes as a function returns
 
 
@@ -7455,13 +7454,8 @@ def late(*args):
 def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    for owner, name in (
-        ("coder_sync.Boot", "finish"),
-        ("coder_sync", "remove_directory"),
-        ("coder_sync", "boot_at"),
-        ("coder_sync", "timeline_as"),
-    ):
-        patch = LATE.format(owner=owner, name=name)
+    for name in ("Boot.finish", "remove_directory", "boot_at", "timeline_as"):
+        patch = LATE.format(name=f"coder_sync.{name}")
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
 
@@ -7469,21 +7463,18 @@ def test_a_command_that_cannot_be_run(world: World) -> None:
     Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
 
 
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
 @functools.lru_cache(maxsize=None)
-def unshare() -> list[str]:
-    """What makes a command process 1 of a namespace; nothing where that cannot be done."""
-    words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    return (
-        words
-        if shutil.which("unshare") and not subprocess.run([*words, "true"], capture_output=True).returncode
-        else []
-    )
+def has_namespaces() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
 
 
 def as_process_one(world: World, script: str, *words: str, patch: str = "") -> Boot:
-    if not unshare():
+    if not has_namespaces():
         pytest.skip("no process namespaces here")
-    return Boot(world, {"a": script}, *words, patch=patch, under=unshare())
+    return Boot(world, {"a": script}, *words, patch=patch, under=UNSHARE)
 
 
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
@@ -7500,7 +7491,7 @@ def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(wor
     os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
     outer.prints("a | told")
     outer.ends(143, None, "stopped: boot got signal 15")
-    late = LATE.format(owner="coder_sync", name="boot_at")
+    late = LATE.format(name="coder_sync.boot_at")
     as_process_one(world, "", "--", "echo", "hello", patch=late).ends(143, "")
 
 
@@ -7527,12 +7518,11 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
 def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
     full = """
 import errno, os
-posix_spawnp = os.posix_spawnp
-def spawn(path, *args, **options):
+def spawn(path, *args, was=os.posix_spawnp, **options):
     if path.endswith("late") and not os.path.exists("room"):
         open("refused", "w").close()
         raise OSError(errno.EMFILE, "Too many open files")
-    return posix_spawnp(path, *args, **options)
+    return was(path, *args, **options)
 os.posix_spawnp = spawn
 """
     boot = Boot(world, {"a": "cat gate", "late": "echo late"}, patch=full)
@@ -7650,7 +7640,7 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     files = {"a": "@retry 1 10m\necho n >> n; exit 3", "b": "cat gate"}
     boot = Boot(world, files, patch="coder_sync.REPORT_EVERY = 0.1")
     boot.says("a to try again after exit code 3")
-    world.ok("complete", "a")
+    world.client.complete("a")
     boot.says("boot: 1 of 2 ended after ")
     told = boot.says("boot: 1 of 2 ended")
     assert "running: b " in told and "try again" not in told
