@@ -6741,14 +6741,14 @@ v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is lar
 # a service that is never ready fails and ends
 s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
-s3: @ready file:up; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no such file)
-s4: @ready notify; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (it has not said READY=1)
-s5: @ready tcp:1; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (Connection refused)
-s6: @ready exit 7; @ready-timeout 500ms; sleep 60 & sleep 60 => failed: not ready after 500ms (exit code 7)
-s7: @ready sleep 60; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no end within 0s)
+s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
+s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
+s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
+s6: @ready exit 7; @ready-timeout 900ms; sleep 60 & sleep 60 => failed: not ready after 900ms (exit code 7)
+s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; echo s9 => s9
-s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 500ms (no such file))
+s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
 t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
@@ -7269,8 +7269,9 @@ def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: 
 
 @needs_proc
 def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_c(world: World, gate: Gate) -> None:
-    files = {"a": f"cat {gate.path}; echo hello; sleep 60", "b": "@want a"}
-    path = startup(world, {**files, **{f"unit-with-a-long-name-{i}": "sleep 60" for i in range(5)}})
+    end, name = Gate(world, "end"), "a-unit-of-23-characters"
+    files = {name: f"cat {gate.path}; echo hello; exec cat {end.path}", "b": f"@want {name}"}
+    path = startup(world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}})
     pid, master = pty.fork()
     if pid == 0:
         os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
@@ -7282,22 +7283,24 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
         while text not in seen:
             seen += os.read(master, 4096)
 
-    shows(b", +4 more")
+    shows(b", +5 more")
     gate.open()
     shows(b"hello")
+    end.reached()  # with no shell that SIGINT might find between two commands
     os.write(master, b"\x03")
     with contextlib.suppress(OSError):  # end of file on a terminal
         while True:
             seen += os.read(master, 4096)
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
     os.close(master)
-    assert re.search(rb"\r\033\[K\033\[3[2-6]ma {22}\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
-    lines = re.findall(rb"\r\033\[K(\[[^\r^]*)", seen)
-    assert max(map(len, lines)) < 70 and b"\xe2\x80\xa6" not in seen
-    line = rb"\[0/7 ended, 1 waiting\] a [\d.]+m?s, unit-with-a-long-name-0 [\d.]+m?s, \+4 more"
-    assert any(re.fullmatch(line, shown) for shown in lines), lines
-    summary = seen.rpartition(b"    |")[2].splitlines()
-    assert all(len(shown) <= 70 for shown in summary if shown.startswith(b"7")), "the last lines are wrapped"
+    shown = seen.decode()
+    assert re.search(rf"\r\033\[K\033\[3[2-6]m{name}\033\[0m \| hello\r\n", shown) and "not started: b" in shown
+    lines = re.findall(r"\r\033\[K(\[[^\r^]*)", shown)
+    assert max(map(len, lines)) < 70 and "\u2026" not in shown
+    first = rf"\[0/7 ended, 1 waiting\] {name} [\d.]+m?s, \+5 more"
+    assert any(re.fullmatch(first, line) for line in lines), lines
+    summary = shown.rpartition("signal 2\r\n")[2].splitlines()
+    assert len(summary) == 2 and max(map(len, summary)) <= 70, "the last lines are wrapped"
 
 
 def test_red_is_left_to_failures() -> None:
