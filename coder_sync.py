@@ -2321,19 +2321,25 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
 
 
+def heeded(names: Iterable[str]) -> list[int]:
+    """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
+    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+
+    numbers = [int(getattr(signal, name)) for name in names]
+    return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+
+
 class Loop:
     """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
 
     Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
-    are given back. Those that we were started to ignore stay ignored, as nohup(1) wants it; but not TERM, which is how
-    an agent is told to end. There is a poll, and a thread that takes signals for it, once there is a descriptor.
+    are given back. There is a poll, and a thread that takes signals for it, once there is a descriptor.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
-        import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+        import _signal as signal
 
-        numbers = [getattr(signal, name) for name in names]
-        self.numbers = [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
         self._poll: Any = None
@@ -2447,11 +2453,12 @@ class Loop:
         self._poll.register(self._taken, select.POLLIN)
 
 
-def end_on_term() -> None:
-    """Have TERM end us as Ctrl-C does, by an exception; process 1, too, which its usual effect would spare."""
+def end_on(*names: str) -> None:
+    """Have signals end us as Ctrl-C does, by an exception; process 1, too, which their usual effect would spare."""
     import _signal as signal
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in heeded(names):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def let_children_go() -> None:
@@ -2527,11 +2534,6 @@ def signal_to(pid: int, number: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
-
-
-def signal_group(group: int, number: int) -> None:
-    """Signal a process group that may be gone."""
-    signal_to(-group, number)
 
 
 def alive_groups(groups: Iterable[int]) -> set[int]:
@@ -2657,7 +2659,7 @@ class Prober:
         self._closed.set()
         with self._lock:
             if self._group:
-                signal_group(self._group, 9)
+                signal_to(-self._group, 9)
         os.close(self._ready)
 
     def _run(self) -> None:
@@ -2712,7 +2714,7 @@ class Prober:
             os.close(write)
             write = -1
             if not can_be_read(read, PROBE_TIMEOUT):
-                signal_group(self._group, 9)
+                signal_to(-self._group, 9)
                 return f"no end within {PROBE_TIMEOUT:.0f}s"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
@@ -2867,6 +2869,7 @@ class Task:
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.pid = 0  # of the process or group of the latest try, until it is gone
         self.running = False  # the process; the group may live on
+        self.running_on = False  # the agent knows that it is a service
         self.code = 0  # with which it ended
         self.tries = 0
         self.began = 0.0  # the latest try
@@ -2902,6 +2905,8 @@ class Task:
 
     def exited(self) -> None:
         """The process of a unit that has completed has ended."""
+        if self.code and not self.running_on:
+            self.report("running")
         self.report("exited", reason=ending(self.code))
 
     # The way.
@@ -2986,10 +2991,7 @@ class Task:
 
     def signal(self, number: int) -> None:
         """Signal the process, or its group."""
-        if self.own_group:
-            signal_group(self.pid, number)
-        else:
-            signal_to(self.pid, number)
+        signal_to(-self.pid if self.own_group else self.pid, number)
 
     def gone(self) -> None:
         """Forget the number of the process, or of its group, before it is another one's."""
@@ -3001,6 +3003,7 @@ class Task:
         self.stop_at = self.ready_by = NEVER
         if not self.own_group or not alive_groups([self.pid]):
             self.gone()
+        self.probed()  # it may have become ready with the last that it did
         early = self.prober is not None
         self.close_prober()
         if self.reported == "complete":
@@ -4958,6 +4961,7 @@ CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
 PING_AFTER = 5.0  # seconds of silence from the agent
 LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # the system may have some when others have ended
 MARKS = ("#", "//", "--", ";")
 BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
 HEADERS = {
@@ -5247,7 +5251,6 @@ class Job(Task):
         limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
         super().__init__(boot.events, script.unit, [script.path], script.ready, *limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
-        self.running_on = False  # the agent knows that it is a service
         self.signalled = False  # by `stop`
         self.outcome = ""  # the unit's, as the agent has it
         self.died = False  # its process, badly, after its unit had completed
@@ -5278,13 +5281,8 @@ class Job(Task):
         return pid
 
     def not_begun(self, error: Exception) -> None:
-        if self.loop.children and getattr(error, "errno", 0) in (
-            errno.EMFILE,
-            errno.ENFILE,
-            errno.EAGAIN,
-            errno.ENOMEM,
-        ):
-            self.again_at = time.monotonic() + 0.05  # the system may have room for it then
+        if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
+            self.again_at = time.monotonic() + 0.05
             self.boot.active[self.unit] = self
         else:
             self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
@@ -5317,8 +5315,6 @@ class Job(Task):
             self.boot.signal_in_order()
 
     def exited(self) -> None:
-        if not self.running_on and self.code:
-            self.report("running")
         super().exited()
         if self.code and not self.why:
             self.died = True
@@ -5460,12 +5456,15 @@ class Boot:
         """Read no output while our own is not taken."""
         if full != self.paused:
             self.paused = full
-            for fd, job in self.by_fd.items():
-                self.events.forget(fd) if full else self.events.watch(fd, self.reader(job))
+            for job in self.by_fd.values():
+                self.read(job)
 
-    def reader(self, job: Job) -> Callable[[], None]:
-        """What reads a job's output."""
-        return lambda: self.output(job)
+    def read(self, job: Job) -> None:
+        """Read a job's output whenever there is some, unless our own is not taken."""
+        if self.paused:
+            self.events.forget(job.out)
+        else:
+            self.events.watch(job.out, lambda: self.output(job))
 
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
@@ -5618,8 +5617,7 @@ class Boot:
     def begun(self, job: Job) -> None:
         """A try of a script has begun: read its output."""
         self.active[job.unit] = self.by_fd[job.out] = job
-        if not self.paused:
-            self.events.watch(job.out, self.reader(job))
+        self.read(job)
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
 
@@ -6036,7 +6034,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    end_on_term()  # by an exception, so that nothing is left beside it
+    end_on("SIGTERM")  # by an exception, so that nothing is left beside it
     try:
         data = application(python)
         with open(beside, "xb") as file:
@@ -6200,7 +6198,7 @@ def cmd_run(args: Args) -> int:
     start = start_of(args, report, hold=True)
     if args.ready is not None:
         check_probe(args.ready)
-    end_on_term()
+    end_on("SIGTERM")
     try:
         start.__enter__()
     except Unreachable as error:
@@ -6276,6 +6274,7 @@ class Run(Task):
     def complete(self) -> None:
         super().complete()
         if self.running and self.reported == "complete":
+            self.running_on = True
             self.report("running")
             self.loop.watch(self.channel.fileno(), self.answered)
 
@@ -6308,6 +6307,9 @@ class Run(Task):
         request, what = self.asked.pop(0)
         try:
             self.channel.answer(request, timeout)
+        except Unreachable as error:  # nothing else will be answered either
+            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
+            self.asked.clear()
         except SyncError as error:
             self.not_reported(what, error)
 
@@ -6432,7 +6434,7 @@ def cmd_wait(args: Args) -> int:
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
-        end_on_term()
+        end_on("SIGTERM", "SIGHUP")
     probers = {probe: Prober(probe, environment()) for probe in args.ready}
     try:
         for prober in probers.values():
@@ -6563,7 +6565,7 @@ def saved_timeline(path: str) -> Graph:
 
 def watch(client: Client) -> None:
     """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
-    end_on_term()
+    end_on("SIGTERM")
     since, began = (1 << 31) - 1, 0.0  # nothing of what happened before
     if not os.isatty(1):
         for event in client.events(True, since):

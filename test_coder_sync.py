@@ -3891,7 +3891,7 @@ def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None
     process.kill()
 
 
-@pytest.mark.parametrize(("how", "code"), [("its time is up", 124), ("TERM", 143), ("INT", 130)])
+@pytest.mark.parametrize(("how", "code"), [("its time is up", 124), ("TERM", 143), ("HUP", 129), ("INT", 130)])
 def test_what_a_wait_is_trying_ends_with_it(world: World, how: str, code: int) -> None:
     argv = ["wait", "--ready", "echo $$ > pid; sleep 60", "--timeout", "500ms" if how == "its time is up" else "60s"]
     process, file = world.popen(*argv), world.directory / "pid"
@@ -4413,6 +4413,37 @@ def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate
     agent.ok("wait", "a", "--ready", "sleep 0.1", "--timeout", "1000h")
     gate.open()
     assert finish(run).returncode == 0
+
+
+def test_a_run_waits_once_for_an_agent_that_is_stopped_not_for_each_of_its_answers(world: World, gate: Gate) -> None:
+    agent = world.serve()
+    command = ["run", "a", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
+    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", *command))
+    gate.reached()
+    agent.send_signal(signal.SIGSTOP)
+    gate.open()
+    gate.keep_open(lambda: run.poll() is not None)
+    what = "try 2 of 3 after exit code 3, try 3 of 3 after exit code 3, its outcome (exit code 3)"
+    assert f"warning: a: {what} may not have been reported: " in finish(run).stderr
+
+
+@pytest.mark.parametrize("way", ["run", "boot"])
+def test_what_says_that_it_is_ready_and_ends_was_ready_whatever_is_seen_first(agent: World, way: str) -> None:
+    unseen = """
+watch = coder_sync.Loop.watch
+def unless_probed(loop, fd, handler, for_writing=False):
+    if handler.__name__ != "probed":
+        watch(loop, fd, handler, for_writing)
+coder_sync.Loop.watch = unless_probed"""
+    says = "import os, socket; s = socket.socket(1, 2); s.sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); os._exit(3)"
+    script = f'exec {sys.executable} -ISc "{says}"'
+    if way == "run":
+        done = finish(agent.spawn(altered(unseen, "run", "a", "--ready", "notify", "--", "sh", "-c", script)))
+        assert (done.returncode, done.stderr) == (3, "")
+    else:
+        Boot(agent, {"a": f"@ready notify\n{script}"}, patch=unseen).ends(1, "", "died: a (completed, then ended: ")
+    assert agent.status("a") == "completed"
+    assert kinds_of(agent, "a")[-2:] == ["completed", "exited"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7143,13 +7174,13 @@ def test_wrong_usage_is_refused(world: World, call: Call) -> None:
 
 STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
 SPY = """
-signal_group = coder_sync.signal_group
-def spy(group, number):
-    with open("signals", "a") as file:
-        print(group, number, file=file)
-    if number != {deaf}:
-        signal_group(group, number)
-coder_sync.signal_group = spy
+signal_to = coder_sync.signal_to
+def spy(pid, number):
+    if number and pid < 0:
+        with open("signals", "a") as file:
+            print(-pid, number, file=file)
+    return number == {deaf} or signal_to(pid, number)
+coder_sync.signal_to = spy
 """  # writes down what is sent, and does not send what a process is to be deaf for
 
 
