@@ -477,10 +477,15 @@ def record(kind: type[Any], data: dict[str, Any]) -> Any:
 PROGRAM = FILE.rpartition("/")[2]
 
 
+def encoded(text: str, fd: int) -> bytes:
+    """A text as standard output or error has it."""
+    stream = sys.stdout if fd == 1 else sys.stderr
+    return text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+
+
 def put(text: str, fd: int = 1) -> bool:
     """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
-    stream = sys.stdout if fd == 1 else sys.stderr
-    data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+    data = encoded(text, fd)
     try:
         while data:
             data = data[posix.write(fd, data) :]
@@ -5322,11 +5327,14 @@ class Job(Task):
 
 
 class Output:
-    """Standard output: the lines of scripts, as fast as it takes them, and on a terminal the live line under them."""
+    """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
+
+    On output are the lines of scripts, and on a terminal the live line under them; on error is what we say ourselves.
+    """
 
     def __init__(self, units: Iterable[str], quiet: bool) -> None:
         self.quiet = quiet
-        self.pending = b""
+        self.pending = {1: b"", 2: b""}
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
@@ -5341,11 +5349,21 @@ class Output:
             if self._colour:  # red is for failures
                 name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
             self.clear()
-            self.pending += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
+            self.pending[1] += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
 
-    def write(self, patience: float = 0) -> None:
-        """Pass on what standard output takes without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending = write_some(self.pending, 1, patience)
+    def say(self, text: str) -> None:
+        """Print a line of ours on standard error."""
+        self.clear()
+        self.pending[2] += encoded(text + "\n", 2)
+
+    def write(self, fd: int, patience: float = 0) -> None:
+        """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
+        self.pending[fd] = write_some(self.pending[fd], fd, patience)
+
+    def flush(self) -> None:
+        """Pass on all of it, but to readers that do not take it."""
+        for fd in self.pending:
+            self.write(fd, patience=1)
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
@@ -5360,13 +5378,13 @@ class Output:
             text, shown = longer, shown + 1
         if shown < len(items):
             text += f"{',' if shown else ''} +{len(items) - shown} more"
-        put("\r\033[K" + text)
+        self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
         self._live = True
 
     def clear(self) -> None:
         """Remove the live line."""
         if self._live:
-            put("\r\033[K")
+            self.pending[1] += b"\r\033[K"
             self._live, self.live_at = False, 0.0
 
 
@@ -5410,18 +5428,20 @@ class Boot:
             if self.options.log_dir:
                 self.make_log_dir()
             self.claim()
-            self.loop(lambda: not self.unfinished and (not self.out.pending or bool(self.signal)))
+            self.loop(lambda: not self.unfinished and self.said())
             code = self.finish()
             if self.options.stay and not self.signal:
-                say("boot: staying until a signal", 2, self.options.quiet)
+                if not self.options.quiet:
+                    self.out.say("boot: staying until a signal")
                 self.report_at = NEVER
                 self.loop(lambda: bool(self.signal or self.lost))
                 code = 128 + self.signal if self.signal else 3
-            self.out.write(patience=1)
+            self.out.flush()
             if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal:
                 self.relay()
             return code
         finally:
+            self.out.flush()
             self.events.forget(channel.fileno(), *self.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
@@ -5437,20 +5457,28 @@ class Boot:
             due = self.keep_time(now)
             if over() and not any(job.ending() for job in self.active.values()):
                 return
-            if not self.out.pending:
+            if not any(self.out.pending.values()):
                 if now >= self.out.live_at:
                     ended = len(self.jobs) - self.unfinished
                     running = self.running(now)
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.pause(len(self.out.pending) >= FULL)
-            if self.out.pending:
-                self.events.watch(1, self.out.write, for_writing=True)
+            self.pause(len(self.out.pending[1]) >= FULL)
+            for fd in filter(self.out.pending.get, self.out.pending):
+                self.events.watch(fd, self.writer(fd), for_writing=True)
             for number, _ in self.events.turn(due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
-            self.events.forget(1)
+            self.events.forget(*self.out.pending)
+
+    def writer(self, fd: int) -> Callable[[], None]:
+        """What passes on what is to be printed."""
+        return lambda: self.out.write(fd)
+
+    def said(self) -> bool:
+        """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
+        return not any(self.out.pending.values()) or bool(self.signal)
 
     def pause(self, full: bool) -> None:
         """Read no output while our own is not taken."""
@@ -5558,8 +5586,7 @@ class Boot:
         elif method == "graph" and not self.unfinished:
             self.graph = record(Graph, result)
         elif method == "graph":
-            self.out.clear()
-            say(self.progress(record(Graph, result)), 2)
+            self.out.say(self.progress(record(Graph, result)))
 
     def changed(self, news: dict[str, Any]) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
@@ -5582,8 +5609,7 @@ class Boot:
         if self.channel and not self.lost:
             self.lost = str(error)
             self.events.forget(self.channel.fileno())
-            self.out.clear()
-            put(f"error: {error}\n", 2)
+            self.out.say(f"error: {error}")
             for job in self.jobs.values():
                 job.stopped = True
                 self.settle(job)
@@ -5623,8 +5649,7 @@ class Boot:
 
     def died(self, job: Job) -> None:
         """The process of a unit that has completed has ended badly."""
-        self.out.clear()
-        say(f"warning: {job.unit}: ended after its unit had completed ({ending(job.code)})", 2)
+        self.out.say(f"warning: {job.unit}: ended after its unit had completed ({ending(job.code)})")
         if self.options.fail_fast and not self.stopping:
             self.stop(15, "stopped: another unit ended")
 
@@ -5752,8 +5777,7 @@ class Boot:
     def no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
         if not self.log_trouble:
-            self.out.clear()
-            put(f"warning: no more logs in {self.options.log_dir}: {error.strerror}\n", 2)
+            self.out.say(f"warning: no more logs in {self.options.log_dir}: {error.strerror}")
         self.log_trouble = True
         for job in self.jobs.values():
             job.log_path = ""
@@ -5783,7 +5807,7 @@ class Boot:
             while self.by_fd:
                 for fd, _ in ready.poll():
                     self.output(self.by_fd[fd])
-                    self.out.write(patience=1e6)
+                    self.out.write(1, patience=1e6)
                     if fd not in self.by_fd:
                         ready.unregister(fd)
         finally:  # and never into the parent's ways out
@@ -5836,17 +5860,14 @@ class Boot:
         self.ask("graph")
         self.loop(lambda: bool(self.graph or self.lost))
         self.out.clear()
-        self.out.write(patience=1)
+        self.out.flush()
         self.forget_groups()
         graph = self.graph or Graph(0.0, [])
         self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
-            report = self.report(self.graph)
-            if self.signal:  # told to stop, we do not wait for a reader that has
-                write_some(report.encode(errors="backslashreplace"), 2, 1)
-            else:
-                put(report, 2)
+            self.out.say(self.report(self.graph).rstrip("\n"))
+            self.loop(self.said)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def report(self, graph: Graph) -> str:
@@ -6434,7 +6455,7 @@ def cmd_wait(args: Args) -> int:
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
-        end_on("SIGTERM", "SIGHUP")
+        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
     probers = {probe: Prober(probe, environment()) for probe in args.ready}
     try:
         for prober in probers.values():

@@ -3889,7 +3889,7 @@ def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None
 
 
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
-    waits, codes = {}, {"time is up": 124, "TERM": 143, "HUP": 129, "INT": 130}
+    waits, codes = {}, {"time is up": 124, "TERM": 143, "HUP": 129, "QUIT": 131, "INT": 130}
     for how in codes:
         probe = ["--ready", f"echo $$ >> '{how}'; sleep 60"]
         timeout = "500ms" if how == "time is up" else "60s"
@@ -7294,7 +7294,7 @@ def test_red_is_left_to_failures() -> None:
     out._colour = True
     for i in range(100):
         out.lines(f"unit{i}", ["x"])
-    assert {int(n) for n in re.findall(r"\033\[(\d+)m", out.pending.decode())} == {0, 32, 33, 34, 35, 36}
+    assert {int(n) for n in re.findall(r"\033\[(\d+)m", out.pending[1].decode())} == {0, 32, 33, 34, 35, 36}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7326,7 +7326,7 @@ def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit() -> None:
         out = coder_sync.Output(names, quiet=False)
         for name in names:
             out.lines(name, ["x"])
-        assert {line.index(" | x") for line in out.pending.decode().splitlines()} == {width}
+        assert {line.index(" | x") for line in out.pending[1].decode().splitlines()} == {width}
 
 
 def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
@@ -7726,6 +7726,26 @@ def test_a_temporary_directory_with_too_long_a_name_for_a_socket_is_the_reason_t
     told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
     told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
     assert told.count("cannot be probed: AF_UNIX path too long") == 2
+
+
+def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * 4096):
+            pass
+    os.set_blocking(writer, True)
+    with open(reader, "rb"), open(writer, "wb") as stuck:
+        files = {"a": "cat gate", "b": "@want a\necho b\ncat b"}
+        boot = Boot(world, files, patch="coder_sync.REPORT_EVERY = 0.05", stderr=stuck)
+        gate.reached()
+        time.sleep(0.3)  # for some reports
+        after = Gate(world, "b")
+        gate.open()
+        boot.prints("b | b")
+        after.reached()
+        boot.signal()
+        assert boot.process.wait(PATIENCE) == 143
 
 
 # ---------------------------------------------------------------------------------------------------------
