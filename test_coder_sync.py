@@ -4385,7 +4385,7 @@ def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_litt
     began = time.monotonic()
     process.send_signal(signal.SIGCONT)
     assert process.wait(PATIENCE) == 137
-    assert time.monotonic() - began < 5 < coder_sync.REPLY_TIMEOUT  # which an answer may take otherwise
+    assert time.monotonic() - began < 20 < coder_sync.REPLY_TIMEOUT  # which an answer may take otherwise
     agent.send_signal(signal.SIGCONT)
     until(lambda: world.status("a") == "failed")
     assert world.client.status("a").exit_code == 137
@@ -4501,10 +4501,7 @@ def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: 
     assert agent.shell(MY_SETUP, "bash").stdout == MY_SETUP_OUTPUT  # again, with nothing to wait for
 
 
-def test_the_scripts_of_the_documents_refuse_cycles_and_end_in_their_trap(mixed: World) -> None:
-    done = mixed.shell("coder exp sync want unit-a unit-b\ncoder exp sync want unit-b unit-a", "bash")
-    assert done.returncode == 1
-    assert "cycle detected: unit-b -> unit-a -> unit-b" in done.stderr
+def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
     done = mixed.shell("UNIT_NAME=trap\n" + SYNC_STARTED + "set -e; false; echo not reached", "bash")
     assert done.returncode == 1
     assert "not reached" not in done.stdout
@@ -6711,6 +6708,7 @@ i: exec 2> /dev/null; exec /no/such/program => failed: exit code 127
 j: @before l; sleep 0.1; : > j.done; exit 1 => failed: exit code 1
 k: @want e --requires completion; @after f j; ls j.done => j.done
 l: echo l => skipped: dependency "j" failed (exit code 1)
+m: @extern disk; @want disk; echo m => m
 # what a script is given: its unit, the socket, the environment, no input; signals and descriptors as usual
 given: echo $CODER_SYNC_UNIT $CODER_AGENT_SOCKET_PATH $MINE $(cat | wc -c) $PWD $# $0
     => given DIR/agent.sock yes 0 DIR 0 DIR/startup.d/given
@@ -6726,12 +6724,14 @@ v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is lar
 # a service that is never ready fails and ends
 s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
-s3: @ready file:up; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no such file)
-s4: @ready notify; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (it has not said READY=1)
-s5: @ready tcp:1; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (Connection refused)
-s6: @ready exit 7; @ready-timeout 500ms; sleep 60 & sleep 60 => failed: not ready after 500ms (exit code 7)
-s7: @ready sleep 60; @ready-timeout 500ms; sleep 60 => failed: not ready after 500ms (no end within 0s)
-s8: @want s3; echo s8 => skipped: dependency "s3" failed (not ready after 500ms (no such file))
+s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
+s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
+s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
+s6: @ready exit 7; @ready-timeout 900ms; sleep 60 & sleep 60 => failed: not ready after 900ms (exit code 7)
+s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
+s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
+s9: @want s8; echo s9 => s9
+s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
 t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
@@ -6747,6 +6747,23 @@ r1: @retry 3 100ms; echo n >> n; test $(wc -l < n) = 3 && exit; sleep 60 & exit 
     => try 2 of 4 after exit code 9 / try 3 of 4 after exit code 9
 r2: @want r1; echo r2 => r2
 r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
+r4: @retry 1 10ms; @ready file:r4.up; test -e r4.n || { : > r4.n; exit; }; mkfifo r4.end; : > r4.up; cat r4.end
+    => try 2 of 2 after ended before it was ready (exit code 0)
+r5: @want r4; : > r4.end; echo r5 => r5
+# what has one lock runs one at a time, in whatever way each ends
+l1: @lock apt; mkdir held && sleep 0.02 && rmdir held =>
+l2: @lock apt; mkdir held && sleep 0.02 && rmdir held; exit 1 => failed: exit code 1
+l3: @lock apt; mkdir held && sleep 0.02 && rmdir held; kill -9 $$ => failed: killed by signal 9
+l4: @lock apt; mkdir held && sleep 0.02 && rmdir held; echo last => last
+# a line is shown as it can be
+o1: printf 'no newline' => no newline
+o2: printf 'one\n\nthree' => one /  / three
+o3: printf 'dos\r\n' => dos
+o4: printf '10%%\r50%%\r100%%\n' => 100%
+o5: printf 'caf\351\n' => caf\xe9
+o6: printf 'caf\303\251\000\n' => caféNUL
+o7: echo out; echo err >&2 => out / err
+o8: exec >&- 2>&-; sleep 0.05 =>
 # a script that changes after the check runs as it is then, or fails alone
 w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; echo exit > w5; printf '#!/bin/sh\necho new\n' > w6 =>
 w2: @want w1; echo old => failed: cannot be run: No such file or directory
@@ -6759,30 +6776,38 @@ w6: @want w1; echo old => new
 
 def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     files, says, fails = {}, {}, {}
-    rows = SCRIPTS.replace("\n ", "").replace("DIR", str(agent.directory))
+    rows = SCRIPTS.replace("\n ", "").replace("DIR", str(agent.directory)).replace("NUL", "\0")
     for unit, text, end in re.findall("^(\\w+): (.*) =>(.*)", rows, re.M):
         files[unit] = re.sub("(@[^;]*); ", r"\1\n", text)
-        lines = [line for line in end.strip().split(" / ") if line]
-        if end.rpartition(" / ")[2].strip().startswith(("failed: ", "skipped: ")):
+        lines = end[1:].split(" / ") if end else []
+        if end.rpartition(" / ")[2].strip().startswith(("failed: ", "skipped: ", "died: ")):
             fails[unit] = lines.pop()
         if lines:
             says[unit] = lines
-    env = {**agent.env, "MINE": "yes", "CODER_AGENT_SOCKET_PATH": ""}
-    options = ["--grace", "100ms", "--socket-path", agent.path, "--timeline", "t.svg", "--log-dir", "logs"]
+    agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="")
+    options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
     patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
-    boot = Boot(agent, files, *options, env=env, stdin=endless, patch=patch)
+    boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
+    until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
+    agent.end("disk")
     assert "secret" not in boot.ends(1)  # which reads to the end of file
     assert (boot.said(), boot.unsuccessful()) == (says, fails)
-    skipped = sum(end.startswith("skipped") for end in fails.values())
-    count = f"{len(fails) - skipped} failed, {skipped} skipped"
-    assert f"boot: {len(files) - len(fails)} completed, {count}\n" in boot.told and f"({count})" in boot.told
+    failed, skipped = (sum(end.startswith(how) for end in fails.values()) for how in ("failed", "skipped"))
+    count = f"{failed} failed, {skipped} skipped"
+    assert f"boot: {len(files) - failed - skipped} completed, {count}\n" in boot.told and f"({count})" in boot.told
+    assert (
+        "warning: s8: ended after its unit had completed (exit code 3)\n" in boot.told and "    | oops\n" in boot.told
+    )
+    assert agent.client.status("s8").exit_reason == "exit code 3"
     assert not os.path.exists((agent.directory / "private").read_text().strip())
-    assert (agent.directory / "t.svg").read_text().startswith("<svg")
-    assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
+    logs = [(agent.directory / "logs" / f"o{i}.log").read_bytes() for i in range(1, 9)]
+    assert logs[:4] == [b"no newline", b"one\n\nthree", b"dos\r\n", b"10%\r50%\r100%\n"]
+    assert logs[4:] == [b"caf\xe9\n", b"caf\xc3\xa9\0\n", b"out\nerr\n", b""]
     first, second = [event for event in agent.client.status("r1").history if event.kind == "retry"]
     assert [first.detail, second.detail] == says["r1"] and second.time - first.time >= 0.2
     assert len(agent.client.status("r1").tries) == 2
+    assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
 
 
 def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
@@ -6823,13 +6848,13 @@ def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World
     somebody = world.connect()
     somebody.call("start", unit="c", hold=True)
     before = list(world.client.events())
-    rows = [
+    refused = [
         (files, '"[ab]" is (started|claimed)'),
         ({"b": "", "x": ""}, '"b" is claimed'),
         ({"c": ""}, '"c" is started'),
     ]
-    for mine, why in rows:
-        done = world.run("boot", startup(world, mine, "other.d"))
+    for theirs, why in refused:
+        done = world.run("boot", startup(world, theirs, "other.d"))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.match(f"error: unit {why} by .* \\(pid \\d+\\)", done.stderr)
     assert list(world.client.events()) == before
@@ -6881,26 +6906,11 @@ def test_on_the_default_path_root_does_not_boot_at_anybodys_agent(agent: World) 
     assert not (agent.directory / "ran").exists()
 
 
-def test_a_unit_from_outside_is_waited_for(world: World) -> None:
-    boot = Boot(world, {"a": "@want disk\n@extern disk\necho a"})
-    world.client.ping(wait=PATIENCE)
-    world.end("disk")
-    boot.ends(0, "a | a\n")
-
-
-WITHOUT_LIST_OF_DESCRIPTORS = """
-import os
-listdir = os.listdir
-def without_fd(path):
-    if str(path).endswith("/fd"):
-        raise FileNotFoundError(2, "No such file or directory")
-    return listdir(path)
-os.listdir = without_fd
-"""
+HIDDEN = "import os; os.listdir = lambda path, was=os.listdir: was('/none' if str(path).endswith('/fd') else path)"
 
 
 @needs_proc
-@pytest.mark.parametrize("patch", ["", WITHOUT_LIST_OF_DESCRIPTORS], ids=["", "without a list of descriptors"])
+@pytest.mark.parametrize("patch", ["", HIDDEN], ids=["", "without a list of descriptors"])
 def test_what_goes_on_behind_its_unit_holds_nothing_up_and_is_heard_but_keeps_nothing_of_the_agent(
     world: World, patch: str
 ) -> None:
@@ -6930,28 +6940,14 @@ def test_a_script_may_want_more_and_start_again_or_tell_its_outcome_and_tidy_up(
     tell = "$SYNC fail c --reason 'no disk' -q; cat told; echo tidied; sleep 60 & sleep 60"
     told = Gate(world, "told")
     files = {"a": again, "b": "cat gate; echo b ran > b.done", "c": tell, "d": "@want c"}
-    boot = Boot(world, files, "--grace", "200ms")
-    gate.reached()
-    told.reached()
+    boot = Boot(world, files, "--grace", "500ms")
+    told.open()
     world.waiting("a")
     gate.open()
-    boot.prints("a | b ran")
-    told.open()
-    boot.ends(1, "c | tidied\n", leaves=True)
-    assert boot.left() == []
+    boot.ends(1, leaves=True)
+    until(lambda: boot.left() == [])
+    assert boot.said() == {"a": ["b ran"], "c": ["tidied"]}
     assert boot.unsuccessful() == {"c": "failed: no disk", "d": 'skipped: dependency "c" failed (no disk)'}
-
-
-@pytest.mark.parametrize("fail_fast", [False, True])
-def test_a_service_that_dies_while_it_boots_is_told_and_counts(world: World, gate: Gate, fail_fast: bool) -> None:
-    files = {"a": "$SYNC complete a -q; echo oops; exit 3", "b": "@want a\ncat gate"}
-    boot = Boot(world, files, *["--fail-fast"] * fail_fast)
-    boot.says("warning: a: ended after its unit had completed (exit code 3)")
-    if not fail_fast:
-        until(lambda: world.client.graph().nodes[0].exit_reason == "exit code 3")
-        gate.open()
-    told = boot.ends(1, None, "died: a (completed, then ended: exit code 3); ", "    | oops\n")
-    assert ("failed: b (stopped: " in told) == fail_fast
 
 
 def test_with_one_job_one_runs_at_a_time_and_a_unit_ended_from_outside_takes_no_place(world: World, gate: Gate) -> None:
@@ -7015,7 +7011,9 @@ def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: 
         prober.close()
 
 
-def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(agent: World) -> None:
+def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
+    agent: World, call: Call
+) -> None:
     up = agent.directory / "up"
     Boot(agent, {"cache": "@ready file:up\nsleep 60"})
     agent.popen("run", "db", "--ready", f"file:{up}", "--", "sleep", "60")
@@ -7027,30 +7025,18 @@ def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would
         (row,) = peer.read()["params"]["missing"]
         assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
         assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        assert f"; it is {reason}" in agent.ok("why", name)
+        assert f"; it is {reason}" in call.ok(agent, "why", name)
     up.touch()
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
 
 
-def test_units_with_one_lock_run_one_at_a_time_in_whatever_way_each_ends(world: World) -> None:
-    ends = ["exit 0", "exit 1", "kill -9 $$"]
-    files = {f"x{i}": f"@lock apt\nmkdir held && rmdir held || echo both\n{ends[i % 3]}" for i in range(12)}
-    Boot(world, files, "--timeline", "t.json").ends(1, "", "boot: 4 completed, 8 failed\n")
-    assert most_at_once(world.directory / "t.json") == 1
-
-
-def test_a_service_that_ends_before_it_is_ready_is_tried_again_and_a_signal_between_two_tries_ends_them(
-    world: World,
-) -> None:
-    service = "@retry 1 10ms\n@ready file:up\nif test -e n; then : > up; sleep 60; fi; : > n"
-    boot = Boot(world, {"a": service, "b": "@want a\n@retry 5 10m\necho $$; exit 1"})
-    boot.prints("a | try 2 of 2 after ended before it was ready (exit code 0)")
-    pid = int(boot.prints("b | ").partition("| ")[2])
+def test_a_signal_between_two_tries_ends_them(world: World) -> None:
+    boot = Boot(world, {"a": "@retry 5 10m\necho $$; exit 1"})
+    pid = int(boot.prints("a | ").partition("| ")[2])
     until(lambda: not alive(pid))
     boot.signal()
-    boot.ends(143, "")
-    assert boot.unsuccessful() == {"b": "failed: stopped: boot got signal 15"}
+    boot.ends(143, "", "failed: a (stopped: boot got signal 15); ")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7074,11 +7060,18 @@ def test_fail_fast_stops_what_runs_at_the_first_failure(world: World, gate: Gate
     assert counts[0] == counts[-1], "the report and the summary agree"
 
 
+def test_fail_fast_stops_what_runs_when_a_service_dies(world: World) -> None:
+    boot = Boot(world, {"a": "$SYNC complete a -q; exit 3", "b": "@want a\nexec sleep 60"}, "--fail-fast")
+    boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
+    assert boot.unsuccessful()["b"].endswith("stopped: another unit ended")
+
+
 def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> None:
-    boot = Boot(world, {"a": "seq 1 30; printf 'the end' >&2; exit 2"}, "--quiet")
+    boot = Boot(world, {"a": "seq 1 30; printf 'the end' >&2; exit 2"}, "--quiet", "--timeline", "t.svg")
     shown = "".join(f"    | {line}\n" for line in (*range(22, 31), "the end"))
     told = boot.ends(1, "", f"startup.d/a\n{shown}")
     assert re.search(r"in all \(1 failed\); critical path: a ", told)
+    assert (world.directory / "t.svg").read_text().startswith("<svg")
 
 
 @needs_proc
@@ -7107,6 +7100,19 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
     boot.signal()
     gate.open()
     boot.ends(143)
+
+
+def test_a_boot_takes_as_long_as_its_critical_path(world: World) -> None:
+    layers = [[f"x{layer}-{i}" for i in range(3)] for layer in range(3)]
+    files = dict.fromkeys(layers[0], "sleep 0.1")
+    for before, layer in zip(layers, layers[1:]):
+        files.update((name, f"@want {' '.join(before)}\nsleep 0.1") for name in layer)
+    boots(world, files, "--timeline", "t.json")
+    data = json.loads((world.directory / "t.json").read_text())
+    assert data["seconds"] >= 0.3  # how much more is the benchmark's business
+    assert [step["unit_name"][:2] for step in data["critical_path"]] == ["x0", "x1", "x2"]
+    rows = rows_of(world.directory / "t.json")
+    assert all(rows[name]["ended"] <= row["started"] for row in rows.values() for name in row["wants"])
 
 
 def test_wrong_usage_is_refused(world: World, call: Call) -> None:
@@ -7246,8 +7252,9 @@ def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: 
 
 @needs_proc
 def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_c(world: World, gate: Gate) -> None:
-    files = {"a": f"cat {gate.path}; echo hello; sleep 60", "b": "@want a"}
-    path = startup(world, {**files, **{f"unit-with-a-long-name-{i}": "sleep 60" for i in range(5)}})
+    end, name = Gate(world, "end"), "a-unit-of-23-characters"
+    files = {name: f"cat {gate.path}; echo hello; exec cat {end.path}", "b": f"@want {name}"}
+    path = startup(world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}})
     pid, master = pty.fork()
     if pid == 0:
         os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
@@ -7259,22 +7266,24 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
         while text not in seen:
             seen += os.read(master, 4096)
 
-    shows(b", +4 more")
+    shows(b", +5 more")
     gate.open()
     shows(b"hello")
+    end.reached()  # with no shell that SIGINT might find between two commands
     os.write(master, b"\x03")
     with contextlib.suppress(OSError):  # end of file on a terminal
         while True:
             seen += os.read(master, 4096)
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
     os.close(master)
-    assert re.search(rb"\r\033\[K\033\[3[2-6]ma {22}\033\[0m \| hello\r\n", seen) and b"not started: b" in seen
-    lines = re.findall(rb"\r\033\[K(\[[^\r^]*)", seen)
-    assert max(map(len, lines)) < 70 and b"\xe2\x80\xa6" not in seen
-    line = rb"\[0/7 ended, 1 waiting\] a [\d.]+m?s, unit-with-a-long-name-0 [\d.]+m?s, \+4 more"
-    assert any(re.fullmatch(line, shown) for shown in lines), lines
-    summary = seen.rpartition(b"    |")[2].splitlines()
-    assert all(len(shown) <= 70 for shown in summary if shown.startswith(b"7")), "the last lines are wrapped"
+    shown = seen.decode()
+    assert re.search(rf"\r\033\[K\033\[3[2-6]m{name}\033\[0m \| hello\r\n", shown) and "not started: b" in shown
+    lines = re.findall(r"\r\033\[K(\[[^\r^]*)", shown)
+    assert max(map(len, lines)) < 70 and "\u2026" not in shown
+    first = rf"\[0/7 ended, 1 waiting\] {name} [\d.]+m?s, \+5 more"
+    assert any(re.fullmatch(first, line) for line in lines), lines
+    summary = shown.rpartition("signal 2\r\n")[2].splitlines()
+    assert len(summary) == 2 and max(map(len, summary)) <= 70, "the last lines are wrapped"
 
 
 def test_red_is_left_to_failures() -> None:
@@ -7302,32 +7311,19 @@ while data:
     assert boot.said() == {name: [f"{name} {i} {'x' * (i % 300)}." for i in range(3000)] for name in "abc"}
 
 
-def test_a_line_is_shown_as_it_can_be_and_cut_if_it_is_too_long_and_logged_byte_for_byte(world: World) -> None:
+def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None:
     euros = "\u20ac" * 2730  # of which 8,192 bytes take no more
-    rows: list[tuple[str, list[str], bytes]] = [
-        ("printf 'no newline'", ["no newline"], b"no newline"),
-        ("printf 'one\\n\\nthree'", ["one", "", "three"], b"one\n\nthree"),
-        ("printf 'dos\\r\\n'", ["dos"], b"dos\r\n"),
-        ("printf '10%%\\r50%%\\r100%%\\n'", ["100%"], b"10%\r50%\r100%\n"),
-        ("printf 'caf\\351\\n'", ["caf\\xe9"], b"caf\xe9\n"),
-        ("printf 'caf\\303\\251\\000\\n'", ["caf\u00e9\0"], b"caf\xc3\xa9\0\n"),
-        ("echo out; echo err >&2", ["out", "err"], b"out\nerr\n"),
-        ("exec >&- 2>&-; sleep 0.05", [], b""),
-        ("cat euros", ["x" + euros, euros, "\u20ac" * 270], b"x" + 5730 * b"\xe2\x82\xac"),
-    ]
-    (world.directory / "euros").write_bytes(rows[-1][2])
-    boot = Boot(world, {f"x{i}": row[0] for i, row in enumerate(rows)}, "--log-dir", "a/log", encoding="utf-8")
-    boot.ends()
-    for i, (script, shown, logged) in enumerate(rows):
-        assert boot.said().get(f"x{i}", []) == shown, script
-        assert (world.directory / "a" / "log" / f"x{i}.log").read_bytes() == logged, script
+    (world.directory / "euros").write_text("x" + 2 * euros + "\u20ac", encoding="utf-8")
+    out = boots(world, {"a": "cat euros"}, encoding="utf-8")
+    assert out == f"a | x{euros}\na | {euros}\na | \u20ac\n"
 
 
-def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit(world: World) -> None:
-    assert boots(world, {"a": "echo 1", "abc": "@want a\necho 2"}) == "a   | 1\nabc | 2\n"
-    out = coder_sync.Output(["a", "n" * 60], quiet=False)
-    out.lines("n" * 60, ["x"])
-    assert out.pending[1].decode().index(" | x") == 24
+def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit() -> None:
+    for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", "n" * 60], 24)):
+        out = coder_sync.Output(names, quiet=False)
+        for name in names:
+            out.lines(name, ["x"])
+        assert {line.index(" | x") for line in out.pending[1].decode().splitlines()} == {width}
 
 
 def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
@@ -7370,9 +7366,7 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = (
-        "was = coder_sync.write_some\ncoder_sync.write_some = lambda data, fd, patience: was(data, fd, patience / 5)"
-    )
+    sooner = "coder_sync.write_some = lambda *args, was=coder_sync.write_some: was(*args[:2], args[2] / 5)"
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
@@ -7433,12 +7427,12 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
 
 LATE = """
 import os
-original = {owner}.{name}
+original = {name}
 def late(*args):
     result = original(*args)
     os.kill(os.getpid(), 15)
     return result
-{owner}.{name} = late
+{name} = late
 """  # TERM comes as a function returns
 
 
@@ -7446,13 +7440,8 @@ def late(*args):
 def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    for owner, name in (
-        ("coder_sync.Boot", "finish"),
-        ("coder_sync", "remove_directory"),
-        ("coder_sync", "boot_at"),
-        ("coder_sync", "timeline_as"),
-    ):
-        patch = LATE.format(owner=owner, name=name)
+    for name in ("Boot.finish", "remove_directory", "boot_at", "timeline_as"):
+        patch = LATE.format(name=f"coder_sync.{name}")
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
 
@@ -7460,21 +7449,18 @@ def test_a_command_that_cannot_be_run(world: World) -> None:
     Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
 
 
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
 @functools.lru_cache(maxsize=None)
-def unshare() -> list[str]:
-    """What makes a command process 1 of a namespace; nothing where that cannot be done."""
-    words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    return (
-        words
-        if shutil.which("unshare") and not subprocess.run([*words, "true"], capture_output=True).returncode
-        else []
-    )
+def has_namespaces() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
 
 
 def as_process_one(world: World, script: str, *words: str, patch: str = "") -> Boot:
-    if not unshare():
+    if not has_namespaces():
         pytest.skip("no process namespaces here")
-    return Boot(world, {"a": script}, *words, patch=patch, under=unshare())
+    return Boot(world, {"a": script}, *words, patch=patch, under=UNSHARE)
 
 
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
@@ -7491,7 +7477,7 @@ def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(wor
     os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
     outer.prints("a | told")
     outer.ends(143, None, "stopped: boot got signal 15")
-    late = LATE.format(owner="coder_sync", name="boot_at")
+    late = LATE.format(name="coder_sync.boot_at")
     as_process_one(world, "", "--", "echo", "hello", patch=late).ends(143, "")
 
 
@@ -7518,12 +7504,11 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
 def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
     full = """
 import errno, os
-posix_spawnp = os.posix_spawnp
-def spawn(path, *args, **options):
+def spawn(path, *args, was=os.posix_spawnp, **options):
     if path.endswith("late") and not os.path.exists("room"):
         open("refused", "w").close()
         raise OSError(errno.EMFILE, "Too many open files")
-    return posix_spawnp(path, *args, **options)
+    return was(path, *args, **options)
 os.posix_spawnp = spawn
 """
     boot = Boot(world, {"a": "cat gate", "late": "echo late"}, patch=full)
@@ -7641,7 +7626,7 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     files = {"a": "@retry 1 10m\necho n >> n; exit 3", "b": "cat gate"}
     boot = Boot(world, files, patch="coder_sync.REPORT_EVERY = 0.1")
     boot.says("a to try again after exit code 3")
-    world.ok("complete", "a")
+    world.client.complete("a")
     boot.says("boot: 1 of 2 ended after ")
     told = boot.says("boot: 1 of 2 ended")
     assert "running: b " in told and "try again" not in told
@@ -7758,65 +7743,6 @@ def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its
         after.reached()
         boot.signal()
         assert boot.process.wait(PATIENCE) == 143
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Boot: ten real startup scripts, ordered by header lines only.
-# ---------------------------------------------------------------------------------------------------------
-
-TEN = {
-    "01-fetch.sh": "mkdir -p src && printf 'int main(void){}' > src/main.c && tar cf src.tar src && echo fetched",
-    "02-fetch-data.py": f"""#!{sys.executable} -IS
-@unit data
-import json
-json.dump([1, 2], open("data.json", "w"))
-""",
-    "03-unpack.sh": "@want fetch\nmkdir -p work && tar xf src.tar -C work && ls work/src",
-    "04-users.sh": "echo dev > user",
-    "05-configure.sh": """@want unpack users
-printf 'user=%s\\n' "$(cat user)" > config && test -f work/src/main.c
-""",
-    "06-build.sh": """@want unpack configure
-@timeout 10m
-cp work/src/main.c built && echo built
-""",
-    "07-migrate.py": f"""#!{sys.executable} -IS
-@want data configure
-import json
-print("rows", len(json.load(open("data.json"))))
-""",
-    "08-serve.sh": "@want build migrate\ntest -f built && echo up > service && echo serving",
-    "09-health.sh": "@want serve\ngrep up service",
-    "10-report.sh": "@want health --requires completion\necho done",
-}
-
-
-def test_ten_real_scripts_are_ordered_by_headers_only(world: World) -> None:
-    out = boots(world, TEN, "--timeline", "t.json")
-    said = [tuple(re.split(r" +\| ", line)) for line in out.splitlines()]
-    assert {("fetch", "fetched"), ("migrate", "rows 2"), ("serve", "serving"), ("health", "up")} <= set(said)
-    assert said[-1] == ("report", "done")
-    rows = rows_of(world.directory / "t.json")
-    assert all(rows[dep]["ended"] <= row["started"] for row in rows.values() for dep in row["wants"])
-
-
-def test_with_one_of_ten_broken_a_newcomer_is_told_what_to_fix(world: World) -> None:
-    broken = {**TEN, "05-configure.sh": TEN["05-configure.sh"].replace("cat user", "cat usr")}
-    broken["05-configure.sh"] += "\ncat usr || exit 4"
-    told = ["failed: configure (exit code 4); ", "05-configure.sh\n", "5 completed, 1 failed, 4 skipped"]
-    skipped = 'skipped: build: dependency "configure" failed (exit code 4)'
-    assert re.search(r"    \| cat: .?usr.?: No such file", Boot(world, broken).ends(1, None, *told, skipped))
-
-
-def test_a_boot_takes_as_long_as_its_critical_path(world: World) -> None:
-    layers = [[f"x{layer}-{i}" for i in range(4)] for layer in range(4)]
-    files = dict.fromkeys(layers[0], "sleep 0.1")
-    for before, layer in zip(layers, layers[1:]):
-        files.update((n, f"@want {' '.join(before)}\nsleep 0.1") for n in layer)
-    boots(world, files, "--timeline", "t.json")
-    data = json.loads((world.directory / "t.json").read_text())
-    assert data["seconds"] >= 0.4  # how much more is the benchmark's business
-    assert [step["unit_name"][:2] for step in data["critical_path"]] == ["x0", "x1", "x2", "x3"]
 
 
 # ---------------------------------------------------------------------------------------------------------
