@@ -37,8 +37,9 @@ rooms above it:
     Terminal        standard output and error
     Client          the Python API
     Calls           the reader of command lines; want, start, complete, fail
-    Units           the dependency graph and its rules, pure
     Processes       what several rooms need of the system
+    Run             a unit's command; run, wait
+    Units           the dependency graph and its rules, pure
     Agent           the daemon
     Views           data to text, pure
     Boot            a directory of scripts as one graph; a client like any other
@@ -1403,32 +1404,40 @@ def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, rest
 
 
-def load_rest() -> None:
-    """Have the commands that are declared below, of which LAUNCHER (see Install) has loaded nothing yet."""
+def load_more() -> bool:
+    """Have more commands, those of the next part of an installed copy (see Install); False if there are no more."""
     if "rest" not in globals():
-        return
+        return False
     import gc
+    from _frozen_importlib_external import MAGIC_NUMBER
     from marshal import loads
 
+    gc.disable()  # all that comes now stays
     place, was = globals().pop("rest")
     with open(FILE, "rb", 0) as file:
         now = posix.fstat(file.fileno())
         file.seek(place)
         data = file.read()
     if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
+        size = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))
+        if size >= 0:
+            globals()["rest"] = place + size + 16, was
         exec(loads(data), globals())
     else:  # the file was replaced just now
         from zipfile import ZipFile
 
         exec(compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec"), globals())
+    if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
+        gc.freeze()
     gc.enable()
+    return True
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
     options, words = command_line(argv)
-    if not words or words[0] not in COMMANDS:
-        load_rest()
+    while (not words or words[0] not in COMMANDS) and load_more():
+        pass
     if not words:
         raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
     name, rest = words[0], words[1:]
@@ -1482,6 +1491,1009 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         except (OSError, ValueError, AttributeError):
             pass
     posix._exit(code)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Processes. What several rooms need of the system: what standard output shows, who a process is, which descriptors
+# are open, signals, a command's run and its end. It may use Linux's /proc, and makes do without.
+# ----------------------------------------------------------------------------------------------------------
+
+import os  # noqa: E402  (a plain call, which needs only what is above, does without)
+
+NEVER = float("inf")  # a time
+LONGEST_POLL = 2e6  # seconds: its milliseconds are an int
+
+
+def terminal() -> tuple[int, bool, bool]:
+    """The width of standard output, whether it takes colour, and whether it shows more than ASCII."""
+    tty = os.isatty(1)
+    try:
+        width = os.get_terminal_size(1).columns
+    except OSError:
+        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
+    codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
+    locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
+    unicode = codec == "utf8" and "utf" in locale.lower()
+    return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
+
+
+def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
+    """The environment for a command: ours, or what was made before, and what is added to it."""
+    added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
+    return {**(os.environb if base is None else base), **added}
+
+
+# -- who a process is ---------------------------------------------------------------------------------------
+
+
+def stat_of(pid: int) -> list[str]:
+    """What /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+        return f.read().rpartition(")")[2].split()
+
+
+def birth(pid: int) -> str | None:
+    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone.
+
+    None when it cannot be told: no /proc, or no descriptor left to look.
+    """
+    try:
+        fields = stat_of(pid)
+        return "" if fields[0] in "ZX" else fields[19]
+    except OSError:
+        return None if signal_to(pid, 0) else ""
+
+
+def proc_line(pid: int, what: str) -> str:
+    """One value of /proc/PID/status, empty where there is none."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
+            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
+    except OSError:
+        return ""
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, short enough for a message; empty if unknown."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as f:
+            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return ""
+    if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
+        args = args[4:] if args[2:3] == ["-c"] else args[2:]
+    args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
+    text = one_line(" ".join(args)) or proc_line(pid, "Name")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- descriptors --------------------------------------------------------------------------------------------
+def open_files() -> int:
+    """How many descriptors this process may have."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def close_others(keep: Iterable[int]) -> None:
+    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
+    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
+    for before, after in zip(kept, kept[1:]):
+        os.closerange(before + 1, after)
+
+
+# -- signals, and a command's run -----------------------------------------------------------------------------
+STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
+PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
+
+
+def heeded(names: Iterable[str]) -> list[int]:
+    """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
+    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+
+    numbers = [int(getattr(signal, name)) for name in names]
+    return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+
+
+class Loop:
+    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
+
+    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
+    are given back. There is a poll, and a thread that takes signals for it, once there is a descriptor.
+    """
+
+    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
+        import _signal as signal
+
+        self.numbers = heeded(names)
+        self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._poll: Any = None
+        self._leaving = False
+        # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
+        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
+        self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
+
+    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
+        """Wait until something happens, or until a time; handle it.
+
+        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        """
+        import _signal as signal
+
+        if due < NEVER and not hasattr(signal, "sigtimedwait"):
+            self._begin_to_poll()
+        if not self._poll:
+            return self._signals(self._take(due))
+        came: list[tuple[int, bool]] = []
+        for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
+            if fd == self._taken:
+                came = self._signals(os.read(fd, 4096))
+            elif fd in self._handlers:  # it may be gone since
+                self._handlers[fd]()
+        return came
+
+    def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
+        """Have something called whenever a descriptor can be read, or written to."""
+        import select
+
+        self._begin_to_poll()
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
+
+    def forget(self, *fds: int) -> None:
+        """Watch descriptors no more."""
+        for fd in fds:
+            if self._handlers.pop(fd, None):
+                self._poll.unregister(fd)
+
+    def give_back(self) -> None:
+        """Let signals have their usual effect again, as before a command takes our place.
+
+        Raises SystemExit(128+N) if one has come that `turn` did not return, so that none is lost, not even to process
+        1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
+        """
+        import _signal as signal
+
+        late = []
+        if self._poll:
+            self._leaving = True
+            os.kill(os.getpid(), signal.SIGCHLD)
+            self._thread.join()
+            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
+            os.close(self._taken)
+            self._poll = None
+        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
+        late += [signal.sigwait(pending)] if pending else []
+        signal.signal(signal.SIGCHLD, self._of_children)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        if late:
+            sys.exit(128 + late[0])
+
+    def _take(self, due: float) -> bytes:
+        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        import _signal as signal
+
+        awaited = [*self.numbers, signal.SIGCHLD]
+        if not hasattr(signal, "sigwaitinfo"):
+            return bytes([signal.sigwait(awaited), True])
+        if due == NEVER:
+            got = signal.sigwaitinfo(awaited)
+        else:
+            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+
+    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
+        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
+        import _signal as signal
+
+        signals = list(zip(taken[::2], map(bool, taken[1::2])))
+        while any(number == signal.SIGCHLD for number, _ in signals):
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            if pid in self.children:
+                self.children.pop(pid)(exit_code_of(status))
+        return [one for one in signals if one[0] != signal.SIGCHLD]
+
+    def _begin_to_poll(self) -> None:
+        import select
+        import threading
+
+        if self._poll:
+            return
+        self._taken, write = os.pipe()
+
+        def take_signals() -> None:
+            while not self._leaving:
+                os.write(write, self._take(NEVER))
+            os.close(write)
+
+        self._thread = threading.Thread(target=take_signals, daemon=True)
+        self._thread.start()
+        self._poll = select.poll()
+        self._poll.register(self._taken, select.POLLIN)
+
+
+def end_on(*names: str) -> None:
+    """Have signals end us as Ctrl-C does, by an exception; process 1, too, which their usual effect would spare."""
+    import _signal as signal
+
+    for number in heeded(names):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
+def let_children_go() -> None:
+    """Have the system take the ends of our children, which nobody asks for."""
+    import _signal as signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
+    """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
+
+    Raises OSError, or ValueError for an empty name.
+    """
+    import _signal as signal
+
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
+    return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
+
+
+def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+
+    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
+    process sent to us is passed on. Raises CommandError if the command cannot be run.
+    """
+    loop, codes = Loop(), []  # type: ignore[var-annotated]
+    try:
+        try:
+            pid = spawn(command, env)
+        except (OSError, ValueError) as error:
+            raise cannot_run(command[0], error) from None
+        loop.children[pid] = codes.append
+        while not codes:
+            for number, sent in loop.turn():
+                if sent and not codes:
+                    signal_to(pid, number)
+    finally:
+        loop.give_back()
+    return int(codes[0])
+
+
+def exit_code_of(status: int) -> int:
+    """The exit status in what waitpid returned, -N for signal N; os.waitstatus_to_exitcode is not in 3.8."""
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def ending(code: int) -> str:
+    """The reason for a unit whose command did not end well."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def shell_status(code: int) -> int:
+    """The exit status that a shell gives for a command's, where we have -N for signal N."""
+    return code if code >= 0 else 128 - code
+
+
+def trouble_of(error: Exception) -> str:
+    """What an error says, without its number."""
+    return one_line(getattr(error, "strerror", None) or str(error))
+
+
+def cannot_run(program: str, error: Exception) -> CommandError:
+    """The error for a command that could not be started."""
+    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
+
+
+def signal_to(pid: int, number: int) -> bool:
+    """Signal a process, or by a negative number a group, that may be gone or not ours; return whether it is there."""
+    try:
+        os.kill(pid, number)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+def alive_groups(groups: Iterable[int]) -> set[int]:
+    """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
+    alive = {group for group in groups if signal_to(-group, 0)}
+    if not alive or not os.path.isdir("/proc/self"):
+        return alive
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            status, _, group = stat_of(int(pid))[:3]
+        except OSError:
+            continue
+        if status != "Z":
+            found.add(int(group))
+    return alive & found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Run. A unit's command: is it ready, what does it leave to others, its tries, its limits; then `run` and `wait`. Up to
+# here the file is all that these two need: an installed copy loads what follows only for other commands.
+# ----------------------------------------------------------------------------------------------------------
+
+# -- is it ready? ---------------------------------------------------------------------------------------------
+PROBE_TIMEOUT = 5.0  # for one try
+PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
+
+
+def address_of(text: str, port: int = 0) -> tuple[str, int]:
+    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+
+    Raises UsageError.
+    """
+    host, _, number = text.rpartition(":")
+    if port and (":" not in text or text[-1:] == "]"):
+        host, number = text, str(port)
+    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+        raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
+    return host.strip("[]"), int(number)
+
+
+def check_probe(text: str) -> None:
+    """Raises UsageError for a probe that can be known to be wrong without a try."""
+    kind, colon, rest = text.partition(":")
+    if kind == "tcp" and colon:
+        address_of(rest)
+    elif text.startswith("http://"):
+        address_of(text[7:].partition("/")[0], 80)
+    elif (colon and kind in ("unix", "file") and not rest) or not text:
+        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+
+
+def connect(host: str, port: int, timeout: float) -> Any:
+    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    import socket
+
+    if host:
+        return socket.create_connection((host, port), timeout)
+    try:
+        return socket.create_connection(("127.0.0.1", port), timeout)
+    except OSError as error:
+        try:
+            return socket.create_connection(("::1", port), timeout)
+        except OSError:
+            raise error from None
+
+
+def http_status(text: str, timeout: float) -> int:
+    """The status with which an http:// address answers. Raises OSError."""
+    where, _, path = text[7:].partition("/")
+    with connect(*address_of(where, 80), timeout) as sock:
+        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+        line = b""
+        while b"\n" not in line and len(line) < 1024:
+            chunk = sock.recv(1024)
+            if not chunk:
+                break
+            line += chunk
+    words = line.split(b"\n")[0].split()
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise OSError(0, "its answer is not HTTP")
+    return int(words[1])
+
+
+def can_be_read(fd: int, timeout: float) -> bool:
+    """Wait for a descriptor, for so many seconds; return whether it can be read."""
+    import select
+
+    awaited = select.poll()
+    awaited.register(fd, select.POLLIN)
+    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
+
+
+class Prober:
+    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
+
+    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them
+    (`reap`). `error` is what the last try lacked, in a few words.
+    """
+
+    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+        import threading
+
+        self.error = "its first try has not ended"
+        self._text, self._env = text, env
+        self._group = 0  # of a command that is being tried
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._ready, self._done = os.pipe()
+
+    def begin(self) -> Prober:
+        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+        import threading
+
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._ready
+
+    def ready(self) -> bool:
+        """Whether a try has succeeded."""
+        return not self.error
+
+    def close(self) -> None:
+        """No more tries; a command that is being tried is killed."""
+        self._closed.set()
+        with self._lock:
+            if self._group:
+                signal_to(-self._group, 9)
+        os.close(self._ready)
+
+    def _run(self) -> None:
+        pause = 0.1
+        try:
+            while not self._closed.is_set():
+                self.error = self._try()
+                if not self.error:
+                    break
+                self._closed.wait(pause)
+                pause = min(2 * pause, 1.0)
+        finally:
+            os.close(self._done)
+
+    def _try(self) -> str:
+        """Try once; return what is lacking."""
+        kind, colon, rest = self._text.partition(":")
+        try:
+            if kind == "file" and colon:
+                return "" if os.path.exists(rest) else "no such file"
+            if kind == "tcp" and colon:
+                connect(*address_of(rest), PROBE_TIMEOUT).close()
+                return ""
+            if kind == "unix" and colon:
+                from _socket import AF_UNIX, SOCK_STREAM, socket
+
+                sock = socket(AF_UNIX, SOCK_STREAM)
+                try:
+                    sock.settimeout(PROBE_TIMEOUT)
+                    sock.connect(rest)
+                finally:
+                    sock.close()
+                return ""
+            if self._text.startswith("http://"):
+                status = http_status(self._text, PROBE_TIMEOUT)
+                return "" if status < 400 else f"HTTP status {status}"
+            return self._command()
+        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            return trouble_of(error)
+
+    def _command(self) -> str:
+        read, write = os.pipe()
+        nothing = null()
+        try:
+            with self._lock:
+                if self._closed.is_set():
+                    return "no more tries"
+                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
+            os.close(write)
+            write = -1
+            if not can_be_read(read, PROBE_TIMEOUT):
+                signal_to(-self._group, 9)
+                return f"no end within {PROBE_TIMEOUT:.0f}s"
+            status = os.read(read, 16).strip()
+            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
+        finally:
+            with self._lock:
+                self._group = 0
+            for fd in (read, write, nothing):
+                if fd >= 0:
+                    os.close(fd)
+
+
+class Notified:
+    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
+
+    def __init__(self, path: str) -> None:
+        from _socket import AF_UNIX, SOCK_DGRAM, socket
+
+        self.error = "it has not said READY=1"
+        self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
+        self._sock.setblocking(False)
+        try:
+            self._sock.bind(path)
+        except OSError:
+            self._sock.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._sock.fileno()
+
+    def ready(self) -> bool:
+        """Take what was said; return whether READY=1 was."""
+        try:
+            while self.error:
+                if b"READY=1" in self._sock.recv(4096).split(b"\n"):
+                    self.error = ""
+        except OSError:
+            pass
+        return not self.error
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._sock.close()
+        remove(self._path)  # unless the command did
+
+
+# -- what a command leaves to others ----------------------------------------------------------------------------
+MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+
+
+def remove(path: str, only: os.stat_result | None = None) -> None:
+    """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
+    try:
+        if only is None or os.path.samestat(os.lstat(path), only):
+            os.unlink(path)
+    except OSError:
+        pass
+
+
+def private_file() -> tuple[int, str]:
+    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+
+    Unlike one in a directory it is gone when we are, however we end.
+    """
+    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+        try:
+            file = os.memfd_create("coder-sync")
+            return file, f"/proc/{os.getpid()}/fd/{file}"
+        except OSError:
+            pass
+    return -1, ""
+
+
+def private_directory() -> str:
+    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
+    path = os.path.join(getenv("TMPDIR") or "/tmp", f"coder-sync-{os.urandom(8).hex()}")
+    try:
+        os.mkdir(path, 0o700)
+    except OSError:
+        return ""
+    return path
+
+
+def remove_directory(path: str) -> None:
+    """Remove a private directory with all that a command may have left in it, if it is still there."""
+    for directory, _, files in os.walk(path, topdown=False):
+        try:
+            for name in files:
+                os.unlink(os.path.join(directory, name))
+            os.rmdir(directory)
+        except OSError:
+            pass
+
+
+def exported(path: str) -> dict[str, str]:
+    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    if not path:
+        return {}
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
+        with open(fd, "rb") as file:
+            data = file.read(MAX_ENV + 1) or b""
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    values: dict[str, str] = {}
+    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
+        name, found, value = line.partition("=")
+        if not line:
+            continue
+        if not found or not name.isidentifier() or not name.isascii() or "\0" in value:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
+        values[name] = value
+    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
+        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    return values
+
+
+# -- a unit's command -------------------------------------------------------------------------------------------
+LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+
+
+class Task:
+    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
+
+    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
+    of it goes to `report`, as a request to the agent.
+    """
+
+    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
+    grace = 10.0  # seconds from TERM to KILL
+
+    def __init__(
+        self,
+        loop: Loop,
+        unit: str,
+        command: list[str],
+        ready: str = "",
+        ready_timeout: float = 0.0,
+        timeout: float = 0.0,
+        retries: int = 0,
+        delay: float = 0.0,
+    ) -> None:
+        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
+        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
+        self.env: dict[bytes, bytes] = {}
+        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.pid = 0  # of the process or group of the latest try, until it is gone
+        self.running = False  # the process; the group may live on
+        self.running_on = False  # the agent knows that it is a service
+        self.code = 0  # with which it ended
+        self.tries = 0
+        self.began = 0.0  # the latest try
+        self.stopped = False  # nothing is tried again
+        self.killed = False
+        self.prober: Prober | Notified | None = None  # while it is not ready
+        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
+        self.why = ""  # we end it
+        self.reason = ""  # how the latest try ended, or the unit
+        self.reported = ""  # "complete" or "fail"
+
+    # What is for others to say: how it is run, and who is told.
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        """Start the process; return its pid. Raises OSError or ValueError."""
+        return spawn(self.command, env)
+
+    def begun(self, detail: str) -> None:
+        """A try has begun, which `detail` says if it is not the first."""
+        if detail:
+            self.report("retry", detail=detail)
+
+    def not_begun(self, error: Exception) -> None:
+        """A try could not begin."""
+        raise NotImplementedError
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        """There will be another try."""
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent."""
+        raise NotImplementedError
+
+    def exited(self) -> None:
+        """The process of a unit that has completed has ended."""
+        if self.code and not self.running_on:
+            self.report("running")
+        self.report("exited", reason=ending(self.code))
+
+    # The way.
+
+    def begin(self) -> None:
+        """Begin a try."""
+        added = {"CODER_SYNC_UNIT": self.unit}
+        if self.left:
+            added["CODER_SYNC_ENV"] = self.left
+        if self.ready == "notify":
+            added["NOTIFY_SOCKET"] = self.notify_path
+        env = environment(self.env, **added)
+        detail = self.next_try() if self.tries else ""
+        try:
+            self.probe(env)
+            self.pid = self.spawn(env)
+        except (CommandError, OSError, ValueError) as error:
+            self.close_prober()
+            self.not_begun(error)
+            return
+        self.loop.children[self.pid] = self.process_ended
+        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.tries += 1
+        self.stop_at = self.began + self.timeout if self.timeout else NEVER
+        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+        self.begun(detail)
+
+    def probe(self, env: dict[bytes, bytes]) -> None:
+        """Begin to ask whether it is ready. Raises CommandError."""
+        if not self.ready:
+            return
+        try:
+            if self.ready == "notify" and not self.notify_path:
+                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
+            self.loop.watch(self.prober.fileno(), self.probed)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
+
+    def probed(self) -> None:
+        """The prober has something to say."""
+        if self.prober and self.prober.ready():
+            self.close_prober()
+            self.ready_by = NEVER
+            self.complete()
+
+    def close_prober(self) -> None:
+        """Probe no more."""
+        if self.prober:
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.ready_by:
+            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+        if now >= self.stop_at:
+            self.end(f"timed out after {span(self.timeout)}")
+        if now >= self.kill_at:
+            self.kill()
+        if now >= self.again_at and not self.pid:
+            self.again_at = NEVER
+            self.begin()
+        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group may go first
+
+    def end(self, why: str) -> None:
+        """End it: TERM, and KILL after the grace."""
+        self.why = self.why or why
+        self.stop_at = self.ready_by = NEVER
+        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+        self.close_prober()
+        self.signal(15)
+
+    def kill(self) -> None:
+        """End it for good, or give up what is left of its group."""
+        if self.killed and not self.running:
+            self.gone()
+        else:
+            self.killed, self.kill_at = True, time.monotonic() + 1
+            self.signal(9)
+
+    def signal(self, number: int) -> None:
+        """Signal the process, or its group."""
+        signal_to(-self.pid if self.own_group else self.pid, number)
+
+    def gone(self) -> None:
+        """Forget the number of the process, or of its group, before it is another one's."""
+        self.pid, self.kill_at = 0, NEVER
+
+    def process_ended(self, code: int) -> None:
+        """The process has ended, with this exit status, -N for signal N."""
+        self.running, self.code = False, code
+        self.stop_at = self.ready_by = NEVER
+        if not self.own_group or not alive_groups([self.pid]):
+            self.gone()
+        self.probed()  # it may have become ready with the last that it did
+        early = self.prober is not None
+        self.close_prober()
+        if self.reported == "complete":
+            self.exited()
+        elif not self.reported:
+            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            self.tried(self.why or how, code)
+
+    def tried(self, how: str, code: int) -> None:
+        """A try has ended, without success unless there is nothing to say how."""
+        if not how:
+            self.complete()
+        elif self.tries <= self.retries and not self.stopped:
+            self.reason, delay = how, self.delay
+            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
+            self.again_at = time.monotonic() + delay
+            self.to_be_tried_again(self.next_try(), delay)
+        else:
+            self.fail(how, code)
+
+    def next_try(self) -> str:
+        """Which try is next, and why."""
+        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
+
+    def complete(self) -> None:
+        """Report that it is done, or ready, and what it leaves to others."""
+        try:
+            env = exported(self.left)
+        except Refused as error:
+            self.fail(str(error))
+        else:
+            self.reported = "complete"
+            self.report("complete", env=env)
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        """Report that the unit has failed."""
+        self.reported, self.reason, self.again_at = "fail", reason, NEVER
+        self.report("fail", reason=reason, exit_code=shell_status(code))
+
+
+# -- the commands -------------------------------------------------------------------------------------------
+@Command(
+    "run pip-install --want git-clone -- pip install -r requirements.txt",
+    *STARTING,
+    Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+    Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+    Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+    Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
+    flag("--optional", help="run COMMAND even if there is no agent"),
+    QUIET,
+    tail="+",
+)
+def cmd_run(args: Args) -> int:
+    """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
+    report = Reporter(args, f"{args.unit}: ", 2)
+    start = start_of(args, report, hold=True)
+    if args.ready is not None:
+        check_probe(args.ready)
+    end_on("SIGTERM")
+    try:
+        start.__enter__()
+    except Unreachable as error:
+        if not args.optional:
+            raise
+        put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
+        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
+    if report.waited:
+        say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
+    return Run(args, start).to_its_end()
+
+
+class Run(Task):
+    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
+
+    def __init__(self, args: Args, start: Start) -> None:
+        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
+        super().__init__(Loop(), args.unit, args.command, args.ready or "", **options)
+        self.env, self.channel = environment(**start.environment), start.channel
+        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
+        self.status = 0  # to return
+        self.file, self.left = private_file()
+        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
+        if self.directory:
+            self.left = self.left or os.path.join(self.directory, "env")
+            self.notify_path = os.path.join(self.directory, "notify")
+
+    def to_its_end(self) -> int:
+        """Run it, at most `retries` times again if it fails; return its exit status."""
+        try:
+            try:
+                self.begin()
+                while self.running or self.again_at < NEVER:
+                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                        self.signalled(number, sent)
+            finally:
+                self.loop.give_back()
+            while self.asked:  # signals have their effect again, should the agent not answer
+                self.answered(STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT)
+            return self.status
+        finally:
+            remove_directory(self.directory)
+
+    def signalled(self, number: int, sent: bool) -> None:
+        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+        self.stopped = True
+        if self.running and sent:
+            self.signal(number)
+        elif self.again_at < NEVER:
+            self.fail(f"stopped between two tries; {self.reason}")
+            sys.exit(128 + number)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        if self.file >= 0:
+            os.ftruncate(self.file, 0)
+        else:
+            remove(self.left)
+        return super().spawn(env)
+
+    def begun(self, detail: str) -> None:
+        super().begun(detail)
+        if self.ready:
+            self.report("owner", ready=self.ready)
+
+    def not_begun(self, error: Exception) -> None:
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
+        self.tries += 1
+        self.tried(str(wrong), wrong.exit_code)
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+
+    def complete(self) -> None:
+        super().complete()
+        if self.running and self.reported == "complete":
+            self.running_on = True
+            self.report("running")
+            self.loop.watch(self.channel.fileno(), self.answered)
+
+    def exited(self) -> None:
+        self.status = shell_status(self.code)
+        super().exited()
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        self.status = shell_status(code) or 1
+        if reason != ending(code):  # else the exit status says it
+            put(f"error: {self.unit}: {reason}\n", 2)
+        super().fail(reason, code)
+
+    def report(self, method: str, **params: Any) -> None:
+        outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
+        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
+        what = params.get("detail") or others.get(method, outcome)
+        if self.asked and can_be_read(self.channel.fileno(), 0):
+            self.answered()  # an agent takes no requests while its answers are not taken
+        try:
+            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
+        except SyncError as error:
+            self.not_reported(what, error)
+
+    def answered(self, timeout: float = REPLY_TIMEOUT) -> None:
+        """Take an answer to what was reported; without the agent the command goes on all the same."""
+        if not self.asked:  # it has hung up
+            self.loop.forget(self.channel.fileno())
+            return
+        request, what = self.asked.pop(0)
+        try:
+            self.channel.answer(request, timeout)
+        except Unreachable as error:  # nothing else will be answered either
+            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
+            self.asked.clear()
+        except SyncError as error:
+            self.not_reported(what, error)
+
+    def not_reported(self, what: str, error: SyncError) -> None:
+        """Say that the agent may not know something."""
+        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+
+
+@Command(
+    "wait pip-install --ready tcp:5432 --timeout 2m",
+    Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
+    Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
+    REQUIRES,
+    TIMEOUT,
+    QUIET,
+)
+def cmd_wait(args: Args) -> int:
+    """Wait for units without being one, and for what is to be ready."""
+    if not args.units and not args.ready:
+        raise UsageError("wait: name a unit, or what is to be --ready")
+    for probe in args.ready:
+        check_probe(probe)
+        if probe == "notify":
+            raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
+    began, report = time.monotonic(), Reporter(args, "")
+    if args.ready:
+        let_children_go()
+        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
+    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    try:
+        for prober in probers.values():
+            prober.begin()
+        if args.units:
+            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+        for prober in probers.values():
+            left = began + args.timeout - time.monotonic() if args.timeout else NEVER
+            if not can_be_read(prober.fileno(), left) or prober.error:
+                lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
+                put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
+                return TimedOut.exit_code
+    finally:  # what is being tried does not outlive us
+        for prober in probers.values():
+            prober.close()
+    took = time.monotonic() - began
+    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2229,824 +3241,6 @@ class Units:
             self.events[self.seq] = event
             self.events.pop(self.seq - MAX_EVENTS, None)
             self.tell(event)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Processes. What several rooms need of the system: what standard output shows, who a process is, which descriptors
-# are open, signals, a command's run and its end. It may use Linux's /proc, and makes do without.
-# ----------------------------------------------------------------------------------------------------------
-
-import os  # noqa: E402  (a plain call, which needs only what is above Units, does without)
-
-NEVER = float("inf")  # a time
-LONGEST_POLL = 2e6  # seconds: its milliseconds are an int
-
-
-def terminal() -> tuple[int, bool, bool]:
-    """The width of standard output, whether it takes colour, and whether it shows more than ASCII."""
-    tty = os.isatty(1)
-    try:
-        width = os.get_terminal_size(1).columns
-    except OSError:
-        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
-    codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
-    locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
-    unicode = codec == "utf8" and "utf" in locale.lower()
-    return max(40, min(width, 400)), tty and not getenv("NO_COLOR"), unicode
-
-
-def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
-    """The environment for a command: ours, or what was made before, and what is added to it."""
-    added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
-    return {**(os.environb if base is None else base), **added}
-
-
-# -- who a process is ---------------------------------------------------------------------------------------
-
-
-def stat_of(pid: int) -> list[str]:
-    """What /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-        return f.read().rpartition(")")[2].split()
-
-
-def birth(pid: int) -> str | None:
-    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone.
-
-    None when it cannot be told: no /proc, or no descriptor left to look.
-    """
-    try:
-        fields = stat_of(pid)
-        return "" if fields[0] in "ZX" else fields[19]
-    except OSError:
-        return None if signal_to(pid, 0) else ""
-
-
-def proc_line(pid: int, what: str) -> str:
-    """One value of /proc/PID/status, empty where there is none."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
-    except OSError:
-        return ""
-
-
-def command_of(pid: int) -> str:
-    """The command line of a process, short enough for a message; empty if unknown."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
-    except OSError:
-        return ""
-    if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
-        args = args[4:] if args[2:3] == ["-c"] else args[2:]
-    args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(" ".join(args)) or proc_line(pid, "Name")
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-# -- descriptors --------------------------------------------------------------------------------------------
-def open_files() -> int:
-    """How many descriptors this process may have."""
-    import resource
-
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
-
-
-def close_others(keep: Iterable[int]) -> None:
-    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
-    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
-    for before, after in zip(kept, kept[1:]):
-        os.closerange(before + 1, after)
-
-
-# -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
-PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
-
-
-def heeded(names: Iterable[str]) -> list[int]:
-    """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
-    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
-
-    numbers = [int(getattr(signal, name)) for name in names]
-    return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
-
-
-class Loop:
-    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
-
-    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
-    are given back. There is a poll, and a thread that takes signals for it, once there is a descriptor.
-    """
-
-    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
-        import _signal as signal
-
-        self.numbers = heeded(names)
-        self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
-        self._handlers: dict[int, Callable[[], None]] = {}
-        self._poll: Any = None
-        self._leaving = False
-        # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
-        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
-        self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
-
-    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
-        """Wait until something happens, or until a time; handle it.
-
-        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
-        """
-        import _signal as signal
-
-        if due < NEVER and not hasattr(signal, "sigtimedwait"):
-            self._begin_to_poll()
-        if not self._poll:
-            return self._signals(self._take(due))
-        came: list[tuple[int, bool]] = []
-        for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
-            if fd == self._taken:
-                came = self._signals(os.read(fd, 4096))
-            elif fd in self._handlers:  # it may be gone since
-                self._handlers[fd]()
-        return came
-
-    def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
-        """Have something called whenever a descriptor can be read, or written to."""
-        import select
-
-        self._begin_to_poll()
-        self._handlers[fd] = handler
-        self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
-
-    def forget(self, *fds: int) -> None:
-        """Watch descriptors no more."""
-        for fd in fds:
-            if self._handlers.pop(fd, None):
-                self._poll.unregister(fd)
-
-    def give_back(self) -> None:
-        """Let signals have their usual effect again, as before a command takes our place.
-
-        Raises SystemExit(128+N) if one has come that `turn` did not return, so that none is lost, not even to process
-        1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
-        """
-        import _signal as signal
-
-        late = []
-        if self._poll:
-            self._leaving = True
-            os.kill(os.getpid(), signal.SIGCHLD)
-            self._thread.join()
-            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
-            os.close(self._taken)
-            self._poll = None
-        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
-        late += [signal.sigwait(pending)] if pending else []
-        signal.signal(signal.SIGCHLD, self._of_children)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        if late:
-            sys.exit(128 + late[0])
-
-    def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
-        import _signal as signal
-
-        awaited = [*self.numbers, signal.SIGCHLD]
-        if not hasattr(signal, "sigwaitinfo"):
-            return bytes([signal.sigwait(awaited), True])
-        if due == NEVER:
-            got = signal.sigwaitinfo(awaited)
-        else:
-            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
-
-    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
-        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
-        import _signal as signal
-
-        signals = list(zip(taken[::2], map(bool, taken[1::2])))
-        while any(number == signal.SIGCHLD for number, _ in signals):
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if not pid:
-                break
-            if pid in self.children:
-                self.children.pop(pid)(exit_code_of(status))
-        return [one for one in signals if one[0] != signal.SIGCHLD]
-
-    def _begin_to_poll(self) -> None:
-        import select
-        import threading
-
-        if self._poll:
-            return
-        self._taken, write = os.pipe()
-
-        def take_signals() -> None:
-            while not self._leaving:
-                os.write(write, self._take(NEVER))
-            os.close(write)
-
-        self._thread = threading.Thread(target=take_signals, daemon=True)
-        self._thread.start()
-        self._poll = select.poll()
-        self._poll.register(self._taken, select.POLLIN)
-
-
-def end_on(*names: str) -> None:
-    """Have signals end us as Ctrl-C does, by an exception; process 1, too, which their usual effect would spare."""
-    import _signal as signal
-
-    for number in heeded(names):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-
-
-def let_children_go() -> None:
-    """Have the system take the ends of our children, which nobody asks for."""
-    import _signal as signal
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-
-
-def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
-    """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
-
-    Raises OSError, or ValueError for an empty name.
-    """
-    import _signal as signal
-
-    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
-    return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
-
-
-def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
-
-    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
-    process sent to us is passed on. Raises CommandError if the command cannot be run.
-    """
-    loop, codes = Loop(), []  # type: ignore[var-annotated]
-    try:
-        try:
-            pid = spawn(command, env)
-        except (OSError, ValueError) as error:
-            raise cannot_run(command[0], error) from None
-        loop.children[pid] = codes.append
-        while not codes:
-            for number, sent in loop.turn():
-                if sent and not codes:
-                    signal_to(pid, number)
-    finally:
-        loop.give_back()
-    return int(codes[0])
-
-
-def exit_code_of(status: int) -> int:
-    """The exit status in what waitpid returned, -N for signal N; os.waitstatus_to_exitcode is not in 3.8."""
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def ending(code: int) -> str:
-    """The reason for a unit whose command did not end well."""
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def shell_status(code: int) -> int:
-    """The exit status that a shell gives for a command's, where we have -N for signal N."""
-    return code if code >= 0 else 128 - code
-
-
-def trouble_of(error: Exception) -> str:
-    """What an error says, without its number."""
-    return one_line(getattr(error, "strerror", None) or str(error))
-
-
-def cannot_run(program: str, error: Exception) -> CommandError:
-    """The error for a command that could not be started."""
-    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
-
-
-def signal_to(pid: int, number: int) -> bool:
-    """Signal a process, or by a negative number a group, that may be gone or not ours; return whether it is there."""
-    try:
-        os.kill(pid, number)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
-
-
-def alive_groups(groups: Iterable[int]) -> set[int]:
-    """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
-    alive = {group for group in groups if signal_to(-group, 0)}
-    if not alive or not os.path.isdir("/proc/self"):
-        return alive
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            status, _, group = stat_of(int(pid))[:3]
-        except OSError:
-            continue
-        if status != "Z":
-            found.add(int(group))
-    return alive & found
-
-
-# -- is it ready? ---------------------------------------------------------------------------------------------
-PROBE_TIMEOUT = 5.0  # for one try
-
-
-def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
-
-    Raises UsageError.
-    """
-    host, _, number = text.rpartition(":")
-    if port and (":" not in text or text[-1:] == "]"):
-        host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
-        raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
-    return host.strip("[]"), int(number)
-
-
-def check_probe(text: str) -> None:
-    """Raises UsageError for a probe that can be known to be wrong without a try."""
-    kind, colon, rest = text.partition(":")
-    if kind == "tcp" and colon:
-        address_of(rest)
-    elif text.startswith("http://"):
-        address_of(text[7:].partition("/")[0], 80)
-    elif (colon and kind in ("unix", "file") and not rest) or not text:
-        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
-        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
-
-
-def connect(host: str, port: int, timeout: float) -> Any:
-    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    import socket
-
-    if host:
-        return socket.create_connection((host, port), timeout)
-    try:
-        return socket.create_connection(("127.0.0.1", port), timeout)
-    except OSError as error:
-        try:
-            return socket.create_connection(("::1", port), timeout)
-        except OSError:
-            raise error from None
-
-
-def http_status(text: str, timeout: float) -> int:
-    """The status with which an http:// address answers. Raises OSError."""
-    where, _, path = text[7:].partition("/")
-    with connect(*address_of(where, 80), timeout) as sock:
-        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
-        line = b""
-        while b"\n" not in line and len(line) < 1024:
-            chunk = sock.recv(1024)
-            if not chunk:
-                break
-            line += chunk
-    words = line.split(b"\n")[0].split()
-    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
-        raise OSError(0, "its answer is not HTTP")
-    return int(words[1])
-
-
-def can_be_read(fd: int, timeout: float) -> bool:
-    """Wait for a descriptor, for so many seconds; return whether it can be read."""
-    import select
-
-    awaited = select.poll()
-    awaited.register(fd, select.POLLIN)
-    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
-
-
-class Prober:
-    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
-
-    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them
-    (`reap`). `error` is what the last try lacked, in a few words.
-    """
-
-    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
-        import threading
-
-        self.error = "its first try has not ended"
-        self._text, self._env = text, env
-        self._group = 0  # of a command that is being tried
-        self._lock, self._closed = threading.Lock(), threading.Event()
-        self._ready, self._done = os.pipe()
-
-    def begin(self) -> Prober:
-        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
-        import threading
-
-        threading.Thread(target=self._run, daemon=True).start()
-        return self
-
-    def fileno(self) -> int:
-        """The descriptor to poll."""
-        return self._ready
-
-    def ready(self) -> bool:
-        """Whether a try has succeeded."""
-        return not self.error
-
-    def close(self) -> None:
-        """No more tries; a command that is being tried is killed."""
-        self._closed.set()
-        with self._lock:
-            if self._group:
-                signal_to(-self._group, 9)
-        os.close(self._ready)
-
-    def _run(self) -> None:
-        pause = 0.1
-        try:
-            while not self._closed.is_set():
-                self.error = self._try()
-                if not self.error:
-                    break
-                self._closed.wait(pause)
-                pause = min(2 * pause, 1.0)
-        finally:
-            os.close(self._done)
-
-    def _try(self) -> str:
-        """Try once; return what is lacking."""
-        kind, colon, rest = self._text.partition(":")
-        try:
-            if kind == "file" and colon:
-                return "" if os.path.exists(rest) else "no such file"
-            if kind == "tcp" and colon:
-                connect(*address_of(rest), PROBE_TIMEOUT).close()
-                return ""
-            if kind == "unix" and colon:
-                from _socket import AF_UNIX, SOCK_STREAM, socket
-
-                sock = socket(AF_UNIX, SOCK_STREAM)
-                try:
-                    sock.settimeout(PROBE_TIMEOUT)
-                    sock.connect(rest)
-                finally:
-                    sock.close()
-                return ""
-            if self._text.startswith("http://"):
-                status = http_status(self._text, PROBE_TIMEOUT)
-                return "" if status < 400 else f"HTTP status {status}"
-            return self._command()
-        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
-            return trouble_of(error)
-
-    def _command(self) -> str:
-        read, write = os.pipe()
-        nothing = null()
-        try:
-            with self._lock:
-                if self._closed.is_set():
-                    return "no more tries"
-                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
-                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
-                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
-            os.close(write)
-            write = -1
-            if not can_be_read(read, PROBE_TIMEOUT):
-                signal_to(-self._group, 9)
-                return f"no end within {PROBE_TIMEOUT:.0f}s"
-            status = os.read(read, 16).strip()
-            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
-        finally:
-            with self._lock:
-                self._group = 0
-            for fd in (read, write, nothing):
-                if fd >= 0:
-                    os.close(fd)
-
-
-class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
-
-    def __init__(self, path: str) -> None:
-        from _socket import AF_UNIX, SOCK_DGRAM, socket
-
-        self.error = "it has not said READY=1"
-        self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
-        self._sock.setblocking(False)
-        try:
-            self._sock.bind(path)
-        except OSError:
-            self._sock.close()
-            raise
-
-    def fileno(self) -> int:
-        """The descriptor to poll."""
-        return self._sock.fileno()
-
-    def ready(self) -> bool:
-        """Take what was said; return whether READY=1 was."""
-        try:
-            while self.error:
-                if b"READY=1" in self._sock.recv(4096).split(b"\n"):
-                    self.error = ""
-        except OSError:
-            pass
-        return not self.error
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._sock.close()
-        remove(self._path)  # unless the command did
-
-
-# -- what a command leaves to others ----------------------------------------------------------------------------
-MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
-
-
-def remove(path: str, only: os.stat_result | None = None) -> None:
-    """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
-    try:
-        if only is None or os.path.samestat(os.lstat(path), only):
-            os.unlink(path)
-    except OSError:
-        pass
-
-
-def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
-
-    Unlike one in a directory it is gone when we are, however we end.
-    """
-    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
-        try:
-            file = os.memfd_create("coder-sync")
-            return file, f"/proc/{os.getpid()}/fd/{file}"
-        except OSError:
-            pass
-    return -1, ""
-
-
-def private_directory() -> str:
-    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    path = os.path.join(getenv("TMPDIR") or "/tmp", f"coder-sync-{os.urandom(8).hex()}")
-    try:
-        os.mkdir(path, 0o700)
-    except OSError:
-        return ""
-    return path
-
-
-def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it, if it is still there."""
-    for directory, _, files in os.walk(path, topdown=False):
-        try:
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
-        except OSError:
-            pass
-
-
-def exported(path: str) -> dict[str, str]:
-    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
-    if not path:
-        return {}
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
-        with open(fd, "rb") as file:
-            data = file.read(MAX_ENV + 1) or b""
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
-    values: dict[str, str] = {}
-    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        name, found, value = line.partition("=")
-        if not line:
-            continue
-        if not found or not name.isidentifier() or not name.isascii() or "\0" in value:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
-        values[name] = value
-    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
-        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
-    return values
-
-
-# -- a unit's command -------------------------------------------------------------------------------------------
-LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
-
-
-class Task:
-    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
-
-    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
-    of it goes to `report`, as a request to the agent.
-    """
-
-    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
-    grace = 10.0  # seconds from TERM to KILL
-
-    def __init__(
-        self,
-        loop: Loop,
-        unit: str,
-        command: list[str],
-        ready: str = "",
-        ready_timeout: float = 0.0,
-        timeout: float = 0.0,
-        retries: int = 0,
-        delay: float = 0.0,
-    ) -> None:
-        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
-        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
-        self.env: dict[bytes, bytes] = {}
-        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
-        self.pid = 0  # of the process or group of the latest try, until it is gone
-        self.running = False  # the process; the group may live on
-        self.running_on = False  # the agent knows that it is a service
-        self.code = 0  # with which it ended
-        self.tries = 0
-        self.began = 0.0  # the latest try
-        self.stopped = False  # nothing is tried again
-        self.killed = False
-        self.prober: Prober | Notified | None = None  # while it is not ready
-        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
-        self.why = ""  # we end it
-        self.reason = ""  # how the latest try ended, or the unit
-        self.reported = ""  # "complete" or "fail"
-
-    # What is for others to say: how it is run, and who is told.
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        """Start the process; return its pid. Raises OSError or ValueError."""
-        return spawn(self.command, env)
-
-    def begun(self, detail: str) -> None:
-        """A try has begun, which `detail` says if it is not the first."""
-        if detail:
-            self.report("retry", detail=detail)
-
-    def not_begun(self, error: Exception) -> None:
-        """A try could not begin."""
-        raise NotImplementedError
-
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
-        """There will be another try."""
-
-    def report(self, method: str, **params: Any) -> None:
-        """Tell the agent."""
-        raise NotImplementedError
-
-    def exited(self) -> None:
-        """The process of a unit that has completed has ended."""
-        if self.code and not self.running_on:
-            self.report("running")
-        self.report("exited", reason=ending(self.code))
-
-    # The way.
-
-    def begin(self) -> None:
-        """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            added["CODER_SYNC_ENV"] = self.left
-        if self.ready == "notify":
-            added["NOTIFY_SOCKET"] = self.notify_path
-        env = environment(self.env, **added)
-        detail = self.next_try() if self.tries else ""
-        try:
-            self.probe(env)
-            self.pid = self.spawn(env)
-        except (CommandError, OSError, ValueError) as error:
-            self.close_prober()
-            self.not_begun(error)
-            return
-        self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
-        self.tries += 1
-        self.stop_at = self.began + self.timeout if self.timeout else NEVER
-        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
-        self.begun(detail)
-
-    def probe(self, env: dict[bytes, bytes]) -> None:
-        """Begin to ask whether it is ready. Raises CommandError."""
-        if not self.ready:
-            return
-        try:
-            if self.ready == "notify" and not self.notify_path:
-                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
-            self.loop.watch(self.prober.fileno(), self.probed)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
-
-    def probed(self) -> None:
-        """The prober has something to say."""
-        if self.prober and self.prober.ready():
-            self.close_prober()
-            self.ready_by = NEVER
-            self.complete()
-
-    def close_prober(self) -> None:
-        """Probe no more."""
-        if self.prober:
-            self.loop.forget(self.prober.fileno())
-            self.prober.close()
-            self.prober = None
-
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.ready_by:
-            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
-        if now >= self.stop_at:
-            self.end(f"timed out after {span(self.timeout)}")
-        if now >= self.kill_at:
-            self.kill()
-        if now >= self.again_at and not self.pid:
-            self.again_at = NEVER
-            self.begin()
-        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group may go first
-
-    def end(self, why: str) -> None:
-        """End it: TERM, and KILL after the grace."""
-        self.why = self.why or why
-        self.stop_at = self.ready_by = NEVER
-        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.close_prober()
-        self.signal(15)
-
-    def kill(self) -> None:
-        """End it for good, or give up what is left of its group."""
-        if self.killed and not self.running:
-            self.gone()
-        else:
-            self.killed, self.kill_at = True, time.monotonic() + 1
-            self.signal(9)
-
-    def signal(self, number: int) -> None:
-        """Signal the process, or its group."""
-        signal_to(-self.pid if self.own_group else self.pid, number)
-
-    def gone(self) -> None:
-        """Forget the number of the process, or of its group, before it is another one's."""
-        self.pid, self.kill_at = 0, NEVER
-
-    def process_ended(self, code: int) -> None:
-        """The process has ended, with this exit status, -N for signal N."""
-        self.running, self.code = False, code
-        self.stop_at = self.ready_by = NEVER
-        if not self.own_group or not alive_groups([self.pid]):
-            self.gone()
-        self.probed()  # it may have become ready with the last that it did
-        early = self.prober is not None
-        self.close_prober()
-        if self.reported == "complete":
-            self.exited()
-        elif not self.reported:
-            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
-            self.tried(self.why or how, code)
-
-    def tried(self, how: str, code: int) -> None:
-        """A try has ended, without success unless there is nothing to say how."""
-        if not how:
-            self.complete()
-        elif self.tries <= self.retries and not self.stopped:
-            self.reason, delay = how, self.delay
-            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
-            self.again_at = time.monotonic() + delay
-            self.to_be_tried_again(self.next_try(), delay)
-        else:
-            self.fail(how, code)
-
-    def next_try(self) -> str:
-        """Which try is next, and why."""
-        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
-
-    def complete(self) -> None:
-        """Report that it is done, or ready, and what it leaves to others."""
-        try:
-            env = exported(self.left)
-        except Refused as error:
-            self.fail(str(error))
-        else:
-            self.reported = "complete"
-            self.report("complete", env=env)
-
-    def fail(self, reason: str, code: int = 0) -> None:
-        """Report that the unit has failed."""
-        self.reported, self.reason, self.again_at = "fail", reason, NEVER
-        self.report("fail", reason=reason, exit_code=shell_status(code))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5928,7 +6122,7 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
 # that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
 # looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
-# LOADER with two parts, above and below the banner of Units; `load_rest` reads the second only where it is needed.
+# LOADER with three parts, cut at the banners of Processes and Units; `load_more` reads the others where it needs them.
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD = """\
@@ -5954,7 +6148,7 @@ __file__, __name__ = sys.argv[0], "coder_sync"
 gc.disable()  # all that comes now stays
 with open(__file__, "rb", 0) as file:
     data, found = file.read(1 << 17), fstat(file.fileno())
-parts = data.split(MAGIC_NUMBER + bytes([1, 0, 0, 0]))  # of a .pyc that is not to be compared with its source
+parts = data.split(MAGIC_NUMBER + bytes([1, 0, 0, 0]), 3)  # of a .pyc that is not to be compared with its source
 if len(parts) > 3:
     rest = len(data) - len(parts[3]) + 8, found
     exec(loads(parts[2][8:]))
@@ -5988,10 +6182,12 @@ def compiled(text):  # a flag does what an import of __future__ would
 
 
 source = sys.stdin.buffer.read()
-lean = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
-above, banner, below = lean.partition(b"\\n# Units. ")
-below = b"\\n" * above.count(b"\\n") + banner + below  # with its line numbers
-sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(above), compiled(below)))))
+rest = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
+parts = []
+for banner in b"\\n# Units. ", b"\\n# Processes. ":  # each part with its line numbers
+    rest, _, below = rest.partition(banner)
+    parts.insert(0, compiled(b"\\n" * rest.count(b"\\n") + banner + below))
+sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(rest), *parts))))
 """
 # No columns in tracebacks: what is not there need not be read.
 COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE, LOADER)
@@ -6110,7 +6306,6 @@ def units_or(default: str) -> Argument:
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 
-PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
 TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
 
@@ -6200,143 +6395,6 @@ def cmd_ping(args: Args) -> None:
     up = answer.get("uptime")
     age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
     put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
-
-
-@Command(
-    "run pip-install --want git-clone -- pip install -r requirements.txt",
-    *STARTING,
-    Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-    Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
-    Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-    Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
-    flag("--optional", help="run COMMAND even if there is no agent"),
-    QUIET,
-    tail="+",
-)
-def cmd_run(args: Args) -> int:
-    """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
-    report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True)
-    if args.ready is not None:
-        check_probe(args.ready)
-    end_on("SIGTERM")
-    try:
-        start.__enter__()
-    except Unreachable as error:
-        if not args.optional:
-            raise
-        put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
-    if report.waited:
-        say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    return Run(args, start).to_its_end()
-
-
-class Run(Task):
-    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
-
-    def __init__(self, args: Args, start: Start) -> None:
-        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
-        super().__init__(Loop(), args.unit, args.command, args.ready or "", **options)
-        self.env, self.channel = environment(**start.environment), start.channel
-        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
-        self.status = 0  # to return
-        self.file, self.left = private_file()
-        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
-        if self.directory:
-            self.left = self.left or os.path.join(self.directory, "env")
-            self.notify_path = os.path.join(self.directory, "notify")
-
-    def to_its_end(self) -> int:
-        """Run it, at most `retries` times again if it fails; return its exit status."""
-        try:
-            try:
-                self.begin()
-                while self.running or self.again_at < NEVER:
-                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
-                        self.signalled(number, sent)
-            finally:
-                self.loop.give_back()
-            while self.asked:  # signals have their effect again, should the agent not answer
-                self.answered(STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT)
-            return self.status
-        finally:
-            remove_directory(self.directory)
-
-    def signalled(self, number: int, sent: bool) -> None:
-        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
-        self.stopped = True
-        if self.running and sent:
-            self.signal(number)
-        elif self.again_at < NEVER:
-            self.fail(f"stopped between two tries; {self.reason}")
-            sys.exit(128 + number)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.file >= 0:
-            os.ftruncate(self.file, 0)
-        else:
-            remove(self.left)
-        return super().spawn(env)
-
-    def begun(self, detail: str) -> None:
-        super().begun(detail)
-        if self.ready:
-            self.report("owner", ready=self.ready)
-
-    def not_begun(self, error: Exception) -> None:
-        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
-        self.tries += 1
-        self.tried(str(wrong), wrong.exit_code)
-
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
-        put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-
-    def complete(self) -> None:
-        super().complete()
-        if self.running and self.reported == "complete":
-            self.running_on = True
-            self.report("running")
-            self.loop.watch(self.channel.fileno(), self.answered)
-
-    def exited(self) -> None:
-        self.status = shell_status(self.code)
-        super().exited()
-
-    def fail(self, reason: str, code: int = 0) -> None:
-        self.status = shell_status(code) or 1
-        if reason != ending(code):  # else the exit status says it
-            put(f"error: {self.unit}: {reason}\n", 2)
-        super().fail(reason, code)
-
-    def report(self, method: str, **params: Any) -> None:
-        outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        if self.asked and can_be_read(self.channel.fileno(), 0):
-            self.answered()  # an agent takes no requests while its answers are not taken
-        try:
-            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
-        except SyncError as error:
-            self.not_reported(what, error)
-
-    def answered(self, timeout: float = REPLY_TIMEOUT) -> None:
-        """Take an answer to what was reported; without the agent the command goes on all the same."""
-        if not self.asked:  # it has hung up
-            self.loop.forget(self.channel.fileno())
-            return
-        request, what = self.asked.pop(0)
-        try:
-            self.channel.answer(request, timeout)
-        except Unreachable as error:  # nothing else will be answered either
-            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
-            self.asked.clear()
-        except SyncError as error:
-            self.not_reported(what, error)
-
-    def not_reported(self, what: str, error: SyncError) -> None:
-        """Say that the agent may not know something."""
-        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
 @Command(
@@ -6434,47 +6492,6 @@ def completed_at(path: str) -> set[str]:
         return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
     except Unreachable:
         return set()
-
-
-@Command(
-    "wait pip-install --ready tcp:5432 --timeout 2m",
-    Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
-    Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
-    REQUIRES,
-    TIMEOUT,
-    QUIET,
-)
-def cmd_wait(args: Args) -> int:
-    """Wait for units without being one, and for what is to be ready."""
-    if not args.units and not args.ready:
-        raise UsageError("wait: name a unit, or what is to be --ready")
-    for probe in args.ready:
-        check_probe(probe)
-        if probe == "notify":
-            raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
-    began, report = time.monotonic(), Reporter(args, "")
-    if args.ready:
-        let_children_go()
-        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
-    try:
-        for prober in probers.values():
-            prober.begin()
-        if args.units:
-            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-        for prober in probers.values():
-            left = began + args.timeout - time.monotonic() if args.timeout else NEVER
-            if not can_be_read(prober.fileno(), left) or prober.error:
-                lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
-                put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
-                return TimedOut.exit_code
-    finally:  # what is being tried does not outlive us
-        for prober in probers.values():
-            prober.close()
-    took = time.monotonic() - began
-    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
-    return 0
 
 
 @Command(
