@@ -4385,7 +4385,7 @@ def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_litt
     began = time.monotonic()
     process.send_signal(signal.SIGCONT)
     assert process.wait(PATIENCE) == 137
-    assert time.monotonic() - began < 5 < coder_sync.REPLY_TIMEOUT  # which an answer may take otherwise
+    assert time.monotonic() - began < 20 < coder_sync.REPLY_TIMEOUT  # which an answer may take otherwise
     agent.send_signal(signal.SIGCONT)
     until(lambda: world.status("a") == "failed")
     assert world.client.status("a").exit_code == 137
@@ -4501,10 +4501,7 @@ def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: 
     assert agent.shell(MY_SETUP, "bash").stdout == MY_SETUP_OUTPUT  # again, with nothing to wait for
 
 
-def test_the_scripts_of_the_documents_refuse_cycles_and_end_in_their_trap(mixed: World) -> None:
-    done = mixed.shell("coder exp sync want unit-a unit-b\ncoder exp sync want unit-b unit-a", "bash")
-    assert done.returncode == 1
-    assert "cycle detected: unit-b -> unit-a -> unit-b" in done.stderr
+def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
     done = mixed.shell("UNIT_NAME=trap\n" + SYNC_STARTED + "set -e; false; echo not reached", "bash")
     assert done.returncode == 1
     assert "not reached" not in done.stdout
