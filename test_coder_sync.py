@@ -6567,7 +6567,7 @@ TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
 
 
-MISTAKES = [
+MISTAKES_IN_HEADERS = [
     ("# coder-sync want a", ODD),
     ("# coder_sync: want a", ODD),
     ("#Coder-Sync: want a", ODD),
@@ -6605,7 +6605,7 @@ MISTAKES = [
 
 
 def test_a_mistake_in_a_header_is_told_with_file_and_line(world: World) -> None:
-    for line, mistake in MISTAKES:
+    for line, mistake in MISTAKES_IN_HEADERS:
         place = f"x:{3 + line.count(chr(10))}"
         assert mistakes(startup(world, {"clone": "", "x": f":\n{line}\n:"})) == [f"{place}: {mistake}"], line
 
