@@ -572,10 +572,10 @@ def duration(text: str) -> float:
     rest = text if text.strip(digits) else text + "s"
     try:
         while rest:
-            number = rest[: len(rest) - len(rest.lstrip(digits))]
-            unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(number)))
-            total += float(number) * GO_UNITS[unit]
-            rest = rest[len(number) + len(unit) :]
+            amount = rest[: len(rest) - len(rest.lstrip(digits))]
+            unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(amount)))
+            total += float(amount) * GO_UNITS[unit]
+            rest = rest[len(amount) + len(unit) :]
         if total > 1e9:
             raise ValueError
         return total
