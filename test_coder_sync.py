@@ -3788,23 +3788,23 @@ FORMS = [
 ]
 
 
-def test_options_may_stand_before_among_and_after_the_names(call: Call, agent: World) -> None:
+def test_options_may_stand_before_among_and_after_the_names(call: Call, mixed: World) -> None:
     for n, form in enumerate(FORMS):
-        call.ok(agent, *form.replace("UNIT", f"form-{n}").replace("PATH", agent.path).split())
-        assert [d.depends_on for d in agent.client.status(f"form-{n}").dependencies] == ["a", "b"]
-    call.ok(agent, "want", "--", "--quiet", "-q", "--")
-    assert [d.depends_on for d in agent.client.status("--quiet").dependencies] == ["-q", "--"]
-    call.ok(agent, "complete", "--", "--quiet")
-    assert agent.status("--quiet") == "completed"
+        call.ok(mixed, *form.replace("UNIT", f"form-{n}").replace("PATH", mixed.path).split())
+        assert [d.depends_on for d in mixed.client.status(f"form-{n}").dependencies] == ["a", "b"]
+    call.ok(mixed, "want", "--", "--quiet", "-q", "--")
+    assert [d.depends_on for d in mixed.client.status("--quiet").dependencies] == ["-q", "--"]
+    call.ok(mixed, "complete", "--", "--quiet")
+    assert mixed.status("--quiet") == "completed"
     nowhere = {"CODER_AGENT_SOCKET_PATH": "/nowhere"}
-    assert call(agent, "ping", **nowhere).returncode == 3
+    assert call(mixed, "ping", **nowhere).returncode == 3
     for line in (
         "ping --socket-path PATH",
         "--socket-path=PATH ping",
         "--socket-path PATH exp sync list",
         "exp sync --socket-path PATH list",
     ):
-        assert call(agent, *line.replace("PATH", agent.path).split(), **nowhere).returncode == 0
+        assert call(mixed, *line.replace("PATH", mixed.path).split(), **nowhere).returncode == 0
 
 
 def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_done(world: World) -> None:
@@ -4153,12 +4153,12 @@ def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str)
     assert stopped(agent).returncode == 0
 
 
-def test_names_are_written_in_any_locale(agent: World) -> None:
+def test_names_are_written_in_any_locale(mixed: World) -> None:
     name = "\u00fcberschrift"
     for locale in ("C", "POSIX", "C.UTF-8"):
-        done = agent.run("want", name, "x", env={**agent.env, "LC_ALL": locale})
+        done = mixed.run("want", name, "x", env={**mixed.env, "LC_ALL": locale})
         assert (done.returncode, done.stderr) == (0, "")
-    assert name in [u.unit_name for u in agent.client.list()]
+    assert name in [u.unit_name for u in mixed.client.list()]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4367,14 +4367,14 @@ def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: Wor
         assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
-def test_a_pid_that_is_not_alive_is_refused(agent: World) -> None:
-    gone, zombie = agent.spawn(["true"]), agent.spawn(["true"])
+def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
+    gone, zombie = mixed.spawn(["true"]), mixed.spawn(["true"])
     finish(gone)
     until(lambda: os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT))
     for process in (gone, zombie):
         with pytest.raises(Refused, match=f"process {process.pid} is not alive in the agent's process namespace"):
-            agent.client.start("a", pid=process.pid)
-    assert agent.status("a") == "not registered"
+            mixed.client.start("never", pid=process.pid)
+    assert mixed.status("never") == "not registered"
 
 
 def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
@@ -4992,7 +4992,7 @@ def test_every_exception_of_the_readme_can_be_imported_by_a_star() -> None:
     assert {"TimedOut", "DependencyFailed"} <= set(re.findall(r"\w+", README)) & set(errors) <= set(coder_sync.__all__)
 
 
-def test_a_unit_ends_as_its_block_does(agent: World) -> None:
+def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     endings: list[tuple[Any, str, str]] = [
         (None, "completed", ""),
         (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
@@ -5004,16 +5004,16 @@ def test_a_unit_ends_as_its_block_does(agent: World) -> None:
     ]
     for n, (error, status, reason) in enumerate(endings):
         ending = pytest.raises(type(error)) if error else contextlib.nullcontext()
-        with ending, agent.client.unit(f"block-{n}") as start:
-            assert (start.result.unit, agent.status(f"block-{n}")) == (f"block-{n}", "started")
+        with ending, mixed.client.unit(f"block-{n}") as start:
+            assert (start.result.unit, mixed.status(f"block-{n}")) == (f"block-{n}", "started")
             if error:
                 raise error
-        ended = agent.client.status(f"block-{n}")
+        ended = mixed.client.status(f"block-{n}")
         assert ended.status == status
         assert re.fullmatch(reason, ended.reason)
-    with agent.client.unit("within"):
-        agent.client.complete("within")
-    assert agent.status("within") == "completed"
+    with mixed.client.unit("within"):
+        mixed.client.complete("within")
+    assert mixed.status("within") == "completed"
 
 
 BAD_ARGUMENTS: list[dict[str, Any]] = [
@@ -5077,17 +5077,17 @@ def test_every_call_to_a_stopped_agent_ends_within_35_seconds(world: World, monk
     assert all(re.search(r"has not answered for \d+ s; is it stopped\?", text) for _, text in endings[:-2])
 
 
-def test_a_process_that_ends_in_its_block_fails_the_unit(agent: World) -> None:
+def test_a_process_that_ends_in_its_block_fails_the_unit(mixed: World) -> None:
     code = f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
 from coder_sync import Client
-with Client().unit("a"):
+with Client().unit("left"):
     os.write(1, b"in\\n"); os.read(0, 1); os._exit(0)"""
-    process = agent.spawn([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE)
+    process = mixed.spawn([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE)
     assert line_of(process.stdout) == "in\n"
-    assert agent.status("a") == "started"
+    assert mixed.status("left") == "started"
     process.communicate(timeout=PATIENCE)
-    until(lambda: agent.status("a") == "failed")
-    assert re.fullmatch(lost(process), agent.client.status("a").reason)
+    until(lambda: mixed.status("left") == "failed")
+    assert re.fullmatch(lost(process), mixed.client.status("left").reason)
 
 
 def test_a_client_may_be_used_from_many_threads(agent: World) -> None:
