@@ -3253,8 +3253,15 @@ def test_a_command_that_cannot_be_run_is_127_or_126(
         assert f"cannot run {command}" in failed.reason
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 255", 255), ("kill -KILL $$", 137), ("exec sleep 0.05", 0)])
-@pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGCHLD ignored"])
+@pytest.mark.parametrize(
+    ("script", "code", "ignored"),
+    [
+        ("exit 255", 255, True),
+        ("exec sleep 0.05", 0, True),
+        ("kill -KILL $$", 137, True),
+        ("kill -KILL $$", 137, False),
+    ],
+)
 def test_the_exit_status_of_a_command_is_returned_even_to_who_ignores_it(
     shared: World, temporary: Path, world: World, words: list[str], script: str, code: int, ignored: bool
 ) -> None:
@@ -3451,8 +3458,7 @@ def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
     return sock
 
 
-@FOREGROUND_OR_NOT
-@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize(("blocking", "how"), [(True, []), (False, ["--detach"])], ids=["blocking", "detached"])
 def test_a_socket_that_was_handed_over_is_used_as_it_is(world: World, blocking: bool, how: list[str]) -> None:
     path = str(world.directory / "given")
     with listener(path) as sock:
