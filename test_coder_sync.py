@@ -127,6 +127,11 @@ def installed() -> Path:
     return path
 
 
+def program() -> list[str]:
+    """The beginning of a command line of the installed copy."""
+    return [*PYTHON, coder_sync.LAUNCHER, str(installed())]
+
+
 class World:
     """A directory, a socket path in it, and commands that use it. Everything it started is killed at the end."""
 
@@ -139,7 +144,7 @@ class World:
 
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
         """Start `coder_sync.py ARGV...`; stdout and stderr are pipes unless said otherwise."""
-        return self.spawn([*PYTHON, coder_sync.LAUNCHER, str(installed()), *argv], **options)
+        return self.spawn([*program(), *argv], **options)
 
     def spawn(self, argv: list[str], **options: Any) -> subprocess.Popen[str]:
         settings: dict[str, Any] = {"env": self.env, "cwd": str(self.directory), "text": True}
@@ -2031,7 +2036,6 @@ def check_starts(events: list[float], answered: list[tuple[float, float]], unkno
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 COUNT = itertools.count()
-PLAIN = [sys.executable, "-IS", str(FILE)]
 EACH = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection in the agent
 CATCH = """
 import os, signal
@@ -2074,7 +2078,7 @@ def altered(changes: str, *argv: str) -> list[str]:
 
 def limited(limit: str, *argv: str) -> list[str]:
     """A command line of coder_sync under an option of ulimit."""
-    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *PLAIN, *argv]
+    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *program(), *argv]
 
 
 def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen[str]:
@@ -2478,7 +2482,7 @@ def test_who_waits_is_told_at_once_what_is_lacking_and_again_when_the_time_is_up
 
 
 @pytest.mark.parametrize("few", ["connections", pytest.param("descriptors", marks=LINUX)])
-def test_connections_past_the_limit_are_told_so_and_the_others_go_on(world: World, few: str) -> None:
+def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call, world: World, few: str) -> None:
     if few == "connections":
         agent = answering(world, altered("coder_sync.MAX_CONNECTIONS = 8", "serve"))
     else:  # 24 are for itself
@@ -2494,7 +2498,7 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(world: Worl
     for extra in [world.connect() for _ in range(40)]:
         assert "limit of 8 connections" in extra.read()["error"]["message"]
         assert extra.read() is None
-    done = world.run("ping")
+    done = call(world, "ping")
     assert done.returncode == 3 and "limit of 8 connections" in done.stderr
     for peer in peers[1:]:
         peer.close()
@@ -2824,7 +2828,7 @@ def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
 def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place: str) -> None:
     with open(world.directory / "lock", "w") as mine, open(world.directory / "lock") as other:
         fcntl.flock(mine, fcntl.LOCK_EX)
-        argv = [*(without(place) if place else []), *PLAIN, "serve", "--detach"]
+        argv = [*(without(place) if place else []), *program(), "serve", "--detach"]
         done = finish(world.spawn(argv, pass_fds=[mine.fileno()]))  # which waits for its pipes to be closed
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         mine.close()
@@ -2835,8 +2839,8 @@ def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place:
 @NAMESPACES
 @pytest.mark.parametrize("places", ["/dev", "/proc", "/dev /proc"])
 def test_a_command_runs_where_dev_and_proc_are_empty(world: World, places: str) -> None:
-    argv = [*without(*places.split()), *PLAIN]
-    done = finish(world.spawn([*argv, "serve", "--", *argv[-3:], "run", "a", "--", "sh", "-c", "echo ran; exit 3"]))
+    argv = [*without(*places.split()), *program()]
+    done = finish(world.spawn([*argv, "serve", "--", *program(), "run", "a", "--", "sh", "-c", "echo ran; exit 3"]))
     assert (done.returncode, done.stdout) == (3, "ran\n")
     script = 'exec <&- >&- 2>&-; exec "$@" serve -- sh -c "exit 4"'
     assert finish(world.spawn(["sh", "-c", script, "-", *argv])).returncode == 4
@@ -2906,17 +2910,32 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
 }
 
 
-@FOREGROUND_OR_NOT
-@pytest.mark.parametrize(("prepare", "options", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_serve_refuses_is_one_line_and_nothing_is_changed(
-    world: World, prepare: Callable[[Path], Any], options: list[str], message: str, how: list[str]
-) -> None:
+def check_refused(world: World, kind: str, serve: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Assert that serve refuses this in one line and changes nothing."""
+    prepare, options, message = REFUSED[kind]
     prepare(world.directory)
     before = files_of(world.directory)
-    done = world.run("serve", *how, *options)
+    done = serve("serve", *options)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(f"error: {message.format(world.directory)}\n", done.stderr)
     assert files_of(world.directory) == before
+
+
+REFUSED_LATER = [kind for kind in REFUSED if kind.endswith(("the log", "the pid"))]  # when signals are set up
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind not in REFUSED_LATER])
+def test_a_place_where_serve_cannot_listen_is_one_line_and_nothing_is_changed(
+    call: Call, world: World, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(world.directory)
+    check_refused(world, kind, functools.partial(call, world))
+
+
+@FOREGROUND_OR_NOT
+@pytest.mark.parametrize("kind", ["a file", "too long", *REFUSED_LATER])
+def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, kind: str, how: list[str]) -> None:
+    check_refused(world, kind, lambda *words: world.run(*words, *how))
 
 
 @contextlib.contextmanager
@@ -2952,19 +2971,19 @@ def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(
 
 
 @ROOT
-def test_a_lock_of_another_user_is_named_as_such(world: World) -> None:
+def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> None:
     lock = world.path + ".lock"
     with open(lock, "w+") as file:
         os.chown(lock, 65534, -1)
         file.write("1 but not the truth")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = world.run("serve")
+        done = call(world, "serve")
         assert re.fullmatch(rf"error: an agent \(of user nobody\) is serving {world.path} already; .*\n", done.stderr)
     os.unlink(lock)
     os.mkfifo(lock)
     os.chown(lock, 65534, -1)
-    done = world.run("serve")
+    done = call(world, "serve")
     assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not a regular file; .*\n", done.stderr)
 
 
@@ -3170,7 +3189,7 @@ def temporary(world: World) -> Path:
 
 
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
-    sync = " ".join(PLAIN)
+    sync = " ".join(map(shlex.quote, program()))
     script = f"""
         echo "$CODER_AGENT_SOCKET_PATH"; test -S "$CODER_AGENT_SOCKET_PATH" || exit 99
         {sync} start a && {sync} complete a; {sync} list; exit 7"""
@@ -3234,8 +3253,15 @@ def test_a_command_that_cannot_be_run_is_127_or_126(
         assert f"cannot run {command}" in failed.reason
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 255", 255), ("kill -KILL $$", 137), ("exec sleep 0.05", 0)])
-@pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGCHLD ignored"])
+@pytest.mark.parametrize(
+    ("script", "code", "ignored"),
+    [
+        ("exit 255", 255, True),
+        ("exec sleep 0.05", 0, True),
+        ("kill -KILL $$", 137, True),
+        ("kill -KILL $$", 137, False),
+    ],
+)
 def test_the_exit_status_of_a_command_is_returned_even_to_who_ignores_it(
     shared: World, temporary: Path, world: World, words: list[str], script: str, code: int, ignored: bool
 ) -> None:
@@ -3321,17 +3347,17 @@ def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(
     assert done.stderr == f"error: {name}: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE\n"
 
 
-def test_a_nul_in_the_first_line_ends_it_as_for_the_system(world: World) -> None:
+def test_a_nul_in_the_first_line_ends_it_as_for_the_system(call: Call, world: World) -> None:
     files = {"a": "#!/bin/sh\0x\n", "b": "#!/bin/\0sh\n", "c": "#!/usr/bin/env sh\0\n"}
-    done = world.run("boot", "--check", startup(world, files))
+    done = call(world, "boot", "--check", startup(world, files))
     assert done.returncode == 2 and done.stderr.count("\n") == 2, done
     assert "b:1: its interpreter /bin/ does not exist or cannot be run" in done.stderr
 
 
-def test_nothing_is_said_to_mean_what_waits_for_it(agent: World) -> None:
-    agent.run("start", "pip-install", "--want", "apt-install", "--timeout", "10ms")
-    said = agent.run("start", "other", "--want", "apt-install", "--timeout", "10ms").stderr
-    said += agent.ok("why", "pip-install") + agent.ok("why") + agent.ok("status", "pip-install")
+def test_nothing_is_said_to_mean_what_waits_for_it(call: Call, agent: World) -> None:
+    call(agent, "start", "pip-install", "--want", "apt-install", "--timeout", "10ms")
+    said = call(agent, "start", "other", "--want", "apt-install", "--timeout", "10ms").stderr
+    said += call.ok(agent, "why", "pip-install") + call.ok(agent, "why") + call.ok(agent, "status", "pip-install")
     assert '"apt-install" is not registered' in said and "id you mean" not in said, said
 
 
@@ -3354,7 +3380,7 @@ def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world
     if what == "run a --":
         world.env["CODER_AGENT_SOCKET_PATH"] = shared.path
         words[1] = f"one-{next(COUNT)}"
-    outside = world.spawn(["unshare", "-fp", "--mount-proc", *PLAIN, *words])
+    outside = world.spawn(["unshare", "-fp", "--mount-proc", *program(), *words])
     (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if what != "serve" or serves(world)])
     if what == "serve":
         enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", orphans]
@@ -3406,8 +3432,12 @@ def test_a_supervisor_is_told_when_the_agent_is_ready_and_when_it_stops(world: W
         os.kill(pid, signal.SIGTERM)
         assert sock.recv(1000).decode().splitlines()[0] == "STOPPING=1"
         assert finish(agent).returncode == 0
-    for value in (name, "/no/such/socket", "@"):  # nobody is there: that is no error
-        world.ok("serve", "--", "true", env={**env, "NOTIFY_SOCKET": value})
+    world.ok("serve", "--", "true", env=env)  # nobody is there any more: that is no error
+
+
+@pytest.mark.parametrize("name", ["/no/such/socket", "@"])
+def test_a_supervisor_that_is_not_there_is_no_error(world: World, name: str) -> None:
+    world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": name})
 
 
 def hand_over(world: World, sock: Any, *options: str, count: str = "1", pid: str = "") -> subprocess.Popen[str]:
@@ -3417,7 +3447,7 @@ n = int(sys.argv[1])
 os.dup2(n, 3) if n != 3 else os.set_inheritable(3, True)
 os.environ.update(LISTEN_PID={pid!r} or str(os.getpid()), LISTEN_FDS={count!r}, LISTEN_FDNAMES="x")
 os.execv(sys.argv[2], sys.argv[2:])"""
-    return world.spawn([*PYTHON, code, str(sock.fileno()), *PLAIN, "serve", *options], pass_fds=[sock.fileno()])
+    return world.spawn([*PYTHON, code, str(sock.fileno()), *program(), "serve", *options], pass_fds=[sock.fileno()])
 
 
 def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3428,8 +3458,7 @@ def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
     return sock
 
 
-@FOREGROUND_OR_NOT
-@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize(("blocking", "how"), [(True, []), (False, ["--detach"])], ids=["blocking", "detached"])
 def test_a_socket_that_was_handed_over_is_used_as_it_is(world: World, blocking: bool, how: list[str]) -> None:
     path = str(world.directory / "given")
     with listener(path) as sock:
