@@ -4281,9 +4281,7 @@ def serve(
         sock = sock or listen(at_end, path, mode, group, replace)
         path = sock.getsockname()
         at_end.callback(sock.close)
-        loop = (
-            Loop(PASSED_ON if command else STOPS) if not body else None
-        )  # for all threads to come; a body has its own
+        loop = None if body else Loop(PASSED_ON if command else STOPS)  # for all threads to come; a body has its own
         threading.stack_size(STACK)
         try:
             log = Log(level if log_file or not background else -1, log_file)
@@ -4678,13 +4676,11 @@ def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
             more = its.get(name, 0.0) - was.get(name, 0.0)
             words = "0" if abs(more) < 0.0005 else ("+" if more > 0 else "-") + span(abs(more))
             found.append((abs(more), name, words, came if name not in was else went if name not in its else ""))
-        return sorted(found, key=lambda change: -change[0])
+        return sorted(found, key=lambda change: (-change[0], change[1]))
 
     ran = [{bar.name: bar.ran for bar in startup.ran} for startup in startups]
     rows = []
-    for _, name, change, how in sorted(
-        changes(ran[0], ran[1], "came", "went"), key=lambda change: (-change[0], change[1])
-    ):
+    for _, name, change, how in changes(ran[0], ran[1], "came", "went"):
         rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), how or change])
     more = new.length - old.length
     how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
@@ -5991,9 +5987,8 @@ class Boot:
         try:
             for fd in (0, 1, 2) if self.out.quiet else (0, 2):
                 os.dup2(self.null, fd)
-            close_others(
-                [*self.by_fd, *(job.log for job in self.by_fd.values())]
-            )  # the agent's clients wait for its end
+            # What else we have open, its peers wait for the end of: the agent's clients, say.
+            close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             ready = select.poll()
             for fd in self.by_fd:
@@ -6037,9 +6032,7 @@ class Boot:
             if job.again_at < NEVER and job.tries:
                 waiting.append(f"{unit} to try again after {job.reason}")
             elif not job.outcome and not job.running and row:
-                waiting.append(
-                    " ".join([unit, "for", "; ".join(map(whom, row.waits_for))] if row.waits_for else [unit])
-                )
+                waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {names_of(running)}" if running else ""
