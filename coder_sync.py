@@ -524,7 +524,7 @@ def getenv(name: str) -> str:
     """An environment variable, empty if unset; as a program has it that uses us, and may have changed it."""
     if "os" in sys.modules:
         return str(sys.modules["os"].environ.get(name, ""))
-    return posix.environ.get(name.encode(), b"").decode(errors="surrogateescape")
+    return posix.environ.get(name.encode(), b"").decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def span(seconds: float) -> str:
