@@ -6297,6 +6297,10 @@ def install(path: str, python: str) -> str:
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
     end_on("SIGTERM")  # by an exception, so that nothing is left beside it
     try:
+        if os.path.exists(path):
+            with open(path, "rb") as there:
+                if b"coder_sync" not in (there.read() or b"coder_sync"):
+                    raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
         with open(beside, "xb") as file:
             file.write(data)

@@ -4806,7 +4806,8 @@ TROUBLES: dict[str, tuple[list[str], str, Callable[[Path], Any]]] = {
     "directory": (["there"], "a directory is there", os.mkdir),
     "fifo": (["there"], "no regular file is there", os.mkfifo),
     "no directory": (["/nowhere/coder"], "No such file or directory; nothing was changed", lambda path: None),
-    "full disk": (["there"], "File too large; nothing was changed", lambda path: path.write_text("old")),
+    "full disk": (["there"], "File too large; nothing was changed", lambda path: path.write_text("old coder_sync")),
+    "another program": (["there"], "another program is there; remove it first", lambda path: path.write_text("old")),
     "no python": (["new", "--python", "./there"], "cannot run", lambda path: None),
     "broken python": (
         ["new", "--python", "./there"],
