@@ -7658,14 +7658,15 @@ IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, gate: Gate, how: str) -> None:
     server = world.serve()
-    files = {"a": "cat gate; echo a", "b": "@want a\necho b", "c": "@retry 1 10m\nexit 1"}
+    files = {"a": "@retry 1 1ms\ncat gate; echo a; exit 2", "b": "@want a\necho b", "c": "@retry 1 10m\nexit 1"}
     boot = Boot(world, files, patch=f"{IMPATIENT}; coder_sync.REPORT_EVERY = 0.2")
     gate.reached()
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
     boot.says("; running: a ")
     gate.open()
-    boot.ends(3, "a | a\n", "not started: b: the agent went away", "failed: c (exit code 1)")
+    told = ("failed: a (exit code 2)", "not started: b: the agent went away", "failed: c (exit code 1)")
+    boot.ends(3, "a | a\n", *told)
 
 
 def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World) -> None:
