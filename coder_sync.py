@@ -180,7 +180,9 @@ class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
 
     def __str__(self) -> str:
-        missing = ", ".join(f"{row.depends_on} {row.current_status}" for row in self.data or ())
+        rows = self.data or ()
+        meant = {row.depends_on: f' (did you mean "{row.did_you_mean}"?)' for row in rows if row.did_you_mean}
+        missing = ", ".join(f"{row.depends_on} {row.current_status}{meant.get(row.depends_on, '')}" for row in rows)
         return str(self.args[0]) + (f": {missing}" if missing else "")
 
 
@@ -796,14 +798,14 @@ def explain(path: str, error: OSError) -> str:
     return f"cannot reach an agent at {path}: {why}"
 
 
-def check_arguments(unit: object, names: object, timeout: object = 0.0) -> None:
+def check_arguments(unit: object, names: object, timeout: object = 0.0, what: str = "unit") -> None:
     """Refuse what cannot be meant, before anything is registered. Raises TypeError, ValueError or Refused."""
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"a list of names is needed, not {names!r}")
-    for name in (unit, *names):
+    for name, kind in ((unit, "unit"), *((name, what) for name in names)):
         if not isinstance(name, str):
             raise TypeError(f"a name must be a str, not {type(name).__name__}")
-        check_name(name)
+        check_name(name, kind)
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
     if not 0 <= timeout < 1e9:
@@ -837,6 +839,10 @@ class Client:
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
         connected yet.
         """
+        if not isinstance(socket_path, str) or not isinstance(connect_timeout, (int, float, type(None))):
+            raise TypeError(
+                f"socket_path is a str and connect_timeout a number, not {socket_path!r}, {connect_timeout!r}"
+            )
         self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
@@ -921,7 +927,10 @@ class Client:
         return texts(self._call(dict, "reset", units=list(units)).get("units"))
 
     def env(self, unit: str) -> dict[str, str]:
-        """Return the environment variables that `unit` would start with: what its dependencies have left."""
+        """Return the environment variables that `unit` would start with: what its dependencies have left.
+
+        Raises NotRegistered.
+        """
         return variables_in(self._call(dict, "env", unit=unit))
 
     def shutdown(self) -> None:
@@ -982,9 +991,9 @@ class Start:
         self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are those that the agent's method `start` has besides."""
-        for names in ("dependencies", "locks"):
+        for names, what in (("dependencies", "unit"), ("locks", "lock")):
             params[names] = params[names] if isinstance(params[names], str) else list(params[names])
-            check_arguments(unit, params[names], timeout)
+            check_arguments(unit, params[names], timeout, what)
         if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
             pid = params.get("pid")
             raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
@@ -1076,6 +1085,8 @@ def dependency_text(row: Dependency) -> str:
         lacks = f"waits for {', '.join(row.waits_for)}" if row.waits_for else "not started yet"
         return f"{text} for {span(row.age)}, {lacks}"
     text += f" {span(row.age)} ago" + (f" ({row.reason})" if row.reason else "")
+    if row.requirement == "lock" and row.owner and row.owner.alive is False:
+        text += ", whose process is no longer running"
     return text + (owner_text(row.owner, " by ") if row.current_status == STARTED else "")
 
 
@@ -1791,6 +1802,8 @@ def trouble_of(error: Exception) -> str:
 def cannot_run(program: str, error: Exception) -> CommandError:
     """The error for a command that could not be started."""
     known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    if isinstance(error, FileNotFoundError) and os.path.isfile(program):
+        return CommandError(f"cannot run {program}: the interpreter that its first line names does not exist", 127)
     return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
 
 
@@ -1826,6 +1839,7 @@ def alive_groups(groups: Iterable[int]) -> set[int]:
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
 PROBE_TIMEOUT = 5.0  # for one try
+FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
@@ -2357,6 +2371,7 @@ class Run(Task):
         self.env, self.channel = environment(**start.environment), start.channel
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
+        self.quiet, self.report_at = args.quiet, NEVER
         self.file, self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
         if self.directory:
@@ -2399,6 +2414,14 @@ class Run(Task):
         super().begun(detail)
         if self.ready:
             self.report("owner", ready=self.ready)
+            self.report_at = self.began + FIRST_REPORT
+
+    def keep_time(self, now: float) -> float:
+        if self.prober and now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.ready} ({self.prober.error})"
+            say(text, 2, self.quiet)
+        return min(super().keep_time(now), self.report_at if self.prober else NEVER)
 
     def not_begun(self, error: Exception) -> None:
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
@@ -2420,7 +2443,7 @@ class Run(Task):
         super().exited()
 
     def fail(self, reason: str, code: int = 0) -> None:
-        self.status = shell_status(code) or 1
+        self.status = TimedOut.exit_code if self.why else shell_status(code) or 1  # we end it only when it is late
         if reason != ending(code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason, code)
@@ -2481,12 +2504,17 @@ def cmd_wait(args: Args) -> int:
             prober.begin()
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+        end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
         for prober in probers.values():
-            left = began + args.timeout - time.monotonic() if args.timeout else NEVER
-            if not can_be_read(prober.fileno(), left) or prober.error:
-                lacks = "".join(f"  {p}: {one.error}\n" for p, one in probers.items() if one.error)
-                put(f"timeout waiting for {names_of([p for p, one in probers.items() if one.error])}\n{lacks}", 2)
-                return TimedOut.exit_code
+            while not (tried := can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())) or prober.error:
+                lacks = {probe: one.error for probe, one in probers.items() if one.error}
+                if tried or time.monotonic() >= end:
+                    rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
+                    put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
+                    return TimedOut.exit_code
+                report_at = time.monotonic() + REPORT_EVERY
+                text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
+                say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
     finally:  # what is being tried does not outlive us
         for prober in probers.values():
             prober.close()
@@ -2678,7 +2706,8 @@ class Units:
         ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
         for claim in [claim for claim in claims if not self.is_over(claim)]:
             unit, who = claim.unit, self._who(claim.owner)
-            reason = f"lost: {who or 'the process that held it'} ended without completing"
+            by = "the boot that ran " if claim.boot else ""
+            reason = f"lost: {by}{who or 'the process that held it'} ended without completing"
             if claim in unit.line:
                 missing = ", ".join(self._waits_for(unit, registered=False))
                 reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
@@ -2827,10 +2856,13 @@ class Units:
         return Graph(self._now(), [self._snapshot(unit) for unit in (*self.units.values(), *refused)])
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the dependencies of a unit, also through others, have left for it; the later in the graph wins."""
-        unit = self.units.get(check_name(name))
+        """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
+
+        Raises NotRegistered.
+        """
+        unit = self._registered(name)
         merged: dict[str, str] = {}
-        for other in self._before(unit) if unit and self.left_environment else ():
+        for other in self._before(unit) if self.left_environment else ():
             merged.update(other.facts.environment)
         return merged
 
@@ -3513,9 +3545,9 @@ class Connection:
         return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
 
 
-def process(pid: int) -> Owner | None:
-    """A process as the owner of a unit; None for no process."""
-    return Owner(pid, command_of(pid), None, birth(pid)) if pid > 0 else None
+def process(pid: int, command: str = "") -> Owner | None:
+    """A process as the owner of a unit, with its command if it is known; None for no process."""
+    return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
 class Agent:
@@ -3885,11 +3917,13 @@ class Agent:
         known = self.units.units.get(unit)
         return request.connection.caller(hold=False) if known and known.refused else None
 
-    def do_owner(self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "") -> Any:
+    def do_owner(
+        self, request: Request, unit: str, pid: int = 0, command: str = "", log: str = "", ready: str = ""
+    ) -> Any:
         known = self.units.units.get(unit)
         if not known or not known.holder or known.holder not in request.connection.claims:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        self.units.own(known.holder, process(pid), one_line(log), one_line(ready))
+        self.units.own(known.holder, process(pid, one_line(command)), one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -4111,9 +4145,12 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
         os.umask(before)
 
 
-def in_the_way(what: str, do: str = "remove") -> Refused:
+STOP = "end it with `shutdown`, take its place with `serve --replace`,"
+
+
+def in_the_way(what: str, do: str = "remove it") -> Refused:
     """The error for what is at a path already."""
-    return Refused(f"{what}; {do} it or choose another --socket-path")
+    return Refused(f"{what}; {do} or choose another --socket-path")
 
 
 def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None) -> int:
@@ -4146,7 +4183,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
-                raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", "stop") from None
+                raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", STOP) from None
             if late:
                 remove(lock, found)
             time.sleep(0.02)
@@ -4180,7 +4217,7 @@ def bind(path: str, replace: bool = False) -> Any:
             probe.settimeout(1)
             answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
         if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
-            raise in_the_way(f"somebody is serving {path} already", "stop")
+            raise in_the_way(f"somebody is serving {path} already", STOP)
         if answer != errno.ECONNREFUSED:
             raise OSError(answer, os.strerror(answer))
         os.unlink(path)
@@ -4436,10 +4473,15 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
+def note_of(unit: UnitStatus) -> str:
+    """The reason of a status, or what has become of a service."""
+    return unit.reason or ("its process runs on" if unit.running_on else unit.exit_reason)
+
+
 def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     """The table of all units; what they wait for and reasons have a column where there are any."""
     rows = [
-        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), u.reason] for u in units
+        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note_of(u)] for u in units
     ]
     text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
     return text if units else "no units yet\n"
@@ -5237,6 +5279,7 @@ def read_header(script: Script, text: str, place: str) -> None:
         check_probe(rest)
         script.ready = rest
         return
+    rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
     if '"' in rest or "'" in rest or "\\" in rest:
         import shlex
@@ -5341,9 +5384,14 @@ def plan(paths: Sequence[str]) -> list[Script]:
         for edge in script.after:
             if edge.dependency in by_name:
                 add_edge(script, edge)
+        for edge in (*script.before, *script.after):
+            guess = "" if edge.dependency in by_name else resembling(edge.dependency, list(by_name))
+            if guess:
+                say(f'warning: {edge.place}: no file provides "{edge.dependency}"; did you mean "{guess}"?', 2)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes:
-        mistakes.append(f"{' '.join(paths)}: no executable files")
+        others = f"; not executable: {names_of([*left_out.values()])}" if left_out else ""
+        mistakes.append(f"{' '.join(paths)}: no executable files{others}")
     if mistakes:
         raise UsageError("\n".join(mistakes))
     return scripts
@@ -5485,7 +5533,8 @@ class Job(Task):
     def begun(self, detail: str) -> None:
         self.boot.begun(self)
         log = os.fsencode(self.log_path).decode(errors="replace")
-        self.report("owner", pid=self.pid, log=log, ready=self.ready)
+        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
+        self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
         super().begun(detail)
         if detail:
             self.boot.take(self, f"{detail}\n".encode())
@@ -5690,6 +5739,8 @@ class Boot:
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
             self.ask("graph")
+            if self.lost:
+                self.out.say(self.progress(Graph(0.0, [])))
         if not self.lost:
             due = min(due, self.watch_agent(now))
         if now >= self.look_at:
@@ -6417,7 +6468,11 @@ def cmd_boot(args: Args) -> int:
         return error.exit_code
     if args.check or args.dry_run:
         units = check_edges(scripts, [])
-        put(graph_tree(units.graph(), (), terminal()[2]) if args.dry_run else f"{len(scripts)} scripts, no mistakes\n")
+        put(
+            graph_tree(units.graph(), (), terminal()[2])
+            if args.dry_run
+            else f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
+        )
         return 0
     write = timeline_writer(args.timeline) if args.timeline else None
     loop = Loop((*STOPS, "SIGQUIT"))
@@ -6436,6 +6491,8 @@ def cmd_boot(args: Args) -> int:
             os.execvp(args.command[0], args.command)
         except (OSError, ValueError) as error:
             raise cannot_run(args.command[0], error) from None
+    if args.command and not boot.signal:
+        say(f"boot: {args.command[0]} is not run, since not all went well; --always would", 2, args.quiet)
     return 128 + boot.signal if boot.signal else code
 
 
@@ -6569,6 +6626,8 @@ def cmd_why(args: Args) -> None:
 def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     saved, width = args.saved, terminal()[0]
+    if args.output != "text" and (args.blame or args.compare or args.watch):
+        raise UsageError("--output is the form of the timeline itself; --blame, --compare and --watch print text")
     if args.watch:
         if saved or args.compare:
             raise UsageError("--watch shows an agent, not what was saved")

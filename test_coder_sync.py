@@ -1032,7 +1032,9 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
     assert answers(units)["#2"] == {"dependencies": ["b"], "env": {"ONE": "a", "TWO": "b"}}
     units.complete("c")
     assert units.environment("d") == {"ONE": "a", "TWO": "b", "X": "x"}
-    assert (units.environment("b"), units.environment("ghost")) == ({"ONE": "a", "TWO": "a"}, {})
+    assert units.environment("b") == {"ONE": "a", "TWO": "a"}
+    with pytest.raises(NotRegistered):
+        units.environment("ghost")
     units.wait(["a"], "#3")
     assert answers(units) == {"#3": {}}
     units.boot([("f", {"b": "success"}, [])], "#b")
@@ -1618,6 +1620,12 @@ STATES: list[tuple[str, dict[str, Any], str]] = [
     ("started", {"owner": Owner(7, "")}, "a started 0ms ago (pid 7)"),
     ("started", {"owner": GONE}, "a started 0ms ago by sh (pid 7), which is no longer running"),
     ("completed", {"age": 2, "owner": OWNER}, "a completed 2.0s ago"),
+    ("taken", {"requirement": "lock", "owner": OWNER, "reason": "b has it"}, "a taken 0ms ago (b has it)"),
+    (
+        "taken",
+        {"requirement": "lock", "owner": GONE, "reason": "b has it"},
+        "a taken 0ms ago (b has it), whose process is no longer running",
+    ),
     ("failed", {"age": 2, "reason": "exit code 7"}, "a failed 2.0s ago (exit code 7)"),
     ("skipped", {"reason": 'dependency "b" failed'}, 'a skipped 0ms ago (dependency "b" failed)'),
 ]
@@ -1642,6 +1650,18 @@ def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_o
     for columns in ("status", "unit,", ",", "unit;ready", " "):
         with pytest.raises(UsageError, match=r"no such column: .* there are unit, current status, ready"):
             coder_sync.table(header, rows, columns)
+
+
+def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
+    rows = [UnitStatus("a", "completed", True, running_on=True), UnitStatus("b", "completed", True, exit_reason="why")]
+    assert coder_sync.list_text(rows, "unit,reason") == "UNIT  REASON\na     its process runs on\nb     why\n"
+
+
+def test_a_timeout_as_text_says_what_was_missing_and_what_may_have_been_meant() -> None:
+    rows = [Dependency("b", "completed", "pending", False), Dependency("c", "completed", "not registered", False)]
+    rows[1].did_you_mean = "cc"
+    text = 'timeout waiting for a: b pending, c not registered (did you mean "cc"?)'
+    assert str(TimedOut("timeout waiting for a", rows)) == text
 
 
 def test_a_name_close_to_a_known_one_resembles_it() -> None:
@@ -3253,16 +3273,19 @@ print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4])"""
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [("missing-command", 127), ("./missing", 127), ("./plain", 126), ("./directory", 126), ("", 127)],
+    [("missing-command", 127), ("./missing", 127), ("./plain", 126), ("./directory", 126), ("", 127), ("./lost", 127)],
 )
 def test_a_command_that_cannot_be_run_is_127_or_126(
     shared: World, tmp_path: Path, words: list[str], command: str, code: int
 ) -> None:
     (tmp_path / "plain").write_text("#!/bin/sh\n")
+    (tmp_path / "lost").write_text("#!/nowhere/sh\n")
+    (tmp_path / "lost").chmod(0o755)
     (tmp_path / "directory").mkdir()
     done = shared.run(*words, "--", command, cwd=str(tmp_path))
     assert done.returncode == code
     assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr)
+    assert ("the interpreter that its first line names does not exist" in done.stderr) == (command == "./lost")
     if words[0] == "run":
         failed = shared.client.status(words[1])
         assert (failed.status, failed.exit_code) == ("failed", code)
@@ -3725,6 +3748,8 @@ $ wait -> 2: wait: name a unit, or what is to be --ready
 $ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command of a unit that says so
 $ run a --ready '' -- true -> 2: ready: what is to be probed is missing
 $ run a --retry=-1 -- true -> 2: run: --retry: not a whole number from 0 on: -1
+$ run a --lock '' -- true -> 1: a lock name must not be empty; was a variable unset?
+$ timeline --blame -o json; timeline --watch -o svg; timeline --compare x -o json -> 2: --output is the form of the ...
 $ serve --group 99999999999999999999 -> 2: no such group: '99999999999999999999'
 $ serve --detach -- true -> 2: --detach and -- COMMAND exclude each other: the agent ends with the command
 $ serve --timeline x.pdf -> 2: --timeline x.pdf: the name must end in .svg, .json or .txt
@@ -3862,6 +3887,22 @@ def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_do
     done = finish(process)
     assert (done.returncode, done.stderr) == (0, "")
     assert as_written("...\na: started after TIME\n", done.stdout)
+
+
+def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -> None:
+    sooner = "coder_sync.FIRST_REPORT, coder_sync.REPORT_EVERY = 0.02, 0.01"
+    world.serve()
+    run = world.spawn(altered(sooner, "run", "a", "--ready", "file:up", "--ready-timeout", "2s", "--", "sleep", "60"))
+    wait = world.spawn(altered(sooner, "wait", "--ready", "file:up", "--timeout", "1s"))
+    for _ in range(2):
+        assert as_written("a: not ready after TIME: file:up (no such file)\n", line_of(run.stderr))
+        assert as_written("still waiting after TIME for file:up (no such file)\n", line_of(wait.stdout))
+    for process, last in (
+        (run, "error: a: not ready after 2.0s (no such file)\n"),
+        (wait, "  file:up: no such file\n"),
+    ):
+        done = finish(process)
+        assert done.returncode == 124 and done.stderr.endswith(last), done
 
 
 def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World) -> None:
@@ -5073,6 +5114,8 @@ BAD_ARGUMENTS: list[dict[str, Any]] = [
     {"pid": "me"},
     {"want": ["x"], "on_wait": 5},
     {"unit": None},
+    {"socket_path": 5},
+    {"connect_timeout": "3s"},
 ]
 
 
@@ -5083,11 +5126,15 @@ def test_a_bad_argument_is_refused_before_anything_is_registered(mixed: World) -
         calls: list[Callable[..., Any]] = [mixed.client.start]
         if not {"pid", "on_wait"} & {*bad}:
             calls.append(lambda **arguments: mixed.client.unit(**arguments).__enter__())
+        if {"socket_path", "connect_timeout"} & {*bad}:
+            calls, arguments = [Client], {"socket_path": mixed.path, **bad}
         a_type = bad in ({"want": "database"}, {"want": [1]})
         for call in calls:
             with pytest.raises(TypeError if a_type else (TypeError, ValueError, coder_sync.SyncError)) as caught:
                 pytest.fail(f"{bad} is taken: {call(**arguments)}")
             assert not isinstance(caught.value, TimedOut), bad
+    with pytest.raises(ValueError, match="a timeout is at least 0"):
+        mixed.client.wait("never", timeout=-1)
     assert [unit.unit_name for unit in mixed.client.list(everything=True)] == before
 
 
@@ -6602,7 +6649,7 @@ def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(wor
 
 
 def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
-    for words in ("'a b' --requires completion", '--requires completion "a b"', "a\\ b --requires 'completion'"):
+    for words in ("'a b' --requires completion", '--requires=completion "a b"', "a\\ b --requires 'completion'"):
         scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "it\'s mine"'}))
         assert wanted(scripts["it's mine"]) == [("a b", "completion", 2)]
 
@@ -6623,7 +6670,9 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     shutil.copy("/bin/true", path / "10-true")  # a program needs no interpreter line
     assert list(planned(str(path))) == ["true", "b"]
     assert list(planned(f"{path}/b", startup(world, {"c": "@want b"}, "other"))) == ["b", "c"]
-    for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", "no executable files")):
+    (path / "c.d" / "x").touch()
+    none = "no executable files; not executable: x"
+    for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
         assert why in "".join(mistakes(f"{path}/{other}"))
 
 
@@ -6743,6 +6792,19 @@ def test_after_and_before_count_for_what_is_part_of_the_boot_and_an_explicit_wan
     scripts = planned(startup(world, {**files, "c": "@before x"}))
     assert wanted(scripts["x"]) == [("a", "success", 2), ("b", "completion", 2), ("c", "success", 2)]
     assert wanted(scripts["y"]) == [("a", "start", 2)]
+
+
+def test_an_after_or_before_that_may_be_misspelt_is_pointed_out_and_breaks_nothing(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = startup(world, {"x": "@after clon nowhere\n@before pi", "clone": "", "pi": "", "pip": "@before nginy"})
+    os.rename(f"{path}/pi", f"{path}/pip2")
+    assert wanted(planned(path)["x"]) == []
+    told = [line.replace(path, "startup.d") for line in capfd.readouterr().err.splitlines()]
+    assert told == [
+        'warning: startup.d/x:3: no file provides "pi"; did you mean "pip"?',
+        'warning: startup.d/x:2: no file provides "clon"; did you mean "clone"?',
+    ]
 
 
 def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(agent: World, call: Call) -> None:
@@ -7520,6 +7582,12 @@ def test_a_command_that_cannot_be_run(world: World) -> None:
     Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
 
 
+def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
+    told = "boot: echo is not run, since not all went well; --always would\n"
+    Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
+    Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
+
+
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
@@ -7623,12 +7691,24 @@ IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
 def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, gate: Gate, how: str) -> None:
     server = world.serve()
     files = {"a": "cat gate; echo a", "b": "@want a\necho b", "c": "@retry 1 10m\nexit 1"}
-    boot = Boot(world, files, patch=IMPATIENT)
+    boot = Boot(world, files, patch=f"{IMPATIENT}; coder_sync.REPORT_EVERY = 0.2")
     gate.reached()
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
+    boot.says("; running: a ")
     gate.open()
     boot.ends(3, "a | a\n", "not started: b: the agent went away", "failed: c (exit code 1)")
+
+
+def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World) -> None:
+    gate = Gate(agent)
+    boot = Boot(agent, {"a": "cat gate"})
+    gate.reached()
+    boot.process.kill()
+    until(lambda: agent.status("a") == "failed")
+    reason = agent.client.status("a").reason
+    assert re.fullmatch(r"lost: the boot that ran process \d+ \(startup\.d/a\) ended without completing", reason)
+    gate.open()
 
 
 class PlayedAgent:
