@@ -2866,8 +2866,8 @@ def test_a_command_runs_where_dev_and_proc_are_empty(world: World, places: str) 
 @pytest.mark.parametrize(
     ("trouble", "code", "message", "ignored"),
     [
-        ("raise MemoryError", 125, "error: internal error .*", False),
-        ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before .*: killed by signal 9", True),
+        ("raise MemoryError", 125, "error: internal error .*", True),
+        ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before .*: killed by signal 9", False),
     ],
 )
 def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
