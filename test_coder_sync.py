@@ -3088,24 +3088,49 @@ def test_a_second_agent_is_refused_and_a_socket_left_by_a_killed_one_is_replaced
     assert stopped(agent).returncode == 0 and os.listdir(world.directory) == []
 
 
-def test_of_ten_agents_that_start_at_the_same_instant_one_wins(world: World) -> None:
+def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
+    together = threading.Barrier(10, timeout=PATIENCE)
+
+    def listen() -> str:
+        together.wait()
+        with contextlib.ExitStack() as at_end:
+            try:
+                at_end.enter_context(coder_sync.listen(at_end, world.path, 0o600, -1, None))
+                said = "serves"
+            except coder_sync.Refused as error:
+                said = str(error)
+            together.wait()
+        return said
+
+    umask, interval = os.umask(0o077), sys.getswitchinterval()  # listen() sets the first, and it is for all threads
+    sys.setswitchinterval(1e-6)
+    try:
+        for left in [False, True] * 5:
+            if left:  # by an agent that is dead
+                listener(world.path).close()
+                Path(world.path + ".lock").write_text("1\n")
+            with concurrent.futures.ThreadPoolExecutor(10) as pool:
+                said = [racer.result() for racer in [pool.submit(listen) for _ in range(10)]]
+            assert (said.count("serves"), sum("already" in text for text in said)) == (1, 9), said
+            assert os.listdir(world.directory) == []
+    finally:
+        sys.setswitchinterval(interval)
+        os.umask(umask)
+
+
+def test_of_agents_that_start_at_the_same_instant_one_wins(world: World) -> None:
     modules = "fcntl, grp, json.decoder, queue, resource, select, signal, socket, socketserver, threading"
     gate = f"import os, {modules}; os.write(1, b'.'); os.read(0, 1)"
-    for _ in range(2):  # the second finds a dead agent's socket and lock
-        behind, ahead = os.pipe()
-        racers = [world.spawn(altered(gate, "serve"), stdin=behind) for _ in range(10)]
-        for racer in racers:
-            assert os.read(racer.stdout.fileno(), 1) == b"."  # type: ignore[union-attr]
-        os.close(ahead)
-        os.close(behind)
-        winner = world.client.ping(wait=PATIENCE)["pid"]
-        for racer in racers:
-            if racer.pid != winner:
-                done = finish(racer)
-                assert done.returncode == 1
-                assert "already" in done.stderr
-        assert serves(world, winner)
-        stopped(next(r for r in racers if r.pid == winner), signal.SIGKILL)
+    behind, ahead = os.pipe()
+    racers = [world.spawn(altered(gate, "serve"), stdin=behind) for _ in range(4)]
+    for racer in racers:
+        assert os.read(racer.stdout.fileno(), 1) == b"."  # type: ignore[union-attr]
+    os.close(ahead)
+    os.close(behind)
+    winner = world.client.ping(wait=PATIENCE)["pid"]
+    for done in [finish(racer) for racer in racers if racer.pid != winner]:
+        assert done.returncode == 1 and "already" in done.stderr
+    assert serves(world, winner)
 
 
 def test_an_agent_that_starts_while_another_ends_serves_or_says_why_not(world: World) -> None:
@@ -3271,25 +3296,19 @@ print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4])"""
     assert third in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
 
 
-@pytest.mark.parametrize(
-    ("command", "code"),
-    [("missing-command", 127), ("./missing", 127), ("./plain", 126), ("./directory", 126), ("", 127), ("./lost", 127)],
-)
-def test_a_command_that_cannot_be_run_is_127_or_126(
-    shared: World, tmp_path: Path, words: list[str], command: str, code: int
-) -> None:
+def test_a_command_that_cannot_be_run_is_127_or_126(shared: World, tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("#!/bin/sh\n")
-    (tmp_path / "lost").write_text("#!/nowhere/sh\n")
-    (tmp_path / "lost").chmod(0o755)
     (tmp_path / "directory").mkdir()
-    done = shared.run(*words, "--", command, cwd=str(tmp_path))
-    assert done.returncode == code
-    assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr)
-    assert ("the interpreter that its first line names does not exist" in done.stderr) == (command == "./lost")
-    if words[0] == "run":
-        failed = shared.client.status(words[1])
-        assert (failed.status, failed.exit_code) == ("failed", code)
-        assert f"cannot run {command}" in failed.reason
+    kinds = {"missing-command": 127, "./missing": 127, "./plain": 126, "./directory": 126, "": 127}
+    for words, command in [*itertools.product(["run"], kinds), ("serve", "./missing"), ("serve", "./plain")]:
+        unit = [f"unit-{next(COUNT)}"] if words == "run" else []
+        done = shared.run(words, *unit, "--", command, cwd=str(tmp_path))
+        assert done.returncode == kinds[command], done
+        assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr), done
+        if unit:
+            failed = shared.client.status(*unit)
+            assert (failed.status, failed.exit_code) == ("failed", kinds[command]), command
+            assert f"cannot run {command}" in failed.reason
 
 
 @pytest.mark.parametrize(
