@@ -120,6 +120,8 @@ CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
+NEVER = float("inf")  # a time
+LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
 # ----------------------------------------------------------------------------------------------------------
 # Errors. One small hierarchy, shared by agent and client: the agent sends `code`, `message` and `data`, the
@@ -367,7 +369,8 @@ def resembling(name: str, names: Iterable[str]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------
 # Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
-# may come out of order. `start` and `wait` with `"progress": true` may first send the notification `waiting`.
+# may come out of order. Notifications: `waiting`, now and then, for `start` and `wait` with `"progress": true`; `unit`
+# for each status of a unit of a `boot`; `event` for `events` with `"follow": true`.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_LINE = 65536  # bytes, of a request
@@ -491,7 +494,10 @@ def put(text: str, fd: int = 1) -> bool:
     data = encoded(text, fd)
     try:
         while data:
-            data = data[posix.write(fd, data) :]
+            try:
+                data = data[posix.write(fd, data) :]
+            except BlockingIOError:  # whoever shares it with us has made it so
+                time.sleep(0.01)
     except BrokenPipeError:
         posix.dup2(null(), fd)
         return False
@@ -511,7 +517,7 @@ def say(text: str, fd: int = 1, quiet: bool = False) -> None:
 
 
 def null() -> int:
-    """A descriptor at its end for who reads, and of no interest for who writes: /dev/null, if there is one."""
+    """A descriptor that reads as empty and takes what is written: /dev/null, if there is one."""
     try:
         return posix.open("/dev/null", posix.O_RDWR)
     except OSError:
@@ -579,7 +585,7 @@ def duration(text: str) -> float:
             unit = next(unit for unit in GO_UNITS if rest.startswith(unit, len(amount)))
             total += float(amount) * GO_UNITS[unit]
             rest = rest[len(amount) + len(unit) :]
-        if total > 1e9:
+        if total >= 1e9:
             raise ValueError
         return total
     except (ValueError, StopIteration):
@@ -608,7 +614,7 @@ class Channel:
 
         self.path = path
         self._next = 0
-        self._buffer = b""
+        self._buffer = bytearray()
         self._messages: list[Any] = []
         deadline, pause = time.monotonic() + connect_timeout, 0.005
         self.sock: Any = sock
@@ -651,12 +657,13 @@ class Channel:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._messages:
-            if not self._read(deadline - time.monotonic()):
+            left = deadline - time.monotonic()
+            if not self._read(left) and left <= LONGEST_POLL:
                 return None
         message: dict[str, Any] = self._messages.pop(0)
         return message
 
-    def messages(self, timeout: float = float("inf")) -> Iterator[dict[str, Any]]:
+    def messages(self, timeout: float = NEVER) -> Iterator[dict[str, Any]]:
         """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while message := self.receive(deadline - time.monotonic()):
@@ -664,7 +671,7 @@ class Channel:
 
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
-        self.sock.settimeout(max(timeout, 0.0) if timeout < 1e9 else None)
+        self.sock.settimeout(min(max(timeout, 0.0), LONGEST_POLL))
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
@@ -676,7 +683,7 @@ class Channel:
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
-            self._messages += [self._message(line) for line in lines]
+            self._messages += [self._message(bytes(line)) for line in lines]
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
         return True
@@ -755,12 +762,17 @@ def records(kind: type[Any], rows: Any) -> list[Any]:
 
 def texts(values: Any) -> list[str]:
     """Return the names that an answer has a list of, if any."""
-    return [str(value) for value in values or ()]
+    return [str(value) for value in values] if isinstance(values, list) else []
 
 
 def variables_in(answer: Any) -> dict[str, str]:
     """Return the environment variables in an answer, if any. Raises Unreachable."""
     return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
+
+
+def socket_path_of(given: str) -> str:
+    """Where the agent listens: as given, else by the environment, else at the default path."""
+    return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
 
 def refuse_foreign(path: str) -> None:
@@ -843,7 +855,7 @@ class Client:
             raise TypeError(
                 f"socket_path is a str and connect_timeout a number, not {socket_path!r}, {connect_timeout!r}"
             )
-        self.socket_path = socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
+        self.socket_path = socket_path_of(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
             given = duration(text) if text and connect_timeout is None else connect_timeout
@@ -935,12 +947,7 @@ class Client:
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        import os
-
-        deadline = time.monotonic() + REPLY_TIMEOUT
         end_agent(self.socket_path, self._question_timeout)
-        while os.path.lexists(self.socket_path + ".lock") and time.monotonic() < deadline:
-            time.sleep(0.01)
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
@@ -1048,7 +1055,7 @@ def wait_for(
     """
     request = channel.request(method, timeout=timeout, progress=True, **params)
     missing: list[Dependency] = []
-    for message in channel.messages(timeout + LATE if timeout else float("inf")):
+    for message in channel.messages(timeout + LATE if timeout else NEVER):
         if is_answer(message, request):
             return result_of(message)
         about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
@@ -1091,7 +1098,7 @@ def dependency_text(row: Dependency) -> str:
 
 
 class Args:
-    """The parsed command line: an attribute an option and a positional."""
+    """The parsed command line: an attribute for each option and positional."""
 
     if TYPE_CHECKING:
 
@@ -1122,7 +1129,7 @@ class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
     But the default of a text is an empty one, and of what may be repeated an empty list. All are made at each call,
-    so what only one command's need is worked out later.
+    so `dest` and `default` are computed on demand.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
@@ -1240,7 +1247,7 @@ def start_of(args: Args, report: Reporter, **more: Any) -> Start:
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
     status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
-    late = f"; it has {status} already, so this counts the next time it starts" if status == STARTED else ""
+    late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
 
@@ -1464,7 +1471,7 @@ def dispatch(argv: Sequence[str]) -> int:
         if name == "exp":
             raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
         if name[0:1] == "-":
-            which = "which command? Options other than --socket-path follow the command"
+            which = "which command? Options other than --socket-path and --connect-timeout follow the command"
             raise UsageError(f"{ascii(name)[:60]}: {which}")
         guess = resembling(name, list(COMMANDS))
         hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
@@ -1484,7 +1491,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
-    except SystemExit as end:  # argparse's --help
+    except SystemExit as end:  # --help, and signals
         code = end.code if isinstance(end.code, int) else 2
     except SyncError as error:
         missing = error.data if isinstance(error, TimedOut) else None
@@ -1510,9 +1517,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 # ----------------------------------------------------------------------------------------------------------
 
 import os  # noqa: E402  (a plain call, which needs only what is above, does without)
-
-NEVER = float("inf")  # a time
-LONGEST_POLL = 2e6  # seconds: its milliseconds are an int
 
 
 def terminal() -> tuple[int, bool, bool]:
@@ -1887,10 +1891,12 @@ def connect(host: str, port: int, timeout: float) -> Any:
 def http_status(text: str, timeout: float) -> int:
     """The status with which an http:// address answers. Raises OSError."""
     where, _, path = text[7:].partition("/")
+    deadline = time.monotonic() + timeout
     with connect(*address_of(where, 80), timeout) as sock:
         sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
         line = b""
         while b"\n" not in line and len(line) < 1024:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
             chunk = sock.recv(1024)
             if not chunk:
                 break
@@ -1913,8 +1919,8 @@ def can_be_read(fd: int, timeout: float) -> bool:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
-    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them
-    (`reap`). `error` is what the last try lacked, in a few words.
+    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
+    Loop. `error` is what the last try lacked, in a few words.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
@@ -2258,7 +2264,7 @@ class Task:
         if now >= self.again_at and not self.pid:
             self.again_at = NEVER
             self.begin()
-        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group may go first
+        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group is looked at
 
     def end(self, why: str) -> None:
         """End it: TERM, and KILL after the grace."""
@@ -2567,7 +2573,7 @@ class Unit:
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._set and _link, never counted again
+        self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.locks: tuple[Lock, ...] = ()  # that it has while it is started
@@ -2595,11 +2601,13 @@ class Lock:
 class Claim:
     """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
 
-    def __init__(self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...]) -> None:
+    def __init__(
+        self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...], boot: bool
+    ) -> None:
         self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
-        self.deadline = float("inf")
-        self.boot = False  # it is answered with every status of the unit, not once
-        self.confirmed = False  # the client says itself that its answer has arrived
+        self.boot = boot  # it is answered with every status of the unit, not once
+        self.deadline = NEVER
+        self.delivered = False  # its answer has arrived
 
 
 class Units:
@@ -2663,6 +2671,7 @@ class Units:
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
         wants = dict.fromkeys(names, check_requirement(requires))
+        # Held, so that one that ends before its time has failed, and is forgotten.
         return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
 
     def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
@@ -2689,8 +2698,8 @@ class Units:
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
         unit = claim.unit
-        if unit.holder is claim and not claim.confirmed:
-            claim.confirmed = True
+        if unit.holder is claim and not claim.delivered:
+            claim.delivered = True
             unit.refused += [other.owner for other in unit.line if other.owner][:100]
             self._answer_line(unit, self._already_started(unit))
             if not claim.held:
@@ -2739,15 +2748,15 @@ class Units:
         late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
         self.end_claims(late, "timed out", TimedOut)
 
-    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> Unit:
+    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> None:
         """End `name` with success; `env` is for those that depend on it.
 
         Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
         """
-        left = [env, *(unit.facts.environment for unit in self.units.values())] if env else []
+        left = [env, *(unit.facts.environment for unit in self.units.values() if unit.name != name)] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        return self._end(name, COMPLETED, by, "", 0, env)
+        self._end(name, COMPLETED, by, "", 0, env)
 
     def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
         """End `name` without success: what requires it is skipped. Raises as `complete` does."""
@@ -2853,7 +2862,10 @@ class Units:
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
-        return Graph(self._now(), [self._snapshot(unit) for unit in (*self.units.values(), *refused)])
+        rows = {unit: self._snapshot(unit) for unit in (*self.units.values(), *refused)}
+        for unit in [unit for unit in rows if unit.status == STARTED][:500]:  # to look at more would take too long
+            rows[unit].owner = self._owner(unit)
+        return Graph(self._now(), [*rows.values()])
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
@@ -2962,7 +2974,7 @@ class Units:
         exit_code: int | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
-        """Give a unit a status, and keep `unmet` of its dependents true. The only place that does either."""
+        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
         if old == STARTED:
             for lock in unit.locks:
@@ -2994,7 +3006,7 @@ class Units:
                 self._cut(unit, other)
                 self._forget(other)
 
-    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> Unit:
+    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> None:
         """End a unit as its caller tells; `outcome` is what `_set` takes."""
         unit = self._registered(name)
         owner = unit.facts.owner
@@ -3012,7 +3024,6 @@ class Units:
             self._set(unit, status, *outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
             self._settle_all()
-        return unit
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -3024,13 +3035,12 @@ class Units:
         undo: list[tuple[Any, ...]] = []  # what takes each step back
         dropped: list[Unit] = []
         linked: list[tuple[Unit, Unit, str]] = []
-        name = members[0][0] if members else ""
+        current = members[0][0] if members else ""  # whose declaration it is about
 
         def known(other: str) -> Unit:
             if other not in self.units:
                 if len(self.units) >= MAX_UNITS:
-                    limit = f"the agent has reached its limit of {MAX_UNITS} units"
-                    raise Refused(f'unit "{members[0][0]}": {limit}')
+                    raise Refused(f'unit "{current}": the agent has reached its limit of {MAX_UNITS} units')
                 self.units[other] = self._unknown(check_name(other))
                 undo.append((self.units.pop, other))
             return self.units[other]
@@ -3042,7 +3052,7 @@ class Units:
                     self._cut(unit, other)
                     undo.append((self._link, unit, other, requires))
                     dropped.append(other)
-            for unit, (name, wants, _) in zip(units, members):
+            for unit, (current, wants, _) in zip(units, members):
                 for dependency, requires in wants.items():
                     other = known(dependency)
                     if other not in unit.wants:
@@ -3052,13 +3062,13 @@ class Units:
                         linked.append((unit, other, requires))
                     elif unit.wants[other] != requires:
                         text = f"with requirement {unit.wants[other]} already, not {requires}"
-                        raise Refused(f'unit "{name}" wants "{dependency}" {text}')
+                        raise Refused(f'unit "{current}" wants "{dependency}" {text}')
         except SyncError as error:
             for step, *arguments in reversed(undo):
                 step(*arguments)
-            if name:
-                self.refusals.pop(name, None)
-                self.refusals[name] = one_line(str(error))
+            if current:
+                self.refusals.pop(current, None)
+                self.refusals[current] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
@@ -3089,14 +3099,15 @@ class Units:
         units = self._declare(members, anew=boot)
         claims = []
         for unit, its in zip(units, locks):
-            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.confirmed):
+            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.delivered):
                 if owner:
                     unit.refused = [*unit.refused[-99:], owner]
                 raise self._already_started(unit)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
-            claim = Claim(unit, ticket, owner, held, its)
-            claim.boot, claim.deadline = boot, self.clock() + timeout if timeout else claim.deadline
+            claim = Claim(unit, ticket, owner, held, its, boot)
+            if timeout:
+                claim.deadline = self.clock() + timeout
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), -1.0, ""
             unit.line[claim] = None
@@ -3111,10 +3122,14 @@ class Units:
     def _locks(self, names: Iterable[str]) -> tuple[Lock, ...]:
         wanted = list(dict.fromkeys(check_name(name, "lock") for name in names))
         new = [name for name in wanted if name not in self.locks]
+        if len(self.locks) + len(new) > MAX_LOCKS:  # forget those that nobody uses
+            used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
+            self.locks = {name: lock for name, lock in self.locks.items() if lock.taken or lock in used}
+            new = [name for name in wanted if name not in self.locks]
         if len(wanted) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
             raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
         for name in new:
-            self.locks[name] = Lock(name, 1)
+            self.locks[name] = Lock(name)
         return tuple(self.locks[name] for name in wanted)
 
     def _registered(self, name: str) -> Unit:
@@ -3350,8 +3365,6 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
             raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
         if type(value) is not str or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
             raise Refused(f"the environment variable {name} must have a text for a value")
-    if sum(len(k) + len(v) for k, v in env.items()) > MAX_LINE:
-        raise Refused(f"the environment that a unit leaves may have {MAX_LINE} characters")
     return env
 
 
@@ -3433,7 +3446,7 @@ class Request:
 
     id: Any = None
     answered = confirm = False  # confirm: the client says itself that the answer has arrived
-    look_at = float("inf")  # when to say what the claim lacks; once it is answered, when the answer counts as arrived
+    look_at = NEVER  # when to say what the claim lacks; once it is answered, when the answer counts as arrived
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.since = connection, time.monotonic()
@@ -3480,7 +3493,7 @@ class WakeUp:
         poller, end = poll(), self._ends[0]
         for fd in (end.fileno(), *others):
             poller.register(fd, POLLIN)
-        ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < float("inf") else None)}
+        ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < NEVER else None)}
         self.awake = True
         if end.fileno() in ready:
             end.read(4096)
@@ -3557,13 +3570,10 @@ class Agent:
         from threading import Lock, Thread
         from weakref import WeakSet
 
-        if sys.version_info[:2] == (3, 10):  # its C scanner looks for its exception there, and does not import it
-            import json.decoder  # noqa: F401
-
         self.lock = Lock()
         self.log = log
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
-        self.connections: WeakSet[Connection] = WeakSet()  # one whose thread found no memory to begin with leaves
+        self.connections: WeakSet[Connection] = WeakSet()  # one whose thread could not begin drops out by itself
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.stopping = False
@@ -3580,7 +3590,7 @@ class Agent:
 
         with self.lock:
             if len(self.connections) >= most:
-                self.connections = WeakSet(self.connections)  # without those that had no memory to leave
+                self.connections = WeakSet(self.connections)  # without those whose end there was no memory for
             return len(self.connections) < most
 
     def no_room(self, error: BaseException | None) -> None:
@@ -3666,8 +3676,7 @@ class Agent:
                     else:
                         self._report(claim)
                 if connection.idle_at <= now:
-                    claimed = any(not self.units.is_over(claim) for claim in connection.claims)
-                    idle = not (claimed or connection.services or connection.following >= 0)
+                    idle = not (connection.claims or connection.services or connection.following >= 0)
                     connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
         if idle:
@@ -3793,7 +3802,7 @@ class Agent:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
         if not request.answered:
-            request.answered, request.look_at = not claim.boot, float("inf")
+            request.answered, request.look_at = not claim.boot, NEVER
             request.connection.outbox.append((claim, answer))
             request.connection.wake_up.wake()
 
@@ -3951,11 +3960,7 @@ class Agent:
         return [{k: v for k, v in vars(u).items() if k not in left_out} for u in self.units.snapshots(all)]
 
     def do_graph(self, request: Request) -> Any:
-        graph = self.units.graph()
-        for node in [n for n in graph.nodes if n.owner and n.status == STARTED][:500]:
-            assert node.owner
-            node.owner = Owner(node.owner.pid, node.owner.command, self._alive(node.owner))
-        return graph
+        return self.units.graph()
 
     def do_env(self, request: Request, unit: str) -> Any:
         return {"env": self.units.environment(unit)}
@@ -3987,7 +3992,9 @@ class Agent:
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
         now = birth(owner.pid)
-        return None if now is None or not (owner.born or now == "") else now == owner.born
+        if not now:
+            return None if now is None else False
+        return now == owner.born if owner.born else None
 
     def _watch(self, what: Claim | Unit, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
@@ -4008,7 +4015,7 @@ class Agent:
                     os.close(fd)
             owners = dict(self.owners)
         fds = {fd for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else float("inf"))
+        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
         gone = [w for w, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
         with self.lock:
             claims = [claim for claim in gone if isinstance(claim, Claim)]
@@ -4555,7 +4562,7 @@ class Startup:
         """
         bar = max(self.ran, key=lambda b: (b.ended, b.started), default=None)
         path: list[tuple[Bar, float]] = []
-        until = float("inf")
+        until = NEVER
         for _ in self.bars:
             if bar is None:
                 break
@@ -4796,7 +4803,16 @@ def timeline_graph(text: bytes, name: str) -> Graph:
             if unit.status not in (PENDING, STARTED, *ENDED) or all(getattr(unit, key) < 0 for key in TIMES[:4]):
                 raise ValueError
         now = saved_time(data["seconds"])
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, Refused, InvalidParams):
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        Refused,
+        InvalidParams,
+    ):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
     for dependency in [d for unit in units.values() for d in unit.wants]:
         units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
@@ -5066,7 +5082,8 @@ def graph_mermaid(graph: Graph) -> str:
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
     nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
-    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r, _ in Startup(graph).edges]
+    wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
+    edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
     return {"units": nodes, "edges": edges}
 
 
@@ -5135,12 +5152,16 @@ def why_all_text(graph: Graph) -> str:
 def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
     """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
     lines = []
+    wanted_by: dict[str, list[str]] = {}
+    for n in graph.nodes:
+        for name in n.wants:
+            wanted_by.setdefault(name, []).append(n.unit_name)
     for u in units[:most]:
-        behind = [u.unit_name]  # what waits for it is not what was meant
-        for name in behind if u.status == NOT_REGISTERED else ():
-            behind += [n.unit_name for n in graph.nodes if name in n.wants and n.unit_name not in behind]
-        known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
-        guess = resembling(u.unit_name, known) if u.status == NOT_REGISTERED else ""
+        guess = ""
+        if u.status == NOT_REGISTERED:
+            behind = set(reached([u.unit_name], wanted_by))  # what waits for it is not what was meant
+            known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
+            guess = resembling(u.unit_name, known)
         what = names_of(list(found.get(u.unit_name, {}).values()))
         lines.append(story(u, graph.now, what) + (f'; did you mean "{guess}"?' if guess else "."))
     return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
@@ -5838,7 +5859,7 @@ class Boot:
             if self.stopping:
                 job.fail(job.why)
             else:
-                job.env = environment(self.env, **expect(dict, news.get("env") or {}))
+                job.env = environment(self.env, **variables_in(news))
                 job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
@@ -6393,7 +6414,7 @@ def cmd_serve(args: Args) -> int:
         "replace": make_room if args.replace else None,
     }
     if not args.command:
-        return serve(args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET, **options)
+        return serve(socket_path_of(args.socket_path), **options)
     import tempfile
 
     try:
@@ -6463,7 +6484,7 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for; then become COMMAND."""
-    path = args.socket_path or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
+    path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths)
         scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
@@ -6760,7 +6781,9 @@ def cmd_completion(args: Args) -> None:
 
 def candidates(line: Sequence[str]) -> list[str]:
     """What the last word of a command line may become; nothing where it is a file, or is not ours to know."""
-    words = [word for word in line[:-1] if word != "="]  # bash makes three words of --output=json
+    # One word for --output and one for json, as bash has it, which makes three of --output=json.
+    parts = (word.split("=", 1) if word[:2] == "--" else [word] for word in line[:-1])
+    words = [part for both in parts for part in both if part not in ("", "=")]
     last = line[-1].strip("'\"=").replace("\\", "")
     _, rest = command_line(words)
     if "--" in words or (rest and rest[0] not in COMMANDS):

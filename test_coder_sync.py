@@ -1022,6 +1022,22 @@ def test_services_and_tries_are_remembered(rules: Rules) -> None:
     ]
 
 
+def test_names_of_locks_that_nobody_uses_are_forgotten_at_the_limit(
+    rules: Rules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_LOCKS", 1)
+    played = rules.play("start a #1 lock=k; complete a; start b #2 lock=l; start c #3 d lock=l")
+    assert played.partition(" | ")[0] == "#1 ok, #2 ok"
+    assert [*rules.units.locks] == ["l"]
+
+
+def test_a_refused_boot_is_remembered_for_the_unit_that_closed_the_cycle(rules: Rules) -> None:
+    wants = {"a": {"b": "success"}, "b": {"a": "success"}, "c": {}}
+    with pytest.raises(CycleError):
+        rules.units.boot([(name, edges, ()) for name, edges in wants.items()], "boot")
+    assert [*rules.units.refusals] == ["b"]
+
+
 def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> None:
     units = rules.units
     rules.play("want a; want c b; want b a; want d c x; want x; start e #1 d")
@@ -1035,6 +1051,9 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
     assert units.environment("b") == {"ONE": "a", "TWO": "a"}
     with pytest.raises(NotRegistered):
         units.environment("ghost")
+    units.want("large", ["x"])
+    for _ in range(2):  # the second time changes nothing
+        units.complete("large", env={"LARGE": "x" * (coder_sync.MAX_ENVIRONMENT - 1000)})
     units.wait(["a"], "#3")
     assert answers(units) == {"#3": {}}
     units.boot([("f", {"b": "success"}, [])], "#b")
@@ -1584,10 +1603,10 @@ def test_a_record_takes_no_unknown_or_surplus_arguments() -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 DURATIONS = """0=0 30=30 2.5=2.5 30s=30 10m=600 1h30m=5400 1h1m1s1ms=3661.001 500ms=0.5 1.5h=5400 .5s=0.5 5.s=5
-    250us=0.00025 250\u00b5s=0.00025 250\u03bcs=0.00025 100ns=1e-7 1m1m=120 0s=0 1000000000=1e9"""  # Go has both mus
+    250us=0.00025 250\u00b5s=0.00025 250\u03bcs=0.00025 100ns=1e-7 1m1m=120 0s=0 999999999=999999999"""  # both mus
 NO_DURATIONS = ["", " ", "s", "m5", ".", ".s", "-5", "-5s", "+5", "5 s", " 5s", "5s ", "5s\n", "1m30", "30m5", "1.2.3s"]
 NO_DURATIONS += ["1e3", "5x", "5sm", "5S", "1d", "inf", "nan", "infinity", "1_000", "0x10", "\u0665s", "\u00b2", "\0"]
-NO_DURATIONS += ["1000000001", "9" * 400]
+NO_DURATIONS += ["1000000000", "9" * 400]
 SPANS = """0=0ms 0.0004=0ms 0.35=350ms 0.9994=999ms 0.9996=1.0s 2.14=2.1s 9.94=9.9s 9.96=10s 31.2=31s 59.4=59s
     59.6=1m00s 252=4m12s 3599.4=59m59s 3599.6=1h00m 3725=1h02m 90000=25h00m"""
 
@@ -1650,6 +1669,43 @@ def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_o
     for columns in ("status", "unit,", ",", "unit;ready", " "):
         with pytest.raises(UsageError, match=r"no such column: .* there are unit, current status, ready"):
             coder_sync.table(header, rows, columns)
+
+
+class Patient:
+    """A socket on which nothing comes twice, and then a message; `times` is how long it was to wait."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def settimeout(self, seconds: float) -> None:
+        self.times.append(seconds)
+
+    def recv(self, size: int) -> bytes:
+        if len(self.times) < 3:
+            raise socket.timeout
+        return b'{"jsonrpc": "2.0"}\n'
+
+
+def test_a_wait_may_be_longer_than_the_system_counts() -> None:
+    sock = Patient()
+    assert coder_sync.Channel("x", sock=sock).receive(9e8) == {"jsonrpc": "2.0"}
+    assert max(sock.times) * 1000 < 1 << 31
+    assert coder_sync.Channel("x", sock=Patient()).receive(1.0) is None
+
+
+def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync; coder_sync.put('x' * 200_000)"
+    process = world.spawn([sys.executable, "-S", "-c", code], stdout=write)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        assert len(pipe.read()) == 200_000
+    assert finish(process).returncode == 0
+
+
+def test_an_answer_that_has_no_list_of_names_has_none() -> None:
+    assert (coder_sync.texts(5), coder_sync.texts(["a"])) == ([], ["a"])
 
 
 def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
@@ -1796,6 +1852,7 @@ COMPLETIONS = {
     "--socket-path=PATH exp sync want a p": ["pip"],
     "--socket-path PATH want a p": ["pip"],
     "--socket-path /nowhere start ": [],
+    "start --socket-path=/nowhere ": [],
     "start ": UNITS_THERE,
     "start 'my": ["my unit"],
     "start my\\": ["my unit"],
@@ -2459,6 +2516,9 @@ def fill(world: World, names: int) -> None:
 
 
 def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not(small: World) -> None:
+    holder = small.connect()
+    holder.call("start", unit="held", hold=True)
+    small.client.complete("held")  # whoever holds it has yet to be told
     waiting, silent, deaf, watcher, gone = (small.connect() for _ in range(5))
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
@@ -2469,6 +2529,7 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     deaf.request("list", 2, all=True)
     assert "no request for 1 seconds" in silent.read()["error"]["message"]
     assert silent.read() is None
+    assert "result" in holder.call("complete", unit="held")
     hung_up(deaf, watcher)
     small.end("b")
     assert waiting.read()["id"] == 1
@@ -3755,8 +3816,8 @@ $ sync list -> 2: no such command: 'sync'; ...
 $ exp -> 2: after exp comes sync, as in `exp sync start UNIT`
 $ exp sync -> 2: which command? ...
 $ exp list -> 2: after exp comes sync, ...
-$ --quiet start a -> 2: '--quiet': which command? Options other than --socket-path follow the command
-$ --frobnicate list -> 2: '--frobnicate': which command? Options other than --socket-path follow ...
+$ --quiet start a -> 2: '--quiet': which command? Options other than --socket-path and --connect-timeout ...
+$ --frobnicate list -> 2: '--frobnicate': which command? Options other than --socket-path and ...
 $ help frobnicate -> 2: no such command: 'frobnicate'; ...
 $ start a --\udcff=x -> 2: start: no such option: '--\\udcff'; see ...
 $ start a --requires \udcff -> 2: start: --requires: no such choice: '\\udcff'; ...
@@ -3908,14 +3969,26 @@ def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_do
     assert as_written("...\na: started after TIME\n", done.stdout)
 
 
+def test_a_service_whose_process_was_gone_before_its_connection_has_exited(agent: World) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    peer = agent.connect()
+    peer.call("start", unit="a", hold=True)
+    for method, params in (("owner", {"pid": gone.pid}), ("complete", {}), ("running", {})):
+        assert "result" in peer.call(method, unit="a", **params)
+    peer.close()
+    reason = until(lambda: agent.client.status("a").exit_reason)
+    assert reason == "not known: the process that ran it is gone"
+
+
 def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -> None:
     sooner = "coder_sync.FIRST_REPORT, coder_sync.REPORT_EVERY = 0.02, 0.01"
     world.serve()
     run = world.spawn(altered(sooner, "run", "a", "--ready", "file:up", "--ready-timeout", "2s", "--", "sleep", "60"))
     wait = world.spawn(altered(sooner, "wait", "--ready", "file:up", "--timeout", "1s"))
-    for _ in range(2):
-        assert as_written("a: not ready after TIME: file:up (no such file)\n", line_of(run.stderr))
-        assert as_written("still waiting after TIME for file:up (no such file)\n", line_of(wait.stdout))
+    for _ in range(2):  # at first the first try may not have ended
+        until(lambda: as_written("a: not ready after TIME: file:up (no such file)\n", line_of(run.stderr)))
+        until(lambda: as_written("still waiting after TIME for file:up (no such file)\n", line_of(wait.stdout)))
     for process, last in (
         (run, "error: a: not ready after 2.0s (no such file)\n"),
         (wait, "  file:up: no such file\n"),
@@ -6031,6 +6104,7 @@ FOREIGN += [
     for value in ([[]], {"x": []}, {"": "x"}, "a\nb")
     if (key, value) != ("reason", "a\nb")
 ]
+FOREIGN += [damaged("units", 3, "exit_code", value=float("inf"))]
 FOREIGN += [damaged("units", 3, "status", value="mad"), damaged("units", 3, "unit_name", value="a\033[0m")]
 FOREIGN += [damaged("units", 3, "wants", value={"a": "love"}), damaged("units", 3, "started", value=-1e13)]
 
@@ -7153,6 +7227,23 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
 
 
+def test_an_http_server_that_answers_byte_by_byte_has_the_time_of_one_try() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            peer = server.accept()[0]
+            with peer, contextlib.suppress(OSError):
+                for _ in range(1000):
+                    peer.sendall(b"H")
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(OSError, match="timed out"):
+            coder_sync.http_status(f"http://127.0.0.1:{server.getsockname()[1]}", 0.2)
+        thread.join()
+
+
 def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
     for status, error in (("HTTP/1.1 503 x", "HTTP status 503"), ("hello", "its answer is not HTTP")):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -7719,6 +7810,19 @@ def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: W
     gate.open()
     told = ("failed: a (exit code 2)", "not started: b: the agent went away", "failed: c (exit code 1)")
     boot.ends(3, "a | a\n", *told)
+
+
+def test_what_is_wanted_through_a_unit_that_is_done_ends_after_what_wants_it(world: World) -> None:
+    trap = "trap '{do} echo ended; exit' TERM; echo on; touch up; sleep 60 & wait"
+    files = {
+        "a": f"@ready file:up\n{trap.format(do='')}",
+        "b": "@want a",
+        "c": f"@want b\n{trap.format(do='sleep 0.3;')}",
+    }
+    boot = Boot(world, files)
+    boot.prints("c | on")
+    boot.signal()
+    boot.ends(143, "c | ended\na | ended\n")
 
 
 def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World) -> None:
