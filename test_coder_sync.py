@@ -1031,6 +1031,12 @@ def test_names_of_locks_that_nobody_uses_are_forgotten_at_the_limit(
     assert [*rules.units.locks] == ["l"]
 
 
+def test_who_completes_a_unit_again_may_leave_the_same_environment_again(rules: Rules) -> None:
+    rules.play("want a b")
+    for _ in range(2):
+        rules.units.complete("a", env={"LARGE": "x" * (coder_sync.MAX_ENVIRONMENT - 10)})
+
+
 def test_a_refused_boot_is_remembered_for_the_unit_that_closed_the_cycle(rules: Rules) -> None:
     wants = {"a": {"b": "success"}, "b": {"a": "success"}, "c": {}}
     with pytest.raises(CycleError):
@@ -1051,9 +1057,6 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
     assert units.environment("b") == {"ONE": "a", "TWO": "a"}
     with pytest.raises(NotRegistered):
         units.environment("ghost")
-    units.want("large", ["x"])
-    for _ in range(2):  # the second time changes nothing
-        units.complete("large", env={"LARGE": "x" * (coder_sync.MAX_ENVIRONMENT - 1000)})
     units.wait(["a"], "#3")
     assert answers(units) == {"#3": {}}
     units.boot([("f", {"b": "success"}, [])], "#b")
@@ -1874,7 +1877,7 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World, m
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "bash", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
-    agent.processes[0].send_signal(signal.SIGSTOP)
+    stop(agent.processes[0])
     answer, began = coder_sync.Channel.answer, time.monotonic()
     monkeypatch.setattr(coder_sync.Channel, "answer", lambda self, request, time: answer(self, request, time / HASTE))
     assert call.ok(agent, "completion", "bash", "--", "start", "") == ""
@@ -2225,6 +2228,12 @@ def alive(pid: int) -> bool:
 def process_state(pid: int) -> str:
     """The letter of ps(1): S sleeps, T is stopped, Z is a zombie."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Stop a process, and return once it does nothing any more."""
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: process_state(process.pid) == "T", "stopped")
 
 
 def serves(world: World, pid: int = 0) -> bool:
@@ -2599,7 +2608,7 @@ def test_a_client_killed_while_it_waits_is_forgotten_at_once(agent: World) -> No
 
 def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_to_others(world: World) -> None:
     agent = world.serve("-v")
-    agent.send_signal(signal.SIGSTOP)
+    stop(agent)
     wants, *starts = (world.connect() for _ in range(3))
     for i, name in enumerate("abc"):
         wants.request("want", i, unit=name)
@@ -3230,7 +3239,7 @@ def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble:
     else:
         first = world.serve()
     if trouble == "stopped":
-        first.send_signal(signal.SIGSTOP)
+        stop(first)
     if trouble == "without a lock":
         os.unlink(world.path + ".lock")
     short = "coder_sync.REPLACE_TIMEOUT = 0.3; answer = coder_sync.Channel.answer\n"
@@ -3418,8 +3427,7 @@ def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared:
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    agent.send_signal(signal.SIGSTOP)
-    until(lambda: process_state(agent.pid) == "T")  # else it may still answer
+    stop(agent)
     for number, process, pid in runs:
         os.kill(pid, signal.SIGKILL)
         until(lambda process=process, pid=pid: not alive(pid) and process_state(process.pid) == "S")
@@ -3433,7 +3441,7 @@ def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: Worl
     process = world.popen("run", "a", "--ready", "file:ready", "--", "sh", "-c", traps)
     out, ready = world.directory / "out", world.directory / "ready"
     until(out.exists)
-    agent.send_signal(signal.SIGSTOP)
+    stop(agent)
     ready.touch()
     time.sleep(1.2)  # longer than from one try to the next
     process.terminate()
@@ -4425,7 +4433,7 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World) ->
         waiting = agent.popen("start", behind, "--want", unit)
         agent.waiting(behind)
         if dies == "both":
-            process.send_signal(signal.SIGSTOP)  # so that it cannot report its command's end
+            stop(process)  # so that it cannot report its command's end
         end_of(*[process] * (dies != "the command"), pids=[pid] * (dies in ("the command", "both")))
         done, failed = finish(waiting), agent.client.status(unit)
         told = f'error: unit "{behind}" skipped: dependency "{unit}" failed ({failed.reason})\n'
@@ -4551,7 +4559,7 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     dying, pid = held(world, "dying")
     waiting = world.popen("start", "behind", "--want", "a", "--want", "b")
     world.waiting("behind")
-    agent.send_signal(signal.SIGSTOP)
+    stop(agent)
     end_of(dying, pids=[pid])
     calls = [world.popen(*words) for words in (["run", "a", "--", "true"], ["start", "b"])]
     late = world.popen("start", "late", "--want", "dying")
@@ -4570,8 +4578,8 @@ def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_litt
     command = altered(f"coder_sync.STOPPED_TIMEOUT = {patience}", "run", "a", "--", *PYTHON, HANG)
     process = world.spawn(command)
     pid = int(line_of(process.stdout))
-    agent.send_signal(signal.SIGSTOP)
-    process.send_signal(signal.SIGSTOP)
+    stop(agent)
+    stop(process)
     os.kill(pid, signal.SIGKILL)
     process.terminate()
     began = time.monotonic()
@@ -4606,7 +4614,7 @@ def test_a_run_waits_once_for_an_agent_that_is_stopped_not_for_each_of_its_answe
     command = ["run", "a", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
     run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", *command))
     gate.reached()
-    agent.send_signal(signal.SIGSTOP)
+    stop(agent)
     gate.open()
     gate.keep_open(lambda: run.poll() is not None)
     what = "try 2 of 3 after exit code 3, try 3 of 3 after exit code 3, its outcome (exit code 3)"
@@ -5240,7 +5248,7 @@ class HastySocket(socket.socket.__mro__[1]):  # type: ignore[misc]
 
 def test_every_call_to_a_stopped_agent_ends_within_35_seconds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = world.serve()
-    agent.send_signal(signal.SIGSTOP)
+    stop(agent)
     hasty = types.SimpleNamespace(
         monotonic=lambda: time.monotonic() * HASTE, sleep=lambda seconds: time.sleep(seconds / HASTE), time=time.time
     )
@@ -7934,7 +7942,7 @@ def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> No
 
 
 def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
-    world.serve().send_signal(signal.SIGSTOP)
+    stop(world.serve())
     soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 0.5"
     told = Boot(world, {"a": "echo a"}, patch=soon).ends(3, "")
     assert told.count("is it stopped?") == 1
@@ -7976,7 +7984,7 @@ def test_an_agent_that_is_stopped_does_not_hold_up_a_boot_that_is_told_to_stop(w
     patch = "coder_sync.PING_AFTER, coder_sync.STOPPED_TIMEOUT = 0.2, 1.0"
     boot = Boot(world, {"a": "cat gate", "b": "@want a"}, patch=patch)
     gate.reached()
-    server.send_signal(signal.SIGSTOP)
+    stop(server)
     boot.signal()
     told = boot.ends(143, "", "failed: a (stopped: boot got signal 15)", "not started: b: stopped: boot got signal 15")
     assert "has not answered for 1 s; is it stopped?" in told
