@@ -25,7 +25,7 @@ let others go on:
 
 Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
 was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
-or 125 (our own failure before it ran), 126 (not executable), 127 (not found).
+or 125 (another failure of our own before it ran), 126 (not executable), 127 (not found).
 
 The file is also a module: `from coder_sync import Client`. How it reads, top to bottom; a room uses only
 rooms above it:

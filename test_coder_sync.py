@@ -4173,7 +4173,8 @@ def test_a_call_begun_before_the_agent_boots_succeeds_also_if_there_is_a_socket_
         return process
 
     processes = [tried("start", "a", *limit), tried("list", *limit)]
-    listener(world.path).close()
+    with socket.socket(socket.AF_UNIX) as dead:  # it never listened: nobody could have reached it
+        dead.bind(world.path)
     processes += [tried("want", "b", "c", *limit), tried("ping", "--wait", "30s")]
     processes.append(tried("ping", CODER_SYNC_CONNECT_TIMEOUT="30s"))
     world.serve()
