@@ -7819,16 +7819,13 @@ def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: W
 
 
 def test_what_is_wanted_through_a_unit_that_is_done_ends_after_what_wants_it(world: World) -> None:
-    trap = "trap '{do} echo ended; exit' TERM; echo on; touch up; sleep 60 & wait"
-    files = {
-        "a": f"@ready file:up\n{trap.format(do='')}",
-        "b": "@want a",
-        "c": f"@want b\n{trap.format(do='sleep 0.3;')}",
-    }
-    boot = Boot(world, files)
+    trap = "trap '{do} >> ends; exit' TERM\necho on; touch up; sleep 60 & wait"
+    a, c = trap.format(do="echo a"), trap.format(do="sleep 0.3; echo c")
+    boot = Boot(world, {"a": f"@ready file:up\n{a}", "b": "@want a", "c": f"@want b\n{c}"})
     boot.prints("c | on")
     boot.signal()
-    boot.ends(143, "c | ended\na | ended\n")
+    boot.ends(143)
+    assert read_lines(world.directory / "ends") == ["c", "a"]
 
 
 def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World) -> None:
