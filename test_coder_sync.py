@@ -7339,10 +7339,12 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
     somebody.call("start", unit="other", hold=True)
     files = {"a": "@lock apt\ncat gate", "b": "@want a\n@lock apt", "c": "@want disk other\n@extern disk other"}
     files.update(d="@want a --requires start\n@lock apt", e="@ready file:up\nsleep 60", f="@retry 1 10m\nexit 9")
+    files.update(g="@ready file:/\nsleep 60")
     boot = Boot(agent, files, "--grace", "100ms", patch="coder_sync.REPORT_EVERY = 0.3")
     boot.says("to try again")
-    line = boot.process.stderr.readline()  # type: ignore[union-attr]
-    assert re.match(r"boot: 0 of 6 ended after [\d.]+m?s; running: (a|e) ", line) and ", e " in ", " + line[10:]
+    line = boot.says("boot: 1 of 7 ended")
+    assert "g " not in line
+    assert re.match(r"boot: 1 of 7 ended after [\d.]+m?s; running: (a|e) ", line) and ", e " in ", " + line[10:]
     assert "(not ready: no such file)" in line and "b for a" in line and "f to try again after exit code 9" in line
     assert re.search(r"c for disk, not registered; other, started by .*? \(pid \d+\)", line)
     assert "d for lock apt, which a has" in line
