@@ -295,7 +295,10 @@ class Bench:
                 start.stdout.readline()  # it waits
                 while b"started" not in json.dumps(self.connect()("status", unit=f"a{i}")).encode():
                     pass
-                child = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(run.pid)], text=True)
+                child = ""
+                while not child:  # it has been started, and soon has its command
+                    of_run = ["ps", "-o", "pid=", "--ppid", str(run.pid)]
+                    child = subprocess.run(of_run, stdout=subprocess.PIPE, text=True, check=False).stdout
                 began = time.perf_counter()
                 run.kill()
                 assert start.wait() == 4
