@@ -810,14 +810,18 @@ def explain(path: str, error: OSError) -> str:
     return f"cannot reach an agent at {path}: {why}"
 
 
-def check_arguments(unit: object, names: object, timeout: object = 0.0, what: str = "unit") -> None:
-    """Refuse what cannot be meant, before anything is registered. Raises TypeError, ValueError or Refused."""
+def check_names(names: object, what: str = "unit") -> None:
+    """Refuse what cannot be meant, before anything is registered. Raises TypeError or Refused."""
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"a list of names is needed, not {names!r}")
-    for name, kind in ((unit, "unit"), *((name, what) for name in names)):
+    for name in names:
         if not isinstance(name, str):
             raise TypeError(f"a name must be a str, not {type(name).__name__}")
-        check_name(name, kind)
+        check_name(name, what)
+
+
+def check_timeout(timeout: object) -> None:
+    """Refuse what is no number of seconds. Raises TypeError or ValueError."""
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
     if not 0 <= timeout < 1e9:
@@ -880,7 +884,7 @@ class Client:
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """As `want`, but return the `dependencies` and the `status` of the unit."""
-        check_arguments(unit, dependencies)
+        check_names([unit, *dependencies])
         return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
 
     def start(
@@ -914,7 +918,8 @@ class Client:
     ) -> float:
         """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
-        check_arguments("units", units, timeout)
+        check_names(units)
+        check_timeout(timeout)
         with Channel(self.socket_path, self.connect_timeout) as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
         return time.monotonic() - began
@@ -935,7 +940,7 @@ class Client:
 
         Returns their names. Raises NotRegistered, or Refused while one of them is started.
         """
-        check_arguments("units", units)
+        check_names(units)
         return texts(self._call(dict, "reset", units=list(units)).get("units"))
 
     def env(self, unit: str) -> dict[str, str]:
@@ -998,9 +1003,11 @@ class Start:
         self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are those that the agent's method `start` has besides."""
+        check_names([unit])
+        check_timeout(timeout)
         for names, what in (("dependencies", "unit"), ("locks", "lock")):
             params[names] = params[names] if isinstance(params[names], str) else list(params[names])
-            check_arguments(unit, params[names], timeout, what)
+            check_names(params[names], what)
         if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
             pid = params.get("pid")
             raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
@@ -1171,6 +1178,7 @@ class Command:
 
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
+        self.positionals = [argument for argument in arguments if not argument.is_option]
 
     def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
@@ -1292,7 +1300,7 @@ def cmd_fail(args: Args) -> None:
 def usage_of(name: str) -> str:
     """The usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    positionals = [a.words for a in COMMANDS[name].arguments if not a.is_option]
+    positionals = [argument.words for argument in COMMANDS[name].positionals]
     shown = [forms[words.get("nargs")].format(words["metavar"]) for words in positionals]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].tail]
     return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
@@ -1332,7 +1340,7 @@ def parse(name: str, words: Sequence[str]) -> Args:
             values["command"] = after
         else:
             raise UsageError(f"a command must follow --; {usage}")
-        for argument in (argument for argument in command.arguments if not argument.is_option):
+        for argument in command.positionals:
             if not rest and argument.words.get("nargs") != "*":
                 raise UsageError(f"too few arguments; {usage}")
             value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
@@ -6791,7 +6799,7 @@ def candidates(line: Sequence[str]) -> list[str]:
     arguments = COMMANDS[rest[0]].arguments if rest else COMMON
     options = options_in(arguments)
     given, equals, _ = last.partition("=")
-    asked, prefix, found = [a for a in arguments if not a.is_option], "", [] if rest else [*COMMANDS]
+    asked, prefix, found = COMMANDS[rest[0]].positionals if rest else [], "", [] if rest else [*COMMANDS]
     if words and words[-1] in options and options[words[-1]].takes_value:
         asked, found = [options[words[-1]]], []
     elif equals and given in options:
