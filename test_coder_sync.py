@@ -7830,6 +7830,11 @@ def test_what_is_wanted_through_a_unit_that_is_done_ends_after_what_wants_it(wor
     assert read_lines(world.directory / "ends") == ["c", "a"]
 
 
+def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: World) -> None:
+    boot = Boot(world, {"a": "cd /; $SYNC list -c unit; echo $CODER_AGENT_SOCKET_PATH"}, "--socket-path", "s")
+    boot.ends(0, f"a | UNIT\na | a\na | {world.directory}/s\n")
+
+
 def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World) -> None:
     gate = Gate(agent)
     boot = Boot(agent, {"a": "cat gate"})
