@@ -3103,7 +3103,7 @@ class Units:
         """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
         if self.waits + len(members) > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
-        locks = [self._locks(names) + places for _, _, names in members]
+        locks = self._locks(members)
         units = self._declare(members, anew=boot)
         claims = []
         for unit, its in zip(units, locks):
@@ -3113,7 +3113,7 @@ class Units:
                 raise self._already_started(unit)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
-            claim = Claim(unit, ticket, owner, held, its, boot)
+            claim = Claim(unit, ticket, owner, held, its + places, boot)
             if timeout:
                 claim.deadline = self.clock() + timeout
             if unit.first() is None:
@@ -3127,18 +3127,20 @@ class Units:
                 self._record(claim.unit, "waiting", ", ".join(self._waits_for(claim.unit)))
         return claims
 
-    def _locks(self, names: Iterable[str]) -> tuple[Lock, ...]:
-        wanted = list(dict.fromkeys(check_name(name, "lock") for name in names))
-        new = [name for name in wanted if name not in self.locks]
-        if len(self.locks) + len(new) > MAX_LOCKS:  # forget those that nobody uses
+    def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
+        """The locks of each member.
+
+        At the limit, names that nobody uses are forgotten, before any is made: those of the members are not in use yet.
+        """
+        wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
+        if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
             used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
             self.locks = {name: lock for name, lock in self.locks.items() if lock.taken or lock in used}
-            new = [name for name in wanted if name not in self.locks]
-        if len(wanted) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
+        new = dict.fromkeys(name for names in wanted for name in names if name not in self.locks)
+        if max(map(len, wanted), default=0) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
             raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
-        for name in new:
-            self.locks[name] = Lock(name)
-        return tuple(self.locks[name] for name in wanted)
+        self.locks.update((name, Lock(name)) for name in new)
+        return [tuple(self.locks[name] for name in names) for names in wanted]
 
     def _registered(self, name: str) -> Unit:
         unit = self.units.get(check_name(name))

@@ -1031,6 +1031,15 @@ def test_names_of_locks_that_nobody_uses_are_forgotten_at_the_limit(
     assert [*rules.units.locks] == ["l"]
 
 
+def test_a_lock_that_members_of_a_boot_share_is_one_even_if_names_are_forgotten_for_it(
+    rules: Rules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_LOCKS", 2)
+    rules.play("start a #1 lock=old; complete a")
+    rules.units.boot([(name, {}, [lock]) for name, lock in (("x", "k"), ("y", "l"), ("z", "k"))], "boot")
+    assert [rules.units.status(name).status for name in "xyz"] == ["started", "started", "pending"]
+
+
 def test_who_completes_a_unit_again_may_leave_the_same_environment_again(rules: Rules) -> None:
     rules.play("want a b")
     for _ in range(2):
