@@ -182,10 +182,11 @@ class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
 
     def __str__(self) -> str:
-        rows = self.data or ()
-        meant = {row.depends_on: f' (did you mean "{row.did_you_mean}"?)' for row in rows if row.did_you_mean}
-        missing = ", ".join(f"{row.depends_on} {row.current_status}{meant.get(row.depends_on, '')}" for row in rows)
-        return str(self.args[0]) + (f": {missing}" if missing else "")
+        missing = []
+        for row in self.data or ():
+            meant = f' (did you mean "{row.did_you_mean}"?)' if row.did_you_mean else ""
+            missing.append(f"{row.depends_on} {row.current_status}{meant}")
+        return str(self.args[0]) + (f": {', '.join(missing)}" if missing else "")
 
 
 class InvalidRequest(SyncError, code=-32600):
@@ -2520,9 +2521,12 @@ def cmd_wait(args: Args) -> int:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
         for prober in probers.values():
-            while not (tried := can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())) or prober.error:
+            while prober.error:
+                over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
                 lacks = {probe: one.error for probe, one in probers.items() if one.error}
-                if tried or time.monotonic() >= end:
+                if not prober.error:
+                    break
+                if over or time.monotonic() >= end:
                     rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
                     put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
                     return TimedOut.exit_code
@@ -3937,7 +3941,7 @@ class Agent:
         return request.connection.caller(hold=False) if known and known.refused else None
 
     def do_owner(
-        self, request: Request, unit: str, pid: int = 0, command: str = "", log: str = "", ready: str = ""
+        self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
         known = self.units.units.get(unit)
         if not known or not known.holder or known.holder not in request.connection.claims:
@@ -4162,7 +4166,7 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
         os.umask(before)
 
 
-STOP = "end it with `shutdown`, take its place with `serve --replace`,"
+END_IT = "end it with `shutdown`, take its place with `serve --replace`,"
 
 
 def in_the_way(what: str, do: str = "remove it") -> Refused:
@@ -4200,7 +4204,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
-                raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", STOP) from None
+                raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", END_IT) from None
             if late:
                 remove(lock, found)
             time.sleep(0.02)
@@ -4234,7 +4238,7 @@ def bind(path: str, replace: bool = False) -> Any:
             probe.settimeout(1)
             answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
         if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
-            raise in_the_way(f"somebody is serving {path} already", STOP)
+            raise in_the_way(f"somebody is serving {path} already", END_IT)
         if answer != errno.ECONNREFUSED:
             raise OSError(answer, os.strerror(answer))
         os.unlink(path)
@@ -4813,16 +4817,7 @@ def timeline_graph(text: bytes, name: str) -> Graph:
             if unit.status not in (PENDING, STARTED, *ENDED) or all(getattr(unit, key) < 0 for key in TIMES[:4]):
                 raise ValueError
         now = saved_time(data["seconds"])
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-        Refused,
-        InvalidParams,
-    ):
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
     for dependency in [d for unit in units.values() for d in unit.wants]:
         units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
@@ -5199,8 +5194,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
-        still = f"it is {unit.reason or 'still running'}"
-        still = "that process is gone: it ended without complete" if gone else still
+        still = "that process is gone: it ended without complete" if gone else f"it is {unit.reason or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(now - unit.started)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(now - unit.ended)} ago"
@@ -5310,7 +5304,6 @@ def read_header(script: Script, text: str, place: str) -> None:
         check_probe(rest)
         script.ready = rest
         return
-    rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
     if '"' in rest or "'" in rest or "\\" in rest:
         import shlex
@@ -5321,6 +5314,8 @@ def read_header(script: Script, text: str, place: str) -> None:
         known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
         raise UsageError(f'"{text}" is not a header; use {known}')
     requires: str = SUCCESS
+    if verb == "want":  # --requires=REQUIREMENT is two words
+        words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
     if verb == "want" and "--requires" in words:
         at = words.index("--requires")
         requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
@@ -6330,8 +6325,9 @@ def install(path: str, python: str) -> str:
     try:
         if os.path.exists(path):
             with open(path, "rb") as there:
-                if b"coder_sync" not in (there.read() or b"coder_sync"):
-                    raise Refused(f"cannot install {path}: another program is there; remove it first")
+                old = there.read()
+            if old and b"coder_sync" not in old:
+                raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
         with open(beside, "xb") as file:
             file.write(data)
@@ -6502,12 +6498,8 @@ def cmd_boot(args: Args) -> int:
         put(f"error: nothing was run:\n{error}\n", 2)
         return error.exit_code
     if args.check or args.dry_run:
-        units = check_edges(scripts, [])
-        put(
-            graph_tree(units.graph(), (), terminal()[2])
-            if args.dry_run
-            else f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
-        )
+        checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
+        put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
         return 0
     write = timeline_writer(args.timeline) if args.timeline else None
     loop = Loop((*STOPS, "SIGQUIT"))
