@@ -3837,7 +3837,8 @@ class Agent:
         connection = claim.ticket.connection
         connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
-        if claim in self.owners or self.units.is_over(claim):  # of the former, the end is that of its process
+        # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
+        if claim in self.owners or not claim.held or (claim.boot and self.units.is_over(claim)):
             connection.claims.pop(claim, None)
         self._distribute()
 

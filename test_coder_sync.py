@@ -2503,12 +2503,22 @@ def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World
 # -- limits ------------------------------------------------------------------------------------------------
 
 
+SMALL = """
+send = coder_sync.Connection.send
+def send_and_go_on_late(self, data):
+    send(self, data)
+    while b"env" in data and any(claim.held and claim.unit.status == "started" for claim in self.claims):
+        coder_sync.time.sleep(0.001)
+coder_sync.Connection.send = send_and_go_on_late
+coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 1, 1
+"""
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """An agent with small limits."""
+    """An agent with small limits, which goes on after the answer to a held start when its unit has been ended."""
     with World(tmp_path_factory.mktemp("small")) as world:
-        limits = "coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 1, 1"
-        answering(world, altered(limits, "serve", "-q"))
+        answering(world, altered(SMALL, "serve", "-q"))
         yield world
 
 
