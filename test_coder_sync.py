@@ -2135,6 +2135,9 @@ while True:
         os._exit(9)
 """
 SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
+for number in SIGNALS:  # in the background of a shell, or under nohup(1), what is tested would ignore some of them
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def line_of(pipe: Any) -> str:
