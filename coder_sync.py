@@ -368,6 +368,11 @@ def resembling(name: str, names: Iterable[str]) -> str:
     return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
+def meant(guess: str, otherwise: str = "") -> str:
+    """The end of a message about a name that is not known, if it resembles one that is."""
+    return f'; did you mean "{guess}"?' if guess else otherwise
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
 # may come out of order. Notifications: `waiting`, now and then, for `start` and `wait` with `"progress": true`; `unit`
@@ -622,7 +627,8 @@ class Channel:
         while not sock:
             self.sock = socket(AF_UNIX, SOCK_STREAM)
             try:
-                refuse_foreign(path)
+                if posix.geteuid() and (wrong := foreign(path)):  # root accepts any
+                    raise Unreachable(wrong)
                 self.sock.settimeout(REPLY_TIMEOUT)
                 self.sock.connect(path)
                 return
@@ -776,12 +782,15 @@ def socket_path_of(given: str) -> str:
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
 
-def refuse_foreign(path: str) -> None:
-    """On the shared default path, refuse a socket that is neither ours nor root's: anybody may create one there."""
-    if path == DEFAULT_SOCKET and posix.geteuid() != 0:
-        uid = posix.lstat(path).st_uid
-        if uid not in (0, posix.geteuid()):
-            raise Unreachable(f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path")
+def foreign(path: str) -> str:
+    """What is wrong with a socket at the shared default path that is neither ours nor root's: anybody may make one.
+
+    Raises OSError if there is none.
+    """
+    uid = posix.lstat(path).st_uid if path == DEFAULT_SOCKET else 0
+    if uid in (0, posix.geteuid()):
+        return ""
+    return f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path"
 
 
 def explain(path: str, error: OSError) -> str:
@@ -1087,8 +1096,7 @@ def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no lon
     """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
     if owner is None:
         return ""
-    who = f"{by}{owner.command} " if owner.command else by and " "
-    return f"{who}(pid {owner.pid})" + (gone if owner.alive is False else "")
+    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def dependency_text(row: Dependency) -> str:
@@ -1364,9 +1372,8 @@ def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> li
         if not given:
             rest.append(word)
         elif option is None:
-            guess = resembling(given, list(options))
-            hint = f"did you mean {guess}?" if guess else f"see `{PROGRAM} {name} --help`"
-            raise UsageError(f"no such option: {ascii(given)[:40]}; {hint}")
+            hint = meant(resembling(given, list(options)), f"; see `{PROGRAM} {name} --help`")
+            raise UsageError(f"no such option: {ascii(given)[:40]}{hint}")
         elif option.takes_value:
             if text is None and (not todo or option_in(todo[0], options)[0]):
                 raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
@@ -1417,10 +1424,11 @@ usually one script; it starts when the units it depends on are done.
 def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Options before the command; the command and what follows it, without the words `exp sync` in front."""
     options: list[str] = []
-    rest, front = list(words), ["exp", "sync"]
+    rest, front, known = list(words), ["exp", "sync"], ("--socket-path", "--connect-timeout")
     while rest:
-        if rest[0].partition("=")[0] in ("--socket-path", "--connect-timeout"):
-            end = 1 if "=" in rest[0] else 2
+        given, text = option_in(rest[0], known)
+        if given in known:
+            end = 2 if text is None else 1
             options += rest[:end]
             del rest[:end]
         elif rest[:2] == front:
@@ -1482,9 +1490,8 @@ def dispatch(argv: Sequence[str]) -> int:
         if name[0:1] == "-":
             which = "which command? Options other than --socket-path and --connect-timeout follow the command"
             raise UsageError(f"{ascii(name)[:60]}: {which}")
-        guess = resembling(name, list(COMMANDS))
-        hint = f'did you mean "{guess}"?' if guess else "there are " + ", ".join(COMMANDS)
-        raise UsageError(f"no such command: {ascii(name)[:60]}; {hint}")
+        hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
+        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
     return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
@@ -2111,6 +2118,11 @@ def remove_directory(path: str) -> None:
             pass
 
 
+def is_variable(name: str) -> bool:
+    """Whether a shell can have a variable of this name."""
+    return name.isidentifier() and name.isascii()
+
+
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     if not path:
@@ -2128,7 +2140,7 @@ def exported(path: str) -> dict[str, str]:
         name, found, value = line.partition("=")
         if not line:
             continue
-        if not found or not name.isidentifier() or not name.isascii() or "\0" in value:
+        if not found or not is_variable(name) or "\0" in value:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
         try:
             value.encode()
@@ -2703,7 +2715,7 @@ class Units:
             unit = self.units[name]
             started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
             if claim or (started and (by is None or self.alive(by) is not False)):
-                how = ("started" if started else "claimed") + self._by(claim.owner if claim else by)
+                how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
                 raise Refused(f'unit "{name}" is {how}; nothing was run: end that first')
         return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
 
@@ -2783,7 +2795,7 @@ class Units:
         todo = [self._registered(name) for name in names] or list(known)
         for unit in todo:
             if unit.status == STARTED:
-                by = self._by(unit.facts.owner)
+                by = owner_text(unit.facts.owner, " by ")
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
         again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
@@ -3026,7 +3038,7 @@ class Units:
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
             raise Refused(
                 f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{self._by(owner)}; if it is to be ended all the same, call from another shell"
+                f"was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from another shell"
             )
         if unit.status in ENDED and unit.status != status:
             why = f" ({unit.facts.reason})" if unit.facts.reason else ""
@@ -3256,7 +3268,7 @@ class Units:
         unit.line.clear()
 
     def _already_started(self, unit: Unit) -> AlreadyStarted:
-        return AlreadyStarted(f'unit "{unit.name}" is already started{self._by(unit.facts.owner)}')
+        return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
         """Seconds since the agent began."""
@@ -3288,11 +3300,8 @@ class Units:
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
+        """A process that a sentence begins with: its command, any text, stands apart."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
-
-    @staticmethod
-    def _by(owner: Owner | None) -> str:
-        return f" by {owner.command or 'process'} (pid {owner.pid})" if owner else ""
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
@@ -3375,7 +3384,7 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
     """Return the variables that a command leaves for others if they are some, else raise Refused."""
     for name, value in env.items():
-        if not (name.isidentifier() and name.isascii()):
+        if not is_variable(name):
             raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
         if type(value) is not str or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
             raise Refused(f"the environment variable {name} must have a text for a value")
@@ -3460,7 +3469,8 @@ class Request:
 
     id: Any = None
     answered = confirm = False  # confirm: the client says itself that the answer has arrived
-    look_at = NEVER  # when to say what the claim lacks; once it is answered, when the answer counts as arrived
+    report_at = NEVER  # when to say next what the claim lacks
+    arrived_at = NEVER  # when the answer counts as arrived, should the client not say so before
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.since = connection, time.monotonic()
@@ -3533,8 +3543,8 @@ class Connection:
     def due(self) -> float:
         """When the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
-        for claim in self.open.values():
-            times += [claim.ticket.look_at] if claim.ticket.answered else [claim.ticket.look_at, claim.deadline]
+        for ticket, deadline in ((claim.ticket, claim.deadline) for claim in self.open.values()):
+            times += [ticket.report_at, ticket.arrived_at, NEVER if ticket.answered else deadline]
         return min(times)
 
     def send(self, data: bytes) -> None:
@@ -3684,11 +3694,11 @@ class Agent:
             with self.lock:
                 self.units.end_late(list(connection.open.values()))
                 self._distribute()
-                for claim in [c for c in connection.open.values() if c.ticket.look_at <= now]:
-                    if claim.ticket.answered:
+                for claim in list(connection.open.values()):
+                    if claim.ticket.arrived_at <= now:
                         self._arrived(claim)
-                    else:
-                        self._report(claim)
+                    elif claim.ticket.report_at <= now:
+                        self._still_waiting(claim)
                 if connection.idle_at <= now:
                     idle = not (connection.claims or connection.services or connection.following >= 0)
                     connection.idle_at = now + IDLE_TIMEOUT
@@ -3716,7 +3726,7 @@ class Agent:
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
-                error.args = (error.args[0] + f'; did you mean "{unknown.did_you_mean}"?' * bool(unknown.did_you_mean),)
+                error.args = (error.args[0] + meant(unknown.did_you_mean),)
             self.log.say(f"refused: {one_line(str(error))}")
             connection.outbox.append((None, error_message(request.id, error)))
             trusted = not isinstance(error, ParseError)
@@ -3767,7 +3777,7 @@ class Agent:
                 with self.lock:
                     for claim, content in answers:
                         if claim.ticket.confirm and isinstance(content, dict):
-                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
+                            claim.ticket.arrived_at = time.monotonic() + CONFIRM_TIMEOUT
                         else:
                             self._arrived(claim)
 
@@ -3816,7 +3826,7 @@ class Agent:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
         if not request.answered:
-            request.answered, request.look_at = not claim.boot, NEVER
+            request.answered, request.report_at = not claim.boot, NEVER
             request.connection.outbox.append((claim, answer))
             request.connection.wake_up.wake()
 
@@ -3827,9 +3837,9 @@ class Agent:
         for follower in self.followers:
             follower.wake_up.wake()
 
-    def _report(self, claim: Claim) -> None:
+    def _still_waiting(self, claim: Claim) -> None:
         request = claim.ticket
-        request.look_at += REPORT_EVERY
+        request.report_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
         request.connection.outbox.append((claim, Waiting(missing, round(time.monotonic() - request.since, 3))))
 
@@ -3900,7 +3910,7 @@ class Agent:
         if len(request.connection.open) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
-            request.look_at = request.since  # at once
+            request.report_at = request.since  # at once
 
     def _expect(self, claim: Claim) -> None:
         """A request has become a claim, which is answered later or has just been."""
@@ -5001,9 +5011,8 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            guess = resembling(name, wants)
-            hint = f'did you mean "{guess}"?' if guess else f"see `{PROGRAM} list --all`"
-            raise NotRegistered(f'no unit "{name}"; {hint}')
+            hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
+            raise NotRegistered(f'no unit "{name}"{hint}')
     keep = set(reached(names, wants))
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
 
@@ -5169,7 +5178,7 @@ def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, d
             known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
             guess = resembling(u.unit_name, known)
         what = names_of(list(found.get(u.unit_name, {}).values()))
-        lines.append(story(u, graph.now, what) + (f'; did you mean "{guess}"?' if guess else "."))
+        lines.append(story(u, graph.now, what) + meant(guess, "."))
     return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
@@ -5398,8 +5407,7 @@ def plan(paths: Sequence[str]) -> list[Script]:
         for edge in script.wants:
             name = edge.dependency
             if name not in by_name and name not in externs:
-                guess = resembling(name, list(by_name))
-                hint = f'; did you mean "{guess}"?' if guess else "; if it comes from outside, add: extern " + name
+                hint = meant(resembling(name, list(by_name)), f"; if it comes from outside, add: extern {name}")
                 if name in left_out:
                     hint = f"; {left_out[name]} would, but is not executable"
                 mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
@@ -5412,9 +5420,9 @@ def plan(paths: Sequence[str]) -> list[Script]:
             if edge.dependency in by_name:
                 add_edge(script, edge)
         for edge in (*script.before, *script.after):
-            guess = "" if edge.dependency in by_name else resembling(edge.dependency, list(by_name))
-            if guess:
-                say(f'warning: {edge.place}: no file provides "{edge.dependency}"; did you mean "{guess}"?', 2)
+            hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
+            if hint:
+                say(f'warning: {edge.place}: no file provides "{edge.dependency}"{hint}', 2)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes:
         others = f"; not executable: {names_of([*left_out.values()])}" if left_out else ""
@@ -5486,8 +5494,7 @@ def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list
     by_name = {script.unit: script for script in scripts}
     for name in only:
         if name not in by_name:
-            guess = resembling(name, list(by_name))
-            raise UsageError(f'--only: no file provides "{name}"' + (f'; did you mean "{guess}"?' if guess else ""))
+            raise UsageError(f'--only: no file provides "{name}"{meant(resembling(name, list(by_name)))}')
     taken, rest = set(only), list(only)
     while rest:
         script = by_name[rest.pop()]
@@ -6100,8 +6107,7 @@ class Boot:
             row = rows.get(name)
             if name in self.jobs or row is None:
                 return name
-            by = f" by {row.owner.command} (pid {row.owner.pid})" if row.owner and row.status == STARTED else ""
-            return f"{name}, {row.status}{by}"
+            return f"{name}, {row.status}" + (owner_text(row.owner, " by ") if row.status == STARTED else "")
 
         now = time.monotonic()
         waiting = []
@@ -6131,11 +6137,11 @@ class Boot:
         self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
-            self.out.say(self.report(self.graph).rstrip("\n"))
+            self.out.say(self.summary(self.graph).rstrip("\n"))
             self.loop(self.said)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
-    def report(self, graph: Graph) -> str:
+    def summary(self, graph: Graph) -> str:
         """What failed with its last lines, what was skipped and why, how long it took."""
         count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
@@ -6526,9 +6532,8 @@ def cmd_boot(args: Args) -> int:
 
 def boot_at(path: str, boot: Boot) -> int:
     """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    if path == DEFAULT_SOCKET and os.path.lexists(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
-        owner = user_name(os.lstat(path).st_uid)
-        raise Refused(f"{path} belongs to {owner}, not to you or root; choose another --socket-path")
+    if os.path.lexists(path) and (wrong := foreign(path)):
+        raise Refused(wrong)
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
@@ -6605,7 +6610,7 @@ def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
     variables = client_of(args).env(args.unit)
     for name in variables:
-        if not (name.isidentifier() and name.isascii()):
+        if not is_variable(name):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
     put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
 

@@ -1644,7 +1644,7 @@ STATES: list[tuple[str, dict[str, Any], str]] = [
     ("pending", {"waits_for": ["x", "y"]}, "a pending for 0ms, waits for x, y"),
     ("started", {"age": 31}, "a started 31s ago"),
     ("started", {"age": 31, "owner": OWNER}, "a started 31s ago by bash setup.sh (pid 4242)"),
-    ("started", {"owner": Owner(7, "")}, "a started 0ms ago (pid 7)"),
+    ("started", {"owner": Owner(7, "")}, "a started 0ms ago by process (pid 7)"),
     ("started", {"owner": GONE}, "a started 0ms ago by sh (pid 7), which is no longer running"),
     ("completed", {"age": 2, "owner": OWNER}, "a completed 2.0s ago"),
     ("taken", {"requirement": "lock", "owner": OWNER, "reason": "b has it"}, "a taken 0ms ago (b has it)"),
@@ -3883,10 +3883,10 @@ $ fail a --reason -x -> 2: fail: --reason needs a value; one that begins with - 
 $ complete a --exit-code \u00b2 -> 2: complete: --exit-code: not a whole number: '\\xb2'
 $ start a --quiet=yes -> 2: start: --quiet takes no value
 $ start a -qx -> 2: start: -q takes no value
-$ start a --wants b -> 2: start: no such option: '--wants'; did you mean --want?
-$ start a --tim 5 -> 2: start: no such option: '--tim'; did you mean --timeout?
-$ start a -timeout 5 -> 2: start: no such option: '-timeout'; did you mean --timeout?
-$ list --socketpath=x -> 2: list: no such option: '--socketpath'; did you mean --socket-path?
+$ start a --wants b -> 2: start: no such option: '--wants'; did you mean "--want"?
+$ start a --tim 5 -> 2: start: no such option: '--tim'; did you mean "--timeout"?
+$ start a -timeout 5 -> 2: start: no such option: '-timeout'; did you mean "--timeout"?
+$ list --socketpath=x -> 2: list: no such option: '--socketpath'; did you mean "--socket-path"?
 $ start a --frobnicate -> 2: start: no such option: '--frobnicate'; see `coder_sync.py start --help`
 $ start a --X500 -> 2: start: no such option: '--X37; see `...
 """
@@ -5882,7 +5882,7 @@ a; it is ready.
 "gate" is not registered: nobody has called want, start or run on it.
 ? why: services: shell
 "shell" has not started: for 2m30s it has been waiting for lock port, which "ide" has.
-"ide" started 1m00s ago (pid 77), after waiting 1m40s, last for tools; it is still running.
+"ide" started 1m00s ago by process (pid 77), after waiting 1m40s, last for tools; it is still running.
 ? why: broken: mail
 "mail" was skipped 15s ago because of "report".
 "report" was skipped 15s ago because of "data".
@@ -5930,7 +5930,7 @@ complete.
 "timed out" failed 3m00s ago without having started: timed out waiting for gate; it lacked "gate".
 "its cause has gone" was skipped 2m56s ago: b failed.
 ? why all: services
-"ide" started 1m00s ago (pid 77), after waiting 1m40s, last for tools; it is still running.
+"ide" started 1m00s ago by process (pid 77), after waiting 1m40s, last for tools; it is still running.
     held up: shell
 
 "proxy" completed 2m30s ago after running 9.0s; started after waiting 1.0s, last for gate; its process ended 1m20s \
