@@ -1451,17 +1451,19 @@ def load_more() -> bool:
     place, was = globals().pop("rest")
     with open(FILE, "rb", 0) as file:
         now = posix.fstat(file.fileno())
-        file.seek(place)
-        data = file.read()
-    if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
-        size = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]))
-        if size >= 0:
-            globals()["rest"] = place + size + 16, was
-        exec(loads(data), globals())
-    else:  # the file was replaced just now
-        from zipfile import ZipFile
+        if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
+            file.seek(place - 8)
+            size = int.from_bytes(file.read(8), "little")
+            data = file.read(size + 32)
+            end = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]), size)
+            if end >= 0:
+                globals()["rest"] = place + end + 16, was
+            code = loads(data)
+        else:  # the file was replaced just now
+            from zipfile import ZipFile
 
-        exec(compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec"), globals())
+            code = compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec")
+    exec(code, globals())
     if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
         gc.freeze()
     gc.enable()
@@ -3567,13 +3569,14 @@ class Connection:
     def peer(self) -> int:
         """The process id at the other end, 0 if the system does not say or it is in another namespace."""
         import socket
-        import struct
 
         try:
-            if hasattr(socket, "SO_PEERCRED"):
-                return int(struct.unpack("3i", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-            return int(struct.unpack("i", self.sock.getsockopt(0, 2, 4))[0])  # macOS: SOL_LOCAL, LOCAL_PEERPID
-        except (OSError, struct.error):
+            if hasattr(socket, "SO_PEERCRED"):  # a pid, and two more numbers
+                data = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4]
+            else:  # macOS: SOL_LOCAL, LOCAL_PEERPID
+                data = self.sock.getsockopt(0, 2, 4)
+            return int.from_bytes(data, sys.byteorder, signed=True)
+        except OSError:
             return 0
 
     def caller(self, hold: bool) -> Owner | None:
@@ -3666,10 +3669,10 @@ class Agent:
     def converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
         import socket
-        import struct
+        from array import array
 
         sock, buffer = connection.sock, b""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, array("l", [SEND_TIMEOUT, 0]))
         while True:
             connection.wake_up.awake = False
             pause = self._attend(connection)
@@ -4338,7 +4341,6 @@ def serve(
     `body` is called with the agent, its server and what begins to take connections, `timeline` with the graph at the
     end, `replace` with the path as long as there is another agent, to end it. Raises Refused.
     """
-    import signal
     import threading
     from contextlib import ExitStack
 
@@ -4385,7 +4387,9 @@ def serve(
             came = loop.turn()
             while not came:
                 came = loop.turn()
-            log.say(f"stopping: got {signal.Signals(came[0][0]).name}")
+            from signal import Signals
+
+            log.say(f"stopping: got {Signals(came[0][0]).name}")
             return 0
         finally:
             notify("STOPPING=1")
@@ -6200,6 +6204,7 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
 # looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
 # LOADER with three parts, cut at the banners of Processes and Units; `load_more` reads the others where it needs them.
+# Each has its length where a .pyc has the hash of its source, which is not looked at in one of this kind (PEP 552).
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD = """\
@@ -6249,17 +6254,16 @@ for part in {parts!r}:
 COMPILE = """\
 import __future__
 import sys
-from importlib.util import MAGIC_NUMBER, source_hash
+from importlib.util import MAGIC_NUMBER
 from marshal import dumps
 
 
 def compiled(text):  # a flag does what an import of __future__ would
-    code = compile(text, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
-    return MAGIC_NUMBER + bytes([1, 0, 0, 0]) + source_hash(source) + dumps(code)
+    code = dumps(compile(text, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True))
+    return MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(8, "little") + code
 
 
-source = sys.stdin.buffer.read()
-rest = source.replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
+rest = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
 parts = []
 for banner in b"\\n# Units. ", b"\\n# Processes. ":  # each part with its line numbers
     rest, _, below = rest.partition(banner)
