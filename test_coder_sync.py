@@ -6824,6 +6824,7 @@ MISTAKES_IN_HEADERS = [
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
+    ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
     ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
     ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
@@ -6982,7 +6983,8 @@ s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
 s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
 s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
 s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
-s6: @ready exit 7; @ready-timeout 900ms; sleep 60 & sleep 60 => failed: not ready after 900ms (exit code 7)
+s6: @ready echo secret && ls secret || exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
+    => failed: not ready after 900ms (exit code 7)
 s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; echo s9 => s9
@@ -7489,7 +7491,8 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
 ) -> None:
     late = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e told; do :; done; cat gate"
     after = Gate(world, "after")
-    boot = Boot(world, {"a": late, "b": "cat after &"}, "--stay", "--grace", "10m", patch=SPY.format(deaf=0))
+    files = {"a": late, "b": "cat after &", "c": "sleep 60 & exit 3"}
+    boot = Boot(world, files, "--stay", "--grace", "10m", patch=SPY.format(deaf=0))
     gate.open()
     boot.says("failed: a (timed out after 50ms); ")
     boot.says("staying")
@@ -7497,7 +7500,7 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
     until(lambda: boot.left() == [])
     boot.signal()
     boot.ends(143, "")
-    assert list(sent(world).values()) == [[15]]
+    assert list(sent(world).values()) == [[15], [15]]
 
 
 @needs_proc
@@ -7869,7 +7872,7 @@ def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World)
 
 
 class PlayedAgent:
-    """An agent that the test plays for a boot of one unit, `a`. Reports, which are asked for now and then, may wait."""
+    """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
 
     def __init__(self, world: World, files: Mapping[str, str | bytes], **options: Any) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -7889,7 +7892,7 @@ class PlayedAgent:
     def asked(self, method: str) -> Any:
         """The next request, which must be this one."""
         request = json.loads(self.file.readline())
-        while request["method"] == "graph" != method:
+        while request["method"] in {"graph", "ping"} - {method}:
             request = json.loads(self.file.readline())
         assert request["method"] == method
         return request
@@ -7968,6 +7971,28 @@ def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> No
     assert "to try again" not in told
 
 
+def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world: World, gate: Gate) -> None:
+    held_up = """
+import os, time
+time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
+def output(*args, was=coder_sync.Boot.output, **options):
+    os.path.exists("later") or open("stuck").read()
+    was(*args, **options)
+coder_sync.Boot.output, coder_sync.PING_AFTER = output, 0.1
+"""
+    stuck = Gate(world, "stuck")
+    agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
+    ping = agent.asked("ping")
+    gate.open()
+    stuck.reached()
+    agent.answers(ping, result={})
+    (world.directory / "later").touch()
+    stuck.open()
+    agent.asked("complete")
+    agent.reports("completed")
+    agent.boot.ends(0, "a | a\n")
+
+
 def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
     stop(world.serve())
     soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 0.5"
@@ -8024,13 +8049,14 @@ def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
     boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
 
 
-def test_a_temporary_directory_with_too_long_a_name_for_a_socket_is_the_reason_that_is_given(agent: World) -> None:
+def test_a_temporary_directory_in_which_no_socket_can_be_is_the_reason_that_is_given(agent: World) -> None:
     deep = agent.directory / ("d" * 100)
-    deep.mkdir()
-    agent.env["TMPDIR"] = str(deep)
-    told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
-    told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
-    assert told.count("cannot be probed: AF_UNIX path too long") == 2
+    for why in ("no directory for its NOTIFY_SOCKET", "AF_UNIX path too long"):
+        agent.env["TMPDIR"] = str(deep)
+        told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
+        told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
+        assert told.count(f"cannot be probed: {why}") == 2
+        deep.mkdir(exist_ok=True)
 
 
 def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
