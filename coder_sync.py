@@ -2173,11 +2173,11 @@ class Task:
         loop: Loop,
         unit: str,
         command: list[str],
-        ready: str = "",
-        ready_timeout: float = 0.0,
-        timeout: float = 0.0,
-        retries: int = 0,
-        delay: float = 0.0,
+        ready: str,
+        ready_timeout: float,
+        timeout: float,
+        retries: int,
+        delay: float,
     ) -> None:
         self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
         self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
@@ -2395,8 +2395,8 @@ class Run(Task):
     """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
     def __init__(self, args: Args, start: Start) -> None:
-        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
-        super().__init__(Loop(), args.unit, args.command, args.ready or "", **options)
+        limits = (args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        super().__init__(Loop(), args.unit, args.command, args.ready or "", *limits)
         self.env, self.channel = environment(**start.environment), start.channel
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
@@ -5516,12 +5516,12 @@ def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list
 class BootOptions:
     """How to boot."""
 
-    jobs: int = 0  # at once; 0 is no limit
-    grace: float = 10.0
-    log_dir: str = ""
-    fail_fast: bool = False
-    stay: bool = False
-    quiet: bool = False
+    jobs: int  # at once; 0 is no limit
+    grace: float
+    log_dir: str
+    fail_fast: bool
+    stay: bool
+    quiet: bool
 
 
 class Job(Task):
@@ -5582,10 +5582,6 @@ class Job(Task):
         self.boot.ask(method, self, **params)
         if self.boot.lost:
             self.boot.settle(self)
-
-    def end(self, why: str) -> None:
-        super().end(why)
-        self.boot.look_at = 0.0
 
     def process_ended(self, code: int) -> None:
         self.boot.output(self, last=True)
@@ -5875,12 +5871,9 @@ class Boot:
         job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
         if job is None or job.outcome:
             return
-        if status == STARTED and not job.tries:
-            if self.stopping:
-                job.fail(job.why)
-            else:
-                job.env = environment(self.env, **variables_in(news))
-                job.begin()
+        if status == STARTED and not (job.tries or job.reported):
+            job.env = environment(self.env, **variables_in(news))
+            job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 

@@ -2242,6 +2242,15 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def at_rest(pid: int) -> None:
+    """Return once a process uses no processor."""
+
+    def used() -> list[str]:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+
+    until(lambda: used() == (time.sleep(0.4), used())[1], "nothing to do")
+
+
 def stop(process: subprocess.Popen[str]) -> None:
     """Stop a process, and return once it does nothing any more."""
     process.send_signal(signal.SIGSTOP)
@@ -3483,6 +3492,16 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
     boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
     assert not list(world.directory.glob("coder-sync-*"))
+
+
+@pytest.mark.parametrize("patch", ["", "import os; vars(os).pop('memfd_create', 0)"], ids=["", "without memfd_create"])
+def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World, patch: str) -> None:
+    name = f"leaves-{next(COUNT)}"
+    script = f"mkdir {name} || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
+    words = ["run", name, "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script]
+    assert finish(shared.spawn(altered(patch, *words))).returncode == 0
+    shared.client.want(f"after-{name}", name)
+    assert shared.client.env(f"after-{name}") == {"B": "2"}
 
 
 def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
@@ -6781,25 +6800,27 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
 
 
 def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(world: World) -> None:
-    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 3 500ms", "ready-timeout 2")
+    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 1000 500ms", "ready-timeout 2")
     for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
         lines = [f"{mark} coder-sync: {line}{end}" for line in (*words, "ready echo 'it''s  up\\")]
         script = planned(startup(world, {"x.sh": "".join(lines)}))["b"]
         assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
-        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 3, 0.5)
+        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 1000, 0.5)
         assert (script.ready, script.ready_timeout) == ("echo 'it''s  up\\", 2.0)
+    script = planned(startup(world, {"x.sh": ""}))["x"]
+    assert (script.timeout, script.ready_timeout, script.retries, script.delay) == (0, 300, 0, 1)
 
 
 def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
     for words in ("'a b' --requires completion", '--requires=completion "a b"', "a\\ b --requires 'completion'"):
-        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "it\'s mine"'}))
-        assert wanted(scripts["it's mine"]) == [("a b", "completion", 2)]
+        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "-it\'s mine,"'}))
+        assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
 def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
     lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
     lines += ["# coder-sync runs this", "# coder-sync is what wants: us", "# coder_sync.py", "# coder-sync"]
-    lines += [":"] * (48 - len(lines)) + ["@want yes", "@want too-late"]
+    lines += ["coder-sync want f", *[":"] * (47 - len(lines)), "@want yes", "@want too-late"]
     assert wanted(planned(startup(world, {"x": "\n".join(lines), "yes": ""}))["x"]) == [("yes", "success", 50)]
 
 
@@ -6846,6 +6867,7 @@ MISTAKES_IN_HEADERS = [
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
     ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
     ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
+    ("@want x -a", '"-a" is neither an option (there is --requires) nor a name; blanks separate names'),
     ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
@@ -6997,13 +7019,15 @@ v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYN
 v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
+v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
+v9: @want v8; echo ${A-unset} => unset
 # a service that is never ready fails and ends
 s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
 s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
 s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
 s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
-s6: @ready echo secret && ls secret || exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
+s6: @ready echo secret && echo secret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
     => failed: not ready after 900ms (exit code 7)
 s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
@@ -7090,13 +7114,19 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
 def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     world: World, gate: Gate, call: Call
 ) -> None:
-    boot = Boot(world, {"10-a.sh": "cat gate", "b": "@want a"}, "--log-dir", "logs")
-    gate.reached()
+    early = Gate(world, "early")
+    files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
+    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 600")
+    gate.reached(), early.reached()
+    until(lambda: world.status("z") == "completed")
     pid = next(pid for pid in boot.left() if os.getpgid(pid) == pid)
     until(lambda: (world.client.status("a").owner or Owner(0, "")).pid == pid, "the script as owner")
-    assert re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:] == [("a", "started"), ("b", "pending")]
+    found = re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:]
+    assert found == [("a", "started"), ("b", "pending"), ("z", "completed")]
     assert f"(pid {pid})" in call.ok(world, "why", "b") and "a" in call.ok(world, "graph", "b")
     assert world.client.graph().nodes[0].log == str(world.directory / "logs" / "a.log")
+    early.open()
+    until(lambda: len(boot.left()) == 2)  # and what z has left behind is not said to run on
     gate.open()
     boot.ends()
     assert not os.path.exists(world.path)
@@ -7114,8 +7144,11 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
         Boot(world, files).ends(code)
     assert read_lines(world.directory / "ran") == ["a", "b", "a", "b", "a", "a", "a", "b"]
     assert world.client.ping()["pid"] == stays.process.pid
+    guest = Boot(world, {"d": ""}, "--stay")
+    guest.says("staying")
     stays.signal()
     assert "warning" not in stays.ends(143)
+    guest.ends(3, "", "went away", leaves=True)
 
 
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
@@ -7271,7 +7304,8 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
             assert asked.recv(1000).startswith(b"GET /health HTTP/1.")
             asked.sendall(b"HTTP/1.0 302 Found\r\n\r\n")
         assert boot.process.wait(PATIENCE) == 0
-    until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on
+    until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on; each takes signals
+    until(lambda: {coder_sync.proc_line(pid, "SigBlk").strip("0") for pid in boot.left()} == {""})
     end.keep_open(lambda: not boot.left())
     boot.ends(0, None, f"\nstill running: {', '.join(sorted(services))}\n", leaves=True)
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
@@ -7383,12 +7417,12 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
     somebody.call("start", unit="other", hold=True)
     files = {"a": "@lock apt\ncat gate", "b": "@want a\n@lock apt", "c": "@want disk other\n@extern disk other"}
     files.update(d="@want a --requires start\n@lock apt", e="@ready file:up\nsleep 60", f="@retry 1 10m\nexit 9")
-    files.update(g="@ready file:/\nsleep 60")
+    files.update(g="@ready file:/\nsleep 60", h="@retry 1 0\ntest -e tried && sleep 60; touch tried; exit 1")
     boot = Boot(agent, files, "--grace", "100ms", patch="coder_sync.REPORT_EVERY = 0.3")
     boot.says("to try again")
-    line = boot.says("boot: 1 of 7 ended")
+    line = until(lambda: re.search(".* h [^,]*try 2 of 2.*", boot.says("boot: 1 of 8 ended")))[0]
     assert "g " not in line
-    assert re.match(r"boot: 1 of 7 ended after [\d.]+m?s; running: (a|e) ", line) and ", e " in ", " + line[10:]
+    assert re.match(r"boot: 1 of 8 ended after [\d.]+m?s; running: (a|e|h) ", line) and ", e " in ", " + line[10:]
     assert "(not ready: no such file)" in line and "b for a" in line and "f to try again after exit code 9" in line
     assert re.search(r"c for disk, not registered; other, started by .*? \(pid \d+\)", line)
     assert "d for lock apt, which a has" in line
@@ -7454,13 +7488,15 @@ def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gat
     boot.ends(code, None, f"stopped: boot got signal {number}", "b: ")
 
 
+@needs_proc
 def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None:
     text = "trap 'cat {0}; echo {0}; exit' TERM\n: > up-{0}; sleep 60 & wait"
     wants = {"a": "extern x", "b": "want a", "c": "want b", "d": "want a"}
     gates = {name: Gate(world, name) for name in wants}
     files = {name: f"@{want}\n@ready file:up-{name}\n{text.format(name)}" for name, want in wants.items()}
-    boot = Boot(world, files, "--stay")
+    boot = Boot(world, {**files, "e": "@want b c d"}, "--stay")
     boot.says("staying")
+    at_rest(boot.process.pid)
     boot.signal()
     for name in "dcba":
         gates[name].open()
@@ -7592,6 +7628,21 @@ def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(wor
     gate.reached()
     assert stopped(boot).returncode == 143 and session(boot) == []
     os.close(master)
+
+
+def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> None:
+    out = coder_sync.Output(["a"], quiet=False)
+    out.columns = 24
+    for items, shown in (
+        ([], "0 ended"),
+        (["a"], "0 ended a"),
+        (["a", "b", "c"], "0 ended a, b, c"),
+        (["a", 12 * "b"], "0 ended a, bbbbbbbbbbbb"),
+        (["a", 13 * "b"], "0 ended a, +1 more"),
+        (["aaaaaaa", "b"], "0 ended +2 more"),
+    ):
+        out.live("0 ended", items, 0.0)
+        assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == shown
 
 
 def test_red_is_left_to_failures() -> None:
@@ -7815,6 +7866,14 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
     assert not options or len(list((world.directory / "logs").iterdir())) == 90
 
 
+def test_services_leave_each_other_the_descriptors_that_probes_need(world: World, gate: Gate) -> None:
+    limit = ["sh", "-c", 'ulimit -n 100; exec "$@"', "-"]
+    boot = Boot(world, {f"x{i}": "@ready file:up\nsleep 0.3; : > up; exec cat gate" for i in range(30)}, under=limit)
+    assert boot.process.wait(PATIENCE) == 0
+    gate.keep_open(lambda: not boot.left())
+    boot.ends(0, "", leaves=True)
+
+
 def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
     full = """
 import errno, os
@@ -7871,6 +7930,7 @@ def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: W
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
     boot.says("; running: a ")
+    at_rest(boot.process.pid)
     gate.open()
     told = ("failed: a (exit code 2)", "not started: b: the agent went away", "failed: c (exit code 1)")
     boot.ends(3, "a | a\n", *told)
