@@ -943,7 +943,7 @@ class Client:
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=reason)
+        self._call(dict, "fail", unit=unit, reason=one_line(reason))
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1052,9 +1052,10 @@ class Start:
             if self.hold and code in (None, 0):
                 self.channel.call("complete", unit=self.unit)
             elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=code)
+                self.channel.call("fail", unit=self.unit, exit_code=int(code))
             elif self.hold:
-                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+                self.channel.call("fail", unit=self.unit, reason=reason)
         except SyncError:
             if error is None:  # else the block's own exception matters more
                 raise

@@ -5207,7 +5207,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
         (None, "completed", ""),
         (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+        (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
         (SystemExit(3), "failed", ".*3"),
+        (SystemExit(True), "failed", "exit code 1"),
         (SystemExit("no disk"), "failed", ".*no disk"),
         (SystemExit(0), "completed", ""),
         (SystemExit(None), "completed", ""),
@@ -5224,6 +5226,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     with mixed.client.unit("within"):
         mixed.client.complete("within")
     assert mixed.status("within") == "completed"
+    mixed.client.start("wordy")
+    mixed.client.fail("wordy", "x" * 100_000)
+    assert mixed.client.status("wordy").reason.startswith("xxx")
 
 
 BAD_ARGUMENTS: list[dict[str, Any]] = [
