@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from dataclasses import dataclass
+    from io import FileIO
     from typing import Any, Literal, NoReturn, Union
 
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
@@ -3607,8 +3608,8 @@ class Agent:
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
-        self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
+        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
+        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -4027,10 +4028,13 @@ class Agent:
 
     def _watch(self, what: Claim | Unit, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+        from io import FileIO
+
+        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
         try:
-            fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
+            fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
-            fd = -1
+            pass
         self.owners[what] = (owner, fd)
         self._owners_wake.wake()
 
@@ -4040,17 +4044,17 @@ class Agent:
         with self.lock:
             for what in [w for w in self.owners if self._is_over(w)]:
                 fd = self.owners.pop(what)[1]
-                if fd >= 0:
-                    os.close(fd)
+                if fd:
+                    fd.close()
             owners = dict(self.owners)
-        fds = {fd for _, fd in owners.values()}
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
         ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
         with self.lock:
             claims = [claim for claim in gone if isinstance(claim, Claim)]
             self.units.end_claims(claims, "the process that was to own it has ended", Refused)
             for unit in gone:
-                if isinstance(unit, Unit) and not self._is_over(unit):
+                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
                     self.units.exit(unit.name, "not known: the process that ran it is gone")
             self._distribute()
 

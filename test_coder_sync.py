@@ -2760,6 +2760,24 @@ def test_without_pidfd_and_eventfd_ends_of_owners_are_noticed_and_waits_answered
     assert world.client.status("owned").reason.startswith("lost: ")
 
 
+@LINUX
+def test_a_service_that_is_started_anew_beside_its_old_process_leaves_no_descriptor(world: World) -> None:
+    agent = world.serve()
+
+    def descriptors(kind: str) -> int:
+        found = Path(f"/proc/{agent.pid}/fd")
+        return sum(os.readlink(fd).startswith(kind) for fd in found.iterdir() if os.path.lexists(fd))
+
+    for _ in range(3):
+        until(lambda: descriptors("socket") == 1, "no connection any more")
+        peer = world.connect()
+        for i, method in enumerate(("start", "complete", "running")):
+            assert "result" in peer.call(method, i, unit="service", **{"hold": True} if method == "start" else {})
+        peer.close()
+    until(lambda: descriptors("socket") == 1, "no connection any more")
+    until(lambda: descriptors("anon_inode:[pidfd]") <= 1, "one process watched")
+
+
 @contextlib.contextmanager
 def impostor(world: World, answer: bytes) -> Iterator[None]:
     """Something else that listens at the socket's path, and gives everybody one answer."""
