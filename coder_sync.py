@@ -3850,10 +3850,12 @@ class Agent:
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
-        connection.open.pop(claim.ticket.id, None)
+        if not claim.boot:  # which was answered long ago: its id may be in use again
+            connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
-        if claim in self.owners or not claim.held or (claim.boot and self.units.is_over(claim)):
+        holds = claim.held and claim.unit.name and claim not in self.owners
+        if not holds or (claim.boot and self.units.is_over(claim)):
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3927,15 +3929,16 @@ class Agent:
 
     def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
         connection = request.connection
+        members, connection.members = connection.members, []  # after a refusal none of them is left
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
             good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
             if not good or not all(isinstance(requires, str) for requires in wants.values()):
                 raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
-            connection.members.append((name, wants, locks))
-        members = connection.members
-        if not more or len(members) > MAX_UNITS or sum(len(wants) for _, wants, _ in members) > MAX_EDGES:
-            connection.members = []
+            members.append((name, wants, locks))
+        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+            connection.members = members
+        else:
             if self.lives_for and all(map(self.units.is_over, self.lives_for)):
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))

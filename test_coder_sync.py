@@ -2409,7 +2409,7 @@ REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, 
     *(("want", {"unit": "fine", "dependencies": ["one", name]}, ".*unit name") for name in BAD_NAMES),
     *(("boot", {"units": [{"unit": name}]}, "") for name in (None, 1, [], {}, "", "a\n")),
     *(
-        ("boot", {"units": [{"unit": "odd", **more}]}, "a unit of a boot is ")
+        ("boot", {"units": [{"unit": "even"}, {"unit": "odd", **more}]}, "a unit of a boot is ")
         for more in ({"wants": ["x"]}, {"wants": {"x": 1}}, {"locks": "x"}, {"colour": 1})
     ),
     *(
@@ -2442,6 +2442,7 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
         assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
     assert {u.unit_name for u in shared.client.list(everything=True)} == before
     assert shared.status("kept") == "started"
+    assert peer.call("boot")["result"] == {"units": 0}  # those of a boot that was refused are not kept for the next
     shared.client.complete("kept")
 
 
@@ -2501,6 +2502,12 @@ def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World
     assert "waiting" in other.read()["method"]
     peer.close()  # and what it was granted goes to the next
     assert "result" in other.read()
+    assert other.call("boot", 2, units=[{"unit": "booted", "wants": {"gate": "success"}}])["result"]
+    other.request("start", 2, unit="third", dependencies=["never"])
+    shared.end("gate")
+    assert other.read()["params"]["unit"] == "booted"  # a notification, so it frees no id
+    assert "in use" in other.call("ping", 2)["error"]["message"]
+    other.close()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2546,7 +2553,8 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     holder = small.connect()
     holder.call("start", unit="held", hold=True)
     small.client.complete("held")  # whoever holds it has yet to be told
-    waiting, silent, deaf, watcher, gone = (small.connect() for _ in range(5))
+    waiting, silent, waited, deaf, watcher, gone = (small.connect() for _ in range(6))
+    assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
     for follower in (watcher, gone):
@@ -2554,8 +2562,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     gone.close()
     fill(small, 2000)  # an event each
     deaf.request("list", 2, all=True)
-    assert "no request for 1 seconds" in silent.read()["error"]["message"]
-    assert silent.read() is None
+    for idle in (silent, waited):
+        assert "no request for 1 seconds" in idle.read()["error"]["message"]
+        assert idle.read() is None
     assert "result" in holder.call("complete", unit="held")
     hung_up(deaf, watcher)
     small.end("b")
