@@ -2103,7 +2103,7 @@ def private_file() -> tuple[int, str]:
 
 def private_directory() -> str:
     """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    path = os.path.join(getenv("TMPDIR") or "/tmp", f"coder-sync-{os.urandom(8).hex()}")
+    path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
     try:
         os.mkdir(path, 0o700)
     except OSError:
@@ -4352,7 +4352,7 @@ def serve(
     import threading
     from contextlib import ExitStack
 
-    path, sock, ready = os.path.abspath(path), inherited_socket(), -1
+    path, sock, ready = os.path.abspath(path), None if body else inherited_socket(), -1
     if background:
         close_others([sock.fileno()] if sock else [])
         ready = detach()
@@ -4380,9 +4380,9 @@ def serve(
         server = make_server(agent, sock, most)
         forever = ("accepting connections", server.accept)
         accepting = threading.Thread(target=agent.for_ever, args=forever, daemon=True)
-        if not body:
+        if not body:  # whose supervisor is not ours: it is for what comes of it
             accepting.start()
-        notify(f"READY=1\nMAINPID={os.getpid()}")
+            notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
             os.dup2(0, 2)
             os.write(ready, b"!")
@@ -4400,7 +4400,8 @@ def serve(
             log.say(f"stopping: got {Signals(came[0][0]).name}")
             return 0
         finally:
-            notify("STOPPING=1")
+            if not body:
+                notify("STOPPING=1")
             agent.stop()
             if timeline:
                 timeline(agent.graph())
@@ -5620,6 +5621,7 @@ class Output:
     def __init__(self, units: Iterable[str], quiet: bool) -> None:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
+        self.fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
@@ -5643,7 +5645,7 @@ class Output:
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], fd, patience)
+        self.pending[fd] = write_some(self.pending[fd], self.fds[fd], patience)
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
@@ -5716,6 +5718,7 @@ class Boot:
             self.loop(lambda: not self.unfinished and self.said())
             code = self.finish()
             if self.options.stay and not self.signal:
+                notify("READY=1")
                 if not self.options.quiet:
                     self.out.say("boot: staying until a signal")
                 self.report_at = NEVER
@@ -5751,11 +5754,11 @@ class Boot:
                 due = min(due, self.out.live_at)
             self.pause(len(self.out.pending[1]) >= FULL)
             for fd in filter(self.out.pending.get, self.out.pending):
-                self.events.watch(fd, self.writer(fd), for_writing=True)
+                self.events.watch(self.out.fds[fd], self.writer(fd), for_writing=True)
             for number, _ in self.events.turn(due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
-            self.events.forget(*self.out.pending)
+            self.events.forget(*self.out.fds.values())
 
     def writer(self, fd: int) -> Callable[[], None]:
         """What passes on what is to be printed."""
@@ -6084,6 +6087,7 @@ class Boot:
         try:
             for fd in (0, 1, 2) if self.out.quiet else (0, 2):
                 os.dup2(self.null, fd)
+            self.out.fds[1] = 1
             # What else we have open, its peers wait for the end of: the agent's clients, say.
             close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -6187,6 +6191,14 @@ def pieces(line: bytes) -> Iterator[bytes]:
     yield line
 
 
+def opened_again(fd: int) -> int:
+    """A terminal such that writing to it does not block; not that of others who have it open. Else the descriptor."""
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return fd
+
+
 def write_some(data: bytes, fd: int, patience: float) -> bytes:
     """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
 
@@ -6201,6 +6213,8 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
             return b"" if patience else data[at:]
         try:
             at += os.write(fd, data[at : at + 4096])
+        except BlockingIOError:  # less room than that
+            return b"" if patience else data[at:]
         except OSError:  # nobody reads any more; the boot goes on
             break
     return b""
@@ -6340,7 +6354,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    end_on("SIGTERM")  # by an exception, so that nothing is left beside it
+    end_on("SIGTERM", "SIGHUP")  # by an exception, so that nothing is left beside it
     try:
         if os.path.exists(path):
             with open(path, "rb") as there:

@@ -3615,14 +3615,16 @@ def test_a_supervisor_that_is_not_there_is_no_error(world: World, monkeypatch: p
     world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": left})
 
 
-def hand_over(world: World, sock: Any, *options: str, count: str = "1", pid: str = "") -> subprocess.Popen[str]:
+def hand_over(
+    world: World, sock: Any, *options: str, command: str = "serve", count: str = "1", pid: str = ""
+) -> subprocess.Popen[str]:
     """Start an agent as a supervisor does that hands over a listening socket at descriptor 3."""
     code = f"""import os, sys
 n = int(sys.argv[1])
 os.dup2(n, 3) if n != 3 else os.set_inheritable(3, True)
 os.environ.update(LISTEN_PID={pid!r} or str(os.getpid()), LISTEN_FDS={count!r}, LISTEN_FDNAMES="x")
 os.execv(sys.argv[2], sys.argv[2:])"""
-    return world.spawn([*PYTHON, code, str(sock.fileno()), *program(), "serve", *options], pass_fds=[sock.fileno()])
+    return world.spawn([*PYTHON, code, str(sock.fileno()), *program(), command, *options], pass_fds=[sock.fileno()])
 
 
 def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3657,6 +3659,23 @@ def test_a_socket_that_was_handed_over_to_another_process_is_ignored(world: Worl
         assert world.client.ping(wait=PATIENCE)["pid"] == agent.pid
     env = {**world.env, "LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}
     assert "LISTEN" not in world.ok("serve", "--", "env", env=env)
+
+
+def test_what_a_supervisor_has_for_boot_is_for_what_comes_of_it(world: World) -> None:
+    path, scripts = str(world.directory / "supervisor"), startup(world, {"a": "true"})
+    world.env["NOTIFY_SOCKET"] = path
+    server = ["--", "sh", "-c", "echo $((LISTEN_PID - $$)) $LISTEN_FDS; exec ls /dev/fd/3"]
+    with listener(path, socket.SOCK_DGRAM) as supervisor, socket.create_server(("127.0.0.1", 0)) as sock:
+        supervisor.settimeout(PATIENCE)
+        done = finish(hand_over(world, sock, scripts, *server, command="boot"))
+        assert (done.returncode, done.stdout) == (0, "0 1\n/dev/fd/3\n"), done
+        boot = world.popen("boot", scripts, "--stay")
+        assert supervisor.recv(1000) == b"READY=1"  # and nothing before: not from the other boot either
+        assert [unit.status for unit in world.client.list()] == ["completed"]
+        assert stopped(boot).returncode == 143
+        supervisor.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            supervisor.recv(1000)
 
 
 HAND_OVERS: dict[str, Callable[[str], Any]] = {
@@ -5011,14 +5030,15 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
-def test_an_install_that_is_stopped_leaves_nothing(world: World) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
     python.write_text(f'#!/bin/sh\n[ $1 != -IS ] || {{ : > {tried}; exec sleep 60; }}; exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     process = world.popen("install", "--python", str(python), "copy")
     until(tried.exists)
     assert len(os.listdir(world.directory)) == 3  # with the copy that is tried
-    assert stopped(process).returncode == 143
+    assert stopped(process, number).returncode == 128 + number
     assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
@@ -7001,7 +7021,7 @@ given: echo $CODER_SYNC_UNIT $CODER_AGENT_SOCKET_PATH $MINE $(cat | wc -c) $PWD 
     => given DIR/agent.sock yes 0 DIR 0 DIR/startup.d/given
 usual: grep -cE 'Sig(Blk|Ign):.[0-9a-f]{8}[08]0{7}$' /proc/self/status; ls /proc/self/fd => 2 / 0 / 1 / 2 / 3
 # variables are those of its dependents; what is none fails the unit
-v1: echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
+v1: cd /; echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
 v2: @want v1; echo "$A $B"; echo A=2 > $CODER_SYNC_ENV => 1 x y="z"
 v3: @want v2; echo "$A $B"; dirname $CODER_SYNC_ENV > private; test -e $CODER_SYNC_ENV || echo new => 2 x y="z" / new
 v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYNC_ENV is not NAME=VALUE
@@ -7071,7 +7091,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
             fails[unit] = lines.pop()
         if lines:
             says[unit] = lines
-    agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="")
+    agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
     patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
@@ -7590,6 +7610,17 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
     assert any(re.fullmatch(first, line) for line in lines), lines
     summary = shown.rpartition("signal 2\r\n")[2].splitlines()
     assert len(summary) == 2 and max(map(len, summary)) <= 70, "the last lines are wrapped"
+
+
+@needs_proc
+def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(world: World, gate: Gate) -> None:
+    path = startup(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
+    master, terminal = pty.openpty()
+    boot = world.spawn([*program(), "boot", path], stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    gate.reached()
+    assert stopped(boot).returncode == 143 and session(boot) == []
+    os.close(master)
 
 
 def test_red_is_left_to_failures() -> None:
