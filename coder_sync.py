@@ -1887,7 +1887,7 @@ def check_probe(text: str) -> None:
         address_of(text[7:].partition("/")[0], 80)
     elif (colon and kind in ("unix", "file") and not rest) or not text:
         raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
         raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
 
 
@@ -4003,6 +4003,7 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         import _signal as signal
 
+        self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
         os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
         return {}
 
@@ -5349,7 +5350,8 @@ def read_header(script: Script, text: str, place: str) -> None:
     else:
         odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
         if odd and verb != "unit":
-            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{odd[0]}" is neither {known} nor a name; blanks separate names')
         read_names(script, verb, [check_name(name) for name in words], requires, place)
 
 
@@ -5447,7 +5449,7 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         elif not os.path.isfile(given):  # a pipe, say, which would block
             raise OSError(0, "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{given}: cannot be read: {error.strerror}")
+        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
         try:
@@ -6606,6 +6608,14 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    try:
+        tag = "import sys; print(sys.implementation.cache_tag)"
+        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
+    except Refused:  # there is none
+        other = True
+    if other:
+        which = "which is another Python, or not there"
+        put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
 @Command("reset pip-install", units_or("all"), QUIET)

@@ -2838,6 +2838,14 @@ def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, optio
         assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
 
 
+def test_the_log_says_who_called_shutdown(world: World) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    assert world.run("shutdown").returncode == 0
+    texts = [re.sub(STAMP, "", line) for line in finish(agent).stderr.splitlines()]
+    assert re.fullmatch(rf"shutdown was called by .+ \(pid {os.getpid()}\)", texts[1])
+    assert texts[2:] == ["stopping: got SIGTERM"]
+
+
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
     read, write = os.pipe()
     agent = world.serve("-v", stderr=write)
@@ -5003,6 +5011,22 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
+def test_install_warns_when_calls_would_start_another_python(world: World) -> None:
+    python, script = world.directory / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    env = {**world.shell_env(), "PATH": str(world.directory)}
+    for text, words, warned in (
+        (script, [], False),
+        ("#!/bin/sh\necho cpython-30\n", [], True),
+        ("", [], True),
+        ("", ["--python", sys.executable], False),
+    ):
+        python.write_text(text)
+        python.chmod(0o755 if text else 0o644)
+        done = install(world, *words, "copy", env=env)
+        assert (done.returncode, done.stderr.count("\n")) == (0, warned), text
+        assert not warned or done.stderr.endswith(f"; if it is to be this one: --python {sys.executable}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
@@ -6816,6 +6840,7 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     none = "no executable files; not executable: x"
     for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
 USE = (
@@ -6827,6 +6852,8 @@ REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
+NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
+NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
 
 
 MISTAKES_IN_HEADERS = [
@@ -6844,7 +6871,8 @@ MISTAKES_IN_HEADERS = [
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
-    ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
+    ("@want clone, x", f'"clone," {NEITHER}'),
+    ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
@@ -6862,7 +6890,8 @@ MISTAKES_IN_HEADERS = [
     ("@ready tcp:http", f"'http' {ADDRESS}"),
     ("@ready tcp:0", f"'0' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
-    ("@ready udp:53", "'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command"),
+    ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
+    ("@ready 5432", f"'5432' {NO_PROBE}"),
 ]
 
 
