@@ -6511,7 +6511,7 @@ def cmd_ping(args: Args) -> None:
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
-    flag("--stay", help="go on serving until a signal; the exit status is then 128+N"),
+    flag("--stay", help="go on serving until a signal, without COMMAND; the exit status is then 128+N"),
     QUIET,
     tail="*",
 )
@@ -6528,6 +6528,8 @@ def cmd_boot(args: Args) -> int:
         checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
         put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
         return 0
+    if args.stay and args.command:
+        say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
     write = timeline_writer(args.timeline) if args.timeline else None
     loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)

@@ -7787,6 +7787,11 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
+    stays = Boot(world, {"a": ""}, "--stay", "--", "echo", "ran")
+    stays.says("boot: echo will not be run: --stay serves instead")
+    stays.says("staying")
+    stays.signal()
+    stays.ends(143, "")
 
 
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
