@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from dataclasses import dataclass
+    from io import FileIO
     from typing import Any, Literal, NoReturn, Union
 
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
@@ -943,7 +944,7 @@ class Client:
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=reason)
+        self._call(dict, "fail", unit=unit, reason=one_line(reason))
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1052,9 +1053,10 @@ class Start:
             if self.hold and code in (None, 0):
                 self.channel.call("complete", unit=self.unit)
             elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=code)
+                self.channel.call("fail", unit=self.unit, exit_code=int(code))
             elif self.hold:
-                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+                self.channel.call("fail", unit=self.unit, reason=reason)
         except SyncError:
             if error is None:  # else the block's own exception matters more
                 raise
@@ -3606,8 +3608,8 @@ class Agent:
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
-        self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
+        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
+        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3848,10 +3850,12 @@ class Agent:
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
-        connection.open.pop(claim.ticket.id, None)
+        if not claim.boot:  # which was answered long ago: its id may be in use again
+            connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
-        if claim in self.owners or not claim.held or (claim.boot and self.units.is_over(claim)):
+        holds = claim.held and claim.unit.name and claim not in self.owners
+        if not holds or (claim.boot and self.units.is_over(claim)):
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3925,15 +3929,16 @@ class Agent:
 
     def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
         connection = request.connection
+        members, connection.members = connection.members, []  # after a refusal none of them is left
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
             good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
             if not good or not all(isinstance(requires, str) for requires in wants.values()):
                 raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
-            connection.members.append((name, wants, locks))
-        members = connection.members
-        if not more or len(members) > MAX_UNITS or sum(len(wants) for _, wants, _ in members) > MAX_EDGES:
-            connection.members = []
+            members.append((name, wants, locks))
+        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+            connection.members = members
+        else:
             if self.lives_for and all(map(self.units.is_over, self.lives_for)):
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
@@ -4027,10 +4032,13 @@ class Agent:
 
     def _watch(self, what: Claim | Unit, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+        from io import FileIO
+
+        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
         try:
-            fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
+            fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
-            fd = -1
+            pass
         self.owners[what] = (owner, fd)
         self._owners_wake.wake()
 
@@ -4040,17 +4048,17 @@ class Agent:
         with self.lock:
             for what in [w for w in self.owners if self._is_over(w)]:
                 fd = self.owners.pop(what)[1]
-                if fd >= 0:
-                    os.close(fd)
+                if fd:
+                    fd.close()
             owners = dict(self.owners)
-        fds = {fd for _, fd in owners.values()}
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
         ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
         with self.lock:
             claims = [claim for claim in gone if isinstance(claim, Claim)]
             self.units.end_claims(claims, "the process that was to own it has ended", Refused)
             for unit in gone:
-                if isinstance(unit, Unit) and not self._is_over(unit):
+                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
                     self.units.exit(unit.name, "not known: the process that ran it is gone")
             self._distribute()
 

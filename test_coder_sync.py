@@ -2409,7 +2409,7 @@ REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, 
     *(("want", {"unit": "fine", "dependencies": ["one", name]}, ".*unit name") for name in BAD_NAMES),
     *(("boot", {"units": [{"unit": name}]}, "") for name in (None, 1, [], {}, "", "a\n")),
     *(
-        ("boot", {"units": [{"unit": "odd", **more}]}, "a unit of a boot is ")
+        ("boot", {"units": [{"unit": "even"}, {"unit": "odd", **more}]}, "a unit of a boot is ")
         for more in ({"wants": ["x"]}, {"wants": {"x": 1}}, {"locks": "x"}, {"colour": 1})
     ),
     *(
@@ -2442,6 +2442,7 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
         assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
     assert {u.unit_name for u in shared.client.list(everything=True)} == before
     assert shared.status("kept") == "started"
+    assert peer.call("boot")["result"] == {"units": 0}  # those of a boot that was refused are not kept for the next
     shared.client.complete("kept")
 
 
@@ -2501,6 +2502,12 @@ def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World
     assert "waiting" in other.read()["method"]
     peer.close()  # and what it was granted goes to the next
     assert "result" in other.read()
+    assert other.call("boot", 2, units=[{"unit": "booted", "wants": {"gate": "success"}}])["result"]
+    other.request("start", 2, unit="third", dependencies=["never"])
+    shared.end("gate")
+    assert other.read()["params"]["unit"] == "booted"  # a notification, so it frees no id
+    assert "in use" in other.call("ping", 2)["error"]["message"]
+    other.close()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2546,7 +2553,8 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     holder = small.connect()
     holder.call("start", unit="held", hold=True)
     small.client.complete("held")  # whoever holds it has yet to be told
-    waiting, silent, deaf, watcher, gone = (small.connect() for _ in range(5))
+    waiting, silent, waited, deaf, watcher, gone = (small.connect() for _ in range(6))
+    assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
     for follower in (watcher, gone):
@@ -2554,8 +2562,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     gone.close()
     fill(small, 2000)  # an event each
     deaf.request("list", 2, all=True)
-    assert "no request for 1 seconds" in silent.read()["error"]["message"]
-    assert silent.read() is None
+    for idle in (silent, waited):
+        assert "no request for 1 seconds" in idle.read()["error"]["message"]
+        assert idle.read() is None
     assert "result" in holder.call("complete", unit="held")
     hung_up(deaf, watcher)
     small.end("b")
@@ -2758,6 +2767,24 @@ def test_without_pidfd_and_eventfd_ends_of_owners_are_noticed_and_waits_answered
     assert waiting.read()["id"] == "w"
     assert (world.status("owned"), world.status("kept")) == ("failed", "started")
     assert world.client.status("owned").reason.startswith("lost: ")
+
+
+@LINUX
+def test_a_service_that_is_started_anew_beside_its_old_process_leaves_no_descriptor(world: World) -> None:
+    agent = world.serve()
+
+    def descriptors(kind: str) -> int:
+        found = Path(f"/proc/{agent.pid}/fd")
+        return sum(os.readlink(fd).startswith(kind) for fd in found.iterdir() if os.path.lexists(fd))
+
+    for _ in range(3):
+        until(lambda: descriptors("socket") == 1, "no connection any more")
+        peer = world.connect()
+        for i, method in enumerate(("start", "complete", "running")):
+            assert "result" in peer.call(method, i, unit="service", **{"hold": True} if method == "start" else {})
+        peer.close()
+    until(lambda: descriptors("socket") == 1, "no connection any more")
+    until(lambda: descriptors("anon_inode:[pidfd]") <= 1, "one process watched")
 
 
 @contextlib.contextmanager
@@ -5251,7 +5278,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
         (None, "completed", ""),
         (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+        (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
         (SystemExit(3), "failed", ".*3"),
+        (SystemExit(True), "failed", "exit code 1"),
         (SystemExit("no disk"), "failed", ".*no disk"),
         (SystemExit(0), "completed", ""),
         (SystemExit(None), "completed", ""),
@@ -5268,6 +5297,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     with mixed.client.unit("within"):
         mixed.client.complete("within")
     assert mixed.status("within") == "completed"
+    mixed.client.start("wordy")
+    mixed.client.fail("wordy", "x" * 100_000)
+    assert mixed.client.status("wordy").reason.startswith("xxx")
 
 
 BAD_ARGUMENTS: list[dict[str, Any]] = [
