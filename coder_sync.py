@@ -3133,6 +3133,8 @@ class Units:
                 raise self._already_started(unit)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
+            if boot:  # it begins here, also where somebody has wanted or reset the unit long before
+                unit.facts.registered = self._now()
             claim = Claim(unit, ticket, owner, held, its + places, boot)
             if timeout:
                 claim.deadline = self.clock() + timeout

@@ -1040,6 +1040,17 @@ def test_a_lock_that_members_of_a_boot_share_is_one_even_if_names_are_forgotten_
     assert [rules.units.status(name).status for name in "xyz"] == ["started", "started", "pending"]
 
 
+def test_a_boot_lasts_from_its_claim_on_also_with_units_that_are_known_for_long(rules: Rules) -> None:
+    rules.units.want("b", ["a"])
+    for _ in range(2):
+        rules.clock.now += 100
+        rules.units.boot([("a", {}, []), ("b", {"a": "success"}, [])], "boot")
+        for name in "ab":
+            rules.play(f"sleep 1; complete {name}")
+        assert coder_sync.Startup(rules.units.graph()).length == 2
+        rules.units.reset(["a", "b"])
+
+
 def test_who_completes_a_unit_again_may_leave_the_same_environment_again(rules: Rules) -> None:
     rules.play("want a b")
     for _ in range(2):
