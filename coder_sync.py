@@ -1652,7 +1652,8 @@ class Loop:
     def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
         """Wait until something happens, or until a time; handle it.
 
-        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        Returns the signals that came, and of each whether a process sent it, not the terminal, which sends those of its
+        keys to the whole foreground group, but the one of a hang-up to who leads the session (macOS: always so).
         """
         import _signal as signal
 
@@ -1706,7 +1707,7 @@ class Loop:
             sys.exit(128 + late[0])
 
     def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        """Take the next signal: its number, and 0 if it is of a key; empty if none comes until it is due."""
         import _signal as signal
 
         awaited = [*self.numbers, signal.SIGCHLD]
@@ -1716,7 +1717,9 @@ class Loop:
             got = signal.sigwaitinfo(awaited)
         else:
             got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+        if not got:
+            return b""
+        return bytes([got.si_signo, got.si_code <= 0 or got.si_signo == signal.SIGHUP])  # the kernel's are positive
 
     def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
         """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""

@@ -3446,6 +3446,18 @@ def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared:
     assert process.returncode == 3
 
 
+def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        program = [sys.executable, "-IS", str(FILE), *words, "--", "sh", "-c", "echo on; exec sleep 9"]
+        os.execve(sys.executable, program, shared.env)
+    seen = b""
+    while b"on\r\n" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+
+
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
