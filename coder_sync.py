@@ -5311,7 +5311,8 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
 
 def looks_like_header(line: str) -> bool:
     """Whether a comment was meant to be a header, and is not only about us."""
-    words = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync").replace(":", " ").split()
+    text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+    words = text.replace(":", " ").replace("\uff1a", " ").split()  # the colon of a Chinese keyboard
     return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 

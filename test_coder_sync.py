@@ -5378,6 +5378,7 @@ def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
         ("# coder-sync want a", ":2: not understood"),
         ("# codersync: want a", ":2: not understood"),
         ("// coder_sync: want a", ":2: not understood"),
+        ("# coder-sync\uff1a want a", ":2: not understood"),
         ("# coder-sync: want a --require start", '"--require" is neither an option'),
         ("# coder-sync: want a, b", '"a," is neither an option'),
     ):
