@@ -2238,7 +2238,7 @@ class Task:
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
-        detail = self.next_try() if self.tries else ""
+        detail, self.why = self.next_try() if self.tries else "", ""
         try:
             self.probe(env)
             self.pid = self.spawn(env)
@@ -2247,7 +2247,7 @@ class Task:
             self.not_begun(error)
             return
         self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.began, self.running, self.killed = time.monotonic(), True, False
         self.tries += 1
         self.stop_at = self.began + self.timeout if self.timeout else NEVER
         self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
@@ -2415,8 +2415,11 @@ class Run(Task):
         try:
             try:
                 self.begin()
-                while self.running or self.again_at < NEVER:
-                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                while True:
+                    due = self.keep_time(time.monotonic())
+                    if not self.running and self.again_at == NEVER:
+                        break
+                    for number, sent in self.loop.turn(due):
                         self.signalled(number, sent)
             finally:
                 self.loop.give_back()

@@ -3497,6 +3497,13 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     assert not list(world.directory.glob("coder-sync-*"))
 
 
+def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
+    name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
+    script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
+    done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
+    assert done.returncode == 125 and f"error: {name}: cannot be probed: Address already in use\n" in done.stderr
+
+
 def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
     name = f"junk-{next(COUNT)}"
     done = shared.run("run", name, "--", "sh", "-c", "echo junk > $CODER_SYNC_ENV")
