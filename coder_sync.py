@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from dataclasses import dataclass
+    from io import FileIO
     from typing import Any, Literal, NoReturn, Union
 
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
@@ -943,7 +944,7 @@ class Client:
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=reason)
+        self._call(dict, "fail", unit=unit, reason=one_line(reason))
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1052,9 +1053,10 @@ class Start:
             if self.hold and code in (None, 0):
                 self.channel.call("complete", unit=self.unit)
             elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=code)
+                self.channel.call("fail", unit=self.unit, exit_code=int(code))
             elif self.hold:
-                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+                self.channel.call("fail", unit=self.unit, reason=reason)
         except SyncError:
             if error is None:  # else the block's own exception matters more
                 raise
@@ -1890,7 +1892,7 @@ def check_probe(text: str) -> None:
         address_of(text[7:].partition("/")[0], 80)
     elif (colon and kind in ("unix", "file") and not rest) or not text:
         raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
         raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
 
 
@@ -3612,8 +3614,8 @@ class Agent:
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
-        self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
+        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
+        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3854,10 +3856,12 @@ class Agent:
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
-        connection.open.pop(claim.ticket.id, None)
+        if not claim.boot:  # which was answered long ago: its id may be in use again
+            connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
-        if claim in self.owners or not claim.held or (claim.boot and self.units.is_over(claim)):
+        holds = claim.held and claim.unit.name and claim not in self.owners
+        if not holds or (claim.boot and self.units.is_over(claim)):
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3931,15 +3935,16 @@ class Agent:
 
     def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
         connection = request.connection
+        members, connection.members = connection.members, []  # after a refusal none of them is left
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
             good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
             if not good or not all(isinstance(requires, str) for requires in wants.values()):
                 raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
-            connection.members.append((name, wants, locks))
-        members = connection.members
-        if not more or len(members) > MAX_UNITS or sum(len(wants) for _, wants, _ in members) > MAX_EDGES:
-            connection.members = []
+            members.append((name, wants, locks))
+        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+            connection.members = members
+        else:
             if self.lives_for and all(map(self.units.is_over, self.lives_for)):
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
@@ -4009,6 +4014,7 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         import _signal as signal
 
+        self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
         os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
         return {}
 
@@ -4032,10 +4038,13 @@ class Agent:
 
     def _watch(self, what: Claim | Unit, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+        from io import FileIO
+
+        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
         try:
-            fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
+            fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
-            fd = -1
+            pass
         self.owners[what] = (owner, fd)
         self._owners_wake.wake()
 
@@ -4045,17 +4054,17 @@ class Agent:
         with self.lock:
             for what in [w for w in self.owners if self._is_over(w)]:
                 fd = self.owners.pop(what)[1]
-                if fd >= 0:
-                    os.close(fd)
+                if fd:
+                    fd.close()
             owners = dict(self.owners)
-        fds = {fd for _, fd in owners.values()}
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
         ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
         with self.lock:
             claims = [claim for claim in gone if isinstance(claim, Claim)]
             self.units.end_claims(claims, "the process that was to own it has ended", Refused)
             for unit in gone:
-                if isinstance(unit, Unit) and not self._is_over(unit):
+                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
                     self.units.exit(unit.name, "not known: the process that ran it is gone")
             self._distribute()
 
@@ -5356,7 +5365,8 @@ def read_header(script: Script, text: str, place: str) -> None:
     else:
         odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
         if odd and verb != "unit":
-            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{odd[0]}" is neither {known} nor a name; blanks separate names')
         read_names(script, verb, [check_name(name) for name in words], requires, place)
 
 
@@ -5454,7 +5464,7 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         elif not os.path.isfile(given):  # a pipe, say, which would block
             raise OSError(0, "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{given}: cannot be read: {error.strerror}")
+        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
         try:
@@ -6516,7 +6526,7 @@ def cmd_ping(args: Args) -> None:
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
-    flag("--stay", help="go on serving until a signal; the exit status is then 128+N"),
+    flag("--stay", help="go on serving until a signal, without COMMAND; the exit status is then 128+N"),
     QUIET,
     tail="*",
 )
@@ -6533,6 +6543,8 @@ def cmd_boot(args: Args) -> int:
         checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
         put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
         return 0
+    if args.stay and args.command:
+        say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
     write = timeline_writer(args.timeline) if args.timeline else None
     loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
@@ -6613,6 +6625,14 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    try:
+        tag = "import sys; print(sys.implementation.cache_tag)"
+        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
+    except Refused:  # there is none
+        other = True
+    if other:
+        which = "which is another Python, or not there"
+        put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
 @Command("reset pip-install", units_or("all"), QUIET)

@@ -2409,7 +2409,7 @@ REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, 
     *(("want", {"unit": "fine", "dependencies": ["one", name]}, ".*unit name") for name in BAD_NAMES),
     *(("boot", {"units": [{"unit": name}]}, "") for name in (None, 1, [], {}, "", "a\n")),
     *(
-        ("boot", {"units": [{"unit": "odd", **more}]}, "a unit of a boot is ")
+        ("boot", {"units": [{"unit": "even"}, {"unit": "odd", **more}]}, "a unit of a boot is ")
         for more in ({"wants": ["x"]}, {"wants": {"x": 1}}, {"locks": "x"}, {"colour": 1})
     ),
     *(
@@ -2442,6 +2442,7 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
         assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
     assert {u.unit_name for u in shared.client.list(everything=True)} == before
     assert shared.status("kept") == "started"
+    assert peer.call("boot")["result"] == {"units": 0}  # those of a boot that was refused are not kept for the next
     shared.client.complete("kept")
 
 
@@ -2501,6 +2502,12 @@ def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World
     assert "waiting" in other.read()["method"]
     peer.close()  # and what it was granted goes to the next
     assert "result" in other.read()
+    assert other.call("boot", 2, units=[{"unit": "booted", "wants": {"gate": "success"}}])["result"]
+    other.request("start", 2, unit="third", dependencies=["never"])
+    shared.end("gate")
+    assert other.read()["params"]["unit"] == "booted"  # a notification, so it frees no id
+    assert "in use" in other.call("ping", 2)["error"]["message"]
+    other.close()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2546,7 +2553,8 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     holder = small.connect()
     holder.call("start", unit="held", hold=True)
     small.client.complete("held")  # whoever holds it has yet to be told
-    waiting, silent, deaf, watcher, gone = (small.connect() for _ in range(5))
+    waiting, silent, waited, deaf, watcher, gone = (small.connect() for _ in range(6))
+    assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
     for follower in (watcher, gone):
@@ -2554,8 +2562,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     gone.close()
     fill(small, 2000)  # an event each
     deaf.request("list", 2, all=True)
-    assert "no request for 1 seconds" in silent.read()["error"]["message"]
-    assert silent.read() is None
+    for idle in (silent, waited):
+        assert "no request for 1 seconds" in idle.read()["error"]["message"]
+        assert idle.read() is None
     assert "result" in holder.call("complete", unit="held")
     hung_up(deaf, watcher)
     small.end("b")
@@ -2760,6 +2769,24 @@ def test_without_pidfd_and_eventfd_ends_of_owners_are_noticed_and_waits_answered
     assert world.client.status("owned").reason.startswith("lost: ")
 
 
+@LINUX
+def test_a_service_that_is_started_anew_beside_its_old_process_leaves_no_descriptor(world: World) -> None:
+    agent = world.serve()
+
+    def descriptors(kind: str) -> int:
+        found = Path(f"/proc/{agent.pid}/fd")
+        return sum(os.readlink(fd).startswith(kind) for fd in found.iterdir() if os.path.lexists(fd))
+
+    for _ in range(3):
+        until(lambda: descriptors("socket") == 1, "no connection any more")
+        peer = world.connect()
+        for i, method in enumerate(("start", "complete", "running")):
+            assert "result" in peer.call(method, i, unit="service", **{"hold": True} if method == "start" else {})
+        peer.close()
+    until(lambda: descriptors("socket") == 1, "no connection any more")
+    until(lambda: descriptors("anon_inode:[pidfd]") <= 1, "one process watched")
+
+
 @contextlib.contextmanager
 def impostor(world: World, answer: bytes) -> Iterator[None]:
     """Something else that listens at the socket's path, and gives everybody one answer."""
@@ -2836,6 +2863,14 @@ def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, optio
         assert texts[1:3] == ["a: started", "a: completed"]
         assert texts[3].startswith('refused: unit "a" is completed')
         assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
+
+
+def test_the_log_says_who_called_shutdown(world: World) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    assert world.run("shutdown").returncode == 0
+    texts = [re.sub(STAMP, "", line) for line in finish(agent).stderr.splitlines()]
+    assert re.fullmatch(rf"shutdown was called by .+ \(pid {os.getpid()}\)", texts[1])
+    assert texts[2:] == ["stopping: got SIGTERM"]
 
 
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
@@ -5022,6 +5057,22 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
+def test_install_warns_when_calls_would_start_another_python(world: World) -> None:
+    python, script = world.directory / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    env = {**world.shell_env(), "PATH": str(world.directory)}
+    for text, words, warned in (
+        (script, [], False),
+        ("#!/bin/sh\necho cpython-30\n", [], True),
+        ("", [], True),
+        ("", ["--python", sys.executable], False),
+    ):
+        python.write_text(text)
+        python.chmod(0o755 if text else 0o644)
+        done = install(world, *words, "copy", env=env)
+        assert (done.returncode, done.stderr.count("\n")) == (0, warned), text
+        assert not warned or done.stderr.endswith(f"; if it is to be this one: --python {sys.executable}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
@@ -5246,7 +5297,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
         (None, "completed", ""),
         (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+        (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
         (SystemExit(3), "failed", ".*3"),
+        (SystemExit(True), "failed", "exit code 1"),
         (SystemExit("no disk"), "failed", ".*no disk"),
         (SystemExit(0), "completed", ""),
         (SystemExit(None), "completed", ""),
@@ -5263,6 +5316,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     with mixed.client.unit("within"):
         mixed.client.complete("within")
     assert mixed.status("within") == "completed"
+    mixed.client.start("wordy")
+    mixed.client.fail("wordy", "x" * 100_000)
+    assert mixed.client.status("wordy").reason.startswith("xxx")
 
 
 BAD_ARGUMENTS: list[dict[str, Any]] = [
@@ -6836,6 +6892,7 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     none = "no executable files; not executable: x"
     for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
 USE = (
@@ -6847,6 +6904,8 @@ REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
+NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
+NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
 
 
 MISTAKES_IN_HEADERS = [
@@ -6864,7 +6923,8 @@ MISTAKES_IN_HEADERS = [
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
-    ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
+    ("@want clone, x", f'"clone," {NEITHER}'),
+    ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
@@ -6882,7 +6942,8 @@ MISTAKES_IN_HEADERS = [
     ("@ready tcp:http", f"'http' {ADDRESS}"),
     ("@ready tcp:0", f"'0' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
-    ("@ready udp:53", "'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command"),
+    ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
+    ("@ready 5432", f"'5432' {NO_PROBE}"),
 ]
 
 
@@ -7778,6 +7839,11 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
+    stays = Boot(world, {"a": ""}, "--stay", "--", "echo", "ran")
+    stays.says("boot: echo will not be run: --stay serves instead")
+    stays.says("staying")
+    stays.signal()
+    stays.ends(143, "")
 
 
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
