@@ -1654,7 +1654,8 @@ class Loop:
     def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
         """Wait until something happens, or until a time; handle it.
 
-        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        Returns the signals that came, and of each whether a process sent it, not the terminal, which sends those of its
+        keys to the whole foreground group, but the one of a hang-up to who leads the session (macOS: always so).
         """
         import _signal as signal
 
@@ -1708,7 +1709,7 @@ class Loop:
             sys.exit(128 + late[0])
 
     def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        """Take the next signal: its number, and 0 if it is of a key; empty if none comes until it is due."""
         import _signal as signal
 
         awaited = [*self.numbers, signal.SIGCHLD]
@@ -1718,7 +1719,9 @@ class Loop:
             got = signal.sigwaitinfo(awaited)
         else:
             got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+        if not got:
+            return b""
+        return bytes([got.si_signo, got.si_code <= 0 or got.si_signo == signal.SIGHUP])  # the kernel's are positive
 
     def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
         """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
@@ -2237,7 +2240,7 @@ class Task:
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
-        detail = self.next_try() if self.tries else ""
+        detail, self.why = self.next_try() if self.tries else "", ""
         try:
             self.probe(env)
             self.pid = self.spawn(env)
@@ -2246,7 +2249,7 @@ class Task:
             self.not_begun(error)
             return
         self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.began, self.running, self.killed = time.monotonic(), True, False
         self.tries += 1
         self.stop_at = self.began + self.timeout if self.timeout else NEVER
         self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
@@ -2414,8 +2417,11 @@ class Run(Task):
         try:
             try:
                 self.begin()
-                while self.running or self.again_at < NEVER:
-                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                while True:
+                    due = self.keep_time(time.monotonic())
+                    if not self.running and self.again_at == NEVER:
+                        break
+                    for number, sent in self.loop.turn(due):
                         self.signalled(number, sent)
             finally:
                 self.loop.give_back()
@@ -5319,7 +5325,8 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
 
 def looks_like_header(line: str) -> bool:
     """Whether a comment was meant to be a header, and is not only about us."""
-    words = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync").replace(":", " ").split()
+    text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+    words = text.replace(":", " ").replace("\uff1a", " ").split()  # the colon of a Chinese keyboard
     return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 

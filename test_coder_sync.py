@@ -3492,6 +3492,18 @@ def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared:
     assert process.returncode == 3
 
 
+def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        program = [sys.executable, "-IS", str(FILE), *words, "--", "sh", "-c", "echo on; exec sleep 9"]
+        os.execve(sys.executable, program, shared.env)
+    seen = b""
+    while b"on\r\n" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+
+
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
@@ -3529,6 +3541,13 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
     boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
     assert not list(world.directory.glob("coder-sync-*"))
+
+
+def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
+    name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
+    script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
+    done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
+    assert done.returncode == 125 and f"error: {name}: cannot be probed: Address already in use\n" in done.stderr
 
 
 def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
@@ -5433,6 +5452,7 @@ def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
         ("# coder-sync want a", ":2: not understood"),
         ("# codersync: want a", ":2: not understood"),
         ("// coder_sync: want a", ":2: not understood"),
+        ("# coder-sync\uff1a want a", ":2: not understood"),
         ("# coder-sync: want a --require start", '"--require" is neither an option'),
         ("# coder-sync: want a, b", '"a," is neither an option'),
     ):
