@@ -1040,6 +1040,17 @@ def test_a_lock_that_members_of_a_boot_share_is_one_even_if_names_are_forgotten_
     assert [rules.units.status(name).status for name in "xyz"] == ["started", "started", "pending"]
 
 
+def test_a_boot_lasts_from_its_claim_on_also_with_units_that_are_known_for_long(rules: Rules) -> None:
+    rules.units.want("b", ["a"])
+    for _ in range(2):
+        rules.clock.now += 100
+        rules.units.boot([("a", {}, []), ("b", {"a": "success"}, [])], "boot")
+        for name in "ab":
+            rules.play(f"sleep 1; complete {name}")
+        assert coder_sync.Startup(rules.units.graph()).length == 2
+        rules.units.reset(["a", "b"])
+
+
 def test_who_completes_a_unit_again_may_leave_the_same_environment_again(rules: Rules) -> None:
     rules.play("want a b")
     for _ in range(2):
@@ -2874,6 +2885,14 @@ def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, optio
         assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
 
 
+def test_the_log_says_who_called_shutdown(world: World) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    assert world.run("shutdown").returncode == 0
+    texts = [re.sub(STAMP, "", line) for line in finish(agent).stderr.splitlines()]
+    assert re.fullmatch(rf"shutdown was called by .+ \(pid {os.getpid()}\)", texts[1])
+    assert texts[2:] == ["stopping: got SIGTERM"]
+
+
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
     read, write = os.pipe()
     agent = world.serve("-v", stderr=write)
@@ -3482,6 +3501,18 @@ def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared:
     assert process.returncode == 3
 
 
+def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        program = [sys.executable, "-IS", str(FILE), *words, "--", "sh", "-c", "echo on; exec sleep 9"]
+        os.execve(sys.executable, program, shared.env)
+    seen = b""
+    while b"on\r\n" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+
+
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
@@ -3529,6 +3560,13 @@ def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World, pa
     assert finish(shared.spawn(altered(patch, *words))).returncode == 0
     shared.client.want(f"after-{name}", name)
     assert shared.client.env(f"after-{name}") == {"B": "2"}
+
+
+def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
+    name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
+    script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
+    done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
+    assert done.returncode == 125 and f"error: {name}: cannot be probed: Address already in use\n" in done.stderr
 
 
 def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
@@ -5049,6 +5087,22 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
+def test_install_warns_when_calls_would_start_another_python(world: World) -> None:
+    python, script = world.directory / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    env = {**world.shell_env(), "PATH": str(world.directory)}
+    for text, words, warned in (
+        (script, [], False),
+        ("#!/bin/sh\necho cpython-30\n", [], True),
+        ("", [], True),
+        ("", ["--python", sys.executable], False),
+    ):
+        python.write_text(text)
+        python.chmod(0o755 if text else 0o644)
+        done = install(world, *words, "copy", env=env)
+        assert (done.returncode, done.stderr.count("\n")) == (0, warned), text
+        assert not warned or done.stderr.endswith(f"; if it is to be this one: --python {sys.executable}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
@@ -5417,6 +5471,7 @@ def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
         ("# coder-sync want a", ":2: not understood"),
         ("# codersync: want a", ":2: not understood"),
         ("// coder_sync: want a", ":2: not understood"),
+        ("# coder-sync\uff1a want a", ":2: not understood"),
         ("# coder-sync: want a --require start", '"--require" is neither an option'),
         ("# coder-sync: want a, b", '"a," is neither an option'),
     ):
@@ -6869,6 +6924,7 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     none = "no executable files; not executable: x"
     for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
 USE = (
@@ -6880,6 +6936,8 @@ REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
+NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
+NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
 
 
 MISTAKES_IN_HEADERS = [
@@ -6898,8 +6956,8 @@ MISTAKES_IN_HEADERS = [
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
     ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
-    ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
-    ("@want x -a", '"-a" is neither an option (there is --requires) nor a name; blanks separate names'),
+    ("@want clone, x", f'"clone," {NEITHER}'),
+    ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
@@ -6917,7 +6975,8 @@ MISTAKES_IN_HEADERS = [
     ("@ready tcp:http", f"'http' {ADDRESS}"),
     ("@ready tcp:0", f"'0' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
-    ("@ready udp:53", "'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command"),
+    ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
+    ("@ready 5432", f"'5432' {NO_PROBE}"),
 ]
 
 
@@ -7847,6 +7906,11 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
+    stays = Boot(world, {"a": ""}, "--stay", "--", "echo", "ran")
+    stays.says("boot: echo will not be run: --stay serves instead")
+    stays.says("staying")
+    stays.signal()
+    stays.ends(143, "")
 
 
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
