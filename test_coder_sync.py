@@ -2513,7 +2513,7 @@ def send_and_go_on_late(self, data):
     while b"env" in data and any(claim.held and claim.unit.status == "started" for claim in self.claims):
         coder_sync.time.sleep(0.001)
 coder_sync.Connection.send = send_and_go_on_late
-coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 1, 1
+coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 2, 1
 """
 
 
@@ -2554,7 +2554,7 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     gone.close()
     fill(small, 2000)  # an event each
     deaf.request("list", 2, all=True)
-    assert "no request for 1 seconds" in silent.read()["error"]["message"]
+    assert "no request for 2 seconds" in silent.read()["error"]["message"]
     assert silent.read() is None
     assert "result" in holder.call("complete", unit="held")
     hung_up(deaf, watcher)
