@@ -3068,7 +3068,7 @@ class Units:
         def known(other: str) -> Unit:
             if other not in self.units:
                 if len(self.units) >= MAX_UNITS:
-                    raise Refused(f'unit "{current}": the agent has reached its limit of {MAX_UNITS} units')
+                    raise Refused(f"the agent has reached its limit of {MAX_UNITS} units")
                 self.units[other] = self._unknown(check_name(other))
                 undo.append((self.units.pop, other))
             return self.units[other]
@@ -3173,7 +3173,7 @@ class Units:
     def _check_edge(self, unit: Unit, other: Unit) -> None:
         """Raise Refused if there may be no edge from `unit` to `other`."""
         if self.edges >= MAX_EDGES:
-            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
         cycle = self._cycle(unit, other)
         if cycle:
             own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
@@ -4206,7 +4206,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
     import fcntl
     import stat
 
-    deadline = time.monotonic() + REPLACE_TIMEOUT
+    deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = time.monotonic() > deadline
         if replace and not late:
@@ -4227,8 +4227,11 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", END_IT) from None
-            if late:
+            if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
+                deadline = time.monotonic() + REPLACE_TIMEOUT
+            elif late:
                 remove(lock, found)
+            holder = found.st_mtime_ns
             time.sleep(0.02)
         except FileNotFoundError:
             pass

@@ -3307,6 +3307,15 @@ def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble:
     assert stopped(second).returncode == 0 and os.listdir(world.directory) == []
 
 
+def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World) -> None:
+    stop(world.serve())
+    short = "coder_sync.REPLACE_TIMEOUT, answer = 1.5, coder_sync.Channel.answer\n"
+    short += "coder_sync.Channel.answer = lambda self, request, timeout: answer(self, request, 0.5)"
+    several = [world.spawn(altered(short, "serve", "--replace")) for _ in range(4)]
+    until(lambda: [process.poll() for process in several].count(0) == 3)
+    until(lambda: serves(world, next(process.pid for process in several if process.poll() is None)))
+
+
 def test_of_agents_that_replace_each_other_at_once_the_last_serves(world: World) -> None:
     world.serve()
     racers = [world.popen("serve", "--replace") for _ in range(4)]
