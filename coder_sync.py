@@ -5614,9 +5614,12 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
+        if (self.code or self.why) and not self.stopped:
+            how = self.why or ending(self.code)  # its time was up, or it has ended by itself
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({how})")
         if self.code and not self.why:
             self.died = True
-            self.boot.died(self)
+            self.boot.died()
 
 
 class Output:
@@ -5941,9 +5944,8 @@ class Boot:
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
 
-    def died(self, job: Job) -> None:
+    def died(self) -> None:
         """The process of a unit that has completed has ended badly."""
-        self.out.say(f"warning: {job.unit}: ended after its unit had completed ({ending(job.code)})")
         if self.options.fail_fast and not self.stopping:
             self.stop(15, "stopped: another unit ended")
 

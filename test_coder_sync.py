@@ -7244,6 +7244,13 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
     guest.ends(3, "", "went away", leaves=True)
 
 
+def test_a_service_that_its_timeout_ends_is_said_to_have_ended(world: World) -> None:
+    boot = Boot(world, {"a": "@ready file:/\n@timeout 100ms\nexec sleep 60"}, "--stay")
+    boot.says("warning: a: ended after its unit had completed (timed out after 100ms)")
+    boot.signal()
+    boot.ends(143)
+
+
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
     files = {"a": "cat gate", "b": "@want a"}
     boot = Boot(world, files)
