@@ -1654,7 +1654,8 @@ class Loop:
     def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
         """Wait until something happens, or until a time; handle it.
 
-        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        Returns the signals that came, and of each whether a process sent it, not the terminal, which sends those of its
+        keys to the whole foreground group, but the one of a hang-up to who leads the session (macOS: always so).
         """
         import _signal as signal
 
@@ -1708,7 +1709,7 @@ class Loop:
             sys.exit(128 + late[0])
 
     def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        """Take the next signal: its number, and 0 if it is of a key; empty if none comes until it is due."""
         import _signal as signal
 
         awaited = [*self.numbers, signal.SIGCHLD]
@@ -1718,7 +1719,9 @@ class Loop:
             got = signal.sigwaitinfo(awaited)
         else:
             got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+        if not got:
+            return b""
+        return bytes([got.si_signo, got.si_code <= 0 or got.si_signo == signal.SIGHUP])  # the kernel's are positive
 
     def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
         """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
@@ -1889,7 +1892,7 @@ def check_probe(text: str) -> None:
         address_of(text[7:].partition("/")[0], 80)
     elif (colon and kind in ("unix", "file") and not rest) or not text:
         raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
         raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
 
 
@@ -2103,8 +2106,8 @@ def private_file() -> tuple[int, str]:
 
 def private_directory() -> str:
     """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
     try:
+        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
         os.mkdir(path, 0o700)
     except OSError:
         return ""
@@ -2175,11 +2178,11 @@ class Task:
         loop: Loop,
         unit: str,
         command: list[str],
-        ready: str = "",
-        ready_timeout: float = 0.0,
-        timeout: float = 0.0,
-        retries: int = 0,
-        delay: float = 0.0,
+        ready: str,
+        ready_timeout: float,
+        timeout: float,
+        retries: int,
+        delay: float,
     ) -> None:
         self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
         self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
@@ -2237,7 +2240,7 @@ class Task:
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
-        detail = self.next_try() if self.tries else ""
+        detail, self.why = self.next_try() if self.tries else "", ""
         try:
             self.probe(env)
             self.pid = self.spawn(env)
@@ -2246,7 +2249,7 @@ class Task:
             self.not_begun(error)
             return
         self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.began, self.running, self.killed = time.monotonic(), True, False
         self.tries += 1
         self.stop_at = self.began + self.timeout if self.timeout else NEVER
         self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
@@ -2397,8 +2400,8 @@ class Run(Task):
     """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
     def __init__(self, args: Args, start: Start) -> None:
-        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
-        super().__init__(Loop(), args.unit, args.command, args.ready or "", **options)
+        limits = (args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        super().__init__(Loop(), args.unit, args.command, args.ready or "", *limits)
         self.env, self.channel = environment(**start.environment), start.channel
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
@@ -2414,8 +2417,11 @@ class Run(Task):
         try:
             try:
                 self.begin()
-                while self.running or self.again_at < NEVER:
-                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                while True:
+                    due = self.keep_time(time.monotonic())
+                    if not self.running and self.again_at == NEVER:
+                        break
+                    for number, sent in self.loop.turn(due):
                         self.signalled(number, sent)
             finally:
                 self.loop.give_back()
@@ -3133,6 +3139,8 @@ class Units:
                 raise self._already_started(unit)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
+            if boot:  # it begins here, also where somebody has wanted or reset the unit long before
+                unit.facts.registered = self._now()
             claim = Claim(unit, ticket, owner, held, its + places, boot)
             if timeout:
                 claim.deadline = self.clock() + timeout
@@ -4008,6 +4016,7 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         import _signal as signal
 
+        self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
         os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
         return {}
 
@@ -5319,7 +5328,8 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
 
 def looks_like_header(line: str) -> bool:
     """Whether a comment was meant to be a header, and is not only about us."""
-    words = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync").replace(":", " ").split()
+    text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+    words = text.replace(":", " ").replace("\uff1a", " ").split()  # the colon of a Chinese keyboard
     return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
@@ -5360,7 +5370,8 @@ def read_header(script: Script, text: str, place: str) -> None:
     else:
         odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
         if odd and verb != "unit":
-            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{odd[0]}" is neither {known} nor a name; blanks separate names')
         read_names(script, verb, [check_name(name) for name in words], requires, place)
 
 
@@ -5458,7 +5469,7 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         elif not os.path.isfile(given):  # a pipe, say, which would block
             raise OSError(0, "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{given}: cannot be read: {error.strerror}")
+        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
         try:
@@ -5527,12 +5538,12 @@ def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list
 class BootOptions:
     """How to boot."""
 
-    jobs: int = 0  # at once; 0 is no limit
-    grace: float = 10.0
-    log_dir: str = ""
-    fail_fast: bool = False
-    stay: bool = False
-    quiet: bool = False
+    jobs: int  # at once; 0 is no limit
+    grace: float
+    log_dir: str
+    fail_fast: bool
+    stay: bool
+    quiet: bool
 
 
 class Job(Task):
@@ -5594,10 +5605,6 @@ class Job(Task):
         if self.boot.lost:
             self.boot.settle(self)
 
-    def end(self, why: str) -> None:
-        super().end(why)
-        self.boot.look_at = 0.0
-
     def process_ended(self, code: int) -> None:
         self.boot.output(self, last=True)
         super().process_ended(code)
@@ -5610,9 +5617,12 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
+        if (self.code or self.why) and not self.stopped:
+            how = self.why or ending(self.code)  # its time was up, or it has ended by itself
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({how})")
         if self.code and not self.why:
             self.died = True
-            self.boot.died(self)
+            self.boot.died()
 
 
 class Output:
@@ -5886,12 +5896,9 @@ class Boot:
         job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
         if job is None or job.outcome:
             return
-        if status == STARTED and not job.tries:
-            if self.stopping:
-                job.fail(job.why)
-            else:
-                job.env = environment(self.env, **variables_in(news))
-                job.begin()
+        if status == STARTED and not (job.tries or job.reported):
+            job.env = environment(self.env, **variables_in(news))
+            job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 
@@ -5940,9 +5947,8 @@ class Boot:
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
 
-    def died(self, job: Job) -> None:
+    def died(self) -> None:
         """The process of a unit that has completed has ended badly."""
-        self.out.say(f"warning: {job.unit}: ended after its unit had completed ({ending(job.code)})")
         if self.options.fail_fast and not self.stopping:
             self.stop(15, "stopped: another unit ended")
 
@@ -6520,7 +6526,7 @@ def cmd_ping(args: Args) -> None:
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
-    flag("--stay", help="go on serving until a signal; the exit status is then 128+N"),
+    flag("--stay", help="go on serving until a signal, without COMMAND; the exit status is then 128+N"),
     QUIET,
     tail="*",
 )
@@ -6537,6 +6543,8 @@ def cmd_boot(args: Args) -> int:
         checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
         put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
         return 0
+    if args.stay and args.command:
+        say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
     write = timeline_writer(args.timeline) if args.timeline else None
     loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
@@ -6617,6 +6625,14 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    try:
+        tag = "import sys; print(sys.implementation.cache_tag)"
+        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
+    except Refused:  # there is none
+        other = True
+    if other:
+        which = "which is another Python, or not there"
+        put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
 @Command("reset pip-install", units_or("all"), QUIET)

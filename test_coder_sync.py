@@ -1040,6 +1040,17 @@ def test_a_lock_that_members_of_a_boot_share_is_one_even_if_names_are_forgotten_
     assert [rules.units.status(name).status for name in "xyz"] == ["started", "started", "pending"]
 
 
+def test_a_boot_lasts_from_its_claim_on_also_with_units_that_are_known_for_long(rules: Rules) -> None:
+    rules.units.want("b", ["a"])
+    for _ in range(2):
+        rules.clock.now += 100
+        rules.units.boot([("a", {}, []), ("b", {"a": "success"}, [])], "boot")
+        for name in "ab":
+            rules.play(f"sleep 1; complete {name}")
+        assert coder_sync.Startup(rules.units.graph()).length == 2
+        rules.units.reset(["a", "b"])
+
+
 def test_who_completes_a_unit_again_may_leave_the_same_environment_again(rules: Rules) -> None:
     rules.play("want a b")
     for _ in range(2):
@@ -2242,6 +2253,15 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def at_rest(pid: int) -> None:
+    """Return once a process uses no processor."""
+
+    def used() -> list[str]:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+
+    until(lambda: used() == (time.sleep(0.4), used())[1], "nothing to do")
+
+
 def stop(process: subprocess.Popen[str]) -> None:
     """Stop a process, and return once it does nothing any more."""
     process.send_signal(signal.SIGSTOP)
@@ -2865,6 +2885,14 @@ def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, optio
         assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
 
 
+def test_the_log_says_who_called_shutdown(world: World) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    assert world.run("shutdown").returncode == 0
+    texts = [re.sub(STAMP, "", line) for line in finish(agent).stderr.splitlines()]
+    assert re.fullmatch(rf"shutdown was called by .+ \(pid {os.getpid()}\)", texts[1])
+    assert texts[2:] == ["stopping: got SIGTERM"]
+
+
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
     read, write = os.pipe()
     agent = world.serve("-v", stderr=write)
@@ -3482,6 +3510,18 @@ def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared:
     assert process.returncode == 3
 
 
+def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        program = [sys.executable, "-IS", str(FILE), *words, "--", "sh", "-c", "echo on; exec sleep 9"]
+        os.execve(sys.executable, program, shared.env)
+    seen = b""
+    while b"on\r\n" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+
+
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
@@ -3519,6 +3559,23 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
     boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
     assert not list(world.directory.glob("coder-sync-*"))
+
+
+@pytest.mark.parametrize("patch", ["", "import os; vars(os).pop('memfd_create', 0)"], ids=["", "without memfd_create"])
+def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World, patch: str) -> None:
+    name = f"leaves-{next(COUNT)}"
+    script = f"mkdir {name} || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
+    words = ["run", name, "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script]
+    assert finish(shared.spawn(altered(patch, *words))).returncode == 0
+    shared.client.want(f"after-{name}", name)
+    assert shared.client.env(f"after-{name}") == {"B": "2"}
+
+
+def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
+    name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
+    script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
+    done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
+    assert done.returncode == 125 and f"error: {name}: cannot be probed: Address already in use\n" in done.stderr
 
 
 def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
@@ -5039,6 +5096,22 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
+def test_install_warns_when_calls_would_start_another_python(world: World) -> None:
+    python, script = world.directory / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    env = {**world.shell_env(), "PATH": str(world.directory)}
+    for text, words, warned in (
+        (script, [], False),
+        ("#!/bin/sh\necho cpython-30\n", [], True),
+        ("", [], True),
+        ("", ["--python", sys.executable], False),
+    ):
+        python.write_text(text)
+        python.chmod(0o755 if text else 0o644)
+        done = install(world, *words, "copy", env=env)
+        assert (done.returncode, done.stderr.count("\n")) == (0, warned), text
+        assert not warned or done.stderr.endswith(f"; if it is to be this one: --python {sys.executable}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
@@ -5407,6 +5480,7 @@ def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
         ("# coder-sync want a", ":2: not understood"),
         ("# codersync: want a", ":2: not understood"),
         ("// coder_sync: want a", ":2: not understood"),
+        ("# coder-sync\uff1a want a", ":2: not understood"),
         ("# coder-sync: want a --require start", '"--require" is neither an option'),
         ("# coder-sync: want a, b", '"a," is neither an option'),
     ):
@@ -6822,25 +6896,27 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
 
 
 def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(world: World) -> None:
-    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 3 500ms", "ready-timeout 2")
+    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 1000 500ms", "ready-timeout 2")
     for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
         lines = [f"{mark} coder-sync: {line}{end}" for line in (*words, "ready echo 'it''s  up\\")]
         script = planned(startup(world, {"x.sh": "".join(lines)}))["b"]
         assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
-        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 3, 0.5)
+        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 1000, 0.5)
         assert (script.ready, script.ready_timeout) == ("echo 'it''s  up\\", 2.0)
+    script = planned(startup(world, {"x.sh": ""}))["x"]
+    assert (script.timeout, script.ready_timeout, script.retries, script.delay) == (0, 300, 0, 1)
 
 
 def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
     for words in ("'a b' --requires completion", '--requires=completion "a b"', "a\\ b --requires 'completion'"):
-        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "it\'s mine"'}))
-        assert wanted(scripts["it's mine"]) == [("a b", "completion", 2)]
+        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "-it\'s mine,"'}))
+        assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
 def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
     lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
     lines += ["# coder-sync runs this", "# coder-sync is what wants: us", "# coder_sync.py", "# coder-sync"]
-    lines += [":"] * (48 - len(lines)) + ["@want yes", "@want too-late"]
+    lines += ["coder-sync want f", *[":"] * (47 - len(lines)), "@want yes", "@want too-late"]
     assert wanted(planned(startup(world, {"x": "\n".join(lines), "yes": ""}))["x"]) == [("yes", "success", 50)]
 
 
@@ -6857,6 +6933,7 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     none = "no executable files; not executable: x"
     for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
 USE = (
@@ -6868,6 +6945,8 @@ REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
+NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
+NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
 
 
 MISTAKES_IN_HEADERS = [
@@ -6885,7 +6964,9 @@ MISTAKES_IN_HEADERS = [
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
-    ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
+    ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
+    ("@want clone, x", f'"clone," {NEITHER}'),
+    ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
@@ -6903,7 +6984,8 @@ MISTAKES_IN_HEADERS = [
     ("@ready tcp:http", f"'http' {ADDRESS}"),
     ("@ready tcp:0", f"'0' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
-    ("@ready udp:53", "'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command"),
+    ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
+    ("@ready 5432", f"'5432' {NO_PROBE}"),
 ]
 
 
@@ -7037,13 +7119,16 @@ v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYN
 v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
+v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
+v9: @want v8; echo ${A-unset} => unset
 # a service that is never ready fails and ends
 s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
 s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
 s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
 s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
-s6: @ready exit 7; @ready-timeout 900ms; sleep 60 & sleep 60 => failed: not ready after 900ms (exit code 7)
+s6: @ready echo secret && echo secret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
+    => failed: not ready after 900ms (exit code 7)
 s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; echo s9 => s9
@@ -7059,7 +7144,7 @@ t7: @want t6; @timeout 400ms; echo t7 => t7
 t8: sleep 60 & exit 3 => failed: exit code 3
 t9: (trap '' TERM; exec sleep 60) & exit 3 => failed: exit code 3
 # what fails is tried again, and only the last try counts
-r1: @retry 3 100ms; echo n >> n; test $(wc -l < n) = 3 && exit; sleep 60 & exit 9
+r1: @retry 3 100ms; echo n >> n; n=$(($(wc -l < n))); : > n$n; test $n = 3 && exit; sleep 60 & exit 9
     => try 2 of 4 after exit code 9 / try 3 of 4 after exit code 9
 r2: @want r1; echo r2 => r2
 r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
@@ -7121,7 +7206,9 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     assert logs[:4] == [b"no newline", b"one\n\nthree", b"dos\r\n", b"10%\r50%\r100%\n"]
     assert logs[4:] == [b"caf\xe9\n", b"caf\xc3\xa9\0\n", b"out\nerr\n", b""]
     first, second = [event for event in agent.client.status("r1").history if event.kind == "retry"]
-    assert [first.detail, second.detail] == says["r1"] and second.time - first.time >= 0.2
+    assert [first.detail, second.detail] == says["r1"]
+    second_at, third_at = ((agent.directory / name).stat().st_mtime for name in ("n2", "n3"))
+    assert third_at - second_at >= 0.19  # of 200 ms, since the time of a file has steps
     assert len(agent.client.status("r1").tries) == 2
     assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
 
@@ -7129,13 +7216,19 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
 def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     world: World, gate: Gate, call: Call
 ) -> None:
-    boot = Boot(world, {"10-a.sh": "cat gate", "b": "@want a"}, "--log-dir", "logs")
-    gate.reached()
+    early = Gate(world, "early")
+    files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
+    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 600")
+    gate.reached(), early.reached()
+    until(lambda: world.status("z") == "completed")
     pid = next(pid for pid in boot.left() if os.getpgid(pid) == pid)
     until(lambda: (world.client.status("a").owner or Owner(0, "")).pid == pid, "the script as owner")
-    assert re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:] == [("a", "started"), ("b", "pending")]
+    found = re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:]
+    assert found == [("a", "started"), ("b", "pending"), ("z", "completed")]
     assert f"(pid {pid})" in call.ok(world, "why", "b") and "a" in call.ok(world, "graph", "b")
     assert world.client.graph().nodes[0].log == str(world.directory / "logs" / "a.log")
+    early.open()
+    until(lambda: len(boot.left()) == 2)  # and what z has left behind is not said to run on
     gate.open()
     boot.ends()
     assert not os.path.exists(world.path)
@@ -7153,8 +7246,18 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
         Boot(world, files).ends(code)
     assert read_lines(world.directory / "ran") == ["a", "b", "a", "b", "a", "a", "a", "b"]
     assert world.client.ping()["pid"] == stays.process.pid
+    guest = Boot(world, {"d": ""}, "--stay")
+    guest.says("staying")
     stays.signal()
     assert "warning" not in stays.ends(143)
+    guest.ends(3, "", "went away", leaves=True)
+
+
+def test_a_service_that_its_timeout_ends_is_said_to_have_ended(world: World) -> None:
+    boot = Boot(world, {"a": "@ready file:/\n@timeout 100ms\nexec sleep 60"}, "--stay")
+    boot.says("warning: a: ended after its unit had completed (timed out after 100ms)")
+    boot.signal()
+    boot.ends(143)
 
 
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
@@ -7310,7 +7413,8 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
             assert asked.recv(1000).startswith(b"GET /health HTTP/1.")
             asked.sendall(b"HTTP/1.0 302 Found\r\n\r\n")
         assert boot.process.wait(PATIENCE) == 0
-    until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on
+    until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on; each takes signals
+    until(lambda: {coder_sync.proc_line(pid, "SigBlk").strip("0") for pid in boot.left()} == {""})
     end.keep_open(lambda: not boot.left())
     boot.ends(0, None, f"\nstill running: {', '.join(sorted(services))}\n", leaves=True)
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
@@ -7422,12 +7526,12 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
     somebody.call("start", unit="other", hold=True)
     files = {"a": "@lock apt\ncat gate", "b": "@want a\n@lock apt", "c": "@want disk other\n@extern disk other"}
     files.update(d="@want a --requires start\n@lock apt", e="@ready file:up\nsleep 60", f="@retry 1 10m\nexit 9")
-    files.update(g="@ready file:/\nsleep 60")
+    files.update(g="@ready file:/\nsleep 60", h="@retry 1 0\ntest -e tried && sleep 60; touch tried; exit 1")
     boot = Boot(agent, files, "--grace", "100ms", patch="coder_sync.REPORT_EVERY = 0.3")
     boot.says("to try again")
-    line = boot.says("boot: 1 of 7 ended")
+    line = until(lambda: re.search(".* h [^,]*try 2 of 2.*", boot.says("boot: 1 of 8 ended")))[0]
     assert "g " not in line
-    assert re.match(r"boot: 1 of 7 ended after [\d.]+m?s; running: (a|e) ", line) and ", e " in ", " + line[10:]
+    assert re.match(r"boot: 1 of 8 ended after [\d.]+m?s; running: (a|e|h) ", line) and ", e " in ", " + line[10:]
     assert "(not ready: no such file)" in line and "b for a" in line and "f to try again after exit code 9" in line
     assert re.search(r"c for disk, not registered; other, started by .*? \(pid \d+\)", line)
     assert "d for lock apt, which a has" in line
@@ -7493,13 +7597,15 @@ def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gat
     boot.ends(code, None, f"stopped: boot got signal {number}", "b: ")
 
 
+@needs_proc
 def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None:
     text = "trap 'cat {0}; echo {0}; exit' TERM\n: > up-{0}; sleep 60 & wait"
     wants = {"a": "extern x", "b": "want a", "c": "want b", "d": "want a"}
     gates = {name: Gate(world, name) for name in wants}
     files = {name: f"@{want}\n@ready file:up-{name}\n{text.format(name)}" for name, want in wants.items()}
-    boot = Boot(world, files, "--stay")
+    boot = Boot(world, {**files, "e": "@want b c d"}, "--stay")
     boot.says("staying")
+    at_rest(boot.process.pid)
     boot.signal()
     for name in "dcba":
         gates[name].open()
@@ -7550,7 +7656,8 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
 ) -> None:
     late = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e told; do :; done; cat gate"
     after = Gate(world, "after")
-    boot = Boot(world, {"a": late, "b": "cat after &"}, "--stay", "--grace", "10m", patch=SPY.format(deaf=0))
+    files = {"a": late, "b": "cat after &", "c": "sleep 60 & exit 3"}
+    boot = Boot(world, files, "--stay", "--grace", "10m", patch=SPY.format(deaf=0))
     gate.open()
     boot.says("failed: a (timed out after 50ms); ")
     boot.says("staying")
@@ -7558,7 +7665,7 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
     until(lambda: boot.left() == [])
     boot.signal()
     boot.ends(143, "")
-    assert list(sent(world).values()) == [[15]]
+    assert list(sent(world).values()) == [[15], [15]]
 
 
 @needs_proc
@@ -7630,6 +7737,21 @@ def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(wor
     gate.reached()
     assert stopped(boot).returncode == 143 and session(boot) == []
     os.close(master)
+
+
+def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> None:
+    out = coder_sync.Output(["a"], quiet=False)
+    out.columns = 24
+    for items, shown in (
+        ([], "0 ended"),
+        (["a"], "0 ended a"),
+        (["a", "b", "c"], "0 ended a, b, c"),
+        (["a", 12 * "b"], "0 ended a, bbbbbbbbbbbb"),
+        (["a", 13 * "b"], "0 ended a, +1 more"),
+        (["aaaaaaa", "b"], "0 ended +2 more"),
+    ):
+        out.live("0 ended", items, 0.0)
+        assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == shown
 
 
 def test_red_is_left_to_failures() -> None:
@@ -7720,15 +7842,16 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None
     def full() -> bool:
         return bool(struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000)
 
-    def stands_still() -> bool:
+    def stands_still() -> str:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
         before = io.read_text()
         assert world.status("a") == "started"  # the agent answers all the while
         time.sleep(0.02)
-        return before == io.read_text()
+        return before if before == io.read_text() else ""
 
     until(full)
-    until(stands_still, "a script that has to wait for the reader")
+    found = re.search(r"wchar: (\d+)", until(stands_still, "a script that has to wait for the reader"))
+    assert found and int(found.group(1)) < 2e6
     boot.signal()
     assert boot.process.wait(PATIENCE) == 143 and boot.left() == []
 
@@ -7799,6 +7922,11 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
+    stays = Boot(world, {"a": ""}, "--stay", "--", "echo", "ran")
+    stays.says("boot: echo will not be run: --stay serves instead")
+    stays.says("staying")
+    stays.signal()
+    stays.ends(143, "")
 
 
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -7851,6 +7979,14 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(90))
     assert not options or len(list((world.directory / "logs").iterdir())) == 90
+
+
+def test_services_leave_each_other_the_descriptors_that_probes_need(world: World, gate: Gate) -> None:
+    limit = ["sh", "-c", 'ulimit -n 100; exec "$@"', "-"]
+    boot = Boot(world, {f"x{i}": "@ready file:up\nsleep 0.3; : > up; exec cat gate" for i in range(30)}, under=limit)
+    assert boot.process.wait(PATIENCE) == 0
+    gate.keep_open(lambda: not boot.left())
+    boot.ends(0, "", leaves=True)
 
 
 def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
@@ -7909,6 +8045,7 @@ def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: W
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
     boot.says("; running: a ")
+    at_rest(boot.process.pid)
     gate.open()
     told = ("failed: a (exit code 2)", "not started: b: the agent went away", "failed: c (exit code 1)")
     boot.ends(3, "a | a\n", *told)
@@ -7941,7 +8078,7 @@ def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World)
 
 
 class PlayedAgent:
-    """An agent that the test plays for a boot of one unit, `a`. Reports, which are asked for now and then, may wait."""
+    """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
 
     def __init__(self, world: World, files: Mapping[str, str | bytes], **options: Any) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -7961,7 +8098,7 @@ class PlayedAgent:
     def asked(self, method: str) -> Any:
         """The next request, which must be this one."""
         request = json.loads(self.file.readline())
-        while request["method"] == "graph" != method:
+        while request["method"] in {"graph", "ping"} - {method}:
             request = json.loads(self.file.readline())
         assert request["method"] == method
         return request
@@ -8040,6 +8177,28 @@ def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> No
     assert "to try again" not in told
 
 
+def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world: World, gate: Gate) -> None:
+    held_up = """
+import os, time
+time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
+def output(*args, was=coder_sync.Boot.output, **options):
+    os.path.exists("later") or open("stuck").read()
+    was(*args, **options)
+coder_sync.Boot.output, coder_sync.PING_AFTER = output, 0.1
+"""
+    stuck = Gate(world, "stuck")
+    agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
+    ping = agent.asked("ping")
+    gate.open()
+    stuck.reached()
+    agent.answers(ping, result={})
+    (world.directory / "later").touch()
+    stuck.open()
+    agent.asked("complete")
+    agent.reports("completed")
+    agent.boot.ends(0, "a | a\n")
+
+
 def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
     stop(world.serve())
     soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 0.5"
@@ -8096,13 +8255,14 @@ def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
     boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
 
 
-def test_a_temporary_directory_with_too_long_a_name_for_a_socket_is_the_reason_that_is_given(agent: World) -> None:
+def test_a_temporary_directory_in_which_no_socket_can_be_is_the_reason_that_is_given(agent: World) -> None:
     deep = agent.directory / ("d" * 100)
-    deep.mkdir()
-    agent.env["TMPDIR"] = str(deep)
-    told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
-    told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
-    assert told.count("cannot be probed: AF_UNIX path too long") == 2
+    for why in ("no directory for its NOTIFY_SOCKET", "AF_UNIX path too long"):
+        agent.env["TMPDIR"] = str(deep)
+        told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
+        told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
+        assert told.count(f"cannot be probed: {why}") == 2
+        deep.mkdir(exist_ok=True)
 
 
 def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
