@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from dataclasses import dataclass
+    from io import FileIO
     from typing import Any, Literal, NoReturn, Union
 
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
@@ -184,8 +185,8 @@ class TimedOut(SyncError, code=-32006, exit_code=124):
     def __str__(self) -> str:
         missing = []
         for row in self.data or ():
-            meant = f' (did you mean "{row.did_you_mean}"?)' if row.did_you_mean else ""
-            missing.append(f"{row.depends_on} {row.current_status}{meant}")
+            hint = f' (did you mean "{row.did_you_mean}"?)' if row.did_you_mean else ""
+            missing.append(f"{row.depends_on} {row.current_status}{hint}")
         return str(self.args[0]) + (f": {', '.join(missing)}" if missing else "")
 
 
@@ -943,7 +944,7 @@ class Client:
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=reason)
+        self._call(dict, "fail", unit=unit, reason=one_line(reason))
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1052,9 +1053,10 @@ class Start:
             if self.hold and code in (None, 0):
                 self.channel.call("complete", unit=self.unit)
             elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=code)
+                self.channel.call("fail", unit=self.unit, exit_code=int(code))
             elif self.hold:
-                self.channel.call("fail", unit=self.unit, reason=f"{type(error).__name__}: {error}".rstrip(": "))
+                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+                self.channel.call("fail", unit=self.unit, reason=reason)
         except SyncError:
             if error is None:  # else the block's own exception matters more
                 raise
@@ -1652,7 +1654,8 @@ class Loop:
     def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
         """Wait until something happens, or until a time; handle it.
 
-        Returns the signals that came, and of each whether a process sent it, not the terminal (macOS: always so).
+        Returns the signals that came, and of each whether a process sent it, not the terminal, which sends those of its
+        keys to the whole foreground group, but the one of a hang-up to who leads the session (macOS: always so).
         """
         import _signal as signal
 
@@ -1706,7 +1709,7 @@ class Loop:
             sys.exit(128 + late[0])
 
     def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 1 if a process sent it; empty if none comes until it is due."""
+        """Take the next signal: its number, and 0 if it is of a key; empty if none comes until it is due."""
         import _signal as signal
 
         awaited = [*self.numbers, signal.SIGCHLD]
@@ -1716,7 +1719,9 @@ class Loop:
             got = signal.sigwaitinfo(awaited)
         else:
             got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        return bytes([got.si_signo, got.si_code <= 0]) if got else b""  # SI_USER and its kin; the kernel's are positive
+        if not got:
+            return b""
+        return bytes([got.si_signo, got.si_code <= 0 or got.si_signo == signal.SIGHUP])  # the kernel's are positive
 
     def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
         """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
@@ -1887,7 +1892,7 @@ def check_probe(text: str) -> None:
         address_of(text[7:].partition("/")[0], 80)
     elif (colon and kind in ("unix", "file") and not rest) or not text:
         raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif colon and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
         raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
 
 
@@ -2101,8 +2106,8 @@ def private_file() -> tuple[int, str]:
 
 def private_directory() -> str:
     """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    path = os.path.join(getenv("TMPDIR") or "/tmp", f"coder-sync-{os.urandom(8).hex()}")
     try:
+        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
         os.mkdir(path, 0o700)
     except OSError:
         return ""
@@ -2173,11 +2178,11 @@ class Task:
         loop: Loop,
         unit: str,
         command: list[str],
-        ready: str = "",
-        ready_timeout: float = 0.0,
-        timeout: float = 0.0,
-        retries: int = 0,
-        delay: float = 0.0,
+        ready: str,
+        ready_timeout: float,
+        timeout: float,
+        retries: int,
+        delay: float,
     ) -> None:
         self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
         self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
@@ -2235,7 +2240,7 @@ class Task:
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
-        detail = self.next_try() if self.tries else ""
+        detail, self.why = self.next_try() if self.tries else "", ""
         try:
             self.probe(env)
             self.pid = self.spawn(env)
@@ -2244,7 +2249,7 @@ class Task:
             self.not_begun(error)
             return
         self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed, self.why = time.monotonic(), True, False, ""
+        self.began, self.running, self.killed = time.monotonic(), True, False
         self.tries += 1
         self.stop_at = self.began + self.timeout if self.timeout else NEVER
         self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
@@ -2395,8 +2400,8 @@ class Run(Task):
     """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
     def __init__(self, args: Args, start: Start) -> None:
-        options = {"ready_timeout": args.ready_timeout, "retries": args.retry, "delay": args.retry_delay}
-        super().__init__(Loop(), args.unit, args.command, args.ready or "", **options)
+        limits = (args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        super().__init__(Loop(), args.unit, args.command, args.ready or "", *limits)
         self.env, self.channel = environment(**start.environment), start.channel
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
@@ -2412,8 +2417,11 @@ class Run(Task):
         try:
             try:
                 self.begin()
-                while self.running or self.again_at < NEVER:
-                    for number, sent in self.loop.turn(self.keep_time(time.monotonic())):
+                while True:
+                    due = self.keep_time(time.monotonic())
+                    if not self.running and self.again_at == NEVER:
+                        break
+                    for number, sent in self.loop.turn(due):
                         self.signalled(number, sent)
             finally:
                 self.loop.give_back()
@@ -3066,7 +3074,7 @@ class Units:
         def known(other: str) -> Unit:
             if other not in self.units:
                 if len(self.units) >= MAX_UNITS:
-                    raise Refused(f'unit "{current}": the agent has reached its limit of {MAX_UNITS} units')
+                    raise Refused(f"the agent has reached its limit of {MAX_UNITS} units")
                 self.units[other] = self._unknown(check_name(other))
                 undo.append((self.units.pop, other))
             return self.units[other]
@@ -3131,6 +3139,8 @@ class Units:
                 raise self._already_started(unit)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
+            if boot:  # it begins here, also where somebody has wanted or reset the unit long before
+                unit.facts.registered = self._now()
             claim = Claim(unit, ticket, owner, held, its + places, boot)
             if timeout:
                 claim.deadline = self.clock() + timeout
@@ -3171,7 +3181,7 @@ class Units:
     def _check_edge(self, unit: Unit, other: Unit) -> None:
         """Raise Refused if there may be no edge from `unit` to `other`."""
         if self.edges >= MAX_EDGES:
-            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
         cycle = self._cycle(unit, other)
         if cycle:
             own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
@@ -3606,8 +3616,8 @@ class Agent:
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd or -1
-        self.owners: dict[Claim | Unit, tuple[Owner, int]] = {}
+        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
+        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3848,10 +3858,12 @@ class Agent:
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
-        connection.open.pop(claim.ticket.id, None)
+        if not claim.boot:  # which was answered long ago: its id may be in use again
+            connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
-        if claim in self.owners or not claim.held or (claim.boot and self.units.is_over(claim)):
+        holds = claim.held and claim.unit.name and claim not in self.owners
+        if not holds or (claim.boot and self.units.is_over(claim)):
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3925,15 +3937,16 @@ class Agent:
 
     def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
         connection = request.connection
+        members, connection.members = connection.members, []  # after a refusal none of them is left
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
             good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
             if not good or not all(isinstance(requires, str) for requires in wants.values()):
                 raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
-            connection.members.append((name, wants, locks))
-        members = connection.members
-        if not more or len(members) > MAX_UNITS or sum(len(wants) for _, wants, _ in members) > MAX_EDGES:
-            connection.members = []
+            members.append((name, wants, locks))
+        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+            connection.members = members
+        else:
             if self.lives_for and all(map(self.units.is_over, self.lives_for)):
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
@@ -4003,6 +4016,7 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         import _signal as signal
 
+        self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
         os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
         return {}
 
@@ -4026,10 +4040,13 @@ class Agent:
 
     def _watch(self, what: Claim | Unit, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+        from io import FileIO
+
+        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
         try:
-            fd: int = getattr(os, "pidfd_open")(owner.pid)  # noqa: B009  (mypy knows it only from 3.9 on)
+            fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
-            fd = -1
+            pass
         self.owners[what] = (owner, fd)
         self._owners_wake.wake()
 
@@ -4039,17 +4056,17 @@ class Agent:
         with self.lock:
             for what in [w for w in self.owners if self._is_over(w)]:
                 fd = self.owners.pop(what)[1]
-                if fd >= 0:
-                    os.close(fd)
+                if fd:
+                    fd.close()
             owners = dict(self.owners)
-        fds = {fd for _, fd in owners.values()}
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
         ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (owner, fd) in owners.items() if fd in ready or (fd < 0 and self._alive(owner) is False)]
+        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
         with self.lock:
             claims = [claim for claim in gone if isinstance(claim, Claim)]
             self.units.end_claims(claims, "the process that was to own it has ended", Refused)
             for unit in gone:
-                if isinstance(unit, Unit) and not self._is_over(unit):
+                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
                     self.units.exit(unit.name, "not known: the process that ran it is gone")
             self._distribute()
 
@@ -4198,7 +4215,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
     import fcntl
     import stat
 
-    deadline = time.monotonic() + REPLACE_TIMEOUT
+    deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = time.monotonic() > deadline
         if replace and not late:
@@ -4219,8 +4236,11 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", END_IT) from None
-            if late:
+            if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
+                deadline = time.monotonic() + REPLACE_TIMEOUT
+            elif late:
                 remove(lock, found)
+            holder = found.st_mtime_ns
             time.sleep(0.02)
         except FileNotFoundError:
             pass
@@ -4344,7 +4364,7 @@ def serve(
     import threading
     from contextlib import ExitStack
 
-    path, sock, ready = os.path.abspath(path), inherited_socket(), -1
+    path, sock, ready = os.path.abspath(path), None if body else inherited_socket(), -1
     if background:
         close_others([sock.fileno()] if sock else [])
         ready = detach()
@@ -4372,9 +4392,9 @@ def serve(
         server = make_server(agent, sock, most)
         forever = ("accepting connections", server.accept)
         accepting = threading.Thread(target=agent.for_ever, args=forever, daemon=True)
-        if not body:
+        if not body:  # whose supervisor is not ours: it is for what comes of it
             accepting.start()
-        notify(f"READY=1\nMAINPID={os.getpid()}")
+            notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
             os.dup2(0, 2)
             os.write(ready, b"!")
@@ -4392,7 +4412,8 @@ def serve(
             log.say(f"stopping: got {Signals(came[0][0]).name}")
             return 0
         finally:
-            notify("STOPPING=1")
+            if not body:
+                notify("STOPPING=1")
             agent.stop()
             if timeline:
                 timeline(agent.graph())
@@ -5307,7 +5328,8 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
 
 def looks_like_header(line: str) -> bool:
     """Whether a comment was meant to be a header, and is not only about us."""
-    words = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync").replace(":", " ").split()
+    text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+    words = text.replace(":", " ").replace("\uff1a", " ").split()  # the colon of a Chinese keyboard
     return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
@@ -5348,7 +5370,8 @@ def read_header(script: Script, text: str, place: str) -> None:
     else:
         odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
         if odd and verb != "unit":
-            raise UsageError(f'"{odd[0]}" is neither an option (there is --requires) nor a name; blanks separate names')
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{odd[0]}" is neither {known} nor a name; blanks separate names')
         read_names(script, verb, [check_name(name) for name in words], requires, place)
 
 
@@ -5446,7 +5469,7 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         elif not os.path.isfile(given):  # a pipe, say, which would block
             raise OSError(0, "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{given}: cannot be read: {error.strerror}")
+        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
         try:
@@ -5515,12 +5538,12 @@ def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list
 class BootOptions:
     """How to boot."""
 
-    jobs: int = 0  # at once; 0 is no limit
-    grace: float = 10.0
-    log_dir: str = ""
-    fail_fast: bool = False
-    stay: bool = False
-    quiet: bool = False
+    jobs: int  # at once; 0 is no limit
+    grace: float
+    log_dir: str
+    fail_fast: bool
+    stay: bool
+    quiet: bool
 
 
 class Job(Task):
@@ -5582,10 +5605,6 @@ class Job(Task):
         if self.boot.lost:
             self.boot.settle(self)
 
-    def end(self, why: str) -> None:
-        super().end(why)
-        self.boot.look_at = 0.0
-
     def process_ended(self, code: int) -> None:
         self.boot.output(self, last=True)
         super().process_ended(code)
@@ -5598,9 +5617,12 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
+        if (self.code or self.why) and not self.stopped:
+            how = self.why or ending(self.code)  # its time was up, or it has ended by itself
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({how})")
         if self.code and not self.why:
             self.died = True
-            self.boot.died(self)
+            self.boot.died()
 
 
 class Output:
@@ -5612,6 +5634,7 @@ class Output:
     def __init__(self, units: Iterable[str], quiet: bool) -> None:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
+        self.fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
@@ -5635,7 +5658,7 @@ class Output:
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], fd, patience)
+        self.pending[fd] = write_some(self.pending[fd], self.fds[fd], patience)
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
@@ -5708,6 +5731,7 @@ class Boot:
             self.loop(lambda: not self.unfinished and self.said())
             code = self.finish()
             if self.options.stay and not self.signal:
+                notify("READY=1")
                 if not self.options.quiet:
                     self.out.say("boot: staying until a signal")
                 self.report_at = NEVER
@@ -5743,11 +5767,11 @@ class Boot:
                 due = min(due, self.out.live_at)
             self.pause(len(self.out.pending[1]) >= FULL)
             for fd in filter(self.out.pending.get, self.out.pending):
-                self.events.watch(fd, self.writer(fd), for_writing=True)
+                self.events.watch(self.out.fds[fd], self.writer(fd), for_writing=True)
             for number, _ in self.events.turn(due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
-            self.events.forget(*self.out.pending)
+            self.events.forget(*self.out.fds.values())
 
     def writer(self, fd: int) -> Callable[[], None]:
         """What passes on what is to be printed."""
@@ -5872,12 +5896,9 @@ class Boot:
         job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
         if job is None or job.outcome:
             return
-        if status == STARTED and not job.tries:
-            if self.stopping:
-                job.fail(job.why)
-            else:
-                job.env = environment(self.env, **variables_in(news))
-                job.begin()
+        if status == STARTED and not (job.tries or job.reported):
+            job.env = environment(self.env, **variables_in(news))
+            job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 
@@ -5926,9 +5947,8 @@ class Boot:
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
 
-    def died(self, job: Job) -> None:
+    def died(self) -> None:
         """The process of a unit that has completed has ended badly."""
-        self.out.say(f"warning: {job.unit}: ended after its unit had completed ({ending(job.code)})")
         if self.options.fail_fast and not self.stopping:
             self.stop(15, "stopped: another unit ended")
 
@@ -6076,6 +6096,7 @@ class Boot:
         try:
             for fd in (0, 1, 2) if self.out.quiet else (0, 2):
                 os.dup2(self.null, fd)
+            self.out.fds[1] = 1
             # What else we have open, its peers wait for the end of: the agent's clients, say.
             close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -6179,6 +6200,14 @@ def pieces(line: bytes) -> Iterator[bytes]:
     yield line
 
 
+def opened_again(fd: int) -> int:
+    """A terminal such that writing to it does not block; not that of others who have it open. Else the descriptor."""
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return fd
+
+
 def write_some(data: bytes, fd: int, patience: float) -> bytes:
     """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
 
@@ -6193,6 +6222,8 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
             return b"" if patience else data[at:]
         try:
             at += os.write(fd, data[at : at + 4096])
+        except BlockingIOError:  # less room than that
+            return b"" if patience else data[at:]
         except OSError:  # nobody reads any more; the boot goes on
             break
     return b""
@@ -6332,7 +6363,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    end_on("SIGTERM")  # by an exception, so that nothing is left beside it
+    end_on("SIGTERM", "SIGHUP")  # by an exception, so that nothing is left beside it
     try:
         if os.path.exists(path):
             with open(path, "rb") as there:
@@ -6495,7 +6526,7 @@ def cmd_ping(args: Args) -> None:
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
-    flag("--stay", help="go on serving until a signal; the exit status is then 128+N"),
+    flag("--stay", help="go on serving until a signal, without COMMAND; the exit status is then 128+N"),
     QUIET,
     tail="*",
 )
@@ -6512,6 +6543,8 @@ def cmd_boot(args: Args) -> int:
         checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
         put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
         return 0
+    if args.stay and args.command:
+        say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
     write = timeline_writer(args.timeline) if args.timeline else None
     loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
@@ -6592,6 +6625,14 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    try:
+        tag = "import sys; print(sys.implementation.cache_tag)"
+        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
+    except Refused:  # there is none
+        other = True
+    if other:
+        which = "which is another Python, or not there"
+        put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
 @Command("reset pip-install", units_or("all"), QUIET)

@@ -1040,6 +1040,17 @@ def test_a_lock_that_members_of_a_boot_share_is_one_even_if_names_are_forgotten_
     assert [rules.units.status(name).status for name in "xyz"] == ["started", "started", "pending"]
 
 
+def test_a_boot_lasts_from_its_claim_on_also_with_units_that_are_known_for_long(rules: Rules) -> None:
+    rules.units.want("b", ["a"])
+    for _ in range(2):
+        rules.clock.now += 100
+        rules.units.boot([("a", {}, []), ("b", {"a": "success"}, [])], "boot")
+        for name in "ab":
+            rules.play(f"sleep 1; complete {name}")
+        assert coder_sync.Startup(rules.units.graph()).length == 2
+        rules.units.reset(["a", "b"])
+
+
 def test_who_completes_a_unit_again_may_leave_the_same_environment_again(rules: Rules) -> None:
     rules.play("want a b")
     for _ in range(2):
@@ -2242,6 +2253,16 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def at_rest(pid: int) -> None:
+    """Return once a process uses no processor, where that can be seen."""
+
+    def used() -> list[str]:
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.read_text().rpartition(")")[2].split()[11:13] if Path("/proc/self/stat").exists() else []
+
+    until(lambda: used() == (time.sleep(0.4), used())[1], "nothing to do")
+
+
 def stop(process: subprocess.Popen[str]) -> None:
     """Stop a process, and return once it does nothing any more."""
     process.send_signal(signal.SIGSTOP)
@@ -2409,7 +2430,7 @@ REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, 
     *(("want", {"unit": "fine", "dependencies": ["one", name]}, ".*unit name") for name in BAD_NAMES),
     *(("boot", {"units": [{"unit": name}]}, "") for name in (None, 1, [], {}, "", "a\n")),
     *(
-        ("boot", {"units": [{"unit": "odd", **more}]}, "a unit of a boot is ")
+        ("boot", {"units": [{"unit": "even"}, {"unit": "odd", **more}]}, "a unit of a boot is ")
         for more in ({"wants": ["x"]}, {"wants": {"x": 1}}, {"locks": "x"}, {"colour": 1})
     ),
     *(
@@ -2442,6 +2463,7 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
         assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
     assert {u.unit_name for u in shared.client.list(everything=True)} == before
     assert shared.status("kept") == "started"
+    assert peer.call("boot")["result"] == {"units": 0}  # those of a boot that was refused are not kept for the next
     shared.client.complete("kept")
 
 
@@ -2501,6 +2523,12 @@ def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World
     assert "waiting" in other.read()["method"]
     peer.close()  # and what it was granted goes to the next
     assert "result" in other.read()
+    assert other.call("boot", 2, units=[{"unit": "booted", "wants": {"gate": "success"}}])["result"]
+    other.request("start", 2, unit="third", dependencies=["never"])
+    shared.end("gate")
+    assert other.read()["params"]["unit"] == "booted"  # a notification, so it frees no id
+    assert "in use" in other.call("ping", 2)["error"]["message"]
+    other.close()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2546,7 +2574,8 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     holder = small.connect()
     holder.call("start", unit="held", hold=True)
     small.client.complete("held")  # whoever holds it has yet to be told
-    waiting, silent, deaf, watcher, gone = (small.connect() for _ in range(5))
+    waiting, silent, waited, deaf, watcher, gone = (small.connect() for _ in range(6))
+    assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
     for follower in (watcher, gone):
@@ -2554,8 +2583,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     gone.close()
     fill(small, 2000)  # an event each
     deaf.request("list", 2, all=True)
-    assert "no request for 2 seconds" in silent.read()["error"]["message"]
-    assert silent.read() is None
+    for idle in (silent, waited):
+        assert "no request for 2 seconds" in idle.read()["error"]["message"]
+        assert idle.read() is None
     assert "result" in holder.call("complete", unit="held")
     hung_up(deaf, watcher)
     small.end("b")
@@ -2760,6 +2790,24 @@ def test_without_pidfd_and_eventfd_ends_of_owners_are_noticed_and_waits_answered
     assert world.client.status("owned").reason.startswith("lost: ")
 
 
+@LINUX
+def test_a_service_that_is_started_anew_beside_its_old_process_leaves_no_descriptor(world: World) -> None:
+    agent = world.serve()
+
+    def descriptors(kind: str) -> int:
+        found = Path(f"/proc/{agent.pid}/fd")
+        return sum(os.readlink(fd).startswith(kind) for fd in found.iterdir() if os.path.lexists(fd))
+
+    for _ in range(3):
+        until(lambda: descriptors("socket") == 1, "no connection any more")
+        peer = world.connect()
+        for i, method in enumerate(("start", "complete", "running")):
+            assert "result" in peer.call(method, i, unit="service", **{"hold": True} if method == "start" else {})
+        peer.close()
+    until(lambda: descriptors("socket") == 1, "no connection any more")
+    until(lambda: descriptors("anon_inode:[pidfd]") <= 1, "one process watched")
+
+
 @contextlib.contextmanager
 def impostor(world: World, answer: bytes) -> Iterator[None]:
     """Something else that listens at the socket's path, and gives everybody one answer."""
@@ -2836,6 +2884,14 @@ def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, optio
         assert texts[1:3] == ["a: started", "a: completed"]
         assert texts[3].startswith('refused: unit "a" is completed')
         assert texts[4:] == ["b: failed: no disk", "stopping: got SIGTERM"]
+
+
+def test_the_log_says_who_called_shutdown(world: World) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    assert world.run("shutdown").returncode == 0
+    texts = [re.sub(STAMP, "", line) for line in finish(agent).stderr.splitlines()]
+    assert re.fullmatch(rf"shutdown was called by .+ \(pid {os.getpid()}\)", texts[1])
+    assert texts[2:] == ["stopping: got SIGTERM"]
 
 
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
@@ -3280,6 +3336,15 @@ def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble:
     assert stopped(second).returncode == 0 and os.listdir(world.directory) == []
 
 
+def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World) -> None:
+    stop(world.serve())
+    short = "coder_sync.REPLACE_TIMEOUT, answer = 1.5, coder_sync.Channel.answer\n"
+    short += "coder_sync.Channel.answer = lambda self, request, timeout: answer(self, request, 0.5)"
+    several = [world.spawn(altered(short, "serve", "--replace")) for _ in range(4)]
+    until(lambda: [process.poll() for process in several].count(0) == 3)
+    until(lambda: serves(world, next(process.pid for process in several if process.poll() is None)))
+
+
 def test_of_agents_that_replace_each_other_at_once_the_last_serves(world: World) -> None:
     world.serve()
     racers = [world.popen("serve", "--replace") for _ in range(4)]
@@ -3446,6 +3511,18 @@ def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared:
     assert process.returncode == 3
 
 
+def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        program = [sys.executable, "-IS", str(FILE), *words, "--", "sh", "-c", "echo on; exec sleep 9"]
+        os.execve(sys.executable, program, shared.env)
+    seen = b""
+    while b"on\r\n" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+
+
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
@@ -3483,6 +3560,23 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
     boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
     assert not list(world.directory.glob("coder-sync-*"))
+
+
+@pytest.mark.parametrize("patch", ["", "import os; vars(os).pop('memfd_create', 0)"], ids=["", "without memfd_create"])
+def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World, patch: str) -> None:
+    name = f"leaves-{next(COUNT)}"
+    script = f"mkdir {name} || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
+    words = ["run", name, "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script]
+    assert finish(shared.spawn(altered(patch, *words))).returncode == 0
+    shared.client.want(f"after-{name}", name)
+    assert shared.client.env(f"after-{name}") == {"B": "2"}
+
+
+def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
+    name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
+    script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
+    done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
+    assert done.returncode == 125 and f"error: {name}: cannot be probed: Address already in use\n" in done.stderr
 
 
 def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
@@ -3588,14 +3682,16 @@ def test_a_supervisor_that_is_not_there_is_no_error(world: World, monkeypatch: p
     world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": left})
 
 
-def hand_over(world: World, sock: Any, *options: str, count: str = "1", pid: str = "") -> subprocess.Popen[str]:
+def hand_over(
+    world: World, sock: Any, *options: str, command: str = "serve", count: str = "1", pid: str = ""
+) -> subprocess.Popen[str]:
     """Start an agent as a supervisor does that hands over a listening socket at descriptor 3."""
     code = f"""import os, sys
 n = int(sys.argv[1])
 os.dup2(n, 3) if n != 3 else os.set_inheritable(3, True)
 os.environ.update(LISTEN_PID={pid!r} or str(os.getpid()), LISTEN_FDS={count!r}, LISTEN_FDNAMES="x")
 os.execv(sys.argv[2], sys.argv[2:])"""
-    return world.spawn([*PYTHON, code, str(sock.fileno()), *program(), "serve", *options], pass_fds=[sock.fileno()])
+    return world.spawn([*PYTHON, code, str(sock.fileno()), *program(), command, *options], pass_fds=[sock.fileno()])
 
 
 def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3630,6 +3726,23 @@ def test_a_socket_that_was_handed_over_to_another_process_is_ignored(world: Worl
         assert world.client.ping(wait=PATIENCE)["pid"] == agent.pid
     env = {**world.env, "LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}
     assert "LISTEN" not in world.ok("serve", "--", "env", env=env)
+
+
+def test_what_a_supervisor_has_for_boot_is_for_what_comes_of_it(world: World) -> None:
+    path, scripts = str(world.directory / "supervisor"), startup(world, {"a": "true"})
+    world.env["NOTIFY_SOCKET"] = path
+    server = ["--", "sh", "-c", "echo $((LISTEN_PID - $$)) $LISTEN_FDS; exec ls /dev/fd/3"]
+    with listener(path, socket.SOCK_DGRAM) as supervisor, socket.create_server(("127.0.0.1", 0)) as sock:
+        supervisor.settimeout(PATIENCE)
+        done = finish(hand_over(world, sock, scripts, *server, command="boot"))
+        assert (done.returncode, done.stdout) == (0, "0 1\n/dev/fd/3\n"), done
+        boot = world.popen("boot", scripts, "--stay")
+        assert supervisor.recv(1000) == b"READY=1"  # and nothing before: not from the other boot either
+        assert [unit.status for unit in world.client.list()] == ["completed"]
+        assert stopped(boot).returncode == 143
+        supervisor.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            supervisor.recv(1000)
 
 
 HAND_OVERS: dict[str, Callable[[str], Any]] = {
@@ -4435,14 +4548,18 @@ def test_run_with_optional_runs_without_an_agent_and_warns(world: World) -> None
     assert (done.returncode, done.stdout) == (3, "")
 
 
-def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World) -> None:
+@pytest.mark.parametrize(("ready", "what"), [([], r"its outcome \(exit code 6\)"), (["--ready", "true"], "its end")])
+def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World, ready: list[str], what: str) -> None:
     agent = world.serve()
-    process = world.popen("run", "a", "--", "sh", "-c", "echo running; read x; echo $x; exit 6", stdin=subprocess.PIPE)
+    script = "echo running; read x; echo $x; exit 6"
+    process = world.popen("run", "a", *ready, "--", "sh", "-c", script, stdin=subprocess.PIPE)
     assert line_of(process.stdout) == "running\n"
+    until(lambda: not ready or world.client.graph().nodes[0].running_on)
     killed(agent)
+    at_rest(process.pid)
     out, err = process.communicate("still here\n", timeout=PATIENCE)
     assert (process.returncode, out) == (6, "still here\n")
-    assert re.fullmatch(r"warning: a: its outcome \(exit code 6\) may not have been reported: .*\n", err)
+    assert re.fullmatch(rf"warning: a: {what} may not have been reported: .*\n", err)
 
 
 def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World) -> None:
@@ -4984,14 +5101,31 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
 
 
-def test_an_install_that_is_stopped_leaves_nothing(world: World) -> None:
+def test_install_warns_when_calls_would_start_another_python(world: World) -> None:
+    python, script = world.directory / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    env = {**world.shell_env(), "PATH": str(world.directory)}
+    for text, words, warned in (
+        (script, [], False),
+        ("#!/bin/sh\necho cpython-30\n", [], True),
+        ("", [], True),
+        ("", ["--python", sys.executable], False),
+    ):
+        python.write_text(text)
+        python.chmod(0o755 if text else 0o644)
+        done = install(world, *words, "copy", env=env)
+        assert (done.returncode, done.stderr.count("\n")) == (0, warned), text
+        assert not warned or done.stderr.endswith(f"; if it is to be this one: --python {sys.executable}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) -> None:
     python, tried = world.directory / "python", world.directory / "tried"
     python.write_text(f'#!/bin/sh\n[ $1 != -IS ] || {{ : > {tried}; exec sleep 60; }}; exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     process = world.popen("install", "--python", str(python), "copy")
     until(tried.exists)
     assert len(os.listdir(world.directory)) == 3  # with the copy that is tried
-    assert stopped(process).returncode == 143
+    assert stopped(process, number).returncode == 128 + number
     assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
@@ -5207,7 +5341,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
         (None, "completed", ""),
         (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+        (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
         (SystemExit(3), "failed", ".*3"),
+        (SystemExit(True), "failed", "exit code 1"),
         (SystemExit("no disk"), "failed", ".*no disk"),
         (SystemExit(0), "completed", ""),
         (SystemExit(None), "completed", ""),
@@ -5224,6 +5360,9 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     with mixed.client.unit("within"):
         mixed.client.complete("within")
     assert mixed.status("within") == "completed"
+    mixed.client.start("wordy")
+    mixed.client.fail("wordy", "x" * 100_000)
+    assert mixed.client.status("wordy").reason.startswith("xxx")
 
 
 BAD_ARGUMENTS: list[dict[str, Any]] = [
@@ -5346,6 +5485,7 @@ def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
         ("# coder-sync want a", ":2: not understood"),
         ("# codersync: want a", ":2: not understood"),
         ("// coder_sync: want a", ":2: not understood"),
+        ("# coder-sync\uff1a want a", ":2: not understood"),
         ("# coder-sync: want a --require start", '"--require" is neither an option'),
         ("# coder-sync: want a, b", '"a," is neither an option'),
     ):
@@ -6761,25 +6901,27 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
 
 
 def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(world: World) -> None:
-    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 3 500ms", "ready-timeout 2")
+    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 1000 500ms", "ready-timeout 2")
     for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
         lines = [f"{mark} coder-sync: {line}{end}" for line in (*words, "ready echo 'it''s  up\\")]
         script = planned(startup(world, {"x.sh": "".join(lines)}))["b"]
         assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
-        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 3, 0.5)
+        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 1000, 0.5)
         assert (script.ready, script.ready_timeout) == ("echo 'it''s  up\\", 2.0)
+    script = planned(startup(world, {"x.sh": ""}))["x"]
+    assert (script.timeout, script.ready_timeout, script.retries, script.delay) == (0, 300, 0, 1)
 
 
 def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
     for words in ("'a b' --requires completion", '--requires=completion "a b"', "a\\ b --requires 'completion'"):
-        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "it\'s mine"'}))
-        assert wanted(scripts["it's mine"]) == [("a b", "completion", 2)]
+        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "-it\'s mine,"'}))
+        assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
 def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
     lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
     lines += ["# coder-sync runs this", "# coder-sync is what wants: us", "# coder_sync.py", "# coder-sync"]
-    lines += [":"] * (48 - len(lines)) + ["@want yes", "@want too-late"]
+    lines += ["coder-sync want f", *[":"] * (47 - len(lines)), "@want yes", "@want too-late"]
     assert wanted(planned(startup(world, {"x": "\n".join(lines), "yes": ""}))["x"]) == [("yes", "success", 50)]
 
 
@@ -6796,6 +6938,7 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     none = "no executable files; not executable: x"
     for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
 USE = (
@@ -6807,6 +6950,8 @@ REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
+NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
+NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
 
 
 MISTAKES_IN_HEADERS = [
@@ -6824,7 +6969,9 @@ MISTAKES_IN_HEADERS = [
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
-    ("@want clone, x", '"clone," is neither an option (there is --requires) nor a name; blanks separate names'),
+    ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
+    ("@want clone, x", f'"clone," {NEITHER}'),
+    ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
@@ -6842,7 +6989,8 @@ MISTAKES_IN_HEADERS = [
     ("@ready tcp:http", f"'http' {ADDRESS}"),
     ("@ready tcp:0", f"'0' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
-    ("@ready udp:53", "'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command"),
+    ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
+    ("@ready 5432", f"'5432' {NO_PROBE}"),
 ]
 
 
@@ -6969,20 +7117,23 @@ given: echo $CODER_SYNC_UNIT $CODER_AGENT_SOCKET_PATH $MINE $(cat | wc -c) $PWD 
     => given DIR/agent.sock yes 0 DIR 0 DIR/startup.d/given
 usual: grep -cE 'Sig(Blk|Ign):.[0-9a-f]{8}[08]0{7}$' /proc/self/status; ls /proc/self/fd => 2 / 0 / 1 / 2 / 3
 # variables are those of its dependents; what is none fails the unit
-v1: echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
+v1: cd /; echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
 v2: @want v1; echo "$A $B"; echo A=2 > $CODER_SYNC_ENV => 1 x y="z"
 v3: @want v2; echo "$A $B"; dirname $CODER_SYNC_ENV > private; test -e $CODER_SYNC_ENV || echo new => 2 x y="z" / new
 v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYNC_ENV is not NAME=VALUE
 v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
+v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
+v9: @want v8; echo ${A-unset} => unset
 # a service that is never ready fails and ends
 s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
 s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
 s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
 s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
-s6: @ready exit 7; @ready-timeout 900ms; sleep 60 & sleep 60 => failed: not ready after 900ms (exit code 7)
+s6: @ready echo secret && echo secret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
+    => failed: not ready after 900ms (exit code 7)
 s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; echo s9 => s9
@@ -6998,7 +7149,7 @@ t7: @want t6; @timeout 400ms; echo t7 => t7
 t8: sleep 60 & exit 3 => failed: exit code 3
 t9: (trap '' TERM; exec sleep 60) & exit 3 => failed: exit code 3
 # what fails is tried again, and only the last try counts
-r1: @retry 3 100ms; echo n >> n; test $(wc -l < n) = 3 && exit; sleep 60 & exit 9
+r1: @retry 3 100ms; echo n >> n; n=$(($(wc -l < n))); : > n$n; test $n = 3 && exit; sleep 60 & exit 9
     => try 2 of 4 after exit code 9 / try 3 of 4 after exit code 9
 r2: @want r1; echo r2 => r2
 r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
@@ -7039,7 +7190,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
             fails[unit] = lines.pop()
         if lines:
             says[unit] = lines
-    agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="")
+    agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
     patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
@@ -7060,7 +7211,9 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     assert logs[:4] == [b"no newline", b"one\n\nthree", b"dos\r\n", b"10%\r50%\r100%\n"]
     assert logs[4:] == [b"caf\xe9\n", b"caf\xc3\xa9\0\n", b"out\nerr\n", b""]
     first, second = [event for event in agent.client.status("r1").history if event.kind == "retry"]
-    assert [first.detail, second.detail] == says["r1"] and second.time - first.time >= 0.2
+    assert [first.detail, second.detail] == says["r1"]
+    second_at, third_at = ((agent.directory / name).stat().st_mtime for name in ("n2", "n3"))
+    assert third_at - second_at >= 0.19  # of 200 ms, since the time of a file has steps
     assert len(agent.client.status("r1").tries) == 2
     assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
 
@@ -7068,13 +7221,19 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
 def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     world: World, gate: Gate, call: Call
 ) -> None:
-    boot = Boot(world, {"10-a.sh": "cat gate", "b": "@want a"}, "--log-dir", "logs")
-    gate.reached()
+    early = Gate(world, "early")
+    files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
+    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 600")
+    gate.reached(), early.reached()
+    until(lambda: world.status("z") == "completed")
     pid = next(pid for pid in boot.left() if os.getpgid(pid) == pid)
     until(lambda: (world.client.status("a").owner or Owner(0, "")).pid == pid, "the script as owner")
-    assert re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:] == [("a", "started"), ("b", "pending")]
+    found = re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:]
+    assert found == [("a", "started"), ("b", "pending"), ("z", "completed")]
     assert f"(pid {pid})" in call.ok(world, "why", "b") and "a" in call.ok(world, "graph", "b")
     assert world.client.graph().nodes[0].log == str(world.directory / "logs" / "a.log")
+    early.open()
+    until(lambda: len(boot.left()) == 2)  # and what z has left behind is not said to run on
     gate.open()
     boot.ends()
     assert not os.path.exists(world.path)
@@ -7092,8 +7251,18 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
         Boot(world, files).ends(code)
     assert read_lines(world.directory / "ran") == ["a", "b", "a", "b", "a", "a", "a", "b"]
     assert world.client.ping()["pid"] == stays.process.pid
+    guest = Boot(world, {"d": ""}, "--stay")
+    guest.says("staying")
     stays.signal()
     assert "warning" not in stays.ends(143)
+    guest.ends(3, "", "went away", leaves=True)
+
+
+def test_a_service_that_its_timeout_ends_is_said_to_have_ended(world: World) -> None:
+    boot = Boot(world, {"a": "@ready file:/\n@timeout 100ms\nexec sleep 60"}, "--stay")
+    boot.says("warning: a: ended after its unit had completed (timed out after 100ms)")
+    boot.signal()
+    boot.ends(143)
 
 
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
@@ -7249,7 +7418,8 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
             assert asked.recv(1000).startswith(b"GET /health HTTP/1.")
             asked.sendall(b"HTTP/1.0 302 Found\r\n\r\n")
         assert boot.process.wait(PATIENCE) == 0
-    until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on
+    until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on; each takes signals
+    until(lambda: {coder_sync.proc_line(pid, "SigBlk").strip("0") for pid in boot.left()} == {""})
     end.keep_open(lambda: not boot.left())
     boot.ends(0, None, f"\nstill running: {', '.join(sorted(services))}\n", leaves=True)
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
@@ -7273,7 +7443,9 @@ def test_an_http_server_that_answers_byte_by_byte_has_the_time_of_one_try() -> N
 
 
 def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
-    for status, error in (("HTTP/1.1 503 x", "HTTP status 503"), ("hello", "its answer is not HTTP")):
+    answers = {"HTTP/1.1 400 x": "HTTP status 400", "HTTP/1.1 399": ""}
+    answers.update(dict.fromkeys(("", "hello", "HTTP/1.1", "HTTP/1.1 OK", "ICY 200 OK"), "its answer is not HTTP"))
+    for status, error in answers.items():
         with socket.create_server(("127.0.0.1", 0)) as server:
             prober = coder_sync.Prober(f"http://127.0.0.1:{server.getsockname()[1]}", {}).begin()
             with server.accept()[0] as peer:
@@ -7361,12 +7533,12 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
     somebody.call("start", unit="other", hold=True)
     files = {"a": "@lock apt\ncat gate", "b": "@want a\n@lock apt", "c": "@want disk other\n@extern disk other"}
     files.update(d="@want a --requires start\n@lock apt", e="@ready file:up\nsleep 60", f="@retry 1 10m\nexit 9")
-    files.update(g="@ready file:/\nsleep 60")
+    files.update(g="@ready file:/\nsleep 60", h="@retry 1 0\ntest -e tried && sleep 60; touch tried; exit 1")
     boot = Boot(agent, files, "--grace", "100ms", patch="coder_sync.REPORT_EVERY = 0.3")
     boot.says("to try again")
-    line = boot.says("boot: 1 of 7 ended")
+    line = until(lambda: re.search(".* h [^,]*try 2 of 2.*", boot.says("boot: 1 of 8 ended")))[0]
     assert "g " not in line
-    assert re.match(r"boot: 1 of 7 ended after [\d.]+m?s; running: (a|e) ", line) and ", e " in ", " + line[10:]
+    assert re.match(r"boot: 1 of 8 ended after [\d.]+m?s; running: (a|e|h) ", line) and ", e " in ", " + line[10:]
     assert "(not ready: no such file)" in line and "b for a" in line and "f to try again after exit code 9" in line
     assert re.search(r"c for disk, not registered; other, started by .*? \(pid \d+\)", line)
     assert "d for lock apt, which a has" in line
@@ -7437,8 +7609,9 @@ def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None
     wants = {"a": "extern x", "b": "want a", "c": "want b", "d": "want a"}
     gates = {name: Gate(world, name) for name in wants}
     files = {name: f"@{want}\n@ready file:up-{name}\n{text.format(name)}" for name, want in wants.items()}
-    boot = Boot(world, files, "--stay")
+    boot = Boot(world, {**files, "e": "@want b c d"}, "--stay")
     boot.says("staying")
+    at_rest(boot.process.pid)
     boot.signal()
     for name in "dcba":
         gates[name].open()
@@ -7489,7 +7662,8 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
 ) -> None:
     late = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e told; do :; done; cat gate"
     after = Gate(world, "after")
-    boot = Boot(world, {"a": late, "b": "cat after &"}, "--stay", "--grace", "10m", patch=SPY.format(deaf=0))
+    files = {"a": late, "b": "cat after &", "c": "sleep 60 & exit 3"}
+    boot = Boot(world, files, "--stay", "--grace", "10m", patch=SPY.format(deaf=0))
     gate.open()
     boot.says("failed: a (timed out after 50ms); ")
     boot.says("staying")
@@ -7497,7 +7671,7 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
     until(lambda: boot.left() == [])
     boot.signal()
     boot.ends(143, "")
-    assert list(sent(world).values()) == [[15]]
+    assert list(sent(world).values()) == [[15], [15]]
 
 
 @needs_proc
@@ -7558,6 +7732,32 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
     assert any(re.fullmatch(first, line) for line in lines), lines
     summary = shown.rpartition("signal 2\r\n")[2].splitlines()
     assert len(summary) == 2 and max(map(len, summary)) <= 70, "the last lines are wrapped"
+
+
+@needs_proc
+def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(world: World, gate: Gate) -> None:
+    path = startup(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
+    master, terminal = pty.openpty()
+    boot = world.spawn([*program(), "boot", path], stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    gate.reached()
+    assert stopped(boot).returncode == 143 and session(boot) == []
+    os.close(master)
+
+
+def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> None:
+    out = coder_sync.Output(["a"], quiet=False)
+    out.columns = 24
+    for items, shown in (
+        ([], "0 ended"),
+        (["a"], "0 ended a"),
+        (["a", "b", "c"], "0 ended a, b, c"),
+        (["a", 12 * "b"], "0 ended a, bbbbbbbbbbbb"),
+        (["a", 13 * "b"], "0 ended a, +1 more"),
+        (["aaaaaaa", "b"], "0 ended +2 more"),
+    ):
+        out.live("0 ended", items, 0.0)
+        assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == shown
 
 
 def test_red_is_left_to_failures() -> None:
@@ -7648,15 +7848,16 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None
     def full() -> bool:
         return bool(struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000)
 
-    def stands_still() -> bool:
+    def stands_still() -> str:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
         before = io.read_text()
         assert world.status("a") == "started"  # the agent answers all the while
         time.sleep(0.02)
-        return before == io.read_text()
+        return before if before == io.read_text() else ""
 
     until(full)
-    until(stands_still, "a script that has to wait for the reader")
+    found = re.search(r"wchar: (\d+)", until(stands_still, "a script that has to wait for the reader"))
+    assert found and int(found.group(1)) < 2e6
     boot.signal()
     assert boot.process.wait(PATIENCE) == 143 and boot.left() == []
 
@@ -7727,6 +7928,11 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
+    stays = Boot(world, {"a": ""}, "--stay", "--", "echo", "ran")
+    stays.says("boot: echo will not be run: --stay serves instead")
+    stays.says("staying")
+    stays.signal()
+    stays.ends(143, "")
 
 
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -7779,6 +7985,14 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(90))
     assert not options or len(list((world.directory / "logs").iterdir())) == 90
+
+
+def test_services_leave_each_other_the_descriptors_that_probes_need(world: World, gate: Gate) -> None:
+    limit = ["sh", "-c", 'ulimit -n 100; exec "$@"', "-"]
+    boot = Boot(world, {f"x{i}": "@ready file:up\nsleep 0.3; : > up; exec cat gate" for i in range(30)}, under=limit)
+    assert boot.process.wait(PATIENCE) == 0
+    gate.keep_open(lambda: not boot.left())
+    boot.ends(0, "", leaves=True)
 
 
 def test_a_script_that_the_system_has_no_room_for_starts_when_there_is_some(world: World, gate: Gate) -> None:
@@ -7837,6 +8051,7 @@ def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: W
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
     boot.says("; running: a ")
+    at_rest(boot.process.pid)
     gate.open()
     told = ("failed: a (exit code 2)", "not started: b: the agent went away", "failed: c (exit code 1)")
     boot.ends(3, "a | a\n", *told)
@@ -7869,7 +8084,7 @@ def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World)
 
 
 class PlayedAgent:
-    """An agent that the test plays for a boot of one unit, `a`. Reports, which are asked for now and then, may wait."""
+    """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
 
     def __init__(self, world: World, files: Mapping[str, str | bytes], **options: Any) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -7889,7 +8104,7 @@ class PlayedAgent:
     def asked(self, method: str) -> Any:
         """The next request, which must be this one."""
         request = json.loads(self.file.readline())
-        while request["method"] == "graph" != method:
+        while request["method"] in {"graph", "ping"} - {method}:
             request = json.loads(self.file.readline())
         assert request["method"] == method
         return request
@@ -7968,6 +8183,28 @@ def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> No
     assert "to try again" not in told
 
 
+def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world: World, gate: Gate) -> None:
+    held_up = """
+import os, time
+time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
+def output(*args, was=coder_sync.Boot.output, **options):
+    os.path.exists("later") or open("stuck").read()
+    was(*args, **options)
+coder_sync.Boot.output, coder_sync.PING_AFTER = output, 0.1
+"""
+    stuck = Gate(world, "stuck")
+    agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
+    ping = agent.asked("ping")
+    gate.open()
+    stuck.reached()
+    agent.answers(ping, result={})
+    (world.directory / "later").touch()
+    stuck.open()
+    agent.asked("complete")
+    agent.reports("completed")
+    agent.boot.ends(0, "a | a\n")
+
+
 def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
     stop(world.serve())
     soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 0.5"
@@ -8024,13 +8261,14 @@ def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
     boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
 
 
-def test_a_temporary_directory_with_too_long_a_name_for_a_socket_is_the_reason_that_is_given(agent: World) -> None:
+def test_a_temporary_directory_in_which_no_socket_can_be_is_the_reason_that_is_given(agent: World) -> None:
     deep = agent.directory / ("d" * 100)
-    deep.mkdir()
-    agent.env["TMPDIR"] = str(deep)
-    told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
-    told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
-    assert told.count("cannot be probed: AF_UNIX path too long") == 2
+    for why in ("no directory for its NOTIFY_SOCKET", "AF_UNIX path too long"):
+        agent.env["TMPDIR"] = str(deep)
+        told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
+        told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
+        assert told.count(f"cannot be probed: {why}") == 2
+        deep.mkdir(exist_ok=True)
 
 
 def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
