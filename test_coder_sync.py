@@ -4742,6 +4742,13 @@ def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent
     assert finish(run).returncode == 1
 
 
+def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
+    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
+    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
+    done, reason = stopped(run), "stopped between two tries; exit code 1"
+    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
+
+
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
     run = agent.popen("run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate")
     agent.ok("wait", "a", "--ready", "sleep 0.1", "--timeout", "1000h")
@@ -6988,6 +6995,7 @@ MISTAKES_IN_HEADERS = [
     ("@ready file:", "file:: what is to be probed is missing"),
     ("@ready tcp:http", f"'http' {ADDRESS}"),
     ("@ready tcp:0", f"'0' {ADDRESS}"),
+    ("@ready tcp:65536", f"'65536' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
     ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
     ("@ready 5432", f"'5432' {NO_PROBE}"),
@@ -7117,7 +7125,7 @@ given: echo $CODER_SYNC_UNIT $CODER_AGENT_SOCKET_PATH $MINE $(cat | wc -c) $PWD 
     => given DIR/agent.sock yes 0 DIR 0 DIR/startup.d/given
 usual: grep -cE 'Sig(Blk|Ign):.[0-9a-f]{8}[08]0{7}$' /proc/self/status; ls /proc/self/fd => 2 / 0 / 1 / 2 / 3
 # variables are those of its dependents; what is none fails the unit
-v1: cd /; echo A=1 >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
+v1: cd /; printf 'A=1\n\n' >> $CODER_SYNC_ENV; echo 'B=x y="z"' >> $CODER_SYNC_ENV =>
 v2: @want v1; echo "$A $B"; echo A=2 > $CODER_SYNC_ENV => 1 x y="z"
 v3: @want v2; echo "$A $B"; dirname $CODER_SYNC_ENV > private; test -e $CODER_SYNC_ENV || echo new => 2 x y="z" / new
 v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYNC_ENV is not NAME=VALUE
@@ -7126,6 +7134,9 @@ v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV i
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
 v9: @want v8; echo ${A-unset} => unset
+v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
+v11: printf '\303\251=1' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
+v12: printf 'A=%20000d' 0 | tr ' ' '"' > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 # a service that is never ready fails and ends
 s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
@@ -7423,6 +7434,20 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
     end.keep_open(lambda: not boot.left())
     boot.ends(0, None, f"\nstill running: {', '.join(sorted(services))}\n", leaves=True)
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
+
+
+def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_known() -> None:
+    for text, port, host in (("65535", 65535, ""), ("db:1", 1, "db"), ("[::1]:1", 1, "::1")):
+        assert coder_sync.address_of(text) == (host, port)
+        assert not host or coder_sync.address_of(text, 80) == (host, port)
+    for text, host in (("db", "db"), ("[::1]", "::1")):
+        assert coder_sync.address_of(text, 80) == (host, 80)
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        return  # no such protocol here
+    with server:
+        coder_sync.connect("", server.getsockname()[1], PATIENCE).close()
 
 
 def test_an_http_server_that_answers_byte_by_byte_has_the_time_of_one_try() -> None:
