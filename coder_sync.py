@@ -185,8 +185,8 @@ class TimedOut(SyncError, code=-32006, exit_code=124):
     def __str__(self) -> str:
         missing = []
         for row in self.data or ():
-            meant = f' (did you mean "{row.did_you_mean}"?)' if row.did_you_mean else ""
-            missing.append(f"{row.depends_on} {row.current_status}{meant}")
+            hint = f' (did you mean "{row.did_you_mean}"?)' if row.did_you_mean else ""
+            missing.append(f"{row.depends_on} {row.current_status}{hint}")
         return str(self.args[0]) + (f": {', '.join(missing)}" if missing else "")
 
 
@@ -2106,8 +2106,8 @@ def private_file() -> tuple[int, str]:
 
 def private_directory() -> str:
     """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
     try:
+        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
         os.mkdir(path, 0o700)
     except OSError:
         return ""
@@ -3074,7 +3074,7 @@ class Units:
         def known(other: str) -> Unit:
             if other not in self.units:
                 if len(self.units) >= MAX_UNITS:
-                    raise Refused(f'unit "{current}": the agent has reached its limit of {MAX_UNITS} units')
+                    raise Refused(f"the agent has reached its limit of {MAX_UNITS} units")
                 self.units[other] = self._unknown(check_name(other))
                 undo.append((self.units.pop, other))
             return self.units[other]
@@ -3181,7 +3181,7 @@ class Units:
     def _check_edge(self, unit: Unit, other: Unit) -> None:
         """Raise Refused if there may be no edge from `unit` to `other`."""
         if self.edges >= MAX_EDGES:
-            raise Refused(f'unit "{unit.name}": the agent has reached its limit of {MAX_EDGES} dependencies')
+            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
         cycle = self._cycle(unit, other)
         if cycle:
             own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
@@ -4215,7 +4215,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
     import fcntl
     import stat
 
-    deadline = time.monotonic() + REPLACE_TIMEOUT
+    deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = time.monotonic() > deadline
         if replace and not late:
@@ -4236,8 +4236,11 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", END_IT) from None
-            if late:
+            if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
+                deadline = time.monotonic() + REPLACE_TIMEOUT
+            elif late:
                 remove(lock, found)
+            holder = found.st_mtime_ns
             time.sleep(0.02)
         except FileNotFoundError:
             pass
@@ -5614,9 +5617,12 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
+        if (self.code or self.why) and not self.stopped:
+            how = self.why or ending(self.code)  # its time was up, or it has ended by itself
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({how})")
         if self.code and not self.why:
             self.died = True
-            self.boot.died(self)
+            self.boot.died()
 
 
 class Output:
@@ -5941,9 +5947,8 @@ class Boot:
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
 
-    def died(self, job: Job) -> None:
+    def died(self) -> None:
         """The process of a unit that has completed has ended badly."""
-        self.out.say(f"warning: {job.unit}: ended after its unit had completed ({ending(job.code)})")
         if self.options.fail_fast and not self.stopping:
             self.stop(15, "stopped: another unit ended")
 

@@ -2541,7 +2541,7 @@ def send_and_go_on_late(self, data):
     while b"env" in data and any(claim.held and claim.unit.status == "started" for claim in self.claims):
         coder_sync.time.sleep(0.001)
 coder_sync.Connection.send = send_and_go_on_late
-coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 1, 1
+coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 2, 1
 """
 
 
@@ -2584,7 +2584,7 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     fill(small, 2000)  # an event each
     deaf.request("list", 2, all=True)
     for idle in (silent, waited):
-        assert "no request for 1 seconds" in idle.read()["error"]["message"]
+        assert "no request for 2 seconds" in idle.read()["error"]["message"]
         assert idle.read() is None
     assert "result" in holder.call("complete", unit="held")
     hung_up(deaf, watcher)
@@ -3334,6 +3334,15 @@ def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble:
     until(lambda: serves(world, second.pid))
     assert os.path.exists(world.path + ".lock")
     assert stopped(second).returncode == 0 and os.listdir(world.directory) == []
+
+
+def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World) -> None:
+    stop(world.serve())
+    short = "coder_sync.REPLACE_TIMEOUT, answer = 1.5, coder_sync.Channel.answer\n"
+    short += "coder_sync.Channel.answer = lambda self, request, timeout: answer(self, request, 0.5)"
+    several = [world.spawn(altered(short, "serve", "--replace")) for _ in range(4)]
+    until(lambda: [process.poll() for process in several].count(0) == 3)
+    until(lambda: serves(world, next(process.pid for process in several if process.poll() is None)))
 
 
 def test_of_agents_that_replace_each_other_at_once_the_last_serves(world: World) -> None:
@@ -7258,6 +7267,13 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
     stays.signal()
     assert "warning" not in stays.ends(143)
     guest.ends(3, "", "went away", leaves=True)
+
+
+def test_a_service_that_its_timeout_ends_is_said_to_have_ended(world: World) -> None:
+    boot = Boot(world, {"a": "@ready file:/\n@timeout 100ms\nexec sleep 60"}, "--stay")
+    boot.says("warning: a: ended after its unit had completed (timed out after 100ms)")
+    boot.signal()
+    boot.ends(143)
 
 
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
