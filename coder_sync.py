@@ -1456,7 +1456,7 @@ def load_more() -> bool:
         if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
             file.seek(place - 8)
             size = int.from_bytes(file.read(8), "little")
-            data = file.read(size + 32)
+            data = file.read(size + 32)  # with the head of the next part
             end = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]), size)
             if end >= 0:
                 globals()["rest"] = place + end + 16, was
@@ -3555,8 +3555,9 @@ class Connection:
     def due(self) -> float:
         """When the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
-        for ticket, deadline in ((claim.ticket, claim.deadline) for claim in self.open.values()):
-            times += [ticket.report_at, ticket.arrived_at, NEVER if ticket.answered else deadline]
+        for claim in self.open.values():
+            ticket = claim.ticket
+            times += [ticket.report_at, ticket.arrived_at, NEVER if ticket.answered else claim.deadline]
         return min(times)
 
     def send(self, data: bytes) -> None:
@@ -4392,7 +4393,7 @@ def serve(
         server = make_server(agent, sock, most)
         forever = ("accepting connections", server.accept)
         accepting = threading.Thread(target=agent.for_ever, args=forever, daemon=True)
-        if not body:  # whose supervisor is not ours: it is for what comes of it
+        if not body:  # a boot's supervisor waits for its COMMAND, not for the agent that it has meanwhile
             accepting.start()
             notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
@@ -5622,7 +5623,7 @@ class Job(Task):
             self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({how})")
         if self.code and not self.why:
             self.died = True
-            self.boot.died()
+            self.boot.another("ended")
 
 
 class Output:
@@ -5935,8 +5936,8 @@ class Boot:
             self.ask("running", job)
         elif job.running:  # it says so itself, or somebody else: it may tidy up
             job.stop_at = time.monotonic() + self.options.grace
-        if status != COMPLETED and self.options.fail_fast and not self.stopping:
-            self.stop(15, "stopped: another unit failed")
+        if status != COMPLETED:
+            self.another("failed")
 
     # -- processes ----------------------------------------------------------------------------------------
 
@@ -5947,10 +5948,10 @@ class Boot:
         if self.options.log_dir and not self.log_trouble:
             self.open_log(job)
 
-    def died(self) -> None:
-        """The process of a unit that has completed has ended badly."""
+    def another(self, what: str) -> None:
+        """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
         if self.options.fail_fast and not self.stopping:
-            self.stop(15, "stopped: another unit ended")
+            self.stop(15, f"stopped: another unit {what}")
 
     def groups(self) -> list[Job]:
         """Those whose process group may have members."""
@@ -6096,7 +6097,7 @@ class Boot:
         try:
             for fd in (0, 1, 2) if self.out.quiet else (0, 2):
                 os.dup2(self.null, fd)
-            self.out.fds[1] = 1
+            self.out.fds[1] = 1  # it may block here; the other one is closed now
             # What else we have open, its peers wait for the end of: the agent's clients, say.
             close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
