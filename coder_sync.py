@@ -38,10 +38,10 @@ rooms above it:
     Client          the Python API
     Calls           the reader of command lines; want, start, complete, fail
     Processes       what several rooms need of the system
-    Run             a unit's command; run, wait
     Units           the dependency graph and its rules, pure
     Agent           the daemon
     Views           data to text, pure
+    Run             a unit's command; run, wait
     Boot            a directory of scripts as one graph; a client like any other
     Install         a copy with its bytecode
     Command line    the other commands
@@ -1859,228 +1859,6 @@ def alive_groups(groups: Iterable[int]) -> set[int]:
     return alive & found
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Run. A unit's command: is it ready, what does it leave to others, its tries, its limits; then `run` and `wait`. Up to
-# here the file is all that these two need: an installed copy loads what follows only for other commands.
-# ----------------------------------------------------------------------------------------------------------
-
-# -- is it ready? ---------------------------------------------------------------------------------------------
-PROBE_TIMEOUT = 5.0  # for one try
-FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
-PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
-
-
-def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
-
-    Raises UsageError.
-    """
-    host, _, number = text.rpartition(":")
-    if port and (":" not in text or text[-1:] == "]"):
-        host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
-        raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
-    return host.strip("[]"), int(number)
-
-
-def check_probe(text: str) -> None:
-    """Raises UsageError for a probe that can be known to be wrong without a try."""
-    kind, colon, rest = text.partition(":")
-    if kind == "tcp" and colon:
-        address_of(rest)
-    elif text.startswith("http://"):
-        address_of(text[7:].partition("/")[0], 80)
-    elif (colon and kind in ("unix", "file") and not rest) or not text:
-        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
-        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
-
-
-def connect(host: str, port: int, timeout: float) -> Any:
-    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    import socket
-
-    if host:
-        return socket.create_connection((host, port), timeout)
-    try:
-        return socket.create_connection(("127.0.0.1", port), timeout)
-    except OSError as error:
-        try:
-            return socket.create_connection(("::1", port), timeout)
-        except OSError:
-            raise error from None
-
-
-def http_status(text: str, timeout: float) -> int:
-    """The status with which an http:// address answers. Raises OSError."""
-    where, _, path = text[7:].partition("/")
-    deadline = time.monotonic() + timeout
-    with connect(*address_of(where, 80), timeout) as sock:
-        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
-        line = b""
-        while b"\n" not in line and len(line) < 1024:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = sock.recv(1024)
-            if not chunk:
-                break
-            line += chunk
-    words = line.split(b"\n")[0].split()
-    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
-        raise OSError(0, "its answer is not HTTP")
-    return int(words[1])
-
-
-def can_be_read(fd: int, timeout: float) -> bool:
-    """Wait for a descriptor, for so many seconds; return whether it can be read."""
-    import select
-
-    awaited = select.poll()
-    awaited.register(fd, select.POLLIN)
-    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
-
-
-class Prober:
-    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
-
-    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words.
-    """
-
-    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
-        import threading
-
-        self.error = "its first try has not ended"
-        self._text, self._env = text, env
-        self._group = 0  # of a command that is being tried
-        self._lock, self._closed = threading.Lock(), threading.Event()
-        self._ready, self._done = os.pipe()
-
-    def begin(self) -> Prober:
-        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
-        import threading
-
-        threading.Thread(target=self._run, daemon=True).start()
-        return self
-
-    def fileno(self) -> int:
-        """The descriptor to poll."""
-        return self._ready
-
-    def ready(self) -> bool:
-        """Whether a try has succeeded."""
-        return not self.error
-
-    def close(self) -> None:
-        """No more tries; a command that is being tried is killed."""
-        self._closed.set()
-        with self._lock:
-            if self._group:
-                signal_to(-self._group, 9)
-        os.close(self._ready)
-
-    def _run(self) -> None:
-        pause = 0.1
-        try:
-            while not self._closed.is_set():
-                self.error = self._try()
-                if not self.error:
-                    break
-                self._closed.wait(pause)
-                pause = min(2 * pause, 1.0)
-        finally:
-            os.close(self._done)
-
-    def _try(self) -> str:
-        """Try once; return what is lacking."""
-        kind, colon, rest = self._text.partition(":")
-        try:
-            if kind == "file" and colon:
-                return "" if os.path.exists(rest) else "no such file"
-            if kind == "tcp" and colon:
-                connect(*address_of(rest), PROBE_TIMEOUT).close()
-                return ""
-            if kind == "unix" and colon:
-                from _socket import AF_UNIX, SOCK_STREAM, socket
-
-                sock = socket(AF_UNIX, SOCK_STREAM)
-                try:
-                    sock.settimeout(PROBE_TIMEOUT)
-                    sock.connect(rest)
-                finally:
-                    sock.close()
-                return ""
-            if self._text.startswith("http://"):
-                status = http_status(self._text, PROBE_TIMEOUT)
-                return "" if status < 400 else f"HTTP status {status}"
-            return self._command()
-        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
-            return trouble_of(error)
-
-    def _command(self) -> str:
-        read, write = os.pipe()
-        nothing = null()
-        try:
-            with self._lock:
-                if self._closed.is_set():
-                    return "no more tries"
-                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
-                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
-                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
-            os.close(write)
-            write = -1
-            if not can_be_read(read, PROBE_TIMEOUT):
-                signal_to(-self._group, 9)
-                return f"no end within {PROBE_TIMEOUT:.0f}s"
-            status = os.read(read, 16).strip()
-            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
-        finally:
-            with self._lock:
-                self._group = 0
-            for fd in (read, write, nothing):
-                if fd >= 0:
-                    os.close(fd)
-
-
-class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
-
-    def __init__(self, path: str) -> None:
-        from _socket import AF_UNIX, SOCK_DGRAM, socket
-
-        self.error = "it has not said READY=1"
-        self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
-        self._sock.setblocking(False)
-        try:
-            self._sock.bind(path)
-        except OSError:
-            self._sock.close()
-            raise
-
-    def fileno(self) -> int:
-        """The descriptor to poll."""
-        return self._sock.fileno()
-
-    def ready(self) -> bool:
-        """Take what was said; return whether READY=1 was."""
-        try:
-            while self.error:
-                if b"READY=1" in self._sock.recv(4096).split(b"\n"):
-                    self.error = ""
-        except OSError:
-            pass
-        return not self.error
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._sock.close()
-        remove(self._path)  # unless the command did
-
-
-# -- what a command leaves to others ----------------------------------------------------------------------------
-MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
-
-
 def remove(path: str, only: os.stat_result | None = None) -> None:
     """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
     try:
@@ -2090,478 +1868,9 @@ def remove(path: str, only: os.stat_result | None = None) -> None:
         pass
 
 
-def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
-
-    Unlike one in a directory it is gone when we are, however we end.
-    """
-    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
-        try:
-            file = os.memfd_create("coder-sync")
-            return file, f"/proc/{os.getpid()}/fd/{file}"
-        except OSError:
-            pass
-    return -1, ""
-
-
-def private_directory() -> str:
-    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
-    try:
-        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o700)
-    except OSError:
-        return ""
-    return path
-
-
-def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it, if it is still there."""
-    for directory, _, files in os.walk(path, topdown=False):
-        try:
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
-        except OSError:
-            pass
-
-
 def is_variable(name: str) -> bool:
     """Whether a shell can have a variable of this name."""
     return name.isidentifier() and name.isascii()
-
-
-def exported(path: str) -> dict[str, str]:
-    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
-    if not path:
-        return {}
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
-        with open(fd, "rb") as file:
-            data = file.read(MAX_ENV + 1) or b""
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
-    values: dict[str, str] = {}
-    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        name, found, value = line.partition("=")
-        if not line:
-            continue
-        if not found or not is_variable(name) or "\0" in value:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
-        values[name] = value
-    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
-        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
-    return values
-
-
-# -- a unit's command -------------------------------------------------------------------------------------------
-LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
-
-
-class Task:
-    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
-
-    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
-    of it goes to `report`, as a request to the agent.
-    """
-
-    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
-    grace = 10.0  # seconds from TERM to KILL
-
-    def __init__(
-        self,
-        loop: Loop,
-        unit: str,
-        command: list[str],
-        ready: str,
-        ready_timeout: float,
-        timeout: float,
-        retries: int,
-        delay: float,
-    ) -> None:
-        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
-        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
-        self.env: dict[bytes, bytes] = {}
-        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
-        self.pid = 0  # of the process or group of the latest try, until it is gone
-        self.running = False  # the process; the group may live on
-        self.running_on = False  # the agent knows that it is a service
-        self.code = 0  # with which it ended
-        self.tries = 0
-        self.began = 0.0  # the latest try
-        self.stopped = False  # nothing is tried again
-        self.killed = False
-        self.prober: Prober | Notified | None = None  # while it is not ready
-        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
-        self.why = ""  # we end it
-        self.reason = ""  # how the latest try ended, or the unit
-        self.reported = ""  # "complete" or "fail"
-
-    # What is for others to say: how it is run, and who is told.
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        """Start the process; return its pid. Raises OSError or ValueError."""
-        return spawn(self.command, env)
-
-    def begun(self, detail: str) -> None:
-        """A try has begun, which `detail` says if it is not the first."""
-        if detail:
-            self.report("retry", detail=detail)
-
-    def not_begun(self, error: Exception) -> None:
-        """A try could not begin."""
-        raise NotImplementedError
-
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
-        """There will be another try."""
-
-    def report(self, method: str, **params: Any) -> None:
-        """Tell the agent."""
-        raise NotImplementedError
-
-    def exited(self) -> None:
-        """The process of a unit that has completed has ended."""
-        if self.code and not self.running_on:
-            self.report("running")
-        self.report("exited", reason=ending(self.code))
-
-    # The way.
-
-    def begin(self) -> None:
-        """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            added["CODER_SYNC_ENV"] = self.left
-        if self.ready == "notify":
-            added["NOTIFY_SOCKET"] = self.notify_path
-        env = environment(self.env, **added)
-        detail, self.why = self.next_try() if self.tries else "", ""
-        try:
-            self.probe(env)
-            self.pid = self.spawn(env)
-        except (CommandError, OSError, ValueError) as error:
-            self.close_prober()
-            self.not_begun(error)
-            return
-        self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed = time.monotonic(), True, False
-        self.tries += 1
-        self.stop_at = self.began + self.timeout if self.timeout else NEVER
-        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
-        self.begun(detail)
-
-    def probe(self, env: dict[bytes, bytes]) -> None:
-        """Begin to ask whether it is ready. Raises CommandError."""
-        if not self.ready:
-            return
-        try:
-            if self.ready == "notify" and not self.notify_path:
-                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
-            self.loop.watch(self.prober.fileno(), self.probed)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
-
-    def probed(self) -> None:
-        """The prober has something to say."""
-        if self.prober and self.prober.ready():
-            self.close_prober()
-            self.ready_by = NEVER
-            self.complete()
-
-    def close_prober(self) -> None:
-        """Probe no more."""
-        if self.prober:
-            self.loop.forget(self.prober.fileno())
-            self.prober.close()
-            self.prober = None
-
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.ready_by:
-            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
-        if now >= self.stop_at:
-            self.end(f"timed out after {span(self.timeout)}")
-        if now >= self.kill_at:
-            self.kill()
-        if now >= self.again_at and not self.pid:
-            self.again_at = NEVER
-            self.begin()
-        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group is looked at
-
-    def end(self, why: str) -> None:
-        """End it: TERM, and KILL after the grace."""
-        self.why = self.why or why
-        self.stop_at = self.ready_by = NEVER
-        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.close_prober()
-        self.signal(15)
-
-    def kill(self) -> None:
-        """End it for good, or give up what is left of its group."""
-        if self.killed and not self.running:
-            self.gone()
-        else:
-            self.killed, self.kill_at = True, time.monotonic() + 1
-            self.signal(9)
-
-    def signal(self, number: int) -> None:
-        """Signal the process, or its group."""
-        signal_to(-self.pid if self.own_group else self.pid, number)
-
-    def gone(self) -> None:
-        """Forget the number of the process, or of its group, before it is another one's."""
-        self.pid, self.kill_at = 0, NEVER
-
-    def process_ended(self, code: int) -> None:
-        """The process has ended, with this exit status, -N for signal N."""
-        self.running, self.code = False, code
-        self.stop_at = self.ready_by = NEVER
-        if not self.own_group or not alive_groups([self.pid]):
-            self.gone()
-        self.probed()  # it may have become ready with the last that it did
-        early = self.prober is not None
-        self.close_prober()
-        if self.reported == "complete":
-            self.exited()
-        elif not self.reported:
-            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
-            self.tried(self.why or how, code)
-
-    def tried(self, how: str, code: int) -> None:
-        """A try has ended, without success unless there is nothing to say how."""
-        if not how:
-            self.complete()
-        elif self.tries <= self.retries and not self.stopped:
-            self.reason, delay = how, self.delay
-            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
-            self.again_at = time.monotonic() + delay
-            self.to_be_tried_again(self.next_try(), delay)
-        else:
-            self.fail(how, code)
-
-    def next_try(self) -> str:
-        """Which try is next, and why."""
-        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
-
-    def complete(self) -> None:
-        """Report that it is done, or ready, and what it leaves to others."""
-        try:
-            env = exported(self.left)
-        except Refused as error:
-            self.fail(str(error))
-        else:
-            self.reported = "complete"
-            self.report("complete", env=env)
-
-    def fail(self, reason: str, code: int = 0) -> None:
-        """Report that the unit has failed."""
-        self.reported, self.reason, self.again_at = "fail", reason, NEVER
-        self.report("fail", reason=reason, exit_code=shell_status(code))
-
-
-# -- the commands -------------------------------------------------------------------------------------------
-@Command(
-    "run pip-install --want git-clone -- pip install -r requirements.txt",
-    *STARTING,
-    Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-    Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
-    Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-    Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
-    flag("--optional", help="run COMMAND even if there is no agent"),
-    QUIET,
-    tail="+",
-)
-def cmd_run(args: Args) -> int:
-    """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
-    report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True)
-    if args.ready is not None:
-        check_probe(args.ready)
-    end_on("SIGTERM")
-    try:
-        start.__enter__()
-    except Unreachable as error:
-        if not args.optional:
-            raise
-        put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
-    if report.waited:
-        say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    return Run(args, start).to_its_end()
-
-
-class Run(Task):
-    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
-
-    def __init__(self, args: Args, start: Start) -> None:
-        limits = (args.ready_timeout, 0.0, args.retry, args.retry_delay)
-        super().__init__(Loop(), args.unit, args.command, args.ready or "", *limits)
-        self.env, self.channel = environment(**start.environment), start.channel
-        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
-        self.status = 0  # to return
-        self.quiet, self.report_at = args.quiet, NEVER
-        self.file, self.left = private_file()
-        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
-        if self.directory:
-            self.left = self.left or os.path.join(self.directory, "env")
-            self.notify_path = os.path.join(self.directory, "notify")
-
-    def to_its_end(self) -> int:
-        """Run it, at most `retries` times again if it fails; return its exit status."""
-        try:
-            try:
-                self.begin()
-                while True:
-                    due = self.keep_time(time.monotonic())
-                    if not self.running and self.again_at == NEVER:
-                        break
-                    for number, sent in self.loop.turn(due):
-                        self.signalled(number, sent)
-            finally:
-                self.loop.give_back()
-            while self.asked:  # signals have their effect again, should the agent not answer
-                self.answered(STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT)
-            return self.status
-        finally:
-            remove_directory(self.directory)
-
-    def signalled(self, number: int, sent: bool) -> None:
-        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
-        self.stopped = True
-        if self.running and sent:
-            self.signal(number)
-        elif self.again_at < NEVER:
-            self.fail(f"stopped between two tries; {self.reason}")
-            sys.exit(128 + number)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.file >= 0:
-            os.ftruncate(self.file, 0)
-        else:
-            remove(self.left)
-        return super().spawn(env)
-
-    def begun(self, detail: str) -> None:
-        super().begun(detail)
-        if self.ready:
-            self.report("owner", ready=self.ready)
-            self.report_at = self.began + FIRST_REPORT
-
-    def keep_time(self, now: float) -> float:
-        if self.prober and now >= self.report_at:
-            self.report_at = now + REPORT_EVERY
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.ready} ({self.prober.error})"
-            say(text, 2, self.quiet)
-        return min(super().keep_time(now), self.report_at if self.prober else NEVER)
-
-    def not_begun(self, error: Exception) -> None:
-        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
-        self.tries += 1
-        self.tried(str(wrong), wrong.exit_code)
-
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
-        put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-
-    def complete(self) -> None:
-        super().complete()
-        if self.running and self.reported == "complete":
-            self.running_on = True
-            self.report("running")
-            self.loop.watch(self.channel.fileno(), self.answered)
-
-    def exited(self) -> None:
-        self.status = shell_status(self.code)
-        super().exited()
-
-    def fail(self, reason: str, code: int = 0) -> None:
-        self.status = TimedOut.exit_code if self.why else shell_status(code) or 1  # we end it only when it is late
-        if reason != ending(code):  # else the exit status says it
-            put(f"error: {self.unit}: {reason}\n", 2)
-        super().fail(reason, code)
-
-    def report(self, method: str, **params: Any) -> None:
-        outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        if self.asked and can_be_read(self.channel.fileno(), 0):
-            self.answered()  # an agent takes no requests while its answers are not taken
-        try:
-            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
-        except SyncError as error:
-            self.not_reported(what, error)
-
-    def answered(self, timeout: float = REPLY_TIMEOUT) -> None:
-        """Take an answer to what was reported; without the agent the command goes on all the same."""
-        if not self.asked:  # it has hung up
-            self.loop.forget(self.channel.fileno())
-            return
-        request, what = self.asked.pop(0)
-        try:
-            self.channel.answer(request, timeout)
-        except Unreachable as error:  # nothing else will be answered either
-            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
-            self.asked.clear()
-        except SyncError as error:
-            self.not_reported(what, error)
-
-    def not_reported(self, what: str, error: SyncError) -> None:
-        """Say that the agent may not know something."""
-        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
-
-
-@Command(
-    "wait pip-install --ready tcp:5432 --timeout 2m",
-    Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
-    Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
-    REQUIRES,
-    TIMEOUT,
-    QUIET,
-)
-def cmd_wait(args: Args) -> int:
-    """Wait for units without being one, and for what is to be ready."""
-    if not args.units and not args.ready:
-        raise UsageError("wait: name a unit, or what is to be --ready")
-    for probe in args.ready:
-        check_probe(probe)
-        if probe == "notify":
-            raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
-    began, report = time.monotonic(), Reporter(args, "")
-    if args.ready:
-        let_children_go()
-        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
-    try:
-        for prober in probers.values():
-            prober.begin()
-        if args.units:
-            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-        end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers.values():
-            while prober.error:
-                over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {probe: one.error for probe, one in probers.items() if one.error}
-                if not prober.error:
-                    break
-                if over or time.monotonic() >= end:
-                    rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                    put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
-                    return TimedOut.exit_code
-                report_at = time.monotonic() + REPORT_EVERY
-                text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
-                say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
-    finally:  # what is being tried does not outlive us
-        for prober in probers.values():
-            prober.close()
-    took = time.monotonic() - began
-    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
-    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5244,6 +4553,696 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Run. A unit's command: is it ready, what does it leave to others, its tries, its limits; then `run` and `wait`.
+# ----------------------------------------------------------------------------------------------------------
+
+# -- is it ready? ---------------------------------------------------------------------------------------------
+PROBE_TIMEOUT = 5.0  # for one try
+FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
+PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
+
+
+def address_of(text: str, port: int = 0) -> tuple[str, int]:
+    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+
+    Raises UsageError.
+    """
+    host, _, number = text.rpartition(":")
+    if port and (":" not in text or text[-1:] == "]"):
+        host, number = text, str(port)
+    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+        raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
+    return host.strip("[]"), int(number)
+
+
+def check_probe(text: str) -> None:
+    """Raises UsageError for a probe that can be known to be wrong without a try."""
+    kind, colon, rest = text.partition(":")
+    if kind == "tcp" and colon:
+        address_of(rest)
+    elif text.startswith("http://"):
+        address_of(text[7:].partition("/")[0], 80)
+    elif (colon and kind in ("unix", "file") and not rest) or not text:
+        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
+        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+
+
+def connect(host: str, port: int, timeout: float) -> Any:
+    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    import socket
+
+    if host:
+        return socket.create_connection((host, port), timeout)
+    try:
+        return socket.create_connection(("127.0.0.1", port), timeout)
+    except OSError as error:
+        try:
+            return socket.create_connection(("::1", port), timeout)
+        except OSError:
+            raise error from None
+
+
+def http_status(text: str, timeout: float) -> int:
+    """The status with which an http:// address answers. Raises OSError."""
+    where, _, path = text[7:].partition("/")
+    deadline = time.monotonic() + timeout
+    with connect(*address_of(where, 80), timeout) as sock:
+        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+        line = b""
+        while b"\n" not in line and len(line) < 1024:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            chunk = sock.recv(1024)
+            if not chunk:
+                break
+            line += chunk
+    words = line.split(b"\n")[0].split()
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise OSError(0, "its answer is not HTTP")
+    return int(words[1])
+
+
+def can_be_read(fd: int, timeout: float) -> bool:
+    """Wait for a descriptor, for so many seconds; return whether it can be read."""
+    import select
+
+    awaited = select.poll()
+    awaited.register(fd, select.POLLIN)
+    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
+
+
+class Prober:
+    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
+
+    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
+    Loop. `error` is what the last try lacked, in a few words.
+    """
+
+    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+        import threading
+
+        self.error = "its first try has not ended"
+        self._text, self._env = text, env
+        self._group = 0  # of a command that is being tried
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._ready, self._done = os.pipe()
+
+    def begin(self) -> Prober:
+        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+        import threading
+
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._ready
+
+    def ready(self) -> bool:
+        """Whether a try has succeeded."""
+        return not self.error
+
+    def close(self) -> None:
+        """No more tries; a command that is being tried is killed."""
+        self._closed.set()
+        with self._lock:
+            if self._group:
+                signal_to(-self._group, 9)
+        os.close(self._ready)
+
+    def _run(self) -> None:
+        pause = 0.1
+        try:
+            while not self._closed.is_set():
+                self.error = self._try()
+                if not self.error:
+                    break
+                self._closed.wait(pause)
+                pause = min(2 * pause, 1.0)
+        finally:
+            os.close(self._done)
+
+    def _try(self) -> str:
+        """Try once; return what is lacking."""
+        kind, colon, rest = self._text.partition(":")
+        try:
+            if kind == "file" and colon:
+                return "" if os.path.exists(rest) else "no such file"
+            if kind == "tcp" and colon:
+                connect(*address_of(rest), PROBE_TIMEOUT).close()
+                return ""
+            if kind == "unix" and colon:
+                from _socket import AF_UNIX, SOCK_STREAM, socket
+
+                sock = socket(AF_UNIX, SOCK_STREAM)
+                try:
+                    sock.settimeout(PROBE_TIMEOUT)
+                    sock.connect(rest)
+                finally:
+                    sock.close()
+                return ""
+            if self._text.startswith("http://"):
+                status = http_status(self._text, PROBE_TIMEOUT)
+                return "" if status < 400 else f"HTTP status {status}"
+            return self._command()
+        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            return trouble_of(error)
+
+    def _command(self) -> str:
+        read, write = os.pipe()
+        nothing = null()
+        try:
+            with self._lock:
+                if self._closed.is_set():
+                    return "no more tries"
+                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
+            os.close(write)
+            write = -1
+            if not can_be_read(read, PROBE_TIMEOUT):
+                signal_to(-self._group, 9)
+                return f"no end within {PROBE_TIMEOUT:.0f}s"
+            status = os.read(read, 16).strip()
+            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
+        finally:
+            with self._lock:
+                self._group = 0
+            for fd in (read, write, nothing):
+                if fd >= 0:
+                    os.close(fd)
+
+
+class Notified:
+    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
+
+    def __init__(self, path: str) -> None:
+        from _socket import AF_UNIX, SOCK_DGRAM, socket
+
+        self.error = "it has not said READY=1"
+        self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
+        self._sock.setblocking(False)
+        try:
+            self._sock.bind(path)
+        except OSError:
+            self._sock.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._sock.fileno()
+
+    def ready(self) -> bool:
+        """Take what was said; return whether READY=1 was."""
+        try:
+            while self.error:
+                if b"READY=1" in self._sock.recv(4096).split(b"\n"):
+                    self.error = ""
+        except OSError:
+            pass
+        return not self.error
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._sock.close()
+        remove(self._path)  # unless the command did
+
+
+# -- what a command leaves to others ----------------------------------------------------------------------------
+MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+
+
+def private_file() -> tuple[int, str]:
+    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+
+    Unlike one in a directory it is gone when we are, however we end.
+    """
+    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+        try:
+            file = os.memfd_create("coder-sync")
+            return file, f"/proc/{os.getpid()}/fd/{file}"
+        except OSError:
+            pass
+    return -1, ""
+
+
+def private_directory() -> str:
+    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
+    try:
+        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
+        os.mkdir(path, 0o700)
+    except OSError:
+        return ""
+    return path
+
+
+def remove_directory(path: str) -> None:
+    """Remove a private directory with all that a command may have left in it, if it is still there."""
+    for directory, _, files in os.walk(path, topdown=False):
+        try:
+            for name in files:
+                os.unlink(os.path.join(directory, name))
+            os.rmdir(directory)
+        except OSError:
+            pass
+
+
+def exported(path: str) -> dict[str, str]:
+    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    if not path:
+        return {}
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
+        with open(fd, "rb") as file:
+            data = file.read(MAX_ENV + 1) or b""
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    values: dict[str, str] = {}
+    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
+        name, found, value = line.partition("=")
+        if not line:
+            continue
+        if not found or not is_variable(name) or "\0" in value:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
+        values[name] = value
+    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
+        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    return values
+
+
+# -- a unit's command -------------------------------------------------------------------------------------------
+LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+
+
+class Task:
+    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
+
+    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
+    of it goes to `report`, as a request to the agent.
+    """
+
+    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
+    grace = 10.0  # seconds from TERM to KILL
+
+    def __init__(
+        self,
+        loop: Loop,
+        unit: str,
+        command: list[str],
+        ready: str,
+        ready_timeout: float,
+        timeout: float,
+        retries: int,
+        delay: float,
+    ) -> None:
+        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
+        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
+        self.env: dict[bytes, bytes] = {}
+        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.pid = 0  # of the process or group of the latest try, until it is gone
+        self.running = False  # the process; the group may live on
+        self.running_on = False  # the agent knows that it is a service
+        self.code = 0  # with which it ended
+        self.tries = 0
+        self.began = 0.0  # the latest try
+        self.stopped = False  # nothing is tried again
+        self.killed = False
+        self.prober: Prober | Notified | None = None  # while it is not ready
+        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
+        self.why = ""  # we end it
+        self.reason = ""  # how the latest try ended, or the unit
+        self.reported = ""  # "complete" or "fail"
+
+    # What is for others to say: how it is run, and who is told.
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        """Start the process; return its pid. Raises OSError or ValueError."""
+        return spawn(self.command, env)
+
+    def begun(self, detail: str) -> None:
+        """A try has begun, which `detail` says if it is not the first."""
+        if detail:
+            self.report("retry", detail=detail)
+
+    def not_begun(self, error: Exception) -> None:
+        """A try could not begin."""
+        raise NotImplementedError
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        """There will be another try."""
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent."""
+        raise NotImplementedError
+
+    def exited(self) -> None:
+        """The process of a unit that has completed has ended."""
+        if self.code and not self.running_on:
+            self.report("running")
+        self.report("exited", reason=ending(self.code))
+
+    # The way.
+
+    def begin(self) -> None:
+        """Begin a try."""
+        added = {"CODER_SYNC_UNIT": self.unit}
+        if self.left:
+            added["CODER_SYNC_ENV"] = self.left
+        if self.ready == "notify":
+            added["NOTIFY_SOCKET"] = self.notify_path
+        env = environment(self.env, **added)
+        detail, self.why = self.next_try() if self.tries else "", ""
+        try:
+            self.probe(env)
+            self.pid = self.spawn(env)
+        except (CommandError, OSError, ValueError) as error:
+            self.close_prober()
+            self.not_begun(error)
+            return
+        self.loop.children[self.pid] = self.process_ended
+        self.began, self.running, self.killed = time.monotonic(), True, False
+        self.tries += 1
+        self.stop_at = self.began + self.timeout if self.timeout else NEVER
+        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+        self.begun(detail)
+
+    def probe(self, env: dict[bytes, bytes]) -> None:
+        """Begin to ask whether it is ready. Raises CommandError."""
+        if not self.ready:
+            return
+        try:
+            if self.ready == "notify" and not self.notify_path:
+                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
+            self.loop.watch(self.prober.fileno(), self.probed)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
+
+    def probed(self) -> None:
+        """The prober has something to say."""
+        if self.prober and self.prober.ready():
+            self.close_prober()
+            self.ready_by = NEVER
+            self.complete()
+
+    def close_prober(self) -> None:
+        """Probe no more."""
+        if self.prober:
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.ready_by:
+            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+        if now >= self.stop_at:
+            self.end(f"timed out after {span(self.timeout)}")
+        if now >= self.kill_at:
+            self.kill()
+        if now >= self.again_at and not self.pid:
+            self.again_at = NEVER
+            self.begin()
+        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group is looked at
+
+    def end(self, why: str) -> None:
+        """End it: TERM, and KILL after the grace."""
+        self.why = self.why or why
+        self.stop_at = self.ready_by = NEVER
+        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+        self.close_prober()
+        self.signal(15)
+
+    def kill(self) -> None:
+        """End it for good, or give up what is left of its group."""
+        if self.killed and not self.running:
+            self.gone()
+        else:
+            self.killed, self.kill_at = True, time.monotonic() + 1
+            self.signal(9)
+
+    def signal(self, number: int) -> None:
+        """Signal the process, or its group."""
+        signal_to(-self.pid if self.own_group else self.pid, number)
+
+    def gone(self) -> None:
+        """Forget the number of the process, or of its group, before it is another one's."""
+        self.pid, self.kill_at = 0, NEVER
+
+    def process_ended(self, code: int) -> None:
+        """The process has ended, with this exit status, -N for signal N."""
+        self.running, self.code = False, code
+        self.stop_at = self.ready_by = NEVER
+        if not self.own_group or not alive_groups([self.pid]):
+            self.gone()
+        self.probed()  # it may have become ready with the last that it did
+        early = self.prober is not None
+        self.close_prober()
+        if self.reported == "complete":
+            self.exited()
+        elif not self.reported:
+            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            self.tried(self.why or how, code)
+
+    def tried(self, how: str, code: int) -> None:
+        """A try has ended, without success unless there is nothing to say how."""
+        if not how:
+            self.complete()
+        elif self.tries <= self.retries and not self.stopped:
+            self.reason, delay = how, self.delay
+            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
+            self.again_at = time.monotonic() + delay
+            self.to_be_tried_again(self.next_try(), delay)
+        else:
+            self.fail(how, code)
+
+    def next_try(self) -> str:
+        """Which try is next, and why."""
+        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
+
+    def complete(self) -> None:
+        """Report that it is done, or ready, and what it leaves to others."""
+        try:
+            env = exported(self.left)
+        except Refused as error:
+            self.fail(str(error))
+        else:
+            self.reported = "complete"
+            self.report("complete", env=env)
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        """Report that the unit has failed."""
+        self.reported, self.reason, self.again_at = "fail", reason, NEVER
+        self.report("fail", reason=reason, exit_code=shell_status(code))
+
+
+# -- the commands -------------------------------------------------------------------------------------------
+@Command(
+    "run pip-install --want git-clone -- pip install -r requirements.txt",
+    *STARTING,
+    Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
+    Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+    Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
+    Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
+    flag("--optional", help="run COMMAND even if there is no agent"),
+    QUIET,
+    tail="+",
+)
+def cmd_run(args: Args) -> int:
+    """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
+    report = Reporter(args, f"{args.unit}: ", 2)
+    start = start_of(args, report, hold=True)
+    if args.ready is not None:
+        check_probe(args.ready)
+    end_on("SIGTERM")
+    try:
+        start.__enter__()
+    except Unreachable as error:
+        if not args.optional:
+            raise
+        put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
+        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
+    if report.waited:
+        say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
+    return Run(args, start).to_its_end()
+
+
+class Run(Task):
+    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
+
+    def __init__(self, args: Args, start: Start) -> None:
+        limits = (args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        super().__init__(Loop(), args.unit, args.command, args.ready or "", *limits)
+        self.env, self.channel = environment(**start.environment), start.channel
+        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
+        self.status = 0  # to return
+        self.quiet, self.report_at = args.quiet, NEVER
+        self.file, self.left = private_file()
+        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
+        if self.directory:
+            self.left = self.left or os.path.join(self.directory, "env")
+            self.notify_path = os.path.join(self.directory, "notify")
+
+    def to_its_end(self) -> int:
+        """Run it, at most `retries` times again if it fails; return its exit status."""
+        try:
+            try:
+                self.begin()
+                while True:
+                    due = self.keep_time(time.monotonic())
+                    if not self.running and self.again_at == NEVER:
+                        break
+                    for number, sent in self.loop.turn(due):
+                        self.signalled(number, sent)
+            finally:
+                self.loop.give_back()
+            while self.asked:  # signals have their effect again, should the agent not answer
+                self.answered(STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT)
+            return self.status
+        finally:
+            remove_directory(self.directory)
+
+    def signalled(self, number: int, sent: bool) -> None:
+        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+        self.stopped = True
+        if self.running and sent:
+            self.signal(number)
+        elif self.again_at < NEVER:
+            self.fail(f"stopped between two tries; {self.reason}")
+            sys.exit(128 + number)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        if self.file >= 0:
+            os.ftruncate(self.file, 0)
+        else:
+            remove(self.left)
+        return super().spawn(env)
+
+    def begun(self, detail: str) -> None:
+        super().begun(detail)
+        if self.ready:
+            self.report("owner", ready=self.ready)
+            self.report_at = self.began + FIRST_REPORT
+
+    def keep_time(self, now: float) -> float:
+        if self.prober and now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.ready} ({self.prober.error})"
+            say(text, 2, self.quiet)
+        return min(super().keep_time(now), self.report_at if self.prober else NEVER)
+
+    def not_begun(self, error: Exception) -> None:
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
+        self.tries += 1
+        self.tried(str(wrong), wrong.exit_code)
+
+    def to_be_tried_again(self, detail: str, delay: float) -> None:
+        put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+
+    def complete(self) -> None:
+        super().complete()
+        if self.running and self.reported == "complete":
+            self.running_on = True
+            self.report("running")
+            self.loop.watch(self.channel.fileno(), self.answered)
+
+    def exited(self) -> None:
+        self.status = shell_status(self.code)
+        super().exited()
+
+    def fail(self, reason: str, code: int = 0) -> None:
+        self.status = TimedOut.exit_code if self.why else shell_status(code) or 1  # we end it only when it is late
+        if reason != ending(code):  # else the exit status says it
+            put(f"error: {self.unit}: {reason}\n", 2)
+        super().fail(reason, code)
+
+    def report(self, method: str, **params: Any) -> None:
+        outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
+        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
+        what = params.get("detail") or others.get(method, outcome)
+        if self.asked and can_be_read(self.channel.fileno(), 0):
+            self.answered()  # an agent takes no requests while its answers are not taken
+        try:
+            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
+        except SyncError as error:
+            self.not_reported(what, error)
+
+    def answered(self, timeout: float = REPLY_TIMEOUT) -> None:
+        """Take an answer to what was reported; without the agent the command goes on all the same."""
+        if not self.asked:  # it has hung up
+            self.loop.forget(self.channel.fileno())
+            return
+        request, what = self.asked.pop(0)
+        try:
+            self.channel.answer(request, timeout)
+        except Unreachable as error:  # nothing else will be answered either
+            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
+            self.asked.clear()
+        except SyncError as error:
+            self.not_reported(what, error)
+
+    def not_reported(self, what: str, error: SyncError) -> None:
+        """Say that the agent may not know something."""
+        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+
+
+@Command(
+    "wait pip-install --ready tcp:5432 --timeout 2m",
+    Argument("units", nargs="*", metavar="UNIT", help="names of the units"),
+    Argument("--ready", action="append", metavar="PROBE", help=f"wait for it as well: {PROBES}"),
+    REQUIRES,
+    TIMEOUT,
+    QUIET,
+)
+def cmd_wait(args: Args) -> int:
+    """Wait for units without being one, and for what is to be ready."""
+    if not args.units and not args.ready:
+        raise UsageError("wait: name a unit, or what is to be --ready")
+    for probe in args.ready:
+        check_probe(probe)
+        if probe == "notify":
+            raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
+    began, report = time.monotonic(), Reporter(args, "")
+    if args.ready:
+        let_children_go()
+        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
+    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    try:
+        for prober in probers.values():
+            prober.begin()
+        if args.units:
+            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+        end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
+        for prober in probers.values():
+            while prober.error:
+                over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
+                lacks = {probe: one.error for probe, one in probers.items() if one.error}
+                if not prober.error:
+                    break
+                if over or time.monotonic() >= end:
+                    rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
+                    put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
+                    return TimedOut.exit_code
+                report_at = time.monotonic() + REPORT_EVERY
+                text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
+                say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
+    finally:  # what is being tried does not outlive us
+        for prober in probers.values():
+            prober.close()
+    took = time.monotonic() - began
+    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims
 # all units at the agent, which says, as their turn comes, which script to spawn. One thread and one poll do
 # everything: what the agent says, output, ends, probes, signals, time.
@@ -6235,7 +6234,7 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
 # that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
 # looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
-# LOADER with three parts, cut at the banners of Processes and Units; `load_more` reads the others where it needs them.
+# LOADER with two parts, cut at the banner of Processes; `load_more` reads the second where it needs it.
 # Each has its length where a .pyc has the hash of its source, which is not looked at in one of this kind (PEP 552).
 # ----------------------------------------------------------------------------------------------------------
 
@@ -6297,9 +6296,9 @@ def compiled(text):  # a flag does what an import of __future__ would
 
 rest = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
 parts = []
-for banner in b"\\n# Units. ", b"\\n# Processes. ":  # each part with its line numbers
-    rest, _, below = rest.partition(banner)
-    parts.insert(0, compiled(b"\\n" * rest.count(b"\\n") + banner + below))
+banner = b"\\n# Processes. "
+rest, _, below = rest.partition(banner)
+parts.append(compiled(b"\\n" * rest.count(b"\\n") + banner + below))  # with its line numbers
 sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(rest), *parts))))
 """
 # No columns in tracebacks: what is not there need not be read.

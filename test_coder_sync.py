@@ -5167,9 +5167,8 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
         assert (done.returncode, done.stderr, done.stdout) == (0, "", "coder_sync 0.1.0\n" * 8)
 
 
-@pytest.mark.parametrize("banner", ["Processes", "Units"])
-def test_what_is_above_a_cut_is_all_that_its_commands_need(call: Call, agent: World, banner: str) -> None:
-    text = FILE.read_text(encoding="utf-8").partition(f"\n# {banner}. ")[0]
+def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
+    text = FILE.read_text(encoding="utf-8").partition("\n# Processes. ")[0]
     above = compile(text, "above", "exec", dont_inherit=True)
     defined: dict[str, Any] = {"__name__": "above", "__file__": str(FILE)}
     exec(above, defined)
@@ -5178,13 +5177,6 @@ def test_what_is_above_a_cut_is_all_that_its_commands_need(call: Call, agent: Wo
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    if banner == "Units":
-        copy = agent.directory / "above.py"
-        copy.write_text(text + "\n\ndef load_more():\n    raise AssertionError\n\n\nmain()\n", encoding="utf-8")
-        for line in ("run a --ready file:/ --retry 1 -- true", "wait a --ready file:/"):
-            done = finish(agent.spawn([sys.executable, "-IS", str(copy), *line.split()]))
-            assert (done.returncode, done.stderr) == (0, "")
-        return
     defined["load_more"] = lambda: pytest.fail("it needs the rest")
     call.main = defined["main"]
     play(
