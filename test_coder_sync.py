@@ -3631,6 +3631,28 @@ def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world
     assert finish(outside).returncode == (0 if what == "serve" else 143)
 
 
+@NAMESPACES
+def test_a_proc_of_another_pid_namespace_counts_as_absent(world: World) -> None:
+    (world.directory / "d").mkdir()
+    (world.directory / "d/c").write_text(
+        '#!/bin/sh\n# coder-sync: extern b\necho "$CODER_SYNC_ENV"; sleep 60 & exit 3\n'
+    )
+    (world.directory / "d/c").chmod(0o755)
+    script = """
+        coder run a -- sh -c 'echo "$CODER_SYNC_ENV"; echo X=1 >> "$CODER_SYNC_ENV"'
+        coder run b --want a -- sh -c 'echo $X'
+        coder start owned --pid $$; coder list
+        coder boot d --grace 5s"""
+    done = finish(world.spawn(["unshare", "-fp", *program(), "serve", "--", "sh", "-c", script], env=world.shell_env()))
+    first, second, *rest = done.stdout.splitlines()
+    assert second == "1" and rest[-1].startswith("c | ") and "/proc/" not in first + rest[-1], done
+    assert "failed: c (exit code 3)" in done.stderr and done.returncode == 1, done
+
+
+def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
+    agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
+
+
 @pytest.mark.parametrize("blocked", [False, True], ids=["", "blocked before"])
 def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, blocked: bool) -> None:
     code = """import os, signal, sys
