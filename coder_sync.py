@@ -3287,9 +3287,11 @@ class Agent:
         return {"unit": unit, "status": FAILED}
 
     def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        return request.connection.caller(hold=False) if known and known.refused else None
+        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+        known, connection = self.units.units.get(unit), request.connection
+        if not known or not known.refused or known.holder in connection.claims:
+            return None
+        return connection.caller(hold=False)
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""

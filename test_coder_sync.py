@@ -4764,6 +4764,29 @@ def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent
     assert finish(run).returncode == 1
 
 
+@pytest.mark.parametrize("way", ["run", "boot"])
+def test_who_holds_a_unit_may_report_though_its_parents_own_start_was_refused(
+    agent: World, gate: Gate, way: str
+) -> None:
+    (agent.directory / "d").mkdir()
+    (agent.directory / "d" / "u").write_text("#!/bin/sh\ncat gate\n")
+    (agent.directory / "d" / "u").chmod(0o755)
+    command = "run u -- cat gate" if way == "run" else "boot -q d"
+    shell = agent.spawn(
+        ["sh", "-c", f"coder {command} & echo; read x; coder start u; wait $!"],
+        env=agent.shell_env(),
+        stdin=subprocess.PIPE,
+    )
+    gate.reached()
+    assert shell.stdin
+    shell.stdin.write("\n")
+    shell.stdin.flush()
+    until(lambda: "already started" in line_of(shell.stderr))
+    gate.open()
+    assert finish(shell).returncode == 0
+    assert agent.status("u") == "completed"
+
+
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
