@@ -1556,7 +1556,7 @@ def terminal() -> tuple[int, bool, bool]:
     try:
         width = os.get_terminal_size(1).columns
     except OSError:
-        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
+        width = int(getenv("COLUMNS")[:9]) if getenv("COLUMNS").isdecimal() else 100
     codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
     locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
     unicode = codec == "utf8" and "utf" in locale.lower()
@@ -1572,10 +1572,25 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
 # -- who a process is ---------------------------------------------------------------------------------------
 
 
+def has_proc() -> bool:
+    """Return whether there is a /proc of our own pid namespace: in another one's, our numbers are other processes."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+def proc_file(pid: int, name: str) -> str:
+    """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
+    if not has_proc():
+        raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+    with open(f"/proc/{pid}/{name}", "rb") as f:
+        return f.read(1 << 16).decode(errors="replace")
+
+
 def stat_of(pid: int) -> list[str]:
-    """What /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-        return f.read().rpartition(")")[2].split()
+    """Return what /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    return proc_file(pid, "stat").rpartition(")")[2].split()
 
 
 def birth(pid: int) -> str | None:
@@ -1591,19 +1606,18 @@ def birth(pid: int) -> str | None:
 
 
 def proc_line(pid: int, what: str) -> str:
-    """One value of /proc/PID/status, empty where there is none."""
+    """Return one value of /proc/PID/status, empty where there is none."""
     try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
+        lines = proc_file(pid, "status").splitlines()
     except OSError:
         return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(what + ":")), "")
 
 
 def command_of(pid: int) -> str:
     """The command line of a process, short enough for a message; empty if unknown."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
+        args = proc_file(pid, "cmdline").rstrip("\0").split("\0")
     except OSError:
         return ""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
@@ -1857,7 +1871,7 @@ def signal_to(pid: int, number: int) -> bool:
 def alive_groups(groups: Iterable[int]) -> set[int]:
     """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
     alive = {group for group in groups if signal_to(-group, 0)}
-    if not alive or not os.path.isdir("/proc/self"):
+    if not alive or not has_proc():
         return alive
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -3283,9 +3297,11 @@ class Agent:
         return {"unit": unit, "status": FAILED}
 
     def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        return request.connection.caller(hold=False) if known and known.refused else None
+        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+        known, connection = self.units.units.get(unit), request.connection
+        if not known or not known.refused or known.holder in connection.claims:
+            return None
+        return connection.caller(hold=False)
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -4757,7 +4773,12 @@ class Prober:
 
 
 class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
+    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it, by any process of the unit.
+
+    Only its path, which cannot be guessed, protects it, since a command may have become another user. It is to be
+    read until the command has ended: systemd-notify(1) sends a descriptor after READY=1, and fails unless it is taken.
+    Raises OSError.
+    """
 
     def __init__(self, path: str) -> None:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
@@ -4767,6 +4788,7 @@ class Notified:
         self._sock.setblocking(False)
         try:
             self._sock.bind(path)
+            os.chmod(path, 0o666)
         except OSError:
             self._sock.close()
             raise
@@ -4776,11 +4798,12 @@ class Notified:
         return self._sock.fileno()
 
     def ready(self) -> bool:
-        """Take what was said; return whether READY=1 was."""
+        """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
         try:
-            while self.error:
+            for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
+            time.sleep(0.001)  # a sender without end is slowed down, not followed
         except OSError:
             pass
         return not self.error
@@ -4800,7 +4823,7 @@ def private_file() -> tuple[int, str]:
 
     Unlike one in a directory it is gone when we are, however we end.
     """
-    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+    if hasattr(os, "memfd_create") and has_proc():
         try:
             file = os.memfd_create("coder-sync")
             return file, f"/proc/{os.getpid()}/fd/{file}"
@@ -4810,13 +4833,19 @@ def private_file() -> tuple[int, str]:
 
 
 def private_directory() -> str:
-    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
+    """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     try:
         path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o700)
+        os.mkdir(path, 0o711)
+        os.chmod(path, 0o711)  # whatever our umask
     except OSError:
         return ""
     return path
+
+
+def private_path(directory: str) -> str:
+    """Return a path in a private directory that nobody can guess; empty without a directory."""
+    return directory and os.path.join(directory, os.urandom(8).hex())
 
 
 def remove_directory(path: str) -> None:
@@ -4897,6 +4926,7 @@ class Task:
         self.stopped = False  # nothing is tried again
         self.killed = False
         self.prober: Prober | Notified | None = None  # while it is not ready
+        self.notified: Notified | None = None  # until it has ended
         self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
         self.why = ""  # we end it
         self.reason = ""  # how the latest try ended, or the unit
@@ -4962,24 +4992,30 @@ class Task:
         try:
             if self.ready == "notify" and not self.notify_path:
                 raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
+            if self.ready == "notify":
+                self.prober = self.notified = Notified(self.notify_path)
+            else:
+                self.prober = Prober(self.ready, env).begin()
             self.loop.watch(self.prober.fileno(), self.probed)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
 
     def probed(self) -> None:
         """The prober has something to say."""
-        if self.prober and self.prober.ready():
-            self.close_prober()
+        prober = self.prober or self.notified
+        if prober and prober.ready() and self.prober:
+            self.close_prober(ended=False)
             self.ready_by = NEVER
             self.complete()
 
-    def close_prober(self) -> None:
-        """Probe no more."""
-        if self.prober:
-            self.loop.forget(self.prober.fileno())
-            self.prober.close()
-            self.prober = None
+    def close_prober(self, ended: bool = True) -> None:
+        """Probe no more; what the command says on its socket is taken until it has ended."""
+        prober = self.prober or self.notified
+        self.prober = None
+        if prober and (ended or prober is not self.notified):
+            self.notified = None
+            self.loop.forget(prober.fileno())
+            prober.close()
 
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
@@ -4999,7 +5035,7 @@ class Task:
         self.why = self.why or why
         self.stop_at = self.ready_by = NEVER
         self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.close_prober()
+        self.close_prober(ended=False)
         self.signal(15)
 
     def kill(self) -> None:
@@ -5108,9 +5144,7 @@ class Run(Task):
         self.quiet, self.report_at = args.quiet, NEVER
         self.file, self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
-        if self.directory:
-            self.left = self.left or os.path.join(self.directory, "env")
-            self.notify_path = os.path.join(self.directory, "notify")
+        self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5739,9 +5773,8 @@ class Boot:
         self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
-        for number, job in enumerate(self.jobs.values() if self.directory else ()):
-            job.left = os.path.join(self.directory, f"{number}.env")
-            job.notify_path = os.path.join(self.directory, f"{number}.notify")
+        for job in self.jobs.values():
+            job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
         self.events.watch(channel.fileno(), self.answers)
         try:
             if self.options.log_dir:

@@ -3645,6 +3645,28 @@ def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world
     assert finish(outside).returncode == (0 if what == "serve" else 143)
 
 
+@NAMESPACES
+def test_a_proc_of_another_pid_namespace_counts_as_absent(world: World) -> None:
+    (world.directory / "d").mkdir()
+    (world.directory / "d/c").write_text(
+        '#!/bin/sh\n# coder-sync: extern b\necho "$CODER_SYNC_ENV"; sleep 60 & exit 3\n'
+    )
+    (world.directory / "d/c").chmod(0o755)
+    script = """
+        coder run a -- sh -c 'echo "$CODER_SYNC_ENV"; echo X=1 >> "$CODER_SYNC_ENV"'
+        coder run b --want a -- sh -c 'echo $X'
+        coder start owned --pid $$; coder list
+        coder boot d --grace 5s"""
+    done = finish(world.spawn(["unshare", "-fp", *program(), "serve", "--", "sh", "-c", script], env=world.shell_env()))
+    first, second, *rest = done.stdout.splitlines()
+    assert second == "1" and rest[-1].startswith("c | ") and "/proc/" not in first + rest[-1], done
+    assert "failed: c (exit code 3)" in done.stderr and done.returncode == 1, done
+
+
+def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
+    agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
+
+
 @pytest.mark.parametrize("blocked", [False, True], ids=["", "blocked before"])
 def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, blocked: bool) -> None:
     code = """import os, signal, sys
@@ -4754,6 +4776,29 @@ def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent
     assert agent.status("a") == "started"
     gate.open()
     assert finish(run).returncode == 1
+
+
+@pytest.mark.parametrize("way", ["run", "boot"])
+def test_who_holds_a_unit_may_report_though_its_parents_own_start_was_refused(
+    agent: World, gate: Gate, way: str
+) -> None:
+    (agent.directory / "d").mkdir()
+    (agent.directory / "d" / "u").write_text("#!/bin/sh\ncat gate\n")
+    (agent.directory / "d" / "u").chmod(0o755)
+    command = "run u -- cat gate" if way == "run" else "boot -q d"
+    shell = agent.spawn(
+        ["sh", "-c", f"coder {command} & echo; read x; coder start u; wait $!"],
+        env=agent.shell_env(),
+        stdin=subprocess.PIPE,
+    )
+    gate.reached()
+    assert shell.stdin
+    shell.stdin.write("\n")
+    shell.stdin.flush()
+    until(lambda: "already started" in line_of(shell.stderr))
+    gate.open()
+    assert finish(shell).returncode == 0
+    assert agent.status("u") == "completed"
 
 
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
@@ -7513,6 +7558,48 @@ def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would
     up.touch()
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
+
+
+# Says each of its words, then what systemd-notify(1) does: fails unless the descriptor that it sends is taken.
+NOTIFY = """
+import array, os, select, socket, sys
+if os.getuid() == 0:  # as a service does that starts as root
+    os.setgroups([])
+    os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+sock.connect(os.environ["NOTIFY_SOCKET"])
+for word in sys.argv[1:]:
+    sock.send(word.encode())
+read, write = os.pipe()
+sock.sendmsg([b"BARRIER=1"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write]))])
+os.close(write)
+sys.exit(not select.select([read], [], [], 10)[0])
+"""
+
+
+def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
+    world: World, shared: World, gate: Gate
+) -> None:
+    notify = f"{sys.executable} -IS -c '{NOTIFY}'"
+    service = f"set -e; umask 077; {notify} STATUS=x READY=1; {notify} READY=1 WATCHDOG=1; {notify} STOPPING=1"
+    name = f"notify-{next(COUNT)}"
+    done = shared.run("run", name, "--ready", "notify", "--", "sh", "-c", f"{service}; exit 5")
+    assert (done.returncode, shared.status(name)) == (5, "completed"), done
+    boot = Boot(world, {"a": f"@ready notify\n{service}; echo all > gate", "b": "@want a\ncat gate"})
+    boot.ends(0, "b | all\n", leaves=True)
+
+
+@needs_proc
+def test_a_service_that_speaks_without_end_costs_nothing(shared: World) -> None:
+    says = "import os, socket; s = socket.socket(1, 2); s.connect(os.environ['NOTIFY_SOCKET']); s.send(b'READY=1')"
+    command = [*PYTHON, says + "\nwhile True: s.send(b'x' * 1000)"]
+    began, name = time.monotonic(), f"loud-{next(COUNT)}"
+    run = shared.popen("run", name, "--ready", "notify", "--", *command)
+    until(lambda: shared.client.graph().nodes and shared.status(name) == "completed")
+    time.sleep(1)
+    used = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    assert sum(map(int, used)) / os.sysconf("SC_CLK_TCK") < 0.4 * (time.monotonic() - began)
+    assert stopped(run).returncode == 143
 
 
 def test_a_signal_between_two_tries_ends_them(world: World) -> None:
