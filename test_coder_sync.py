@@ -1618,7 +1618,7 @@ def test_a_record_takes_each_of_its_fields_once() -> None:
         ((1,), {"pid": 1}),
     ]
     for args, named in wrong:
-        with pytest.raises(TypeError, match="Owner takes pid, command, alive, born, each once|multiple values"):
+        with pytest.raises(TypeError, match=r"Owner takes pid, command, alive, born, each once|multiple values"):
             print("accepted:", coder_sync.Owner(*args, **named))
 
 
