@@ -1546,7 +1546,7 @@ def terminal() -> tuple[int, bool, bool]:
     try:
         width = os.get_terminal_size(1).columns
     except OSError:
-        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
+        width = int(getenv("COLUMNS")[:9]) if getenv("COLUMNS").isdecimal() else 100
     codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
     locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
     unicode = codec == "utf8" and "utf" in locale.lower()
@@ -1562,10 +1562,25 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
 # -- who a process is ---------------------------------------------------------------------------------------
 
 
+def has_proc() -> bool:
+    """Return whether there is a /proc of our own pid namespace: in another one's, our numbers are other processes."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+def proc_file(pid: int, name: str) -> str:
+    """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
+    if not has_proc():
+        raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+    with open(f"/proc/{pid}/{name}", "rb") as f:
+        return f.read(1 << 16).decode(errors="replace")
+
+
 def stat_of(pid: int) -> list[str]:
-    """What /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-        return f.read().rpartition(")")[2].split()
+    """Return what /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    return proc_file(pid, "stat").rpartition(")")[2].split()
 
 
 def birth(pid: int) -> str | None:
@@ -1581,19 +1596,18 @@ def birth(pid: int) -> str | None:
 
 
 def proc_line(pid: int, what: str) -> str:
-    """One value of /proc/PID/status, empty where there is none."""
+    """Return one value of /proc/PID/status, empty where there is none."""
     try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
+        lines = proc_file(pid, "status").splitlines()
     except OSError:
         return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(what + ":")), "")
 
 
 def command_of(pid: int) -> str:
     """The command line of a process, short enough for a message; empty if unknown."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
+        args = proc_file(pid, "cmdline").rstrip("\0").split("\0")
     except OSError:
         return ""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
@@ -1847,7 +1861,7 @@ def signal_to(pid: int, number: int) -> bool:
 def alive_groups(groups: Iterable[int]) -> set[int]:
     """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
     alive = {group for group in groups if signal_to(-group, 0)}
-    if not alive or not os.path.isdir("/proc/self"):
+    if not alive or not has_proc():
         return alive
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -3274,9 +3288,11 @@ class Agent:
         return {"unit": unit, "status": FAILED}
 
     def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        return request.connection.caller(hold=False) if known and known.refused else None
+        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+        known, connection = self.units.units.get(unit), request.connection
+        if not known or not known.refused or known.holder in connection.claims:
+            return None
+        return connection.caller(hold=False)
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -4697,7 +4713,7 @@ def private_file() -> tuple[int, str]:
 
     Unlike one in a directory it is gone when we are, however we end.
     """
-    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+    if hasattr(os, "memfd_create") and has_proc():
         try:
             file = os.memfd_create("coder-sync")
             return file, f"/proc/{os.getpid()}/fd/{file}"

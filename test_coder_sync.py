@@ -3631,6 +3631,28 @@ def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world
     assert finish(outside).returncode == (0 if what == "serve" else 143)
 
 
+@NAMESPACES
+def test_a_proc_of_another_pid_namespace_counts_as_absent(world: World) -> None:
+    (world.directory / "d").mkdir()
+    (world.directory / "d/c").write_text(
+        '#!/bin/sh\n# coder-sync: extern b\necho "$CODER_SYNC_ENV"; sleep 60 & exit 3\n'
+    )
+    (world.directory / "d/c").chmod(0o755)
+    script = """
+        coder run a -- sh -c 'echo "$CODER_SYNC_ENV"; echo X=1 >> "$CODER_SYNC_ENV"'
+        coder run b --want a -- sh -c 'echo $X'
+        coder start owned --pid $$; coder list
+        coder boot d --grace 5s"""
+    done = finish(world.spawn(["unshare", "-fp", *program(), "serve", "--", "sh", "-c", script], env=world.shell_env()))
+    first, second, *rest = done.stdout.splitlines()
+    assert second == "1" and rest[-1].startswith("c | ") and "/proc/" not in first + rest[-1], done
+    assert "failed: c (exit code 3)" in done.stderr and done.returncode == 1, done
+
+
+def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
+    agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
+
+
 @pytest.mark.parametrize("blocked", [False, True], ids=["", "blocked before"])
 def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, blocked: bool) -> None:
     code = """import os, signal, sys
@@ -4738,6 +4760,29 @@ def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent
     assert agent.status("a") == "started"
     gate.open()
     assert finish(run).returncode == 1
+
+
+@pytest.mark.parametrize("way", ["run", "boot"])
+def test_who_holds_a_unit_may_report_though_its_parents_own_start_was_refused(
+    agent: World, gate: Gate, way: str
+) -> None:
+    (agent.directory / "d").mkdir()
+    (agent.directory / "d" / "u").write_text("#!/bin/sh\ncat gate\n")
+    (agent.directory / "d" / "u").chmod(0o755)
+    command = "run u -- cat gate" if way == "run" else "boot -q d"
+    shell = agent.spawn(
+        ["sh", "-c", f"coder {command} & echo; read x; coder start u; wait $!"],
+        env=agent.shell_env(),
+        stdin=subprocess.PIPE,
+    )
+    gate.reached()
+    assert shell.stdin
+    shell.stdin.write("\n")
+    shell.stdin.flush()
+    until(lambda: "already started" in line_of(shell.stderr))
+    gate.open()
+    assert finish(shell).returncode == 0
+    assert agent.status("u") == "completed"
 
 
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
