@@ -5916,7 +5916,7 @@ mail    -             skipped      -
 report  failed        skipped      -
 slow    -             pending      -
 web     9.0s started  20s started  -       before and now
-base    10s           10s          0
+base    10s           10s          0       before and now
 
 19s in all before, 30s now: not every unit completed
 ? compare: nothing: nothing
