@@ -4670,7 +4670,12 @@ class Prober:
 
 
 class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
+    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it, by any process of the unit.
+
+    Only its path, which cannot be guessed, protects it, since a command may have become another user. It is to be
+    read until the command has ended: systemd-notify(1) sends a descriptor after READY=1, and fails unless it is taken.
+    Raises OSError.
+    """
 
     def __init__(self, path: str) -> None:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
@@ -4680,6 +4685,7 @@ class Notified:
         self._sock.setblocking(False)
         try:
             self._sock.bind(path)
+            os.chmod(path, 0o666)
         except OSError:
             self._sock.close()
             raise
@@ -4689,11 +4695,12 @@ class Notified:
         return self._sock.fileno()
 
     def ready(self) -> bool:
-        """Take what was said; return whether READY=1 was."""
+        """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
         try:
-            while self.error:
+            for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
+            time.sleep(0.001)  # a sender without end is slowed down, not followed
         except OSError:
             pass
         return not self.error
@@ -4723,13 +4730,19 @@ def private_file() -> tuple[int, str]:
 
 
 def private_directory() -> str:
-    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
+    """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     try:
         path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o700)
+        os.mkdir(path, 0o711)
+        os.chmod(path, 0o711)  # whatever our umask
     except OSError:
         return ""
     return path
+
+
+def private_path(directory: str) -> str:
+    """Return a path in a private directory that nobody can guess; empty without a directory."""
+    return directory and os.path.join(directory, os.urandom(8).hex())
 
 
 def remove_directory(path: str) -> None:
@@ -4810,6 +4823,7 @@ class Task:
         self.stopped = False  # nothing is tried again
         self.killed = False
         self.prober: Prober | Notified | None = None  # while it is not ready
+        self.notified: Notified | None = None  # until it has ended
         self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
         self.why = ""  # we end it
         self.reason = ""  # how the latest try ended, or the unit
@@ -4875,24 +4889,30 @@ class Task:
         try:
             if self.ready == "notify" and not self.notify_path:
                 raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
+            if self.ready == "notify":
+                self.prober = self.notified = Notified(self.notify_path)
+            else:
+                self.prober = Prober(self.ready, env).begin()
             self.loop.watch(self.prober.fileno(), self.probed)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
 
     def probed(self) -> None:
         """The prober has something to say."""
-        if self.prober and self.prober.ready():
-            self.close_prober()
+        prober = self.prober or self.notified
+        if prober and prober.ready() and self.prober:
+            self.close_prober(ended=False)
             self.ready_by = NEVER
             self.complete()
 
-    def close_prober(self) -> None:
-        """Probe no more."""
-        if self.prober:
-            self.loop.forget(self.prober.fileno())
-            self.prober.close()
-            self.prober = None
+    def close_prober(self, ended: bool = True) -> None:
+        """Probe no more; what the command says on its socket is taken until it has ended."""
+        prober = self.prober or self.notified
+        self.prober = None
+        if prober and (ended or prober is not self.notified):
+            self.notified = None
+            self.loop.forget(prober.fileno())
+            prober.close()
 
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
@@ -4912,7 +4932,7 @@ class Task:
         self.why = self.why or why
         self.stop_at = self.ready_by = NEVER
         self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.close_prober()
+        self.close_prober(ended=False)
         self.signal(15)
 
     def kill(self) -> None:
@@ -5021,9 +5041,7 @@ class Run(Task):
         self.quiet, self.report_at = args.quiet, NEVER
         self.file, self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
-        if self.directory:
-            self.left = self.left or os.path.join(self.directory, "env")
-            self.notify_path = os.path.join(self.directory, "notify")
+        self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5655,9 +5673,8 @@ class Boot:
         self.channel, self.when_claimed = channel, claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
-        for number, job in enumerate(self.jobs.values() if self.directory else ()):
-            job.left = os.path.join(self.directory, f"{number}.env")
-            job.notify_path = os.path.join(self.directory, f"{number}.notify")
+        for job in self.jobs.values():
+            job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
         self.events.watch(channel.fileno(), self.answers)
         try:
             if self.options.log_dir:

@@ -7389,6 +7389,48 @@ def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
 
 
+# Says each of its words, then what systemd-notify(1) does: fails unless the descriptor that it sends is taken.
+NOTIFY = """
+import array, os, select, socket, sys
+if os.getuid() == 0:  # as a service does that starts as root
+    os.setgroups([])
+    os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+sock.connect(os.environ["NOTIFY_SOCKET"])
+for word in sys.argv[1:]:
+    sock.send(word.encode())
+read, write = os.pipe()
+sock.sendmsg([b"BARRIER=1"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write]))])
+os.close(write)
+sys.exit(not select.select([read], [], [], 10)[0])
+"""
+
+
+def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
+    world: World, shared: World, gate: Gate
+) -> None:
+    notify = f"{sys.executable} -IS -c '{NOTIFY}'"
+    service = f"set -e; umask 077; {notify} STATUS=x READY=1; {notify} READY=1 WATCHDOG=1; {notify} STOPPING=1"
+    name = f"notify-{next(COUNT)}"
+    done = shared.run("run", name, "--ready", "notify", "--", "sh", "-c", f"{service}; exit 5")
+    assert (done.returncode, shared.status(name)) == (5, "completed"), done
+    boot = Boot(world, {"a": f"@ready notify\n{service}; echo all > gate", "b": "@want a\ncat gate"})
+    boot.ends(0, "b | all\n", leaves=True)
+
+
+@needs_proc
+def test_a_service_that_speaks_without_end_costs_nothing(shared: World) -> None:
+    says = "import os, socket; s = socket.socket(1, 2); s.connect(os.environ['NOTIFY_SOCKET']); s.send(b'READY=1')"
+    command = [*PYTHON, says + "\nwhile True: s.send(b'x' * 1000)"]
+    began, name = time.monotonic(), f"loud-{next(COUNT)}"
+    run = shared.popen("run", name, "--ready", "notify", "--", *command)
+    until(lambda: shared.client.graph().nodes and shared.status(name) == "completed")
+    time.sleep(1)
+    used = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    assert sum(map(int, used)) / os.sysconf("SC_CLK_TCK") < 0.4 * (time.monotonic() - began)
+    assert stopped(run).returncode == 143
+
+
 def test_a_signal_between_two_tries_ends_them(world: World) -> None:
     boot = Boot(world, {"a": "@retry 5 10m\necho $$; exit 1"})
     pid = int(boot.prints("a | ").partition("| ")[2])
