@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
     Object = dict[str, Any]
+    Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
 
     @dataclass_transform()
     class Fields:
@@ -3962,22 +3963,6 @@ class Startup:
             bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.ended, default=None)
         return path[::-1]
 
-    def slack(self) -> dict[str, float]:
-        """How much longer each unit could have taken without delaying the end; none for the critical path.
-
-        A unit that ended with time to spare may use that of those that went on because of it, and no more.
-        """
-        latest = dict.fromkeys(self.bars, self.last)  # when each has to end
-        slack = {}
-        for bar in reversed(self.ran):
-            spare = max(0.0, latest[bar.name] - bar.ended)
-            slack[bar.name] = 0.0 if bar.name in self.critical else spare
-            wants = bar.unit.wants
-            for name in {d for d, r in wants.items() if r != START} | {bar.unit.released_by} - wants.keys():
-                if name in latest and self.bars[name].ended <= bar.started:
-                    latest[name] = min(latest[name], bar.started + spare)
-        return slack
-
     def summary(self) -> str:
         """The sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
@@ -4079,7 +4064,7 @@ def blame_text(graph: Graph, width: int = 100) -> str:
     """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
     startup, most = Startup(graph), 25
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
-    held, slack, text = dict.fromkeys(ran, 0.0), startup.slack(), ""
+    held, text = dict.fromkeys(ran, 0.0), ""
     for bar in startup.bars.values():
         for name, requirement in bar.unit.wants.items():
             its = startup.bars[name]
@@ -4090,71 +4075,19 @@ def blame_text(graph: Graph, width: int = 100) -> str:
                 held[name] += bar.started - bar.ready
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
         best = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
-        rows = []
-        for name in best[:most]:
-            spare = span(slack[name]) if name in slack else "-"
-            rows.append([name, span(ran[name]), span(held[name]), spare, startup.bars[name].unit.status])
+        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "SLACK", "STATUS"], rows) + more + "\n"
-    notes = "OTHERS WAITED adds up over all that waited, so it may exceed the whole. "
-    notes += "SLACK is how much longer a unit could have taken without delaying the end."
-    return text + "\n".join([*wrap(notes, width), "", *wrap(startup.summary(), width)]) + "\n"
-
-
-def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
-    """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
-    startups = old, new = Startup(before), Startup(now)
-
-    def changes(
-        was: dict[str, float], its: dict[str, float], came: str, went: str
-    ) -> list[tuple[float, str, str, str]]:
-        """By how much each changed, its name, that in words (+1.2s, -350ms, 0), and whether it came or went."""
-        found = []
-        for name in {**its, **was}:
-            more = its.get(name, 0.0) - was.get(name, 0.0)
-            words = "0" if abs(more) < 0.0005 else ("+" if more > 0 else "-") + span(abs(more))
-            found.append((abs(more), name, words, came if name not in was else went if name not in its else ""))
-        return sorted(found, key=lambda change: (-change[0], change[1]))
-
-    ran = [{bar.name: bar.ran for bar in startup.ran} for startup in startups]
-    rows = []
-    for _, name, change, how in changes(ran[0], ran[1], "came", "went"):
-        rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), how or change])
-    more = new.length - old.length
-    how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
-    text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
-    shares = [{bar.name: share for bar, share in startup.path} for startup in startups]
-    gains = changes(shares[0], shares[1], " (new on it)", " (no longer on it)")
-    steps = [f"{name} {gain}{how}" for size, name, gain, how in gains if size >= 0.001]
-    steps[5:] = [f"{len(steps) - 5} more"] if len(steps) > 5 else []
-    text += f"; on the critical path: {', '.join(steps)}" if steps else ""
-    return table(["UNIT", "BEFORE", "NOW", "CHANGE"], rows) + "\n" + "\n".join(wrap(text, width)) + "\n"
-
-
-def saved_time(value: Any) -> float | None:
-    """A time of a saved timeline; what has not been was -1 in older ones."""
-    if value is not None and not -1e12 < value < 1e12:
-        raise ValueError
-    return None if value is None or value == -1 else max(0.0, float(value))
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
+    note = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
+    return text + "\n".join([*wrap(note, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
-SAVED: dict[str, Callable[[Any], Any]] = {  # what of a unit is saved, and how it is read: it may be anything
-    "unit_name": check_name,
-    "status": str,
-    **dict.fromkeys(TIMES, saved_time),
-    "tries": lambda times: [saved_time(t) or 0.0 for t in times],
-    "reason": one_line,
-    "released_by": lambda name: check_name(name) if name else "",
-    "wants": lambda wants: {check_name(d): check_requirement(r) for d, r in wants.items()},
-    "exit_code": lambda code: None if code is None else int(code),
-    "is_waiting": bool,
-    "locks": lambda locks: list(map(check_name, locks)),
-    "blocked_by": lambda locks: {check_name(lock): check_name(unit) for lock, unit in locks.items()},
-    "running_on": bool,
-    "exit_reason": one_line,
-}
+SAVED = [
+    *("unit_name", "status", *TIMES, "tries", "reason", "released_by", "wants", "exit_code", "is_waiting"),
+    *("locks", "blocked_by", "running_on", "exit_reason"),
+]
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
@@ -4164,7 +4097,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     def since(t: float | None) -> float | None:
         return None if t is None else round(t - startup.first, 6)
 
-    rows = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
+    rows: list[dict[str, Any]] = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
@@ -4172,70 +4105,56 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     return {**head, "critical_path": path, "units": rows}
 
 
-def timeline_graph(text: bytes, name: str) -> Graph:
-    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError.
+def read_timeline(text: str | bytes, name: str) -> Saved:
+    """Return what a `.json` timeline says: seconds in all, status and seconds of each unit, the critical path.
 
-    Nothing is left in it that a picture could stumble over.
+    The text may be anything. Raises UsageError, which calls it `name`.
     """
     import json
+
+    def seconds(value: Any, otherwise: float = 0.0) -> float:
+        if value is not None and not -1 <= value < 1e12:
+            raise ValueError
+        return otherwise if value is None or value < 0 else float(value)
 
     try:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        units = {}
+        length, units = seconds(data["seconds"]), {}
         for row in data["units"]:
-            fields = {key: read(row[key]) for key, read in SAVED.items() if key in row}
-            units[row["unit_name"]] = unit = UnitStatus(is_ready=False, **fields)
-            if "is_waiting" not in row:  # the first version did not say
-                unit.is_waiting = unit.status == PENDING and unit.waiting is not None
-            if unit.status not in (PENDING, STARTED, *ENDED) or all(getattr(unit, key) is None for key in TIMES[:4]):
+            if row["status"] not in (PENDING, STARTED, *ENDED):
                 raise ValueError
-        now = saved_time(data["seconds"]) or 0.0
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
+            ended = seconds(row["ended"], length)
+            units[check_name(row["unit_name"])] = (row["status"], max(0.0, ended - seconds(row["started"], ended)))
+        return length, units, {step["unit_name"] for step in data["critical_path"]}
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
-    for dependency in [d for unit in units.values() for d in unit.wants]:
-        units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
-    return Graph(now, list(units.values()))
 
 
-def timeline_trace(graph: Graph) -> dict[str, Any]:
-    """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds.
+def compare_text(before: Saved, now: Saved) -> str:
+    """Two startups as `read_timeline` returns them: how long each unit took, what changed most first.
 
-    Arrows go from the end of what released a unit to its start. Waits of less than a millisecond are left out.
+    A unit that did not complete says nothing about how fast it is.
     """
-    startup = Startup(graph)
-    rows = {bar.name: {"pid": 1, "tid": number} for number, bar in enumerate(startup.rows, 1)}
-    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "startup"}}]
 
-    def at(t: float) -> int:
-        return round((t - startup.first) * 1e6)
+    def change(was: float, its: float) -> str:
+        return "0" if abs(its - was) < 0.0005 else f"{'+' if its > was else '-'}{span(abs(its - was))}"
 
-    for bar in startup.rows:
-        u, row = bar.unit, rows[bar.name]
-        events.append({"ph": "M", "name": "thread_name", **row, "args": {"name": bar.name}})
-        events.append({"ph": "M", "name": "thread_sort_index", **row, "args": {"sort_index": row["tid"]}})
-        args = {"status": u.status, "reason": u.reason, "released_by": u.released_by, "wants": list(u.wants)}
-        words = {"waiting": "waits", "locked out": f"waits for lock {', '.join(u.locks)}", "running on": "runs on"}
-        for kind, since, upto in bar.phases():
-            ts, took = at(since), at(upto) - at(since)
-            if kind != "running" and took < 1000:
-                continue
-            name = joined(bar.name, words.get(kind, ""), by=" ")
-            colour = {SKIPPED: "bad", FAILED: "terrible"}.get(u.status, "")
-            colour = "grey" if kind in ("waiting", "locked out") and u.status != SKIPPED else colour
-            event = {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": took, **row, "args": args}
-            events.append({**event, "cname": colour} if colour else event)
-        for i, t in enumerate(u.tries, 2):
-            events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at(t), **row})
-    for bar in startup.ran:
-        before = startup.bars.get(bar.unit.released_by)
-        if before and before.has_run:
-            arrow = {"cat": "released", "name": "released", "id": rows[bar.name]["tid"]}
-            leaves = max(at(before.started), min(at(before.ended) - 1, at(bar.started)))
-            events.append({"ph": "s", **arrow, **rows[before.name], "ts": leaves})
-            events.append({"ph": "f", "bp": "e", **arrow, **rows[bar.name], "ts": at(bar.started)})
-    return {"traceEvents": events if startup.rows else [], "displayTimeUnit": "ms"}
+    rows: list[tuple[float, list[str]]] = []
+    for name in sorted({**before[1], **now[1]}):
+        both = [startup[1].get(name, ("", 0.0)) for startup in (before, now)]
+        (was, old), (its, new) = both
+        cells = [joined(span(t) if t else "", s, by=" ") if s != COMPLETED else span(t) for s, t in both]
+        amount, how = abs(new - old), "came" if not was else "went" if not its else change(old, new)
+        if {was, its} - {COMPLETED, ""}:
+            amount, how = NEVER, ""  # these stand first
+        path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
+        rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
+    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)], always=4)
+    complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
+    verdict = change(before[0], now[0]) if complete else "not every unit completed"
+    return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
 
 
 def xml(text: str) -> str:
@@ -4364,7 +4283,7 @@ def timeline_svg(graph: Graph) -> str:
 
 def timeline_as(form: str, graph: Graph) -> str:
     """The timeline in one of its forms for files."""
-    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data, "trace": timeline_trace}
+    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data}
     made = forms.get(form, timeline_text)(graph)
     return made if isinstance(made, str) else json_text(made)
 
@@ -6747,73 +6666,29 @@ def cmd_why(args: Args) -> None:
 
 @Command(
     "timeline --output svg > startup.svg",
-    output("text", "svg", "json", "trace"),
+    output("text", "svg", "json"),
     flag("--blame", help="units by how long they ran, and how long others waited"),
-    Argument("--from", dest="saved", metavar="FILE", help="of a saved .json timeline, not of the agent"),
-    Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
-    flag("--watch", help="live, until interrupted"),
+    Argument("--compare", metavar="FILE", help="compare a saved .json timeline with the present"),
 )
 def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
-    saved, width = args.saved, terminal()[0]
-    if args.output != "text" and (args.blame or args.compare or args.watch):
-        raise UsageError("--output is the form of the timeline itself; --blame, --compare and --watch print text")
-    if args.watch:
-        if saved or args.compare:
-            raise UsageError("--watch shows an agent, not what was saved")
-        return watch(client_of(args))
-    before = saved_timeline(args.compare) if args.compare else None
-    graph = saved_timeline(saved) if saved else client_of(args).graph()
-    if before:
-        put(compare_text(before, graph, width))
+    if args.output != "text" and (args.blame or args.compare):
+        raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
+    if args.compare:
+        try:
+            with open(args.compare, "rb") as f:
+                before = read_timeline(f.read(), args.compare)
+        except OSError as error:
+            raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
+    graph = client_of(args).graph()
+    if args.compare:
+        put(compare_text(before, read_timeline(json_text(timeline_data(graph)), "the present")))
     elif args.blame:
-        put(blame_text(graph, width))
+        put(blame_text(graph, terminal()[0]))
     elif args.output == "text":
         put(timeline_text(graph, *terminal()))
     else:
         put(timeline_as(args.output, graph))
-
-
-def saved_timeline(path: str) -> Graph:
-    """The startup of which a `.json` timeline was saved. Raises UsageError."""
-    try:
-        with open(path, "rb") as f:
-            return timeline_graph(f.read(), path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-
-
-def watch(client: Client) -> None:
-    """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
-    end_on("SIGTERM")
-    since, began = (1 << 31) - 1, 0.0  # nothing of what happened before
-    if not os.isatty(1):
-        for event in client.events(True, since):
-            began = began or event.time
-            detail = f": {event.detail}" if event.detail else ""
-            if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
-                break
-        return
-    channel = Channel(client.socket_path)
-    channel.call("events", follow=True, since=since)
-    graph, taken = client.graph(), time.monotonic()
-    put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
-    try:
-        while True:
-            now = time.monotonic()
-            graph, taken = Graph(graph.now + now - taken, graph.nodes), now
-            rows = os.get_terminal_size(1).lines
-            lines = timeline_text(graph, *terminal()).splitlines()
-            if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
-                lines = [lines[0], *lines[len(lines) - rows + 1 :]]
-            put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
-            if channel.receive(1.0) is not None:
-                burst = time.monotonic() + 0.2  # is one redraw
-                while time.monotonic() < burst and channel.receive(0.05) is not None:
-                    pass
-                graph, taken = client.graph(), time.monotonic()
-    finally:
-        put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
