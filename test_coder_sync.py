@@ -5697,9 +5697,9 @@ STARTUPS = {
     "again": startup_of(
         19,
         unit("base", 0, 0, 10),
-        unit("web", 0, 10, -1, ["base"], released_by="base"),
+        unit("web", 0, 10, None, ["base"], released_by="base"),
         unit("data", 0, 0, 15),
-        unit("report", 1, -1, 15, status="failed"),
+        unit("report", 1, None, 15, status="failed"),
     ),
     "a dependency that was only to start": startup_of(
         25,
