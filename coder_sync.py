@@ -1520,6 +1520,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 posix.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
                 null()
+        if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
+            posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1629,6 +1631,17 @@ def command_of(pid: int) -> str:
 
 
 # -- descriptors --------------------------------------------------------------------------------------------
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+def open_file(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
+
+    Raises OSError.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+
+
 def open_files() -> int:
     """How many descriptors this process may have."""
     import resource
@@ -3715,7 +3728,7 @@ def serve(
             log = Log(level if log_file or not background else -1, log_file)
             at_end.callback(log.close)
             if pid_file:
-                with open(pid_file, "w", encoding="ascii") as file:
+                with open(open_file(pid_file, WRITE), "w", encoding="ascii") as file:
                     if os.path.isfile(pid_file):  # and no device
                         at_end.callback(remove, pid_file, os.fstat(file.fileno()))
                     file.write(f"{os.getpid()}\n")
@@ -4735,31 +4748,35 @@ class Notified:
 
 # -- what a command leaves to others ----------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
-def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+def private_file() -> str:
+    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
 
-    Unlike one in a directory it is gone when we are, however we end.
+    It stays open: later on, the path would be that of another file.
     """
     if hasattr(os, "memfd_create") and has_proc():
         try:
-            file = os.memfd_create("coder-sync")
-            return file, f"/proc/{os.getpid()}/fd/{file}"
+            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
         except OSError:
             pass
-    return -1, ""
+    return ""
 
 
 def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
-    try:
-        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o711)
-        os.chmod(path, 0o711)  # whatever our umask
-    except OSError:
-        return ""
-    return path
+    for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
+        path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
+        if len(os.fsencode(path)) > 80:  # no socket could be in it
+            continue
+        try:
+            os.mkdir(path)
+            os.chmod(path, 0o711)
+        except OSError:
+            continue
+        return path
+    return ""
 
 
 def private_path(directory: str) -> str:
@@ -4767,29 +4784,39 @@ def private_path(directory: str) -> str:
     return directory and os.path.join(directory, os.urandom(8).hex())
 
 
+def clear(path: str) -> None:
+    """Empty a file in a private directory, or without a name."""
+    remove(path)
+    try:
+        os.truncate(path, 0)
+    except OSError:
+        pass
+
+
 def remove_directory(path: str) -> None:
     """Remove a private directory with all that a command may have left in it, if it is still there."""
-    for directory, _, files in os.walk(path, topdown=False):
-        try:
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
-        except OSError:
-            pass
+    try:
+        os.rmdir(path)
+    except OSError:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     if not path:
         return {}
+    too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
-        with open(fd, "rb") as file:
+        with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    if len(data) > MAX_ENV:
+        raise too_large
     values: dict[str, str] = {}
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
         name, found, value = line.partition("=")
@@ -4802,8 +4829,8 @@ def exported(path: str) -> dict[str, str]:
         except UnicodeEncodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
         values[name] = value
-    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
-        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    if len(encode(values)) > MAX_ENV:
+        raise too_large
     return values
 
 
@@ -4883,9 +4910,9 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            added["CODER_SYNC_ENV"] = self.left
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.tries:
+            clear(self.left)
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
@@ -5061,9 +5088,11 @@ class Run(Task):
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
         self.quiet, self.report_at = args.quiet, NEVER
-        self.file, self.left = private_file()
+        self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
         self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
+        if not self.left:
+            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5092,13 +5121,6 @@ class Run(Task):
         elif self.again_at < NEVER:
             self.fail(f"stopped between two tries; {self.reason}")
             sys.exit(128 + number)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.file >= 0:
-            os.ftruncate(self.file, 0)
-        else:
-            remove(self.left)
-        return super().spawn(env)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
@@ -5446,8 +5468,8 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         return
     for path in files:
         try:
-            with open(path, "rb") as f:
-                text = f.read(65536)
+            with open(open_file(path), "rb") as f:
+                text = f.read(65536) or b""
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
@@ -5541,8 +5563,6 @@ class Job(Task):
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
         self.boot.close_output(self)  # of the try before
-        if self.tries:
-            remove(self.left)
         read, write = os.pipe()
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
@@ -5694,6 +5714,8 @@ class Boot:
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
             job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
+        if not self.directory:
+            self.out.say(f"warning: {NO_DIRECTORY}")
         self.events.watch(channel.fileno(), self.answers)
         try:
             if self.options.log_dir:
@@ -6037,10 +6059,8 @@ class Boot:
 
     def open_log(self, job: Job) -> None:
         """Open a unit's file; a further try adds to it."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # were it a fifo, nobody might ever read
-        flags |= os.O_APPEND if job.tries > 1 else os.O_TRUNC
         try:
-            job.log = os.open(job.log_path, flags, 0o644)
+            job.log = open_file(job.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if job.tries > 1 else os.O_TRUNC))
         except OSError as error:
             self.no_log(error)
 
@@ -6465,7 +6485,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 
     def write(graph: Graph) -> None:
         try:
-            with open(path, "w", encoding="utf-8") as f:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
                 f.write(timeline_as(form, graph))
         except OSError as error:
             put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
@@ -6676,7 +6696,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
+            with open(open_file(args.compare), "rb") as f:
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
                 before = read_timeline(f.read(), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
