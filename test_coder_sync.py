@@ -8204,10 +8204,10 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world
     held_up = """
 import os, time
 time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
-def output(*args, was=coder_sync.Boot.output, **options):
+def read(*args, was=coder_sync.Streams.read, **options):
     os.path.exists("later") or open("stuck").read()
     was(*args, **options)
-coder_sync.Boot.output, coder_sync.PING_AFTER = output, 0.1
+coder_sync.Streams.read, coder_sync.PING_AFTER = read, 0.1
 """
     stuck = Gate(world, "stuck")
     agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
