@@ -64,35 +64,22 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
-    from dataclasses import dataclass
     from io import FileIO
-    from typing import Any, Literal, NoReturn, Union
+    from typing import Any, ClassVar, Literal, NoReturn, Union
+
+    from typing_extensions import dataclass_transform
 
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
     Object = dict[str, Any]
+    Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
+
+    @dataclass_transform()
+    class Fields:
+        """Has type checkers take the annotations of a subclass for the parameters of its __init__."""
 else:
-
-    def dataclass(cls):
-        """Stand in for dataclasses.dataclass, whose import costs more than a whole client call."""
-        names = tuple(cls.__annotations__)
-        defaults = {name: getattr(cls, name, None) for name in names}
-        required = sum(not hasattr(cls, name) for name in names)  # these come first
-
-        def __init__(self, *args, **kwargs):
-            given = {**defaults, **dict(zip(names, args)), **kwargs}
-            missing = [name for name in names[len(args) : required] if name not in kwargs]
-            if len(given) > len(names) or len(args) > len(names) or missing:
-                raise TypeError(f"{cls.__name__}: missing or unexpected arguments")
-            self.__dict__.update(given)
-
-        cls.__init__ = __init__
-        cls.__repr__ = lambda self: f"{cls.__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
-        cls.__eq__ = lambda self, other: type(other) is cls and vars(self) == vars(other)
-        cls.__hash__ = None
-        return cls
-
+    Fields = object
 
 __version__ = "0.1.0"
 __all__ = [
@@ -239,8 +226,38 @@ MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
 
 
-@dataclass
-class Owner:
+class Record(Fields):
+    """A base for classes that hold data; each annotated attribute is a field, and its value in the class the default.
+
+    It gives them what dataclasses.dataclass does: an __init__ with positional and keyword arguments, a repr, equality.
+    The import of that module costs more than a whole client call.
+    """
+
+    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default
+    _required: ClassVar[set[str]]
+
+    def __init_subclass__(cls) -> None:
+        cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
+        cls._required = cls._fields.keys() - vars(cls).keys()
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        given = dict(zip(self._fields, args), **named)
+        values = {**self._fields, **given}
+        twice_or_too_many = len(given) < len(args) + len(named)
+        if twice_or_too_many or len(values) > len(self._fields) or not self._required <= given.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}, each once")
+        self.__dict__.update(values)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._fields)})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None  # type: ignore[assignment]  # it may change
+
+
+class Owner(Record):
     """Who started a unit: a process id, its command line, and whether it still runs (None: unknown).
 
     `born` tells the process from a later one with the same pid; it stays with the agent.
@@ -252,8 +269,7 @@ class Owner:
     born: str | None = None
 
 
-@dataclass
-class Dependency:
+class Dependency(Record):
     """One edge as it stands now. `age` is seconds in the current status."""
 
     depends_on: str
@@ -268,8 +284,7 @@ class Dependency:
     did_you_mean: str = ""
 
 
-@dataclass
-class Event:
+class Event(Record):
     """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
 
     `before` is the number of the unit's event before; it stays with the agent.
@@ -284,9 +299,8 @@ class Event:
     before: int = 0
 
 
-@dataclass
-class UnitStatus:
-    """A snapshot of one unit. Times are seconds since the agent began, -1 for what has not been.
+class UnitStatus(Record):
+    """A snapshot of one unit. Times are seconds since the agent began, None for what has not been.
 
     `dependencies` and `history` are there only where one unit was asked for.
     """
@@ -300,18 +314,18 @@ class UnitStatus:
     owner: Owner | None = None
     is_waiting: bool = False  # a start of it waits
     waits_for: list[str] = []  # noqa: RUF012  (what a waiting or pending unit lacks, at most five)
-    registered: float = -1.0
-    waiting: float = -1.0  # when its start was asked for
-    ready: float = -1.0  # when its dependencies were met; from then to `started` it waited for a lock
-    started: float = -1.0
-    ended: float = -1.0
+    registered: float | None = None
+    waiting: float | None = None  # when its start was asked for
+    ready: float | None = None  # when its dependencies were met; from then to `started` it waited for a lock
+    started: float | None = None
+    ended: float | None = None
     released_by: str = ""  # the dependency that made it ready last
     wants: dict[str, str] = {}  # noqa: RUF012  (dependency -> requirement)
     locks: list[str] = []  # noqa: RUF012
     blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
     tries: list[float] = []  # noqa: RUF012  (when each further try began)
     running_on: bool = False  # it completed, and its process goes on: a service
-    exited: float = -1.0  # when the process of a service ended
+    exited: float | None = None  # when the process of a service ended
     exit_reason: str = ""
     log: str = ""  # the file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
@@ -321,8 +335,7 @@ class UnitStatus:
     history: list[Event] = []  # noqa: RUF012
 
 
-@dataclass
-class Graph:
+class Graph(Record):
     """All units at one time, `now`, in seconds since the agent began."""
 
     now: float
@@ -600,8 +613,7 @@ def duration(text: str) -> float:
         raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
 
 
-@dataclass
-class Started:
+class Started(Record):
     """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
 
     unit: str
@@ -1545,7 +1557,7 @@ def terminal() -> tuple[int, bool, bool]:
     try:
         width = os.get_terminal_size(1).columns
     except OSError:
-        width = int(getenv("COLUMNS")) if getenv("COLUMNS").isdecimal() else 100
+        width = int(getenv("COLUMNS")[:9]) if getenv("COLUMNS").isdecimal() else 100
     codec = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
     locale = next(filter(None, map(getenv, ("LC_ALL", "LC_CTYPE", "LANG"))), "utf-8")  # Python takes C for UTF-8
     unicode = codec == "utf8" and "utf" in locale.lower()
@@ -1561,10 +1573,25 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
 # -- who a process is ---------------------------------------------------------------------------------------
 
 
+def has_proc() -> bool:
+    """Return whether there is a /proc of our own pid namespace: in another one's, our numbers are other processes."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+def proc_file(pid: int, name: str) -> str:
+    """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
+    if not has_proc():
+        raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+    with open(f"/proc/{pid}/{name}", "rb") as f:
+        return f.read(1 << 16).decode(errors="replace")
+
+
 def stat_of(pid: int) -> list[str]:
-    """What /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-        return f.read().rpartition(")")[2].split()
+    """Return what /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    return proc_file(pid, "stat").rpartition(")")[2].split()
 
 
 def birth(pid: int) -> str | None:
@@ -1580,19 +1607,18 @@ def birth(pid: int) -> str | None:
 
 
 def proc_line(pid: int, what: str) -> str:
-    """One value of /proc/PID/status, empty where there is none."""
+    """Return one value of /proc/PID/status, empty where there is none."""
     try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith(what + ":")), "")
+        lines = proc_file(pid, "status").splitlines()
     except OSError:
         return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(what + ":")), "")
 
 
 def command_of(pid: int) -> str:
     """The command line of a process, short enough for a message; empty if unknown."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            args = f.read(4096).decode(errors="replace").rstrip("\0").split("\0")
+        args = proc_file(pid, "cmdline").rstrip("\0").split("\0")
     except OSError:
         return ""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
@@ -1846,7 +1872,7 @@ def signal_to(pid: int, number: int) -> bool:
 def alive_groups(groups: Iterable[int]) -> set[int]:
     """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
     alive = {group for group in groups if signal_to(-group, 0)}
-    if not alive or not os.path.isdir("/proc/self"):
+    if not alive or not has_proc():
         return alive
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -1901,7 +1927,7 @@ MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a l
 class Facts(UnitStatus):
     """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
 
-    def __init__(self, registered: float = -1.0) -> None:
+    def __init__(self, registered: float | None = None) -> None:
         self.registered = registered
 
 
@@ -2246,7 +2272,7 @@ class Units:
         if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
             return
         if unit.unmet:
-            unit.facts.ready = -1.0
+            unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
             cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
             if cause:
@@ -2271,7 +2297,7 @@ class Units:
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
         facts, claim = unit.facts, next(iter(unit.line))
-        if facts.ready < 0:
+        if facts.ready is None:
             facts.ready = self._now()
             facts.released_by = because.name if because else facts.released_by
         if any(self._lacks(unit)):
@@ -2454,7 +2480,7 @@ class Units:
             if timeout:
                 claim.deadline = self.clock() + timeout
             if unit.first() is None:
-                unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), -1.0, ""
+                unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             unit.line[claim] = None
             self.waits += 1
             claims.append(claim)
@@ -2797,8 +2823,7 @@ class Request:
         self.connection, self.since = connection, time.monotonic()
 
 
-@dataclass
-class Waiting:
+class Waiting(Record):
     """What a claim lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
 
     missing: list[Dependency]
@@ -3273,9 +3298,11 @@ class Agent:
         return {"unit": unit, "status": FAILED}
 
     def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Who reports the end of a unit, if it matters: if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        return request.connection.caller(hold=False) if known and known.refused else None
+        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+        known, connection = self.units.units.get(unit), request.connection
+        if not known or not known.refused or known.holder in connection.claims:
+            return None
+        return connection.caller(hold=False)
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -3868,14 +3895,14 @@ class Bar:
     """
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
-        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started >= 0
-        self.ended = max(unit.started, unit.ended) if unit.ended >= 0 else last
-        self.started = unit.started if self.has_run else self.ended
-        self.asked = min(unit.waiting, self.started) if unit.waiting >= 0 else self.started
-        self.ready = min(max(unit.ready, self.asked), self.started) if unit.ready >= 0 else self.started
-        self.exited = max(self.ended, last if unit.running_on else min(unit.exited, last))
+        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
+        self.ended = last if unit.ended is None else max(unit.started or 0.0, unit.ended)
+        self.started = self.ended if unit.started is None else unit.started
+        self.asked = self.started if unit.waiting is None else min(unit.waiting, self.started)
+        self.ready = self.started if unit.ready is None else min(max(unit.ready, self.asked), self.started)
+        self.exited = max(self.ended, last if unit.running_on else min(unit.exited or 0.0, last))
         self.ran = self.ended - self.started if self.has_run else 0.0
-        waited = span(self.ended - self.asked) if unit.waiting >= 0 else "-"
+        waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
 
     def phases(self) -> list[tuple[str, float, float]]:
@@ -3887,7 +3914,7 @@ class Bar:
             ("running on", self.ended, self.exited),
         ]
         if not self.has_run:  # then its wait is shown even if it took no time
-            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting >= 0)]
+            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting is not None)]
         return [p for p in found if p[2] > p[1] or p[0] == "running"]
 
 
@@ -3897,15 +3924,17 @@ class Startup:
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
         moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
-        signs = {name: min((t for t in times if t >= 0), default=0.0) for name, times in moments.items()}
+        signs = {name: min((t for t in times if t is not None), default=0.0) for name, times in moments.items()}
         self.first = min(signs.values(), default=0.0)
-        self.last = max((t for times in moments.values() for t in times[1:]), default=0.0)
-        over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
+        self.last = max((t for times in moments.values() for t in times[1:] if t is not None), default=0.0)
+        over = any(u.ended is not None for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
         if known and not over:
             self.last = max(self.last, graph.now)
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name))
+        known.sort(
+            key=lambda u: (u.started is None, signs[u.unit_name] if u.started is None else u.started, u.unit_name)
+        )
         self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
@@ -3929,25 +3958,10 @@ class Startup:
             if bar.has_run:
                 path.append((bar, max(0.0, min(bar.ended, until) - bar.started)))
             until = bar.started  # what was skipped ended with what it required
-            before = [self.bars[d] for d in bar.unit.wants if d in self.bars and 0 <= self.bars[d].unit.ended <= until]
-            bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.unit.ended, default=None)
+            before = [self.bars[d] for d in bar.unit.wants if d in self.bars]
+            before = [b for b in before if b.unit.ended is not None and b.ended <= until]
+            bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.ended, default=None)
         return path[::-1]
-
-    def slack(self) -> dict[str, float]:
-        """How much longer each unit could have taken without delaying the end; none for the critical path.
-
-        A unit that ended with time to spare may use that of those that went on because of it, and no more.
-        """
-        latest = dict.fromkeys(self.bars, self.last)  # when each has to end
-        slack = {}
-        for bar in reversed(self.ran):
-            spare = max(0.0, latest[bar.name] - bar.ended)
-            slack[bar.name] = 0.0 if bar.name in self.critical else spare
-            wants = bar.unit.wants
-            for name in {d for d, r in wants.items() if r != START} | {bar.unit.released_by} - wants.keys():
-                if name in latest and self.bars[name].ended <= bar.started:
-                    latest[name] = min(latest[name], bar.started + spare)
-        return slack
 
     def summary(self) -> str:
         """The sentence people want; of a long critical path it names the longest steps."""
@@ -3973,8 +3987,8 @@ class Startup:
 def standing(unit: UnitStatus) -> str:
     """The status in a word for pictures, which show what is on its way."""
     if unit.status == PENDING:
-        return "waiting" if unit.is_waiting else "gave up" if unit.waiting >= 0 else "pending"
-    if unit.status == COMPLETED and (unit.running_on or unit.exited >= 0):
+        return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
+    if unit.status == COMPLETED and (unit.running_on or unit.exited is not None):
         return "running on" if unit.running_on else "exited"
     return "running" if unit.status == STARTED else unit.status
 
@@ -4050,7 +4064,7 @@ def blame_text(graph: Graph, width: int = 100) -> str:
     """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
     startup, most = Startup(graph), 25
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
-    held, slack, text = dict.fromkeys(ran, 0.0), startup.slack(), ""
+    held, text = dict.fromkeys(ran, 0.0), ""
     for bar in startup.bars.values():
         for name, requirement in bar.unit.wants.items():
             its = startup.bars[name]
@@ -4061,81 +4075,29 @@ def blame_text(graph: Graph, width: int = 100) -> str:
                 held[name] += bar.started - bar.ready
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
         best = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
-        rows = []
-        for name in best[:most]:
-            spare = span(slack[name]) if name in slack else "-"
-            rows.append([name, span(ran[name]), span(held[name]), spare, startup.bars[name].unit.status])
+        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "SLACK", "STATUS"], rows) + more + "\n"
-    notes = "OTHERS WAITED adds up over all that waited, so it may exceed the whole. "
-    notes += "SLACK is how much longer a unit could have taken without delaying the end."
-    return text + "\n".join([*wrap(notes, width), "", *wrap(startup.summary(), width)]) + "\n"
-
-
-def compare_text(before: Graph, now: Graph, width: int = 100) -> str:
-    """Two startups: how long each unit ran, what changed most first, and what that did to the whole."""
-    startups = old, new = Startup(before), Startup(now)
-
-    def changes(
-        was: dict[str, float], its: dict[str, float], came: str, went: str
-    ) -> list[tuple[float, str, str, str]]:
-        """By how much each changed, its name, that in words (+1.2s, -350ms, 0), and whether it came or went."""
-        found = []
-        for name in {**its, **was}:
-            more = its.get(name, 0.0) - was.get(name, 0.0)
-            words = "0" if abs(more) < 0.0005 else ("+" if more > 0 else "-") + span(abs(more))
-            found.append((abs(more), name, words, came if name not in was else went if name not in its else ""))
-        return sorted(found, key=lambda change: (-change[0], change[1]))
-
-    ran = [{bar.name: bar.ran for bar in startup.ran} for startup in startups]
-    rows = []
-    for _, name, change, how in changes(ran[0], ran[1], "came", "went"):
-        rows.append([name, *(span(each[name]) if name in each else "-" for each in ran), how or change])
-    more = new.length - old.length
-    how = f"{span(abs(more))} {'more' if more > 0 else 'less'} than before ({span(old.length)})"
-    text = f"{span(new.length)} in all, {how if abs(more) >= 0.001 else 'as before'}"
-    shares = [{bar.name: share for bar, share in startup.path} for startup in startups]
-    gains = changes(shares[0], shares[1], " (new on it)", " (no longer on it)")
-    steps = [f"{name} {gain}{how}" for size, name, gain, how in gains if size >= 0.001]
-    steps[5:] = [f"{len(steps) - 5} more"] if len(steps) > 5 else []
-    text += f"; on the critical path: {', '.join(steps)}" if steps else ""
-    return table(["UNIT", "BEFORE", "NOW", "CHANGE"], rows) + "\n" + "\n".join(wrap(text, width)) + "\n"
-
-
-def saved_time(value: Any) -> float:
-    """A time of a saved timeline."""
-    if value is not None and not -1e12 < value < 1e12:
-        raise ValueError
-    return -1.0 if value is None else max(0.0, float(value))
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
+    note = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
+    return text + "\n".join([*wrap(note, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
-SAVED: dict[str, Callable[[Any], Any]] = {  # what of a unit is saved, and how it is read: it may be anything
-    "unit_name": check_name,
-    "status": str,
-    **dict.fromkeys(TIMES, saved_time),
-    "tries": lambda times: [max(0.0, saved_time(t)) for t in times],
-    "reason": one_line,
-    "released_by": lambda name: check_name(name) if name else "",
-    "wants": lambda wants: {check_name(d): check_requirement(r) for d, r in wants.items()},
-    "exit_code": lambda code: None if code is None else int(code),
-    "is_waiting": bool,
-    "locks": lambda locks: list(map(check_name, locks)),
-    "blocked_by": lambda locks: {check_name(lock): check_name(unit) for lock, unit in locks.items()},
-    "running_on": bool,
-    "exit_reason": one_line,
-}
+SAVED = [
+    *("unit_name", "status", *TIMES, "tries", "reason", "released_by", "wants", "exit_code", "is_waiting"),
+    *("locks", "blocked_by", "running_on", "exit_reason"),
+]
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
     """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
     startup = Startup(graph)
 
-    def since(t: float) -> float | None:
-        return round(t - startup.first, 6) if t >= 0 else None
+    def since(t: float | None) -> float | None:
+        return None if t is None else round(t - startup.first, 6)
 
-    rows = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
+    rows: list[dict[str, Any]] = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
@@ -4143,70 +4105,56 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     return {**head, "critical_path": path, "units": rows}
 
 
-def timeline_graph(text: bytes, name: str) -> Graph:
-    """The graph that was saved as a `.json` timeline, by this or an older version. Raises UsageError.
+def read_timeline(text: str | bytes, name: str) -> Saved:
+    """Return what a `.json` timeline says: seconds in all, status and seconds of each unit, the critical path.
 
-    Nothing is left in it that a picture could stumble over.
+    The text may be anything. Raises UsageError, which calls it `name`.
     """
     import json
+
+    def seconds(value: Any, otherwise: float = 0.0) -> float:
+        if value is not None and not -1 <= value < 1e12:
+            raise ValueError
+        return otherwise if value is None or value < 0 else float(value)
 
     try:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        units = {}
+        length, units = seconds(data["seconds"]), {}
         for row in data["units"]:
-            fields = {key: read(row[key]) for key, read in SAVED.items() if key in row}
-            units[row["unit_name"]] = unit = UnitStatus(is_ready=False, **fields)
-            if "is_waiting" not in row:  # the first version did not say
-                unit.is_waiting = unit.status == PENDING and unit.waiting >= 0
-            if unit.status not in (PENDING, STARTED, *ENDED) or all(getattr(unit, key) < 0 for key in TIMES[:4]):
+            if row["status"] not in (PENDING, STARTED, *ENDED):
                 raise ValueError
-        now = saved_time(data["seconds"])
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
+            ended = seconds(row["ended"], length)
+            units[check_name(row["unit_name"])] = (row["status"], max(0.0, ended - seconds(row["started"], ended)))
+        return length, units, {step["unit_name"] for step in data["critical_path"]}
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
-    for dependency in [d for unit in units.values() for d in unit.wants]:
-        units.setdefault(dependency, UnitStatus(dependency, NOT_REGISTERED, False))
-    return Graph(now, list(units.values()))
 
 
-def timeline_trace(graph: Graph) -> dict[str, Any]:
-    """The timeline in Chrome's Trace Event Format, which Perfetto reads too: a row a unit, times in microseconds.
+def compare_text(before: Saved, now: Saved) -> str:
+    """Two startups as `read_timeline` returns them: how long each unit took, what changed most first.
 
-    Arrows go from the end of what released a unit to its start. Waits of less than a millisecond are left out.
+    A unit that did not complete says nothing about how fast it is.
     """
-    startup = Startup(graph)
-    rows = {bar.name: {"pid": 1, "tid": number} for number, bar in enumerate(startup.rows, 1)}
-    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "startup"}}]
 
-    def at(t: float) -> int:
-        return round((t - startup.first) * 1e6)
+    def change(was: float, its: float) -> str:
+        return "0" if abs(its - was) < 0.0005 else f"{'+' if its > was else '-'}{span(abs(its - was))}"
 
-    for bar in startup.rows:
-        u, row = bar.unit, rows[bar.name]
-        events.append({"ph": "M", "name": "thread_name", **row, "args": {"name": bar.name}})
-        events.append({"ph": "M", "name": "thread_sort_index", **row, "args": {"sort_index": row["tid"]}})
-        args = {"status": u.status, "reason": u.reason, "released_by": u.released_by, "wants": list(u.wants)}
-        words = {"waiting": "waits", "locked out": f"waits for lock {', '.join(u.locks)}", "running on": "runs on"}
-        for kind, since, upto in bar.phases():
-            ts, took = at(since), at(upto) - at(since)
-            if kind != "running" and took < 1000:
-                continue
-            name = joined(bar.name, words.get(kind, ""), by=" ")
-            colour = {SKIPPED: "bad", FAILED: "terrible"}.get(u.status, "")
-            colour = "grey" if kind in ("waiting", "locked out") and u.status != SKIPPED else colour
-            event = {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": took, **row, "args": args}
-            events.append({**event, "cname": colour} if colour else event)
-        for i, t in enumerate(u.tries, 2):
-            events.append({"ph": "i", "s": "t", "cat": "try", "name": f"try {i}", "ts": at(t), **row})
-    for bar in startup.ran:
-        before = startup.bars.get(bar.unit.released_by)
-        if before and before.has_run:
-            arrow = {"cat": "released", "name": "released", "id": rows[bar.name]["tid"]}
-            leaves = max(at(before.started), min(at(before.ended) - 1, at(bar.started)))
-            events.append({"ph": "s", **arrow, **rows[before.name], "ts": leaves})
-            events.append({"ph": "f", "bp": "e", **arrow, **rows[bar.name], "ts": at(bar.started)})
-    return {"traceEvents": events if startup.rows else [], "displayTimeUnit": "ms"}
+    rows: list[tuple[float, list[str]]] = []
+    for name in sorted({**before[1], **now[1]}):
+        both = [startup[1].get(name, ("", 0.0)) for startup in (before, now)]
+        (was, old), (its, new) = both
+        cells = [joined(span(t) if t else "", s, by=" ") if s != COMPLETED else span(t) for s, t in both]
+        amount, how = abs(new - old), "came" if not was else "went" if not its else change(old, new)
+        if {was, its} - {COMPLETED, ""}:
+            amount, how = NEVER, ""  # these stand first
+        path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
+        rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
+    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)], always=4)
+    complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
+    verdict = change(before[0], now[0]) if complete else "not every unit completed"
+    return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
 
 
 def xml(text: str) -> str:
@@ -4250,7 +4198,9 @@ def hover_text(bar: Bar) -> str:
         f"of it {span(locked_out)} for a lock" if locked_out >= 0.001 else "",
         f"ran {span(bar.ran)}{tries}" if bar.has_run else "",
         "its process runs on" if unit.running_on else "",
-        joined(f"its process ended {span(unit.exited - bar.ended)} later", unit.exit_reason) * (unit.exited >= 0),
+        ""
+        if unit.exited is None
+        else joined(f"its process ended {span(bar.exited - bar.ended)} later", unit.exit_reason),
         f"depends on {names_of(list(unit.wants))}" if unit.wants else "",
         f"locks: {names_of(unit.locks)}" if unit.locks else "",
     ]
@@ -4333,7 +4283,7 @@ def timeline_svg(graph: Graph) -> str:
 
 def timeline_as(form: str, graph: Graph) -> str:
     """The timeline in one of its forms for files."""
-    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data, "trace": timeline_trace}
+    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data}
     made = forms.get(form, timeline_text)(graph)
     return made if isinstance(made, str) else json_text(made)
 
@@ -4449,7 +4399,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
         lacks: list[str] = []
         if u.status == SKIPPED:
             lacks = [d for d, r in u.wants.items() if statuses[d] in HOPELESS[r]]
-        elif u.status == PENDING or (u.status == FAILED and u.started < 0 and u.waiting >= 0):
+        elif u.status == PENDING or (u.status == FAILED and u.started is None and u.waiting is not None):
             lacks = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
         its = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in lacks}
         if u.is_waiting and not lacks:
@@ -4480,7 +4430,7 @@ def why_all_text(graph: Graph) -> str:
             directly.setdefault(cause, []).append(name)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
     for u in graph.nodes:
-        name, runs = u.unit_name, graph.now - u.started if u.status == STARTED else 0.0
+        name, runs = u.unit_name, elapsed(u.started, graph.now) if u.status == STARTED else 0.0
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
         gave_up = standing(u) in ("gave up", FAILED, "exited")
         if not found[name] if name in stuck else name in directly or gone or gave_up or runs >= LONG:
@@ -4497,6 +4447,11 @@ def why_all_text(graph: Graph) -> str:
     parts.sort(key=lambda part: part[:2])
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
     return ("\n\n".join(text for *_, text in parts) or nothing) + "\n"
+
+
+def elapsed(since: float | None, now: float | None) -> float:
+    """Return the seconds from one time to another, 0 if either has not been."""
+    return 0.0 if since is None or now is None else now - since
 
 
 def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
@@ -4524,32 +4479,34 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
     if unit.status == SKIPPED:
-        return f"{name} was skipped {span(now - unit.ended)} ago" + (f" because of {what}" if what else reason)
+        return f"{name} was skipped {span(elapsed(unit.ended, now))} ago" + (f" because of {what}" if what else reason)
     if unit.status == PENDING:
         if unit.is_waiting:
             what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
-            return f"{name} has not started: for {span(now - unit.waiting)} it has been waiting for {what}"
+            return f"{name} has not started: for {span(elapsed(unit.waiting, now))} it has been waiting for {what}"
         gave_up = "its start gave up, and nobody has called start again"
-        who = gave_up if unit.waiting >= 0 else "nobody has called start on it"
+        who = "nobody has called start on it" if unit.waiting is None else gave_up
         who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
     by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
-    waited = unit.started - unit.waiting if unit.waiting >= 0 else 0.0
+    waited = elapsed(unit.waiting, unit.started)
     how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
         still = "that process is gone: it ended without complete" if gone else f"it is {unit.reason or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
-        return f"{name} started {span(now - unit.started)} ago{by}, {how}; {still}{again}{log}"
-    ago = f"{name} {unit.status} {span(now - unit.ended)} ago"
-    if unit.started < 0:
+        return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
+    ago = f"{name} {unit.status} {span(elapsed(unit.ended, now))} ago"
+    if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; its process runs on" if unit.running_on else ""
-    if unit.exited >= 0:
-        after = joined(f"; its process ended {span(now - unit.exited)} ago", unit.exit_reason)
-    return f"{ago} after running {span(unit.ended - unit.started)}{tries}{reason}; started{by} {how}{after}{log}"
+    if unit.exited is not None:
+        after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
+    return (
+        f"{ago} after running {span(elapsed(unit.started, unit.ended))}{tries}{reason}; started{by} {how}{after}{log}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4735,7 +4692,12 @@ class Prober:
 
 
 class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it. Raises OSError."""
+    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it, by any process of the unit.
+
+    Only its path, which cannot be guessed, protects it, since a command may have become another user. It is to be
+    read until the command has ended: systemd-notify(1) sends a descriptor after READY=1, and fails unless it is taken.
+    Raises OSError.
+    """
 
     def __init__(self, path: str) -> None:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
@@ -4745,6 +4707,7 @@ class Notified:
         self._sock.setblocking(False)
         try:
             self._sock.bind(path)
+            os.chmod(path, 0o666)
         except OSError:
             self._sock.close()
             raise
@@ -4754,11 +4717,12 @@ class Notified:
         return self._sock.fileno()
 
     def ready(self) -> bool:
-        """Take what was said; return whether READY=1 was."""
+        """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
         try:
-            while self.error:
+            for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
+            time.sleep(0.001)  # a sender without end is slowed down, not followed
         except OSError:
             pass
         return not self.error
@@ -4778,7 +4742,7 @@ def private_file() -> tuple[int, str]:
 
     Unlike one in a directory it is gone when we are, however we end.
     """
-    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+    if hasattr(os, "memfd_create") and has_proc():
         try:
             file = os.memfd_create("coder-sync")
             return file, f"/proc/{os.getpid()}/fd/{file}"
@@ -4788,13 +4752,19 @@ def private_file() -> tuple[int, str]:
 
 
 def private_directory() -> str:
-    """Make a directory for ourselves, and return its path; empty where nothing can be written."""
+    """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     try:
         path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o700)
+        os.mkdir(path, 0o711)
+        os.chmod(path, 0o711)  # whatever our umask
     except OSError:
         return ""
     return path
+
+
+def private_path(directory: str) -> str:
+    """Return a path in a private directory that nobody can guess; empty without a directory."""
+    return directory and os.path.join(directory, os.urandom(8).hex())
 
 
 def remove_directory(path: str) -> None:
@@ -4875,6 +4845,7 @@ class Task:
         self.stopped = False  # nothing is tried again
         self.killed = False
         self.prober: Prober | Notified | None = None  # while it is not ready
+        self.notified: Notified | None = None  # until it has ended
         self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
         self.why = ""  # we end it
         self.reason = ""  # how the latest try ended, or the unit
@@ -4940,24 +4911,30 @@ class Task:
         try:
             if self.ready == "notify" and not self.notify_path:
                 raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            self.prober = Notified(self.notify_path) if self.ready == "notify" else Prober(self.ready, env).begin()
+            if self.ready == "notify":
+                self.prober = self.notified = Notified(self.notify_path)
+            else:
+                self.prober = Prober(self.ready, env).begin()
             self.loop.watch(self.prober.fileno(), self.probed)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
 
     def probed(self) -> None:
         """The prober has something to say."""
-        if self.prober and self.prober.ready():
-            self.close_prober()
+        prober = self.prober or self.notified
+        if prober and prober.ready() and self.prober:
+            self.close_prober(ended=False)
             self.ready_by = NEVER
             self.complete()
 
-    def close_prober(self) -> None:
-        """Probe no more."""
-        if self.prober:
-            self.loop.forget(self.prober.fileno())
-            self.prober.close()
-            self.prober = None
+    def close_prober(self, ended: bool = True) -> None:
+        """Probe no more; what the command says on its socket is taken until it has ended."""
+        prober = self.prober or self.notified
+        self.prober = None
+        if prober and (ended or prober is not self.notified):
+            self.notified = None
+            self.loop.forget(prober.fileno())
+            prober.close()
 
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
@@ -4977,7 +4954,7 @@ class Task:
         self.why = self.why or why
         self.stop_at = self.ready_by = NEVER
         self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.close_prober()
+        self.close_prober(ended=False)
         self.signal(15)
 
     def kill(self) -> None:
@@ -5086,9 +5063,7 @@ class Run(Task):
         self.quiet, self.report_at = args.quiet, NEVER
         self.file, self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
-        if self.directory:
-            self.left = self.left or os.path.join(self.directory, "env")
-            self.notify_path = os.path.join(self.directory, "notify")
+        self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5275,8 +5250,7 @@ HEADERS = {
 }
 
 
-@dataclass
-class Edge:
+class Edge(Record):
     """What a script wants, and the file and line that say so."""
 
     dependency: str
@@ -5284,8 +5258,7 @@ class Edge:
     place: str
 
 
-@dataclass
-class Script:
+class Script(Record):
     """One file that `boot` runs, and what its headers say. Times are in seconds."""
 
     path: str
@@ -5534,8 +5507,7 @@ def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list
     return [script for script in scripts if script.unit in taken]
 
 
-@dataclass
-class BootOptions:
+class BootOptions(Record):
     """How to boot."""
 
     jobs: int  # at once; 0 is no limit
@@ -5934,9 +5906,8 @@ class Boot:
         self.when_claimed = when_claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
-        for number, job in enumerate(self.jobs.values() if self.directory else ()):
-            job.left = os.path.join(self.directory, f"{number}.env")
-            job.notify_path = os.path.join(self.directory, f"{number}.notify")
+        for job in self.jobs.values():
+            job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
         self.link.open(channel)
         try:
             self.streams.make_logs(job.stream for job in self.jobs.values())
@@ -6747,73 +6718,29 @@ def cmd_why(args: Args) -> None:
 
 @Command(
     "timeline --output svg > startup.svg",
-    output("text", "svg", "json", "trace"),
+    output("text", "svg", "json"),
     flag("--blame", help="units by how long they ran, and how long others waited"),
-    Argument("--from", dest="saved", metavar="FILE", help="of a saved .json timeline, not of the agent"),
-    Argument("--compare", metavar="FILE", help="compare with a saved .json timeline"),
-    flag("--watch", help="live, until interrupted"),
+    Argument("--compare", metavar="FILE", help="compare a saved .json timeline with the present"),
 )
 def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
-    saved, width = args.saved, terminal()[0]
-    if args.output != "text" and (args.blame or args.compare or args.watch):
-        raise UsageError("--output is the form of the timeline itself; --blame, --compare and --watch print text")
-    if args.watch:
-        if saved or args.compare:
-            raise UsageError("--watch shows an agent, not what was saved")
-        return watch(client_of(args))
-    before = saved_timeline(args.compare) if args.compare else None
-    graph = saved_timeline(saved) if saved else client_of(args).graph()
-    if before:
-        put(compare_text(before, graph, width))
+    if args.output != "text" and (args.blame or args.compare):
+        raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
+    if args.compare:
+        try:
+            with open(args.compare, "rb") as f:
+                before = read_timeline(f.read(), args.compare)
+        except OSError as error:
+            raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
+    graph = client_of(args).graph()
+    if args.compare:
+        put(compare_text(before, read_timeline(json_text(timeline_data(graph)), "the present")))
     elif args.blame:
-        put(blame_text(graph, width))
+        put(blame_text(graph, terminal()[0]))
     elif args.output == "text":
         put(timeline_text(graph, *terminal()))
     else:
         put(timeline_as(args.output, graph))
-
-
-def saved_timeline(path: str) -> Graph:
-    """The startup of which a `.json` timeline was saved. Raises UsageError."""
-    try:
-        with open(path, "rb") as f:
-            return timeline_graph(f.read(), path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-
-
-def watch(client: Client) -> None:
-    """Follow the agent's events: a picture redrawn in place on a terminal, a line an event elsewhere."""
-    end_on("SIGTERM")
-    since, began = (1 << 31) - 1, 0.0  # nothing of what happened before
-    if not os.isatty(1):
-        for event in client.events(True, since):
-            began = began or event.time
-            detail = f": {event.detail}" if event.detail else ""
-            if not put(f"+{span(event.time - began)} {event.unit} {event.kind}{detail}\n"):
-                break
-        return
-    channel = Channel(client.socket_path)
-    channel.call("events", follow=True, since=since)
-    graph, taken = client.graph(), time.monotonic()
-    put("\033[?1049h\033[?25l")  # the terminal's other screen, no cursor
-    try:
-        while True:
-            now = time.monotonic()
-            graph, taken = Graph(graph.now + now - taken, graph.nodes), now
-            rows = os.get_terminal_size(1).lines
-            lines = timeline_text(graph, *terminal()).splitlines()
-            if len(lines) > rows:  # the end matters most: what runs and waits, and the summary
-                lines = [lines[0], *lines[len(lines) - rows + 1 :]]
-            put("\033[H" + "".join(line + "\033[K\n" for line in lines)[:-1] + "\033[J")
-            if channel.receive(1.0) is not None:
-                burst = time.monotonic() + 0.2  # is one redraw
-                while time.monotonic() < burst and channel.receive(0.05) is not None:
-                    pass
-                graph, taken = client.graph(), time.monotonic()
-    finally:
-        put("\033[?25h\033[?1049l" + timeline_text(graph, *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
