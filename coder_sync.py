@@ -64,36 +64,22 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import ExitStack
-    from dataclasses import dataclass
     from io import FileIO
-    from typing import Any, Literal, NoReturn, Union
+    from typing import Any, ClassVar, Literal, NoReturn, Union
+
+    from typing_extensions import dataclass_transform
 
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
     Object = dict[str, Any]
     Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
+
+    @dataclass_transform()
+    class Fields:
+        """Has type checkers take the annotations of a subclass for the parameters of its __init__."""
 else:
-
-    def dataclass(cls):
-        """Stand in for dataclasses.dataclass, whose import costs more than a whole client call."""
-        names = tuple(cls.__annotations__)
-        defaults = {name: getattr(cls, name, None) for name in names}
-        required = sum(not hasattr(cls, name) for name in names)  # these come first
-
-        def __init__(self, *args, **kwargs):
-            given = {**defaults, **dict(zip(names, args)), **kwargs}
-            missing = [name for name in names[len(args) : required] if name not in kwargs]
-            if len(given) > len(names) or len(args) > len(names) or missing:
-                raise TypeError(f"{cls.__name__}: missing or unexpected arguments")
-            self.__dict__.update(given)
-
-        cls.__init__ = __init__
-        cls.__repr__ = lambda self: f"{cls.__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
-        cls.__eq__ = lambda self, other: type(other) is cls and vars(self) == vars(other)
-        cls.__hash__ = None
-        return cls
-
+    Fields = object
 
 __version__ = "0.1.0"
 __all__ = [
@@ -240,8 +226,38 @@ MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
 
 
-@dataclass
-class Owner:
+class Record(Fields):
+    """A base for classes that hold data; each annotated attribute is a field, and its value in the class the default.
+
+    It gives them what dataclasses.dataclass does: an __init__ with positional and keyword arguments, a repr, equality.
+    The import of that module costs more than a whole client call.
+    """
+
+    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default
+    _required: ClassVar[set[str]]
+
+    def __init_subclass__(cls) -> None:
+        cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
+        cls._required = cls._fields.keys() - vars(cls).keys()
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        given = dict(zip(self._fields, args), **named)
+        values = {**self._fields, **given}
+        twice_or_too_many = len(given) < len(args) + len(named)
+        if twice_or_too_many or len(values) > len(self._fields) or not self._required <= given.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}, each once")
+        self.__dict__.update(values)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._fields)})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None  # type: ignore[assignment]  # it may change
+
+
+class Owner(Record):
     """Who started a unit: a process id, its command line, and whether it still runs (None: unknown).
 
     `born` tells the process from a later one with the same pid; it stays with the agent.
@@ -253,8 +269,7 @@ class Owner:
     born: str | None = None
 
 
-@dataclass
-class Dependency:
+class Dependency(Record):
     """One edge as it stands now. `age` is seconds in the current status."""
 
     depends_on: str
@@ -269,8 +284,7 @@ class Dependency:
     did_you_mean: str = ""
 
 
-@dataclass
-class Event:
+class Event(Record):
     """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
 
     `before` is the number of the unit's event before; it stays with the agent.
@@ -285,9 +299,8 @@ class Event:
     before: int = 0
 
 
-@dataclass
-class UnitStatus:
-    """A snapshot of one unit. Times are seconds since the agent began, -1 for what has not been.
+class UnitStatus(Record):
+    """A snapshot of one unit. Times are seconds since the agent began, None for what has not been.
 
     `dependencies` and `history` are there only where one unit was asked for.
     """
@@ -301,18 +314,18 @@ class UnitStatus:
     owner: Owner | None = None
     is_waiting: bool = False  # a start of it waits
     waits_for: list[str] = []  # noqa: RUF012  (what a waiting or pending unit lacks, at most five)
-    registered: float = -1.0
-    waiting: float = -1.0  # when its start was asked for
-    ready: float = -1.0  # when its dependencies were met; from then to `started` it waited for a lock
-    started: float = -1.0
-    ended: float = -1.0
+    registered: float | None = None
+    waiting: float | None = None  # when its start was asked for
+    ready: float | None = None  # when its dependencies were met; from then to `started` it waited for a lock
+    started: float | None = None
+    ended: float | None = None
     released_by: str = ""  # the dependency that made it ready last
     wants: dict[str, str] = {}  # noqa: RUF012  (dependency -> requirement)
     locks: list[str] = []  # noqa: RUF012
     blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
     tries: list[float] = []  # noqa: RUF012  (when each further try began)
     running_on: bool = False  # it completed, and its process goes on: a service
-    exited: float = -1.0  # when the process of a service ended
+    exited: float | None = None  # when the process of a service ended
     exit_reason: str = ""
     log: str = ""  # the file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
@@ -322,8 +335,7 @@ class UnitStatus:
     history: list[Event] = []  # noqa: RUF012
 
 
-@dataclass
-class Graph:
+class Graph(Record):
     """All units at one time, `now`, in seconds since the agent began."""
 
     now: float
@@ -601,8 +613,7 @@ def duration(text: str) -> float:
         raise UsageError(f"invalid duration {ascii(text)[:60]}: {hint}") from None
 
 
-@dataclass
-class Started:
+class Started(Record):
     """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
 
     unit: str
@@ -1891,7 +1902,7 @@ MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a l
 class Facts(UnitStatus):
     """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
 
-    def __init__(self, registered: float = -1.0) -> None:
+    def __init__(self, registered: float | None = None) -> None:
         self.registered = registered
 
 
@@ -2236,7 +2247,7 @@ class Units:
         if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
             return
         if unit.unmet:
-            unit.facts.ready = -1.0
+            unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
             cause = next((d for d in causes if d.status in HOPELESS[unit.wants[d]]), None)
             if cause:
@@ -2261,7 +2272,7 @@ class Units:
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
         facts, claim = unit.facts, next(iter(unit.line))
-        if facts.ready < 0:
+        if facts.ready is None:
             facts.ready = self._now()
             facts.released_by = because.name if because else facts.released_by
         if any(self._lacks(unit)):
@@ -2444,7 +2455,7 @@ class Units:
             if timeout:
                 claim.deadline = self.clock() + timeout
             if unit.first() is None:
-                unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), -1.0, ""
+                unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             unit.line[claim] = None
             self.waits += 1
             claims.append(claim)
@@ -2787,8 +2798,7 @@ class Request:
         self.connection, self.since = connection, time.monotonic()
 
 
-@dataclass
-class Waiting:
+class Waiting(Record):
     """What a claim lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
 
     missing: list[Dependency]
@@ -3860,14 +3870,14 @@ class Bar:
     """
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
-        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started >= 0
-        self.ended = max(unit.started, unit.ended) if unit.ended >= 0 else last
-        self.started = unit.started if self.has_run else self.ended
-        self.asked = min(unit.waiting, self.started) if unit.waiting >= 0 else self.started
-        self.ready = min(max(unit.ready, self.asked), self.started) if unit.ready >= 0 else self.started
-        self.exited = max(self.ended, last if unit.running_on else min(unit.exited, last))
+        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
+        self.ended = last if unit.ended is None else max(unit.started or 0.0, unit.ended)
+        self.started = self.ended if unit.started is None else unit.started
+        self.asked = self.started if unit.waiting is None else min(unit.waiting, self.started)
+        self.ready = self.started if unit.ready is None else min(max(unit.ready, self.asked), self.started)
+        self.exited = max(self.ended, last if unit.running_on else min(unit.exited or 0.0, last))
         self.ran = self.ended - self.started if self.has_run else 0.0
-        waited = span(self.ended - self.asked) if unit.waiting >= 0 else "-"
+        waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
 
     def phases(self) -> list[tuple[str, float, float]]:
@@ -3879,7 +3889,7 @@ class Bar:
             ("running on", self.ended, self.exited),
         ]
         if not self.has_run:  # then its wait is shown even if it took no time
-            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting >= 0)]
+            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting is not None)]
         return [p for p in found if p[2] > p[1] or p[0] == "running"]
 
 
@@ -3889,15 +3899,17 @@ class Startup:
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
         moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
-        signs = {name: min((t for t in times if t >= 0), default=0.0) for name, times in moments.items()}
+        signs = {name: min((t for t in times if t is not None), default=0.0) for name, times in moments.items()}
         self.first = min(signs.values(), default=0.0)
-        self.last = max((t for times in moments.values() for t in times[1:]), default=0.0)
-        over = any(u.ended >= 0 for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
+        self.last = max((t for times in moments.values() for t in times[1:] if t is not None), default=0.0)
+        over = any(u.ended is not None for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
         if known and not over:
             self.last = max(self.last, graph.now)
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(key=lambda u: (u.started < 0, u.started if u.started >= 0 else signs[u.unit_name], u.unit_name))
+        known.sort(
+            key=lambda u: (u.started is None, signs[u.unit_name] if u.started is None else u.started, u.unit_name)
+        )
         self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
@@ -3921,8 +3933,9 @@ class Startup:
             if bar.has_run:
                 path.append((bar, max(0.0, min(bar.ended, until) - bar.started)))
             until = bar.started  # what was skipped ended with what it required
-            before = [self.bars[d] for d in bar.unit.wants if d in self.bars and 0 <= self.bars[d].unit.ended <= until]
-            bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.unit.ended, default=None)
+            before = [self.bars[d] for d in bar.unit.wants if d in self.bars]
+            before = [b for b in before if b.unit.ended is not None and b.ended <= until]
+            bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.ended, default=None)
         return path[::-1]
 
     def summary(self) -> str:
@@ -3949,8 +3962,8 @@ class Startup:
 def standing(unit: UnitStatus) -> str:
     """The status in a word for pictures, which show what is on its way."""
     if unit.status == PENDING:
-        return "waiting" if unit.is_waiting else "gave up" if unit.waiting >= 0 else "pending"
-    if unit.status == COMPLETED and (unit.running_on or unit.exited >= 0):
+        return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
+    if unit.status == COMPLETED and (unit.running_on or unit.exited is not None):
         return "running on" if unit.running_on else "exited"
     return "running" if unit.status == STARTED else unit.status
 
@@ -4056,8 +4069,8 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
     startup = Startup(graph)
 
-    def since(t: float) -> float | None:
-        return round(t - startup.first, 6) if t >= 0 else None
+    def since(t: float | None) -> float | None:
+        return None if t is None else round(t - startup.first, 6)
 
     rows: list[dict[str, Any]] = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
     for row in rows:
@@ -4160,7 +4173,9 @@ def hover_text(bar: Bar) -> str:
         f"of it {span(locked_out)} for a lock" if locked_out >= 0.001 else "",
         f"ran {span(bar.ran)}{tries}" if bar.has_run else "",
         "its process runs on" if unit.running_on else "",
-        joined(f"its process ended {span(unit.exited - bar.ended)} later", unit.exit_reason) * (unit.exited >= 0),
+        ""
+        if unit.exited is None
+        else joined(f"its process ended {span(bar.exited - bar.ended)} later", unit.exit_reason),
         f"depends on {names_of(list(unit.wants))}" if unit.wants else "",
         f"locks: {names_of(unit.locks)}" if unit.locks else "",
     ]
@@ -4359,7 +4374,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
         lacks: list[str] = []
         if u.status == SKIPPED:
             lacks = [d for d, r in u.wants.items() if statuses[d] in HOPELESS[r]]
-        elif u.status == PENDING or (u.status == FAILED and u.started < 0 and u.waiting >= 0):
+        elif u.status == PENDING or (u.status == FAILED and u.started is None and u.waiting is not None):
             lacks = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
         its = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in lacks}
         if u.is_waiting and not lacks:
@@ -4390,7 +4405,7 @@ def why_all_text(graph: Graph) -> str:
             directly.setdefault(cause, []).append(name)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
     for u in graph.nodes:
-        name, runs = u.unit_name, graph.now - u.started if u.status == STARTED else 0.0
+        name, runs = u.unit_name, elapsed(u.started, graph.now) if u.status == STARTED else 0.0
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
         gave_up = standing(u) in ("gave up", FAILED, "exited")
         if not found[name] if name in stuck else name in directly or gone or gave_up or runs >= LONG:
@@ -4407,6 +4422,11 @@ def why_all_text(graph: Graph) -> str:
     parts.sort(key=lambda part: part[:2])
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
     return ("\n\n".join(text for *_, text in parts) or nothing) + "\n"
+
+
+def elapsed(since: float | None, now: float | None) -> float:
+    """Return the seconds from one time to another, 0 if either has not been."""
+    return 0.0 if since is None or now is None else now - since
 
 
 def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
@@ -4434,32 +4454,34 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
     if unit.status == SKIPPED:
-        return f"{name} was skipped {span(now - unit.ended)} ago" + (f" because of {what}" if what else reason)
+        return f"{name} was skipped {span(elapsed(unit.ended, now))} ago" + (f" because of {what}" if what else reason)
     if unit.status == PENDING:
         if unit.is_waiting:
             what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
-            return f"{name} has not started: for {span(now - unit.waiting)} it has been waiting for {what}"
+            return f"{name} has not started: for {span(elapsed(unit.waiting, now))} it has been waiting for {what}"
         gave_up = "its start gave up, and nobody has called start again"
-        who = gave_up if unit.waiting >= 0 else "nobody has called start on it"
+        who = "nobody has called start on it" if unit.waiting is None else gave_up
         who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
     by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
-    waited = unit.started - unit.waiting if unit.waiting >= 0 else 0.0
+    waited = elapsed(unit.waiting, unit.started)
     how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
         still = "that process is gone: it ended without complete" if gone else f"it is {unit.reason or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
-        return f"{name} started {span(now - unit.started)} ago{by}, {how}; {still}{again}{log}"
-    ago = f"{name} {unit.status} {span(now - unit.ended)} ago"
-    if unit.started < 0:
+        return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
+    ago = f"{name} {unit.status} {span(elapsed(unit.ended, now))} ago"
+    if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; its process runs on" if unit.running_on else ""
-    if unit.exited >= 0:
-        after = joined(f"; its process ended {span(now - unit.exited)} ago", unit.exit_reason)
-    return f"{ago} after running {span(unit.ended - unit.started)}{tries}{reason}; started{by} {how}{after}{log}"
+    if unit.exited is not None:
+        after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
+    return (
+        f"{ago} after running {span(elapsed(unit.started, unit.ended))}{tries}{reason}; started{by} {how}{after}{log}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5204,8 +5226,7 @@ HEADERS = {
 }
 
 
-@dataclass
-class Edge:
+class Edge(Record):
     """What a script wants, and the file and line that say so."""
 
     dependency: str
@@ -5213,8 +5234,7 @@ class Edge:
     place: str
 
 
-@dataclass
-class Script:
+class Script(Record):
     """One file that `boot` runs, and what its headers say. Times are in seconds."""
 
     path: str
@@ -5463,8 +5483,7 @@ def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list
     return [script for script in scripts if script.unit in taken]
 
 
-@dataclass
-class BootOptions:
+class BootOptions(Record):
     """How to boot."""
 
     jobs: int  # at once; 0 is no limit

@@ -896,20 +896,20 @@ times say when a unit did what, and who let it go last:
     show c registered waiting ready started ended is_waiting age; show x registered waiting started ended is_waiting
     => b: registered 1, waiting 1, ready 3, started 3, ended 4, status completed, released_by z,
     wants z by success and a by success, age 1.123;
-    c: registered 5, waiting 5, ready -1, started -1, ended -1, is_waiting True, age 0.123;
-    x: registered -1, waiting -1, started -1, ended -1, is_waiting False
+    c: registered 5, waiting 5, ready -, started -, ended -, is_waiting True, age 0.123;
+    x: registered -, waiting -, started -, ended -, is_waiting False
 who waits for a lock is ready no more when a dependency begins again:
     start x #1 lock=k; want a; complete a; sleep 1; start b #2 a lock=k; show b ready; start a #3; sleep 1;
     show b ready; complete a; sleep 1; start b #4; sleep 1; complete x; show b waiting ready started released_by
-    => b: ready 1; b: ready -1; b: waiting 1, ready 2, started 4, released_by x
+    => b: ready 1; b: ready -; b: waiting 1, ready 2, started 4, released_by x
 a re-run begins anew:
     start a #1; sleep 1; fail a oops; sleep 1; start a #2 b; sleep 1; want b; complete b;
     show a status registered waiting started ended reason exit_code age released_by;
     complete a; reset a; show a status registered waiting started ended owner released_by
-    => a: status started, registered 2, waiting 2, started 3, ended -1, reason -, exit_code -, age 0, released_by b;
-    a: status pending, registered 3, waiting -1, started -1, ended -1, owner -, released_by -
+    => a: status started, registered 2, waiting 2, started 3, ended -, reason -, exit_code -, age 0, released_by b;
+    a: status pending, registered 3, waiting -, started -, ended -, owner -, released_by -
 of a start whose answer found nobody no time is left:
-    start c #1 late; sleep 1; lose #1; start c #2 d; show c ready waiting => c: ready -1, waiting 1
+    start c #1 late; sleep 1; lose #1; start c #2 d; show c ready waiting => c: ready -, waiting 1
 a failure has an exit status: want a; fail a oops code=3; show a reason exit_code => a: reason oops, exit_code 3
 success has one too: want a; complete a; show a reason exit_code => a: reason -, exit_code 0
 # why a unit was not run
@@ -1009,7 +1009,7 @@ def test_services_and_tries_are_remembered(rules: Rules) -> None:
     units.exit("a", "before it was said to run on")
     units.run_on("a")
     a = units.status("a")
-    assert (a.running_on, a.tries, a.log, a.owner, a.exited) == (True, [1], "/log", Owner(42, "db"), -1)
+    assert (a.running_on, a.tries, a.log, a.owner, a.exited) == (True, [1], "/log", Owner(42, "db"), None)
     rules.play("sleep 5")
     units.exit("a", "exit code 1")
     units.exit("a", "a second time")
@@ -1610,11 +1610,25 @@ def test_a_malformed_answer_is_said_to_be_one() -> None:
             print(data, "is taken for", coder_sync.record(kind, data))
 
 
-def test_a_record_takes_no_unknown_or_surplus_arguments() -> None:
-    with pytest.raises(TypeError):
-        coder_sync.Owner(1, "init", mood="good")  # type: ignore[call-arg]
-    with pytest.raises(TypeError):
-        coder_sync.Owner(1, "init", None, "", "surplus")  # type: ignore[call-arg]
+def test_a_record_takes_each_of_its_fields_once() -> None:
+    wrong: Any = [
+        ((1, "init"), {"mood": "good"}),
+        ((1, "init", None, "", "surplus"), {}),
+        ((1,), {}),
+        ((1,), {"pid": 1}),
+    ]
+    for args, named in wrong:
+        with pytest.raises(TypeError, match=r"Owner takes pid, command, alive, born, each once|multiple values"):
+            print("accepted:", coder_sync.Owner(*args, **named))
+
+
+def test_what_has_not_been_is_none_and_null(agent: World) -> None:
+    agent.ok("want", "a", "b")
+    a = agent.client.status("a")
+    assert (a.waiting, a.ready, a.started, a.ended, a.exited) == (None,) * 5
+    assert [row.registered for row in agent.client.list(everything=True)] == [a.registered, None]
+    shown = json.loads(agent.ok("status", "a", "-o", "json"))
+    assert (shown["started"], shown["registered"]) == (None, a.registered)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5584,7 +5598,7 @@ def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> N
     assert max(e.wall for e in events) - min(e.wall for e in events) > 3000
     assert [e.time for e in events] == sorted(e.time for e in events)
     assert events[-1].time - events[0].time < 600
-    assert all(0 <= node.started <= node.ended or node.ended == -1 for node in world.client.graph().nodes)
+    assert all(node.ended is None or 0 <= node.started <= node.ended for node in world.client.graph().nodes)
     assert world.client.status("b").age < 600
 
 
@@ -5593,23 +5607,24 @@ def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> N
 # ---------------------------------------------------------------------------------------------------------
 
 
-def unit(name: str, asked: float = -1, started: float = -1, ended: float = -1, wants: Any = (), **more: Any) -> Any:
-    """A unit that was asked for, started and ended then (-1: not); `wants` are names, or a dict with requirements."""
-    status = "completed" if ended >= 0 else "started" if started >= 0 else "pending"
-    since = max(0, min((t for t in (asked, started, ended) if t >= 0), default=0))
+def unit(name: str, asked: Any = None, started: Any = None, ended: Any = None, wants: Any = (), **more: Any) -> Any:
+    """A unit that was asked for, started and ended then, if ever; `wants` are names, or a dict with requirements."""
+    status = "completed" if ended is not None else "started" if started is not None else "pending"
+    since = min((t for t in (asked, started, ended) if t is not None), default=0)
     wants = wants if isinstance(wants, dict) else dict.fromkeys(wants, "success")
     fields = {"status": status, "is_ready": True, "registered": since, "waiting": asked, **more}
-    fields["is_waiting"] = fields.get("is_waiting", fields["status"] == "pending" and asked >= 0)
+    fields["is_waiting"] = fields.get("is_waiting", fields["status"] == "pending" and asked is not None)
     for key in ("registered", "waiting", "ready", "exited"):
-        fields[key] = float(fields.get(key, -1))
-    return UnitStatus(name, started=float(started), ended=float(ended), wants=wants, **fields)
+        fields[key] = None if fields.get(key) is None else float(fields[key])
+    started, ended = (None if t is None else float(t) for t in (started, ended))
+    return UnitStatus(name, started=started, ended=ended, wants=wants, **fields)
 
 
 def startup_of(now: float, *units: UnitStatus) -> Graph:
     """A startup seen at `now`; names that are only wanted are not registered."""
     nodes = {one.unit_name: one for one in units}
     for one in units:
-        one.age = now - max(one.waiting, one.started, one.ended, 0)
+        one.age = now - max(one.waiting or 0, one.started or 0, one.ended or 0)
         for name in sorted(name for name in one.wants if name not in nodes):
             nodes[name] = UnitStatus(name, "not registered", False)
     return Graph(float(now), list(nodes.values()))
@@ -5628,18 +5643,18 @@ GOOD = startup_of(
 BROKEN = startup_of(
     30,
     unit("base", 0, 0, 10, owner=Owner(7, "bash base.sh")),
-    unit("web", 0, 10, -1, ["base"], released_by="base", owner=Owner(42, "bash web.sh", True)),
-    unit("lint", 0, -1, -1, ["gone"], is_waiting=False),
-    unit("cache", 0, 0, -1, {"base": "start"}),
+    unit("web", 0, 10, None, ["base"], released_by="base", owner=Owner(42, "bash web.sh", True)),
+    unit("lint", 0, None, None, ["gone"], is_waiting=False),
+    unit("cache", 0, 0, None, {"base": "start"}),
     unit("data", 10, 10, 15, status="failed", reason="disk full", exit_code=2),
-    unit("report", 10, -1, 15, ["data"], status="skipped", reason='dependency "data" failed (disk full)'),
+    unit("report", 10, None, 15, ["data"], status="skipped", reason='dependency "data" failed (disk full)'),
     unit(
-        *("mail", 10, -1, 15, ["report", "web"]),
+        *("mail", 10, None, 15, ["report", "web"]),
         status="skipped",
         reason='dependency "report" was skipped: dependency "data" failed (disk full)',
     ),
-    unit("slow", 15, -1, -1, ["web"]),
-    unit("idle", -1, -1, -1, ["web"], registered=15),
+    unit("slow", 15, None, None, ["web"]),
+    unit("idle", None, None, None, ["web"], registered=15),
 )
 SERVICES = startup_of(  # locks, tries, and processes that run on
     160,
@@ -5650,9 +5665,11 @@ SERVICES = startup_of(  # locks, tries, and processes that run on
     unit("proxy", 0, 1, 10, ["gate"], exited=80, exit_reason="exit code 1", released_by="gate"),
     unit("gate", 0, 0, 1),
     unit("tools", 0, 60, 100, ["apt-tools"], released_by="apt-tools", tries=[90.0], log="/logs/tools.log"),
-    unit("ide", 0, 100, -1, ["tools"], released_by="tools", locks=["port"], owner=Owner(77, "")),
+    unit("ide", 0, 100, None, ["tools"], released_by="tools", locks=["port"], owner=Owner(77, "")),
     unit("again", 0, 100, 150, ["db"], ready=20, locks=["gpu", "net"], released_by="tools", tries=[130.0]),
-    unit("shell", 10, -1, -1, ["db"], ready=20, locks=["port"], blocked_by={"port": "ide"}, waits_for=["lock port"]),
+    unit(
+        "shell", 10, None, None, ["db"], ready=20, locks=["port"], blocked_by={"port": "ide"}, waits_for=["lock port"]
+    ),
 )
 UNEVEN = startup_of(  # a script that starts each of three after the one before
     300.002,
@@ -5665,9 +5682,9 @@ EDGES = startup_of(  # bounds of what is shown, and a start a second after the f
     unit("<a>", 1, 1, 4, registered=0, ready=1, tries=[2.0, 3.5], locks=["l"]),
     unit("b", 1, 4, 9, {"<a>": "completion", "c": "success"}, ready=1.5, locks=["l", "m"], released_by="<a>"),
     unit("c", 2, 2.0009, 2.0009, status="failed", reason='say "&"'),
-    unit("d", 2, -1, 3, {"c": "success"}, status="skipped", reason="c"),
+    unit("d", 2, None, 3, {"c": "success"}, status="skipped", reason="c"),
     unit("e", 3, 3.001, 3.002, {"d": "start"}, exited=8, exit_reason="exit code 1"),
-    unit("f", 9, 9, -1, {"b": "start"}, released_by="b", status="started"),
+    unit("f", 9, 9, None, {"b": "start"}, released_by="b", status="started"),
     unit("g", 3, 3, 5, running_on=True),
     unit("h", 4, wants=["g"], ready=6, locks=["l"], blocked_by={"l": "f"}),
 )
@@ -5688,7 +5705,7 @@ PICTURES = {  # startups of which every picture is drawn
     **{"nothing": NOTHING, "good": GOOD, "broken": BROKEN, "services": SERVICES, "uneven": UNEVEN, "edges": EDGES},
     "running": startup_of(2.5, unit("only", 0, 0)),
     "done": startup_of(60, unit("only", 0, 0, 2.5)),
-    "late": startup_of(99, unit("a", 0, 0, 10), unit("late", 20, -1, -1, ["b"], is_waiting=False), unit("b", -1)),
+    "late": startup_of(99, unit("a", 0, 0, 10), unit("late", 20, None, None, ["b"], is_waiting=False), unit("b", None)),
     "odd names": startup_of(
         363, *(unit(n, 0, 33 * i, 33 * i + 33, DRAWN_NAMES[:i][-1:]) for i, n in enumerate(DRAWN_NAMES))
     ),
@@ -5696,7 +5713,7 @@ PICTURES = {  # startups of which every picture is drawn
         600, *(unit(f"unit-{i:03}", 0, i, 2 * i + 1, {f"unit-{i // 2:03}"} - {f"unit-{i:03}"}) for i in range(200))
     ),
 }
-CHAIN = startup_of(60, *(unit(f"u{i}", 0, -1, -1, [f"u{i + 1}"]) for i in range(4999)), unit("u4999", 0, 0))
+CHAIN = startup_of(60, *(unit(f"u{i}", 0, None, None, [f"u{i + 1}"]) for i in range(4999)), unit("u4999", 0, 0))
 STARTUPS = {
     **PICTURES,
     "later": LATER,
@@ -5705,42 +5722,42 @@ STARTUPS = {
     "again": startup_of(
         19,
         unit("base", 0, 0, 10),
-        unit("web", 0, 10, -1, ["base"], released_by="base"),
+        unit("web", 0, 10, None, ["base"], released_by="base"),
         unit("data", 0, 0, 15),
-        unit("report", 1, -1, 15, status="failed"),
+        unit("report", 1, None, 15, status="failed"),
     ),
     "a dependency that was only to start": startup_of(
         25,
         unit("setup", 0, 0, 5),
         unit("serve", 0, 5, 15, ["setup"], released_by="setup"),
-        unit("app", 0, 5, -1, {"serve": "start"}, released_by="serve"),
+        unit("app", 0, 5, None, {"serve": "start"}, released_by="serve"),
     ),
     "by way of what was skipped": startup_of(
         61,
         unit("base", 0, 0, 60, status="failed"),
-        unit("middle", -1, -1, 60, ["base"], status="skipped"),
+        unit("middle", None, None, 60, ["base"], status="skipped"),
         unit("report", 0, 60, 61, {"middle": "completion"}, released_by="middle"),
     ),
     "a long path": startup_of(
         ENDS[0],
         *(unit(f"u{i}", 0, ENDS[i + 1], ENDS[i], [f"u{i + 1}"] * (i < 39), released_by=f"u{i + 1}") for i in range(40)),
     ),
-    "none has run": startup_of(9, unit("a", 0, -1, 0.5, status="skipped"), unit("b", 0, -1, 0, status="failed")),
+    "none has run": startup_of(9, unit("a", 0, None, 0.5, status="skipped"), unit("b", 0, None, 0, status="failed")),
     "not over": startup_of(3600, *GOOD.nodes, unit("waits", 300)),
     "over": startup_of(3600, *GOOD.nodes, unit("service", 0, 0, 9, running_on=True), unit("idle", registered=1)),
-    "a chain": startup_of(60, unit("u0", 0, -1, -1, ["u1"]), unit("u1", 0, -1, -1, ["u2"]), unit("u2", 0, 0)),
+    "a chain": startup_of(60, unit("u0", 0, None, None, ["u1"]), unit("u1", 0, None, None, ["u2"]), unit("u2", 0, 0)),
     "odd ends": startup_of(
         185,
         unit("its dependency was never started", 0, wants={"never started": "start"}),
         unit("never started", registered=0),
         unit("its process is gone", 0, 0, owner=Owner(42, "bash a.sh", False)),
-        unit("its cause has gone", -1, -1, 9, ["hardly waited"], status="skipped", reason="b failed"),
-        unit("completed without a start", -1, -1, 180),
+        unit("its cause has gone", None, None, 9, ["hardly waited"], status="skipped", reason="b failed"),
+        unit("completed without a start", None, None, 180),
         unit("ran and failed", 0, 0, 2, ["hardly waited"], status="failed"),
-        unit("hardly waited", 0, 0.04, -1, ["gate"], released_by="gate"),
+        unit("hardly waited", 0, 0.04, None, ["gate"], released_by="gate"),
         UnitStatus("refused", "not registered", False, refusal="cycle detected: a -> b -> a"),
         unit("refused later", refusal="cycle detected: a -> b -> a"),
-        unit("timed out", 0, -1, 5, ["gate"], status="failed", reason="timed out waiting for gate"),
+        unit("timed out", 0, None, 5, ["gate"], status="failed", reason="timed out waiting for gate"),
         unit("finds no place", 0),
         unit("is tried again", 0, 0, tries=[5.0]),
         unit("misspelt", 0, wants=["b_setup", "zzz"]),
@@ -6396,7 +6413,7 @@ def test_why_names_each_unit_once_and_not_too_many() -> None:
 
 def test_why_without_a_name_is_quick_for_a_thousand_units_in_layers() -> None:
     names = [[f"{layer}.{i}" for i in range(100)] for layer in range(10)]
-    units = [unit(name, 0, -1, -1, names[n - 1]) for n in range(1, 10) for name in names[n]]
+    units = [unit(name, 0, None, None, names[n - 1]) for n in range(1, 10) for name in names[n]]
     began = time.process_time()
     text = coder_sync.why_all_text(startup_of(99, *(unit(name, 0, 0) for name in names[0]), *units))
     assert time.process_time() - began < 2
