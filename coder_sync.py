@@ -1658,50 +1658,48 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Loop:
-    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
+    """What a process waits for, in its main thread: signals, the ends of its children, descriptors and a time.
 
-    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
-    are given back. There is a poll, and a thread that takes signals for it, once there is a descriptor.
+    The interpreter's own handler writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls
+    with all else, so none is missed between two polls. Signals have no other effect until they are given back.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
         import _signal as signal
+        import select
 
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._poll: Any = None
-        self._leaving = False
-        # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
-        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
-        self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
+        self._came, self._write = os.pipe()
+        os.set_blocking(self._came, False)
+        os.set_blocking(self._write, False)
+        self._poll = select.poll()
+        self._poll.register(self._came, select.POLLIN)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # A parent may have blocked some. If it ignored SIGCHLD, children would leave no exit status.
+        ours = [*self.numbers, signal.SIGCHLD]
+        self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
-    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
-        """Wait until something happens, or until a time; handle it.
-
-        Returns the signals that came, and of each whether a process sent it, not the terminal, which sends those of its
-        keys to the whole foreground group, but the one of a hang-up to who leads the session (macOS: always so).
-        """
+    def turn(self, due: float = NEVER) -> list[int]:
+        """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        if due < NEVER and not hasattr(signal, "sigtimedwait"):
-            self._begin_to_poll()
-        if not self._poll:
-            return self._signals(self._take(due))
-        came: list[tuple[int, bool]] = []
+        came = b""
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
-            if fd == self._taken:
-                came = self._signals(os.read(fd, 4096))
+            if fd == self._came:
+                came = os.read(fd, 4096)
             elif fd in self._handlers:  # it may be gone since
                 self._handlers[fd]()
-        return came
+        if signal.SIGCHLD in came:
+            self._reap()
+        return [n for n in came if n in self.numbers]
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
         """Have something called whenever a descriptor can be read, or written to."""
         import select
 
-        self._begin_to_poll()
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
 
@@ -1718,70 +1716,48 @@ class Loop:
         1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
         """
         import _signal as signal
+        from _thread import get_ident
 
-        late = []
-        if self._poll:
-            self._leaving = True
-            os.kill(os.getpid(), signal.SIGCHLD)
-            self._thread.join()
-            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
-            os.close(self._taken)
-            self._poll = None
-        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
-        late += [signal.sigwait(pending)] if pending else []
-        signal.signal(signal.SIGCHLD, self._of_children)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)
+        with open(self._came, "rb") as pipe:  # all that had come by then
+            late = [n for n in pipe.read() or b"" if n in self.numbers]
+        for number in filter(self._mask.__contains__, late):
+            signal.pthread_kill(get_ident(), number)
+        late = [n for n in late if n not in self._mask]
         if late:
             sys.exit(128 + late[0])
 
-    def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 0 if it is of a key; empty if none comes until it is due."""
-        import _signal as signal
-
-        awaited = [*self.numbers, signal.SIGCHLD]
-        if not hasattr(signal, "sigwaitinfo"):
-            return bytes([signal.sigwait(awaited), True])
-        if due == NEVER:
-            got = signal.sigwaitinfo(awaited)
-        else:
-            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        if not got:
-            return b""
-        return bytes([got.si_signo, got.si_code <= 0 or got.si_signo == signal.SIGHUP])  # the kernel's are positive
-
-    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
-        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
-        import _signal as signal
-
-        signals = list(zip(taken[::2], map(bool, taken[1::2])))
-        while any(number == signal.SIGCHLD for number, _ in signals):
+    def _reap(self) -> None:
+        """Take the ends of all children, as process 1 must of every orphan. Nobody else does: it would be lost here."""
+        while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                break
+                return
             if not pid:
-                break
+                return
             if pid in self.children:
                 self.children.pop(pid)(exit_code_of(status))
-        return [one for one in signals if one[0] != signal.SIGCHLD]
 
-    def _begin_to_poll(self) -> None:
-        import select
-        import threading
 
-        if self._poll:
-            return
-        self._taken, write = os.pipe()
+def sent_by_key(number: int) -> bool:
+    """Return whether a signal is a key's of our terminal, which sends it to the whole foreground group.
 
-        def take_signals() -> None:
-            while not self._leaving:
-                os.write(write, self._take(NEVER))
-            os.close(write)
+    No signal says who sent it, so it is taken for a key's whenever it may be one's.
+    """
+    import _signal as signal
 
-        self._thread = threading.Thread(target=take_signals, daemon=True)
-        self._thread.start()
-        self._poll = select.poll()
-        self._poll.register(self._taken, select.POLLIN)
+    if number not in (signal.SIGINT, signal.SIGQUIT):
+        return False
+    try:
+        with open("/dev/tty", "rb", 0) as tty:
+            return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
+    except OSError:  # there is no terminal
+        return False
 
 
 def end_on(*names: str) -> None:
@@ -1810,13 +1786,12 @@ def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
     return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
 
 
-def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
     """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
 
-    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
-    process sent to us is passed on. Raises CommandError if the command cannot be run.
+    What keys of the terminal send has reached the command already. Raises CommandError if it cannot be run.
     """
-    loop, codes = Loop(), []  # type: ignore[var-annotated]
+    loop, codes = loop or Loop(), []  # type: ignore[var-annotated]
     try:
         try:
             pid = spawn(command, env)
@@ -1824,8 +1799,8 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
             raise cannot_run(command[0], error) from None
         loop.children[pid] = codes.append
         while not codes:
-            for number, sent in loop.turn():
-                if sent and not codes:
+            for number in loop.turn():
+                if not codes and not sent_by_key(number):
                     signal_to(pid, number)
     finally:
         loop.give_back()
@@ -3740,13 +3715,13 @@ def serve(
             if body:
                 return body(agent, server, accepting.start)
             if command or not loop:
-                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
+                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path), loop))
             came = loop.turn()
             while not came:
                 came = loop.turn()
             from signal import Signals
 
-            log.say(f"stopping: got {Signals(came[0][0]).name}")
+            log.say(f"stopping: got {Signals(came[0]).name}")
             return 0
         finally:
             if not body:
@@ -5074,8 +5049,8 @@ class Run(Task):
                     due = self.keep_time(time.monotonic())
                     if not self.running and self.again_at == NEVER:
                         break
-                    for number, sent in self.loop.turn(due):
-                        self.signalled(number, sent)
+                    for number in self.loop.turn(due):
+                        self.signalled(number)
             finally:
                 self.loop.give_back()
             while self.asked:  # signals have their effect again, should the agent not answer
@@ -5084,11 +5059,12 @@ class Run(Task):
         finally:
             remove_directory(self.directory)
 
-    def signalled(self, number: int, sent: bool) -> None:
-        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+    def signalled(self, number: int) -> None:
+        """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
         self.stopped = True
-        if self.running and sent:
-            self.signal(number)
+        if self.running:
+            if not sent_by_key(number):
+                self.signal(number)
         elif self.again_at < NEVER:
             self.fail(f"stopped between two tries; {self.reason}")
             sys.exit(128 + number)
@@ -5630,7 +5606,7 @@ class Output:
         self.clear()
         self.pending[2] += encoded(text + "\n", 2)
 
-    def turn(self, loop: Loop, due: float) -> list[tuple[int, bool]]:
+    def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
         waiting = [fd for fd, data in self.pending.items() if data]
         for fd in waiting:
@@ -5947,7 +5923,7 @@ class Boot:
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
             self.streams.pause(len(self.out.pending[1]) >= FULL)
-            for number, _ in self.out.turn(self.loop, due):
+            for number in self.out.turn(self.loop, due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
 
@@ -6114,7 +6090,9 @@ class Boot:
             self.out.fds[1] = 1  # it may block here; the other one is closed now
             # What else we have open, its peers wait for the end of: the agent's clients, say.
             close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            signal.set_wakeup_fd(-1)
+            for number in self.loop.numbers:
+                signal.signal(number, signal.SIG_DFL)
             ready = select.poll()
             for fd in self.streams.by_fd:
                 ready.register(fd, select.POLLIN)
