@@ -1671,50 +1671,48 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Loop:
-    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
+    """What a process waits for, in its main thread: signals, the ends of its children, descriptors and a time.
 
-    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
-    are given back. There is a poll, and a thread that takes signals for it, once there is a descriptor.
+    The interpreter's own handler writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls
+    with all else, so none is missed between two polls. Signals have no other effect until they are given back.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
         import _signal as signal
+        import select
 
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._poll: Any = None
-        self._leaving = False
-        # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
-        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
-        self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
+        self._came, self._write = os.pipe()
+        os.set_blocking(self._came, False)
+        os.set_blocking(self._write, False)
+        self._poll = select.poll()
+        self._poll.register(self._came, select.POLLIN)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # A parent may have blocked some. If it ignored SIGCHLD, children would leave no exit status.
+        ours = [*self.numbers, signal.SIGCHLD]
+        self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
-    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
-        """Wait until something happens, or until a time; handle it.
-
-        Returns the signals that came, and of each whether a process sent it, not the terminal, which sends those of its
-        keys to the whole foreground group, but the one of a hang-up to who leads the session (macOS: always so).
-        """
+    def turn(self, due: float = NEVER) -> list[int]:
+        """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        if due < NEVER and not hasattr(signal, "sigtimedwait"):
-            self._begin_to_poll()
-        if not self._poll:
-            return self._signals(self._take(due))
-        came: list[tuple[int, bool]] = []
+        came = b""
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
-            if fd == self._taken:
-                came = self._signals(os.read(fd, 4096))
+            if fd == self._came:
+                came = os.read(fd, 4096)
             elif fd in self._handlers:  # it may be gone since
                 self._handlers[fd]()
-        return came
+        if signal.SIGCHLD in came:
+            self._reap()
+        return [n for n in came if n in self.numbers]
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
         """Have something called whenever a descriptor can be read, or written to."""
         import select
 
-        self._begin_to_poll()
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
 
@@ -1731,70 +1729,48 @@ class Loop:
         1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
         """
         import _signal as signal
+        from _thread import get_ident
 
-        late = []
-        if self._poll:
-            self._leaving = True
-            os.kill(os.getpid(), signal.SIGCHLD)
-            self._thread.join()
-            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
-            os.close(self._taken)
-            self._poll = None
-        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
-        late += [signal.sigwait(pending)] if pending else []
-        signal.signal(signal.SIGCHLD, self._of_children)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)
+        with open(self._came, "rb") as pipe:  # all that had come by then
+            late = [n for n in pipe.read() or b"" if n in self.numbers]
+        for number in filter(self._mask.__contains__, late):
+            signal.pthread_kill(get_ident(), number)
+        late = [n for n in late if n not in self._mask]
         if late:
             sys.exit(128 + late[0])
 
-    def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 0 if it is of a key; empty if none comes until it is due."""
-        import _signal as signal
-
-        awaited = [*self.numbers, signal.SIGCHLD]
-        if not hasattr(signal, "sigwaitinfo"):
-            return bytes([signal.sigwait(awaited), True])
-        if due == NEVER:
-            got = signal.sigwaitinfo(awaited)
-        else:
-            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        if not got:
-            return b""
-        return bytes([got.si_signo, got.si_code <= 0 or got.si_signo == signal.SIGHUP])  # the kernel's are positive
-
-    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
-        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
-        import _signal as signal
-
-        signals = list(zip(taken[::2], map(bool, taken[1::2])))
-        while any(number == signal.SIGCHLD for number, _ in signals):
+    def _reap(self) -> None:
+        """Take the ends of all children, as process 1 must of every orphan. Nobody else does: it would be lost here."""
+        while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                break
+                return
             if not pid:
-                break
+                return
             if pid in self.children:
                 self.children.pop(pid)(exit_code_of(status))
-        return [one for one in signals if one[0] != signal.SIGCHLD]
 
-    def _begin_to_poll(self) -> None:
-        import select
-        import threading
 
-        if self._poll:
-            return
-        self._taken, write = os.pipe()
+def sent_by_key(number: int) -> bool:
+    """Return whether a signal is a key's of our terminal, which sends it to the whole foreground group.
 
-        def take_signals() -> None:
-            while not self._leaving:
-                os.write(write, self._take(NEVER))
-            os.close(write)
+    No signal says who sent it, so it is taken for a key's whenever it may be one's.
+    """
+    import _signal as signal
 
-        self._thread = threading.Thread(target=take_signals, daemon=True)
-        self._thread.start()
-        self._poll = select.poll()
-        self._poll.register(self._taken, select.POLLIN)
+    if number not in (signal.SIGINT, signal.SIGQUIT):
+        return False
+    try:
+        with open("/dev/tty", "rb", 0) as tty:
+            return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
+    except OSError:  # there is no terminal
+        return False
 
 
 def end_on(*names: str) -> None:
@@ -1823,13 +1799,12 @@ def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
     return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
 
 
-def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
     """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
 
-    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
-    process sent to us is passed on. Raises CommandError if the command cannot be run.
+    What keys of the terminal send has reached the command already. Raises CommandError if it cannot be run.
     """
-    loop, codes = Loop(), []  # type: ignore[var-annotated]
+    loop, codes = loop or Loop(), []  # type: ignore[var-annotated]
     try:
         try:
             pid = spawn(command, env)
@@ -1837,8 +1812,8 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
             raise cannot_run(command[0], error) from None
         loop.children[pid] = codes.append
         while not codes:
-            for number, sent in loop.turn():
-                if sent and not codes:
+            for number in loop.turn():
+                if not codes and not sent_by_key(number):
                     signal_to(pid, number)
     finally:
         loop.give_back()
@@ -3753,13 +3728,13 @@ def serve(
             if body:
                 return body(agent, server, accepting.start)
             if command or not loop:
-                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
+                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path), loop))
             came = loop.turn()
             while not came:
                 came = loop.turn()
             from signal import Signals
 
-            log.say(f"stopping: got {Signals(came[0][0]).name}")
+            log.say(f"stopping: got {Signals(came[0]).name}")
             return 0
         finally:
             if not body:
@@ -5103,8 +5078,8 @@ class Run(Task):
                     due = self.keep_time(time.monotonic())
                     if not self.running and self.again_at == NEVER:
                         break
-                    for number, sent in self.loop.turn(due):
-                        self.signalled(number, sent)
+                    for number in self.loop.turn(due):
+                        self.signalled(number)
             finally:
                 self.loop.give_back()
             while self.asked:  # signals have their effect again, should the agent not answer
@@ -5113,11 +5088,12 @@ class Run(Task):
         finally:
             remove_directory(self.directory)
 
-    def signalled(self, number: int, sent: bool) -> None:
-        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+    def signalled(self, number: int) -> None:
+        """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
         self.stopped = True
-        if self.running and sent:
-            self.signal(number)
+        if self.running:
+            if not sent_by_key(number):
+                self.signal(number)
         elif self.again_at < NEVER:
             self.fail(f"stopped between two tries; {self.reason}")
             sys.exit(128 + number)
@@ -5547,34 +5523,27 @@ class Job(Task):
 
     def __init__(self, script: Script, boot: Boot) -> None:
         limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
-        super().__init__(boot.events, script.unit, [script.path], script.ready, *limits)
+        super().__init__(boot.loop, script.unit, [script.path], script.ready, *limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit)
         self.signalled = False  # by `stop`
         self.outcome = ""  # the unit's, as the agent has it
         self.died = False  # its process, badly, after its unit had completed
-        self.out = -1  # read end of its output
-        self.log, self.log_path = -1, ""  # its file in --log-dir
-        self.rest = b""  # a line that has not ended yet
-        self.last: list[str] = []
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
         return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        self.boot.close_output(self)  # of the try before
-        read, write = os.pipe()
+        write = self.boot.streams.open(self.stream)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
-            pid = spawn(self.command, env, file_actions=streams, setpgroup=0)
+            return spawn(self.command, env, file_actions=streams, setpgroup=0)
         except OSError:
-            os.close(read)
+            self.boot.streams.close(self.stream)
             raise
         finally:
             os.close(write)
-        os.set_blocking(read, False)
-        self.out = read
-        return pid
 
     def not_begun(self, error: Exception) -> None:
         if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
@@ -5584,24 +5553,34 @@ class Job(Task):
             self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
 
     def begun(self, detail: str) -> None:
-        self.boot.begun(self)
-        log = os.fsencode(self.log_path).decode(errors="replace")
+        self.boot.active[self.unit] = self
+        self.boot.streams.log(self.stream, more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
         self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
         super().begun(detail)
         if detail:
-            self.boot.take(self, f"{detail}\n".encode())
+            self.boot.streams.take(self.stream, f"{detail}\n".encode())
 
     def report(self, method: str, **params: Any) -> None:
-        self.boot.ask(method, self, **params)
-        if self.boot.lost:
+        def answered(message: Object) -> None:
+            try:
+                result_of(message)
+            except SyncError as error:
+                if method == "fail" and self.outcome != FAILED:
+                    self.exited()
+                elif method == "complete" and not self.outcome:
+                    self.fail(str(error))
+
+        self.boot.link.ask(method, answered, unit=self.unit, **params)
+        if self.boot.link.lost:
             self.boot.settle(self)
 
     def process_ended(self, code: int) -> None:
-        self.boot.output(self, last=True)
+        self.boot.streams.drain(self.stream)
         super().process_ended(code)
         if self.pid:
-            self.boot.look_at = 0.0
+            self.boot.look_now()
             if self.reported != "complete":
                 self.end("")  # what a failure leaves behind ends with it
         if self.boot.stopping:
@@ -5630,9 +5609,8 @@ class Output:
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
-        self.tty = os.isatty(1) and not quiet
         self._live = False  # whether the live line stands there
-        self.live_at = 0.0 if self.tty else NEVER  # when it is drawn again
+        self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
@@ -5647,6 +5625,20 @@ class Output:
         """Print a line of ours on standard error."""
         self.clear()
         self.pending[2] += encoded(text + "\n", 2)
+
+    def turn(self, loop: Loop, due: float) -> list[int]:
+        """Take a turn of a loop, in which what can be printed is."""
+        waiting = [fd for fd, data in self.pending.items() if data]
+        for fd in waiting:
+            loop.watch(self.fds[fd], self.writer(fd), for_writing=True)
+        try:
+            return loop.turn(due)
+        finally:
+            loop.forget(*(self.fds[fd] for fd in waiting))
+
+    def writer(self, fd: int) -> Callable[[], None]:
+        """Return what passes on what is to be printed."""
+        return lambda: self.write(fd)
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
@@ -5680,73 +5672,265 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
+class Stream:
+    """What one unit prints."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.fd = -1  # read end of the pipe
+        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.rest = b""  # a line that has not ended yet
+        self.last: list[str] = []  # lines
+
+
+class Streams:
+    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
+
+    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
+        self.log_dir = log_dir  # empty: no logs, or no more
+        self.by_fd: dict[int, Stream] = {}  # those that are read
+        self._loop, self._out, self._paused = loop, out, False
+
+    def make_logs(self, streams: Iterable[Stream]) -> None:
+        """Make the directory, if there is to be one, and choose a file for each unit."""
+        if not self.log_dir:
+            return
+        taken = set()
+        for stream in streams:
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
+        try:
+            os.makedirs(self.log_dir, exist_ok=True)
+        except OSError as error:
+            self._no_log(error)
+
+    def open(self, stream: Stream) -> int:
+        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+        self.close(stream)
+        stream.fd, write = os.pipe()
+        os.set_blocking(stream.fd, False)
+        self.by_fd[stream.fd] = stream
+        self._read_or_not(stream)
+        return write
+
+    def log(self, stream: Stream, more: bool) -> None:
+        """Open a unit's file; a further try adds to it."""
+        if not self.log_dir:
+            return
+        try:
+            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+        except OSError as error:
+            self._no_log(error)
+
+    def _no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self._out.say(f"warning: no more logs in {self.log_dir}: {error.strerror}")
+        self.log_dir = ""
+        for stream in self.by_fd.values():
+            if stream.log >= 0:
+                os.close(stream.log)
+                stream.log = -1
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing while our own output is not taken."""
+        if paused != self._paused:
+            self._paused = paused
+            for stream in self.by_fd.values():
+                self._read_or_not(stream)
+
+    def _read_or_not(self, stream: Stream) -> None:
+        if self._paused:
+            self._loop.forget(stream.fd)
+        else:
+            self._loop.watch(stream.fd, lambda: self.read(stream))
+
+    def drain(self, stream: Stream) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(stream, chunks=64)
+        if stream.rest:
+            self.take(stream, b"", last=True)
+
+    def read(self, stream: Stream, chunks: int = 1) -> None:
+        """Take what a script has printed."""
+        for _ in range(chunks):
+            try:
+                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+            except BlockingIOError:
+                return
+            if not chunk:
+                self.close(stream)
+                return
+            self.take(stream, chunk)
+
+    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        if stream.log >= 0:
+            try:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(stream.log, view) :]
+            except OSError as error:
+                self._no_log(error)
+        *ended, rest = (stream.rest + chunk).split(b"\n")
+        lines = [piece for line in ended for piece in pieces(line)]
+        *more, stream.rest = pieces(rest)
+        lines += more
+        if last and stream.rest:
+            lines.append(stream.rest)
+            stream.rest = b""
+        if self._out.quiet:
+            lines = lines[-LAST_LINES:]
+        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self._out.lines(stream.unit, texts)
+
+    def close(self, stream: Stream) -> None:
+        """Read no more of it."""
+        if stream.fd >= 0:
+            if stream.rest:
+                self.take(stream, b"", last=True)
+            del self.by_fd[stream.fd]
+            self._loop.forget(stream.fd)
+            os.close(stream.fd)
+            stream.fd = -1
+        if stream.log >= 0:
+            os.close(stream.log)
+            stream.log = -1
+
+
+class Link:
+    """The connection to the agent: requests and what takes their answers, news of units, and whether the agent lives.
+
+    `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
+    """
+
+    def __init__(self, loop: Loop, news: Callable[[Object], None], gone: Callable[[Unreachable], None]) -> None:
+        self._loop, self._news, self._gone = loop, news, gone
+        self._channel: Channel | None = None  # while there is an agent
+        self.opened = False
+        self.lost = ""  # why there is no agent any more
+        self._asked: dict[int, Callable[[Object], object]] = {}
+        self._heard, self._pinged = 0.0, False  # when it last said something; whether it was asked to since
+
+    def open(self, channel: Channel) -> None:
+        """Begin to talk to an agent."""
+        self._channel, self.opened, self.lost = channel, True, ""
+        self._asked, self._heard, self._pinged = {}, time.monotonic(), False
+        self._loop.watch(channel.fileno(), self.take)
+
+    def close(self) -> None:
+        """Talk no more."""
+        if self._channel:
+            self._loop.forget(self._channel.fileno())
+            self._channel = None
+
+    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; `answered` gets the message with its result or error. Without an agent nothing happens."""
+        if self._channel:
+            try:
+                self._asked[self._channel.request(method, **params)] = answered
+            except Unreachable as error:
+                self._lose(error)
+
+    def take(self) -> None:
+        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
+        try:
+            while self._channel and (message := self._channel.receive(0)) is not None:
+                self._heard, self._pinged = time.monotonic(), False
+                if message.get("method") == "unit":
+                    self._news(expect(dict, message.get("params")))
+                elif message.get("id") in self._asked:
+                    self._asked.pop(message["id"])(message)
+        except Unreachable as error:
+            self._lose(error)
+
+    def keep_time(self, now: float, patience: float) -> float:
+        """Handle what has come; ask a silent agent whether it lives, and take it for gone if it does not answer.
+
+        `patience` is how many seconds it may take to answer. Returns when to look again.
+        """
+        if self._channel and self._channel.more():
+            self.take()
+        if self._channel and now >= self._heard + PING_AFTER and not self._pinged:
+            self._pinged, self._heard = True, now
+            self.ask("ping")
+        elif self._channel and self._pinged and now >= self._heard + patience:
+            path = self._channel.path
+            self.take()  # it may be we who slept
+            if self._pinged:
+                self._lose(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
+        return self._heard + (patience if self._pinged else PING_AFTER) if self._channel else NEVER
+
+    def _lose(self, error: Unreachable) -> None:
+        if self._channel:
+            self.close()
+            self.lost = str(error)
+            self._gone(error)
+
+
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
     def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.options, self.events = options, loop
+        self.options, self.loop = options, loop
+        self.out = Output([script.unit for script in scripts], options.quiet)
+        self.streams = Streams(loop, self.out, options.log_dir)
+        self.link = Link(loop, self.changed, self.agent_gone)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
-        self.by_fd: dict[int, Job] = {}  # its output
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.look_at = NEVER  # when to look which of them have gone
-        self.out = Output(self.jobs, options.quiet)
-        self.paused = self.log_trouble = False
-        self.channel: Channel | None = None
         self.claimed = False
-        self.heard = self.began = time.monotonic()
-        self.pinged = False
+        self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
         self.stopping = 0  # the signal that ends everything
-        self.lost = ""  # why there is no agent any more
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel, claimed: Callable[[], None] = lambda: None) -> int:
-        """Boot against an agent; return the exit status. Calls `claimed` when it has let us.
+    def run(self, channel: Channel, when_claimed: Callable[[], None] = lambda: None) -> int:
+        """Boot against an agent; return the exit status. Calls `when_claimed` when it has let us.
 
         Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
-        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
-        self.channel, self.when_claimed = channel, claimed
+        self.when_claimed = when_claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
             job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
         if not self.directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
-        self.events.watch(channel.fileno(), self.answers)
+        self.link.open(channel)
         try:
-            if self.options.log_dir:
-                self.make_log_dir()
+            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.loop(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and self.said())
             code = self.finish()
             if self.options.stay and not self.signal:
                 notify("READY=1")
                 if not self.options.quiet:
                     self.out.say("boot: staying until a signal")
                 self.report_at = NEVER
-                self.loop(lambda: bool(self.signal or self.lost))
+                self.until(lambda: bool(self.signal or self.link.lost))
                 code = 128 + self.signal if self.signal else 3
             self.out.flush()
-            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal:
+            if any(self.jobs[s.unit].outcome == COMPLETED for s in self.streams.by_fd.values()) and not self.signal:
                 self.relay()
             return code
         finally:
             self.out.flush()
-            self.events.forget(channel.fileno(), *self.by_fd)
+            self.link.close()
+            self.loop.forget(*self.streams.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
 
-    # -- the loop -----------------------------------------------------------------------------------------
-
-    def loop(self, over: Callable[[], bool]) -> None:
+    def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
         while True:
-            if self.channel and self.channel.more():
-                self.answers()
             now = time.monotonic()
             due = self.keep_time(now)
             if over() and not any(job.ending() for job in self.active.values()):
@@ -5758,46 +5942,23 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.pause(len(self.out.pending[1]) >= FULL)
-            for fd in filter(self.out.pending.get, self.out.pending):
-                self.events.watch(self.out.fds[fd], self.writer(fd), for_writing=True)
-            for number, _ in self.events.turn(due):
+            self.streams.pause(len(self.out.pending[1]) >= FULL)
+            for number in self.out.turn(self.loop, due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
-            self.events.forget(*self.out.fds.values())
-
-    def writer(self, fd: int) -> Callable[[], None]:
-        """What passes on what is to be printed."""
-        return lambda: self.out.write(fd)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
-    def pause(self, full: bool) -> None:
-        """Read no output while our own is not taken."""
-        if full != self.paused:
-            self.paused = full
-            for job in self.by_fd.values():
-                self.read(job)
-
-    def read(self, job: Job) -> None:
-        """Read a job's output whenever there is some, unless our own is not taken."""
-        if self.paused:
-            self.events.forget(job.out)
-        else:
-            self.events.watch(job.out, lambda: self.output(job))
-
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
-        due = min(now + 60, self.report_at)
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            self.ask("graph")
-            if self.lost:
-                self.out.say(self.progress(Graph(0.0, [])))
-        if not self.lost:
-            due = min(due, self.watch_agent(now))
+            self.link.ask("graph", self.told_graph)
+            if self.link.lost:
+                self.say_progress(Graph(0.0, []))
+        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
         if now >= self.look_at:
             self.forget_groups()
         for job in list(self.active.values()):
@@ -5806,20 +5967,7 @@ class Boot:
                 del self.active[job.unit]
         return min(due, self.look_at)
 
-    def watch_agent(self, now: float) -> float:
-        """Ask an agent that is silent whether it lives, and take its silence for an end; return when to look again."""
-        patience = min(STOPPED_TIMEOUT if self.signal else NEVER, REPLY_TIMEOUT)
-        if now >= self.heard + PING_AFTER and not self.pinged:
-            self.pinged, self.heard = True, now
-            self.ask("ping")
-        elif self.pinged and now >= self.heard + patience:
-            self.answers()  # it may be we who slept
-            if self.pinged and not self.lost:
-                path = self.channel.path if self.channel else ""
-                self.gone(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
-        return self.heard + (patience if self.pinged else PING_AFTER)
-
-    # -- the agent ----------------------------------------------------------------------------------------
+    # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
@@ -5833,58 +5981,19 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.ask("boot", units=rows, jobs=jobs, more=True)
+                self.link.ask("boot", result_of, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.ask("boot", units=rows, jobs=jobs, more=False)
+        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False)
 
-    def ask(self, method: str, job: Job | None = None, **params: Any) -> None:
-        """Send a request; `answer` gets what comes back."""
-        if self.channel and not self.lost:
-            if job:
-                params["unit"] = job.unit
-            try:
-                self.asked[self.channel.request(method, **params)] = (method, job)
-            except Unreachable as error:
-                self.gone(error)
+    def let(self, answer: Object) -> None:
+        """Take the answer to our claim. Raises what the agent says against it."""
+        result_of(answer)
+        self.claimed = True
+        self.when_claimed()
 
-    def answers(self) -> None:
-        """Handle what the agent says."""
-        try:
-            message = self.channel.receive(0) if self.channel and not self.lost else None
-            while message is not None and self.channel:
-                self.heard, self.pinged = time.monotonic(), False
-                if message.get("id") in self.asked:
-                    self.answer(message, *self.asked.pop(message["id"]))
-                elif message.get("method") == "unit":
-                    self.changed(expect(dict, message.get("params")))
-                message = self.channel.receive(0)
-        except Unreachable as error:
-            self.gone(error)
-
-    def answer(self, message: dict[str, Any], method: str, job: Job | None) -> None:
-        """Handle the answer to a request. Raises what the agent says of our claim."""
-        try:
-            result = result_of(message)
-        except SyncError as error:
-            if method == "boot":
-                raise
-            if method == "fail" and job and job.outcome != FAILED:
-                job.exited()
-            elif method == "complete" and job and not job.outcome:
-                job.fail(str(error))
-            return
-        if method == "boot":
-            self.claimed = expect(dict, result).get("units") == len(self.jobs)  # else more are to come
-            if self.claimed:
-                self.when_claimed()
-        elif method == "graph" and not self.unfinished:
-            self.graph = record(Graph, result)
-        elif method == "graph":
-            self.out.say(self.progress(record(Graph, result)))
-
-    def changed(self, news: dict[str, Any]) -> None:
+    def changed(self, news: Object) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
         job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
         if job is None or job.outcome:
@@ -5895,17 +6004,14 @@ class Boot:
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 
-    def gone(self, error: Unreachable) -> None:
+    def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
         if not self.claimed:
             raise error
-        if self.channel and not self.lost:
-            self.lost = str(error)
-            self.events.forget(self.channel.fileno())
-            self.out.say(f"error: {error}")
-            for job in self.jobs.values():
-                job.stopped = True
-                self.settle(job)
+        self.out.say(f"error: {error}")
+        for job in self.jobs.values():
+            job.stopped = True
+            self.settle(job)
 
     def settle(self, job: Job) -> None:
         """Without the agent, a unit's outcome is what it was, or was to be, told."""
@@ -5925,29 +6031,26 @@ class Boot:
         self.unfinished -= 1
         if status == COMPLETED and job.running:
             job.running_on = True
-            self.ask("running", job)
+            self.link.ask("running", unit=job.unit)
         elif job.running:  # it says so itself, or somebody else: it may tidy up
             job.stop_at = time.monotonic() + self.options.grace
         if status != COMPLETED:
             self.another("failed")
-
-    # -- processes ----------------------------------------------------------------------------------------
-
-    def begun(self, job: Job) -> None:
-        """A try of a script has begun: read its output."""
-        self.active[job.unit] = self.by_fd[job.out] = job
-        self.read(job)
-        if self.options.log_dir and not self.log_trouble:
-            self.open_log(job)
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
         if self.options.fail_fast and not self.stopping:
             self.stop(15, f"stopped: another unit {what}")
 
+    # -- ends ---------------------------------------------------------------------------------------------
+
     def groups(self) -> list[Job]:
         """Those whose process group may have members."""
         return [job for job in self.active.values() if job.pid]
+
+    def look_now(self) -> None:
+        """Look in the next turn which process groups have gone."""
+        self.look_at = 0.0
 
     def forget_groups(self) -> None:
         """Forget process groups that are gone, before their numbers are those of others."""
@@ -5962,8 +6065,6 @@ class Boot:
         self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
         if self.stopping:
             self.signal_in_order()
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, number: int, why: str) -> None:
         """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
@@ -5994,87 +6095,6 @@ class Boot:
                 job.signalled = True
                 job.signal(self.stopping)
 
-    # -- output -------------------------------------------------------------------------------------------
-
-    def output(self, job: Job, last: bool = False) -> None:
-        """Take what a script has printed; when it has ended, all that is in the pipe, which is bounded."""
-        for _ in range(64 if last else 1):
-            try:
-                chunk = os.read(job.out, 65536) if job.out >= 0 else b""
-            except BlockingIOError:
-                break
-            if not chunk:
-                self.close_output(job)
-                last = True
-                break
-            self.take(job, chunk)
-        if last and job.rest:
-            self.take(job, b"", last=True)
-
-    def take(self, job: Job, chunk: bytes, last: bool = False) -> None:
-        """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if job.log >= 0:
-            try:
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(job.log, view) :]
-            except OSError as error:
-                self.no_log(error)
-        *ended, rest = (job.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, job.rest = pieces(rest)
-        lines += more
-        if last and job.rest:
-            lines.append(job.rest)
-            job.rest = b""
-        if self.out.quiet:
-            lines = lines[-LAST_LINES:]
-        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self.out.lines(job.unit, texts)
-
-    def close_output(self, job: Job) -> None:
-        if job.out >= 0:
-            del self.by_fd[job.out]
-            self.events.forget(job.out)
-            os.close(job.out)
-            job.out = -1
-        if job.log >= 0:
-            os.close(job.log)
-            job.log = -1
-
-    def make_log_dir(self) -> None:
-        """Make the directory, and choose a file for each unit."""
-        taken = set()
-        for unit, job in self.jobs.items():
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            job.log_path = os.path.abspath(os.path.join(self.options.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.options.log_dir, exist_ok=True)
-        except OSError as error:
-            self.no_log(error)
-
-    def open_log(self, job: Job) -> None:
-        """Open a unit's file; a further try adds to it."""
-        try:
-            job.log = open_file(job.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if job.tries > 1 else os.O_TRUNC))
-        except OSError as error:
-            self.no_log(error)
-
-    def no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if not self.log_trouble:
-            self.out.say(f"warning: no more logs in {self.options.log_dir}: {error.strerror}")
-        self.log_trouble = True
-        for job in self.jobs.values():
-            job.log_path = ""
-            if job.log >= 0:
-                os.close(job.log)
-                job.log = -1
-
     def relay(self) -> None:
         """Have a child of ours print what services go on printing, until they end."""
         import _signal as signal
@@ -6089,16 +6109,18 @@ class Boot:
                 os.dup2(self.null, fd)
             self.out.fds[1] = 1  # it may block here; the other one is closed now
             # What else we have open, its peers wait for the end of: the agent's clients, say.
-            close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
+            signal.set_wakeup_fd(-1)
+            for number in self.loop.numbers:
+                signal.signal(number, signal.SIG_DFL)
             ready = select.poll()
-            for fd in self.by_fd:
+            for fd in self.streams.by_fd:
                 ready.register(fd, select.POLLIN)
-            while self.by_fd:
+            while self.streams.by_fd:
                 for fd, _ in ready.poll():
-                    self.output(self.by_fd[fd])
+                    self.streams.read(self.streams.by_fd[fd])
                     self.out.write(1, patience=1e6)
-                    if fd not in self.by_fd:
+                    if fd not in self.streams.by_fd:
                         ready.unregister(fd)
         finally:  # and never into the parent's ways out
             os._exit(0)
@@ -6115,8 +6137,16 @@ class Boot:
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
-    def progress(self, graph: Graph) -> str:
-        """What runs and what waits, and for what."""
+    def told_graph(self, answer: Object) -> None:
+        """Take the answer to a question about all units: for a report on the way, or the one at the end."""
+        graph = record(Graph, result_of(answer))
+        if self.unfinished:
+            self.say_progress(graph)
+        else:
+            self.graph = graph
+
+    def say_progress(self, graph: Graph) -> None:
+        """Say what runs and what waits, and for what."""
         rows = {row.unit_name: row for row in graph.nodes}
 
         def whom(name: str) -> str:
@@ -6136,16 +6166,16 @@ class Boot:
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {names_of(running)}" if running else ""
-        return text + (f"; waiting: {names_of(waiting)}" if waiting else "")
+        self.out.say(text + (f"; waiting: {names_of(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.close_output(job)
-        lost = self.lost
-        self.ask("graph")
-        self.loop(lambda: bool(self.graph or self.lost))
+                self.streams.close(job.stream)
+        lost = self.link.lost
+        self.link.ask("graph", self.told_graph)
+        self.until(lambda: bool(self.graph or self.link.lost))
         self.out.clear()
         self.out.flush()
         self.forget_groups()
@@ -6154,7 +6184,7 @@ class Boot:
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
             self.out.say(self.summary(self.graph).rstrip("\n"))
-            self.loop(self.said)
+            self.until(self.said)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
@@ -6166,7 +6196,7 @@ class Boot:
             if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
                 how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
                 text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
-                text += "".join(f"    | {line}\n" for line in job.last)
+                text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
                 text += f"skipped: {job.unit}: {job.reason}\n"
@@ -6570,7 +6600,7 @@ def boot_at(path: str, boot: Boot) -> int:
             try:
                 return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
             except Refused:  # another agent was faster, or is about to go
-                if boot.channel or time.monotonic() >= deadline:
+                if boot.link.opened or time.monotonic() >= deadline:
                     raise
         else:
             with channel:
@@ -6579,7 +6609,7 @@ def boot_at(path: str, boot: Boot) -> int:
                 except Unreachable:  # it was about to end
                     if boot.claimed or boot.signal or time.monotonic() >= deadline:
                         raise
-                    boot.channel = None
+                    boot.link.opened = False
         time.sleep(0.02)
 
 

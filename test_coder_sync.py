@@ -3537,6 +3537,31 @@ def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[st
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
 
 
+def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: World, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-IS", str(FILE), *words, "--", *PYTHON, CATCH], shared.env)
+    seen = b""
+
+    def shows(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(master, 4096)
+
+    shows(b"ready")
+    for key, number in ((b"\x03", 2), (b"\x1c", 3)):
+        os.write(master, key)
+        shows(b"got %d" % number)
+        os.kill(pid, signal.SIGUSR1)
+        shows(b"got 10")
+        assert seen.count(b"got %d" % number) == 1
+        seen = b""
+    os.kill(pid, signal.SIGTERM)
+    shows(b"got 15")
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 9
+    os.close(master)
+
+
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
@@ -8187,10 +8212,10 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world
     held_up = """
 import os, time
 time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
-def output(*args, was=coder_sync.Boot.output, **options):
+def read(*args, was=coder_sync.Streams.read, **options):
     os.path.exists("later") or open("stuck").read()
     was(*args, **options)
-coder_sync.Boot.output, coder_sync.PING_AFTER = output, 0.1
+coder_sync.Streams.read, coder_sync.PING_AFTER = read, 0.1
 """
     stuck = Gate(world, "stuck")
     agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
