@@ -4502,39 +4502,96 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
-PROBE_TIMEOUT = 5.0  # for one try
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
+CHECK_TIMEOUT = 1.0  # seconds for the one before the command
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
+def is_host(text: str) -> bool:
+    """Return whether a host can have this name or address."""
+    from _socket import AF_INET6, inet_pton
+
+    if ":" in text:
+        try:
+            return bool(inet_pton(AF_INET6, text.partition("%")[0]))
+        except (OSError, ValueError):
+            return False
+    labels = text.rstrip(".").split(".")
+    return text.isprintable() and not set(text) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
+
+
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
 
     Raises UsageError.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
         host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+    if host[:1] == "[" and host[-1:] == "]":
+        host = host[1:-1]
+    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
+    if not is_port or ((host or port) and not is_host(host)):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
-    return host.strip("[]"), int(number)
+    return host, int(number)
 
 
-def check_probe(text: str) -> None:
-    """Raises UsageError for a probe that can be known to be wrong without a try."""
-    kind, colon, rest = text.partition(":")
-    if kind == "tcp" and colon:
-        address_of(rest)
-    elif text.startswith("http://"):
-        address_of(text[7:].partition("/")[0], 80)
-    elif (colon and kind in ("unix", "file") and not rest) or not text:
-        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
-        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+def shown_probe(text: str) -> str:
+    """Return a probe as a message may have it: in short, and without the user and password of a URL."""
+    scheme, found, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    if at:
+        text = f"{scheme}{found}***@{host}{slash}{path}"
+    text = one_line(text)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+class Probe:
+    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+
+    def __init__(self, text: str) -> None:
+        kind, colon, rest = text.partition(":")
+        self.text, self.shown = text, shown_probe(text)
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
+        self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
+        self.address, self.path, self.header = ("", 0), rest, ""
+        if self.kind == "tcp":
+            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
+            self.address = address_of(self.plain(rest))
+        elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
+            authority, _, path = rest[2:].partition("/")
+            who, _, host = authority.rpartition("@")
+            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+        elif self.kind in ("unix", "file") and rest:
+            self.plain(rest)
+        elif self.kind in ("unix", "file") or not text:
+            raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+            hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
+            hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
+            raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
+
+    def plain(self, text: str) -> str:
+        """Return a part in which nothing is left to a shell. Raises UsageError."""
+        if text[:1] == "~" or set(text) & set("$`*"):
+            raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
+        return text
+
+
+def basic(who: str) -> str:
+    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
+    from binascii import b2a_base64
+    from urllib.parse import unquote_to_bytes
+
+    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
 def connect(host: str, port: int, timeout: float) -> Any:
-    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
     import socket
 
     if host:
@@ -4548,12 +4605,11 @@ def connect(host: str, port: int, timeout: float) -> Any:
             raise error from None
 
 
-def http_status(text: str, timeout: float) -> int:
-    """The status with which an http:// address answers. Raises OSError."""
-    where, _, path = text[7:].partition("/")
+def http_status(probe: Probe, timeout: float) -> int:
+    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline = time.monotonic() + timeout
-    with connect(*address_of(where, 80), timeout) as sock:
-        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+    with connect(*probe.address, timeout) as sock:
+        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
         line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -4564,7 +4620,40 @@ def http_status(text: str, timeout: float) -> int:
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
-    return int(words[1])
+    return int(words[1][:4])
+
+
+LOCAL = ("", "localhost", "127.0.0.1", "::1")
+
+
+def unix_listener(path: str, timeout: float) -> int:
+    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        if not hasattr(socket, "SO_PEERCRED"):
+            return 0
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def listener(port: int) -> int:
+    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    found = set()
+    for name in ("net/tcp", "net/tcp6"):
+        try:
+            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
+        except OSError:
+            continue
+        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
+        try:
+            if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
+                return int(pid)
+        except OSError:  # it has gone, or is not ours to look at
+            pass
+    return 0
 
 
 def can_be_read(fd: int, timeout: float) -> bool:
@@ -4579,81 +4668,99 @@ def can_be_read(fd: int, timeout: float) -> bool:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
+    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
+    goes on until the command is ready, gets the first: a file counts if it has changed since.
+
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
     Loop. `error` is what the last try lacked, in a few words.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
         import threading
 
         self.error = "its first try has not ended"
-        self._text, self._env = text, env
-        self._group = 0  # of a command that is being tried
+        self.objection = self.doubt = ""
+        self.file: tuple[int, ...] = ()  # as it was at the latest try
+        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self.shown = self._probe.shown
+        self._peer = self._group = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
 
-    def begin(self) -> Prober:
-        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+    def begin(self, once: bool = False) -> Prober:
+        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, args=(once,), daemon=True).start()
         return self
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._ready
 
     def ready(self) -> bool:
-        """Whether a try has succeeded."""
+        """Return whether a try has succeeded."""
         return not self.error
 
     def close(self) -> None:
-        """No more tries; a command that is being tried is killed."""
+        """Make no more tries, and kill a command that is being tried."""
         self._closed.set()
         with self._lock:
             if self._group:
                 signal_to(-self._group, 9)
         os.close(self._ready)
 
-    def _run(self) -> None:
+    def _run(self, once: bool) -> None:
         pause = 0.1
         try:
             while not self._closed.is_set():
-                self.error = self._try()
-                if not self.error:
+                self.error = self._try(once)
+                if once and not self.error:
+                    self._object()
+                if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
         finally:
             os.close(self._done)
 
-    def _try(self) -> str:
-        """Try once; return what is lacking."""
-        kind, colon, rest = self._text.partition(":")
-        try:
-            if kind == "file" and colon:
-                return "" if os.path.exists(rest) else "no such file"
-            if kind == "tcp" and colon:
-                connect(*address_of(rest), PROBE_TIMEOUT).close()
-                return ""
-            if kind == "unix" and colon:
-                from _socket import AF_UNIX, SOCK_STREAM, socket
+    def _object(self) -> None:
+        """Say what a try that succeeds before the command is run means."""
+        probe = self._probe
+        if probe.kind == "command":
+            self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
+        elif probe.kind != "file":
+            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            answers = f"{probe.shown} answers already, before the command was run"
+            self.objection = f"{answers}: end what listens there{who} first"
 
-                sock = socket(AF_UNIX, SOCK_STREAM)
-                try:
-                    sock.settimeout(PROBE_TIMEOUT)
-                    sock.connect(rest)
-                finally:
-                    sock.close()
-                return ""
-            if self._text.startswith("http://"):
-                status = http_status(self._text, PROBE_TIMEOUT)
+    def _try(self, once: bool) -> str:
+        """Try once; return what is lacking."""
+        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        try:
+            if probe.kind == "file":
+                if not os.path.exists(probe.path):
+                    return "no such file"
+                file = os.stat(probe.path)
+                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
+                return "" if self.file != self._old else "it is as it was before the command was run"
+            if probe.kind == "http":
+                status = http_status(probe, timeout)
                 return "" if status < 400 else f"HTTP status {status}"
-            return self._command()
-        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            if probe.kind == "tcp":
+                connect(*probe.address, timeout).close()
+            elif probe.kind == "unix":
+                self._peer = unix_listener(probe.path, timeout)
+            else:
+                return self._command(CHECK_TIMEOUT if once else NEVER)
+            return ""
+        except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self) -> str:
+    def _command(self, timeout: float) -> str:
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
         read, write = os.pipe()
         nothing = null()
         try:
@@ -4661,14 +4768,14 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
                 streams.append((os.POSIX_SPAWN_DUP2, write, 3))
                 self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            if not can_be_read(read, PROBE_TIMEOUT):
+            if not can_be_read(read, timeout):
                 signal_to(-self._group, 9)
-                return f"no end within {PROBE_TIMEOUT:.0f}s"
+                return f"no end within {span(timeout)}"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
         finally:
@@ -4811,6 +4918,7 @@ def exported(path: str) -> dict[str, str]:
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+TO_BACKGROUND = ": if it goes to the background itself, keep it in the foreground, or call `wait --ready` in it"
 
 
 class Task:
@@ -4941,7 +5049,8 @@ class Task:
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
         if now >= self.ready_by:
-            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+            lacks = self.prober.error if self.prober else ""
+            self.end(f"not ready after {span(self.ready_timeout)}: {shown_probe(self.ready)} ({lacks})")
         if now >= self.stop_at:
             self.end(f"timed out after {span(self.timeout)}")
         if now >= self.kill_at:
@@ -4988,6 +5097,8 @@ class Task:
             self.exited()
         elif not self.reported:
             how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            if early and code == 0 and self.ready != "notify":
+                how += TO_BACKGROUND
             self.tried(self.why or how, code)
 
     def tried(self, how: str, code: int) -> None:
@@ -5039,7 +5150,7 @@ def cmd_run(args: Args) -> int:
     report = Reporter(args, f"{args.unit}: ", 2)
     start = start_of(args, report, hold=True)
     if args.ready is not None:
-        check_probe(args.ready)
+        Probe(args.ready)
     end_on("SIGTERM")
     try:
         start.__enter__()
@@ -5101,13 +5212,14 @@ class Run(Task):
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.ready:
-            self.report("owner", ready=self.ready)
+            self.report("owner", ready=shown_probe(self.ready))
             self.report_at = self.began + FIRST_REPORT
 
     def keep_time(self, now: float) -> float:
         if self.prober and now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.ready} ({self.prober.error})"
+            lacks = f"{shown_probe(self.ready)} ({self.prober.error})"
+            text = f"{self.unit}: not ready after {span(now - self.began)}: {lacks}"
             say(text, 2, self.quiet)
         return min(super().keep_time(now), self.report_at if self.prober else NEVER)
 
@@ -5179,24 +5291,24 @@ def cmd_wait(args: Args) -> int:
     if not args.units and not args.ready:
         raise UsageError("wait: name a unit, or what is to be --ready")
     for probe in args.ready:
-        check_probe(probe)
+        Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
         end_on("SIGTERM", "SIGHUP", "SIGQUIT")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    probers = [Prober(probe, environment()) for probe in args.ready]
     try:
-        for prober in probers.values():
+        for prober in probers:
             prober.begin()
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers.values():
+        for prober in probers:
             while prober.error:
                 over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {probe: one.error for probe, one in probers.items() if one.error}
+                lacks = {one.shown: one.error for one in probers if one.error}
                 if not prober.error:
                     break
                 if over or time.monotonic() >= end:
@@ -5207,11 +5319,11 @@ def cmd_wait(args: Args) -> int:
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
                 say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
     finally:  # what is being tried does not outlive us
-        for prober in probers.values():
+        for prober in probers:
             prober.close()
     took = time.monotonic() - began
     waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
     return 0
 
 
@@ -5308,7 +5420,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     """Take what a header says. Raises UsageError, Refused or ValueError."""
     verb, rest = (*text.split(None, 1), "", "")[:2]
     if verb == "ready":
-        check_probe(rest)
+        Probe(rest)
         script.ready = rest
         return
     words = rest.split()
@@ -5319,7 +5431,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
     if verb not in HEADERS or (count and len(words) not in count):
         known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
-        raise UsageError(f'"{text}" is not a header; use {known}')
+        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
     requires: str = SUCCESS
     if verb == "want":  # --requires=REQUIREMENT is two words
         words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
@@ -5557,7 +5669,7 @@ class Job(Task):
         self.boot.streams.log(self.stream, more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
+        self.report("owner", pid=self.pid, command=command, log=log, ready=shown_probe(self.ready))
         super().begun(detail)
         if detail:
             self.boot.streams.take(self.stream, f"{detail}\n".encode())

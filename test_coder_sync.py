@@ -4189,7 +4189,7 @@ def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -
         until(lambda: as_written("a: not ready after TIME: file:up (no such file)\n", line_of(run.stderr)))
         until(lambda: as_written("still waiting after TIME for file:up (no such file)\n", line_of(wait.stdout)))
     for process, last in (
-        (run, "error: a: not ready after 2.0s (no such file)\n"),
+        (run, "error: a: not ready after 2.0s: file:up (no such file)\n"),
         (wait, "  file:up: no such file\n"),
     ):
         done = finish(process)
@@ -6902,6 +6902,7 @@ ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
 NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
+AS_WRITTEN = ": nothing is expanded in it; write it out, or write a command"
 NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
 
 
@@ -6941,6 +6942,12 @@ MISTAKES_IN_HEADERS = [
     ("@ready tcp:0", f"'0' {ADDRESS}"),
     ("@ready tcp:65536", f"'65536' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
+    ("@ready tcp:$PORT", f"'tcp:$PORT'{AS_WRITTEN}"),
+    ("@ready http://${HOST}/", f"'http://${{HOST}}/'{AS_WRITTEN}"),
+    ("@ready file:~/up", f"'file:~/up'{AS_WRITTEN}"),
+    ("@ready unix:/run/*.sock", f"'unix:/run/*.sock'{AS_WRITTEN}"),
+    ("@ready https://db/", "'https://db/' is no probe; write a command: curl -fs https://db/"),
+    ("@ready a\0b", "'a b' has a NUL character"),
     ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
     ("@ready 5432", f"'5432' {NO_PROBE}"),
 ]
@@ -7083,17 +7090,19 @@ v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV 
 v11: printf '\303\251=1' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v12: printf 'A=%20000d' 0 | tr ' ' '"' > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 # a service that is never ready fails and ends
-s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
+s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0): if it goes to the background itself,
+    keep it in the foreground, or call `wait --ready` in it
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
-s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
-s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
-s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
+s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: file:up (no such file)
+s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: notify (it has not said READY=1)
+s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: tcp:1 (Connection refused)
 s6: @ready echo secret && echo secret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
-    => failed: not ready after 900ms (exit code 7)
-s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
+    => failed: not ready after 900ms: echo secret && echo secret >&2 && exit 7 (exit code 7)
+s7: @ready sleep 60; @ready-timeout 900ms; sleep 60
+    => failed: not ready after 900ms: sleep 60 (its first try has not ended)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; echo s9 => s9
-s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms (no such file))
+s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms: file:up (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
 t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
@@ -7110,7 +7119,8 @@ r1: @retry 3 100ms; echo n >> n; n=$(($(wc -l < n))); : > n$n; test $n = 3 && ex
 r2: @want r1; echo r2 => r2
 r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
 r4: @retry 1 10ms; @ready file:r4.up; test -e r4.n || { : > r4.n; exit; }; mkfifo r4.end; : > r4.up; cat r4.end
-    => try 2 of 2 after ended before it was ready (exit code 0)
+    => try 2 of 2 after ended before it was ready (exit code 0): if it goes to the background itself,
+    keep it in the foreground, or call `wait --ready` in it
 r5: @want r4; : > r4.end; echo r5 => r5
 # what has one lock runs one at a time, in whatever way each ends
 l1: @lock apt; mkdir held && sleep 0.02 && rmdir held =>
@@ -7149,7 +7159,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
-    patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
+    patch = "coder_sync.LOOK_EVERY = 600"
     boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
     until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
     agent.end("disk")
@@ -7382,11 +7392,36 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
 
 
 def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_known() -> None:
-    for text, port, host in (("65535", 65535, ""), ("db:1", 1, "db"), ("[::1]:1", 1, "::1")):
+    for text, port, host in (
+        ("65535", 65535, ""),
+        ("db:1", 1, "db"),
+        ("[::1]:1", 1, "::1"),
+        ("d\u00e4.b.:1", 1, "d\u00e4.b."),
+    ):
         assert coder_sync.address_of(text) == (host, port)
         assert not host or coder_sync.address_of(text, 80) == (host, port)
-    for text, host in (("db", "db"), ("[::1]", "::1")):
+    for text, host in (("db", "db"), ("[::1]", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(text, 80) == (host, 80)
+    assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
+    odd = [
+        "",
+        ":",
+        "http",
+        "0",
+        "65536",
+        "-1",
+        "1" * 5000,
+        "\u0661",
+        "a b:1",
+        "a..b:1",
+        f"{'a' * 64}:1",
+        "[::g]:1",
+        "\0:1",
+    ]
+    for text in [*odd, "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1", "::1", "a:b:1"]:
+        with pytest.raises(UsageError, match="is no address") as caught:
+            coder_sync.address_of(text)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 150
     try:
         server = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:
@@ -7395,34 +7430,104 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
         coder_sync.connect("", server.getsockname()[1], PATIENCE).close()
 
 
-def test_an_http_server_that_answers_byte_by_byte_has_the_time_of_one_try() -> None:
+WEB = "http://127.0.0.1:{}"
+
+
+def answered(server: socket.socket, *answers: bytes) -> threading.Thread:
+    """Answer the next request in these parts, slowly; the thread that does so has `asked` at its end."""
+
+    def answer() -> None:
+        with server.accept()[0] as peer, contextlib.suppress(OSError):
+            thread.asked = peer.recv(1000)  # type: ignore[attr-defined]
+            for part in answers:
+                peer.sendall(part)
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    return thread
+
+
+def test_a_try_of_http_ends_in_time_though_the_server_answers_byte_by_byte() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            peer = server.accept()[0]
-            with peer, contextlib.suppress(OSError):
-                for _ in range(1000):
-                    peer.sendall(b"H")
-                    time.sleep(0.02)
-
-        thread = threading.Thread(target=answer)
-        thread.start()
+        thread = answered(server, *[b"H"] * 1000)
         with pytest.raises(OSError, match="timed out"):
-            coder_sync.http_status(f"http://127.0.0.1:{server.getsockname()[1]}", 0.2)
+            coder_sync.http_status(coder_sync.Probe(WEB.format(server.getsockname()[1])), 0.2)
         thread.join()
 
 
-def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
-    answers = {"HTTP/1.1 400 x": "HTTP status 400", "HTTP/1.1 399": ""}
+def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready() -> None:
+    answers = {"HTTP/1.1 400 x": "HTTP status 400", "HTTP/1.1 399": "", "HTTP/1.1 " + "9" * 900: "HTTP status 9999"}
     answers.update(dict.fromkeys(("", "hello", "HTTP/1.1", "HTTP/1.1 OK", "ICY 200 OK"), "its answer is not HTTP"))
     for status, error in answers.items():
         with socket.create_server(("127.0.0.1", 0)) as server:
-            prober = coder_sync.Prober(f"http://127.0.0.1:{server.getsockname()[1]}", {}).begin()
-            with server.accept()[0] as peer:
-                peer.recv(1000)
-                peer.sendall(status.encode() + b"\r\n\r\n")
+            thread = answered(server, status.encode() + b"\r\n\r\n")
+            prober = coder_sync.Prober(WEB.format(server.getsockname()[1]), {}).begin()
             until(lambda: prober.error == error, error)  # noqa: B023
+            thread.join()
         prober.close()
+
+
+def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: World, call: Call) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = WEB.format(server.getsockname()[1]).replace("//", "//me:s%65cret@") + "/a?b#c"
+        thread = answered(server, b"HTTP/1.0 403 No\r\n\r\n")
+        words = ["run", "a", "--ready", url, "--ready-timeout", "500ms", "--", "sleep", "60"]
+        run = agent.popen(*words)
+        said = until(lambda: agent.client.status("a").reason) + call.ok(agent, "list") + call.ok(agent, "why")
+        thread.join()
+        said += finish(run).stderr + agent.run("wait", "--ready", url, "--timeout", "1ms").stderr
+        said += "".join(mistakes(startup(agent, {"a": f"@redy {url}\n@ready {url.replace('//', '//x ')}"})))
+    asked = thread.asked.decode().splitlines()  # type: ignore[attr-defined]
+    assert asked[0] == "GET /a?b HTTP/1.0" and "Authorization: Basic bWU6c2VjcmV0" in asked
+    assert "cret" not in said and "not ready after 500ms: http://***@127.0.0.1:" in said, said
+
+
+def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(world: World) -> None:
+    patch = "coder_sync.TRY_TIMEOUT = 0.01"
+    probe = "sleep 60 & echo $! >> left; sleep 0.2; test -e up || { : > up; exit 1; }"
+    assert finish(world.spawn(altered(patch, "wait", "--ready", probe))).returncode == 0
+    left = read_lines(world.directory / "left")
+    until(lambda: len(left) == 2 and not any(alive(int(pid)) for pid in left))
+
+
+def checked(world: World, probe: str) -> coder_sync.Prober:
+    """A probe that was tried once, as before its command."""
+    prober = coder_sync.Prober(probe, coder_sync.environment()).begin(once=True)
+    assert coder_sync.can_be_read(prober.fileno(), PATIENCE)
+    prober.close()
+    return prober
+
+
+@needs_proc
+def test_what_answers_before_its_command_is_run_is_an_objection_that_names_it(world: World) -> None:
+    code = "import os, socket; s = [socket.create_server(('127.0.0.1', 0)), socket.socket(socket.AF_UNIX)]"
+    code += "; s[1].bind('up.sock'); s[1].listen(); os.write(1, b'%d\\n' % s[0].getsockname()[1])\n"
+    code += "while 1:\n c = s[0].accept()[0]; c.send(b'HTTP/1.0 200 x\\r\\n')"
+    server = world.spawn([*PYTHON, code])
+    port = int(line_of(server.stdout))
+    name = Path(f"/proc/{server.pid}/comm").read_text().strip()
+    for probe in (f"tcp:{port}", f"tcp://localhost:{port}/", f"unix:{world.directory}/up.sock", WEB.format(port)):
+        answers = f"{probe} answers already, before the command was run: end what listens there"
+        assert checked(world, probe).objection == f"{answers} (pid {server.pid}, {name}) first"
+    stopped(server)
+    for probe in (f"tcp:{port}", f"unix:{world.directory}/up.sock", WEB.format(port)):
+        assert checked(world, probe).objection == "", probe
+
+
+def test_a_file_counts_if_it_has_changed_and_a_command_that_succeeds_before_is_doubted(world: World) -> None:
+    path = world.directory / "up"
+    before = checked(world, f"file:{path}")
+    path.touch()
+    assert coder_sync.Prober(f"file:{path}", {}, before)._try(False) == ""
+    before = checked(world, f"file:{path}")
+    after = coder_sync.Prober(f"file:{path}", {}, before).begin()
+    until(lambda: after.error == "it is as it was before the command was run")
+    path.write_text("x")
+    assert coder_sync.can_be_read(after.fileno(), PATIENCE) and after.ready()
+    after.close()
+    assert (before.objection, before.doubt, checked(world, "false").doubt) == ("", "", "")
+    assert checked(world, "true").doubt == "true succeeds already, before the command is run: it says nothing about it"
 
 
 def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
