@@ -1520,6 +1520,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 posix.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
                 null()
+        if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
+            posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1629,6 +1631,17 @@ def command_of(pid: int) -> str:
 
 
 # -- descriptors --------------------------------------------------------------------------------------------
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+def open_file(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
+
+    Raises OSError.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+
+
 def open_files() -> int:
     """How many descriptors this process may have."""
     import resource
@@ -3690,7 +3703,7 @@ def serve(
             log = Log(level if log_file or not background else -1, log_file)
             at_end.callback(log.close)
             if pid_file:
-                with open(pid_file, "w", encoding="ascii") as file:
+                with open(open_file(pid_file, WRITE), "w", encoding="ascii") as file:
                     if os.path.isfile(pid_file):  # and no device
                         at_end.callback(remove, pid_file, os.fstat(file.fileno()))
                     file.write(f"{os.getpid()}\n")
@@ -4685,31 +4698,35 @@ class Notified:
 
 # -- what a command leaves to others ----------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
-def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+def private_file() -> str:
+    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
 
-    Unlike one in a directory it is gone when we are, however we end.
+    It stays open: later on, the path would be that of another file.
     """
     if hasattr(os, "memfd_create") and has_proc():
         try:
-            file = os.memfd_create("coder-sync")
-            return file, f"/proc/{os.getpid()}/fd/{file}"
+            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
         except OSError:
             pass
-    return -1, ""
+    return ""
 
 
 def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
-    try:
-        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o711)
-        os.chmod(path, 0o711)  # whatever our umask
-    except OSError:
-        return ""
-    return path
+    for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
+        path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
+        if len(os.fsencode(path)) > 80:  # no socket could be in it
+            continue
+        try:
+            os.mkdir(path)
+            os.chmod(path, 0o711)
+        except OSError:
+            continue
+        return path
+    return ""
 
 
 def private_path(directory: str) -> str:
@@ -4717,29 +4734,39 @@ def private_path(directory: str) -> str:
     return directory and os.path.join(directory, os.urandom(8).hex())
 
 
+def clear(path: str) -> None:
+    """Empty a file in a private directory, or without a name."""
+    remove(path)
+    try:
+        os.truncate(path, 0)
+    except OSError:
+        pass
+
+
 def remove_directory(path: str) -> None:
     """Remove a private directory with all that a command may have left in it, if it is still there."""
-    for directory, _, files in os.walk(path, topdown=False):
-        try:
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
-        except OSError:
-            pass
+    try:
+        os.rmdir(path)
+    except OSError:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     if not path:
         return {}
+    too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
-        with open(fd, "rb") as file:
+        with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    if len(data) > MAX_ENV:
+        raise too_large
     values: dict[str, str] = {}
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
         name, found, value = line.partition("=")
@@ -4752,8 +4779,8 @@ def exported(path: str) -> dict[str, str]:
         except UnicodeEncodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
         values[name] = value
-    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
-        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    if len(encode(values)) > MAX_ENV:
+        raise too_large
     return values
 
 
@@ -4833,9 +4860,9 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            added["CODER_SYNC_ENV"] = self.left
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.tries:
+            clear(self.left)
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
@@ -5011,9 +5038,11 @@ class Run(Task):
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
         self.quiet, self.report_at = args.quiet, NEVER
-        self.file, self.left = private_file()
+        self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
         self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
+        if not self.left:
+            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5043,13 +5072,6 @@ class Run(Task):
         elif self.again_at < NEVER:
             self.fail(f"stopped between two tries; {self.reason}")
             sys.exit(128 + number)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.file >= 0:
-            os.ftruncate(self.file, 0)
-        else:
-            remove(self.left)
-        return super().spawn(env)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
@@ -5397,8 +5419,8 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         return
     for path in files:
         try:
-            with open(path, "rb") as f:
-                text = f.read(65536)
+            with open(open_file(path), "rb") as f:
+                text = f.read(65536) or b""
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
@@ -5476,36 +5498,27 @@ class Job(Task):
 
     def __init__(self, script: Script, boot: Boot) -> None:
         limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
-        super().__init__(boot.events, script.unit, [script.path], script.ready, *limits)
+        super().__init__(boot.loop, script.unit, [script.path], script.ready, *limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit)
         self.signalled = False  # by `stop`
         self.outcome = ""  # the unit's, as the agent has it
         self.died = False  # its process, badly, after its unit had completed
-        self.out = -1  # read end of its output
-        self.log, self.log_path = -1, ""  # its file in --log-dir
-        self.rest = b""  # a line that has not ended yet
-        self.last: list[str] = []
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
         return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        self.boot.close_output(self)  # of the try before
-        if self.tries:
-            remove(self.left)
-        read, write = os.pipe()
+        write = self.boot.streams.open(self.stream)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
-            pid = spawn(self.command, env, file_actions=streams, setpgroup=0)
+            return spawn(self.command, env, file_actions=streams, setpgroup=0)
         except OSError:
-            os.close(read)
+            self.boot.streams.close(self.stream)
             raise
         finally:
             os.close(write)
-        os.set_blocking(read, False)
-        self.out = read
-        return pid
 
     def not_begun(self, error: Exception) -> None:
         if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
@@ -5515,24 +5528,34 @@ class Job(Task):
             self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
 
     def begun(self, detail: str) -> None:
-        self.boot.begun(self)
-        log = os.fsencode(self.log_path).decode(errors="replace")
+        self.boot.active[self.unit] = self
+        self.boot.streams.log(self.stream, more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
         self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
         super().begun(detail)
         if detail:
-            self.boot.take(self, f"{detail}\n".encode())
+            self.boot.streams.take(self.stream, f"{detail}\n".encode())
 
     def report(self, method: str, **params: Any) -> None:
-        self.boot.ask(method, self, **params)
-        if self.boot.lost:
+        def answered(message: Object) -> None:
+            try:
+                result_of(message)
+            except SyncError as error:
+                if method == "fail" and self.outcome != FAILED:
+                    self.exited()
+                elif method == "complete" and not self.outcome:
+                    self.fail(str(error))
+
+        self.boot.link.ask(method, answered, unit=self.unit, **params)
+        if self.boot.link.lost:
             self.boot.settle(self)
 
     def process_ended(self, code: int) -> None:
-        self.boot.output(self, last=True)
+        self.boot.streams.drain(self.stream)
         super().process_ended(code)
         if self.pid:
-            self.boot.look_at = 0.0
+            self.boot.look_now()
             if self.reported != "complete":
                 self.end("")  # what a failure leaves behind ends with it
         if self.boot.stopping:
@@ -5561,9 +5584,8 @@ class Output:
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
-        self.tty = os.isatty(1) and not quiet
         self._live = False  # whether the live line stands there
-        self.live_at = 0.0 if self.tty else NEVER  # when it is drawn again
+        self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
@@ -5578,6 +5600,20 @@ class Output:
         """Print a line of ours on standard error."""
         self.clear()
         self.pending[2] += encoded(text + "\n", 2)
+
+    def turn(self, loop: Loop, due: float) -> list[int]:
+        """Take a turn of a loop, in which what can be printed is."""
+        waiting = [fd for fd, data in self.pending.items() if data]
+        for fd in waiting:
+            loop.watch(self.fds[fd], self.writer(fd), for_writing=True)
+        try:
+            return loop.turn(due)
+        finally:
+            loop.forget(*(self.fds[fd] for fd in waiting))
+
+    def writer(self, fd: int) -> Callable[[], None]:
+        """Return what passes on what is to be printed."""
+        return lambda: self.write(fd)
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
@@ -5611,71 +5647,265 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
+class Stream:
+    """What one unit prints."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.fd = -1  # read end of the pipe
+        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.rest = b""  # a line that has not ended yet
+        self.last: list[str] = []  # lines
+
+
+class Streams:
+    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
+
+    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
+        self.log_dir = log_dir  # empty: no logs, or no more
+        self.by_fd: dict[int, Stream] = {}  # those that are read
+        self._loop, self._out, self._paused = loop, out, False
+
+    def make_logs(self, streams: Iterable[Stream]) -> None:
+        """Make the directory, if there is to be one, and choose a file for each unit."""
+        if not self.log_dir:
+            return
+        taken = set()
+        for stream in streams:
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
+        try:
+            os.makedirs(self.log_dir, exist_ok=True)
+        except OSError as error:
+            self._no_log(error)
+
+    def open(self, stream: Stream) -> int:
+        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+        self.close(stream)
+        stream.fd, write = os.pipe()
+        os.set_blocking(stream.fd, False)
+        self.by_fd[stream.fd] = stream
+        self._read_or_not(stream)
+        return write
+
+    def log(self, stream: Stream, more: bool) -> None:
+        """Open a unit's file; a further try adds to it."""
+        if not self.log_dir:
+            return
+        try:
+            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+        except OSError as error:
+            self._no_log(error)
+
+    def _no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self._out.say(f"warning: no more logs in {self.log_dir}: {error.strerror}")
+        self.log_dir = ""
+        for stream in self.by_fd.values():
+            if stream.log >= 0:
+                os.close(stream.log)
+                stream.log = -1
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing while our own output is not taken."""
+        if paused != self._paused:
+            self._paused = paused
+            for stream in self.by_fd.values():
+                self._read_or_not(stream)
+
+    def _read_or_not(self, stream: Stream) -> None:
+        if self._paused:
+            self._loop.forget(stream.fd)
+        else:
+            self._loop.watch(stream.fd, lambda: self.read(stream))
+
+    def drain(self, stream: Stream) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(stream, chunks=64)
+        if stream.rest:
+            self.take(stream, b"", last=True)
+
+    def read(self, stream: Stream, chunks: int = 1) -> None:
+        """Take what a script has printed."""
+        for _ in range(chunks):
+            try:
+                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+            except BlockingIOError:
+                return
+            if not chunk:
+                self.close(stream)
+                return
+            self.take(stream, chunk)
+
+    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        if stream.log >= 0:
+            try:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(stream.log, view) :]
+            except OSError as error:
+                self._no_log(error)
+        *ended, rest = (stream.rest + chunk).split(b"\n")
+        lines = [piece for line in ended for piece in pieces(line)]
+        *more, stream.rest = pieces(rest)
+        lines += more
+        if last and stream.rest:
+            lines.append(stream.rest)
+            stream.rest = b""
+        if self._out.quiet:
+            lines = lines[-LAST_LINES:]
+        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self._out.lines(stream.unit, texts)
+
+    def close(self, stream: Stream) -> None:
+        """Read no more of it."""
+        if stream.fd >= 0:
+            if stream.rest:
+                self.take(stream, b"", last=True)
+            del self.by_fd[stream.fd]
+            self._loop.forget(stream.fd)
+            os.close(stream.fd)
+            stream.fd = -1
+        if stream.log >= 0:
+            os.close(stream.log)
+            stream.log = -1
+
+
+class Link:
+    """The connection to the agent: requests and what takes their answers, news of units, and whether the agent lives.
+
+    `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
+    """
+
+    def __init__(self, loop: Loop, news: Callable[[Object], None], gone: Callable[[Unreachable], None]) -> None:
+        self._loop, self._news, self._gone = loop, news, gone
+        self._channel: Channel | None = None  # while there is an agent
+        self.opened = False
+        self.lost = ""  # why there is no agent any more
+        self._asked: dict[int, Callable[[Object], object]] = {}
+        self._heard, self._pinged = 0.0, False  # when it last said something; whether it was asked to since
+
+    def open(self, channel: Channel) -> None:
+        """Begin to talk to an agent."""
+        self._channel, self.opened, self.lost = channel, True, ""
+        self._asked, self._heard, self._pinged = {}, time.monotonic(), False
+        self._loop.watch(channel.fileno(), self.take)
+
+    def close(self) -> None:
+        """Talk no more."""
+        if self._channel:
+            self._loop.forget(self._channel.fileno())
+            self._channel = None
+
+    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; `answered` gets the message with its result or error. Without an agent nothing happens."""
+        if self._channel:
+            try:
+                self._asked[self._channel.request(method, **params)] = answered
+            except Unreachable as error:
+                self._lose(error)
+
+    def take(self) -> None:
+        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
+        try:
+            while self._channel and (message := self._channel.receive(0)) is not None:
+                self._heard, self._pinged = time.monotonic(), False
+                if message.get("method") == "unit":
+                    self._news(expect(dict, message.get("params")))
+                elif message.get("id") in self._asked:
+                    self._asked.pop(message["id"])(message)
+        except Unreachable as error:
+            self._lose(error)
+
+    def keep_time(self, now: float, patience: float) -> float:
+        """Handle what has come; ask a silent agent whether it lives, and take it for gone if it does not answer.
+
+        `patience` is how many seconds it may take to answer. Returns when to look again.
+        """
+        if self._channel and self._channel.more():
+            self.take()
+        if self._channel and now >= self._heard + PING_AFTER and not self._pinged:
+            self._pinged, self._heard = True, now
+            self.ask("ping")
+        elif self._channel and self._pinged and now >= self._heard + patience:
+            path = self._channel.path
+            self.take()  # it may be we who slept
+            if self._pinged:
+                self._lose(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
+        return self._heard + (patience if self._pinged else PING_AFTER) if self._channel else NEVER
+
+    def _lose(self, error: Unreachable) -> None:
+        if self._channel:
+            self.close()
+            self.lost = str(error)
+            self._gone(error)
+
+
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
     def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.options, self.events = options, loop
+        self.options, self.loop = options, loop
+        self.out = Output([script.unit for script in scripts], options.quiet)
+        self.streams = Streams(loop, self.out, options.log_dir)
+        self.link = Link(loop, self.changed, self.agent_gone)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
-        self.by_fd: dict[int, Job] = {}  # its output
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.look_at = NEVER  # when to look which of them have gone
-        self.out = Output(self.jobs, options.quiet)
-        self.paused = self.log_trouble = False
-        self.channel: Channel | None = None
         self.claimed = False
-        self.heard = self.began = time.monotonic()
-        self.pinged = False
+        self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
         self.stopping = 0  # the signal that ends everything
-        self.lost = ""  # why there is no agent any more
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel, claimed: Callable[[], None] = lambda: None) -> int:
-        """Boot against an agent; return the exit status. Calls `claimed` when it has let us.
+    def run(self, channel: Channel, when_claimed: Callable[[], None] = lambda: None) -> int:
+        """Boot against an agent; return the exit status. Calls `when_claimed` when it has let us.
 
         Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
-        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
-        self.channel, self.when_claimed = channel, claimed
+        self.when_claimed = when_claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
             job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
-        self.events.watch(channel.fileno(), self.answers)
+        if not self.directory:
+            self.out.say(f"warning: {NO_DIRECTORY}")
+        self.link.open(channel)
         try:
-            if self.options.log_dir:
-                self.make_log_dir()
+            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.loop(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and self.said())
             code = self.finish()
             if self.options.stay and not self.signal:
                 notify("READY=1")
                 if not self.options.quiet:
                     self.out.say("boot: staying until a signal")
                 self.report_at = NEVER
-                self.loop(lambda: bool(self.signal or self.lost))
+                self.until(lambda: bool(self.signal or self.link.lost))
                 code = 128 + self.signal if self.signal else 3
             self.out.flush()
-            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal:
+            if any(self.jobs[s.unit].outcome == COMPLETED for s in self.streams.by_fd.values()) and not self.signal:
                 self.relay()
             return code
         finally:
             self.out.flush()
-            self.events.forget(channel.fileno(), *self.by_fd)
+            self.link.close()
+            self.loop.forget(*self.streams.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
 
-    # -- the loop -----------------------------------------------------------------------------------------
-
-    def loop(self, over: Callable[[], bool]) -> None:
+    def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
         while True:
-            if self.channel and self.channel.more():
-                self.answers()
             now = time.monotonic()
             due = self.keep_time(now)
             if over() and not any(job.ending() for job in self.active.values()):
@@ -5687,46 +5917,23 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.pause(len(self.out.pending[1]) >= FULL)
-            for fd in filter(self.out.pending.get, self.out.pending):
-                self.events.watch(self.out.fds[fd], self.writer(fd), for_writing=True)
-            for number in self.events.turn(due):
+            self.streams.pause(len(self.out.pending[1]) >= FULL)
+            for number in self.out.turn(self.loop, due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
-            self.events.forget(*self.out.fds.values())
-
-    def writer(self, fd: int) -> Callable[[], None]:
-        """What passes on what is to be printed."""
-        return lambda: self.out.write(fd)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
-    def pause(self, full: bool) -> None:
-        """Read no output while our own is not taken."""
-        if full != self.paused:
-            self.paused = full
-            for job in self.by_fd.values():
-                self.read(job)
-
-    def read(self, job: Job) -> None:
-        """Read a job's output whenever there is some, unless our own is not taken."""
-        if self.paused:
-            self.events.forget(job.out)
-        else:
-            self.events.watch(job.out, lambda: self.output(job))
-
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
-        due = min(now + 60, self.report_at)
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            self.ask("graph")
-            if self.lost:
-                self.out.say(self.progress(Graph(0.0, [])))
-        if not self.lost:
-            due = min(due, self.watch_agent(now))
+            self.link.ask("graph", self.told_graph)
+            if self.link.lost:
+                self.say_progress(Graph(0.0, []))
+        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
         if now >= self.look_at:
             self.forget_groups()
         for job in list(self.active.values()):
@@ -5735,20 +5942,7 @@ class Boot:
                 del self.active[job.unit]
         return min(due, self.look_at)
 
-    def watch_agent(self, now: float) -> float:
-        """Ask an agent that is silent whether it lives, and take its silence for an end; return when to look again."""
-        patience = min(STOPPED_TIMEOUT if self.signal else NEVER, REPLY_TIMEOUT)
-        if now >= self.heard + PING_AFTER and not self.pinged:
-            self.pinged, self.heard = True, now
-            self.ask("ping")
-        elif self.pinged and now >= self.heard + patience:
-            self.answers()  # it may be we who slept
-            if self.pinged and not self.lost:
-                path = self.channel.path if self.channel else ""
-                self.gone(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
-        return self.heard + (patience if self.pinged else PING_AFTER)
-
-    # -- the agent ----------------------------------------------------------------------------------------
+    # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
@@ -5762,58 +5956,19 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.ask("boot", units=rows, jobs=jobs, more=True)
+                self.link.ask("boot", result_of, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.ask("boot", units=rows, jobs=jobs, more=False)
+        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False)
 
-    def ask(self, method: str, job: Job | None = None, **params: Any) -> None:
-        """Send a request; `answer` gets what comes back."""
-        if self.channel and not self.lost:
-            if job:
-                params["unit"] = job.unit
-            try:
-                self.asked[self.channel.request(method, **params)] = (method, job)
-            except Unreachable as error:
-                self.gone(error)
+    def let(self, answer: Object) -> None:
+        """Take the answer to our claim. Raises what the agent says against it."""
+        result_of(answer)
+        self.claimed = True
+        self.when_claimed()
 
-    def answers(self) -> None:
-        """Handle what the agent says."""
-        try:
-            message = self.channel.receive(0) if self.channel and not self.lost else None
-            while message is not None and self.channel:
-                self.heard, self.pinged = time.monotonic(), False
-                if message.get("id") in self.asked:
-                    self.answer(message, *self.asked.pop(message["id"]))
-                elif message.get("method") == "unit":
-                    self.changed(expect(dict, message.get("params")))
-                message = self.channel.receive(0)
-        except Unreachable as error:
-            self.gone(error)
-
-    def answer(self, message: dict[str, Any], method: str, job: Job | None) -> None:
-        """Handle the answer to a request. Raises what the agent says of our claim."""
-        try:
-            result = result_of(message)
-        except SyncError as error:
-            if method == "boot":
-                raise
-            if method == "fail" and job and job.outcome != FAILED:
-                job.exited()
-            elif method == "complete" and job and not job.outcome:
-                job.fail(str(error))
-            return
-        if method == "boot":
-            self.claimed = expect(dict, result).get("units") == len(self.jobs)  # else more are to come
-            if self.claimed:
-                self.when_claimed()
-        elif method == "graph" and not self.unfinished:
-            self.graph = record(Graph, result)
-        elif method == "graph":
-            self.out.say(self.progress(record(Graph, result)))
-
-    def changed(self, news: dict[str, Any]) -> None:
+    def changed(self, news: Object) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
         job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
         if job is None or job.outcome:
@@ -5824,17 +5979,14 @@ class Boot:
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 
-    def gone(self, error: Unreachable) -> None:
+    def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
         if not self.claimed:
             raise error
-        if self.channel and not self.lost:
-            self.lost = str(error)
-            self.events.forget(self.channel.fileno())
-            self.out.say(f"error: {error}")
-            for job in self.jobs.values():
-                job.stopped = True
-                self.settle(job)
+        self.out.say(f"error: {error}")
+        for job in self.jobs.values():
+            job.stopped = True
+            self.settle(job)
 
     def settle(self, job: Job) -> None:
         """Without the agent, a unit's outcome is what it was, or was to be, told."""
@@ -5854,29 +6006,26 @@ class Boot:
         self.unfinished -= 1
         if status == COMPLETED and job.running:
             job.running_on = True
-            self.ask("running", job)
+            self.link.ask("running", unit=job.unit)
         elif job.running:  # it says so itself, or somebody else: it may tidy up
             job.stop_at = time.monotonic() + self.options.grace
         if status != COMPLETED:
             self.another("failed")
-
-    # -- processes ----------------------------------------------------------------------------------------
-
-    def begun(self, job: Job) -> None:
-        """A try of a script has begun: read its output."""
-        self.active[job.unit] = self.by_fd[job.out] = job
-        self.read(job)
-        if self.options.log_dir and not self.log_trouble:
-            self.open_log(job)
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
         if self.options.fail_fast and not self.stopping:
             self.stop(15, f"stopped: another unit {what}")
 
+    # -- ends ---------------------------------------------------------------------------------------------
+
     def groups(self) -> list[Job]:
         """Those whose process group may have members."""
         return [job for job in self.active.values() if job.pid]
+
+    def look_now(self) -> None:
+        """Look in the next turn which process groups have gone."""
+        self.look_at = 0.0
 
     def forget_groups(self) -> None:
         """Forget process groups that are gone, before their numbers are those of others."""
@@ -5891,8 +6040,6 @@ class Boot:
         self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
         if self.stopping:
             self.signal_in_order()
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, number: int, why: str) -> None:
         """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
@@ -5923,89 +6070,6 @@ class Boot:
                 job.signalled = True
                 job.signal(self.stopping)
 
-    # -- output -------------------------------------------------------------------------------------------
-
-    def output(self, job: Job, last: bool = False) -> None:
-        """Take what a script has printed; when it has ended, all that is in the pipe, which is bounded."""
-        for _ in range(64 if last else 1):
-            try:
-                chunk = os.read(job.out, 65536) if job.out >= 0 else b""
-            except BlockingIOError:
-                break
-            if not chunk:
-                self.close_output(job)
-                last = True
-                break
-            self.take(job, chunk)
-        if last and job.rest:
-            self.take(job, b"", last=True)
-
-    def take(self, job: Job, chunk: bytes, last: bool = False) -> None:
-        """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if job.log >= 0:
-            try:
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(job.log, view) :]
-            except OSError as error:
-                self.no_log(error)
-        *ended, rest = (job.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, job.rest = pieces(rest)
-        lines += more
-        if last and job.rest:
-            lines.append(job.rest)
-            job.rest = b""
-        if self.out.quiet:
-            lines = lines[-LAST_LINES:]
-        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self.out.lines(job.unit, texts)
-
-    def close_output(self, job: Job) -> None:
-        if job.out >= 0:
-            del self.by_fd[job.out]
-            self.events.forget(job.out)
-            os.close(job.out)
-            job.out = -1
-        if job.log >= 0:
-            os.close(job.log)
-            job.log = -1
-
-    def make_log_dir(self) -> None:
-        """Make the directory, and choose a file for each unit."""
-        taken = set()
-        for unit, job in self.jobs.items():
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            job.log_path = os.path.abspath(os.path.join(self.options.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.options.log_dir, exist_ok=True)
-        except OSError as error:
-            self.no_log(error)
-
-    def open_log(self, job: Job) -> None:
-        """Open a unit's file; a further try adds to it."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # were it a fifo, nobody might ever read
-        flags |= os.O_APPEND if job.tries > 1 else os.O_TRUNC
-        try:
-            job.log = os.open(job.log_path, flags, 0o644)
-        except OSError as error:
-            self.no_log(error)
-
-    def no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if not self.log_trouble:
-            self.out.say(f"warning: no more logs in {self.options.log_dir}: {error.strerror}")
-        self.log_trouble = True
-        for job in self.jobs.values():
-            job.log_path = ""
-            if job.log >= 0:
-                os.close(job.log)
-                job.log = -1
-
     def relay(self) -> None:
         """Have a child of ours print what services go on printing, until they end."""
         import _signal as signal
@@ -6020,18 +6084,18 @@ class Boot:
                 os.dup2(self.null, fd)
             self.out.fds[1] = 1  # it may block here; the other one is closed now
             # What else we have open, its peers wait for the end of: the agent's clients, say.
-            close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
+            close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
             signal.set_wakeup_fd(-1)
-            for number in self.events.numbers:
+            for number in self.loop.numbers:
                 signal.signal(number, signal.SIG_DFL)
             ready = select.poll()
-            for fd in self.by_fd:
+            for fd in self.streams.by_fd:
                 ready.register(fd, select.POLLIN)
-            while self.by_fd:
+            while self.streams.by_fd:
                 for fd, _ in ready.poll():
-                    self.output(self.by_fd[fd])
+                    self.streams.read(self.streams.by_fd[fd])
                     self.out.write(1, patience=1e6)
-                    if fd not in self.by_fd:
+                    if fd not in self.streams.by_fd:
                         ready.unregister(fd)
         finally:  # and never into the parent's ways out
             os._exit(0)
@@ -6048,8 +6112,16 @@ class Boot:
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
-    def progress(self, graph: Graph) -> str:
-        """What runs and what waits, and for what."""
+    def told_graph(self, answer: Object) -> None:
+        """Take the answer to a question about all units: for a report on the way, or the one at the end."""
+        graph = record(Graph, result_of(answer))
+        if self.unfinished:
+            self.say_progress(graph)
+        else:
+            self.graph = graph
+
+    def say_progress(self, graph: Graph) -> None:
+        """Say what runs and what waits, and for what."""
         rows = {row.unit_name: row for row in graph.nodes}
 
         def whom(name: str) -> str:
@@ -6069,16 +6141,16 @@ class Boot:
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {names_of(running)}" if running else ""
-        return text + (f"; waiting: {names_of(waiting)}" if waiting else "")
+        self.out.say(text + (f"; waiting: {names_of(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.close_output(job)
-        lost = self.lost
-        self.ask("graph")
-        self.loop(lambda: bool(self.graph or self.lost))
+                self.streams.close(job.stream)
+        lost = self.link.lost
+        self.link.ask("graph", self.told_graph)
+        self.until(lambda: bool(self.graph or self.link.lost))
         self.out.clear()
         self.out.flush()
         self.forget_groups()
@@ -6087,7 +6159,7 @@ class Boot:
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
             self.out.say(self.summary(self.graph).rstrip("\n"))
-            self.loop(self.said)
+            self.until(self.said)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
@@ -6099,7 +6171,7 @@ class Boot:
             if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
                 how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
                 text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
-                text += "".join(f"    | {line}\n" for line in job.last)
+                text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
                 text += f"skipped: {job.unit}: {job.reason}\n"
@@ -6418,7 +6490,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 
     def write(graph: Graph) -> None:
         try:
-            with open(path, "w", encoding="utf-8") as f:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
                 f.write(timeline_as(form, graph))
         except OSError as error:
             put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
@@ -6503,7 +6575,7 @@ def boot_at(path: str, boot: Boot) -> int:
             try:
                 return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
             except Refused:  # another agent was faster, or is about to go
-                if boot.channel or time.monotonic() >= deadline:
+                if boot.link.opened or time.monotonic() >= deadline:
                     raise
         else:
             with channel:
@@ -6512,7 +6584,7 @@ def boot_at(path: str, boot: Boot) -> int:
                 except Unreachable:  # it was about to end
                     if boot.claimed or boot.signal or time.monotonic() >= deadline:
                         raise
-                    boot.channel = None
+                    boot.link.opened = False
         time.sleep(0.02)
 
 
@@ -6629,7 +6701,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
+            with open(open_file(args.compare), "rb") as f:
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
                 before = read_timeline(f.read(), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None

@@ -4525,6 +4525,19 @@ def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str)
     assert stopped(agent).returncode == 0
 
 
+@pytest.mark.skipif(not shutil.which("localedef"), reason="no localedef")
+def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(world: World) -> None:
+    name = "de_DE.ISO-8859-1"
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", world.directory / name], check=False)
+    world.env.update(LOCPATH=str(world.directory), LC_ALL=name)
+    sets = "echo A=\u00e4\u20ac >> $CODER_SYNC_ENV; echo $CODER_SYNC_UNIT"
+    path = startup(world, {"10-\u00e9.sh": f"@lock \u00fc\n{sets}", "x": "@want \u00e9\necho $A; $SYNC env x"})
+    expected = "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"
+    for program in (FILE, installed()):
+        done = finish(world.spawn([sys.executable, str(program), "boot", path], encoding="utf-8"))
+        assert (done.returncode, done.stdout) == (0, expected), done
+
+
 def test_names_are_written_in_any_locale(mixed: World) -> None:
     name = "\u00fcberschrift"
     for locale in ("C", "POSIX", "C.UTF-8"):
@@ -7069,6 +7082,7 @@ v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYN
 v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
+v13: yes LONG_NAME=1 | head -c 40000 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
 v9: @want v8; echo ${A-unset} => unset
 v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
@@ -7477,6 +7491,19 @@ def test_a_service_that_speaks_without_end_costs_nothing(shared: World) -> None:
     used = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     assert sum(map(int, used)) / os.sysconf("SC_CLK_TCK") < 0.4 * (time.monotonic() - began)
     assert stopped(run).returncode == 143
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket"])
+def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, kind: str) -> None:
+    name = str(agent.directory / "it.svg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        {"fifo": os.mkfifo, "directory": os.mkdir, "socket": listener.bind}[kind](name)
+        scripts = startup(agent, {"a": ""})
+        calls = [["timeline", "--compare", name], ["boot", scripts, "-q", "--timeline", name], ["boot", name]]
+        calls += [["serve", option, name, "--socket-path", "other"] for option in ("--pid-file", "--log-file")]
+        for words in calls:
+            said = agent.run(*words).stderr
+            assert said.count(name) == 1 and len(said.splitlines()) <= 2 and "internal" not in said, (words, said)
 
 
 def test_a_signal_between_two_tries_ends_them(world: World) -> None:
@@ -8191,10 +8218,10 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world
     held_up = """
 import os, time
 time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
-def output(*args, was=coder_sync.Boot.output, **options):
+def read(*args, was=coder_sync.Streams.read, **options):
     os.path.exists("later") or open("stuck").read()
     was(*args, **options)
-coder_sync.Boot.output, coder_sync.PING_AFTER = output, 0.1
+coder_sync.Streams.read, coder_sync.PING_AFTER = read, 0.1
 """
     stuck = Gate(world, "stuck")
     agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
@@ -8265,14 +8292,22 @@ def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
     boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
 
 
-def test_a_temporary_directory_in_which_no_socket_can_be_is_the_reason_that_is_given(agent: World) -> None:
-    deep = agent.directory / ("d" * 100)
-    for why in ("no directory for its NOTIFY_SOCKET", "AF_UNIX path too long"):
-        agent.env["TMPDIR"] = str(deep)
-        told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
-        told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
-        assert told.count(f"cannot be probed: {why}") == 2
-        deep.mkdir(exist_ok=True)
+@pytest.mark.parametrize("tmpdir", ["no/such/directory", "d" * 100])
+def test_a_temporary_directory_of_no_use_keeps_nobody_from_variables_and_notify(world: World, tmpdir: str) -> None:
+    world.env["TMPDIR"] = str(world.directory / tmpdir)
+    with contextlib.suppress(OSError):
+        os.mkdir(world.env["TMPDIR"])
+    service = f"@ready notify\necho A=1 > $CODER_SYNC_ENV\n{sys.executable} -IS -c '{NOTIFY}' READY=1"
+    assert boots(world, {"a": service, "b": "@want a\necho $A"}) == "b | 1\n"
+
+
+def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variables(world: World) -> None:
+    nowhere = "def mkdir(*args): raise PermissionError(13, 'no')\ncoder_sync.os.mkdir = mkdir"
+    world.env["CODER_SYNC_ENV"] = "another-units"
+    boot = Boot(world, {"a": 'test -z "$CODER_SYNC_ENV"'}, patch="coder_sync.has_proc = bool\n" + nowhere)
+    boot.ends(0, "", "warning: $CODER_SYNC_ENV is empty: no directory for it can be written")
+    service = {"a": "@ready notify\nsleep 9"}
+    Boot(world, service, patch=nowhere).ends(1, "", "cannot be probed: no directory for its NOTIFY_SOCKET")
 
 
 def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
