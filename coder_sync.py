@@ -62,7 +62,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, Union
@@ -3769,7 +3769,7 @@ LONG = 30.0  # seconds after which `why` has a word about a unit that runs
 
 
 def wide(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width
@@ -3778,7 +3778,7 @@ def wide(text: str) -> int:
 
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
-    """The text in exactly `width` columns; what is too long loses its middle, since names differ at both ends."""
+    """Return the text in exactly `width` columns; a long one loses its middle, since names differ at both ends."""
     if wide(text) > width:
         head, tail = text[: len(text) // 2], text[len(text) // 2 :]
         while wide(head) + wide(tail) > width - len(dots):
@@ -3788,7 +3788,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 
 
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
-    """The text in lines of at most `width` columns."""
+    """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
@@ -3876,54 +3876,58 @@ def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
-class Bar:
-    """A unit, and when it was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
+PHASES = {  # of a unit: its sign, the same in ASCII; class ("": the status), top and height in SVG
+    "runs on as a service": ("\u2500-", "", 9, 3),
+    "waits": ("\u2591.", "w", 7, 6),
+    "waits for a lock": ("\u2592:", "l", 7, 6),
+    "runs": ("\u2588#", "", 4, 12),
+    "another try": ("\u2502|", "t", 2, 16),
+}  # where two meet in one place, the later one is drawn
+COLOURS = {  # of a status: on a terminal, and in a graph
+    NOT_REGISTERED: ("2", "#eeeeee"),
+    PENDING: ("2", "#ffffff"),
+    STARTED: ("36", "#b9d8f5"),
+    COMPLETED: ("32", "#bfe8c8"),
+    FAILED: ("31", "#f4b0b0"),
+    SKIPPED: ("33", "#f3e2a0"),
+}
 
-    What has not been comes with what follows it.
-    """
+
+class Bar:
+    """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
+        def known(time: float | None, otherwise: float) -> float:
+            return otherwise if time is None else time
+
         self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
-        self.ended = last if unit.ended is None else max(unit.started or 0.0, unit.ended)
-        self.started = self.ended if unit.started is None else unit.started
-        self.asked = self.started if unit.waiting is None else min(unit.waiting, self.started)
-        self.ready = self.started if unit.ready is None else min(max(unit.ready, self.asked), self.started)
-        self.exited = max(self.ended, last if unit.running_on else min(unit.exited or 0.0, last))
-        self.ran = self.ended - self.started if self.has_run else 0.0
+        self.ended = known(unit.ended, last)
+        self.started = known(unit.started, self.ended)
+        self.asked = known(unit.waiting, self.started)
+        self.ready = known(unit.ready, self.started)
+        self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-
-    def phases(self) -> list[tuple[str, float, float]]:
-        """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
-        found = [
-            ("waiting", self.asked, self.ready),
-            ("locked out", self.ready, self.started),
-            ("running", self.started, self.ended),
-            ("running on", self.ended, self.exited),
-        ]
-        if not self.has_run:  # then its wait is shown even if it took no time
-            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting is not None)]
-        return [p for p in found if p[2] > p[1] or p[0] == "running"]
+        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
+        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
+        self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
+        self.phases += [("another try", time, time) for time in unit.tries]
 
 
 class Startup:
-    """A graph, and what its pictures have in common."""
+    """A graph, and what its pictures have in common: the axis of time, the units in order, the critical path."""
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
-        signs = {name: min((t for t in times if t is not None), default=0.0) for name, times in moments.items()}
-        self.first = min(signs.values(), default=0.0)
-        self.last = max((t for times in moments.values() for t in times[1:] if t is not None), default=0.0)
+        self.first = min((u.registered or 0.0 for u in known), default=0.0)
+        moments = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         over = any(u.ended is not None for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
-        if known and not over:
-            self.last = max(self.last, graph.now)
+        self.last = max([self.first, *moments] if over or not known else [self.first, *moments, graph.now])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(
-            key=lambda u: (u.started is None, signs[u.unit_name] if u.started is None else u.started, u.unit_name)
-        )
-        self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
+        rows = [self.bars[u.unit_name] for u in known]
+        self.rows = sorted(rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered, b.name))
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -3972,12 +3976,15 @@ class Startup:
         return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
-def standing(unit: UnitStatus) -> str:
-    """The status in a word for pictures, which show what is on its way."""
+def standing(unit: UnitStatus, first: float | None = None) -> str:
+    """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
     if unit.status == PENDING:
         return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.status == COMPLETED and (unit.running_on or unit.exited is not None):
-        return "running on" if unit.running_on else "exited"
+    if unit.running_on:
+        return "running on"
+    if unit.exited is not None:
+        word = "exited" if unit.status == COMPLETED else "stopped" if unit.exit_reason == "stopped" else "died"
+        return word if first is None else f"{word} at {span(unit.exited - first)}"
     return "running" if unit.status == STARTED else unit.status
 
 
@@ -4002,28 +4009,17 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
     return [(t, exact.get(t, span(t)) if t else "0") for t in times]
 
 
-COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
-SHADES = {  # where two meet in one place, the later one is drawn
-    "running on": "\u2500-",
-    "waiting": "\u2591.",
-    "locked out": "\u2592:",
-    "running": "\u2588#",
-    "another try": "\u2502|",
-}
-MEANINGS = {"another try": "another try", "running on": "runs on as a service", "locked out": "waits for a lock"}
-
-
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
-    mark = {kind: both[not unicode] for kind, both in SHADES.items()}
-    dots = "\u2026" if unicode else "~"
-    startup = Startup(graph)
+    """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
+    signs = {words: both[not unicode] for words, (both, *_) in PHASES.items()}
+    startup, dots = Startup(graph), "\u2026" if unicode else "~"
     said = wrap(startup.summary(), width, dots)
     if not startup.rows:
         return "\n".join(said) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
     names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
-    cells = max(10, width - names - 22)
+    outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
+    cells = width - names - 12 - max(10, *map(len, outcomes))
     scale = cells / startup.length if startup.length > 0 else 0.0
     axis = " " * (names + 3)
     for tick, text in ticks(startup.length, cells // 10):
@@ -4031,21 +4027,20 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
         if at + len(text) <= cells:
             axis = axis.ljust(names + 3 + at) + text
     lines, drawn = [axis], set()
-    for bar, label in zip(startup.rows, labels):
+    for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
-        phases = [*bar.phases(), *(("another try", t, t) for t in bar.unit.tries if bar.has_run)]
-        for kind, since, upto in sorted(phases, key=lambda phase: list(SHADES).index(phase[0])):
-            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
+        for words, since, upto in bar.phases:
+            first = min(cells - 1, int((since - startup.first) * scale))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
-            row[first : first + size] = mark[kind] * size
+            row[first : first + size] = signs[words] * size
         drawn.update(row)
         name, text = fit(label, names, dots), "".join(row)
         if colour:
             name = f"\033[1m{name}\033[0m" if critical else name
-            text = f"\033[{COLOURS[bar.unit.status]}m{text}\033[0m"
-        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {standing(bar.unit)}")
-    legend = ", ".join(f"{mark[kind]} {meaning}" for kind, meaning in MEANINGS.items() if mark[kind] in drawn)
-    return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
+            text = f"\033[{COLOURS[bar.unit.status][0]}m{text}\033[0m"
+        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {outcome}")
+    legend = [f"{sign} {words}" for words, sign in signs.items() if sign in drawn and words not in ("waits", "runs")]
+    return "\n".join([*lines, "", *(wrap(", ".join(legend), width) if legend else []), *said]) + "\n"
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
@@ -4145,135 +4140,110 @@ def compare_text(before: Saved, now: Saved) -> str:
     return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
 
 
-def xml(text: str) -> str:
-    """Text for XML; what XML cannot hold is replaced."""
-    import re
-
-    text = re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{stroke:#fff;stroke-width:2}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
 .y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
 .c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
-.completed{fill:#4fb37a}.failed{fill:#e26060}.t{stroke:#16181d}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
+.completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
-LEGEND = (
-    ("waiting", PENDING, "waits"),
-    ("locked out", PENDING, MEANINGS["locked out"]),
-    ("waiting", SKIPPED, "skipped"),
-    ("running", STARTED, "runs"),
-    ("running", COMPLETED, "completed"),
-    ("running", FAILED, "failed"),
-    ("running", COMPLETED, MEANINGS["another try"]),
-    ("running on", COMPLETED, MEANINGS["running on"]),
-    ("running", COMPLETED + " k", "on the critical path"),
-)
+LEGEND = [(words, words, STARTED) for words in PHASES]  # what it says, and the phase and the status that are drawn
+LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in (COMPLETED, FAILED))]
+LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
 def hover_text(bar: Bar) -> str:
-    """What the picture says of a unit when it is pointed at."""
-    unit, locked_out = bar.unit, bar.started - bar.ready
-    reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
-    tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
-    lines = [
-        f"{bar.name}: {unit.status}{reason}",
-        f"waited {span(bar.started - bar.asked)}{last}",
-        f"of it {span(locked_out)} for a lock" if locked_out >= 0.001 else "",
-        f"ran {span(bar.ran)}{tries}" if bar.has_run else "",
-        "its process runs on" if unit.running_on else "",
-        ""
-        if unit.exited is None
-        else joined(f"its process ended {span(bar.exited - bar.ended)} later", unit.exit_reason),
-        f"depends on {names_of(list(unit.wants))}" if unit.wants else "",
-        f"locks: {names_of(unit.locks)}" if unit.locks else "",
-    ]
-    return joined(*lines, by="\n")
-
-
-def svg_text(x: float, y: float, content: str, more: str = ' class="m"') -> str:
-    """A text in the picture."""
-    return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
-
-
-def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
-    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path.
-
-    Or the row itself: then `words` are its class in STYLE.
-    """
-    if kind == "another try":
-        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
-    outcome = words.partition(" ")[0]
-    waits = (outcome if outcome == SKIPPED else "w", 7, 6)
-    shapes = {
-        "locked out": ("l", 7, 6),
-        "running": (words, 4, 12),
-        "running on": (outcome, 9, 3),
-        "row": (words, 0, 20),
+    """Return what the picture says of a unit when it is pointed at."""
+    u = bar.unit
+    lists: dict[str, list[str]] = {
+        "last for": [u.released_by],
+        "depends on": list(u.wants),
+        "locks:": u.locks,
+        "output:": [u.log],
     }
-    look, below, height = shapes.get(kind, waits)
-    return f'<rect class="{look}" x="{x:.1f}" y="{y + below:.0f}" width="{size:.1f}" height="{height}"/>'
+    lines = [f"{bar.name}: {described(u)}"]
+    phases = sorted(bar.phases, key=lambda phase: phase[1:])
+    lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
+    lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
+    return "\n".join(lines + [f"{words} {names_of(names)}" for words, names in lists.items() if any(names)])
 
 
 def timeline_svg(graph: Graph) -> str:
-    """The timeline as one self-contained picture."""
-    startup = Startup(graph)
-    rows, column, high, scale_width = startup.rows, 7.4, 20, 760.0
-    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in rows]
-    left = 16 + column * min(max((wide(bar.name) for bar in rows), default=0), 60)
-    right = left + scale_width + 70
+    """Draw the timeline as one self-contained picture."""
+    startup, body = Startup(graph), []
+    bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
+    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in bars]
+    left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
+    right = left + axis + 70
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-    scale = scale_width / startup.length if startup.length > 0 else 0.0
+    scale = axis / startup.length if startup.length > 0 else 0.0
 
-    def at(t: float) -> float:
-        return left + (t - startup.first) * scale
+    def at(time: float) -> float:
+        return left + (time - startup.first) * scale
+
+    def write(x: float, y: float, text: str, more: str = ' class="m"') -> None:
+        body.append(f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(text)}</text>')
+
+    def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
+        body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
+
+    def phase(words: str, status: str, x: float, y: float, size: float) -> None:
+        _, look, top, height = PHASES[words]
+        rectangle(status if (words, status) == ("waits", SKIPPED) else look or status, x, y + top, size, height)
 
     said = wrap(startup.summary(), int((width - 16) / column))
-    body = [svg_text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
+    for i, line in enumerate(said):
+        write(8, 20 + 18 * i, line, ' class="h"')
     top = 18 * len(said) + 44
-    foot = top + high * len(rows)
-    for tick, text in ticks(startup.length, 10) if rows else ():
+    foot = top + high * len(bars)
+    for tick, label in ticks(startup.length, 10) if bars else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(rows) > 30)]:
-            body.append(svg_text(x, y, text, ' class="m" text-anchor="middle"'))
-    tops = {bar.name: top + high * i for i, bar in enumerate(rows)}
-    for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
-        u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
+        for y in (top - 14, foot + 14)[: 1 + (len(bars) > 30)]:
+            write(x, y, label, ' class="m" text-anchor="middle"')
+    tops = {bar.name: top + high * i for i, bar in enumerate(bars)}
+    for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
+        status, y, critical = bar.unit.status, tops[bar.name], bar.name in startup.critical
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
-        body.append(svg_phase("row", "z" if i % 2 else "y", 0, y, width))
-        body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else ""))
-        for kind, since, upto in bar.phases():
-            size = max((upto - since) * scale, 2.0 if kind == "running" or not bar.has_run else 0.0)
+        rectangle("yz"[i % 2], 0, y, width, high)
+        write(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else "")
+        for words, since, upto in bar.phases:
+            always = words in ("runs", "another try") or not bar.has_run
+            size = max((upto - since) * scale, 2.0 if always else 0.0)
+            k = " k" if critical and words == "runs" else ""
             if size >= 0.5:
-                x = min(at(since), left + scale_width - size)
-                body.append(svg_phase(kind, u.status + " k" * critical, x, y, size))
-        body += [svg_phase("another try", "", at(t), y, 0) for t in u.tries if bar.has_run]
-        body.append(svg_text(right - 8, y + 14, bar.took, ' text-anchor="end"'))
-        body.append(svg_text(right, y + 14, outcome, f' class="{FAILED if u.status == FAILED else "m"}"') + "\n</g>")
+                phase(words, status + k, min(at(since), left + axis - size), y, size)
+        write(right - 8, y + 14, bar.took, ' text-anchor="end"')
+        write(right, y + 14, outcome, f' class="{FAILED if status == FAILED else "m"}"')
+        body.append("</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
         body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
-    x, y = 8.0, foot + 32 - 20 * (not rows)
-    for kind, status, meaning in LEGEND if rows else ():
+    x, y = 8.0, foot + 32 - high * (not bars)
+    for meaning, words, status in LEGEND if bars else ():
         if x + 30 + column * len(meaning) > width:
             x, y = 8.0, y + high
-        body += [svg_phase(kind, status, x, y, 24), svg_text(x + 30, y + 14, meaning)]
-        body += [svg_phase(meaning, "", x + 12, y, 0)] if meaning == "another try" else []
+        phase(words, status, x, y, 2 if words == "another try" else 24)
+        write(x + 30, y + 14, meaning)
         x += 30 + column * (len(meaning) + 2)
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
 
+def xml(text: str) -> str:
+    """Return text for XML, in which control characters have no place."""
+    from html import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+
+
 def timeline_as(form: str, graph: Graph) -> str:
-    """The timeline in one of its forms for files."""
-    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data}
-    made = forms.get(form, timeline_text)(graph)
-    return made if isinstance(made, str) else json_text(made)
+    """Return the timeline in one of its forms for files."""
+    if form == "json":
+        return json_text(timeline_data(graph))
+    return timeline_svg(graph) if form == "svg" else timeline_text(graph)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4326,41 +4296,41 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
 
 
 def graph_dot(graph: Graph) -> str:
-    """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    """Return the graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    import json
 
     def quote(text: str) -> str:
-        return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(text, ensure_ascii=False)
 
-    fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
     startup, bold = Startup(graph), ["color=orangered", "penwidth=3"]
-    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
+    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled];"]
     for u in graph.nodes:
-        words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
-        words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
+        words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(described(u))}"]
+        words += ["style=dashed"] if u.status == NOT_REGISTERED else []
         words += bold if u.unit_name in startup.critical else []
         lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
     for name, dependent, requirement, on_path in startup.edges:
-        words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
+        words = [] if requirement == SUCCESS else [f"label={requirement}"]
         words += bold if on_path else []
         lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
 def graph_mermaid(graph: Graph) -> str:
-    """The same for Mermaid; names become entity codes wherever they could mean something."""
+    """Return the graph for Mermaid; names become entity codes wherever they could mean something."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
     startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
-    fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
     lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
     for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
-    lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
+    for status, (_, colour) in COLOURS.items():
+        lines.append(f"  classDef {status.replace(' ', '_')} fill:{colour},color:#222")
     lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
     numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
     lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
@@ -4377,9 +4347,9 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
 # -- why ----------------------------------------------------------------------------------------------------
 def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
-    """What keeps each unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
+    """Return what keeps each unit from starting, or kept it, or made it skipped: the one place that says so of a graph.
 
-    Units, each in the words of a message: a dependency, or who has the lock that alone is missing.
+    That is, units, each in the words of a message: a dependency, or who has the lock that alone is missing.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
     found: dict[str, dict[str, str]] = {}
@@ -4396,68 +4366,73 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     return found
 
 
-def why_text(graph: Graph, name: str) -> str:
-    """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
+def inverted(onward: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Return the same edges, seen from their other end."""
+    back: dict[str, list[str]] = {}
+    for name, others in onward.items():
+        for other in others:
+            back.setdefault(other, []).append(name)
+    return back
+
+
+def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
+    """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
+
+    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    """
+    found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    asked = units.get(name) or UnitStatus(name, NOT_REGISTERED, True)
-    found = obstacles(graph)
-    those = [units.get(each, asked) for each in reached([name], found)]
-    lines = stories(8, [u for u in those if found.get(u.unit_name)], graph, found)
-    lines += stories(20, [u for u in those if not found.get(u.unit_name)], graph, found)
-    wanted = [u.unit_name for u in graph.nodes if name in u.wants and asked.status == NOT_REGISTERED]
-    return "\n".join(lines + ([f"It is wanted by {names_of(wanted)}."] if wanted else [])) + "\n"
+    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    held_up = inverted(stuck)  # by each unit, without others in between
+    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
+    wanted_by = inverted({name: u.wants for name, u in units.items()})
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
 
+    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
+        """Tell of the first of some units, and how many more there are."""
+        lines = []
+        for u in some[:most]:
+            line = story(u, graph.now, names_of(list(found.get(u.unit_name, {}).values())))
+            guess = ""
+            if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
+                behind = reached([u.unit_name], wanted_by)
+                line += f"; it is wanted by {names_of(wanted_by[u.unit_name])}" if behind[1:] else ""
+                guess = resembling(u.unit_name, known - set(behind))
+            lines.append(line + meant(guess, "."))
+        return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
 
-def why_all_text(graph: Graph) -> str:
-    """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
-    found = obstacles(graph)
-    stuck = {u.unit_name: u for u in graph.nodes if u.is_waiting or u.status == SKIPPED}
-    directly: dict[str, list[str]] = {}  # who is held up by a unit, without others in between
-    for name in stuck:
-        for cause in found[name]:
-            directly.setdefault(cause, []).append(name)
-    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
-    for u in graph.nodes:
-        name, runs = u.unit_name, elapsed(u.started, graph.now) if u.status == STARTED else 0.0
+    def is_cause(name: str) -> bool:
+        u = units[name]
+        if name in stuck:
+            return not stuck[name]
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
-        gave_up = standing(u) in ("gave up", FAILED, "exited")
-        if not found[name] if name in stuck else name in directly or gone or gave_up or runs >= LONG:
-            groups.setdefault(tuple(directly.get(name, ())), []).append(u)
-    parts: list[tuple[int, float, str]] = []
-    for above, roots in groups.items():
-        held = reached(above, directly)
-        roots.sort(key=lambda u: -u.age)
-        lines = stories(5 if held else 20, roots, graph, found)
+        runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
+        return name in held_up or gone or runs_long or standing(u) in ("gave up", FAILED, "exited")
+
+    asked = reached(names, found)
+    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
+    for name in (name for name in asked or units if (not found.get(name) if names else is_cause(name))):
+        groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
+    parts: list[tuple[list[str], list[UnitStatus]]] = []
+    for directly, causes in groups.items():
+        parts.append((reached(directly, held_up), sorted(causes, key=lambda u: -u.age)))
+    parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
+    texts = []
+    for held, causes in parts[:50]:
+        lines = stories(5 if held else 20, causes)
         for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (stuck[name].status == SKIPPED) == skipped]
+            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
             lines += [f"    {word}: {names_of(those)}"] if those else []
-        parts.append((-len(held), -roots[0].age, "\n".join(lines)))
-    parts.sort(key=lambda part: part[:2])
+        texts.append("\n".join(lines))
+    texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return ("\n\n".join(text for *_, text in parts) or nothing) + "\n"
+    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def elapsed(since: float | None, now: float | None) -> float:
-    """Return the seconds from one time to another, 0 if either has not been."""
-    return 0.0 if since is None or now is None else now - since
-
-
-def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
-    """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
-    lines = []
-    wanted_by: dict[str, list[str]] = {}
-    for n in graph.nodes:
-        for name in n.wants:
-            wanted_by.setdefault(name, []).append(n.unit_name)
-    for u in units[:most]:
-        guess = ""
-        if u.status == NOT_REGISTERED:
-            behind = set(reached([u.unit_name], wanted_by))  # what waits for it is not what was meant
-            known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
-            guess = resembling(u.unit_name, known)
-        what = names_of(list(found.get(u.unit_name, {}).values()))
-        lines.append(story(u, graph.now, what) + meant(guess, "."))
-    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
+def elapsed(since: float | None, until: float | None) -> float:
+    """Return the seconds between two times of a unit; 0 if one of them has not been."""
+    return 0.0 if since is None or until is None else max(0.0, until - since)
 
 
 def story(unit: UnitStatus, now: float, what: str) -> str:
@@ -6823,7 +6798,7 @@ def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
     graph = client_of(args).graph()
-    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
+    put(why_text(graph, names))
 
 
 @Command(
