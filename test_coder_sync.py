@@ -7102,8 +7102,8 @@ s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
 s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: file:up (no such file)
 s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: notify (it has not said READY=1)
 s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: tcp:1 (Connection refused)
-s6: @ready echo secret && echo secret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
-    => failed: not ready after 900ms: echo secret && echo secret >&2 && exit 7 (exit code 7)
+s6: @ready echo sec''ret && echo sec""ret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
+    => failed: not ready after 900ms: echo sec''ret && echo sec""ret >&2 && exit 7 (exit code 7)
 s7: @ready sleep 60; @ready-timeout 900ms; sleep 60
     => failed: not ready after 900ms: sleep 60 (its first try has not ended)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
