@@ -4893,7 +4893,7 @@ def exported(path: str) -> dict[str, str]:
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
-TO_BACKGROUND = ": if it goes to the background itself, keep it in the foreground, or call `wait --ready` in it"
+TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 
 
 class Task:

@@ -7096,8 +7096,8 @@ v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV 
 v11: printf '\303\251=1' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v12: printf 'A=%20000d' 0 | tr ' ' '"' > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 # a service that is never ready fails and ends
-s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0): if it goes to the background itself,
-    keep it in the foreground, or call `wait --ready` in it
+s1: @ready file:up; exit 0
+    => failed: ended before it was ready (exit code 0): keep it in the foreground, or call `wait --ready` in it
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
 s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: file:up (no such file)
 s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: notify (it has not said READY=1)
@@ -7125,8 +7125,7 @@ r1: @retry 3 100ms; echo n >> n; n=$(($(wc -l < n))); : > n$n; test $n = 3 && ex
 r2: @want r1; echo r2 => r2
 r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
 r4: @retry 1 10ms; @ready file:r4.up; test -e r4.n || { : > r4.n; exit; }; mkfifo r4.end; : > r4.up; cat r4.end
-    => try 2 of 2 after ended before it was ready (exit code 0): if it goes to the background itself,
-    keep it in the foreground, or call `wait --ready` in it
+    => try 2 of 2 after ended before it was ready (exit code 0): keep it in the foreground, or call `wait --ready` in it
 r5: @want r4; : > r4.end; echo r5 => r5
 # what has one lock runs one at a time, in whatever way each ends
 l1: @lock apt; mkdir held && sleep 0.02 && rmdir held =>
