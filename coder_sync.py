@@ -62,7 +62,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, Union
@@ -1522,6 +1522,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 posix.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
                 null()
+        if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
+            posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1631,6 +1633,17 @@ def command_of(pid: int) -> str:
 
 
 # -- descriptors --------------------------------------------------------------------------------------------
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+def open_file(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
+
+    Raises OSError.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+
+
 def open_files() -> int:
     """How many descriptors this process may have."""
     import resource
@@ -1660,50 +1673,48 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Loop:
-    """What a process waits for, in one thread: signals, the ends of its children, descriptors and a time.
+    """What a process waits for, in its main thread: signals, the ends of its children, descriptors and a time.
 
-    Signals are blocked here and in all threads that begin from now on, and taken in `turn` and nowhere else, until they
-    are given back. There is a poll, and a thread that takes signals for it, once there is a descriptor.
+    The interpreter's own handler writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls
+    with all else, so none is missed between two polls. Signals have no other effect until they are given back.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
         import _signal as signal
+        import select
 
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._poll: Any = None
-        self._leaving = False
-        # If SIGCHLD is ignored (a parent may have done so, and on macOS its default is as good as that) it never
-        # gets to us, and children leave no exit status. A handler changes that, even if it is never run.
-        self._of_children = signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*self.numbers, signal.SIGCHLD])
+        self._came, self._write = os.pipe()
+        os.set_blocking(self._came, False)
+        os.set_blocking(self._write, False)
+        self._poll = select.poll()
+        self._poll.register(self._came, select.POLLIN)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # A parent may have blocked some. If it ignored SIGCHLD, children would leave no exit status.
+        ours = [*self.numbers, signal.SIGCHLD]
+        self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
-    def turn(self, due: float = NEVER) -> list[tuple[int, bool]]:
-        """Wait until something happens, or until a time; handle it.
-
-        Returns the signals that came, and of each whether a process sent it, not the terminal, which sends those of its
-        keys to the whole foreground group, but the one of a hang-up to who leads the session (macOS: always so).
-        """
+    def turn(self, due: float = NEVER) -> list[int]:
+        """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        if due < NEVER and not hasattr(signal, "sigtimedwait"):
-            self._begin_to_poll()
-        if not self._poll:
-            return self._signals(self._take(due))
-        came: list[tuple[int, bool]] = []
+        came = b""
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
-            if fd == self._taken:
-                came = self._signals(os.read(fd, 4096))
+            if fd == self._came:
+                came = os.read(fd, 4096)
             elif fd in self._handlers:  # it may be gone since
                 self._handlers[fd]()
-        return came
+        if signal.SIGCHLD in came:
+            self._reap()
+        return [n for n in came if n in self.numbers]
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
         """Have something called whenever a descriptor can be read, or written to."""
         import select
 
-        self._begin_to_poll()
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
 
@@ -1720,70 +1731,48 @@ class Loop:
         1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
         """
         import _signal as signal
+        from _thread import get_ident
 
-        late = []
-        if self._poll:
-            self._leaving = True
-            os.kill(os.getpid(), signal.SIGCHLD)
-            self._thread.join()
-            late = [n for n in os.read(self._taken, 4096)[::2] if n != signal.SIGCHLD]
-            os.close(self._taken)
-            self._poll = None
-        pending = [n for n in self.numbers if n in signal.sigpending() and n not in self._mask]
-        late += [signal.sigwait(pending)] if pending else []
-        signal.signal(signal.SIGCHLD, self._of_children)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)
+        with open(self._came, "rb") as pipe:  # all that had come by then
+            late = [n for n in pipe.read() or b"" if n in self.numbers]
+        for number in filter(self._mask.__contains__, late):
+            signal.pthread_kill(get_ident(), number)
+        late = [n for n in late if n not in self._mask]
         if late:
             sys.exit(128 + late[0])
 
-    def _take(self, due: float) -> bytes:
-        """Take the next signal: its number, and 0 if it is of a key; empty if none comes until it is due."""
-        import _signal as signal
-
-        awaited = [*self.numbers, signal.SIGCHLD]
-        if not hasattr(signal, "sigwaitinfo"):
-            return bytes([signal.sigwait(awaited), True])
-        if due == NEVER:
-            got = signal.sigwaitinfo(awaited)
-        else:
-            got = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
-        if not got:
-            return b""
-        return bytes([got.si_signo, got.si_code <= 0 or got.si_signo == signal.SIGHUP])  # the kernel's are positive
-
-    def _signals(self, taken: bytes) -> list[tuple[int, bool]]:
-        """Take the ends of children if there are any, as process 1 must of every orphan; return the other signals."""
-        import _signal as signal
-
-        signals = list(zip(taken[::2], map(bool, taken[1::2])))
-        while any(number == signal.SIGCHLD for number, _ in signals):
+    def _reap(self) -> None:
+        """Take the ends of all children, as process 1 must of every orphan. Nobody else does: it would be lost here."""
+        while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                break
+                return
             if not pid:
-                break
+                return
             if pid in self.children:
                 self.children.pop(pid)(exit_code_of(status))
-        return [one for one in signals if one[0] != signal.SIGCHLD]
 
-    def _begin_to_poll(self) -> None:
-        import select
-        import threading
 
-        if self._poll:
-            return
-        self._taken, write = os.pipe()
+def sent_by_key(number: int) -> bool:
+    """Return whether a signal is a key's of our terminal, which sends it to the whole foreground group.
 
-        def take_signals() -> None:
-            while not self._leaving:
-                os.write(write, self._take(NEVER))
-            os.close(write)
+    No signal says who sent it, so it is taken for a key's whenever it may be one's.
+    """
+    import _signal as signal
 
-        self._thread = threading.Thread(target=take_signals, daemon=True)
-        self._thread.start()
-        self._poll = select.poll()
-        self._poll.register(self._taken, select.POLLIN)
+    if number not in (signal.SIGINT, signal.SIGQUIT):
+        return False
+    try:
+        with open("/dev/tty", "rb", 0) as tty:
+            return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
+    except OSError:  # there is no terminal
+        return False
 
 
 def end_on(*names: str) -> None:
@@ -1812,13 +1801,12 @@ def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
     return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
 
 
-def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
+def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
     """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
 
-    What the terminal sends (Ctrl-C) goes to the whole foreground group, so the command has it already; only what a
-    process sent to us is passed on. Raises CommandError if the command cannot be run.
+    What keys of the terminal send has reached the command already. Raises CommandError if it cannot be run.
     """
-    loop, codes = Loop(), []  # type: ignore[var-annotated]
+    loop, codes = loop or Loop(), []  # type: ignore[var-annotated]
     try:
         try:
             pid = spawn(command, env)
@@ -1826,8 +1814,8 @@ def supervise(command: list[str], env: dict[bytes, bytes]) -> int:
             raise cannot_run(command[0], error) from None
         loop.children[pid] = codes.append
         while not codes:
-            for number, sent in loop.turn():
-                if sent and not codes:
+            for number in loop.turn():
+                if not codes and not sent_by_key(number):
                     signal_to(pid, number)
     finally:
         loop.give_back()
@@ -3986,7 +3974,7 @@ def serve(
             log = Log(level if log_file or not background else -1, log_file)
             at_end.callback(log.close)
             if pid_file:
-                with open(pid_file, "w", encoding="ascii") as file:
+                with open(open_file(pid_file, WRITE), "w", encoding="ascii") as file:
                     if os.path.isfile(pid_file):  # and no device
                         at_end.callback(remove, pid_file, os.fstat(file.fileno()))
                     file.write(f"{os.getpid()}\n")
@@ -4011,13 +3999,13 @@ def serve(
             if body:
                 return body(agent, server, accepting.start)
             if command or not loop:
-                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path)))
+                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path), loop))
             came = loop.turn()
             while not came:
                 came = loop.turn()
             from signal import Signals
 
-            log.say(f"stopping: got {Signals(came[0][0]).name}")
+            log.say(f"stopping: got {Signals(came[0]).name}")
             return 0
         finally:
             if not body:
@@ -4052,7 +4040,7 @@ LONG = 30.0  # seconds after which `why` has a word about a unit that runs
 
 
 def wide(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width
@@ -4061,7 +4049,7 @@ def wide(text: str) -> int:
 
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
-    """The text in exactly `width` columns; what is too long loses its middle, since names differ at both ends."""
+    """Return the text in exactly `width` columns; a long one loses its middle, since names differ at both ends."""
     if wide(text) > width:
         head, tail = text[: len(text) // 2], text[len(text) // 2 :]
         while wide(head) + wide(tail) > width - len(dots):
@@ -4071,7 +4059,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 
 
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
-    """The text in lines of at most `width` columns."""
+    """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
@@ -4159,54 +4147,58 @@ def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
-class Bar:
-    """A unit, and when it was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
+PHASES = {  # of a unit: its sign, the same in ASCII; class ("": the status), top and height in SVG
+    "runs on as a service": ("\u2500-", "", 9, 3),
+    "waits": ("\u2591.", "w", 7, 6),
+    "waits for a lock": ("\u2592:", "l", 7, 6),
+    "runs": ("\u2588#", "", 4, 12),
+    "another try": ("\u2502|", "t", 2, 16),
+}  # where two meet in one place, the later one is drawn
+COLOURS = {  # of a status: on a terminal, and in a graph
+    NOT_REGISTERED: ("2", "#eeeeee"),
+    PENDING: ("2", "#ffffff"),
+    STARTED: ("36", "#b9d8f5"),
+    COMPLETED: ("32", "#bfe8c8"),
+    FAILED: ("31", "#f4b0b0"),
+    SKIPPED: ("33", "#f3e2a0"),
+}
 
-    What has not been comes with what follows it.
-    """
+
+class Bar:
+    """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
+        def known(time: float | None, otherwise: float) -> float:
+            return otherwise if time is None else time
+
         self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
-        self.ended = last if unit.ended is None else max(unit.started or 0.0, unit.ended)
-        self.started = self.ended if unit.started is None else unit.started
-        self.asked = self.started if unit.waiting is None else min(unit.waiting, self.started)
-        self.ready = self.started if unit.ready is None else min(max(unit.ready, self.asked), self.started)
-        self.exited = max(self.ended, last if unit.running_on else min(unit.exited or 0.0, last))
-        self.ran = self.ended - self.started if self.has_run else 0.0
+        self.ended = known(unit.ended, last)
+        self.started = known(unit.started, self.ended)
+        self.asked = known(unit.waiting, self.started)
+        self.ready = known(unit.ready, self.started)
+        self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-
-    def phases(self) -> list[tuple[str, float, float]]:
-        """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
-        found = [
-            ("waiting", self.asked, self.ready),
-            ("locked out", self.ready, self.started),
-            ("running", self.started, self.ended),
-            ("running on", self.ended, self.exited),
-        ]
-        if not self.has_run:  # then its wait is shown even if it took no time
-            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting is not None)]
-        return [p for p in found if p[2] > p[1] or p[0] == "running"]
+        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
+        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
+        self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
+        self.phases += [("another try", time, time) for time in unit.tries]
 
 
 class Startup:
-    """A graph, and what its pictures have in common."""
+    """A graph, and what its pictures have in common: the axis of time, the units in order, the critical path."""
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
-        signs = {name: min((t for t in times if t is not None), default=0.0) for name, times in moments.items()}
-        self.first = min(signs.values(), default=0.0)
-        self.last = max((t for times in moments.values() for t in times[1:] if t is not None), default=0.0)
+        self.first = min((u.registered or 0.0 for u in known), default=0.0)
+        moments = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         over = any(u.ended is not None for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
-        if known and not over:
-            self.last = max(self.last, graph.now)
+        self.last = max([self.first, *moments] if over or not known else [self.first, *moments, graph.now])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(
-            key=lambda u: (u.started is None, signs[u.unit_name] if u.started is None else u.started, u.unit_name)
-        )
-        self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
+        rows = [self.bars[u.unit_name] for u in known]
+        self.rows = sorted(rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered, b.name))
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4255,12 +4247,15 @@ class Startup:
         return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
-def standing(unit: UnitStatus) -> str:
-    """The status in a word for pictures, which show what is on its way."""
+def standing(unit: UnitStatus, first: float | None = None) -> str:
+    """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
     if unit.status == PENDING:
         return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.status == COMPLETED and (unit.running_on or unit.exited is not None):
-        return "running on" if unit.running_on else "exited"
+    if unit.running_on:
+        return "running on"
+    if unit.exited is not None:
+        word = "exited" if unit.status == COMPLETED else "stopped" if unit.exit_reason == "stopped" else "died"
+        return word if first is None else f"{word} at {span(unit.exited - first)}"
     return "running" if unit.status == STARTED else unit.status
 
 
@@ -4285,28 +4280,17 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
     return [(t, exact.get(t, span(t)) if t else "0") for t in times]
 
 
-COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
-SHADES = {  # where two meet in one place, the later one is drawn
-    "running on": "\u2500-",
-    "waiting": "\u2591.",
-    "locked out": "\u2592:",
-    "running": "\u2588#",
-    "another try": "\u2502|",
-}
-MEANINGS = {"another try": "another try", "running on": "runs on as a service", "locked out": "waits for a lock"}
-
-
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
-    mark = {kind: both[not unicode] for kind, both in SHADES.items()}
-    dots = "\u2026" if unicode else "~"
-    startup = Startup(graph)
+    """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
+    signs = {words: both[not unicode] for words, (both, *_) in PHASES.items()}
+    startup, dots = Startup(graph), "\u2026" if unicode else "~"
     said = wrap(startup.summary(), width, dots)
     if not startup.rows:
         return "\n".join(said) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
     names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
-    cells = max(10, width - names - 22)
+    outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
+    cells = width - names - 12 - max(10, *map(len, outcomes))
     scale = cells / startup.length if startup.length > 0 else 0.0
     axis = " " * (names + 3)
     for tick, text in ticks(startup.length, cells // 10):
@@ -4314,21 +4298,20 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
         if at + len(text) <= cells:
             axis = axis.ljust(names + 3 + at) + text
     lines, drawn = [axis], set()
-    for bar, label in zip(startup.rows, labels):
+    for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
-        phases = [*bar.phases(), *(("another try", t, t) for t in bar.unit.tries if bar.has_run)]
-        for kind, since, upto in sorted(phases, key=lambda phase: list(SHADES).index(phase[0])):
-            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
+        for words, since, upto in bar.phases:
+            first = min(cells - 1, int((since - startup.first) * scale))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
-            row[first : first + size] = mark[kind] * size
+            row[first : first + size] = signs[words] * size
         drawn.update(row)
         name, text = fit(label, names, dots), "".join(row)
         if colour:
             name = f"\033[1m{name}\033[0m" if critical else name
-            text = f"\033[{COLOURS[bar.unit.status]}m{text}\033[0m"
-        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {standing(bar.unit)}")
-    legend = ", ".join(f"{mark[kind]} {meaning}" for kind, meaning in MEANINGS.items() if mark[kind] in drawn)
-    return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
+            text = f"\033[{COLOURS[bar.unit.status][0]}m{text}\033[0m"
+        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {outcome}")
+    legend = [f"{sign} {words}" for words, sign in signs.items() if sign in drawn and words not in ("waits", "runs")]
+    return "\n".join([*lines, "", *(wrap(", ".join(legend), width) if legend else []), *said]) + "\n"
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
@@ -4428,135 +4411,110 @@ def compare_text(before: Saved, now: Saved) -> str:
     return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
 
 
-def xml(text: str) -> str:
-    """Text for XML; what XML cannot hold is replaced."""
-    import re
-
-    text = re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{stroke:#fff;stroke-width:2}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
 .y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
 .c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
-.completed{fill:#4fb37a}.failed{fill:#e26060}.t{stroke:#16181d}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
+.completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
-LEGEND = (
-    ("waiting", PENDING, "waits"),
-    ("locked out", PENDING, MEANINGS["locked out"]),
-    ("waiting", SKIPPED, "skipped"),
-    ("running", STARTED, "runs"),
-    ("running", COMPLETED, "completed"),
-    ("running", FAILED, "failed"),
-    ("running", COMPLETED, MEANINGS["another try"]),
-    ("running on", COMPLETED, MEANINGS["running on"]),
-    ("running", COMPLETED + " k", "on the critical path"),
-)
+LEGEND = [(words, words, STARTED) for words in PHASES]  # what it says, and the phase and the status that are drawn
+LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in (COMPLETED, FAILED))]
+LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
 def hover_text(bar: Bar) -> str:
-    """What the picture says of a unit when it is pointed at."""
-    unit, locked_out = bar.unit, bar.started - bar.ready
-    reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
-    tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
-    lines = [
-        f"{bar.name}: {unit.status}{reason}",
-        f"waited {span(bar.started - bar.asked)}{last}",
-        f"of it {span(locked_out)} for a lock" if locked_out >= 0.001 else "",
-        f"ran {span(bar.ran)}{tries}" if bar.has_run else "",
-        "its process runs on" if unit.running_on else "",
-        ""
-        if unit.exited is None
-        else joined(f"its process ended {span(bar.exited - bar.ended)} later", unit.exit_reason),
-        f"depends on {names_of(list(unit.wants))}" if unit.wants else "",
-        f"locks: {names_of(unit.locks)}" if unit.locks else "",
-    ]
-    return joined(*lines, by="\n")
-
-
-def svg_text(x: float, y: float, content: str, more: str = ' class="m"') -> str:
-    """A text in the picture."""
-    return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
-
-
-def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
-    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path.
-
-    Or the row itself: then `words` are its class in STYLE.
-    """
-    if kind == "another try":
-        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
-    outcome = words.partition(" ")[0]
-    waits = (outcome if outcome == SKIPPED else "w", 7, 6)
-    shapes = {
-        "locked out": ("l", 7, 6),
-        "running": (words, 4, 12),
-        "running on": (outcome, 9, 3),
-        "row": (words, 0, 20),
+    """Return what the picture says of a unit when it is pointed at."""
+    u = bar.unit
+    lists: dict[str, list[str]] = {
+        "last for": [u.released_by],
+        "depends on": list(u.wants),
+        "locks:": u.locks,
+        "output:": [u.log],
     }
-    look, below, height = shapes.get(kind, waits)
-    return f'<rect class="{look}" x="{x:.1f}" y="{y + below:.0f}" width="{size:.1f}" height="{height}"/>'
+    lines = [f"{bar.name}: {described(u)}"]
+    phases = sorted(bar.phases, key=lambda phase: phase[1:])
+    lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
+    lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
+    return "\n".join(lines + [f"{words} {names_of(names)}" for words, names in lists.items() if any(names)])
 
 
 def timeline_svg(graph: Graph) -> str:
-    """The timeline as one self-contained picture."""
-    startup = Startup(graph)
-    rows, column, high, scale_width = startup.rows, 7.4, 20, 760.0
-    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in rows]
-    left = 16 + column * min(max((wide(bar.name) for bar in rows), default=0), 60)
-    right = left + scale_width + 70
+    """Draw the timeline as one self-contained picture."""
+    startup, body = Startup(graph), []
+    bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
+    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in bars]
+    left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
+    right = left + axis + 70
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-    scale = scale_width / startup.length if startup.length > 0 else 0.0
+    scale = axis / startup.length if startup.length > 0 else 0.0
 
-    def at(t: float) -> float:
-        return left + (t - startup.first) * scale
+    def at(time: float) -> float:
+        return left + (time - startup.first) * scale
+
+    def write(x: float, y: float, text: str, more: str = ' class="m"') -> None:
+        body.append(f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(text)}</text>')
+
+    def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
+        body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
+
+    def phase(words: str, status: str, x: float, y: float, size: float) -> None:
+        _, look, top, height = PHASES[words]
+        rectangle(status if (words, status) == ("waits", SKIPPED) else look or status, x, y + top, size, height)
 
     said = wrap(startup.summary(), int((width - 16) / column))
-    body = [svg_text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
+    for i, line in enumerate(said):
+        write(8, 20 + 18 * i, line, ' class="h"')
     top = 18 * len(said) + 44
-    foot = top + high * len(rows)
-    for tick, text in ticks(startup.length, 10) if rows else ():
+    foot = top + high * len(bars)
+    for tick, label in ticks(startup.length, 10) if bars else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(rows) > 30)]:
-            body.append(svg_text(x, y, text, ' class="m" text-anchor="middle"'))
-    tops = {bar.name: top + high * i for i, bar in enumerate(rows)}
-    for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
-        u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
+        for y in (top - 14, foot + 14)[: 1 + (len(bars) > 30)]:
+            write(x, y, label, ' class="m" text-anchor="middle"')
+    tops = {bar.name: top + high * i for i, bar in enumerate(bars)}
+    for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
+        status, y, critical = bar.unit.status, tops[bar.name], bar.name in startup.critical
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
-        body.append(svg_phase("row", "z" if i % 2 else "y", 0, y, width))
-        body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else ""))
-        for kind, since, upto in bar.phases():
-            size = max((upto - since) * scale, 2.0 if kind == "running" or not bar.has_run else 0.0)
+        rectangle("yz"[i % 2], 0, y, width, high)
+        write(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else "")
+        for words, since, upto in bar.phases:
+            always = words in ("runs", "another try") or not bar.has_run
+            size = max((upto - since) * scale, 2.0 if always else 0.0)
+            k = " k" if critical and words == "runs" else ""
             if size >= 0.5:
-                x = min(at(since), left + scale_width - size)
-                body.append(svg_phase(kind, u.status + " k" * critical, x, y, size))
-        body += [svg_phase("another try", "", at(t), y, 0) for t in u.tries if bar.has_run]
-        body.append(svg_text(right - 8, y + 14, bar.took, ' text-anchor="end"'))
-        body.append(svg_text(right, y + 14, outcome, f' class="{FAILED if u.status == FAILED else "m"}"') + "\n</g>")
+                phase(words, status + k, min(at(since), left + axis - size), y, size)
+        write(right - 8, y + 14, bar.took, ' text-anchor="end"')
+        write(right, y + 14, outcome, f' class="{FAILED if status == FAILED else "m"}"')
+        body.append("</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
         body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
-    x, y = 8.0, foot + 32 - 20 * (not rows)
-    for kind, status, meaning in LEGEND if rows else ():
+    x, y = 8.0, foot + 32 - high * (not bars)
+    for meaning, words, status in LEGEND if bars else ():
         if x + 30 + column * len(meaning) > width:
             x, y = 8.0, y + high
-        body += [svg_phase(kind, status, x, y, 24), svg_text(x + 30, y + 14, meaning)]
-        body += [svg_phase(meaning, "", x + 12, y, 0)] if meaning == "another try" else []
+        phase(words, status, x, y, 2 if words == "another try" else 24)
+        write(x + 30, y + 14, meaning)
         x += 30 + column * (len(meaning) + 2)
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
 
+def xml(text: str) -> str:
+    """Return text for XML, in which control characters have no place."""
+    from html import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+
+
 def timeline_as(form: str, graph: Graph) -> str:
-    """The timeline in one of its forms for files."""
-    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data}
-    made = forms.get(form, timeline_text)(graph)
-    return made if isinstance(made, str) else json_text(made)
+    """Return the timeline in one of its forms for files."""
+    if form == "json":
+        return json_text(timeline_data(graph))
+    return timeline_svg(graph) if form == "svg" else timeline_text(graph)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4609,41 +4567,41 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
 
 
 def graph_dot(graph: Graph) -> str:
-    """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    """Return the graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    import json
 
     def quote(text: str) -> str:
-        return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(text, ensure_ascii=False)
 
-    fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
     startup, bold = Startup(graph), ["color=orangered", "penwidth=3"]
-    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
+    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled];"]
     for u in graph.nodes:
-        words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
-        words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
+        words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(described(u))}"]
+        words += ["style=dashed"] if u.status == NOT_REGISTERED else []
         words += bold if u.unit_name in startup.critical else []
         lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
     for name, dependent, requirement, on_path in startup.edges:
-        words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
+        words = [] if requirement == SUCCESS else [f"label={requirement}"]
         words += bold if on_path else []
         lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
 def graph_mermaid(graph: Graph) -> str:
-    """The same for Mermaid; names become entity codes wherever they could mean something."""
+    """Return the graph for Mermaid; names become entity codes wherever they could mean something."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
     startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
-    fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
     lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
     for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
-    lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
+    for status, (_, colour) in COLOURS.items():
+        lines.append(f"  classDef {status.replace(' ', '_')} fill:{colour},color:#222")
     lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
     numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
     lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
@@ -4660,9 +4618,9 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
 # -- why ----------------------------------------------------------------------------------------------------
 def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
-    """What keeps each unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
+    """Return what keeps each unit from starting, or kept it, or made it skipped: the one place that says so of a graph.
 
-    Units, each in the words of a message: a dependency, or who has the lock that alone is missing.
+    That is, units, each in the words of a message: a dependency, or who has the lock that alone is missing.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
     found: dict[str, dict[str, str]] = {}
@@ -4679,68 +4637,73 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     return found
 
 
-def why_text(graph: Graph, name: str) -> str:
-    """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
+def inverted(onward: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Return the same edges, seen from their other end."""
+    back: dict[str, list[str]] = {}
+    for name, others in onward.items():
+        for other in others:
+            back.setdefault(other, []).append(name)
+    return back
+
+
+def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
+    """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
+
+    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    """
+    found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    asked = units.get(name) or UnitStatus(name, NOT_REGISTERED, True)
-    found = obstacles(graph)
-    those = [units.get(each, asked) for each in reached([name], found)]
-    lines = stories(8, [u for u in those if found.get(u.unit_name)], graph, found)
-    lines += stories(20, [u for u in those if not found.get(u.unit_name)], graph, found)
-    wanted = [u.unit_name for u in graph.nodes if name in u.wants and asked.status == NOT_REGISTERED]
-    return "\n".join(lines + ([f"It is wanted by {names_of(wanted)}."] if wanted else [])) + "\n"
+    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    held_up = inverted(stuck)  # by each unit, without others in between
+    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
+    wanted_by = inverted({name: u.wants for name, u in units.items()})
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
 
+    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
+        """Tell of the first of some units, and how many more there are."""
+        lines = []
+        for u in some[:most]:
+            line = story(u, graph.now, names_of(list(found.get(u.unit_name, {}).values())))
+            guess = ""
+            if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
+                behind = reached([u.unit_name], wanted_by)
+                line += f"; it is wanted by {names_of(wanted_by[u.unit_name])}" if behind[1:] else ""
+                guess = resembling(u.unit_name, known - set(behind))
+            lines.append(line + meant(guess, "."))
+        return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
 
-def why_all_text(graph: Graph) -> str:
-    """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
-    found = obstacles(graph)
-    stuck = {u.unit_name: u for u in graph.nodes if u.is_waiting or u.status == SKIPPED}
-    directly: dict[str, list[str]] = {}  # who is held up by a unit, without others in between
-    for name in stuck:
-        for cause in found[name]:
-            directly.setdefault(cause, []).append(name)
-    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
-    for u in graph.nodes:
-        name, runs = u.unit_name, elapsed(u.started, graph.now) if u.status == STARTED else 0.0
+    def is_cause(name: str) -> bool:
+        u = units[name]
+        if name in stuck:
+            return not stuck[name]
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
-        gave_up = standing(u) in ("gave up", FAILED, "exited")
-        if not found[name] if name in stuck else name in directly or gone or gave_up or runs >= LONG:
-            groups.setdefault(tuple(directly.get(name, ())), []).append(u)
-    parts: list[tuple[int, float, str]] = []
-    for above, roots in groups.items():
-        held = reached(above, directly)
-        roots.sort(key=lambda u: -u.age)
-        lines = stories(5 if held else 20, roots, graph, found)
+        runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
+        return name in held_up or gone or runs_long or standing(u) in ("gave up", FAILED, "exited")
+
+    asked = reached(names, found)
+    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
+    for name in (name for name in asked or units if (not found.get(name) if names else is_cause(name))):
+        groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
+    parts: list[tuple[list[str], list[UnitStatus]]] = []
+    for directly, causes in groups.items():
+        parts.append((reached(directly, held_up), sorted(causes, key=lambda u: -u.age)))
+    parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
+    texts = []
+    for held, causes in parts[:50]:
+        lines = stories(5 if held else 20, causes)
         for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (stuck[name].status == SKIPPED) == skipped]
+            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
             lines += [f"    {word}: {names_of(those)}"] if those else []
-        parts.append((-len(held), -roots[0].age, "\n".join(lines)))
-    parts.sort(key=lambda part: part[:2])
+        texts.append("\n".join(lines))
+    texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return ("\n\n".join(text for *_, text in parts) or nothing) + "\n"
+    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def elapsed(since: float | None, now: float | None) -> float:
-    """Return the seconds from one time to another, 0 if either has not been."""
-    return 0.0 if since is None or now is None else now - since
-
-
-def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
-    """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
-    lines = []
-    wanted_by: dict[str, list[str]] = {}
-    for n in graph.nodes:
-        for name in n.wants:
-            wanted_by.setdefault(name, []).append(n.unit_name)
-    for u in units[:most]:
-        guess = ""
-        if u.status == NOT_REGISTERED:
-            behind = set(reached([u.unit_name], wanted_by))  # what waits for it is not what was meant
-            known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
-            guess = resembling(u.unit_name, known)
-        what = names_of(list(found.get(u.unit_name, {}).values()))
-        lines.append(story(u, graph.now, what) + meant(guess, "."))
-    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
+def elapsed(since: float | None, until: float | None) -> float:
+    """Return the seconds between two times of a unit; 0 if one of them has not been."""
+    return 0.0 if since is None or until is None else max(0.0, until - since)
 
 
 def story(unit: UnitStatus, now: float, what: str) -> str:
@@ -5006,31 +4969,35 @@ class Notified:
 
 # -- what a command leaves to others ----------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
-def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+def private_file() -> str:
+    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
 
-    Unlike one in a directory it is gone when we are, however we end.
+    It stays open: later on, the path would be that of another file.
     """
     if hasattr(os, "memfd_create") and has_proc():
         try:
-            file = os.memfd_create("coder-sync")
-            return file, f"/proc/{os.getpid()}/fd/{file}"
+            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
         except OSError:
             pass
-    return -1, ""
+    return ""
 
 
 def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
-    try:
-        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o711)
-        os.chmod(path, 0o711)  # whatever our umask
-    except OSError:
-        return ""
-    return path
+    for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
+        path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
+        if len(os.fsencode(path)) > 80:  # no socket could be in it
+            continue
+        try:
+            os.mkdir(path)
+            os.chmod(path, 0o711)
+        except OSError:
+            continue
+        return path
+    return ""
 
 
 def private_path(directory: str) -> str:
@@ -5038,29 +5005,39 @@ def private_path(directory: str) -> str:
     return directory and os.path.join(directory, os.urandom(8).hex())
 
 
+def clear(path: str) -> None:
+    """Empty a file in a private directory, or without a name."""
+    remove(path)
+    try:
+        os.truncate(path, 0)
+    except OSError:
+        pass
+
+
 def remove_directory(path: str) -> None:
     """Remove a private directory with all that a command may have left in it, if it is still there."""
-    for directory, _, files in os.walk(path, topdown=False):
-        try:
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
-        except OSError:
-            pass
+    try:
+        os.rmdir(path)
+    except OSError:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     if not path:
         return {}
+    too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
-        with open(fd, "rb") as file:
+        with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    if len(data) > MAX_ENV:
+        raise too_large
     values: dict[str, str] = {}
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
         name, found, value = line.partition("=")
@@ -5073,8 +5050,8 @@ def exported(path: str) -> dict[str, str]:
         except UnicodeEncodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
         values[name] = value
-    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
-        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    if len(encode(values)) > MAX_ENV:
+        raise too_large
     return values
 
 
@@ -5154,9 +5131,9 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            added["CODER_SYNC_ENV"] = self.left
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.tries:
+            clear(self.left)
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
@@ -5334,9 +5311,11 @@ class Run(Task):
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
         self.quiet, self.report_at = args.quiet, NEVER
-        self.file, self.left = private_file()
+        self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
         self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
+        if not self.left:
+            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5347,8 +5326,8 @@ class Run(Task):
                     due = self.keep_time(time.monotonic())
                     if not self.running and self.again_at == NEVER:
                         break
-                    for number, sent in self.loop.turn(due):
-                        self.signalled(number, sent)
+                    for number in self.loop.turn(due):
+                        self.signalled(number)
             finally:
                 self.loop.give_back()
             while self.asked:  # signals have their effect again, should the agent not answer
@@ -5357,21 +5336,15 @@ class Run(Task):
         finally:
             remove_directory(self.directory)
 
-    def signalled(self, number: int, sent: bool) -> None:
-        """Pass a signal on: the terminal's have reached the command already. Nothing is tried again after one."""
+    def signalled(self, number: int) -> None:
+        """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
         self.stopped = True
-        if self.running and sent:
-            self.signal(number)
+        if self.running:
+            if not sent_by_key(number):
+                self.signal(number)
         elif self.again_at < NEVER:
             self.fail(f"stopped between two tries; {self.reason}")
             sys.exit(128 + number)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.file >= 0:
-            os.ftruncate(self.file, 0)
-        else:
-            remove(self.left)
-        return super().spawn(env)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
@@ -5719,8 +5692,8 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         return
     for path in files:
         try:
-            with open(path, "rb") as f:
-                text = f.read(65536)
+            with open(open_file(path), "rb") as f:
+                text = f.read(65536) or b""
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
@@ -5798,36 +5771,27 @@ class Job(Task):
 
     def __init__(self, script: Script, boot: Boot) -> None:
         limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
-        super().__init__(boot.events, script.unit, [script.path], script.ready, *limits)
+        super().__init__(boot.loop, script.unit, [script.path], script.ready, *limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit)
         self.signalled = False  # by `stop`
         self.outcome = ""  # the unit's, as the agent has it
         self.died = False  # its process, badly, after its unit had completed
-        self.out = -1  # read end of its output
-        self.log, self.log_path = -1, ""  # its file in --log-dir
-        self.rest = b""  # a line that has not ended yet
-        self.last: list[str] = []
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
         return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        self.boot.close_output(self)  # of the try before
-        if self.tries:
-            remove(self.left)
-        read, write = os.pipe()
+        write = self.boot.streams.open(self.stream)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
-            pid = spawn(self.command, env, file_actions=streams, setpgroup=0)
+            return spawn(self.command, env, file_actions=streams, setpgroup=0)
         except OSError:
-            os.close(read)
+            self.boot.streams.close(self.stream)
             raise
         finally:
             os.close(write)
-        os.set_blocking(read, False)
-        self.out = read
-        return pid
 
     def not_begun(self, error: Exception) -> None:
         if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
@@ -5837,24 +5801,34 @@ class Job(Task):
             self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
 
     def begun(self, detail: str) -> None:
-        self.boot.begun(self)
-        log = os.fsencode(self.log_path).decode(errors="replace")
+        self.boot.active[self.unit] = self
+        self.boot.streams.log(self.stream, more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
         self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
         super().begun(detail)
         if detail:
-            self.boot.take(self, f"{detail}\n".encode())
+            self.boot.streams.take(self.stream, f"{detail}\n".encode())
 
     def report(self, method: str, **params: Any) -> None:
-        self.boot.ask(method, self, **params)
-        if self.boot.lost:
+        def answered(message: Object) -> None:
+            try:
+                result_of(message)
+            except SyncError as error:
+                if method == "fail" and self.outcome != FAILED:
+                    self.exited()
+                elif method == "complete" and not self.outcome:
+                    self.fail(str(error))
+
+        self.boot.link.ask(method, answered, unit=self.unit, **params)
+        if self.boot.link.lost:
             self.boot.settle(self)
 
     def process_ended(self, code: int) -> None:
-        self.boot.output(self, last=True)
+        self.boot.streams.drain(self.stream)
         super().process_ended(code)
         if self.pid:
-            self.boot.look_at = 0.0
+            self.boot.look_now()
             if self.reported != "complete":
                 self.end("")  # what a failure leaves behind ends with it
         if self.boot.stopping:
@@ -5883,9 +5857,8 @@ class Output:
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
-        self.tty = os.isatty(1) and not quiet
         self._live = False  # whether the live line stands there
-        self.live_at = 0.0 if self.tty else NEVER  # when it is drawn again
+        self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
@@ -5900,6 +5873,20 @@ class Output:
         """Print a line of ours on standard error."""
         self.clear()
         self.pending[2] += encoded(text + "\n", 2)
+
+    def turn(self, loop: Loop, due: float) -> list[int]:
+        """Take a turn of a loop, in which what can be printed is."""
+        waiting = [fd for fd, data in self.pending.items() if data]
+        for fd in waiting:
+            loop.watch(self.fds[fd], self.writer(fd), for_writing=True)
+        try:
+            return loop.turn(due)
+        finally:
+            loop.forget(*(self.fds[fd] for fd in waiting))
+
+    def writer(self, fd: int) -> Callable[[], None]:
+        """Return what passes on what is to be printed."""
+        return lambda: self.write(fd)
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
@@ -5933,71 +5920,265 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
+class Stream:
+    """What one unit prints."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.fd = -1  # read end of the pipe
+        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.rest = b""  # a line that has not ended yet
+        self.last: list[str] = []  # lines
+
+
+class Streams:
+    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
+
+    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
+        self.log_dir = log_dir  # empty: no logs, or no more
+        self.by_fd: dict[int, Stream] = {}  # those that are read
+        self._loop, self._out, self._paused = loop, out, False
+
+    def make_logs(self, streams: Iterable[Stream]) -> None:
+        """Make the directory, if there is to be one, and choose a file for each unit."""
+        if not self.log_dir:
+            return
+        taken = set()
+        for stream in streams:
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
+        try:
+            os.makedirs(self.log_dir, exist_ok=True)
+        except OSError as error:
+            self._no_log(error)
+
+    def open(self, stream: Stream) -> int:
+        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+        self.close(stream)
+        stream.fd, write = os.pipe()
+        os.set_blocking(stream.fd, False)
+        self.by_fd[stream.fd] = stream
+        self._read_or_not(stream)
+        return write
+
+    def log(self, stream: Stream, more: bool) -> None:
+        """Open a unit's file; a further try adds to it."""
+        if not self.log_dir:
+            return
+        try:
+            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+        except OSError as error:
+            self._no_log(error)
+
+    def _no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self._out.say(f"warning: no more logs in {self.log_dir}: {error.strerror}")
+        self.log_dir = ""
+        for stream in self.by_fd.values():
+            if stream.log >= 0:
+                os.close(stream.log)
+                stream.log = -1
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing while our own output is not taken."""
+        if paused != self._paused:
+            self._paused = paused
+            for stream in self.by_fd.values():
+                self._read_or_not(stream)
+
+    def _read_or_not(self, stream: Stream) -> None:
+        if self._paused:
+            self._loop.forget(stream.fd)
+        else:
+            self._loop.watch(stream.fd, lambda: self.read(stream))
+
+    def drain(self, stream: Stream) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(stream, chunks=64)
+        if stream.rest:
+            self.take(stream, b"", last=True)
+
+    def read(self, stream: Stream, chunks: int = 1) -> None:
+        """Take what a script has printed."""
+        for _ in range(chunks):
+            try:
+                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+            except BlockingIOError:
+                return
+            if not chunk:
+                self.close(stream)
+                return
+            self.take(stream, chunk)
+
+    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        if stream.log >= 0:
+            try:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(stream.log, view) :]
+            except OSError as error:
+                self._no_log(error)
+        *ended, rest = (stream.rest + chunk).split(b"\n")
+        lines = [piece for line in ended for piece in pieces(line)]
+        *more, stream.rest = pieces(rest)
+        lines += more
+        if last and stream.rest:
+            lines.append(stream.rest)
+            stream.rest = b""
+        if self._out.quiet:
+            lines = lines[-LAST_LINES:]
+        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self._out.lines(stream.unit, texts)
+
+    def close(self, stream: Stream) -> None:
+        """Read no more of it."""
+        if stream.fd >= 0:
+            if stream.rest:
+                self.take(stream, b"", last=True)
+            del self.by_fd[stream.fd]
+            self._loop.forget(stream.fd)
+            os.close(stream.fd)
+            stream.fd = -1
+        if stream.log >= 0:
+            os.close(stream.log)
+            stream.log = -1
+
+
+class Link:
+    """The connection to the agent: requests and what takes their answers, news of units, and whether the agent lives.
+
+    `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
+    """
+
+    def __init__(self, loop: Loop, news: Callable[[Object], None], gone: Callable[[Unreachable], None]) -> None:
+        self._loop, self._news, self._gone = loop, news, gone
+        self._channel: Channel | None = None  # while there is an agent
+        self.opened = False
+        self.lost = ""  # why there is no agent any more
+        self._asked: dict[int, Callable[[Object], object]] = {}
+        self._heard, self._pinged = 0.0, False  # when it last said something; whether it was asked to since
+
+    def open(self, channel: Channel) -> None:
+        """Begin to talk to an agent."""
+        self._channel, self.opened, self.lost = channel, True, ""
+        self._asked, self._heard, self._pinged = {}, time.monotonic(), False
+        self._loop.watch(channel.fileno(), self.take)
+
+    def close(self) -> None:
+        """Talk no more."""
+        if self._channel:
+            self._loop.forget(self._channel.fileno())
+            self._channel = None
+
+    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; `answered` gets the message with its result or error. Without an agent nothing happens."""
+        if self._channel:
+            try:
+                self._asked[self._channel.request(method, **params)] = answered
+            except Unreachable as error:
+                self._lose(error)
+
+    def take(self) -> None:
+        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
+        try:
+            while self._channel and (message := self._channel.receive(0)) is not None:
+                self._heard, self._pinged = time.monotonic(), False
+                if message.get("method") == "unit":
+                    self._news(expect(dict, message.get("params")))
+                elif message.get("id") in self._asked:
+                    self._asked.pop(message["id"])(message)
+        except Unreachable as error:
+            self._lose(error)
+
+    def keep_time(self, now: float, patience: float) -> float:
+        """Handle what has come; ask a silent agent whether it lives, and take it for gone if it does not answer.
+
+        `patience` is how many seconds it may take to answer. Returns when to look again.
+        """
+        if self._channel and self._channel.more():
+            self.take()
+        if self._channel and now >= self._heard + PING_AFTER and not self._pinged:
+            self._pinged, self._heard = True, now
+            self.ask("ping")
+        elif self._channel and self._pinged and now >= self._heard + patience:
+            path = self._channel.path
+            self.take()  # it may be we who slept
+            if self._pinged:
+                self._lose(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
+        return self._heard + (patience if self._pinged else PING_AFTER) if self._channel else NEVER
+
+    def _lose(self, error: Unreachable) -> None:
+        if self._channel:
+            self.close()
+            self.lost = str(error)
+            self._gone(error)
+
+
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
     def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.options, self.events = options, loop
+        self.options, self.loop = options, loop
+        self.out = Output([script.unit for script in scripts], options.quiet)
+        self.streams = Streams(loop, self.out, options.log_dir)
+        self.link = Link(loop, self.changed, self.agent_gone)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
-        self.by_fd: dict[int, Job] = {}  # its output
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.look_at = NEVER  # when to look which of them have gone
-        self.out = Output(self.jobs, options.quiet)
-        self.paused = self.log_trouble = False
-        self.channel: Channel | None = None
         self.claimed = False
-        self.heard = self.began = time.monotonic()
-        self.pinged = False
+        self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
         self.stopping = 0  # the signal that ends everything
-        self.lost = ""  # why there is no agent any more
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel, claimed: Callable[[], None] = lambda: None) -> int:
-        """Boot against an agent; return the exit status. Calls `claimed` when it has let us.
+    def run(self, channel: Channel, when_claimed: Callable[[], None] = lambda: None) -> int:
+        """Boot against an agent; return the exit status. Calls `when_claimed` when it has let us.
 
         Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
-        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
-        self.channel, self.when_claimed = channel, claimed
+        self.when_claimed = when_claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
             job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
-        self.events.watch(channel.fileno(), self.answers)
+        if not self.directory:
+            self.out.say(f"warning: {NO_DIRECTORY}")
+        self.link.open(channel)
         try:
-            if self.options.log_dir:
-                self.make_log_dir()
+            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.loop(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and self.said())
             code = self.finish()
             if self.options.stay and not self.signal:
                 notify("READY=1")
                 if not self.options.quiet:
                     self.out.say("boot: staying until a signal")
                 self.report_at = NEVER
-                self.loop(lambda: bool(self.signal or self.lost))
+                self.until(lambda: bool(self.signal or self.link.lost))
                 code = 128 + self.signal if self.signal else 3
             self.out.flush()
-            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal:
+            if any(self.jobs[s.unit].outcome == COMPLETED for s in self.streams.by_fd.values()) and not self.signal:
                 self.relay()
             return code
         finally:
             self.out.flush()
-            self.events.forget(channel.fileno(), *self.by_fd)
+            self.link.close()
+            self.loop.forget(*self.streams.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
 
-    # -- the loop -----------------------------------------------------------------------------------------
-
-    def loop(self, over: Callable[[], bool]) -> None:
+    def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
         while True:
-            if self.channel and self.channel.more():
-                self.answers()
             now = time.monotonic()
             due = self.keep_time(now)
             if over() and not any(job.ending() for job in self.active.values()):
@@ -6009,46 +6190,23 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.pause(len(self.out.pending[1]) >= FULL)
-            for fd in filter(self.out.pending.get, self.out.pending):
-                self.events.watch(self.out.fds[fd], self.writer(fd), for_writing=True)
-            for number, _ in self.events.turn(due):
+            self.streams.pause(len(self.out.pending[1]) >= FULL)
+            for number in self.out.turn(self.loop, due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
-            self.events.forget(*self.out.fds.values())
-
-    def writer(self, fd: int) -> Callable[[], None]:
-        """What passes on what is to be printed."""
-        return lambda: self.out.write(fd)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
-    def pause(self, full: bool) -> None:
-        """Read no output while our own is not taken."""
-        if full != self.paused:
-            self.paused = full
-            for job in self.by_fd.values():
-                self.read(job)
-
-    def read(self, job: Job) -> None:
-        """Read a job's output whenever there is some, unless our own is not taken."""
-        if self.paused:
-            self.events.forget(job.out)
-        else:
-            self.events.watch(job.out, lambda: self.output(job))
-
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
-        due = min(now + 60, self.report_at)
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            self.ask("graph")
-            if self.lost:
-                self.out.say(self.progress(Graph(0.0, [])))
-        if not self.lost:
-            due = min(due, self.watch_agent(now))
+            self.link.ask("graph", self.told_graph)
+            if self.link.lost:
+                self.say_progress(Graph(0.0, []))
+        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
         if now >= self.look_at:
             self.forget_groups()
         for job in list(self.active.values()):
@@ -6057,20 +6215,7 @@ class Boot:
                 del self.active[job.unit]
         return min(due, self.look_at)
 
-    def watch_agent(self, now: float) -> float:
-        """Ask an agent that is silent whether it lives, and take its silence for an end; return when to look again."""
-        patience = min(STOPPED_TIMEOUT if self.signal else NEVER, REPLY_TIMEOUT)
-        if now >= self.heard + PING_AFTER and not self.pinged:
-            self.pinged, self.heard = True, now
-            self.ask("ping")
-        elif self.pinged and now >= self.heard + patience:
-            self.answers()  # it may be we who slept
-            if self.pinged and not self.lost:
-                path = self.channel.path if self.channel else ""
-                self.gone(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
-        return self.heard + (patience if self.pinged else PING_AFTER)
-
-    # -- the agent ----------------------------------------------------------------------------------------
+    # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
@@ -6084,58 +6229,19 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.ask("boot", units=rows, jobs=jobs, more=True)
+                self.link.ask("boot", result_of, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.ask("boot", units=rows, jobs=jobs, more=False)
+        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False)
 
-    def ask(self, method: str, job: Job | None = None, **params: Any) -> None:
-        """Send a request; `answer` gets what comes back."""
-        if self.channel and not self.lost:
-            if job:
-                params["unit"] = job.unit
-            try:
-                self.asked[self.channel.request(method, **params)] = (method, job)
-            except Unreachable as error:
-                self.gone(error)
+    def let(self, answer: Object) -> None:
+        """Take the answer to our claim. Raises what the agent says against it."""
+        result_of(answer)
+        self.claimed = True
+        self.when_claimed()
 
-    def answers(self) -> None:
-        """Handle what the agent says."""
-        try:
-            message = self.channel.receive(0) if self.channel and not self.lost else None
-            while message is not None and self.channel:
-                self.heard, self.pinged = time.monotonic(), False
-                if message.get("id") in self.asked:
-                    self.answer(message, *self.asked.pop(message["id"]))
-                elif message.get("method") == "unit":
-                    self.changed(expect(dict, message.get("params")))
-                message = self.channel.receive(0)
-        except Unreachable as error:
-            self.gone(error)
-
-    def answer(self, message: dict[str, Any], method: str, job: Job | None) -> None:
-        """Handle the answer to a request. Raises what the agent says of our claim."""
-        try:
-            result = result_of(message)
-        except SyncError as error:
-            if method == "boot":
-                raise
-            if method == "fail" and job and job.outcome != FAILED:
-                job.exited()
-            elif method == "complete" and job and not job.outcome:
-                job.fail(str(error))
-            return
-        if method == "boot":
-            self.claimed = expect(dict, result).get("units") == len(self.jobs)  # else more are to come
-            if self.claimed:
-                self.when_claimed()
-        elif method == "graph" and not self.unfinished:
-            self.graph = record(Graph, result)
-        elif method == "graph":
-            self.out.say(self.progress(record(Graph, result)))
-
-    def changed(self, news: dict[str, Any]) -> None:
+    def changed(self, news: Object) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
         job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
         if job is None or job.outcome:
@@ -6146,17 +6252,14 @@ class Boot:
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 
-    def gone(self, error: Unreachable) -> None:
+    def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
         if not self.claimed:
             raise error
-        if self.channel and not self.lost:
-            self.lost = str(error)
-            self.events.forget(self.channel.fileno())
-            self.out.say(f"error: {error}")
-            for job in self.jobs.values():
-                job.stopped = True
-                self.settle(job)
+        self.out.say(f"error: {error}")
+        for job in self.jobs.values():
+            job.stopped = True
+            self.settle(job)
 
     def settle(self, job: Job) -> None:
         """Without the agent, a unit's outcome is what it was, or was to be, told."""
@@ -6176,29 +6279,26 @@ class Boot:
         self.unfinished -= 1
         if status == COMPLETED and job.running:
             job.running_on = True
-            self.ask("running", job)
+            self.link.ask("running", unit=job.unit)
         elif job.running:  # it says so itself, or somebody else: it may tidy up
             job.stop_at = time.monotonic() + self.options.grace
         if status != COMPLETED:
             self.another("failed")
-
-    # -- processes ----------------------------------------------------------------------------------------
-
-    def begun(self, job: Job) -> None:
-        """A try of a script has begun: read its output."""
-        self.active[job.unit] = self.by_fd[job.out] = job
-        self.read(job)
-        if self.options.log_dir and not self.log_trouble:
-            self.open_log(job)
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
         if self.options.fail_fast and not self.stopping:
             self.stop(15, f"stopped: another unit {what}")
 
+    # -- ends ---------------------------------------------------------------------------------------------
+
     def groups(self) -> list[Job]:
         """Those whose process group may have members."""
         return [job for job in self.active.values() if job.pid]
+
+    def look_now(self) -> None:
+        """Look in the next turn which process groups have gone."""
+        self.look_at = 0.0
 
     def forget_groups(self) -> None:
         """Forget process groups that are gone, before their numbers are those of others."""
@@ -6213,8 +6313,6 @@ class Boot:
         self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
         if self.stopping:
             self.signal_in_order()
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, number: int, why: str) -> None:
         """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
@@ -6245,89 +6343,6 @@ class Boot:
                 job.signalled = True
                 job.signal(self.stopping)
 
-    # -- output -------------------------------------------------------------------------------------------
-
-    def output(self, job: Job, last: bool = False) -> None:
-        """Take what a script has printed; when it has ended, all that is in the pipe, which is bounded."""
-        for _ in range(64 if last else 1):
-            try:
-                chunk = os.read(job.out, 65536) if job.out >= 0 else b""
-            except BlockingIOError:
-                break
-            if not chunk:
-                self.close_output(job)
-                last = True
-                break
-            self.take(job, chunk)
-        if last and job.rest:
-            self.take(job, b"", last=True)
-
-    def take(self, job: Job, chunk: bytes, last: bool = False) -> None:
-        """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if job.log >= 0:
-            try:
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(job.log, view) :]
-            except OSError as error:
-                self.no_log(error)
-        *ended, rest = (job.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, job.rest = pieces(rest)
-        lines += more
-        if last and job.rest:
-            lines.append(job.rest)
-            job.rest = b""
-        if self.out.quiet:
-            lines = lines[-LAST_LINES:]
-        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self.out.lines(job.unit, texts)
-
-    def close_output(self, job: Job) -> None:
-        if job.out >= 0:
-            del self.by_fd[job.out]
-            self.events.forget(job.out)
-            os.close(job.out)
-            job.out = -1
-        if job.log >= 0:
-            os.close(job.log)
-            job.log = -1
-
-    def make_log_dir(self) -> None:
-        """Make the directory, and choose a file for each unit."""
-        taken = set()
-        for unit, job in self.jobs.items():
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            job.log_path = os.path.abspath(os.path.join(self.options.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.options.log_dir, exist_ok=True)
-        except OSError as error:
-            self.no_log(error)
-
-    def open_log(self, job: Job) -> None:
-        """Open a unit's file; a further try adds to it."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # were it a fifo, nobody might ever read
-        flags |= os.O_APPEND if job.tries > 1 else os.O_TRUNC
-        try:
-            job.log = os.open(job.log_path, flags, 0o644)
-        except OSError as error:
-            self.no_log(error)
-
-    def no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if not self.log_trouble:
-            self.out.say(f"warning: no more logs in {self.options.log_dir}: {error.strerror}")
-        self.log_trouble = True
-        for job in self.jobs.values():
-            job.log_path = ""
-            if job.log >= 0:
-                os.close(job.log)
-                job.log = -1
-
     def relay(self) -> None:
         """Have a child of ours print what services go on printing, until they end."""
         import _signal as signal
@@ -6342,16 +6357,18 @@ class Boot:
                 os.dup2(self.null, fd)
             self.out.fds[1] = 1  # it may block here; the other one is closed now
             # What else we have open, its peers wait for the end of: the agent's clients, say.
-            close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
+            signal.set_wakeup_fd(-1)
+            for number in self.loop.numbers:
+                signal.signal(number, signal.SIG_DFL)
             ready = select.poll()
-            for fd in self.by_fd:
+            for fd in self.streams.by_fd:
                 ready.register(fd, select.POLLIN)
-            while self.by_fd:
+            while self.streams.by_fd:
                 for fd, _ in ready.poll():
-                    self.output(self.by_fd[fd])
+                    self.streams.read(self.streams.by_fd[fd])
                     self.out.write(1, patience=1e6)
-                    if fd not in self.by_fd:
+                    if fd not in self.streams.by_fd:
                         ready.unregister(fd)
         finally:  # and never into the parent's ways out
             os._exit(0)
@@ -6368,8 +6385,16 @@ class Boot:
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
-    def progress(self, graph: Graph) -> str:
-        """What runs and what waits, and for what."""
+    def told_graph(self, answer: Object) -> None:
+        """Take the answer to a question about all units: for a report on the way, or the one at the end."""
+        graph = record(Graph, result_of(answer))
+        if self.unfinished:
+            self.say_progress(graph)
+        else:
+            self.graph = graph
+
+    def say_progress(self, graph: Graph) -> None:
+        """Say what runs and what waits, and for what."""
         rows = {row.unit_name: row for row in graph.nodes}
 
         def whom(name: str) -> str:
@@ -6389,16 +6414,16 @@ class Boot:
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {names_of(running)}" if running else ""
-        return text + (f"; waiting: {names_of(waiting)}" if waiting else "")
+        self.out.say(text + (f"; waiting: {names_of(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.close_output(job)
-        lost = self.lost
-        self.ask("graph")
-        self.loop(lambda: bool(self.graph or self.lost))
+                self.streams.close(job.stream)
+        lost = self.link.lost
+        self.link.ask("graph", self.told_graph)
+        self.until(lambda: bool(self.graph or self.link.lost))
         self.out.clear()
         self.out.flush()
         self.forget_groups()
@@ -6407,7 +6432,7 @@ class Boot:
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
             self.out.say(self.summary(self.graph).rstrip("\n"))
-            self.loop(self.said)
+            self.until(self.said)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
@@ -6419,7 +6444,7 @@ class Boot:
             if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
                 how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
                 text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
-                text += "".join(f"    | {line}\n" for line in job.last)
+                text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
                 text += f"skipped: {job.unit}: {job.reason}\n"
@@ -6738,7 +6763,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 
     def write(graph: Graph) -> None:
         try:
-            with open(path, "w", encoding="utf-8") as f:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
                 f.write(timeline_as(form, graph))
         except OSError as error:
             put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
@@ -6823,7 +6848,7 @@ def boot_at(path: str, boot: Boot) -> int:
             try:
                 return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
             except Refused:  # another agent was faster, or is about to go
-                if boot.channel or time.monotonic() >= deadline:
+                if boot.link.opened or time.monotonic() >= deadline:
                     raise
         else:
             with channel:
@@ -6832,7 +6857,7 @@ def boot_at(path: str, boot: Boot) -> int:
                 except Unreachable:  # it was about to end
                     if boot.claimed or boot.signal or time.monotonic() >= deadline:
                         raise
-                    boot.channel = None
+                    boot.link.opened = False
         time.sleep(0.02)
 
 
@@ -6934,7 +6959,7 @@ def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
     graph = client_of(args).graph()
-    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
+    put(why_text(graph, names))
 
 
 @Command(
@@ -6949,7 +6974,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
+            with open(open_file(args.compare), "rb") as f:
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
                 before = read_timeline(f.read(), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None

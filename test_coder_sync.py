@@ -3910,6 +3910,31 @@ def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[st
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
 
 
+def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: World, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-IS", str(FILE), *words, "--", *PYTHON, CATCH], shared.env)
+    seen = b""
+
+    def shows(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(master, 4096)
+
+    shows(b"ready")
+    for key, number in ((b"\x03", 2), (b"\x1c", 3)):
+        os.write(master, key)
+        shows(b"got %d" % number)
+        os.kill(pid, signal.SIGUSR1)
+        shows(b"got 10")
+        assert seen.count(b"got %d" % number) == 1
+        seen = b""
+    os.kill(pid, signal.SIGTERM)
+    shows(b"got 15")
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 9
+    os.close(master)
+
+
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
     agent = world.serve()
     runs = [(number, *held(world, number.name)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
@@ -4871,6 +4896,19 @@ def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str)
     world.client.ping(wait=PATIENCE)
     served(world)
     assert stopped(agent).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("localedef"), reason="no localedef")
+def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(world: World) -> None:
+    name = "de_DE.ISO-8859-1"
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", world.directory / name], check=False)
+    world.env.update(LOCPATH=str(world.directory), LC_ALL=name)
+    sets = "echo A=\u00e4\u20ac >> $CODER_SYNC_ENV; echo $CODER_SYNC_UNIT"
+    path = startup(world, {"10-\u00e9.sh": f"@lock \u00fc\n{sets}", "x": "@want \u00e9\necho $A; $SYNC env x"})
+    expected = "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"
+    for program in (FILE, installed()):
+        done = finish(world.spawn([sys.executable, str(program), "boot", path], encoding="utf-8"))
+        assert (done.returncode, done.stdout) == (0, expected), done
 
 
 def test_names_are_written_in_any_locale(mixed: World) -> None:
@@ -6165,7 +6203,7 @@ def elements(parent: ElementTree.Element) -> str:
 
 def first_words(graph: Graph, names: str) -> str:
     """The first sentence of `why` on some units."""
-    return "".join(coder_sync.why_text(graph, name).partition("\n")[0] + "\n" for name in names.split(", "))
+    return "".join(coder_sync.why_text(graph, [name]).partition("\n")[0] + "\n" for name in names.split(", "))
 
 
 def blamed(graph: Graph) -> str:
@@ -6189,8 +6227,8 @@ VIEWS: dict[str, Callable[..., str]] = {
     "svg": lambda graph: elements(svg_of(graph)) + "\n",
     "whom others waited for": blamed,
     "why each": first_words,
-    "why": coder_sync.why_text,
-    "why all": coder_sync.why_all_text,
+    "why": lambda graph, *names: coder_sync.why_text(graph, names),
+    "why all": coder_sync.why_text,
     "list": lambda graph, columns="": coder_sync.list_text(graph.nodes, columns),
     "status": lambda graph, name: coder_sync.status_text(next(u for u in graph.nodes if u.unit_name == name)),
 }
@@ -6212,19 +6250,19 @@ TEXTS = """
 30s in all (1 failed, 2 skipped, 2 still running, 3 not
 started); critical path: base 10s -> web 20s (100% of it)
 ? timeline: services: 74
-            0           45s         1m30s       2m15s
-* apt-base  ███████████                                     40s completed
-  clone     ██│███│████                                     40s completed
-  db        █████──────────────────────────────────────     20s running on
-  gate      █                                              1.0s completed
-  proxy     ███───────────────────                         9.0s exited
-* apt-tools ▒▒▒▒▒▒▒▒▒▒██████                                20s completed
-* tools     ░░░░░░░░░░░░░░░░████████│██                     40s completed
-  again     ░░░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒████████│█████        50s completed
-* ide       ░░░░░░░░░░░░░░░░░░░░░░░░░░█████████████████   1m00s running
-  shell       ░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
+            0             1m00s         2m00s
+* apt-base  ██████████                                 40s completed
+  clone     ██│██│████                                 40s completed
+  db        █████─────────────────────────────────     20s running on
+  gate      █                                         1.0s completed
+  proxy     ██─────────────────                       9.0s exited at 1m20s
+* apt-tools ▒▒▒▒▒▒▒▒▒█████                             20s completed
+* tools     ░░░░░░░░░░░░░░███████│██                   40s completed
+  again     ░░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒███████│█████       50s completed
+* ide       ░░░░░░░░░░░░░░░░░░░░░░░███████████████   1m00s running
+  shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
-│ another try, ─ runs on as a service, ▒ waits for a lock
+─ runs on as a service, ▒ waits for a lock, │ another try
 2m40s in all (1 still running, 1 not started); critical path: apt-base 40s
 -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
 ? timeline: late: 50
@@ -6244,8 +6282,8 @@ no units yet
 ? summary: by way of what was skipped
 1m01s in all (1 failed, 1 skipped); critical path: base 1m00s -> report 1.0s (100% of it)
 ? summary: a long path
-2m25s in all; critical path: ... -> u35 10s -> ... -> u30 20s -> ... -> u25 10s -> ... -> u22 20s -> ... -> u20 \
-10s -> ... -> u15 10s -> ... -> u11 20s -> u10 10s -> ... -> u5 10s -> ... -> u0 10s (100% of it)
+2m25s in all; critical path: ... -> u35 10s -> ... -> u30 20s -> ... -> u25 10s -> ... -> u22 20s -> ... -> u20 10s \
+-> ... -> u15 10s -> ... -> u11 20s -> u10 10s -> ... -> u5 10s -> ... -> u0 10s (100% of it)
 ? summary: none has run
 500ms in all (1 failed, 1 skipped)
 ? summary: not over
@@ -6329,20 +6367,20 @@ idle (pending)
 └── web (see above)
 ? dot: edges
 digraph startup {
-  rankdir=LR; node [shape=box, style=filled, fillcolor=white];
-  "<a>" [style=filled, fillcolor=palegreen, tooltip="completed", color=orangered, penwidth=3];
-  "b" [style=filled, fillcolor=palegreen, tooltip="completed", color=orangered, penwidth=3];
-  "c" [style=filled, fillcolor=salmon, tooltip="failed: say \\"&\\""];
-  "d" [style=filled, fillcolor=khaki, tooltip="skipped: c"];
-  "e" [style=filled, fillcolor=palegreen, tooltip="completed: exit code 1"];
-  "f" [style=filled, fillcolor=lightblue, tooltip="started", color=orangered, penwidth=3];
-  "g" [style=filled, fillcolor=palegreen, tooltip="completed"];
-  "h" [style=filled, fillcolor=white, tooltip="pending"];
-  "<a>" -> "b" [label="completion", color=orangered, penwidth=3];
+  rankdir=LR; node [shape=box, style=filled];
+  "<a>" [fillcolor="#bfe8c8", tooltip="completed", color=orangered, penwidth=3];
+  "b" [fillcolor="#bfe8c8", tooltip="completed", color=orangered, penwidth=3];
+  "c" [fillcolor="#f4b0b0", tooltip="failed: say \\"&\\""];
+  "d" [fillcolor="#f3e2a0", tooltip="skipped: c"];
+  "e" [fillcolor="#bfe8c8", tooltip="completed: exit code 1"];
+  "f" [fillcolor="#b9d8f5", tooltip="started", color=orangered, penwidth=3];
+  "g" [fillcolor="#bfe8c8", tooltip="completed"];
+  "h" [fillcolor="#ffffff", tooltip="pending"];
+  "<a>" -> "b" [label=completion, color=orangered, penwidth=3];
   "c" -> "b";
   "c" -> "d";
-  "d" -> "e" [label="start"];
-  "b" -> "f" [label="start", color=orangered, penwidth=3];
+  "d" -> "e" [label=start];
+  "b" -> "f" [label=start, color=orangered, penwidth=3];
   "g" -> "h";
 }
 ? mermaid: edges
@@ -6361,11 +6399,12 @@ flowchart LR
   u3 -->|start| u4
   u1 -->|start| u5
   u6 --> u7
+  classDef not_registered fill:#eeeeee,color:#222
+  classDef pending fill:#ffffff,color:#222
+  classDef started fill:#b9d8f5,color:#222
   classDef completed fill:#bfe8c8,color:#222
   classDef failed fill:#f4b0b0,color:#222
   classDef skipped fill:#f3e2a0,color:#222
-  classDef started fill:#b9d8f5,color:#222
-  classDef not_registered fill:#eee,color:#222
   style u0 stroke:#d2641e,stroke-width:3px
   style u1 stroke:#d2641e,stroke-width:3px
   style u5 stroke:#d2641e,stroke-width:3px
@@ -6374,33 +6413,33 @@ flowchart LR
 h 8.0,20 10s in all (1 failed, 1 skipped, 1 still running, 1 not started); critical path: <a> 3.0s -> b 5.0s -> f \
 1.0s (90% of it); g M38.2 54V222; m 38.2,48 0; g M114.2 54V222; m 114.2,48 1s; g M190.2 54V222; m 190.2,48 2s; g \
 M266.2 54V222; m 266.2,48 3s; g M342.2 54V222; m 342.2,48 4s; g M418.2 54V222; m 418.2,48 5s; g M494.2 54V222; m \
-494.2,48 6s; g M570.2 54V222; m 570.2,48 7s; g M646.2 54V222; m 646.2,48 8s; g M722.2 54V222; m 722.2,48 9s; g \
-M798.2 54V222; m 798.2,48 10s
-<a>: completed / waited 0ms / ran 3.0s in 3 tries / locks: l
-    y 0.0,62 1016.8x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t M190.2 66v12; t M304.2 66v12;  860.2,76 \
+494.2,48 6s; g M570.2 54V222; m 570.2,48 7s; g M646.2 54V222; m 646.2,48 8s; g M722.2 54V222; m 722.2,48 9s; g M798.2 \
+54V222; m 798.2,48 10s
+<a>: completed / runs 3.0s / in 3 tries / locks: l
+    y 0.0,62 1016.8x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t 190.2,64 2.0x16; t 304.2,64 2.0x16;  860.2,76 \
 3.0s; m 868.2,76 completed
-c: failed (say "&") / waited 1ms / ran 0ms
+c: failed: say "&" / waits 1ms / runs 0ms
     z 0.0,82 1016.8x20;  8.0,96 c; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: say "&"
-g: completed / waited 0ms / ran 2.0s / its process runs on
-    y 0.0,102 1016.8x20;  8.0,116 g; completed 266.2,106 152.0x12; completed 418.2,111 380.0x3;  860.2,116 2.0s; m \
+g: completed / runs 2.0s / runs on as a service 5.0s
+    y 0.0,102 1016.8x20;  8.0,116 g; completed 418.2,111 380.0x3; completed 266.2,106 152.0x12;  860.2,116 2.0s; m \
 868.2,116 running on
-e: completed / waited 1ms / ran 1ms / its process ended 5.0s later: exit code 1 / depends on d
-    z 0.0,122 1016.8x20;  8.0,136 e; completed 266.3,126 2.0x12; completed 266.4,131 379.8x3;  860.2,136 1ms; m \
+e: completed: exit code 1 / waits 1ms / runs 1ms / runs on as a service 5.0s / depends on d
+    z 0.0,122 1016.8x20;  8.0,136 e; completed 266.4,131 379.8x3; completed 266.3,126 2.0x12;  860.2,136 1ms; m \
 868.2,136 exited: exit code 1
-b: completed / waited 3.0s, last for <a> / of it 2.5s for a lock / ran 5.0s / depends on <a>, c / locks: l, m
+b: completed / waits 500ms / waits for a lock 2.5s / runs 5.0s / last for <a> / depends on <a>, c / locks: l, m
     y 0.0,142 1016.8x20; h 8.0,156 b; w 114.2,149 38.0x6; l 152.2,149 190.0x6; completed k 342.2,146 380.0x12;  \
 860.2,156 5.0s; m 868.2,156 completed
-f: started / waited 0ms, last for b / ran 1.0s / depends on b
+f: started / runs 1.0s / last for b / depends on b
     z 0.0,162 1016.8x20; h 8.0,176 f; started k 722.2,166 76.0x12;  860.2,176 1.0s; m 868.2,176 running
-d: skipped (c) / waited 1.0s / depends on c
+d: skipped: c / waits 1.0s / depends on c
     y 0.0,182 1016.8x20;  8.0,196 d; skipped 190.2,189 76.0x6;  860.2,196 1.0s; m 868.2,196 skipped: c
-h: pending / waited 6.0s / of it 4.0s for a lock / depends on g / locks: l
+h: pending / waits 2.0s / waits for a lock 4.0s / depends on g / locks: l
     z 0.0,202 1016.8x20;  8.0,216 h; w 342.2,209 152.0x6; l 494.2,209 304.0x6;  860.2,216 6.0s; m 868.2,216 waiting
-c M342.2 78V146; c M722.2 158V166; w 8.0,261 24.0x6; m 38.0,268 waits; l 89.8,261 24.0x6; m 119.8,268 waits for a \
-lock; skipped 253.0,261 24.0x6; m 283.0,268 skipped; started 349.6,258 24.0x12; m 379.6,268 runs; completed \
-424.0,258 24.0x12; m 454.0,268 completed; failed 535.4,258 24.0x12; m 565.4,268 failed; completed 624.6,258 \
-24.0x12; m 654.6,268 another try; t M636.6 258v12; completed 750.8,263 24.0x3; m 780.8,268 runs on as a service; \
-completed k 8.0,278 24.0x12; m 38.0,288 on the critical path
+c M342.2 78V146; c M722.2 158V166; started 8.0,263 24.0x3; m 38.0,268 runs on as a service; w 200.8,261 24.0x6; m \
+230.8,268 waits; l 282.6,261 24.0x6; m 312.6,268 waits for a lock; started 445.8,258 24.0x12; m 475.8,268 runs; t \
+520.2,256 2.0x16; m 550.2,268 another try; skipped 646.4,261 24.0x6; m 676.4,268 skipped; completed 743.0,258 \
+24.0x12; m 773.0,268 completed; failed 854.4,258 24.0x12; m 884.4,268 failed; completed k 8.0,278 24.0x12; m 38.0,288 \
+on the critical path
 ? why each: broken: base, slow, idle
 "base" completed 20s ago after running 10s; started by bash base.sh (pid 7) at once.
 "slow" has not started: for 15s it has been waiting for "web".
@@ -6411,30 +6450,34 @@ completed k 8.0,278 24.0x12; m 38.0,288 on the critical path
 "db" completed 2m20s ago after running 20s; started at once; its process runs on.
 "tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
 is in /logs/tools.log.
-? why each: odd ends: its dependency was never started, completed without a start, refused, refused later, b-setup, gate
+? why each: odd ends: its dependency was never started, completed without a start, refused, refused later, b-setup, \
+gate
 "its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
 "completed without a start" completed 5.0s ago without having started.
 "refused" is not registered: its want was refused: cycle detected: a -> b -> a; did you mean "refused later"?
 "refused later" has not started: nobody has called start on it; its last want was refused: cycle detected: a -> b -> \
 a; it is ready.
 "b-setup" has not started: nobody has called start on it; it is ready.
-"gate" is not registered: nobody has called want, start or run on it.
+"gate" is not registered: nobody has called want, start or run on it; it is wanted by hardly waited, timed out.
 ? why: services: shell
 "shell" has not started: for 2m30s it has been waiting for lock port, which "ide" has.
 "ide" started 1m00s ago by process (pid 77), after waiting 1m40s, last for tools; it is still running.
+    held up: shell
 ? why: broken: mail
 "mail" was skipped 15s ago because of "report".
 "report" was skipped 15s ago because of "data".
 "data" failed 15s ago after running 5.0s: disk full; started at once.
+    skipped: report, mail
 ? why: broken: catche
 "catche" is not registered: nobody has called want, start or run on it; did you mean "cache"?
 ? why: odd ends: misspelt
 "misspelt" has not started: for 3m05s it has been waiting for "b_setup", "zzz".
-"b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
-"zzz" is not registered: nobody has called want, start or run on it.
+"b_setup" is not registered: nobody has called want, start or run on it; it is wanted by misspelt; did you mean \
+"b-setup"?
+"zzz" is not registered: nobody has called want, start or run on it; it is wanted by misspelt.
+    held up: misspelt
 ? why: broken: gone
-"gone" is not registered: nobody has called want, start or run on it.
-It is wanted by lint.
+"gone" is not registered: nobody has called want, start or run on it; it is wanted by lint.
 ? why all: nothing
 no units yet
 ? why all: good
@@ -6456,8 +6499,9 @@ nothing waits, runs long or was skipped
 "never started" has not started: nobody has called start on it; it is ready.
     held up: its dependency was never started
 
-"b_setup" is not registered: nobody has called want, start or run on it; did you mean "b-setup"?
-"zzz" is not registered: nobody has called want, start or run on it.
+"b_setup" is not registered: nobody has called want, start or run on it; it is wanted by misspelt; did you mean \
+"b-setup"?
+"zzz" is not registered: nobody has called want, start or run on it; it is wanted by misspelt.
     held up: misspelt
 
 "its process is gone" started 3m05s ago by bash a.sh (pid 42), at once; that process is gone: it ended without \
@@ -6690,7 +6734,7 @@ def test_the_svg_shows_names_of_sixty_columns_in_full_and_names_cannot_say_anyth
     graph = startup_of(1, unit("</text>", 0, 0, 1, status="failed", reason="]]> <!-- \u2028\ufffe & co"))
     (group,) = svg_of(graph).findall("g")
     assert group.findtext("text") == "</text>"
-    assert (group.findtext("title") or "").startswith("</text>: failed (]]> <!-- ")
+    assert (group.findtext("title") or "").startswith("</text>: failed: ]]> <!-- ")
     assert all(c.isprintable() or c in "\n\ufffd" for c in coder_sync.xml("\x00\x1b\ud800\uffff\n<"))
 
 
@@ -6730,7 +6774,7 @@ def test_names_cannot_say_anything_in_dot_and_mermaid() -> None:
     text = coder_sync.graph_dot(startup_of(0, unit(HOSTILE, wants={"plain": "completion"})))
     strings = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
     assert [re.sub(r"\\(.)", r"\1", s) for s in strings] == [
-        *(HOSTILE, "pending", "plain", "not registered", "plain", HOSTILE, "completion")
+        *(HOSTILE, "#ffffff", "pending", "plain", "#eeeeee", "not registered", "plain", HOSTILE)
     ]
     plain = coder_sync.graph_dot(startup_of(0, unit("a", wants={"b": "completion"})))
     assert re.sub(r'"(?:[^"\\]|\\.)*"', "ID", text) == re.sub('"[^"]*"', "ID", plain)
@@ -6743,17 +6787,17 @@ def test_names_cannot_say_anything_in_dot_and_mermaid() -> None:
 
 
 def test_why_goes_down_a_chain_to_its_end() -> None:
-    lines = coder_sync.why_text(CHAIN, "u0").splitlines()
+    lines = coder_sync.why_text(CHAIN, ["u0"]).splitlines()
     assert lines[:2] == [f'"u{i}" has not started: for 1m00s it has been waiting for "u{i + 1}".' for i in range(2)]
-    assert lines[8:] == ["(4991 more like these)", '"u4999" started 1m00s ago, at once; it is still running.']
+    assert lines[8:10] == ["(4991 more like these)", '"u4999" started 1m00s ago, at once; it is still running.']
     held_up = ", ".join(f"u{i}" for i in range(4998, 4978, -1))
-    assert coder_sync.why_all_text(CHAIN) == f"{lines[9]}\n    held up: {held_up} and 4979 more\n"
+    assert coder_sync.why_text(CHAIN) == f"{lines[9]}\n    held up: {held_up} and 4979 more\n"
 
 
 def test_why_names_each_unit_once_and_not_too_many() -> None:
     several = [unit(f"b{i}", wants=[f"c{j}" for j in range(30)]) for i in range(30)]
     graph = startup_of(0, unit("a", 0, wants=[f"b{i}" for i in range(30)]), *several)
-    lines = coder_sync.why_text(graph, "a").splitlines()
+    lines = coder_sync.why_text(graph, ["a"]).splitlines()
     assert len(lines) == 8 + 1 + 20 + 1
     assert lines[0].endswith('"b19" and 10 more.')
     assert lines[-1] == "(10 more like these)"
@@ -6763,7 +6807,7 @@ def test_why_without_a_name_is_quick_for_a_thousand_units_in_layers() -> None:
     names = [[f"{layer}.{i}" for i in range(100)] for layer in range(10)]
     units = [unit(name, 0, None, None, names[n - 1]) for n in range(1, 10) for name in names[n]]
     began = time.process_time()
-    text = coder_sync.why_all_text(startup_of(99, *(unit(name, 0, 0) for name in names[0]), *units))
+    text = coder_sync.why_text(startup_of(99, *(unit(name, 0, 0) for name in names[0]), *units))
     assert time.process_time() - began < 2
     assert [line for line in text.splitlines() if not line.startswith('"0.')] == [
         "(95 more like these)",
@@ -6947,12 +6991,12 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     waits = agent.connect()
     waits.request("start", unit="b", dependencies=["a"])
     agent.waiting("b")
-    waits_for, runs = call.ok(agent, "why", "b").splitlines()
+    waits_for, runs, _ = call.ok(agent, "why", "b").splitlines()
     assert re.fullmatch(r'"b" has not started: for \S+ it has been waiting for "a"\.', waits_for)
     assert re.fullmatch(rf'"a" started \S+ ago by sh .* \(pid {process.pid}\), at once; it is still running\.', runs)
     process.kill()
     process.wait()
-    assert call.ok(agent, "why", "b").endswith("that process is gone: it ended without complete.\n")
+    assert "; that process is gone: it ended without complete.\n" in call.ok(agent, "why", "b")
     assert call.ok(agent, "why", "x") == '"x" is not registered: nobody has called want, start or run on it.\n'
 
 
@@ -7411,6 +7455,7 @@ v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYN
 v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
+v13: yes LONG_NAME=1 | head -c 40000 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
 v9: @want v8; echo ${A-unset} => unset
 v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
@@ -7819,6 +7864,19 @@ def test_a_service_that_speaks_without_end_costs_nothing(shared: World) -> None:
     used = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     assert sum(map(int, used)) / os.sysconf("SC_CLK_TCK") < 0.4 * (time.monotonic() - began)
     assert stopped(run).returncode == 143
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket"])
+def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, kind: str) -> None:
+    name = str(agent.directory / "it.svg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        {"fifo": os.mkfifo, "directory": os.mkdir, "socket": listener.bind}[kind](name)
+        scripts = startup(agent, {"a": ""})
+        calls = [["timeline", "--compare", name], ["boot", scripts, "-q", "--timeline", name], ["boot", name]]
+        calls += [["serve", option, name, "--socket-path", "other"] for option in ("--pid-file", "--log-file")]
+        for words in calls:
+            said = agent.run(*words).stderr
+            assert said.count(name) == 1 and len(said.splitlines()) <= 2 and "internal" not in said, (words, said)
 
 
 def test_a_signal_between_two_tries_ends_them(world: World) -> None:
@@ -8533,10 +8591,10 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world
     held_up = """
 import os, time
 time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
-def output(*args, was=coder_sync.Boot.output, **options):
+def read(*args, was=coder_sync.Streams.read, **options):
     os.path.exists("later") or open("stuck").read()
     was(*args, **options)
-coder_sync.Boot.output, coder_sync.PING_AFTER = output, 0.1
+coder_sync.Streams.read, coder_sync.PING_AFTER = read, 0.1
 """
     stuck = Gate(world, "stuck")
     agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
@@ -8607,14 +8665,22 @@ def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
     boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
 
 
-def test_a_temporary_directory_in_which_no_socket_can_be_is_the_reason_that_is_given(agent: World) -> None:
-    deep = agent.directory / ("d" * 100)
-    for why in ("no directory for its NOTIFY_SOCKET", "AF_UNIX path too long"):
-        agent.env["TMPDIR"] = str(deep)
-        told = Boot(agent, {"a": "@ready notify\nsleep 9"}).ends(1, "")
-        told += agent.run("run", "b", "--ready", "notify", "--", "true").stderr
-        assert told.count(f"cannot be probed: {why}") == 2
-        deep.mkdir(exist_ok=True)
+@pytest.mark.parametrize("tmpdir", ["no/such/directory", "d" * 100])
+def test_a_temporary_directory_of_no_use_keeps_nobody_from_variables_and_notify(world: World, tmpdir: str) -> None:
+    world.env["TMPDIR"] = str(world.directory / tmpdir)
+    with contextlib.suppress(OSError):
+        os.mkdir(world.env["TMPDIR"])
+    service = f"@ready notify\necho A=1 > $CODER_SYNC_ENV\n{sys.executable} -IS -c '{NOTIFY}' READY=1"
+    assert boots(world, {"a": service, "b": "@want a\necho $A"}) == "b | 1\n"
+
+
+def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variables(world: World) -> None:
+    nowhere = "def mkdir(*args): raise PermissionError(13, 'no')\ncoder_sync.os.mkdir = mkdir"
+    world.env["CODER_SYNC_ENV"] = "another-units"
+    boot = Boot(world, {"a": 'test -z "$CODER_SYNC_ENV"'}, patch="coder_sync.has_proc = bool\n" + nowhere)
+    boot.ends(0, "", "warning: $CODER_SYNC_ENV is empty: no directory for it can be written")
+    service = {"a": "@ready notify\nsleep 9"}
+    Boot(world, service, patch=nowhere).ends(1, "", "cannot be probed: no directory for its NOTIFY_SOCKET")
 
 
 def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
