@@ -2160,6 +2160,8 @@ class Units:
         for unit, (lost, claim) in ended.items():
             if unit.status in ENDED and not unit.facts.running_on:
                 continue
+            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
+                continue  # for now: a boot does not stay with its services yet
             if claim.held and not unit.first():
                 unit.facts.running_on = False
                 self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
@@ -2683,7 +2685,7 @@ class Units:
             if not boot and (answered or (on and unit.status in ENDED)):
                 if asked["owner"]:
                     unit.refused = [*unit.refused[-99:], asked["owner"]]
-                raise self._already_started(unit)
+                raise self._already_started(unit, asked["owner"])
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
@@ -2844,7 +2846,12 @@ class Units:
         owner = unit.facts.owner
         return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
 
-    def _already_started(self, unit: Unit) -> AlreadyStarted:
+    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
+        """Return the error for a start that is one too many; `by` is who asked for it."""
+        owner, holder = unit.facts.owner, unit.holder
+        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+            hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
+            return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
@@ -3435,7 +3442,7 @@ class Agent:
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
         holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds or (claim.boot and self.units.is_over(claim)):
+        if not holds:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3534,7 +3541,8 @@ class Agent:
             if self.lives_for and all(claim.unit.status in ENDED for claim in self.lives_for):
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
-            connection.claims.update(dict.fromkeys(claims))
+            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
+            connection.claims = dict.fromkeys([*still, *claims])
             if resume:
                 claimed = {claim.unit.name for claim in claims}
                 done = [name for name, _, _ in members if name not in claimed]
@@ -6275,6 +6283,8 @@ class Boot:
         if job.outcome:
             return
         job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
+        if job.tries and not (job.running or job.reported):  # somebody else has ended it between two tries
+            self.link.ask("exited", unit=job.unit)
         job.reported = "complete" if status == COMPLETED else "fail"
         self.unfinished -= 1
         if status == COMPLETED and job.running:
