@@ -1,7 +1,8 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;exec(open(sys.argv[1],"rb").read(9999).split(b"#:\n")[1]);launch()' "$0" "$@"
+    'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
+    "$0" "$@"
 """
 
 from __future__ import annotations
@@ -6699,10 +6700,15 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 
 COMPILE = f"""\
 import sys
+from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-sys.stdout.buffer.write(MAGIC_NUMBER + dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec")))
+code = dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec"))
+head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
+sys.stdout.buffer.write(head + code)
 """
+# No columns in tracebacks: what is not there need not be read.
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
@@ -6729,15 +6735,6 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
     return done.stdout
 
 
-def compiled(python: str, source: bytes) -> bytes:
-    """Return a .pyc of an interpreter, without columns: less to read at each call. Raises Refused."""
-    from _imp import source_hash
-
-    code = ask_python(python or sys.executable, "-X", "no_debug_ranges", "-sSc", COMPILE, data=source)
-    magic, code = code[:4], code[4:]
-    return magic + b"\1\0\0\0" + len(code).to_bytes(4, "little") + source_hash(0, code)[:4] + code
-
-
 def application(python: str) -> bytes:
     """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
     import io
@@ -6751,7 +6748,7 @@ def application(python: str) -> bytes:
     )
     about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
     data = io.BytesIO(b"#!/bin/sh\n" + about.encode() + call + b"\n")
-    above, below = (compiled(python, part) for part in halves(source))
+    above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
     members = {
         "__main__.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\nlaunch()\n",
         "coder_sync.pyc": above,

@@ -69,6 +69,7 @@ from coder_sync import (
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "coder_sync.py"
 PYTHON = [sys.executable, "-IS", "-c"]
+LAUNCH = FILE.read_text(encoding="utf-8").split("'")[1]  # what sh hands to python3 -c
 LOAD = """
 import sys
 from importlib.machinery import SourceFileLoader
@@ -130,7 +131,7 @@ def installed() -> Path:
 
 def program() -> list[str]:
     """The beginning of a command line of the installed copy."""
-    return [*PYTHON, coder_sync.LAUNCHER, str(installed())]
+    return [*PYTHON, LAUNCH, str(installed())]
 
 
 class World:
@@ -4560,7 +4561,7 @@ def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -
 
 
 def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World) -> None:
-    python = [sys.executable, "-IS", "-X", "importtime", "-c", coder_sync.LAUNCHER, str(installed())]
+    python = [sys.executable, "-IS", "-X", "importtime", "-c", LAUNCH, str(installed())]
     done = finish(agent.spawn([*python, "start", "a", "--want", "b", "--requires=start", "-qt1ms"]))
     assert done.returncode == 124
     imported = {line.split()[-1] for line in done.stderr.splitlines() if line.startswith("import time:")}
@@ -5607,7 +5608,11 @@ TROUBLES: dict[str, tuple[list[str], str, Callable[[Path], Any]]] = {
     "directory": (["there"], "a directory is there", os.mkdir),
     "fifo": (["there"], "no regular file is there", os.mkfifo),
     "no directory": (["/nowhere/coder"], "No such file or directory; nothing was changed", lambda path: None),
-    "full disk": (["there"], "File too large; nothing was changed", lambda path: path.write_text("old coder_sync")),
+    "full disk": (
+        ["there"],
+        "File too large; nothing was changed",
+        lambda path: path.write_bytes(installed().read_bytes()[:5000]),
+    ),
     "another program": (["there"], "another program is there; remove it first", lambda path: path.write_text("old")),
     "no python": (["new", "--python", "./there"], "cannot run", lambda path: None),
     "broken python": (
@@ -5660,6 +5665,21 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
     assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
+REPLACED = """
+import builtins, marshal, os
+def hook(module, name):
+    function = getattr(module, name)
+    def load_and_replace(*words):
+        half = function(*words)
+        if os.path.exists({0!r}):
+            os.rename({0!r}, {1!r})
+        return half
+    setattr(module, name, load_and_replace)
+hook(builtins, "compile")
+hook(marshal, "loads")
+"""  # the file, as soon as what is above the cut has been read
+
+
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
     source = world.directory / "longer.py"
@@ -5672,12 +5692,13 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
         where.write_bytes(copy)
         where.chmod(0o755)
 
-    replaced = f"import os\nos.rename({str(beside)!r}, {path!r})\nmain()\n"  # when a first part has been loaded
-    for copy in (longer, of_another_python):
-        put(now, Path(path))
-        put(copy)
-        done = command(world, *PYTHON, coder_sync.LAUNCHER.replace("main()\n", replaced), path, "--version")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "coder_sync 0.1.0\n", "")
+    for copy in (longer, of_another_python, FILE.read_bytes()):
+        for form in (now, FILE.read_bytes()):
+            put(form, Path(path))
+            put(copy)
+            done = command(world, *PYTHON, REPLACED.format(str(beside), path) + LAUNCH, path, "--version")
+            assert (done.returncode, done.stdout, done.stderr) == (0, f"coder_sync {coder_sync.__version__}\n", "")
+            assert not beside.exists()
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
     calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
     for copy in itertools.cycle([longer, now]):
@@ -5688,7 +5709,7 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
             break
     for process in calls:
         done = finish(process)
-        assert (done.returncode, done.stderr, done.stdout) == (0, "", "coder_sync 0.1.0\n" * 8)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", f"coder_sync {coder_sync.__version__}\n" * 8)
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
@@ -5701,7 +5722,7 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    defined["load_more"] = lambda: pytest.fail("it needs the rest")
+    defined["load_below"] = lambda: pytest.fail("it needs the rest")
     call.main = defined["main"]
     play(
         call,
@@ -6028,7 +6049,7 @@ time.time = set_back
 
 
 def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> None:
-    argv = [*PYTHON, CLOCK_SET_BACK + coder_sync.LAUNCHER, str(installed()), "serve"]
+    argv = [*PYTHON, CLOCK_SET_BACK + LAUNCH, str(installed()), "serve"]
     answering(world, argv, stderr=subprocess.DEVNULL)
     world.ok("start", "a")
     waits = world.popen("start", "b", "--want", "a", "--timeout", "20s")
