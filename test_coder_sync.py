@@ -1743,7 +1743,7 @@ def test_an_answer_that_has_no_list_of_names_has_none() -> None:
 
 def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
     rows = [UnitStatus("a", "completed", True, running_on=True), UnitStatus("b", "completed", True, exit_reason="why")]
-    assert coder_sync.list_text(rows, "unit,reason") == "UNIT  REASON\na     its process runs on\nb     why\n"
+    assert coder_sync.list_text(rows, "unit,reason") == "UNIT  REASON\na     runs on\nb     why\n"
 
 
 def test_a_timeout_as_text_says_what_was_missing_and_what_may_have_been_meant() -> None:
@@ -7522,7 +7522,7 @@ def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would
         (row,) = peer.read()["params"]["missing"]
         assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
         assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        assert f"; it is {reason}" in call.ok(agent, "why", name)
+        assert f"; it is probing {probe} for " in call.ok(agent, "why", name)
     up.touch()
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
