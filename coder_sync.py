@@ -62,7 +62,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, Union
@@ -108,6 +108,7 @@ CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
+GRACE = 8.0  # seconds that a command has to end; docker kills after ten
 NEVER = float("inf")  # a time
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
@@ -326,8 +327,9 @@ class UnitStatus(Record):
     locks: list[str] = []  # noqa: RUF012
     blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
     tries: list[float] = []  # noqa: RUF012  (when each further try began)
-    running_on: bool = False  # it completed, and its process goes on: a service
-    exited: float | None = None  # when the process of a service ended
+    running_on: bool = False  # it completed, and its command runs on: a service
+    stopping: bool = False  # its supervisor is to end it, or was told to
+    exited: float | None = None  # when the command of a service ended
     exit_reason: str = ""
     probe: str = ""  # what says that a service is ready, while it is not
     probe_error: str = ""  # what the last try of it lacked
@@ -1898,8 +1900,10 @@ def is_variable(name: str) -> bool:
 #
 # A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
 # `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
+# That of a supervisor lasts until the unit and its command have ended: a service has completed and runs on.
 # Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
-# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
+# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
+# failed and its claim lasts; who runs on has a holder; what is in `stopping` has one, a supervisor.
 # ----------------------------------------------------------------------------------------------------------
 
 MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
@@ -1913,6 +1917,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
@@ -1924,7 +1929,7 @@ class Facts(UnitStatus):
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
+    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -1937,7 +1942,9 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.locks: tuple[Lock, ...] = ()  # that it has while it is started
+        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.locks: tuple[Lock, ...] = ()  # that it was started with
+        self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
@@ -1960,15 +1967,46 @@ class Lock:
 
 
 class Claim:
-    """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
+    """A request to start a unit, or to wait.
+
+    A plain one lasts until it is answered, a held one until its unit has ended, and that of a supervisor until the
+    unit's command has ended too.
+    """
+
+    boot = False  # it is answered with every status of the unit, not once
+    runs = False  # its owner is the command itself, as its supervisor has said
+    delivered = False  # its answer has arrived
+    lost = False  # it ended without a word of what becomes of the command
+    deadline = NEVER
 
     def __init__(
-        self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...], boot: bool
+        self,
+        unit: Unit,
+        ticket: Any,
+        owner: Owner | None = None,
+        held: bool = False,
+        supervisor: bool = False,
+        locks: tuple[Lock, ...] = (),
     ) -> None:
-        self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
-        self.boot = boot  # it is answered with every status of the unit, not once
-        self.deadline = NEVER
-        self.delivered = False  # its answer has arrived
+        self.unit, self.ticket, self.owner, self.locks = unit, ticket, owner, locks
+        self.held, self.supervisor = held or supervisor, supervisor
+
+
+class Stopping(Record):
+    """What a supervisor is told: to end the command of a unit within so many seconds."""
+
+    unit: str
+    grace: float
+
+
+class Stop(Claim):
+    """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
+
+    def __init__(self, ticket: Any, deadline: float, cannot: list[dict[str, Any]]) -> None:
+        super().__init__(Unit(""), ticket)
+        self.units: dict[Unit, None] = {}  # that are to end
+        self.end_by = deadline + STOP_PATIENCE
+        self.answer: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
 
 
 class Units:
@@ -1995,6 +2033,8 @@ class Units:
         self.locks: dict[str, Lock] = {}
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
+        self.stopping: dict[Unit, None] = {}  # that supervisors are to end
+        self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
         self._answers: list[tuple[Claim, Any]] = []
@@ -2021,40 +2061,59 @@ class Units:
         held: bool = False,
         locks: Iterable[str] = (),
         timeout: float = 0.0,
+        supervisor: bool = False,
     ) -> Claim:
         """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        wants = dict.fromkeys(dependencies, check_requirement(requires))
-        return self._claim([(check_name(name), wants, locks)], ticket, owner, held, timeout)[0]
+        members = [(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), locks)]
+        return self._claim(members, timeout, ticket=ticket, owner=owner, held=held, supervisor=supervisor)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
         wants = dict.fromkeys(names, check_requirement(requires))
         # Held, so that one that ends before its time has failed, and is forgotten.
-        return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
+        return self._claim([("", wants, ())], timeout, ticket=ticket, held=True)[0]
 
-    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
+    def boot(
+        self,
+        members: Sequence[Member],
+        ticket: Any,
+        owner: Owner | None = None,
+        jobs: int = 0,
+        resume: bool = False,
+    ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
-        At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
-        replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
-        Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
+        At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
+        others. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
+        With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and nothing has
+        changed, while one of the others is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
+        done = set()
         for name, wants, _ in members:
             for requires in wants.values():
                 check_requirement(requires)
-            if name not in self.units:
-                continue
-            unit = self.units[name]
-            started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
-            if claim or (started and (by is None or self.alive(by) is not False)):
-                how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
-                raise Refused(f'unit "{name}" is {how}; nothing was run: end that first')
-        return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
+            unit = self.units.get(name)
+            if unit and resume and unit.status == COMPLETED:
+                done.add(name)
+            elif unit:
+                self._check_free(unit)
+        places = (Lock("", jobs),) if jobs else ()
+        return self._claim(members, 0.0, places, done, boot=True, ticket=ticket, owner=owner, supervisor=True)
+
+    def _check_free(self, unit: Unit) -> None:
+        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+        if unit.holder and not started:
+            earlier = " from an earlier boot" if unit.holder.boot else ""
+            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+        if claim or (started and (by is None or self.alive(by) is not False)):
+            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
+            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
@@ -2064,39 +2123,52 @@ class Units:
             unit.refused += [other.owner for other in unit.line if other.owner][:100]
             self._answer_line(unit, self._already_started(unit))
             if not claim.held:
-                unit.holder = None
+                self._close(unit)
 
-    def end_claims(self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None) -> None:
+    def end_claims(
+        self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None, reason: str = ""
+    ) -> None:
         """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
 
         `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
-        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
-        none, the unit of a held claim has failed, and that of any other is pending.
+        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is none,
+        the unit of a held claim has failed, with `reason` if it is given, unless it had ended and does not run on, and
+        that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
+        ended: dict[Unit, tuple[str, Claim]] = {}  # the reason, and the claim: a held one, if there is one
         for claim in [claim for claim in claims if not self.is_over(claim)]:
             unit, who = claim.unit, self._who(claim.owner)
-            by = "the boot that ran " if claim.boot else ""
-            reason = f"lost: {by}{who or 'the process that held it'} ended without completing"
             if claim in unit.line:
                 missing = ", ".join(self._waits_for(unit, registered=False))
-                reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
+                lost = f"lost: {who or 'its start'} waited for {missing}, and {why}"
                 if error is TimedOut:
-                    reason = f"timed out waiting for {missing}"
+                    lost = f"timed out waiting for {missing}"
                     what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
                     late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
                     self._answers.append((claim, late))
-                elif error:
+                elif error and not claim.boot:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
                 self._record(unit, "gave up", f"{why}; still missing: {missing}")
                 del unit.line[claim]
                 self.waits -= 1
             else:
-                unit.holder = None
-            ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
-        for unit, (reason, held) in ended.items():
-            if held and not unit.first():
-                self._set(unit, FAILED, one_line(reason))
+                by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
+                lost = f"lost: {by}{who or 'the process that held it'} ended"
+                if unit.facts.running_on:
+                    lost += f"; {'that process' if claim.runs else 'its command'} may still run"
+                else:
+                    lost += " without completing"
+                self._close(unit, lost=True)
+            if claim.held or unit not in ended:
+                ended[unit] = (lost, claim)
+        for unit, (lost, claim) in ended.items():
+            if unit.status in ENDED and not unit.facts.running_on:
+                continue
+            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
+                continue  # for now: a boot does not stay with its services yet
+            if claim.held and not unit.first():
+                unit.facts.running_on = False
+                self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
                 self._set(unit, PENDING, "the client that asked for its start was gone")
@@ -2109,19 +2181,111 @@ class Units:
         late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
         self.end_claims(late, "timed out", TimedOut)
 
-    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> None:
-        """End `name` with success; `env` is for those that depend on it.
+    def complete(
+        self,
+        name: str,
+        by: Owner | None = None,
+        env: dict[str, str] | None = None,
+        claim: Claim | None = None,
+        running: bool = False,
+    ) -> str:
+        """End `name` with success; `env` is for those that depend on it. Return its status.
 
-        Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
+        `claim` is the reporter's on the unit, if it has one; `running` says that the command runs on. Raises
+        NotRegistered; Refused if it has ended otherwise, is being stopped, or if the start of `by` was refused.
         """
         left = [env, *(unit.facts.environment for unit in self.units.values() if unit.name != name)] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        self._end(name, COMPLETED, by, "", 0, env)
+        return self._end(name, COMPLETED, by, claim, running, "", 0, env)
 
-    def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
-        """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, by, one_line(reason), exit_code)
+    def fail(
+        self,
+        name: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        by: Owner | None = None,
+        claim: Claim | None = None,
+    ) -> str:
+        """End `name` without success: what requires it is skipped. Return its status. Raises as `complete` does."""
+        return self._end(name, FAILED, by, claim, False, one_line(reason), exit_code)
+
+    def exit(self, claim: Claim, reason: str = "", code: int = 0) -> None:
+        """End a supervisor's claim: the command of its unit has ended, with all its processes.
+
+        If it ran on, and has ended by itself, otherwise than with 0, the unit has failed: it died.
+        """
+        unit = claim.unit
+        if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
+            return
+        facts, reason = unit.facts, one_line(reason)
+        if unit in self.stopping:
+            self._end_stopped(unit)
+        elif facts.running_on:
+            facts.running_on, facts.exited, facts.exit_reason = False, self._now(), reason
+            self._close(unit)
+            if code:
+                ran = span(facts.exited - (facts.ended or 0.0))
+                self._set(unit, FAILED, f"died {ran} after it was ready: {reason}", code, event="died")
+            else:
+                self._record(unit, "exited", reason)
+        else:
+            self._close(unit)
+        self._settle_all()
+
+    def run_on(self, claim: Claim) -> None:
+        """The command of a unit that has completed runs on: so does the claim of its supervisor."""
+        unit = claim.unit
+        if unit.status == COMPLETED and unit.last is claim and claim.held:
+            claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
+
+    def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
+        """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
+
+        What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
+        first, and at the latest when half of the time is over. The answer has three lists: the names of those that
+        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor.
+        Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        """
+        named = dict.fromkeys(self._registered(name) for name in names)
+        named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
+        affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
+        plain = [u for u in affected if u.status == STARTED and not (u.holder and u.holder.supervisor)]
+        deadline = self.clock() + grace
+        stop = Stop(ticket, deadline, [{"unit": unit.name, "owner": self._owner(unit)} for unit in plain])
+        stop.unit.line[stop] = None
+        self.waits += 1
+        for unit in affected:
+            if unit.holder and unit.holder.supervisor:
+                self.stopping[unit] = stop.units[unit] = None
+                unit.stop_by, unit.tell_by = min(unit.stop_by, deadline), min(unit.tell_by, deadline - grace / 2)
+        waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
+        self.end_claims(waiting, "stopped", Refused, reason="stopped")
+        failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
+        stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
+        self.stops.append(stop)
+        self.keep_time()
+        return stop
+
+    def keep_time(self) -> float:
+        """Go on with stops; return when something of them is due next, on the clock."""
+        now = self.clock()
+        if self.stopping:
+            below = self._reached(self.stopping, "wants")
+            for unit in self.stopping:
+                holder = unit.holder
+                if holder and unit.stop_by < unit.told and (unit not in below or unit.tell_by <= now):
+                    unit.told = unit.stop_by
+                    self._answers.append((holder, Stopping(unit.name, round(max(0.0, unit.stop_by - now), 3))))
+        for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
+            self.stops.remove(stop)
+            stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
+            if not self.is_over(stop):  # else who asked has gone
+                del stop.unit.line[stop]
+                self.waits -= 1
+                self._answers.append((stop, stop.answer))
+        times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
+        return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended pending again, with those skipped because of them; all if none is named.
@@ -2134,6 +2298,8 @@ class Units:
             if unit.status == STARTED:
                 by = owner_text(unit.facts.owner, " by ")
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+            if unit.holder:
+                raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
         again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
             self._set(unit, PENDING)
@@ -2147,6 +2313,7 @@ class Units:
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
         """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
+        claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
         claim.unit.facts.probe = ready
@@ -2156,18 +2323,6 @@ class Units:
         unit = self._registered(name)
         unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
-
-    def run_on(self, name: str) -> None:
-        """The process of a completed unit, a service, goes on."""
-        self._registered(name).facts.running_on = True
-
-    def exit(self, name: str, reason: str) -> None:
-        """The process of a completed unit has ended."""
-        unit = self._registered(name)
-        if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited = False, self._now()
-            unit.facts.exit_reason = one_line(reason)
-            self._record(unit, "exited", unit.facts.exit_reason)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -2217,17 +2372,21 @@ class Units:
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
+        """Return snapshots by name; `everything` includes names that were only ever wanted."""
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return [self._snapshot(u) for u in sorted(shown, key=lambda u: u.name)]
+        return self._snapshots(sorted(shown, key=lambda u: u.name))
 
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
-        rows = {unit: self._snapshot(unit) for unit in (*self.units.values(), *refused)}
-        for unit in [unit for unit in rows if unit.status == STARTED][:500]:  # to look at more would take too long
+        return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
+
+    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
+        """Return snapshots of units, in their order."""
+        rows = {unit: self._snapshot(unit) for unit in units}
+        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
             rows[unit].owner = self._owner(unit)
-        return Graph(self._now(), [*rows.values()])
+        return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
@@ -2246,12 +2405,7 @@ class Units:
 
     def dependents(self, unit: Unit) -> set[str]:
         """The names of all that depend on a unit, also through others, and its own."""
-        found, todo = {unit.name}, [unit]
-        for one in todo:
-            new = [u for u in one.wanted_by if u.name not in found]
-            found.update(u.name for u in new)
-            todo += new
-        return found
+        return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
 
     # -- the rules ----------------------------------------------------------------------------------------
 
@@ -2302,7 +2456,8 @@ class Units:
             lock.taken[unit] = None
         del unit.line[claim]
         self.waits -= 1
-        unit.locks, unit.holder, facts.owner, unit.refused = claim.locks, claim, claim.owner, []
+        unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
+        unit.holder = unit.last = claim if unit.name else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -2327,6 +2482,8 @@ class Units:
         for unit, because in self._affected:  # which grows; no recursion, since chains may be long
             self._settle(unit, because)
         self._affected.clear()
+        if self.stops or self.stopping:
+            self.keep_time()
 
     def _set(
         self,
@@ -2335,25 +2492,26 @@ class Units:
         reason: str = "",
         exit_code: int | None = None,
         env: dict[str, str] | None = None,
+        event: str = "",
+        boot: Claim | None = None,
     ) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
-        old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
-        if old == STARTED:
-            for lock in unit.locks:
-                del lock.taken[unit]
-                self._freed.append((lock, unit))
+        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true.
+
+        `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
+        """
+        old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
+        if status in (PENDING, COMPLETED):
+            self._unlock(unit)
         if status == PENDING:  # forget the run before
             unit.facts = Facts(unit.since)
-            unit.root, unit.locks = "", ()
+            unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
-        else:
+        elif unit.facts.ended is None:  # else it completed, and ran on
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = reason, exit_code
         if env:
             unit.facts.environment, self.left_environment = env, True
-        if status != STARTED or not unit.name:
-            unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
@@ -2362,35 +2520,97 @@ class Units:
         if claim and claim.boot and status != PENDING:
             answer = {"unit": unit.name, "status": status, "reason": reason}
             self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, reason)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
                 self._forget(other)
 
-    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> None:
-        """End a unit as its caller tells; `outcome` is what `_set` takes."""
+    def _end(self, name: str, status: str, by: Owner | None, claim: Claim | None, running: bool, *outcome: Any) -> str:
+        """End a unit as its caller tells, and its claim unless that is a supervisor's whose command may still run.
+
+        `outcome` is what `_set` takes.
+        """
         unit = self._registered(name)
+        holds = claim is not None and claim is unit.holder
+        running = running and holds and claim is not None and claim.held
+        if not holds:
+            self._check_report(unit, by)
+        if unit in self.stopping and (holds or unit.status == STARTED):
+            if holds and not running:
+                self._end_stopped(unit)
+                self._settle_all()
+            elif not holds and status == COMPLETED:
+                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+            return unit.status
+        if holds and claim and unit.facts.running_on and not running:  # a report of its command's end
+            self.exit(claim, outcome[0], int(status == FAILED and (outcome[1] or 1)))
+            return unit.status
+        wrong = unit.status in ENDED and unit.status != status
+        why = f" ({unit.facts.reason})" if unit.facts.reason else ""
+        if unit.status not in ENDED:
+            if running:
+                self._record(unit, "ready", "")
+            self._set(unit, status, *outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+        if holds and claim and running:
+            self.run_on(claim)
+        elif holds or not (unit.holder and unit.holder.supervisor):
+            self._close(unit)
+        self._settle_all()
+        if wrong:
+            hint = "others may have acted on that; start it again first"
+            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
+        return unit.status
+
+    def _check_report(self, unit: Unit, by: Owner | None) -> None:
+        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
             raise Refused(
-                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from another shell"
+                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
+                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
+                "another shell"
             )
-        if unit.status in ENDED and unit.status != status:
-            why = f" ({unit.facts.reason})" if unit.facts.reason else ""
-            hint = "others may have acted on that; start it again first"
-            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        if unit.status != status:
-            self._set(unit, status, *outcome)
-            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            self._settle_all()
+
+    def _end_stopped(self, unit: Unit) -> None:
+        """The command of a unit that was to be stopped has ended."""
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), "stopped"
+        if unit.status != FAILED:
+            self._set(unit, FAILED, "stopped", event="stopped")
+            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        self._close(unit)
+
+    def _close(self, unit: Unit, lost: bool = False) -> None:
+        """The claim that was granted is over; what a supervisor that is lost has left was not stopped."""
+        claim, unit.holder = unit.holder, None
+        if claim:
+            claim.lost = lost
+        if unit.status != STARTED or (claim and claim.held):
+            self._unlock(unit)
+        if unit in self.stopping:
+            del self.stopping[unit]
+            unit.stop_by = unit.tell_by = unit.told = NEVER
+            for stop in [stop for stop in self.stops if unit in stop.units]:
+                del stop.units[unit]
+                if lost:
+                    stop.answer["left"].append({"unit": unit.name, "owner": self._owner(unit)})
+                else:
+                    stop.answer["stopped"].append(unit.name)
+
+    def _unlock(self, unit: Unit) -> None:
+        """Pass on the locks that a unit has."""
+        for lock in unit.locks:
+            if unit in lock.taken:
+                del lock.taken[unit]
+                self._freed.append((lock, unit))
 
     # -- small parts --------------------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
-        """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
+        """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
@@ -2409,7 +2629,7 @@ class Units:
 
         try:
             units = [known(name) if name else self._unknown(name) for name, _, _ in members]
-            for unit in [unit for unit in units if anew and unit.status in ENDED]:
+            for unit in units if anew else ():
                 for other, requires in reversed(list(unit.wants.items())):
                     self._cut(unit, other)
                     undo.append((self._link, unit, other, requires))
@@ -2447,29 +2667,36 @@ class Units:
     def _claim(
         self,
         members: Sequence[Member],
-        ticket: Any,
-        owner: Owner | None,
-        held: bool,
-        timeout: float = 0.0,
+        timeout: float,
         places: tuple[Lock, ...] = (),
+        done: Container[str] = (),
         boot: bool = False,
+        **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
+        """Declare units, stand in the line of each but those that are done, and see how far that leads.
+
+        Every start, wait and boot. `asked` is what Claim takes.
+        """
         if self.waits + len(members) > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
         claims = []
         for unit, its in zip(units, locks):
-            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.delivered):
-                if owner:
-                    unit.refused = [*unit.refused[-99:], owner]
-                raise self._already_started(unit)
+            if unit.name in done:
+                continue
+            on = unit.holder
+            answered = unit.status == STARTED and (on is None or on.delivered)
+            if not boot and (answered or (on and unit.status in ENDED)):
+                if asked["owner"]:
+                    unit.refused = [*unit.refused[-99:], asked["owner"]]
+                raise self._already_started(unit, asked["owner"])
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
-            claim = Claim(unit, ticket, owner, held, its + places, boot)
+            claim = Claim(unit, locks=its + places, **asked)
+            claim.boot = boot
             if timeout:
                 claim.deadline = self.clock() + timeout
             if unit.first() is None:
@@ -2560,6 +2787,17 @@ class Units:
         return []
 
     @staticmethod
+    def _reached(units: Iterable[Unit], edges: str) -> dict[Unit, None]:
+        """Return what units lead to, also through others, by way of `wants` or `wanted_by`."""
+        found: dict[Unit, None] = {}
+        todo = [*units]
+        while todo:
+            new = [other for other in getattr(todo.pop(), edges) if other not in found]
+            found.update(dict.fromkeys(new))
+            todo += new
+        return found
+
+    @staticmethod
     def _before(unit: Unit) -> list[Unit]:
         """All that a unit depends on, also through others, dependencies before their dependents."""
         order: list[Unit] = []
@@ -2607,7 +2845,20 @@ class Units:
         self.waits -= len(unit.line)
         unit.line.clear()
 
-    def _already_started(self, unit: Unit) -> AlreadyStarted:
+    @staticmethod
+    def _runs_on(unit: Unit) -> str:
+        """Say that the command of a unit that has ended still runs."""
+        owner = unit.facts.owner
+        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
+        """Return the error for a start that is one too many; `by` is who asked for it."""
+        owner, holder = unit.facts.owner, unit.holder
+        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+            hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
+            return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
+        if unit.status in ENDED:
+            return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
@@ -2620,7 +2871,7 @@ class Units:
         return unit
 
     def _snapshot(self, unit: Unit) -> UnitStatus:
-        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts), stopping=unit in self.stopping)
         row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
@@ -2634,9 +2885,15 @@ class Units:
 
     def _owner(self, unit: Unit) -> Owner | None:
         owner = unit.facts.owner
-        if owner is None or unit.status != STARTED:
+        if owner is None or not self._may_run(unit):
             return owner
         return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+
+    @staticmethod
+    def _may_run(unit: Unit) -> bool:
+        """Whether the process of a unit may run, as far as is known: it was not seen to end."""
+        last = unit.last
+        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
@@ -2682,6 +2939,7 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
+    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -2874,7 +3132,6 @@ class Connection:
         self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
         self.claims: dict[Claim, None] = {}  # all that may not be over
         self.members: list[Any] = []  # the units of a boot, of which more are to come
-        self.services: dict[str, None] = {}  # units whose process runs on
         self.following = -1  # the number of the last event that it has, if it follows them
         self.idle_at = time.monotonic() + IDLE_TIMEOUT
         self.gone = False  # the peer is, or what it sends is not read any more
@@ -2944,8 +3201,7 @@ class Agent:
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
-        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
+        self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -2987,13 +3243,6 @@ class Agent:
                 self.followers.discard(connection)
                 if not self.stopping:
                     self.units.end_claims(list(connection.claims), "its caller went away")
-                    for name in connection.services:
-                        unit = self.units.units[name]
-                        owner = unit.facts.owner
-                        if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
-                            self._watch(unit, owner)
-                        else:
-                            self.units.exit(name, "not known: the process that ran it is gone")
                     self._distribute()
                 connection.open.clear()
                 connection.claims.clear()
@@ -3041,7 +3290,7 @@ class Agent:
                     elif claim.ticket.report_at <= now:
                         self._still_waiting(claim)
                 if connection.idle_at <= now:
-                    idle = not (connection.claims or connection.services or connection.following >= 0)
+                    idle = not (connection.claims or connection.following >= 0)
                     connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
         if idle:
@@ -3145,7 +3394,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
+        return (
+            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
+        )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
@@ -3161,7 +3412,12 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            self._answer(claim, answer)
+            if isinstance(answer, Stopping):
+                connection = claim.ticket.connection
+                connection.outbox.append((None, {"method": "stop", "params": plain(answer)}))
+                connection.wake_up.wake()
+            else:
+                self._answer(claim, answer)
 
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
@@ -3191,7 +3447,7 @@ class Agent:
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
         holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds or (claim.boot and self.units.is_over(claim)):
+        if not holds:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3216,11 +3472,20 @@ class Agent:
         progress: bool = False,
         locks: Sequence[str] = (),
         confirm: bool = False,
+        supervisor: bool = False,
     ) -> None:
+        """Claim a unit.
+
+        With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
+        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
+        """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold)
-        claim = self.units.start(unit, request, dependencies, requires, owner, hold or pid != 0, locks, timeout)
+        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
+        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        claim = self.units.start(
+            unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
+        )
         self._expect(claim)
         if pid and owner:
             self._watch(claim, owner)
@@ -3247,7 +3512,7 @@ class Agent:
 
     def _may_wait(self, request: Request, progress: bool) -> None:
         if request.id is None:
-            raise InvalidRequest('start and wait need an "id"')
+            raise InvalidRequest('start, wait and stop need an "id"')
         if self.stopping:
             raise Unreachable("the agent is shutting down")
         if len(request.connection.open) >= MAX_PENDING:
@@ -3263,7 +3528,10 @@ class Agent:
         if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
-    def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
+    def do_boot(
+        self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
+    ) -> Any:
+        """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
         connection = request.connection
         members, connection.members = connection.members, []  # after a refusal none of them is left
         for row in units:
@@ -3275,35 +3543,45 @@ class Agent:
         if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
             connection.members = members
         else:
-            if self.lives_for and all(map(self.units.is_over, self.lives_for)):
+            if self.lives_for and all(claim.unit.status in ENDED for claim in self.lives_for):
                 raise Unreachable("the agent is shutting down")
-            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
-            connection.claims.update(dict.fromkeys(claims))
+            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
+            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
+            connection.claims = dict.fromkeys([*still, *claims])
+            if resume:
+                claimed = {claim.unit.name for claim in claims}
+                done = [name for name, _, _ in members if name not in claimed]
+                return {"units": len(members), "done": done}
         return {"units": len(members)}
 
-    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT) -> Any:
-        self.units.complete(unit, self._reporter(request, unit), check_environment(env))
-        return {"unit": unit, "status": COMPLETED}
+    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
+        """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        self.units.fail(unit, reason, exit_code or None, self._reporter(request, unit))
-        return {"unit": unit, "status": FAILED}
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
+        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
         known, connection = self.units.units.get(unit), request.connection
-        if not known or not known.refused or known.holder in connection.claims:
-            return None
-        return connection.caller(hold=False)
+        if not known or known.last in connection.claims:
+            return None, known.last if known else None
+        return connection.caller(hold=False) if known.refused else None, None
+
+    def _held(self, request: Request, unit: str) -> Claim:
+        """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
+        known = self.units.units.get(unit)
+        if not known or not known.last or known.last not in request.connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        return known.last
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
-        known = self.units.units.get(unit)
-        if not known or not known.holder or known.holder not in request.connection.claims:
-            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        self.units.own(known.holder, process(pid, one_line(command)), one_line(log), one_line(ready))
+        self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -3311,14 +3589,20 @@ class Agent:
         return {"unit": unit}
 
     def do_running(self, request: Request, unit: str) -> Any:
-        self.units.run_on(unit)
-        request.connection.services[unit] = None
+        self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(self, request: Request, unit: str, reason: str = "") -> Any:
-        self.units.exit(unit, reason)
-        request.connection.services.pop(unit, None)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
+        """The command of a unit has ended, with all its processes. Without `code`, an empty reason means 0."""
+        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
+        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
         return {"unit": unit}
+
+    def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
+        """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
+        self._may_wait(request, progress=False)
+        self._expect(self.units.stop(units, request, grace))
+        self._owners_wake.wake()  # who keeps time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
         return {"units": self.units.reset(units)}
@@ -3368,43 +3652,38 @@ class Agent:
             return None if now is None else False
         return now == owner.born if owner.born else None
 
-    def _watch(self, what: Claim | Unit, owner: Owner) -> None:
-        """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+    def _watch(self, claim: Claim, owner: Owner) -> None:
+        """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
         from io import FileIO
 
-        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
+        fd: FileIO | None = None
         try:
             fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
-        self.owners[what] = (owner, fd)
+        self.owners[claim] = (owner, fd)
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """A step of the owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        """A step of the owners' thread: asleep until an owner ends, or a stop is due to go on.
+
+        Where there is no pidfd it looks every second.
+        """
         self._owners_wake.awake = False
         with self.lock:
-            for what in [w for w in self.owners if self._is_over(w)]:
-                fd = self.owners.pop(what)[1]
+            for claim in [claim for claim in self.owners if self.units.is_over(claim)]:
+                fd = self.owners.pop(claim)[1]
                 if fd:
                     fd.close()
             owners = dict(self.owners)
-        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
-        with self.lock:
-            claims = [claim for claim in gone if isinstance(claim, Claim)]
-            self.units.end_claims(claims, "the process that was to own it has ended", Refused)
-            for unit in gone:
-                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
-                    self.units.exit(unit.name, "not known: the process that ran it is gone")
+            pause = self.units.keep_time() - time.monotonic()
             self._distribute()
-
-    def _is_over(self, what: Claim | Unit) -> bool:
-        """Whether there is no need any more to watch an owner."""
-        if isinstance(what, Claim):
-            return self.units.is_over(what)
-        return not what.facts.running_on or what.facts.owner != self.owners[what][0]
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
+        ready = self._owners_wake.sleep(fds - {-1}, min(pause, 1 if -1 in fds else NEVER))
+        gone = [c for c, (owner, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(owner) is False)]
+        with self.lock:
+            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
@@ -4494,39 +4773,96 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
-PROBE_TIMEOUT = 5.0  # for one try
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
+CHECK_TIMEOUT = 1.0  # seconds for the one before the command
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
+def is_host(text: str) -> bool:
+    """Return whether a host can have this name or address."""
+    from _socket import AF_INET6, inet_pton
+
+    if ":" in text:
+        try:
+            return bool(inet_pton(AF_INET6, text.partition("%")[0]))
+        except (OSError, ValueError):
+            return False
+    labels = text.rstrip(".").split(".")
+    return text.isprintable() and not set(text) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
+
+
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
 
     Raises UsageError.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
         host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+    if host[:1] == "[" and host[-1:] == "]":
+        host = host[1:-1]
+    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
+    if not is_port or ((host or port) and not is_host(host)):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
-    return host.strip("[]"), int(number)
+    return host, int(number)
 
 
-def check_probe(text: str) -> None:
-    """Raises UsageError for a probe that can be known to be wrong without a try."""
-    kind, colon, rest = text.partition(":")
-    if kind == "tcp" and colon:
-        address_of(rest)
-    elif text.startswith("http://"):
-        address_of(text[7:].partition("/")[0], 80)
-    elif (colon and kind in ("unix", "file") and not rest) or not text:
-        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
-        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+def shown_probe(text: str) -> str:
+    """Return a probe as a message may have it: in short, and without the user and password of a URL."""
+    scheme, found, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    if at:
+        text = f"{scheme}{found}***@{host}{slash}{path}"
+    text = one_line(text)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+class Probe:
+    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+
+    def __init__(self, text: str) -> None:
+        kind, colon, rest = text.partition(":")
+        self.text, self.shown = text, shown_probe(text)
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
+        self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
+        self.address, self.path, self.header = ("", 0), rest, ""
+        if self.kind == "tcp":
+            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
+            self.address = address_of(self.plain(rest))
+        elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
+            authority, _, path = rest[2:].partition("/")
+            who, _, host = authority.rpartition("@")
+            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+        elif self.kind in ("unix", "file") and rest:
+            self.plain(rest)
+        elif self.kind in ("unix", "file") or not text:
+            raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+            hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
+            hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
+            raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
+
+    def plain(self, text: str) -> str:
+        """Return a part in which nothing is left to a shell. Raises UsageError."""
+        if text[:1] == "~" or set(text) & set("$`*"):
+            raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
+        return text
+
+
+def basic(who: str) -> str:
+    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
+    from binascii import b2a_base64
+    from urllib.parse import unquote_to_bytes
+
+    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
 def connect(host: str, port: int, timeout: float) -> Any:
-    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
     import socket
 
     if host:
@@ -4540,12 +4876,11 @@ def connect(host: str, port: int, timeout: float) -> Any:
             raise error from None
 
 
-def http_status(text: str, timeout: float) -> int:
-    """The status with which an http:// address answers. Raises OSError."""
-    where, _, path = text[7:].partition("/")
+def http_status(probe: Probe, timeout: float) -> int:
+    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline = time.monotonic() + timeout
-    with connect(*address_of(where, 80), timeout) as sock:
-        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+    with connect(*probe.address, timeout) as sock:
+        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
         line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -4556,7 +4891,40 @@ def http_status(text: str, timeout: float) -> int:
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
-    return int(words[1])
+    return int(words[1][:4])
+
+
+LOCAL = ("", "localhost", "127.0.0.1", "::1")
+
+
+def unix_listener(path: str, timeout: float) -> int:
+    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        if not hasattr(socket, "SO_PEERCRED"):
+            return 0
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def listener(port: int) -> int:
+    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    found = set()
+    for name in ("net/tcp", "net/tcp6"):
+        try:
+            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
+        except OSError:
+            continue
+        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
+        try:
+            if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
+                return int(pid)
+        except OSError:  # it has gone, or is not ours to look at
+            pass
+    return 0
 
 
 def can_be_read(fd: int, timeout: float) -> bool:
@@ -4571,81 +4939,99 @@ def can_be_read(fd: int, timeout: float) -> bool:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
+    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
+    goes on until the command is ready, gets the first: a file counts if it has changed since.
+
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
     Loop. `error` is what the last try lacked, in a few words.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
         import threading
 
         self.error = "its first try has not ended"
-        self._text, self._env = text, env
-        self._group = 0  # of a command that is being tried
+        self.objection = self.doubt = ""
+        self.file: tuple[int, ...] = ()  # as it was at the latest try
+        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self.shown = self._probe.shown
+        self._peer = self._group = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
 
-    def begin(self) -> Prober:
-        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+    def begin(self, once: bool = False) -> Prober:
+        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, args=(once,), daemon=True).start()
         return self
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._ready
 
     def ready(self) -> bool:
-        """Whether a try has succeeded."""
+        """Return whether a try has succeeded."""
         return not self.error
 
     def close(self) -> None:
-        """No more tries; a command that is being tried is killed."""
+        """Make no more tries, and kill a command that is being tried."""
         self._closed.set()
         with self._lock:
             if self._group:
                 signal_to(-self._group, 9)
         os.close(self._ready)
 
-    def _run(self) -> None:
+    def _run(self, once: bool) -> None:
         pause = 0.1
         try:
             while not self._closed.is_set():
-                self.error = self._try()
-                if not self.error:
+                self.error = self._try(once)
+                if once and not self.error:
+                    self._object()
+                if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
         finally:
             os.close(self._done)
 
-    def _try(self) -> str:
-        """Try once; return what is lacking."""
-        kind, colon, rest = self._text.partition(":")
-        try:
-            if kind == "file" and colon:
-                return "" if os.path.exists(rest) else "no such file"
-            if kind == "tcp" and colon:
-                connect(*address_of(rest), PROBE_TIMEOUT).close()
-                return ""
-            if kind == "unix" and colon:
-                from _socket import AF_UNIX, SOCK_STREAM, socket
+    def _object(self) -> None:
+        """Say what a try that succeeds before the command is run means."""
+        probe = self._probe
+        if probe.kind == "command":
+            self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
+        elif probe.kind != "file":
+            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            answers = f"{probe.shown} answers already, before the command was run"
+            self.objection = f"{answers}: end what listens there{who} first"
 
-                sock = socket(AF_UNIX, SOCK_STREAM)
-                try:
-                    sock.settimeout(PROBE_TIMEOUT)
-                    sock.connect(rest)
-                finally:
-                    sock.close()
-                return ""
-            if self._text.startswith("http://"):
-                status = http_status(self._text, PROBE_TIMEOUT)
+    def _try(self, once: bool) -> str:
+        """Try once; return what is lacking."""
+        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        try:
+            if probe.kind == "file":
+                if not os.path.exists(probe.path):
+                    return "no such file"
+                file = os.stat(probe.path)
+                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
+                return "" if self.file != self._old else "it is as it was before the command was run"
+            if probe.kind == "http":
+                status = http_status(probe, timeout)
                 return "" if status < 400 else f"HTTP status {status}"
-            return self._command()
-        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            if probe.kind == "tcp":
+                connect(*probe.address, timeout).close()
+            elif probe.kind == "unix":
+                self._peer = unix_listener(probe.path, timeout)
+            else:
+                return self._command(CHECK_TIMEOUT if once else NEVER)
+            return ""
+        except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self) -> str:
+    def _command(self, timeout: float) -> str:
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
         read, write = os.pipe()
         nothing = null()
         try:
@@ -4653,14 +5039,14 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
                 streams.append((os.POSIX_SPAWN_DUP2, write, 3))
                 self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            if not can_be_read(read, PROBE_TIMEOUT):
+            if not can_be_read(read, timeout):
                 signal_to(-self._group, 9)
-                return f"no end within {PROBE_TIMEOUT:.0f}s"
+                return f"no end within {span(timeout)}"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
         finally:
@@ -4803,6 +5189,7 @@ def exported(path: str) -> dict[str, str]:
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 
 
 class Task:
@@ -4933,7 +5320,8 @@ class Task:
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
         if now >= self.ready_by:
-            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+            lacks = self.prober.error if self.prober else ""
+            self.end(f"not ready after {span(self.ready_timeout)}: {shown_probe(self.ready)} ({lacks})")
         if now >= self.stop_at:
             self.end(f"timed out after {span(self.timeout)}")
         if now >= self.kill_at:
@@ -4980,7 +5368,11 @@ class Task:
             self.exited()
         elif not self.reported:
             how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            if early and code == 0 and self.ready != "notify":
+                how += TO_BACKGROUND
             self.tried(self.why or how, code)
+        else:  # somebody else has ended the unit
+            self.report("exited", reason=ending(code), code=shell_status(code))
 
     def tried(self, how: str, code: int) -> None:
         """A try has ended, without success unless there is nothing to say how."""
@@ -5029,9 +5421,9 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True)
+    start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
-        check_probe(args.ready)
+        Probe(args.ready)
     end_on("SIGTERM")
     try:
         start.__enter__()
@@ -5093,13 +5485,14 @@ class Run(Task):
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.ready:
-            self.report("owner", ready=self.ready)
+            self.report("owner", ready=shown_probe(self.ready))
             self.report_at = self.began + FIRST_REPORT
 
     def keep_time(self, now: float) -> float:
         if self.prober and now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.ready} ({self.prober.error})"
+            lacks = f"{shown_probe(self.ready)} ({self.prober.error})"
+            text = f"{self.unit}: not ready after {span(now - self.began)}: {lacks}"
             say(text, 2, self.quiet)
         return min(super().keep_time(now), self.report_at if self.prober else NEVER)
 
@@ -5171,24 +5564,24 @@ def cmd_wait(args: Args) -> int:
     if not args.units and not args.ready:
         raise UsageError("wait: name a unit, or what is to be --ready")
     for probe in args.ready:
-        check_probe(probe)
+        Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
         end_on("SIGTERM", "SIGHUP", "SIGQUIT")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    probers = [Prober(probe, environment()) for probe in args.ready]
     try:
-        for prober in probers.values():
+        for prober in probers:
             prober.begin()
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers.values():
+        for prober in probers:
             while prober.error:
                 over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {probe: one.error for probe, one in probers.items() if one.error}
+                lacks = {one.shown: one.error for one in probers if one.error}
                 if not prober.error:
                     break
                 if over or time.monotonic() >= end:
@@ -5199,11 +5592,11 @@ def cmd_wait(args: Args) -> int:
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
                 say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
     finally:  # what is being tried does not outlive us
-        for prober in probers.values():
+        for prober in probers:
             prober.close()
     took = time.monotonic() - began
     waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
     return 0
 
 
@@ -5300,7 +5693,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     """Take what a header says. Raises UsageError, Refused or ValueError."""
     verb, rest = (*text.split(None, 1), "", "")[:2]
     if verb == "ready":
-        check_probe(rest)
+        Probe(rest)
         script.ready = rest
         return
     words = rest.split()
@@ -5311,7 +5704,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
     if verb not in HEADERS or (count and len(words) not in count):
         known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
-        raise UsageError(f'"{text}" is not a header; use {known}')
+        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
     requires: str = SUCCESS
     if verb == "want":  # --requires=REQUIREMENT is two words
         words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
@@ -5549,7 +5942,7 @@ class Job(Task):
         self.boot.streams.log(self.stream, more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
+        self.report("owner", pid=self.pid, command=command, log=log, ready=shown_probe(self.ready))
         super().begun(detail)
         if detail:
             self.boot.streams.take(self.stream, f"{detail}\n".encode())
@@ -6019,6 +6412,8 @@ class Boot:
         if job.outcome:
             return
         job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
+        if job.tries and not (job.running or job.reported):  # somebody else has ended it between two tries
+            self.link.ask("exited", unit=job.unit)
         job.reported = "complete" if status == COMPLETED else "fail"
         self.unfinished -= 1
         if status == COMPLETED and job.running:

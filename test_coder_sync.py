@@ -15,6 +15,7 @@ import functools
 import grp
 import itertools
 import json
+import math
 import os
 import pty
 import pwd
@@ -294,12 +295,13 @@ class Step:
     def __init__(self, text: str) -> None:
         self.text = text
         self.verb, *words = text.split()
-        self.flags = {word for word in words if word in ("held", "late")}
+        self.flags = {word for word in words if word in ("held", "late", "supervised", "running", "resume")}
         self.tickets = [word for word in words if word.startswith("#")]
         given = dict(word.split("=") for word in words if "=" in word)
         self.locks = given["lock"].split(",") if "lock" in given else []
         self.by = Owner(int(given["by"]), f"script {given['by']}") if "by" in given else None
         self.seconds, self.jobs = float(given.get("within", 0)), int(given.get("jobs", 0))
+        self.reason = given.get("reason", "").replace("_", " ")
         self.code = int(given["code"]) if "code" in given else None
         names = [word for word in words if word not in (*self.flags, *self.tickets) and "=" not in word]
         self.requires = next((name.partition("!")[2] for name in names if "!" in name), "success")
@@ -342,16 +344,25 @@ class Rules:
         elif step.verb == "start":
             self.late.update(tickets if "late" in step.flags else ())
             what = (names[0], tickets[0], names[1:], step.requires, step.by, "held" in step.flags)
-            self.claims[tickets[0]] = units.start(*what, step.locks, step.seconds)
+            supervised = "supervised" in step.flags
+            self.claims[tickets[0]] = units.start(*what, step.locks, step.seconds, supervised)
         elif step.verb == "wait":
             self.claims[tickets[0]] = units.wait(names, tickets[0], step.requires, step.seconds)
         elif step.verb == "boot":
-            claims = units.boot(step.members, tickets[0], step.by, step.jobs)
+            claims = units.boot(step.members, tickets[0], step.by, step.jobs, "resume" in step.flags)
             self.claims.update((f"{tickets[0]}.{claim.unit.name}", claim) for claim in claims)
         elif step.verb == "complete":
-            units.complete(names[0], step.by)
+            units.complete(names[0], step.by, None, self.claim(step), "running" in step.flags)
         elif step.verb == "fail":
-            units.fail(names[0], " ".join(names[1:]), step.code, step.by)
+            units.fail(names[0], " ".join(names[1:]), step.code, step.by, self.claim(step))
+        elif step.verb == "exit":
+            units.exit(self.claims[tickets[0]], step.reason, step.code or 0)
+        elif step.verb == "running":
+            units.run_on(self.claims[tickets[0]])
+        elif step.verb == "own":
+            units.own(self.claims[tickets[0]], step.by, "")
+        elif step.verb == "stop":
+            self.claims[tickets[0]] = units.stop(names, tickets[0], step.seconds)
         elif step.verb == "lose":
             lost = [c for t, c in self.claims.items() if t in tickets or t.partition(".")[0] in tickets]
             units.end_claims(lost, "its caller went away")
@@ -370,12 +381,22 @@ class Rules:
             assert step.verb == "sleep"
             self.clock.now += float(names[0])
             units.end_late(self.claims.values())
+            units.keep_time()
+
+    def claim(self, step: Step) -> Any:
+        """The claim of who reports, if it has one."""
+        return self.claims[step.tickets[0]] if step.tickets else None
 
     def take(self) -> None:
         answers = self.units.take_answers()
         while answers:
             for claim, answer in answers:
-                if claim.boot:
+                if isinstance(answer, coder_sync.Stopping):
+                    self.told.append(f"{claim.ticket} stop {answer.unit} in {answer.grace:g}")
+                    continue
+                if isinstance(claim, coder_sync.Stop):
+                    self.told.append(f"{claim.ticket} {in_words(answer)}")
+                elif claim.boot:
                     self.told.append(f"{claim.ticket} {answer['unit']} {answer['status']}")
                 elif isinstance(answer, Exception):
                     self.told.append(f"{claim.ticket} {type(answer).__name__}")
@@ -418,6 +439,14 @@ def in_short(value: Any) -> str:
     if isinstance(value, (list, dict)):
         value = " and ".join(f"{key} by {value[key]}" if isinstance(value, dict) else in_short(key) for key in value)
     return "-" if value in ("", None) else str(value)
+
+
+def in_words(answer: dict[str, list[Any]]) -> str:
+    """The answer to a stop: `stopped a b left c(script 42) cannot d(-)`, of which what is empty is left out."""
+    words = {}
+    for what, units in answer.items():
+        words[what] = [u if isinstance(u, str) else f"{u['unit']}({in_short(u['owner'])})" for u in units]
+    return " ".join(" ".join([what, *names]) for what, names in words.items() if names) or "nothing"
 
 
 def story(units: Units) -> list[tuple[str, str, str]]:
@@ -613,14 +642,14 @@ while another boot goes on too:
 with a cycle too: want b a; boot #b a:b c => !CycleError | a:not-registered b:pending
 with one name twice too: boot #b a a => !Refused | | says a boot names a unit twice
 a finished boot may be repeated in order:
-    boot #a a b:a; complete a; complete b; boot #b b:a a; complete a; complete b
+    boot #a a b:a; complete a #a.a; complete b #a.b; boot #b b:a a; complete a; complete b
     => #a a started, #a a completed, #a b started, #a b completed, #b a started, #b a completed, #b b started,
     #b b completed | a:completed b:completed
 also after a failure:
-    boot #a a b:a; fail a; boot #b a b:a; complete a
+    boot #a a b:a; fail a #a.a; boot #b a b:a; complete a
     => #a a started, #a a failed, #a b skipped, #b a started, #b a completed, #b b started | a:completed b:started
 the edges of an earlier run are replaced:
-    boot #a a b:a; complete a; complete b; boot #b a:b b; complete b
+    boot #a a b:a; complete a #a.a; complete b #a.b; boot #b a:b b; complete b
     => #a a started, #a a completed, #a b started, #a b completed, #b b started, #b b completed,
     #b a started | a:started b:completed
 a boot that goes away fails what it ran and would have run: boot #b a b:a; lose #b => #b a started | a:failed b:failed
@@ -957,7 +986,7 @@ def test_status_says_whether_the_owner_still_runs() -> None:
     units = Units(clock, clock, alive=lambda owner: owner.pid in living)
     claim = units.start("a", "t", owner=Owner(42, "sh"))
     assert units.status("a").owner == Owner(42, "sh", True)
-    assert units.snapshots()[0].owner == Owner(42, "sh")
+    assert units.snapshots()[0].owner == Owner(42, "sh", True)
     for _ in range(2):  # while the answer is on its way, and then
         with pytest.raises(Refused, match="is started by sh"):
             units.boot([("a", {}, [])], "b")
@@ -997,29 +1026,218 @@ def test_what_happens_is_told_and_remembered(rules: Rules, steps: str, outcome: 
         assert rules.units.status(unit).history == [e for e in heard if e.unit == unit]
 
 
-def test_services_and_tries_are_remembered(rules: Rules) -> None:
+def test_tries_and_what_runs_are_remembered(rules: Rules) -> None:
     units = rules.units
     rules.play("start a #1 held by=41; sleep 1")
     units.retry("a", "try 2 of 4 after exit code 100")
     units.own(rules.claims["#1"], None, "", "tcp:1")
     assert (units.status("a").owner, units.status("a").reason) == (Owner(41, "script 41"), "not ready yet: tcp:1")
-    rules.play("sleep 1; complete a")
-    assert units.status("a").reason == ""
     units.own(rules.claims["#1"], Owner(42, "db"), "/log")
-    units.exit("a", "before it was said to run on")
-    units.run_on("a")
+    rules.play("sleep 1; complete a")
     a = units.status("a")
-    assert (a.running_on, a.tries, a.log, a.owner, a.exited) == (True, [1], "/log", Owner(42, "db"), None)
-    rules.play("sleep 5")
-    units.exit("a", "exit code 1")
-    units.exit("a", "a second time")
-    a = units.status("a")
-    assert (a.status, a.running_on, a.ended, a.exited, a.exit_reason) == ("completed", False, 2, 7, "exit code 1")
-    assert [e[1:] for e in story(units)][-3:] == [
-        ("retry", "try 2 of 4 after exit code 100"),
-        ("completed", ""),
-        ("exited", "exit code 1"),
+    assert (a.reason, a.tries, a.log, a.owner) == ("", [1], "/log", Owner(42, "db"))
+    assert [e[1:] for e in story(units)][-2:] == [("retry", "try 2 of 4 after exit code 100"), ("completed", "")]
+
+
+@scenarios("""
+# what runs on
+a supervisor's claim lasts until the command has ended:
+    start a #1 supervised by=42; complete a #1 running; start a #2; complete a; exit #1; start a #3
+    => #1 ok, !AlreadyStarted, #3 ok | a:started | says unit "a" still runs (pid 42): stop it first
+its unit is completed meanwhile, and stays so if the command ends well:
+    start b #1 a; start a #2 supervised; complete a #2 running; exit #2
+    => #2 ok, #1 ok | a:completed b:started
+without a word the command of a unit that its supervisor completes has ended:
+    start a #1 supervised; complete a #1; start a #2 => #1 ok, #2 ok | a:started
+but may be said later to run on: start a #1 supervised; complete a #1; running #1; start a #2
+    => #1 ok, !AlreadyStarted | a:completed
+not if the unit was started again: start a #1 supervised; complete a #1; start a #2; complete a; running #1; start a #3
+    => #1 ok, #2 ok, #3 ok | a:started
+nor of one that has failed: start a #1 supervised; fail a #1; running #1; start a #2 => #1 ok, #2 ok | a:started
+a command that another has completed still runs:
+    start a #1 supervised; complete a; start a #2; complete a #1; start a #3
+    => #1 ok, !AlreadyStarted, #3 ok | a:started
+so does one that another has failed: start a #1 supervised lock=k; start b #2 lock=k; fail a; start a #3; exit #1
+    => #1 ok, !AlreadyStarted, #2 ok | a:failed b:started
+whose lock does not pass on until it has ended: start a #1 supervised lock=k; start b #2 lock=k; fail a
+    => #1 ok | a:failed b:pending
+that of what completed does: start a #1 supervised lock=k; start b #2 lock=k; complete a #1 running
+    => #1 ok, #2 ok | a:completed b:started
+what a supervisor fails has ended: start a #1 supervised lock=k; start b #2 lock=k; fail a #1; start a #3
+    => #1 ok, #2 ok, #3 ok | a:started b:started
+a refused report ends the claim too: start a #1 supervised; complete a; fail a #1; start a #2
+    => #1 ok, !Refused, #2 ok | a:started
+a claim of a script ends with its unit: start a #1 held; complete a; start a #2 => #1 ok, #2 ok | a:started
+an exit of what has not ended is none: start a #1 supervised; exit #1; complete a #1 => #1 ok | a:completed
+# death
+what dies has failed, and who waits is skipped:
+    start db #1 supervised; complete db #1 running; start app #2 db x; want x; exit #1 code=1 reason=exit_code_1;
+    complete x
+    => #1 ok, #2 DependencyFailed | app:skipped db:failed x:completed | says unit "app" skipped: dependency "db" failed
+    (died 0ms after it was ready: exit code 1)
+who asks later fails: start db #1 supervised; complete db #1 running; exit #1 code=1; start app #2 db
+    => #1 ok, #2 DependencyFailed | app:skipped db:failed
+who has started goes on: start app #2 db; start db #1 supervised; complete db #1 running; exit #1 code=1; complete app
+    => #1 ok, #2 ok | app:completed db:failed
+to be completed is enough for who asks for an end: start db #1 supervised; complete db #1 running; exit #1 code=1;
+    start app #2 db!completion => #1 ok, #2 ok | app:started db:failed
+a death may be reported as a failure: start a #1 supervised; complete a #1 running; fail a #1 code=1; start a #2
+    => #1 ok, #2 ok | a:started
+it is repaired by another start: start db #1 supervised; complete db #1 running; exit #1 code=1; start app #2 db;
+    start db #3 supervised; start app #4; complete db #3 running
+    => #1 ok, #2 DependencyFailed, #3 ok, #4 ok | app:started db:completed
+a supervisor that is lost loses what runs on: start db #1 supervised; complete db #1 running; lose #1; start app #2 db
+    => #1 ok, #2 DependencyFailed | app:skipped db:failed
+but not what had ended, whose lock passes on: start a #1 supervised lock=k; fail a oops; start b #2 lock=k; lose #1
+    => #1 ok, #2 ok | a:failed b:started
+a boot is notified of the outcome, and of a death: boot #b a; complete a #b.a running; exit #b.a code=1
+    => #b a started, #b a completed | a:failed
+# boot again
+what runs on keeps a boot from running:
+    boot #a a b; own #a.a by=42; complete a #a.a running; complete b #a.b; boot #b b a
+    => #a a started, #a b started, #a a completed, #a b completed, !Refused | a:completed b:completed | says unit "a"
+    still runs (pid 42) from an earlier boot: stop it, or boot with --resume
+what another supervisor runs too: start a #1 supervised by=42; complete a #1 running; boot #b a
+    => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42): stop it, or boot with --resume
+also what has failed and still runs: start a #1 supervised by=42; fail a; boot #b a resume => #1 ok, !Refused | a:failed
+to resume leaves alone what has completed:
+    boot #a a b:a c:a,b; complete a #a.a running; fail b #a.b; boot #b a b:a c:a,b resume; complete b #b.b; exit #a.a
+    => #a a started, #a a completed, #a b started, #a b failed, #a c skipped, #b b started, #b b completed,
+    #b c started | a:completed b:completed c:started
+a boot has the edges of its scripts, whatever there was: want a x; boot #b a => #b a started | a:started
+also after a reset: boot #a b:a a; complete a #a.a; fail b #a.b; reset b; boot #b b
+    => #a a started, #a a completed, #a b started, #a b failed, #b b started | a:completed b:started
+what runs on is not reset: start a #1 supervised by=42; complete a #1 running; reset a
+    => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42) and cannot be reset; stop it first
+# stop
+nothing runs: want a; stop #s => #s nothing | a:pending
+an unknown unit is refused: stop #s ghost => !NotRegistered |
+what runs is told to end, and has failed:
+    start a #1 supervised; stop #s a within=8; fail a #1 exit_code_143; start b #2 a
+    => #1 ok, #1 stop a in 8, #s stopped a, #2 DependencyFailed | a:failed b:skipped | says unit "b" skipped: dependency
+    "a" failed (stopped)
+whatever its command says: start a #1 supervised; stop #s a within=8; complete a #1
+    => #1 ok, #1 stop a in 8, #s stopped a | a:failed
+also what runs on: start a #1 supervised; complete a #1 running; stop #s within=8; exit #1
+    => #1 ok, #1 stop a in 8, #s stopped a | a:failed
+dependents end first, and what does not depend on the units does not end:
+    boot #b db app:db web:app other; complete db #b.db running; complete app #b.app running; stop #s db within=8;
+    fail web #b.web; exit #b.app; exit #b.db
+    => #b db started, #b other started, #b db completed, #b app started, #b app completed, #b web started,
+    #b stop web in 8, #b web failed, #b stop app in 8, #b app failed, #b stop db in 8, #b db failed,
+    #s stopped web app db | app:failed db:failed other:started web:failed
+also through those that do not run:
+    boot #b db mid:db top:mid; complete db #b.db running; complete mid #b.mid; stop #s within=8; fail top #b.top;
+    exit #b.db
+    => #b db started, #b db completed, #b mid started, #b mid completed, #b top started, #b stop top in 8,
+    #b top failed, #b stop db in 8, #b db failed, #s stopped top db | db:failed mid:completed top:failed
+when half of the time is over all are told: boot #b db app:db; complete db #b.db running; stop #s within=8; sleep 4;
+    exit #b.db; fail app #b.app
+    => #b db started, #b db completed, #b app started, #b stop app in 8, #b stop db in 4, #b db failed, #b app failed,
+    #s stopped db app | app:failed db:failed
+what waits is ended at once: boot #b db app:db; stop #s within=8; fail db #b.db
+    => #b db started, #b app failed, #b stop db in 8, #b db failed, #s stopped app db | app:failed db:failed
+a start that waits is refused: start a #1 x; start b #2 a; stop #s a
+    => #1 Refused, #s nothing | a:pending b:pending x:not-registered | says unit "a" was not started: stopped
+a start behind a held one that is ended goes on: start a #1 x held; start a #2; stop #s x; want x; complete x
+    => !NotRegistered, #1 ok, #2 AlreadyStarted | a:started x:completed
+what has no supervisor cannot be stopped: start a #1 by=42; start b #2 supervised by=43; stop #s within=8; fail b #2
+    => #1 ok, #2 ok, #2 stop b in 8, #s stopped b cannot a(script 42) | a:started b:failed
+nor can what a script holds: start a #1 held by=42; stop #s a => #1 ok, #s cannot a(script 42) | a:started
+what does not end is left: start a #1 supervised by=42; stop #s a within=8; sleep 9.9; sleep 0.1; fail a #1
+    => #1 ok, #1 stop a in 8, #s left a(script 42) | a:failed
+and is not told again: start a #1 supervised by=42; stop #s a within=1; sleep 3; stop #t a within=8; fail a #1
+    => #1 ok, #1 stop a in 1, #s left a(script 42), #t stopped a | a:failed
+what a lost supervisor ran is left too: start a #1 supervised by=42; complete a #1 running; stop #s within=8; lose #1
+    => #1 ok, #1 stop a in 8, #s left a(script 42) | a:failed
+a second stop joins the first: start a #1 supervised; start b #2 supervised; stop #s within=8; stop #t a within=8;
+    fail a #1; fail b #2
+    => #1 ok, #2 ok, #1 stop a in 8, #2 stop b in 8, #t stopped a, #s stopped a b | a:failed b:failed
+and may leave less time, also to what is still to wait: boot #b db app:db; complete db #b.db running; stop #s within=8;
+    stop #t within=0; exit #b.db; fail app #b.app
+    => #b db started, #b db completed, #b app started, #b stop app in 8, #b stop db in 0, #b stop app in 0,
+    #b db failed, #b app failed, #s stopped db app, #t stopped db app | app:failed db:failed
+but not more: start a #1 supervised; stop #s within=1; stop #t within=8; fail a #1
+    => #1 ok, #1 stop a in 1, #s stopped a, #t stopped a | a:failed
+a stop goes on without who asked: boot #b db app:db; complete db #b.db running; stop #s within=8; lose #s;
+    fail app #b.app; exit #b.db
+    => #b db started, #b db completed, #b app started, #b stop app in 8, #b app failed, #b stop db in 8,
+    #b db failed | app:failed db:failed
+what becomes ready while it is being stopped does not count:
+    start a #1 supervised; start b #2 a; stop #s a within=8; complete a #1 running; exit #1
+    => #1 ok, #1 stop a in 8, #2 DependencyFailed, #s stopped a | a:failed b:skipped
+nor does what a script reports of it: start a #1 supervised; stop #s a within=8; complete a; fail a; fail a #1
+    => #1 ok, #1 stop a in 8, !Refused, #s stopped a | a:failed | says unit "a" is being stopped and cannot become
+    completed
+what is stopped is not started meanwhile: start a #1 supervised by=42; complete a #1 running; stop #s a within=8;
+    start a #2 => #1 ok, #1 stop a in 8, !AlreadyStarted | a:completed
+but later: start a #1 supervised; complete a #1 running; stop #s a within=8; exit #1; start a #2
+    => #1 ok, #1 stop a in 8, #s stopped a, #2 ok | a:started
+a lock passes on when what is stopped has ended: start a #1 supervised lock=k; start b #2 lock=k; stop #s a within=8;
+    sleep 1; fail a #1 => #1 ok, #1 stop a in 8, #2 ok, #s stopped a | a:failed b:started
+""")
+def test_rule_of_services(rules: Rules, steps: str, outcome: str) -> None:
+    test_rule(rules, steps, outcome)
+
+
+@scenarios("""
+a service is completed as long as it lives:
+    start a #1 supervised by=42; sleep 1; complete a #1 running; sleep 5; show a status running_on ended exited;
+    exit #1; show a status running_on ended exited exit_reason
+    => a: status completed, running_on True, ended 1, exited -; a: status completed, running_on False, ended 1,
+    exited 6, exit_reason -
+and has failed when it dies: start a #1 supervised; sleep 1; complete a #1 running; sleep 240;
+    exit #1 code=3 reason=exit_code_3; show a status running_on ended exited exit_reason reason exit_code
+    => a: status failed, running_on False, ended 1, exited 241, exit_reason exit code 3,
+    reason died 4m00s after it was ready: exit code 3, exit_code 3
+a lost boot leaves its processes: boot #b a c by=41; own #b.a by=42; complete a #b.a running; lose #b; show a reason;
+    show c reason
+    => a: reason lost: the boot that ran process 42 (script 42) ended; that process may still run;
+    c: reason lost: process 41 (script 41) ended without completing
+so does a run: start a #1 supervised by=41; complete a #1 running; lose #1; show a reason
+    => a: reason lost: process 41 (script 41) ended; its command may still run
+what is being stopped says so: start a #1 supervised; show a stopping; stop #s a within=8; show a stopping status;
+    fail a #1; show a stopping reason
+    => a: stopping False; a: stopping True, status started; a: stopping False, reason stopped
+what was stopped ran until then: start a #1 supervised; complete a #1 running; sleep 2; stop #s a within=8; sleep 1;
+    exit #1; show a ended exited exit_reason reason exit_code
+    => a: ended 0, exited 3, exit_reason stopped, reason stopped, exit_code -
+""")
+def test_what_is_known_of_a_service(rules: Rules, steps: str, outcome: str) -> None:
+    test_what_is_known_of_a_unit(rules, steps, outcome)
+
+
+def test_what_happens_to_services_is_told(rules: Rules) -> None:
+    rules.play("start a #1 supervised; complete a #1 running; exit #1 code=1 reason=oops; start b #2 supervised")
+    rules.play("complete b #2 running; exit #2; start c #3 supervised; stop #s c; fail c #3; start d #4 x held; want x")
+    rules.play("stop #s d")
+    assert [(e.unit, e.kind, e.detail) for e in rules.heard if e.kind not in ("registered", "started")] == [
+        ("a", "ready", ""),
+        ("a", "completed", ""),
+        ("a", "died", "died 0ms after it was ready: oops"),
+        ("b", "ready", ""),
+        ("b", "completed", ""),
+        ("b", "exited", ""),
+        ("c", "stopped", "stopped"),
+        ("d", "wants", "x"),
+        ("d", "waiting", "x"),
+        ("d", "gave up", "stopped; still missing: x"),
+        ("d", "stopped", "stopped"),
     ]
+
+
+def test_whether_what_a_lost_supervisor_ran_is_alive_is_looked_at_when_it_is_asked_for() -> None:
+    clock, living = Clock(), {42}
+    units = Units(clock, clock, alive=lambda owner: owner.pid in living)
+    claim = units.start("a", "t", supervisor=True)
+    units.own(claim, Owner(42, "db"), "")
+    units.complete("a", claim=claim, running=True)
+    assert units.status("a").owner == Owner(42, "db", True)
+    units.end_claims([claim], "its caller went away")
+    assert [units.status("a").owner, units.graph().nodes[0].owner] == [Owner(42, "db", True)] * 2
+    assert units.snapshots()[0].owner == Owner(42, "db", True)
+    living.clear()
+    assert units.snapshots()[0].owner == Owner(42, "db", False)
 
 
 def test_names_of_locks_that_nobody_uses_are_forgotten_at_the_limit(
@@ -1044,9 +1262,7 @@ def test_a_boot_lasts_from_its_claim_on_also_with_units_that_are_known_for_long(
     rules.units.want("b", ["a"])
     for _ in range(2):
         rules.clock.now += 100
-        rules.units.boot([("a", {}, []), ("b", {"a": "success"}, [])], "boot")
-        for name in "ab":
-            rules.play(f"sleep 1; complete {name}")
+        rules.play("boot #b a b:a; sleep 1; complete a #b.a; sleep 1; complete b #b.b")
         assert coder_sync.Startup(rules.units.graph()).length == 2
         rules.units.reset(["a", "b"])
 
@@ -1146,10 +1362,18 @@ class Model:
         self.waits: dict[str, list[tuple[str, str]]] = {}  # ticket of a wait -> its needs
         self.holders: dict[str, str] = {}  # unit -> ticket of the start that is on
         self.arrived: set[str] = set()  # of those, the ones whose answer has arrived
-        self.locks: dict[str, list[str]] = {}  # started unit -> the locks it has
+        self.supervised: set[str] = set()  # tickets of starts whose command has to end, too
+        self.last: dict[str, str] = {}  # unit -> ticket of its last start, in its present run
+        self.running: set[str] = set()  # units that run on
+        self.stopping: dict[str, tuple[float, float]] = {}  # unit -> when to have ended, when to be told at the latest
+        self.stops: dict[str, tuple[float, dict[str, list[str]]]] = {}  # ticket -> end, and what became of its units
+        self.asking: set[str] = set()  # tickets of stops that are to be answered
+        self.told_to_stop: dict[str, float] = {}  # unit -> by when
+        self.locks: dict[str, list[str]] = {}  # unit that is started, or has failed and runs -> the locks it has
         self.told: dict[str, Any] = {}  # ticket of a start -> its answer: dependencies or a class of error
         self.may_tell: dict[str, list[Any]] = {}  # ticket of a wait -> answers that were right at some moment
         self.may_become: dict[str, str] = {}  # unit -> the status that this operation itself gives it
+        self.now = 1000.0
 
     # -- questions
 
@@ -1180,7 +1404,9 @@ class Model:
 
     def is_over(self, ticket: str) -> bool:
         unit = self.starts[ticket][0] if ticket in self.starts else ""
-        return not (ticket in self.waits or ticket in self.line or self.holders.get(unit) == ticket)
+        return not (
+            ticket in self.waits or ticket in self.asking or ticket in self.line or self.holders.get(unit) == ticket
+        )
 
     # -- steps: each returns the kind of error it must be refused with, or None
 
@@ -1191,7 +1417,7 @@ class Model:
     def link(self, members: dict[str, dict[str, str]], anew: bool = False) -> type[Exception] | None:
         before = dict(self.edges)
         if anew:
-            self.edges = {e: r for e, r in before.items() if not (e[0] in members and self.status(e[0]) in ENDED)}
+            self.edges = {edge: r for edge, r in before.items() if edge[0] not in members}
         for unit, wants in members.items():
             for dependency, requires in wants.items():
                 wrong = self.edges.get((unit, dependency), requires) != requires
@@ -1206,10 +1432,14 @@ class Model:
     def start(self, step: Step) -> type[Exception] | None:
         unit, refusal = step.names[0], self.want(step)
         on = self.holders.get(unit)
-        if refusal is None and self.status(unit) == "started" and (on is None or on in self.arrived):
+        free = (
+            self.status(unit) != "started" if on is None else self.status(unit) == "started" and on not in self.arrived
+        )
+        if refusal is None and not free:
             refusal = AlreadyStarted
         if refusal is None:
-            self.claim(step.tickets[0], unit, "held" in step.flags, step.locks)
+            self.supervised.update(step.tickets if "supervised" in step.flags else ())
+            self.claim(step.tickets[0], unit, bool({"held", "supervised"} & step.flags), step.locks)
         return refusal
 
     def claim(self, ticket: str, unit: str, held: bool, locks: list[str], again: tuple[str, ...] = ENDED) -> None:
@@ -1223,40 +1453,151 @@ class Model:
 
     def boot(self, step: Step) -> type[Exception] | None:
         members = {name: wants for name, wants, _ in step.members}
-        if any(self.status(u) == "started" or self.line_of(u) for u in members):
+        done = {u for u in members if "resume" in step.flags and self.status(u) == "completed"}
+        if any(self.status(u) == "started" or self.line_of(u) or u in self.holders for u in members if u not in done):
             return Refused
         refusal = self.link(members, anew=True)
         if refusal is None:
             for unit, _, locks in step.members:
-                self.claim(f"{step.tickets[0]}.{unit}", unit, True, locks)
+                ticket = f"{step.tickets[0]}.{unit}"
+                if unit not in done:
+                    self.supervised.add(ticket)
+                    self.claim(ticket, unit, True, locks)
         return refusal
 
     def complete(self, step: Step, outcome: str = "completed") -> type[Exception] | None:
-        (unit,) = step.names
-        status = self.status(unit)
+        (unit,), status = step.names, self.status(step.names[0])
         if status == "not registered":
             return NotRegistered
-        if status in ENDED:
-            return None if status == outcome else Refused
-        self.become(unit, outcome)
-        self.tell(unit, Refused)
-        return None
+        ticket, running = step.tickets[0] if step.tickets else "", "running" in step.flags
+        holds = self.holders.get(unit, "-") == ticket
+        running = running and holds and self.starts[ticket][1]
+        if unit in self.stopping and (holds or status == "started"):
+            if holds and not running:
+                self.stopped(unit)
+            return None if holds or outcome == "failed" else Refused
+        if holds and unit in self.running and not running:
+            self.exits(unit, outcome == "failed")
+            return None
+        if status not in ENDED:
+            self.become(unit, outcome)
+            self.tell(unit, Refused)
+        if running:
+            self.run_on(ticket, unit)
+        elif holds or self.holders.get(unit) not in self.supervised:
+            self.close(unit)
+        return None if status not in ENDED or status == outcome else Refused
 
     def fail(self, step: Step) -> type[Exception] | None:
         return self.complete(step, "failed")
+
+    def exit(self, step: Step) -> None:
+        (ticket,) = step.tickets
+        unit = self.starts[ticket][0]
+        if self.holders.get(unit) == ticket and unit in self.stopping:
+            self.stopped(unit)
+        elif self.holders.get(unit) == ticket and self.status(unit) != "started":
+            self.exits(unit, bool(step.code))
+
+    def exits(self, unit: str, badly: bool) -> None:
+        if unit in self.running and badly:
+            self.may_become[unit] = "failed"
+        self.close(unit)
+
+    def stopped(self, unit: str) -> None:
+        if self.status(unit) != "failed":
+            self.may_become[unit] = "failed"
+            self.tell(unit, Refused)
+        self.close(unit)
+
+    def running_(self, step: Step) -> None:
+        (ticket,) = step.tickets
+        self.run_on(ticket, self.starts[ticket][0])
+
+    def run_on(self, ticket: str, unit: str) -> None:
+        if self.status(unit) == "completed" and self.last.get(unit) == ticket and self.starts[ticket][1]:
+            self.holders[unit] = ticket
+            self.supervised.add(ticket)
+            self.running.add(unit)
+
+    def close(self, unit: str, lost: bool = False) -> None:
+        """The claim that is on is over."""
+        held = self.starts[self.holders[unit]][1] if unit in self.holders else True
+        self.holders.pop(unit, None)
+        self.running.discard(unit)
+        if held or self.status(unit) != "started":
+            self.locks.pop(unit, None)
+        self.told_to_stop.pop(unit, None)
+        if self.stopping.pop(unit, None):
+            for _, answer in self.stops.values():
+                if unit in answer["units"]:
+                    answer["units"].remove(unit)
+                    answer["left" if lost else "stopped"].append(unit)
+
+    def stop(self, step: Step) -> type[Exception] | None:
+        named = step.names or list(self.statuses)
+        if any(self.status(name) == "not registered" for name in named):
+            return NotRegistered
+        affected = [unit for unit in self.statuses if any(self.reaches(unit, name) for name in named)]
+        runs = [unit for unit in affected if self.holders.get(unit) in self.supervised]
+        for unit in runs:
+            by, latest = self.stopping.get(unit, (math.inf, math.inf))
+            self.stopping[unit] = min(by, self.now + step.seconds), min(latest, self.now + step.seconds / 2)
+        failed = []
+        for unit in affected:
+            ends = [t for t in self.line_of(unit) if self.starts[t][1] or unit in named]
+            for ticket in ends:
+                self.line.remove(ticket)
+                self.told.update({ticket: Refused} if "." not in ticket else {})
+            if any(self.starts[t][1] for t in ends) and not self.line_of(unit) and unit not in self.holders:
+                self.may_become[unit] = "failed"
+                failed.append(unit)
+        cannot = [unit for unit in affected if self.status(unit) == "started" and unit not in runs]
+        answer = {"units": runs, "stopped": failed, "left": [], "cannot": cannot}
+        self.asking.update(step.tickets)
+        self.stops[step.tickets[0]] = self.now + step.seconds + coder_sync.STOP_PATIENCE, answer
+        return None
+
+    def sleep(self, step: Step) -> None:
+        self.now += float(step.names[0])
+
+    def tellings(self) -> dict[str, tuple[str, float]]:
+        """Whom the supervisors are to be told to stop, and the seconds they have."""
+        tellings = {}
+        for unit, (by, latest) in self.stopping.items():
+            above = any(self.reaches(other, unit) for other in self.stopping if other != unit)
+            if self.told_to_stop.get(unit, math.inf) > by and (not above or latest <= self.now):
+                self.told_to_stop[unit] = by
+                tellings[self.holders[unit]] = unit, max(0.0, by - self.now)
+        return tellings
+
+    def ends_of_stops(self) -> dict[str, dict[str, list[str]]]:
+        """What stops are answered."""
+        over = [t for t, (end_by, answer) in self.stops.items() if end_by <= self.now or not answer["units"]]
+        answers = {ticket: self.stops.pop(ticket)[1] for ticket in over}
+        answers = {ticket: answer for ticket, answer in answers.items() if ticket in self.asking}
+        self.asking -= {*answers}
+        for answer in answers.values():
+            answer["left"] += answer.pop("units")
+        return {t: {what: sorted(units) for what, units in answer.items()} for t, answer in answers.items()}
 
     def lose(self, step: Step) -> None:
         touched: dict[str, bool] = {}
         for ticket in step.tickets:
             self.waits.pop(ticket, None)
+            self.asking.discard(ticket)
         for ticket, (unit, held, _) in self.starts.items():
             if not self.is_over(ticket) and {ticket, ticket.partition(".")[0]} & {*step.tickets}:
                 touched[unit] = held or touched.get(unit, False)
                 if ticket in self.line:
                     self.line.remove(ticket)
                 else:
-                    del self.holders[unit]
+                    if unit in self.running:
+                        self.may_become[unit] = "failed"
+                    self.close(unit, lost=True)
         for unit, held in touched.items():
+            if self.status(unit) in ENDED:
+                continue
             if unit not in self.holders and held and not self.line_of(unit):
                 self.may_become[unit] = "failed"
             elif unit not in self.holders and self.status(unit) == "started":
@@ -1269,13 +1610,13 @@ class Model:
             self.arrived.add(ticket)
             self.tell(unit, AlreadyStarted)
             if not held:
-                del self.holders[unit]
+                self.close(unit)
 
     def reset(self, step: Step) -> type[Exception] | None:
         todo = step.names or list(self.statuses)
         if any(self.status(n) == "not registered" for n in todo):
             return NotRegistered
-        if any(self.status(n) == "started" for n in todo):
+        if any(self.status(n) == "started" or n in self.holders for n in todo):
             return Refused
         again = [n for n in todo if self.status(n) in ENDED]
         for name in again:
@@ -1287,9 +1628,10 @@ class Model:
 
     def become(self, unit: str, status: str) -> None:
         self.statuses[unit] = status
-        self.locks.pop(unit, None)
-        if status != "started":
-            self.holders.pop(unit, None)
+        if status in ("pending", "completed"):
+            self.locks.pop(unit, None)
+        if status == "pending":
+            self.last.pop(unit, None)
 
     def tell(self, unit: str, answer: Any) -> None:
         for ticket in self.line_of(unit):
@@ -1300,6 +1642,7 @@ class Model:
     def follow(self, unit: str, kind: str) -> None:
         """Do what Units says it did; it must be allowed."""
         needs, status = self.needs(unit), self.status(unit)
+        kind = "failed" if kind in ("died", "stopped") else kind
         if self.may_become.get(unit) == kind:
             del self.may_become[unit]
             self.become(unit, kind)
@@ -1316,9 +1659,10 @@ class Model:
             self.line.remove(winner)
             self.told[winner] = [d for d, _ in needs]
             self.become(unit, "started")
-            self.holders[unit], self.locks[unit] = winner, self.starts[winner][2]
+            self.holders[unit] = self.last[unit] = winner
+            self.locks[unit] = self.starts[winner][2]
         else:
-            assert kind in ("registered", "wants", "waiting", "gave up") or status == kind
+            assert kind in ("registered", "wants", "waiting", "gave up", "ready", "exited") or status == kind
         self.look()
 
     def look(self) -> None:
@@ -1353,6 +1697,7 @@ class Play:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.rules, self.model = Rules(), Model()
+        self.services = "supervised" if seed % 2 else ""  # whether there are any
         self.units = self.rules.units
         self.names = "abcdef"[: self.random.choice([2, 3, 4, 6])]
         self.requirements = self.random.choice([["success"], ["success", "success", "completion", "start"]])
@@ -1364,14 +1709,29 @@ class Play:
         name, new = self.random.choice(self.names), f"#{self.units.seq}-{len(claims)}"
         open_ = [ticket for ticket, claim in claims.items() if not self.units.is_over(claim)]
         weights = {"want": 3, "start": 6, "complete": 5, "fail": 2, "wait": 2, "lose": 2, "delivered": 4}
+        if self.services:
+            weights.update(exit=4, running=1, stop=1, sleep=2)
         verb = self.random.choices([*weights, "boot", "reset"], [*weights.values(), 1, 1])[0]
         words = [name]
         if verb in ("want", "wait"):
             words = [name, *some]
         elif verb == "start":
             words = [name, new, *(some[:2] if self.random.random() < 0.4 else [])]
-            words += ["held"] * (self.random.random() < 0.4)
+            words += [self.random.choice(["", "", "held", self.services])]
             words += [self.random.choice(["", "", "", "lock=k", "lock=l", "lock=k,l"])]
+        elif verb in ("complete", "fail", "exit", "running") and (verb in ("exit", "running") or self.services):
+            started = [t for t in open_ if t in self.model.starts and t not in self.model.line]
+            ticket = self.random.choice([*started, *[t for t in self.model.starts if claims[t].unit.last][:5], ""])
+            if ticket and (verb in ("exit", "running") or self.random.random() < 0.6):
+                words = [*([self.model.starts[ticket][0]] if verb in ("complete", "fail") else []), ticket]
+                words += ["running"] * (verb == "complete" and self.random.random() < 0.5)
+                words += self.random.choice([[], ["code=1"]]) if verb == "exit" else []
+            else:
+                verb = "complete" if verb in ("exit", "running") else verb
+        elif verb == "stop":
+            words = [*dict.fromkeys(some), new, self.random.choice(["within=8", "within=8", "within=2", "within=0"])]
+        elif verb == "sleep":
+            words = [self.random.choice(["1", "4", "8"])]
         elif verb == "lose":
             words = self.random.sample(list(claims), min(len(claims), self.random.choice([1, 1, 2, 5])))
         elif verb == "delivered":
@@ -1385,6 +1745,8 @@ class Play:
             words = sorted(set(some))
         if verb in ("wait", "boot"):
             words.append(new)
+        if verb == "boot" and self.services:
+            words += ["resume"] * (self.random.random() < 0.4)
         if verb in ("want", "wait", "start"):
             words[0] += f"!{self.random.choice(self.requirements)}"
         return Step(" ".join([verb, *words]))
@@ -1393,7 +1755,7 @@ class Play:
         """Do it on both sides and compare everything."""
         seen, model, units = self.units.seq, self.model, self.units
         model.told, model.may_tell, model.may_become = {}, {}, {}
-        expected = getattr(model, step.verb)(step)
+        expected = getattr(model, step.verb.replace("running", "running_"))(step)
         model.look()
         result: Any = None
         try:
@@ -1410,9 +1772,17 @@ class Play:
     def compare(self) -> None:
         model, units = self.model, self.units
         told: dict[str, Any] = {}
+        tellings: dict[str, tuple[str, float]] = {}
+        ends: dict[str, Any] = {}
         for claim, answer in units.take_answers():
             ticket = claim.ticket
-            if claim.boot:
+            if isinstance(answer, coder_sync.Stopping):
+                started = next(t for t, c in self.rules.claims.items() if c is claim)
+                tellings[started] = (answer.unit, answer.grace)
+            elif isinstance(claim, coder_sync.Stop):
+                named = {w: [u if isinstance(u, str) else u["unit"] for u in units] for w, units in answer.items()}
+                ends[ticket] = {what: sorted(units) for what, units in named.items()}
+            elif claim.boot:
                 assert answer["status"] in ("started", *ENDED)
                 if answer["status"] == "started":
                     told[f"{ticket}.{answer['unit']}"] = list(wants(units, answer["unit"]))
@@ -1422,10 +1792,14 @@ class Play:
             assert told.pop(ticket) in model.may_tell[ticket]
             del model.waits[ticket]
         assert told == model.told
+        assert tellings == model.tellings()
+        assert ends == model.ends_of_stops()
+        assert {unit.name for unit in units.stopping} == {*model.stopping}
+        assert {name for name, unit in units.units.items() if unit.facts.running_on} == model.running
         model.settled()
         assert {name: unit.status for name, unit in units.units.items()} == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
-        assert units.waits == len(model.line) + len(model.waits)
+        assert units.waits == len(model.line) + len(model.waits) + len(model.asking)
         assert not units._freed
         assert not units._affected
         for name, unit in units.units.items():
@@ -2385,7 +2759,7 @@ NO_REQUESTS = [
     b'{"jsonrpc":"2.0","method":"start","params":{"unit":"never"}}',
     b'{"jsonrpc":"2.0","method":"wait","params":{"units":["never"]}}',
 ]
-NO_METHODS = ["", "Ping", "stop", "_stop", "__init__", "x" * 1000, "a\nb"]
+NO_METHODS = ["", "Ping", "kill", "_stop", "__init__", "x" * 1000, "a\nb"]
 
 
 def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: World) -> None:
@@ -2411,6 +2785,7 @@ def fits(kind: str, value: Any) -> bool:
     if kind.startswith("Sequence"):
         return type(value) is list and all(type(v) is (str if "str" in kind else dict) for v in value)
     types = {"Id": (str, int), "float": (int, float), "Object": (dict,), "str": (str,), "int": (int,), "bool": (bool,)}
+    kind = kind.replace(" | None", "")
     limit = {"int": 2**31, "float": 1e9}.get(kind, 0)
     return type(value) in types[kind] and (not limit or (0 if kind == "float" else -limit + 1) <= value < limit)
 
@@ -4168,18 +4543,6 @@ def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_do
     assert as_written("...\na: started after TIME\n", done.stdout)
 
 
-def test_a_service_whose_process_was_gone_before_its_connection_has_exited(agent: World) -> None:
-    with subprocess.Popen(["true"]) as gone:
-        pass
-    peer = agent.connect()
-    peer.call("start", unit="a", hold=True)
-    for method, params in (("owner", {"pid": gone.pid}), ("complete", {}), ("running", {})):
-        assert "result" in peer.call(method, unit="a", **params)
-    peer.close()
-    reason = until(lambda: agent.client.status("a").exit_reason)
-    assert reason == "not known: the process that ran it is gone"
-
-
 def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -> None:
     sooner = "coder_sync.FIRST_REPORT, coder_sync.REPORT_EVERY = 0.02, 0.01"
     world.serve()
@@ -4189,7 +4552,7 @@ def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -
         until(lambda: as_written("a: not ready after TIME: file:up (no such file)\n", line_of(run.stderr)))
         until(lambda: as_written("still waiting after TIME for file:up (no such file)\n", line_of(wait.stdout)))
     for process, last in (
-        (run, "error: a: not ready after 2.0s (no such file)\n"),
+        (run, "error: a: not ready after 2.0s: file:up (no such file)\n"),
         (wait, "  file:up: no such file\n"),
     ):
         done = finish(process)
@@ -4814,6 +5177,73 @@ def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent
     assert finish(run).returncode == 1
 
 
+class Supervisor:
+    """A raw connection that has started units, and says that they are ready and run on."""
+
+    def __init__(self, world: World, *units: str, **params: Any) -> None:
+        self.peer = world.connect()
+        for unit in units:
+            assert "result" in self.peer.call("start", unit=unit, supervisor=True, **params)
+            assert self.peer.call("complete", unit=unit, running=True)["result"]["status"] == "completed"
+
+    def told(self) -> dict[str, Any]:
+        """What it is told to stop."""
+        message = self.peer.read()
+        assert message["method"] == "stop"
+        return dict(message["params"])
+
+    def ended(self, unit: str) -> None:
+        assert "result" in self.peer.call("exited", unit=unit, code=143)
+
+
+def test_stop_has_supervisors_end_what_runs_dependents_first(agent: World) -> None:
+    db, app = Supervisor(agent, "db"), Supervisor(agent, "app", dependencies=["db"])
+    stopper = agent.connect()
+    stopper.request("stop", units=["db"], grace=60)
+    assert 59 < app.told()["grace"] <= 60
+    with pytest.raises(Refused, match='unit "app" still runs'):
+        agent.client.start("app")
+    app.ended("app")
+    assert db.told()["unit"] == "db"
+    db.ended("db")
+    assert stopper.read()["result"] == {"stopped": ["app", "db"], "left": [], "cannot": []}
+    assert agent.client.status("db").reason == "stopped"
+    assert stopper.call("stop")["result"]["stopped"] == []
+    assert stopper.call("stop", units=["ghost"])["error"]["code"] == NotRegistered.code
+
+
+def test_stop_tells_all_at_half_time_says_what_is_left_and_goes_on_without_who_asked(world: World) -> None:
+    answering(world, altered("coder_sync.STOP_PATIENCE = 0.1", "serve", "-q"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    world.client.start("plain")
+    stopper, other = world.connect(), world.connect()
+    other.request("stop", grace=0.4)
+    other.close()
+    stopper.request("stop", grace=0.4)
+    assert (app.told()["unit"], db.told()["unit"]) == ("app", "db")
+    answer = stopper.read()["result"]
+    assert [sorted(row["unit"] for row in answer[what]) for what in ("left", "cannot")] == [["app", "db"], ["plain"]]
+    assert answer["left"][0]["owner"]["pid"] == os.getpid()
+    app.ended("app")
+    db.ended("db")
+    assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
+
+
+def test_a_boot_that_resumes_is_told_what_is_done(agent: World) -> None:
+    db, boot = Supervisor(agent, "db"), agent.connect()
+    rows = [{"unit": "db"}, {"unit": "app", "wants": {"db": "success"}}]
+    refused = boot.call("boot", units=rows)["error"]["message"]
+    assert refused.startswith('unit "db" still runs (pid ')
+    boot.request("boot", units=rows, resume=True)
+    answers = [boot.read(), boot.read()]
+    assert {"jsonrpc": "2.0", "id": 1, "result": {"units": 2, "done": ["db"]}} in answers
+    assert {"unit": "app", "status": "started", "reason": "", "env": {}} in [a.get("params") for a in answers]
+    db.peer.close()
+    until(lambda: agent.status("db") == "failed")
+    reason = agent.client.status("db").reason
+    assert re.fullmatch(rf"lost: process {os.getpid()} \(.*\) ended; its command may still run", reason)
+
+
 @pytest.mark.parametrize("way", ["run", "boot"])
 def test_who_holds_a_unit_may_report_though_its_parents_own_start_was_refused(
     agent: World, gate: Gate, way: str
@@ -4878,8 +5308,7 @@ coder_sync.Loop.watch = unless_probed"""
         assert (done.returncode, done.stderr) == (3, "")
     else:
         Boot(agent, {"a": f"@ready notify\n{script}"}, patch=unseen).ends(1, "", "died: a (completed, then ended: ")
-    assert agent.status("a") == "completed"
-    assert kinds_of(agent, "a")[-2:] == ["completed", "exited"]
+    assert kinds_of(agent, "a")[-2:] == ["completed", "died"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -6985,6 +7414,7 @@ ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
 NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
+AS_WRITTEN = ": nothing is expanded in it; write it out, or write a command"
 NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
 
 
@@ -7024,6 +7454,12 @@ MISTAKES_IN_HEADERS = [
     ("@ready tcp:0", f"'0' {ADDRESS}"),
     ("@ready tcp:65536", f"'65536' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
+    ("@ready tcp:$PORT", f"'tcp:$PORT'{AS_WRITTEN}"),
+    ("@ready http://${HOST}/", f"'http://${{HOST}}/'{AS_WRITTEN}"),
+    ("@ready file:~/up", f"'file:~/up'{AS_WRITTEN}"),
+    ("@ready unix:/run/*.sock", f"'unix:/run/*.sock'{AS_WRITTEN}"),
+    ("@ready https://db/", "'https://db/' is no probe; write a command: curl -fs https://db/"),
+    ("@ready a\0b", "'a b' has a NUL character"),
     ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
     ("@ready 5432", f"'5432' {NO_PROBE}"),
 ]
@@ -7166,17 +7602,19 @@ v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV 
 v11: printf '\303\251=1' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v12: printf 'A=%20000d' 0 | tr ' ' '"' > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 # a service that is never ready fails and ends
-s1: @ready file:up; exit 0 => failed: ended before it was ready (exit code 0)
+s1: @ready file:up; exit 0
+    => failed: ended before it was ready (exit code 0): keep it in the foreground, or call `wait --ready` in it
 s2: @ready notify; exit 3 => failed: ended before it was ready (exit code 3)
-s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no such file)
-s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (it has not said READY=1)
-s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (Connection refused)
-s6: @ready echo secret && echo secret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
-    => failed: not ready after 900ms (exit code 7)
-s7: @ready sleep 60; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms (no end within 0s)
+s3: @ready file:up; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: file:up (no such file)
+s4: @ready notify; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: notify (it has not said READY=1)
+s5: @ready tcp:1; @ready-timeout 900ms; sleep 60 => failed: not ready after 900ms: tcp:1 (Connection refused)
+s6: @ready echo sec''ret && echo sec""ret >&2 && exit 7; @ready-timeout 900ms; sleep 60 & sleep 60
+    => failed: not ready after 900ms: echo sec''ret && echo sec""ret >&2 && exit 7 (exit code 7)
+s7: @ready sleep 60; @ready-timeout 900ms; sleep 60
+    => failed: not ready after 900ms: sleep 60 (its first try has not ended)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; echo s9 => s9
-s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms (no such file))
+s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms: file:up (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
 t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
@@ -7193,7 +7631,7 @@ r1: @retry 3 100ms; echo n >> n; n=$(($(wc -l < n))); : > n$n; test $n = 3 && ex
 r2: @want r1; echo r2 => r2
 r3: @retry 1 0; exit 4 => try 2 of 2 after exit code 4 / failed: exit code 4
 r4: @retry 1 10ms; @ready file:r4.up; test -e r4.n || { : > r4.n; exit; }; mkfifo r4.end; : > r4.up; cat r4.end
-    => try 2 of 2 after ended before it was ready (exit code 0)
+    => try 2 of 2 after ended before it was ready (exit code 0): keep it in the foreground, or call `wait --ready` in it
 r5: @want r4; : > r4.end; echo r5 => r5
 # what has one lock runs one at a time, in whatever way each ends
 l1: @lock apt; mkdir held && sleep 0.02 && rmdir held =>
@@ -7232,15 +7670,15 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
-    patch = "coder_sync.LOOK_EVERY, coder_sync.PROBE_TIMEOUT = 600, 0.1"
+    patch = "coder_sync.LOOK_EVERY = 600"
     boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
     until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
     agent.end("disk")
     assert "secret" not in boot.ends(1)  # which reads to the end of file
     assert (boot.said(), boot.unsuccessful()) == (says, fails)
     failed, skipped = (sum(end.startswith(how) for end in fails.values()) for how in ("failed", "skipped"))
-    count = f"{failed} failed, {skipped} skipped"
-    assert f"boot: {len(files) - failed - skipped} completed, {count}\n" in boot.told and f"({count})" in boot.told
+    assert f"boot: {len(files) - failed - skipped} completed, {failed} failed, {skipped} skipped\n" in boot.told
+    assert f"({failed + 1} failed, {skipped} skipped)" in boot.told  # and one that died
     assert (
         "warning: s8: ended after its unit had completed (exit code 3)\n" in boot.told and "    | oops\n" in boot.told
     )
@@ -7398,18 +7836,17 @@ def test_what_goes_on_behind_its_unit_holds_nothing_up_and_is_heard_but_keeps_no
     until(lambda: boot.left() == [])
 
 
-def test_a_script_may_want_more_and_start_again_or_tell_its_outcome_and_tidy_up(world: World, gate: Gate) -> None:
-    again = "$SYNC complete a -q; $SYNC want a b -q; $SYNC start a -q; cat b.done"
+def test_a_script_may_tell_its_outcome_and_tidy_up_and_need_not_start_its_unit(world: World, gate: Gate) -> None:
+    again = "$SYNC start a -q; $SYNC complete a -q; $SYNC start a -q; cat gate"
     tell = "$SYNC fail c --reason 'no disk' -q; cat told; echo tidied; sleep 60 & sleep 60"
     told = Gate(world, "told")
-    files = {"a": again, "b": "cat gate; echo b ran > b.done", "c": tell, "d": "@want c"}
-    boot = Boot(world, files, "--grace", "500ms")
+    boot = Boot(world, {"a": again, "c": tell, "d": "@want c"}, "--grace", "500ms")
     told.open()
-    world.waiting("a")
     gate.open()
     boot.ends(1, leaves=True)
     until(lambda: boot.left() == [])
-    assert boot.said() == {"a": ["b ran"], "c": ["tidied"]}
+    hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
+    assert boot.said() == {"a": [f'error: unit "a" was started by boot; {hint}'] * 2, "c": ["tidied"]}
     assert boot.unsuccessful() == {"c": "failed: no disk", "d": 'skipped: dependency "c" failed (no disk)'}
 
 
@@ -7465,11 +7902,36 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
 
 
 def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_known() -> None:
-    for text, port, host in (("65535", 65535, ""), ("db:1", 1, "db"), ("[::1]:1", 1, "::1")):
+    for text, port, host in (
+        ("65535", 65535, ""),
+        ("db:1", 1, "db"),
+        ("[::1]:1", 1, "::1"),
+        ("d\u00e4.b.:1", 1, "d\u00e4.b."),
+    ):
         assert coder_sync.address_of(text) == (host, port)
         assert not host or coder_sync.address_of(text, 80) == (host, port)
-    for text, host in (("db", "db"), ("[::1]", "::1")):
+    for text, host in (("db", "db"), ("[::1]", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(text, 80) == (host, 80)
+    assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
+    odd = [
+        "",
+        ":",
+        "http",
+        "0",
+        "65536",
+        "-1",
+        "1" * 5000,
+        "\u0661",
+        "a b:1",
+        "a..b:1",
+        f"{'a' * 64}:1",
+        "[::g]:1",
+        "\0:1",
+    ]
+    for text in [*odd, "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1", "::1", "a:b:1"]:
+        with pytest.raises(UsageError, match="is no address") as caught:
+            coder_sync.address_of(text)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 150
     try:
         server = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:
@@ -7478,34 +7940,104 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
         coder_sync.connect("", server.getsockname()[1], PATIENCE).close()
 
 
-def test_an_http_server_that_answers_byte_by_byte_has_the_time_of_one_try() -> None:
+WEB = "http://127.0.0.1:{}"
+
+
+def answered(server: socket.socket, *answers: bytes) -> threading.Thread:
+    """Answer the next request in these parts, slowly; the thread that does so has `asked` at its end."""
+
+    def answer() -> None:
+        with server.accept()[0] as peer, contextlib.suppress(OSError):
+            thread.asked = peer.recv(1000)  # type: ignore[attr-defined]
+            for part in answers:
+                peer.sendall(part)
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    return thread
+
+
+def test_a_try_of_http_ends_in_time_though_the_server_answers_byte_by_byte() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            peer = server.accept()[0]
-            with peer, contextlib.suppress(OSError):
-                for _ in range(1000):
-                    peer.sendall(b"H")
-                    time.sleep(0.02)
-
-        thread = threading.Thread(target=answer)
-        thread.start()
+        thread = answered(server, *[b"H"] * 1000)
         with pytest.raises(OSError, match="timed out"):
-            coder_sync.http_status(f"http://127.0.0.1:{server.getsockname()[1]}", 0.2)
+            coder_sync.http_status(coder_sync.Probe(WEB.format(server.getsockname()[1])), 0.2)
         thread.join()
 
 
-def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready(world: World) -> None:
-    answers = {"HTTP/1.1 400 x": "HTTP status 400", "HTTP/1.1 399": ""}
+def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready() -> None:
+    answers = {"HTTP/1.1 400 x": "HTTP status 400", "HTTP/1.1 399": "", "HTTP/1.1 " + "9" * 900: "HTTP status 9999"}
     answers.update(dict.fromkeys(("", "hello", "HTTP/1.1", "HTTP/1.1 OK", "ICY 200 OK"), "its answer is not HTTP"))
     for status, error in answers.items():
         with socket.create_server(("127.0.0.1", 0)) as server:
-            prober = coder_sync.Prober(f"http://127.0.0.1:{server.getsockname()[1]}", {}).begin()
-            with server.accept()[0] as peer:
-                peer.recv(1000)
-                peer.sendall(status.encode() + b"\r\n\r\n")
+            thread = answered(server, status.encode() + b"\r\n\r\n")
+            prober = coder_sync.Prober(WEB.format(server.getsockname()[1]), {}).begin()
             until(lambda: prober.error == error, error)  # noqa: B023
+            thread.join()
         prober.close()
+
+
+def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: World, call: Call) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = WEB.format(server.getsockname()[1]).replace("//", "//me:s%65cret@") + "/a?b#c"
+        thread = answered(server, b"HTTP/1.0 403 No\r\n\r\n")
+        words = ["run", "a", "--ready", url, "--ready-timeout", "500ms", "--", "sleep", "60"]
+        run = agent.popen(*words)
+        said = until(lambda: agent.client.status("a").reason) + call.ok(agent, "list") + call.ok(agent, "why")
+        thread.join()
+        said += finish(run).stderr + agent.run("wait", "--ready", url, "--timeout", "1ms").stderr
+        said += "".join(mistakes(startup(agent, {"a": f"@redy {url}\n@ready {url.replace('//', '//x ')}"})))
+    asked = thread.asked.decode().splitlines()  # type: ignore[attr-defined]
+    assert asked[0] == "GET /a?b HTTP/1.0" and "Authorization: Basic bWU6c2VjcmV0" in asked
+    assert "cret" not in said and "not ready after 500ms: http://***@127.0.0.1:" in said, said
+
+
+def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(world: World) -> None:
+    patch = "coder_sync.TRY_TIMEOUT = 0.01"
+    probe = "sleep 60 & echo $! >> left; sleep 0.2; test -e up || { : > up; exit 1; }"
+    assert finish(world.spawn(altered(patch, "wait", "--ready", probe))).returncode == 0
+    left = read_lines(world.directory / "left")
+    until(lambda: len(left) == 2 and not any(alive(int(pid)) for pid in left))
+
+
+def checked(world: World, probe: str) -> coder_sync.Prober:
+    """A probe that was tried once, as before its command."""
+    prober = coder_sync.Prober(probe, coder_sync.environment()).begin(once=True)
+    assert coder_sync.can_be_read(prober.fileno(), PATIENCE)
+    prober.close()
+    return prober
+
+
+@needs_proc
+def test_what_answers_before_its_command_is_run_is_an_objection_that_names_it(world: World) -> None:
+    code = "import os, socket; s = [socket.create_server(('127.0.0.1', 0)), socket.socket(socket.AF_UNIX)]"
+    code += "; s[1].bind('up.sock'); s[1].listen(); os.write(1, b'%d\\n' % s[0].getsockname()[1])\n"
+    code += "while 1:\n c = s[0].accept()[0]; c.send(b'HTTP/1.0 200 x\\r\\n')"
+    server = world.spawn([*PYTHON, code])
+    port = int(line_of(server.stdout))
+    name = Path(f"/proc/{server.pid}/comm").read_text().strip()
+    for probe in (f"tcp:{port}", f"tcp://localhost:{port}/", f"unix:{world.directory}/up.sock", WEB.format(port)):
+        answers = f"{probe} answers already, before the command was run: end what listens there"
+        assert checked(world, probe).objection == f"{answers} (pid {server.pid}, {name}) first"
+    stopped(server)
+    for probe in (f"tcp:{port}", f"unix:{world.directory}/up.sock", WEB.format(port)):
+        assert checked(world, probe).objection == "", probe
+
+
+def test_a_file_counts_if_it_has_changed_and_a_command_that_succeeds_before_is_doubted(world: World) -> None:
+    path = world.directory / "up"
+    before = checked(world, f"file:{path}")
+    path.touch()
+    assert coder_sync.Prober(f"file:{path}", {}, before)._try(False) == ""
+    before = checked(world, f"file:{path}")
+    after = coder_sync.Prober(f"file:{path}", {}, before).begin()
+    until(lambda: after.error == "it is as it was before the command was run")
+    path.write_text("x")
+    assert coder_sync.can_be_read(after.fileno(), PATIENCE) and after.ready()
+    after.close()
+    assert (before.objection, before.doubt, checked(world, "false").doubt) == ("", "", "")
+    assert checked(world, "true").doubt == "true succeeds already, before the command is run: it says nothing about it"
 
 
 def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
@@ -7552,7 +8084,7 @@ def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
     service = f"set -e; umask 077; {notify} STATUS=x READY=1; {notify} READY=1 WATCHDOG=1; {notify} STOPPING=1"
     name = f"notify-{next(COUNT)}"
     done = shared.run("run", name, "--ready", "notify", "--", "sh", "-c", f"{service}; exit 5")
-    assert (done.returncode, shared.status(name)) == (5, "completed"), done
+    assert (done.returncode, shared.status(name)) == (5, "failed"), done
     boot = Boot(world, {"a": f"@ready notify\n{service}; echo all > gate", "b": "@want a\ncat gate"})
     boot.ends(0, "b | all\n", leaves=True)
 
@@ -8272,7 +8804,7 @@ def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World,
     agent.refuses("complete")
     assert agent.asked("fail")["params"]["reason"] == "refused"
     gate.open()
-    agent.sees_its_end()
+    agent.asked("exited")
     agent.reports("failed", "refused")
     agent.boot.ends(1, "", "failed: a (refused); ")
 
@@ -8574,7 +9106,6 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
             owner = world.client.status(unit).owner
             assert owner and world.client.status(unit).running_on
             os.killpg(owner.pid, signal.SIGKILL)
-            until(lambda: not world.client.status(unit).running_on)  # noqa: B023
     world.client.shutdown()
 
 
