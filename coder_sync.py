@@ -288,6 +288,8 @@ COMPLETED = "completed"
 FAILED = "failed"
 SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
 ENDED = (COMPLETED, FAILED, SKIPPED)
+STOPPED = "stopped"  # how the process of a service ended, else its exit status: by `stop`
+LOST = "lost"  # with its supervisor; it may still run
 
 SUCCESS: Requirement = "success"
 COMPLETION: Requirement = "completion"
@@ -400,6 +402,8 @@ class UnitStatus(Record):
     stopping: bool = False  # its supervisor is to end it, or was told to
     exited: float | None = None  # when the command of a service ended
     exit_reason: str = ""
+    probe: str = ""  # what says that a service is ready, while it is not
+    probe_error: str = ""  # what the last try of it lacked
     log: str = ""  # the file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
     environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
@@ -2383,6 +2387,7 @@ class Units:
         claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
+        claim.unit.facts.probe = ready
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
@@ -4180,11 +4185,9 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         "Unit": status.unit_name,
         "Status": status.status,
         "Ready": str(status.is_ready).lower(),
-        "Reason": status.reason,
+        "Reason": note(status),
         "Started by": owner_text(status.owner),
         "Tries": str(len(status.tries) + 1) if status.tries else "",
-        "Runs on": "yes" if status.running_on else "",
-        "Ended since": status.exit_reason,
         "Locks": ", ".join(status.locks),
         "Waits for": ", ".join(status.waits_for) if status.is_waiting else "",
         "Output": status.log,
@@ -4205,23 +4208,33 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
-def note_of(unit: UnitStatus) -> str:
-    """The reason of a status, or what has become of a service."""
-    return unit.reason or ("its process runs on" if unit.running_on else unit.exit_reason)
+def note(unit: UnitStatus) -> str:
+    """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
+    if unit.status == STARTED and unit.probe:
+        since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
+        lacks = f" ({unit.probe_error})" if unit.probe_error else ""
+        return f"probing {unit.probe} for {span(unit.age - since)}{lacks}"
+    if unit.running_on:
+        return "runs on" + owner_text(unit.owner, " as ")
+    if unit.exit_reason == LOST and unit.owner and unit.owner.alive is not None:
+        return unit.reason + (" (it does)" if unit.owner.alive else " (it has ended)")
+    ended = "its process has ended" if unit.status == COMPLETED and unit.exited is not None else ""
+    return unit.reason or unit.exit_reason or ended
 
 
 def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
-    """The table of all units; what they wait for and reasons have a column where there are any."""
+    """Return the table of all units; what they wait for and reasons have a column where there are any."""
     rows = [
-        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note_of(u)] for u in units
+        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
     ]
     text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
     return text if units else "no units yet\n"
 
 
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
-    """All units for programs."""
-    keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for")
+    """Return all units for programs."""
+    keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
+    keys += ["running_on", "exited", "exit_reason", "probe", "probe_error"]
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
@@ -4333,14 +4346,15 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     if unit.running_on:
         return "running on"
     if unit.exited is not None:
-        word = "exited" if unit.status == COMPLETED else "stopped" if unit.exit_reason == "stopped" else "died"
+        word = "exited" if unit.status == COMPLETED else "died"
+        word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
         return word if first is None else f"{word} at {span(unit.exited - first)}"
-    return "running" if unit.status == STARTED else unit.status
+    return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
 
 
 def described(unit: UnitStatus, word: str = "") -> str:
-    """The status, or another word for it, and the reason."""
-    return joined(word or unit.status, unit.reason or unit.exit_reason)
+    """Return the status, or another word for it, and what else there is to say."""
+    return joined(word or unit.status, note(unit))
 
 
 def joined(*parts: str, by: str = ": ") -> str:
@@ -4524,7 +4538,9 @@ def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
-    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in bars]
+    units = [bar.unit for bar in bars]
+    said = [standing(u) if u.running_on else described(u, "" if u.status in ENDED else standing(u)) for u in units]
+    outcomes = [fit(text, 60).rstrip() for text in said]
     left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
     right = left + axis + 70
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
@@ -4656,7 +4672,7 @@ def graph_dot(graph: Graph) -> str:
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled];"]
     for u in graph.nodes:
         words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(described(u))}"]
-        words += ["style=dashed"] if u.status == NOT_REGISTERED else []
+        words += ["style=dashed"] if u.status == NOT_REGISTERED else ["peripheries=2"] if u.running_on else []
         words += bold if u.unit_name in startup.critical else []
         lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
     for name, dependent, requirement, on_path in startup.edges:
@@ -4675,7 +4691,9 @@ def graph_mermaid(graph: Graph) -> str:
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
     startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
     lines = ["flowchart LR"]
-    lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
+    for u in graph.nodes:
+        box = f"([{quote(u.unit_name)}])" if u.running_on else f"[{quote(u.unit_name)}]"
+        lines.append(f"  {ids[u.unit_name]}{box}:::{u.status.replace(' ', '_')}")
     for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
@@ -4689,7 +4707,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
-    nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
+    nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
     wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
     edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
     return {"units": nodes, "edges": edges}
@@ -4757,7 +4775,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
             return not stuck[name]
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
         runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
-        return name in held_up or gone or runs_long or standing(u) in ("gave up", FAILED, "exited")
+        return name in held_up or gone or runs_long or u.status == FAILED or standing(u) in ("gave up", "exited")
 
     asked = reached(names, found)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
@@ -4786,8 +4804,8 @@ def elapsed(since: float | None, until: float | None) -> float:
 
 
 def story(unit: UnitStatus, now: float, what: str) -> str:
-    """One unit in one sentence without its full stop; `what` keeps or kept it from starting."""
-    name, reason = f'"{unit.unit_name}"', f": {unit.reason}" if unit.reason else ""
+    """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
+    name, reason = f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
@@ -4807,19 +4825,18 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else f"it is {unit.reason or 'still running'}"
+        still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
-    ago = f"{name} {unit.status} {span(elapsed(unit.ended, now))} ago"
+    ago = f"{name} {unit.status} {span(unit.age)} ago"
     if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; its process runs on" if unit.running_on else ""
-    if unit.exited is not None:
+    if unit.status == COMPLETED and unit.exited is not None:
         after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
-    return (
-        f"{ago} after running {span(elapsed(unit.started, unit.ended))}{tries}{reason}; started{by} {how}{after}{log}"
-    )
+    ran = span(now - unit.age - unit.started)
+    return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
 # ----------------------------------------------------------------------------------------------------------
