@@ -1578,6 +1578,16 @@ def dispatch(argv: Sequence[str]) -> int:
     return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
+def name_process() -> None:
+    """Have ps(1) and top(1) show our name instead of python3, where the system lets us."""
+    try:
+        fd = posix.open("/proc/self/comm", posix.O_WRONLY)
+        posix.write(fd, b"coder_sync")
+        posix.close(fd)
+    except OSError:
+        pass
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
     import _signal as signal
@@ -1593,6 +1603,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 null()
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
+        name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
