@@ -1194,8 +1194,9 @@ a lost boot leaves its processes: boot #b a c by=41; own #b.a by=42; complete a 
     show c reason
     => a: reason lost: the boot that ran process 42 (script 42) ended; that process may still run;
     c: reason lost: process 41 (script 41) ended without completing
-so does a run: start a #1 supervised by=41; complete a #1 running; lose #1; show a reason
-    => a: reason lost: process 41 (script 41) ended; its command may still run
+so does a run: start a #1 supervised by=41; sleep 1; complete a #1 running; sleep 5; lose #1; show a reason;
+    show a ended exited exit_reason
+    => a: reason lost: process 41 (script 41) ended; its command may still run; a: ended 1, exited 6, exit_reason lost
 what is being stopped says so: start a #1 supervised; show a stopping; stop #s a within=8; show a stopping status;
     fail a #1; show a stopping reason
     => a: stopping False; a: stopping True, status started; a: stopping False, reason stopped
@@ -6116,6 +6117,7 @@ STARTUPS = {
         unit("db", 0, 0, 20, running_on=True, owner=Owner(42, "postgres -D /data", True)),
         unit("proxy", 0, 1, 10, ["gate"], status="failed", exited=80, exit_reason="exit code 1", reason=WAS_UP),
         unit("gate", 0, 0, 1, exited=30),
+        unit("ends", 0, 0, stopping=True),
         unit("cache", 0, 0, 1, status="failed", exited=100, exit_reason="stopped", reason="stopped"),
         unit("q", 0, 0, 1, status="failed", exited=90, exit_reason="lost", reason=MAY_RUN, owner=Owner(43, "", True)),
         unit("tools", 0, 60, 100, ["apt-tools"], released_by="apt-tools", tries=[90.0], log="/logs/tools.log"),
@@ -6250,6 +6252,7 @@ started); critical path: base 10s -> web 20s (100% of it)
   cache     █──────────────────────                  1.0s stopped at 1m40s
   clone     ██│██│███                                 40s completed
   db        █████────────────────────────────────     20s running on
+  ends      █████████████████████████████████████   2m40s stopping
   gate      █──────                                  1.0s exited at 30s
   q         █────────────────────                    1.0s lost at 1m30s
   proxy     ██────────────────                       9.0s died at 1m20s
@@ -6261,7 +6264,7 @@ started); critical path: base 10s -> web 20s (100% of it)
   shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
-2m40s in all (3 failed, 2 still running, 2 not started); critical path:
+2m40s in all (3 failed, 3 still running, 2 not started); critical path:
 apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
 ? timeline: nothing: 40
 no units yet
@@ -6419,6 +6422,7 @@ complete.
 "web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
     held up: site
 
+"ends" started 2m40s ago, at once; it is being stopped.
 "gate" completed 2m39s ago after running 1.0s; started at once; its process ended 2m10s ago.
 "proxy" failed 1m20s ago after running 1m19s: died 1m10s after it was ready: exit code 1; started after waiting 1.0s.
 "q" failed 1m10s ago after running 1m30s: lost: the boot that ran process 43 ended; that process may still run (it \
@@ -6438,6 +6442,7 @@ clone      completed  true   2m00s
 db         completed  true   2m20s             runs on as postgres -D /data (pid 42)
 proxy      failed     true   1m20s             died 1m10s after it was ready: exit code 1
 gate       completed  true   2m39s             its process has ended
+ends       started    true   2m40s             being stopped
 cache      failed     true   1m00s             stopped
 q          failed     true   1m10s             lost: the boot that ran process 43 ended; that process may still run \
 (it does)
