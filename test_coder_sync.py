@@ -6003,20 +6003,6 @@ def test_a_start_that_gave_up_has_failed_its_unit_if_it_was_to_own_it(agent: Wor
         assert (done.returncode, agent.status(unit)) == (status == "failed", status)
 
 
-def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
-    for line, told in (
-        ("# coder-sync want a", ":2: not understood"),
-        ("# codersync: want a", ":2: not understood"),
-        ("// coder_sync: want a", ":2: not understood"),
-        ("# coder-sync\uff1a want a", ":2: not understood"),
-        ("# coder-sync: want a --require start", '"--require" is neither an option'),
-        ("# coder-sync: want a, b", '"a," is neither an option'),
-    ):
-        mistakes: list[str] = []
-        coder_sync.read_script("x.sh", f"#!/bin/sh\n{line}\n".encode(), mistakes)
-        assert len(mistakes) == 1 and told in mistakes[0], line
-
-
 CLOCK_SET_BACK = """
 import time
 wall, calls = time.time, []
@@ -7359,7 +7345,11 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
         assert list(planned(startup(world, {file: ""}))) == [unit]
     for file, what in (("10-", "empty"), ("a\tb", "printed"), ("b\udcff", "printed")):
         (mistake,) = mistakes(startup(world, {file: ""}))
-        assert mistake.startswith(f"{file}:1: ") and what in mistake and mistake.endswith("or add: unit NAME")
+        assert (
+            mistake.startswith(f"{coder_sync.printable(file)}:1: ")
+            and what in mistake
+            and mistake.endswith("or add: unit NAME")
+        )
         assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
@@ -7381,15 +7371,23 @@ def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
         assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
-def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
+def test_only_comments_in_the_first_50_lines_or_before_any_code_are_headers(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
     lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
     lines += ["# coder-sync runs this", "# coder-sync is what wants: us", "# coder_sync.py", "# coder-sync"]
     lines += ["coder-sync want f", *[":"] * (47 - len(lines)), "@want yes", "@want too-late"]
-    assert wanted(planned(startup(world, {"x": "\n".join(lines), "yes": ""}))["x"]) == [("yes", "success", 50)]
+    path = startup(world, {"x": "\n".join(lines), "yes": ""})
+    assert wanted(planned(path)["x"]) == [("yes", "success", 50)]
+    told = f"warning: {path}/x:51: not read as a header: too far down; move it up\n"
+    assert capfd.readouterr().err == told
+    licence = "\n".join(["# All rights reserved", "", "  # and so on"] * 60)
+    assert wanted(planned(startup(world, {"x": licence + "\n@want yes", "yes": ""}))["x"]) == [("yes", "success", 182)]
 
 
 def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World) -> None:
-    path = Path(startup(world, dict.fromkeys([".hidden", "a~", "a.bak", "a.dpkg-old", "#a#", "b"], "")))
+    others = ["a~", "a.bak", "a.dpkg-old", "a.ucf-dist", "a.rpmsave", "a.sh.disabled", "a.off", "#a#", ".hidden"]
+    path = Path(startup(world, dict.fromkeys([*others, "b"], "")))
     (path / "README.txt").write_text("about these scripts")
     (path / "c.d").mkdir()
     (path / "gone").symlink_to("nowhere")
@@ -7398,9 +7396,9 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     assert list(planned(str(path))) == ["true", "b"]
     assert list(planned(f"{path}/b", startup(world, {"c": "@want b"}, "other"))) == ["b", "c"]
     (path / "c.d" / "x").touch()
-    none = "no executable files; not executable: x"
-    for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
+    for other, why in (("nowhere", "no such file"), ("pipe", "it is no file"), ("c.d", "no executable files")):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert list(planned(f"{path}/a.off")) == ["a"]
     assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
@@ -7411,6 +7409,7 @@ USE = (
 ODD = "not understood; a header is written `# coder-sync: WORD ...`"
 REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
+DURATION = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
 NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
@@ -7425,18 +7424,24 @@ MISTAKES_IN_HEADERS = [
     ("// codersync: unit b", ODD),
     ("@wants a", f'"wants a" {USE}'),
     ("@", f'"" {USE}'),
-    ("@unit a b", f'"unit a b" {USE}'),
-    ("@timeout", f'"timeout" {USE}'),
-    ("@retry 1 2 3", f'"retry 1 2 3" {USE}'),
+    ("@unit a b", 'unit: too many words; write unit NAME; a name with a blank needs quotes: unit "a b"'),
+    ("@timeout", "timeout: its value is missing"),
+    ("@timeout 10 minutes", "invalid duration '10 minutes': " + DURATION),
+    ("@retry 1 2 3", "retry: too many words; write retry N [DELAY]"),
+    ("@retry 1\n@retry 1", "retry: line 3 says so already"),
+    ("@ready true\n@ready-timeout 1\n@ready true", "ready: line 3 says so already"),
+    ("@unit a\n@unit 'b c'", "unit: line 3 says so already"),
+    ("@ready-timeout 1m", "ready-timeout without ready"),
     ("@want", "want: a name is missing"),
     ("@after", "after: a name is missing"),
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
+    ("@want clone --require start", f'"--require" {NEITHER}'),
     ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
     ("@want clone, x", f'"clone," {NEITHER}'),
     ("@after clone --requires start", f'"--requires" {NEITHER}'),
-    ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
+    ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
     ("@want 'a", "No closing quotation"),
@@ -7445,6 +7450,7 @@ MISTAKES_IN_HEADERS = [
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
     ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
     ("@want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
+    ("@want 'the moon'", "no file provides \"the moon\"; if it comes from outside, add: extern 'the moon'"),
     ("@want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
     ("@want clone --requires start\n@want clone", TWICE),
     ("@unit clone", 'unit "clone" is clone:1 already'),
@@ -7479,11 +7485,55 @@ def test_a_cycle_is_told_with_the_file_and_line_of_each_edge(world: World) -> No
 
 
 def test_files_that_are_no_scripts_but_wanted_or_have_a_header_are_mistakes(world: World) -> None:
-    path = startup(world, {"a": "", "b": "@want a", "c": "@unit d"})
+    path = startup(world, {"a": "", "b": "@want a\n@want e", "c d": "@unit d", "5-e.sh.off": ""})
     os.chmod(path + "/a", 0o644)
-    os.chmod(path + "/c", 0o644)
-    no_script = 'b:2: no file provides "a"; a would, but is not executable'
-    assert [line.replace(path + "/", "") for line in mistakes(path)] == ["c:1: not executable; chmod +x c", no_script]
+    os.chmod(path + "/c d", 0o644)
+    no_script = ["a would, but is not executable", "5-e.sh.off would, but .off is not run"]
+    no_script = [f'b:{n}: no file provides "{name}"; {why}' for n, name, why in zip((2, 3), "ae", no_script)]
+    assert mistakes(path) == [f"c d:1: not executable; chmod +x '{path}/c d'".replace(path + "/", ""), *no_script]
+
+
+def test_a_script_that_cannot_be_run_is_named_in_a_warning_also_by_check(world: World, call: Call) -> None:
+    path = startup(world, {"a": "", "b c": "", "README": ""})
+    for name in ("b c", "README"):
+        os.chmod(f"{path}/{name}", 0o644)
+    Path(path, "README").write_text("about #!/bin/sh")
+    done = call(world, "boot", path, "--check")
+    assert done.stderr == f"warning: {path}/b c: not run: not executable; chmod +x '{path}/b c'\n"
+    assert (done.returncode, done.stdout) == (0, "UNIT\na\n1 script, no mistakes\n")
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+def test_on_a_file_system_that_is_mounted_noexec_no_mode_is_advised(world: World) -> None:
+    mounts = "mount -t tmpfs -o noexec x startup.d && printf '#!/bin/sh' > startup.d/a && chmod +x startup.d/a"
+    startup(world, {})
+    check = [*program(), "boot", "startup.d", "--check"]
+    done = finish(world.spawn(["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "-", *check]))
+    if done.returncode == 1:
+        pytest.skip("nothing may be mounted here")
+    why = "not executable: its file system is mounted noexec"
+    assert done.stderr.startswith(f"warning: startup.d/a: not run: {why}\n") and "chmod" not in done.stderr, done
+
+
+def test_an_empty_directory_with_a_command_is_no_mistake_and_a_missing_one_is(world: World, call: Call) -> None:
+    path = startup(world, {})
+    assert boots(world, {}, "--", "echo", "hello") == "hello\n"
+    for words in ([path], [path + "x", "--", "true"], [path, "--check"]):
+        assert call(world, "boot", *words).returncode == 2, words
+
+
+def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
+    names = ["a\x1b[31m\n", "b\x1b", "c\x1b.off", "d\x1b"]
+    files = {names[0]: "@unit a\n@wants\n@want b\x1b\n@timeout \x1b", names[1]: "#!/no/\x1b", names[3]: ""}
+    path = startup(world, {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb"}, "\x1b.d")
+    os.chmod(f"{path}/{names[3]}", 0o644)
+    said = call(world, "boot", path, path + "\n", "--check").stderr
+    assert said.count("\n") > 7 and all(line.isprintable() for line in said.splitlines()), said
+    assert f"{world.directory}/\\x1b.d/a\\x1b[31m\\n:3: " in said
+    startup(world, {names[0]: "@unit a\nexit 3"}, "\x1b.d")
+    done = world.run("boot", path, "--log-dir", "/proc/\x1b", "--timeline", f"{path}/\x1b/x.svg")
+    assert done.returncode == 1 and done.stderr.count("\n") == 5, done
+    assert all(line.isprintable() for line in done.stderr.splitlines()), done
 
 
 INTERPRETERS = [
@@ -7495,6 +7545,7 @@ INTERPRETERS = [
     ("#!/usr/bin/env nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
     ("#!/usr/bin/env -S A=1 nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
     ("#!/usr/bin/env -S -u sh nosuchpython\n", "its interpreter nosuchpython is not in PATH"),
+    ("\ufeff#!/bin/sh\n", "it begins with a byte-order mark; save it as UTF-8 without one"),
     ("#!/bin/sh\r\necho\r\n", "its first line ends in a carriage return; save it with Unix line ends"),
     ("#!/usr/bin/env -S A=1 sh -e\n", ""),
     ("#!/usr/bin/env -S -u X sh\n", ""),
@@ -7520,11 +7571,20 @@ def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World, call: Ca
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
-def test_check_only_checks_and_dry_run_shows_the_order_as_graph_does(world: World, call: Call) -> None:
-    path = startup(world, {"a": "touch ran", "b": "@want a", "c": "@after b"})
-    assert call.ok(world, "boot", path, "--check") == "3 scripts, no mistakes\n"
-    out = call.ok(world, "boot", path, "--dry-run")
-    assert [re.sub(r"\W*(\w+).*", r"\1", line) for line in out.splitlines()] == ["c", "b", "a"]
+def test_check_shows_the_order_and_what_each_waits_for_and_runs_nothing(world: World, call: Call) -> None:
+    files = {"a": "@after c\ntouch ran", "b": "@want a\n@want d --requires start\n@extern d", "c": "@lock x y"}
+    path = startup(world, {**files, "e": "@ready http://me:secret@db/\n@before a"})
+    assert (
+        call.ok(world, "boot", path, "--check")
+        == """\
+UNIT  WANTS              LOCKS  READY WHEN
+c                        x, y
+e                               http://***@db/
+a     e, c (completion)
+b     a, d (start)
+4 scripts, no mistakes
+"""
+    )
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
@@ -7546,19 +7606,6 @@ def test_an_after_or_before_that_may_be_misspelt_is_pointed_out_and_breaks_nothi
         'warning: startup.d/x:3: no file provides "pi"; did you mean "pip"?',
         'warning: startup.d/x:2: no file provides "clon"; did you mean "clone"?',
     ]
-
-
-def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(agent: World, call: Call) -> None:
-    files = {"a": "echo a", "b": "@want a\necho b", "c": "@want b\n@after d\necho c", "d": "@want b\necho d"}
-    path = startup(agent, files)
-    rows = [("b", "", "ab"), ("c", "", "abc"), ("c", "abd", "c"), ("b", "ab", "b"), ("bd", "", "abd")]
-    for only, done, runs in [*rows, ("cd", "a", "bcd")]:
-        scripts = coder_sync.selected(coder_sync.plan([path]), list(only), set(done))
-        assert "".join(script.unit for script in scripts) == runs, (only, done)
-    agent.end("a")  # what has completed there does not run again
-    assert boots(agent, files, "--only", "b", "--only", "d") == "b | b\nd | d\n"
-    done = call(agent, "boot", path, "--only", "bb")
-    assert (done.returncode, done.stdout) == (2, "") and '--only: no file provides "bb"' in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -9095,7 +9142,7 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
         assert done.returncode == 0, (done, (world.directory / "startup.log").read_text())
         return done.stdout
 
-    assert shell(commands[0]) == "8 scripts, no mistakes\n"
+    assert shell(commands[0]).endswith("\n8 scripts, no mistakes\n")
     for again in (False, True):
         shell(commands[1])
         log = (world.directory / "startup.log").read_text()
@@ -9293,7 +9340,6 @@ def test_attack_with_headers(world: World) -> None:
             with open(file, "wb") as f:
                 f.write(data)
             os.chmod(file, chance.choice([0o755, 0o755, 0o755, 0o644]))
-        for how in ("--check", "--dry-run"):
-            done = world.run("boot", how, str(directory), errors="replace")
-            assert done.returncode in (0, 1, 2), done
-            assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
+        done = world.run("boot", "--check", str(directory), errors="replace")
+        assert done.returncode in (0, 1, 2), done
+        assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
