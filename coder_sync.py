@@ -2172,7 +2172,8 @@ class Units:
             if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
                 continue  # for now: a boot does not stay with its services yet
             if claim.held and not unit.first():
-                unit.facts.running_on = False
+                if unit.facts.running_on:
+                    unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
                 self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
@@ -2582,7 +2583,7 @@ class Units:
     def _end_stopped(self, unit: Unit) -> None:
         """The command of a unit that was to be stopped has ended."""
         if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), "stopped"
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
         if unit.status != FAILED:
             self._set(unit, FAILED, "stopped", event="stopped")
             self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
@@ -4144,6 +4145,8 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
 
 def note(unit: UnitStatus) -> str:
     """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
+    if unit.stopping:
+        return "being stopped"
     if unit.status == STARTED and unit.probe:
         since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
         lacks = f" ({unit.probe_error})" if unit.probe_error else ""
@@ -4168,7 +4171,7 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
     """Return all units for programs."""
     keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
-    keys += ["running_on", "exited", "exit_reason", "probe", "probe_error"]
+    keys += ["running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"]
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
@@ -4277,8 +4280,8 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
     if unit.status == PENDING:
         return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.running_on:
-        return "running on"
+    if unit.running_on or unit.stopping:
+        return "stopping" if unit.stopping else "running on"
     if unit.exited is not None:
         word = "exited" if unit.status == COMPLETED else "died"
         word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
@@ -4766,7 +4769,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
-    after = "; its process runs on" if unit.running_on else ""
+    after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
     if unit.status == COMPLETED and unit.exited is not None:
         after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
     ran = span(now - unit.age - unit.started)
@@ -5089,13 +5092,15 @@ class Notified:
 
     def ready(self) -> bool:
         """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
+        slowly = not self.error  # a sender without end is slowed down, not followed
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
-            time.sleep(0.001)  # a sender without end is slowed down, not followed
         except OSError:
             pass
+        if slowly:
+            time.sleep(0.005)
         return not self.error
 
     def close(self) -> None:
