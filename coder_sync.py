@@ -1637,8 +1637,16 @@ def command_of(pid: int) -> str:
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(" ".join(args)) or proc_line(pid, "Name")
+    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name")
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def without_password(text: str) -> str:
+    """Return a command line or a URL without the user and password in the first URL that there is."""
+    scheme, found, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    return f"{scheme}{found}***@{host}{slash}{path}" if at else text
 
 
 # -- descriptors --------------------------------------------------------------------------------------------
@@ -4787,43 +4795,27 @@ FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succee
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
-def is_host(text: str) -> bool:
-    """Return whether a host can have this name or address."""
-    from _socket import AF_INET6, inet_pton
-
-    if ":" in text:
-        try:
-            return bool(inet_pton(AF_INET6, text.partition("%")[0]))
-        except (OSError, ValueError):
-            return False
-    labels = text.rstrip(".").split(".")
-    return text.isprintable() and not set(text) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
-
-
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
     """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
 
-    Raises UsageError.
+    Raises UsageError for what no host and no port can be.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
         host, number = text, str(port)
     if host[:1] == "[" and host[-1:] == "]":
         host = host[1:-1]
+    labels = host.rstrip(".").split(".")
+    is_host = host.isprintable() and not set(host) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
     is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
-    if not is_port or ((host or port) and not is_host(host)):
+    if not is_port or not (is_host or (not host and not port)):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
     return host, int(number)
 
 
 def shown_probe(text: str) -> str:
-    """Return a probe as a message may have it: in short, and without the user and password of a URL."""
-    scheme, found, rest = text.partition("://")
-    authority, slash, path = rest.partition("/")
-    _, at, host = authority.rpartition("@")
-    if at:
-        text = f"{scheme}{found}***@{host}{slash}{path}"
-    text = one_line(text)
+    """Return a probe as a message may have it, in short."""
+    text = one_line(without_password(text))
     return text if len(text) <= 100 else text[:97] + "..."
 
 

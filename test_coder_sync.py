@@ -7774,22 +7774,8 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
     for text, host in (("db", "db"), ("[::1]", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
-    odd = [
-        "",
-        ":",
-        "http",
-        "0",
-        "65536",
-        "-1",
-        "1" * 5000,
-        "\u0661",
-        "a b:1",
-        "a..b:1",
-        f"{'a' * 64}:1",
-        "[::g]:1",
-        "\0:1",
-    ]
-    for text in [*odd, "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1", "::1", "a:b:1"]:
+    odd = ": http 0 65536 -1 a..b:1 [a]b:1 a@b:1 a/b:1 [a:1 .:1 \u0661 \ud800:1".split()
+    for text in (*odd, "", "1" * 5000, "a" * 64 + ":1", "a b:1", "\0:1", "\x1b[31m:1"):
         with pytest.raises(UsageError, match="is no address") as caught:
             coder_sync.address_of(text)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
@@ -7846,6 +7832,7 @@ def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: Wor
         words = ["run", "a", "--ready", url, "--ready-timeout", "500ms", "--", "sleep", "60"]
         run = agent.popen(*words)
         said = until(lambda: agent.client.status("a").reason) + call.ok(agent, "list") + call.ok(agent, "why")
+        said += call.ok(agent, "status", "a", "-o", "json") + call.ok(agent, "timeline", "-o", "json")
         thread.join()
         said += finish(run).stderr + agent.run("wait", "--ready", url, "--timeout", "1ms").stderr
         said += "".join(mistakes(startup(agent, {"a": f"@redy {url}\n@ready {url.replace('//', '//x ')}"})))
@@ -8768,7 +8755,7 @@ def test_a_temporary_directory_of_no_use_keeps_nobody_from_variables_and_notify(
     with contextlib.suppress(OSError):
         os.mkdir(world.env["TMPDIR"])
     service = f"@ready notify\necho A=1 > $CODER_SYNC_ENV\n{sys.executable} -IS -c '{NOTIFY}' READY=1"
-    assert boots(world, {"a": service, "b": "@want a\necho $A"}) == "b | 1\n"
+    Boot(world, {"a": service, "b": "@want a\necho $A"}).ends(0, "b | 1\n", leaves=True)
 
 
 def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variables(world: World) -> None:
