@@ -62,7 +62,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
@@ -109,6 +109,7 @@ CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
+GRACE = 8.0  # seconds that a command has to end; docker kills after ten
 NEVER = float("inf")  # a time
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
@@ -221,6 +222,8 @@ COMPLETED = "completed"
 FAILED = "failed"
 SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
 ENDED = (COMPLETED, FAILED, SKIPPED)
+STOPPED = "stopped"  # how the process of a service ended, else its exit status: by `stop`
+LOST = "lost"  # with its supervisor; it may still run
 
 SUCCESS: Requirement = "success"
 COMPLETION: Requirement = "completion"
@@ -333,9 +336,12 @@ class UnitStatus(Record):
     locks: list[str] = []  # noqa: RUF012
     blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
     tries: list[float] = []  # noqa: RUF012  (when each further try began)
-    running_on: bool = False  # it completed, and its process goes on: a service
-    exited: float | None = None  # when the process of a service ended
+    running_on: bool = False  # it completed, and its command runs on: a service
+    stopping: bool = False  # its supervisor is to end it, or was told to
+    exited: float | None = None  # when the command of a service ended
     exit_reason: str = ""
+    probe: str = ""  # what says that a service is ready, while it is not
+    probe_error: str = ""  # what the last try of it lacked
     log: str = ""  # the file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
     environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
@@ -1624,6 +1630,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 posix.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
                 null()
+        if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
+            posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
             end_on_signals()
         code = dispatch(sys.argv[1:] if argv is None else argv)
@@ -1735,6 +1743,17 @@ def command_of(pid: int) -> str:
 
 
 # -- descriptors --------------------------------------------------------------------------------------------
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+def open_file(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
+
+    Raises OSError.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+
+
 def open_files() -> int:
     """How many descriptors this process may have."""
     import resource
@@ -1987,8 +2006,10 @@ def is_variable(name: str) -> bool:
 #
 # A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
 # `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
+# That of a supervisor lasts until the unit and its command have ended: a service has completed and runs on.
 # Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
-# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
+# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
+# failed and its claim lasts; who runs on has a holder; what is in `stopping` has one, a supervisor.
 # ----------------------------------------------------------------------------------------------------------
 
 MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
@@ -2002,6 +2023,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
@@ -2013,7 +2035,7 @@ class Facts(UnitStatus):
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
+    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -2026,7 +2048,9 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.locks: tuple[Lock, ...] = ()  # that it has while it is started
+        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.locks: tuple[Lock, ...] = ()  # that it was started with
+        self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
@@ -2049,15 +2073,46 @@ class Lock:
 
 
 class Claim:
-    """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
+    """A request to start a unit, or to wait.
+
+    A plain one lasts until it is answered, a held one until its unit has ended, and that of a supervisor until the
+    unit's command has ended too.
+    """
+
+    boot = False  # it is answered with every status of the unit, not once
+    runs = False  # its owner is the command itself, as its supervisor has said
+    delivered = False  # its answer has arrived
+    lost = False  # it ended without a word of what becomes of the command
+    deadline = NEVER
 
     def __init__(
-        self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...], boot: bool
+        self,
+        unit: Unit,
+        ticket: Any,
+        owner: Owner | None = None,
+        held: bool = False,
+        supervisor: bool = False,
+        locks: tuple[Lock, ...] = (),
     ) -> None:
-        self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
-        self.boot = boot  # it is answered with every status of the unit, not once
-        self.deadline = NEVER
-        self.delivered = False  # its answer has arrived
+        self.unit, self.ticket, self.owner, self.locks = unit, ticket, owner, locks
+        self.held, self.supervisor = held or supervisor, supervisor
+
+
+class Stopping(Record):
+    """What a supervisor is told: to end the command of a unit within so many seconds."""
+
+    unit: str
+    grace: float
+
+
+class Stop(Claim):
+    """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
+
+    def __init__(self, ticket: Any, deadline: float, cannot: list[dict[str, Any]]) -> None:
+        super().__init__(Unit(""), ticket)
+        self.units: dict[Unit, None] = {}  # that are to end
+        self.end_by = deadline + STOP_PATIENCE
+        self.answer: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
 
 
 class Units:
@@ -2084,6 +2139,8 @@ class Units:
         self.locks: dict[str, Lock] = {}
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
+        self.stopping: dict[Unit, None] = {}  # that supervisors are to end
+        self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
         self._answers: list[tuple[Claim, Any]] = []
@@ -2110,40 +2167,59 @@ class Units:
         held: bool = False,
         locks: Iterable[str] = (),
         timeout: float = 0.0,
+        supervisor: bool = False,
     ) -> Claim:
         """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        wants = dict.fromkeys(dependencies, check_requirement(requires))
-        return self._claim([(check_name(name), wants, locks)], ticket, owner, held, timeout)[0]
+        members = [(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), locks)]
+        return self._claim(members, timeout, ticket=ticket, owner=owner, held=held, supervisor=supervisor)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
         wants = dict.fromkeys(names, check_requirement(requires))
         # Held, so that one that ends before its time has failed, and is forgotten.
-        return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
+        return self._claim([("", wants, ())], timeout, ticket=ticket, held=True)[0]
 
-    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
+    def boot(
+        self,
+        members: Sequence[Member],
+        ticket: Any,
+        owner: Owner | None = None,
+        jobs: int = 0,
+        resume: bool = False,
+    ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
-        At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
-        replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
-        Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
+        At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
+        others. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
+        With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and nothing has
+        changed, while one of the others is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
+        done = set()
         for name, wants, _ in members:
             for requires in wants.values():
                 check_requirement(requires)
-            if name not in self.units:
-                continue
-            unit = self.units[name]
-            started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
-            if claim or (started and (by is None or self.alive(by) is not False)):
-                how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
-                raise Refused(f'unit "{name}" is {how}; nothing was run: end that first')
-        return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
+            unit = self.units.get(name)
+            if unit and resume and unit.status == COMPLETED:
+                done.add(name)
+            elif unit:
+                self._check_free(unit)
+        places = (Lock("", jobs),) if jobs else ()
+        return self._claim(members, 0.0, places, done, boot=True, ticket=ticket, owner=owner, supervisor=True)
+
+    def _check_free(self, unit: Unit) -> None:
+        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+        if unit.holder and not started:
+            earlier = " from an earlier boot" if unit.holder.boot else ""
+            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+        if claim or (started and (by is None or self.alive(by) is not False)):
+            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
+            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
@@ -2153,39 +2229,52 @@ class Units:
             unit.refused += [other.owner for other in unit.line if other.owner][:100]
             self._answer_line(unit, self._already_started(unit))
             if not claim.held:
-                unit.holder = None
+                self._close(unit)
 
-    def end_claims(self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None) -> None:
+    def end_claims(
+        self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None, reason: str = ""
+    ) -> None:
         """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
 
         `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
-        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
-        none, the unit of a held claim has failed, and that of any other is pending.
+        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is none,
+        the unit of a held claim has failed, with `reason` if it is given, unless it had ended and does not run on, and
+        that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
+        ended: dict[Unit, tuple[str, Claim]] = {}  # the reason, and the claim: a held one, if there is one
         for claim in [claim for claim in claims if not self.is_over(claim)]:
             unit, who = claim.unit, self._who(claim.owner)
-            by = "the boot that ran " if claim.boot else ""
-            reason = f"lost: {by}{who or 'the process that held it'} ended without completing"
             if claim in unit.line:
                 missing = ", ".join(self._waits_for(unit, registered=False))
-                reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
+                lost = f"lost: {who or 'its start'} waited for {missing}, and {why}"
                 if error is TimedOut:
-                    reason = f"timed out waiting for {missing}"
+                    lost = f"timed out waiting for {missing}"
                     what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
                     late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
                     self._answers.append((claim, late))
-                elif error:
+                elif error and not claim.boot:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
                 self._record(unit, "gave up", f"{why}; still missing: {missing}")
                 del unit.line[claim]
                 self.waits -= 1
             else:
-                unit.holder = None
-            ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
-        for unit, (reason, held) in ended.items():
-            if held and not unit.first():
-                self._set(unit, FAILED, one_line(reason))
+                by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
+                lost = f"lost: {by}{who or 'the process that held it'} ended"
+                if unit.facts.running_on:
+                    lost += f"; {'that process' if claim.runs else 'its command'} may still run"
+                else:
+                    lost += " without completing"
+                self._close(unit, lost=True)
+            if claim.held or unit not in ended:
+                ended[unit] = (lost, claim)
+        for unit, (lost, claim) in ended.items():
+            if unit.status in ENDED and not unit.facts.running_on:
+                continue
+            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
+                continue  # for now: a boot does not stay with its services yet
+            if claim.held and not unit.first():
+                unit.facts.running_on = False
+                self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
                 self._set(unit, PENDING, "the client that asked for its start was gone")
@@ -2198,19 +2287,111 @@ class Units:
         late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
         self.end_claims(late, "timed out", TimedOut)
 
-    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> None:
-        """End `name` with success; `env` is for those that depend on it.
+    def complete(
+        self,
+        name: str,
+        by: Owner | None = None,
+        env: dict[str, str] | None = None,
+        claim: Claim | None = None,
+        running: bool = False,
+    ) -> str:
+        """End `name` with success; `env` is for those that depend on it. Return its status.
 
-        Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
+        `claim` is the reporter's on the unit, if it has one; `running` says that the command runs on. Raises
+        NotRegistered; Refused if it has ended otherwise, is being stopped, or if the start of `by` was refused.
         """
         left = [env, *(unit.facts.environment for unit in self.units.values() if unit.name != name)] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        self._end(name, COMPLETED, by, "", 0, env)
+        return self._end(name, COMPLETED, by, claim, running, "", 0, env)
 
-    def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
-        """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, by, one_line(reason), exit_code)
+    def fail(
+        self,
+        name: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        by: Owner | None = None,
+        claim: Claim | None = None,
+    ) -> str:
+        """End `name` without success: what requires it is skipped. Return its status. Raises as `complete` does."""
+        return self._end(name, FAILED, by, claim, False, one_line(reason), exit_code)
+
+    def exit(self, claim: Claim, reason: str = "", code: int = 0) -> None:
+        """End a supervisor's claim: the command of its unit has ended, with all its processes.
+
+        If it ran on, and has ended by itself, otherwise than with 0, the unit has failed: it died.
+        """
+        unit = claim.unit
+        if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
+            return
+        facts, reason = unit.facts, one_line(reason)
+        if unit in self.stopping:
+            self._end_stopped(unit)
+        elif facts.running_on:
+            facts.running_on, facts.exited, facts.exit_reason = False, self._now(), reason
+            self._close(unit)
+            if code:
+                ran = span(facts.exited - (facts.ended or 0.0))
+                self._set(unit, FAILED, f"died {ran} after it was ready: {reason}", code, event="died")
+            else:
+                self._record(unit, "exited", reason)
+        else:
+            self._close(unit)
+        self._settle_all()
+
+    def run_on(self, claim: Claim) -> None:
+        """The command of a unit that has completed runs on: so does the claim of its supervisor."""
+        unit = claim.unit
+        if unit.status == COMPLETED and unit.last is claim and claim.held:
+            claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
+
+    def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
+        """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
+
+        What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
+        first, and at the latest when half of the time is over. The answer has three lists: the names of those that
+        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor.
+        Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        """
+        named = dict.fromkeys(self._registered(name) for name in names)
+        named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
+        affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
+        plain = [u for u in affected if u.status == STARTED and not (u.holder and u.holder.supervisor)]
+        deadline = self.clock() + grace
+        stop = Stop(ticket, deadline, [{"unit": unit.name, "owner": self._owner(unit)} for unit in plain])
+        stop.unit.line[stop] = None
+        self.waits += 1
+        for unit in affected:
+            if unit.holder and unit.holder.supervisor:
+                self.stopping[unit] = stop.units[unit] = None
+                unit.stop_by, unit.tell_by = min(unit.stop_by, deadline), min(unit.tell_by, deadline - grace / 2)
+        waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
+        self.end_claims(waiting, "stopped", Refused, reason="stopped")
+        failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
+        stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
+        self.stops.append(stop)
+        self.keep_time()
+        return stop
+
+    def keep_time(self) -> float:
+        """Go on with stops; return when something of them is due next, on the clock."""
+        now = self.clock()
+        if self.stopping:
+            below = self._reached(self.stopping, "wants")
+            for unit in self.stopping:
+                holder = unit.holder
+                if holder and unit.stop_by < unit.told and (unit not in below or unit.tell_by <= now):
+                    unit.told = unit.stop_by
+                    self._answers.append((holder, Stopping(unit.name, round(max(0.0, unit.stop_by - now), 3))))
+        for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
+            self.stops.remove(stop)
+            stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
+            if not self.is_over(stop):  # else who asked has gone
+                del stop.unit.line[stop]
+                self.waits -= 1
+                self._answers.append((stop, stop.answer))
+        times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
+        return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended pending again, with those skipped because of them; all if none is named.
@@ -2223,6 +2404,8 @@ class Units:
             if unit.status == STARTED:
                 by = owner_text(unit.facts.owner, " by ")
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+            if unit.holder:
+                raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
         again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
             self._set(unit, PENDING)
@@ -2236,26 +2419,16 @@ class Units:
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
         """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
+        claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
+        claim.unit.facts.probe = ready
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
         unit = self._registered(name)
         unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
-
-    def run_on(self, name: str) -> None:
-        """The process of a completed unit, a service, goes on."""
-        self._registered(name).facts.running_on = True
-
-    def exit(self, name: str, reason: str) -> None:
-        """The process of a completed unit has ended."""
-        unit = self._registered(name)
-        if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited = False, self._now()
-            unit.facts.exit_reason = one_line(reason)
-            self._record(unit, "exited", unit.facts.exit_reason)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -2305,17 +2478,21 @@ class Units:
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
+        """Return snapshots by name; `everything` includes names that were only ever wanted."""
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return [self._snapshot(u) for u in sorted(shown, key=lambda u: u.name)]
+        return self._snapshots(sorted(shown, key=lambda u: u.name))
 
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
-        rows = {unit: self._snapshot(unit) for unit in (*self.units.values(), *refused)}
-        for unit in [unit for unit in rows if unit.status == STARTED][:500]:  # to look at more would take too long
+        return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
+
+    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
+        """Return snapshots of units, in their order."""
+        rows = {unit: self._snapshot(unit) for unit in units}
+        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
             rows[unit].owner = self._owner(unit)
-        return Graph(self._now(), [*rows.values()])
+        return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
@@ -2334,12 +2511,7 @@ class Units:
 
     def dependents(self, unit: Unit) -> set[str]:
         """The names of all that depend on a unit, also through others, and its own."""
-        found, todo = {unit.name}, [unit]
-        for one in todo:
-            new = [u for u in one.wanted_by if u.name not in found]
-            found.update(u.name for u in new)
-            todo += new
-        return found
+        return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
 
     # -- the rules ----------------------------------------------------------------------------------------
 
@@ -2390,7 +2562,8 @@ class Units:
             lock.taken[unit] = None
         del unit.line[claim]
         self.waits -= 1
-        unit.locks, unit.holder, facts.owner, unit.refused = claim.locks, claim, claim.owner, []
+        unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
+        unit.holder = unit.last = claim if unit.name else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -2415,6 +2588,8 @@ class Units:
         for unit, because in self._affected:  # which grows; no recursion, since chains may be long
             self._settle(unit, because)
         self._affected.clear()
+        if self.stops or self.stopping:
+            self.keep_time()
 
     def _set(
         self,
@@ -2423,25 +2598,26 @@ class Units:
         reason: str = "",
         exit_code: int | None = None,
         env: dict[str, str] | None = None,
+        event: str = "",
+        boot: Claim | None = None,
     ) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
-        old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
-        if old == STARTED:
-            for lock in unit.locks:
-                del lock.taken[unit]
-                self._freed.append((lock, unit))
+        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true.
+
+        `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
+        """
+        old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
+        if status in (PENDING, COMPLETED):
+            self._unlock(unit)
         if status == PENDING:  # forget the run before
             unit.facts = Facts(unit.since)
-            unit.root, unit.locks = "", ()
+            unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
-        else:
+        elif unit.facts.ended is None:  # else it completed, and ran on
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = reason, exit_code
         if env:
             unit.facts.environment, self.left_environment = env, True
-        if status != STARTED or not unit.name:
-            unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
@@ -2450,35 +2626,97 @@ class Units:
         if claim and claim.boot and status != PENDING:
             answer = {"unit": unit.name, "status": status, "reason": reason}
             self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, reason)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
                 self._forget(other)
 
-    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> None:
-        """End a unit as its caller tells; `outcome` is what `_set` takes."""
+    def _end(self, name: str, status: str, by: Owner | None, claim: Claim | None, running: bool, *outcome: Any) -> str:
+        """End a unit as its caller tells, and its claim unless that is a supervisor's whose command may still run.
+
+        `outcome` is what `_set` takes.
+        """
         unit = self._registered(name)
+        holds = claim is not None and claim is unit.holder
+        running = running and holds and claim is not None and claim.held
+        if not holds:
+            self._check_report(unit, by)
+        if unit in self.stopping and (holds or unit.status == STARTED):
+            if holds and not running:
+                self._end_stopped(unit)
+                self._settle_all()
+            elif not holds and status == COMPLETED:
+                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+            return unit.status
+        if holds and claim and unit.facts.running_on and not running:  # a report of its command's end
+            self.exit(claim, outcome[0], int(status == FAILED and (outcome[1] or 1)))
+            return unit.status
+        wrong = unit.status in ENDED and unit.status != status
+        why = f" ({unit.facts.reason})" if unit.facts.reason else ""
+        if unit.status not in ENDED:
+            if running:
+                self._record(unit, "ready", "")
+            self._set(unit, status, *outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+        if holds and claim and running:
+            self.run_on(claim)
+        elif holds or not (unit.holder and unit.holder.supervisor):
+            self._close(unit)
+        self._settle_all()
+        if wrong:
+            hint = "others may have acted on that; start it again first"
+            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
+        return unit.status
+
+    def _check_report(self, unit: Unit, by: Owner | None) -> None:
+        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
             raise Refused(
-                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from another shell"
+                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
+                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
+                "another shell"
             )
-        if unit.status in ENDED and unit.status != status:
-            why = f" ({unit.facts.reason})" if unit.facts.reason else ""
-            hint = "others may have acted on that; start it again first"
-            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        if unit.status != status:
-            self._set(unit, status, *outcome)
-            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            self._settle_all()
+
+    def _end_stopped(self, unit: Unit) -> None:
+        """The command of a unit that was to be stopped has ended."""
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), "stopped"
+        if unit.status != FAILED:
+            self._set(unit, FAILED, "stopped", event="stopped")
+            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        self._close(unit)
+
+    def _close(self, unit: Unit, lost: bool = False) -> None:
+        """The claim that was granted is over; what a supervisor that is lost has left was not stopped."""
+        claim, unit.holder = unit.holder, None
+        if claim:
+            claim.lost = lost
+        if unit.status != STARTED or (claim and claim.held):
+            self._unlock(unit)
+        if unit in self.stopping:
+            del self.stopping[unit]
+            unit.stop_by = unit.tell_by = unit.told = NEVER
+            for stop in [stop for stop in self.stops if unit in stop.units]:
+                del stop.units[unit]
+                if lost:
+                    stop.answer["left"].append({"unit": unit.name, "owner": self._owner(unit)})
+                else:
+                    stop.answer["stopped"].append(unit.name)
+
+    def _unlock(self, unit: Unit) -> None:
+        """Pass on the locks that a unit has."""
+        for lock in unit.locks:
+            if unit in lock.taken:
+                del lock.taken[unit]
+                self._freed.append((lock, unit))
 
     # -- small parts --------------------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
-        """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
+        """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
@@ -2497,7 +2735,7 @@ class Units:
 
         try:
             units = [known(name) if name else self._unknown(name) for name, _, _ in members]
-            for unit in [unit for unit in units if anew and unit.status in ENDED]:
+            for unit in units if anew else ():
                 for other, requires in reversed(list(unit.wants.items())):
                     self._cut(unit, other)
                     undo.append((self._link, unit, other, requires))
@@ -2535,29 +2773,36 @@ class Units:
     def _claim(
         self,
         members: Sequence[Member],
-        ticket: Any,
-        owner: Owner | None,
-        held: bool,
-        timeout: float = 0.0,
+        timeout: float,
         places: tuple[Lock, ...] = (),
+        done: Container[str] = (),
         boot: bool = False,
+        **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
+        """Declare units, stand in the line of each but those that are done, and see how far that leads.
+
+        Every start, wait and boot. `asked` is what Claim takes.
+        """
         if self.waits + len(members) > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
         claims = []
         for unit, its in zip(units, locks):
-            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.delivered):
-                if owner:
-                    unit.refused = [*unit.refused[-99:], owner]
-                raise self._already_started(unit)
+            if unit.name in done:
+                continue
+            on = unit.holder
+            answered = unit.status == STARTED and (on is None or on.delivered)
+            if not boot and (answered or (on and unit.status in ENDED)):
+                if asked["owner"]:
+                    unit.refused = [*unit.refused[-99:], asked["owner"]]
+                raise self._already_started(unit, asked["owner"])
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
-            claim = Claim(unit, ticket, owner, held, its + places, boot)
+            claim = Claim(unit, locks=its + places, **asked)
+            claim.boot = boot
             if timeout:
                 claim.deadline = self.clock() + timeout
             if unit.first() is None:
@@ -2648,6 +2893,17 @@ class Units:
         return []
 
     @staticmethod
+    def _reached(units: Iterable[Unit], edges: str) -> dict[Unit, None]:
+        """Return what units lead to, also through others, by way of `wants` or `wanted_by`."""
+        found: dict[Unit, None] = {}
+        todo = [*units]
+        while todo:
+            new = [other for other in getattr(todo.pop(), edges) if other not in found]
+            found.update(dict.fromkeys(new))
+            todo += new
+        return found
+
+    @staticmethod
     def _before(unit: Unit) -> list[Unit]:
         """All that a unit depends on, also through others, dependencies before their dependents."""
         order: list[Unit] = []
@@ -2695,7 +2951,20 @@ class Units:
         self.waits -= len(unit.line)
         unit.line.clear()
 
-    def _already_started(self, unit: Unit) -> AlreadyStarted:
+    @staticmethod
+    def _runs_on(unit: Unit) -> str:
+        """Say that the command of a unit that has ended still runs."""
+        owner = unit.facts.owner
+        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
+        """Return the error for a start that is one too many; `by` is who asked for it."""
+        owner, holder = unit.facts.owner, unit.holder
+        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+            hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
+            return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
+        if unit.status in ENDED:
+            return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
@@ -2708,7 +2977,7 @@ class Units:
         return unit
 
     def _snapshot(self, unit: Unit) -> UnitStatus:
-        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts), stopping=unit in self.stopping)
         row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
@@ -2722,9 +2991,15 @@ class Units:
 
     def _owner(self, unit: Unit) -> Owner | None:
         owner = unit.facts.owner
-        if owner is None or unit.status != STARTED:
+        if owner is None or not self._may_run(unit):
             return owner
         return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+
+    @staticmethod
+    def _may_run(unit: Unit) -> bool:
+        """Whether the process of a unit may run, as far as is known: it was not seen to end."""
+        last = unit.last
+        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
@@ -2770,6 +3045,7 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
+    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -2955,7 +3231,6 @@ class Connection:
         self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
         self.claims: dict[Claim, None] = {}  # all that may not be over
         self.members: list[Any] = []  # the units of a boot, of which more are to come
-        self.services: dict[str, None] = {}  # units whose process runs on
         self.following = -1  # the number of the last event that it has, if it follows them
         self.idle_at = time.monotonic() + IDLE_TIMEOUT
         self.gone = False  # the peer is, or what it sends is not read any more
@@ -3012,8 +3287,7 @@ class Agent:
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
-        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
+        self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3055,13 +3329,6 @@ class Agent:
                 self.followers.discard(connection)
                 if not self.stopping:
                     self.units.end_claims(list(connection.claims), "its caller went away")
-                    for name in connection.services:
-                        unit = self.units.units[name]
-                        owner = unit.facts.owner
-                        if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
-                            self._watch(unit, owner)
-                        else:
-                            self.units.exit(name, "not known: the process that ran it is gone")
                     self._distribute()
                 connection.open.clear()
                 connection.claims.clear()
@@ -3109,7 +3376,7 @@ class Agent:
                     elif claim.ticket.report_at <= now:
                         self._still_waiting(claim)
                 if connection.idle_at <= now:
-                    idle = not (connection.claims or connection.services or connection.following >= 0)
+                    idle = not (connection.claims or connection.following >= 0)
                     connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
         if idle:
@@ -3213,7 +3480,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
+        return (
+            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
+        )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
@@ -3229,7 +3498,12 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            self._answer(claim, answer)
+            if isinstance(answer, Stopping):
+                connection = claim.ticket.connection
+                connection.outbox.append((None, {"method": "stop", "params": plain(answer)}))
+                connection.wake_up.wake()
+            else:
+                self._answer(claim, answer)
 
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
@@ -3259,7 +3533,7 @@ class Agent:
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
         holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds or (claim.boot and self.units.is_over(claim)):
+        if not holds:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3284,11 +3558,20 @@ class Agent:
         progress: bool = False,
         locks: Sequence[str] = (),
         confirm: bool = False,
+        supervisor: bool = False,
     ) -> None:
+        """Claim a unit.
+
+        With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
+        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
+        """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold)
-        claim = self.units.start(unit, request, dependencies, requires, owner, hold or pid != 0, locks, timeout)
+        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
+        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        claim = self.units.start(
+            unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
+        )
         self._expect(claim)
         if pid and owner:
             self._watch(claim, owner)
@@ -3315,7 +3598,7 @@ class Agent:
 
     def _may_wait(self, request: Request, progress: bool) -> None:
         if request.id is None:
-            raise InvalidRequest('start and wait need an "id"')
+            raise InvalidRequest('start, wait and stop need an "id"')
         if self.stopping:
             raise Unreachable("the agent is shutting down")
         if len(request.connection.open) >= MAX_PENDING:
@@ -3331,7 +3614,10 @@ class Agent:
         if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
-    def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
+    def do_boot(
+        self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
+    ) -> Any:
+        """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
         connection = request.connection
         members, connection.members = connection.members, []  # after a refusal none of them is left
         for row in units:
@@ -3343,35 +3629,45 @@ class Agent:
         if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
             connection.members = members
         else:
-            if self.lives_for and all(map(self.units.is_over, self.lives_for)):
+            if self.lives_for and all(claim.unit.status in ENDED for claim in self.lives_for):
                 raise Unreachable("the agent is shutting down")
-            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
-            connection.claims.update(dict.fromkeys(claims))
+            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
+            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
+            connection.claims = dict.fromkeys([*still, *claims])
+            if resume:
+                claimed = {claim.unit.name for claim in claims}
+                done = [name for name, _, _ in members if name not in claimed]
+                return {"units": len(members), "done": done}
         return {"units": len(members)}
 
-    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT) -> Any:
-        self.units.complete(unit, self._reporter(request, unit), check_environment(env))
-        return {"unit": unit, "status": COMPLETED}
+    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
+        """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        self.units.fail(unit, reason, exit_code or None, self._reporter(request, unit))
-        return {"unit": unit, "status": FAILED}
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
+        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
         known, connection = self.units.units.get(unit), request.connection
-        if not known or not known.refused or known.holder in connection.claims:
-            return None
-        return connection.caller(hold=False)
+        if not known or known.last in connection.claims:
+            return None, known.last if known else None
+        return connection.caller(hold=False) if known.refused else None, None
+
+    def _held(self, request: Request, unit: str) -> Claim:
+        """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
+        known = self.units.units.get(unit)
+        if not known or not known.last or known.last not in request.connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        return known.last
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
-        known = self.units.units.get(unit)
-        if not known or not known.holder or known.holder not in request.connection.claims:
-            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        self.units.own(known.holder, process(pid, one_line(command)), one_line(log), one_line(ready))
+        self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -3379,14 +3675,20 @@ class Agent:
         return {"unit": unit}
 
     def do_running(self, request: Request, unit: str) -> Any:
-        self.units.run_on(unit)
-        request.connection.services[unit] = None
+        self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(self, request: Request, unit: str, reason: str = "") -> Any:
-        self.units.exit(unit, reason)
-        request.connection.services.pop(unit, None)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
+        """The command of a unit has ended, with all its processes. Without `code`, an empty reason means 0."""
+        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
+        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
         return {"unit": unit}
+
+    def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
+        """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
+        self._may_wait(request, progress=False)
+        self._expect(self.units.stop(units, request, grace))
+        self._owners_wake.wake()  # who keeps time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
         return {"units": self.units.reset(units)}
@@ -3436,43 +3738,38 @@ class Agent:
             return None if now is None else False
         return now == owner.born if owner.born else None
 
-    def _watch(self, what: Claim | Unit, owner: Owner) -> None:
-        """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+    def _watch(self, claim: Claim, owner: Owner) -> None:
+        """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
         from io import FileIO
 
-        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
+        fd: FileIO | None = None
         try:
             fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
-        self.owners[what] = (owner, fd)
+        self.owners[claim] = (owner, fd)
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """A step of the owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        """A step of the owners' thread: asleep until an owner ends, or a stop is due to go on.
+
+        Where there is no pidfd it looks every second.
+        """
         self._owners_wake.awake = False
         with self.lock:
-            for what in [w for w in self.owners if self._is_over(w)]:
-                fd = self.owners.pop(what)[1]
+            for claim in [claim for claim in self.owners if self.units.is_over(claim)]:
+                fd = self.owners.pop(claim)[1]
                 if fd:
                     fd.close()
             owners = dict(self.owners)
-        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
-        with self.lock:
-            claims = [claim for claim in gone if isinstance(claim, Claim)]
-            self.units.end_claims(claims, "the process that was to own it has ended", Refused)
-            for unit in gone:
-                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
-                    self.units.exit(unit.name, "not known: the process that ran it is gone")
+            pause = self.units.keep_time() - time.monotonic()
             self._distribute()
-
-    def _is_over(self, what: Claim | Unit) -> bool:
-        """Whether there is no need any more to watch an owner."""
-        if isinstance(what, Claim):
-            return self.units.is_over(what)
-        return not what.facts.running_on or what.facts.owner != self.owners[what][0]
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
+        ready = self._owners_wake.sleep(fds - {-1}, min(pause, 1 if -1 in fds else NEVER))
+        gone = [c for c, (owner, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(owner) is False)]
+        with self.lock:
+            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
@@ -3776,7 +4073,7 @@ def serve(
             log = Log(level if log_file or not background else -1, log_file)
             at_end.callback(log.close)
             if pid_file:
-                with open(pid_file, "w", encoding="ascii") as file:
+                with open(open_file(pid_file, WRITE), "w", encoding="ascii") as file:
                     if os.path.isfile(pid_file):  # and no device
                         at_end.callback(remove, pid_file, os.fstat(file.fileno()))
                     file.write(f"{os.getpid()}\n")
@@ -3842,7 +4139,7 @@ LONG = 30.0  # seconds after which `why` has a word about a unit that runs
 
 
 def wide(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width
@@ -3851,7 +4148,7 @@ def wide(text: str) -> int:
 
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
-    """The text in exactly `width` columns; what is too long loses its middle, since names differ at both ends."""
+    """Return the text in exactly `width` columns; a long one loses its middle, since names differ at both ends."""
     if wide(text) > width:
         head, tail = text[: len(text) // 2], text[len(text) // 2 :]
         while wide(head) + wide(tail) > width - len(dots):
@@ -3861,7 +4158,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 
 
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
-    """The text in lines of at most `width` columns."""
+    """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
@@ -3903,11 +4200,9 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         "Unit": status.unit_name,
         "Status": status.status,
         "Ready": str(status.is_ready).lower(),
-        "Reason": status.reason,
+        "Reason": note(status),
         "Started by": owner_text(status.owner),
         "Tries": str(len(status.tries) + 1) if status.tries else "",
-        "Runs on": "yes" if status.running_on else "",
-        "Ended since": status.exit_reason,
         "Locks": ", ".join(status.locks),
         "Waits for": ", ".join(status.waits_for) if status.is_waiting else "",
         "Output": status.log,
@@ -3928,75 +4223,89 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
-def note_of(unit: UnitStatus) -> str:
-    """The reason of a status, or what has become of a service."""
-    return unit.reason or ("its process runs on" if unit.running_on else unit.exit_reason)
+def note(unit: UnitStatus) -> str:
+    """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
+    if unit.status == STARTED and unit.probe:
+        since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
+        lacks = f" ({unit.probe_error})" if unit.probe_error else ""
+        return f"probing {unit.probe} for {span(unit.age - since)}{lacks}"
+    if unit.running_on:
+        return "runs on" + owner_text(unit.owner, " as ")
+    if unit.exit_reason == LOST and unit.owner and unit.owner.alive is not None:
+        return unit.reason + (" (it does)" if unit.owner.alive else " (it has ended)")
+    ended = "its process has ended" if unit.status == COMPLETED and unit.exited is not None else ""
+    return unit.reason or unit.exit_reason or ended
 
 
 def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
-    """The table of all units; what they wait for and reasons have a column where there are any."""
+    """Return the table of all units; what they wait for and reasons have a column where there are any."""
     rows = [
-        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note_of(u)] for u in units
+        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
     ]
     text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
     return text if units else "no units yet\n"
 
 
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
-    """All units for programs."""
-    keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for")
+    """Return all units for programs."""
+    keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
+    keys += ["running_on", "exited", "exit_reason", "probe", "probe_error"]
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
-class Bar:
-    """A unit, and when it was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
+PHASES = {  # of a unit: its sign, the same in ASCII; class ("": the status), top and height in SVG
+    "runs on as a service": ("\u2500-", "", 9, 3),
+    "waits": ("\u2591.", "w", 7, 6),
+    "waits for a lock": ("\u2592:", "l", 7, 6),
+    "runs": ("\u2588#", "", 4, 12),
+    "another try": ("\u2502|", "t", 2, 16),
+}  # where two meet in one place, the later one is drawn
+COLOURS = {  # of a status: on a terminal, and in a graph
+    NOT_REGISTERED: ("2", "#eeeeee"),
+    PENDING: ("2", "#ffffff"),
+    STARTED: ("36", "#b9d8f5"),
+    COMPLETED: ("32", "#bfe8c8"),
+    FAILED: ("31", "#f4b0b0"),
+    SKIPPED: ("33", "#f3e2a0"),
+}
 
-    What has not been comes with what follows it.
-    """
+
+class Bar:
+    """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
+        def known(time: float | None, otherwise: float) -> float:
+            return otherwise if time is None else time
+
         self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
-        self.ended = last if unit.ended is None else max(unit.started or 0.0, unit.ended)
-        self.started = self.ended if unit.started is None else unit.started
-        self.asked = self.started if unit.waiting is None else min(unit.waiting, self.started)
-        self.ready = self.started if unit.ready is None else min(max(unit.ready, self.asked), self.started)
-        self.exited = max(self.ended, last if unit.running_on else min(unit.exited or 0.0, last))
-        self.ran = self.ended - self.started if self.has_run else 0.0
+        self.ended = known(unit.ended, last)
+        self.started = known(unit.started, self.ended)
+        self.asked = known(unit.waiting, self.started)
+        self.ready = known(unit.ready, self.started)
+        self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-
-    def phases(self) -> list[tuple[str, float, float]]:
-        """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
-        found = [
-            ("waiting", self.asked, self.ready),
-            ("locked out", self.ready, self.started),
-            ("running", self.started, self.ended),
-            ("running on", self.ended, self.exited),
-        ]
-        if not self.has_run:  # then its wait is shown even if it took no time
-            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting is not None)]
-        return [p for p in found if p[2] > p[1] or p[0] == "running"]
+        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
+        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
+        self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
+        self.phases += [("another try", time, time) for time in unit.tries]
 
 
 class Startup:
-    """A graph, and what its pictures have in common."""
+    """A graph, and what its pictures have in common: the axis of time, the units in order, the critical path."""
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
-        signs = {name: min((t for t in times if t is not None), default=0.0) for name, times in moments.items()}
-        self.first = min(signs.values(), default=0.0)
-        self.last = max((t for times in moments.values() for t in times[1:] if t is not None), default=0.0)
+        self.first = min((u.registered or 0.0 for u in known), default=0.0)
+        moments = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         over = any(u.ended is not None for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
-        if known and not over:
-            self.last = max(self.last, graph.now)
+        self.last = max([self.first, *moments] if over or not known else [self.first, *moments, graph.now])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(
-            key=lambda u: (u.started is None, signs[u.unit_name] if u.started is None else u.started, u.unit_name)
-        )
-        self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
+        rows = [self.bars[u.unit_name] for u in known]
+        self.rows = sorted(rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered, b.name))
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4045,18 +4354,22 @@ class Startup:
         return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
-def standing(unit: UnitStatus) -> str:
-    """The status in a word for pictures, which show what is on its way."""
+def standing(unit: UnitStatus, first: float | None = None) -> str:
+    """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
     if unit.status == PENDING:
         return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.status == COMPLETED and (unit.running_on or unit.exited is not None):
-        return "running on" if unit.running_on else "exited"
-    return "running" if unit.status == STARTED else unit.status
+    if unit.running_on:
+        return "running on"
+    if unit.exited is not None:
+        word = "exited" if unit.status == COMPLETED else "died"
+        word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
+        return word if first is None else f"{word} at {span(unit.exited - first)}"
+    return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
 
 
 def described(unit: UnitStatus, word: str = "") -> str:
-    """The status, or another word for it, and the reason."""
-    return joined(word or unit.status, unit.reason or unit.exit_reason)
+    """Return the status, or another word for it, and what else there is to say."""
+    return joined(word or unit.status, note(unit))
 
 
 def joined(*parts: str, by: str = ": ") -> str:
@@ -4075,28 +4388,17 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
     return [(t, exact.get(t, span(t)) if t else "0") for t in times]
 
 
-COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
-SHADES = {  # where two meet in one place, the later one is drawn
-    "running on": "\u2500-",
-    "waiting": "\u2591.",
-    "locked out": "\u2592:",
-    "running": "\u2588#",
-    "another try": "\u2502|",
-}
-MEANINGS = {"another try": "another try", "running on": "runs on as a service", "locked out": "waits for a lock"}
-
-
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
-    mark = {kind: both[not unicode] for kind, both in SHADES.items()}
-    dots = "\u2026" if unicode else "~"
-    startup = Startup(graph)
+    """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
+    signs = {words: both[not unicode] for words, (both, *_) in PHASES.items()}
+    startup, dots = Startup(graph), "\u2026" if unicode else "~"
     said = wrap(startup.summary(), width, dots)
     if not startup.rows:
         return "\n".join(said) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
     names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
-    cells = max(10, width - names - 22)
+    outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
+    cells = width - names - 12 - max(10, *map(len, outcomes))
     scale = cells / startup.length if startup.length > 0 else 0.0
     axis = " " * (names + 3)
     for tick, text in ticks(startup.length, cells // 10):
@@ -4104,21 +4406,20 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
         if at + len(text) <= cells:
             axis = axis.ljust(names + 3 + at) + text
     lines, drawn = [axis], set()
-    for bar, label in zip(startup.rows, labels):
+    for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
-        phases = [*bar.phases(), *(("another try", t, t) for t in bar.unit.tries if bar.has_run)]
-        for kind, since, upto in sorted(phases, key=lambda phase: list(SHADES).index(phase[0])):
-            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
+        for words, since, upto in bar.phases:
+            first = min(cells - 1, int((since - startup.first) * scale))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
-            row[first : first + size] = mark[kind] * size
+            row[first : first + size] = signs[words] * size
         drawn.update(row)
         name, text = fit(label, names, dots), "".join(row)
         if colour:
             name = f"\033[1m{name}\033[0m" if critical else name
-            text = f"\033[{COLOURS[bar.unit.status]}m{text}\033[0m"
-        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {standing(bar.unit)}")
-    legend = ", ".join(f"{mark[kind]} {meaning}" for kind, meaning in MEANINGS.items() if mark[kind] in drawn)
-    return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
+            text = f"\033[{COLOURS[bar.unit.status][0]}m{text}\033[0m"
+        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {outcome}")
+    legend = [f"{sign} {words}" for words, sign in signs.items() if sign in drawn and words not in ("waits", "runs")]
+    return "\n".join([*lines, "", *(wrap(", ".join(legend), width) if legend else []), *said]) + "\n"
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
@@ -4218,135 +4519,112 @@ def compare_text(before: Saved, now: Saved) -> str:
     return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
 
 
-def xml(text: str) -> str:
-    """Text for XML; what XML cannot hold is replaced."""
-    import re
-
-    text = re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{stroke:#fff;stroke-width:2}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
 .y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
 .c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
-.completed{fill:#4fb37a}.failed{fill:#e26060}.t{stroke:#16181d}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
+.completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
-LEGEND = (
-    ("waiting", PENDING, "waits"),
-    ("locked out", PENDING, MEANINGS["locked out"]),
-    ("waiting", SKIPPED, "skipped"),
-    ("running", STARTED, "runs"),
-    ("running", COMPLETED, "completed"),
-    ("running", FAILED, "failed"),
-    ("running", COMPLETED, MEANINGS["another try"]),
-    ("running on", COMPLETED, MEANINGS["running on"]),
-    ("running", COMPLETED + " k", "on the critical path"),
-)
+LEGEND = [(words, words, STARTED) for words in PHASES]  # what it says, and the phase and the status that are drawn
+LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in (COMPLETED, FAILED))]
+LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
 def hover_text(bar: Bar) -> str:
-    """What the picture says of a unit when it is pointed at."""
-    unit, locked_out = bar.unit, bar.started - bar.ready
-    reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
-    tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
-    lines = [
-        f"{bar.name}: {unit.status}{reason}",
-        f"waited {span(bar.started - bar.asked)}{last}",
-        f"of it {span(locked_out)} for a lock" if locked_out >= 0.001 else "",
-        f"ran {span(bar.ran)}{tries}" if bar.has_run else "",
-        "its process runs on" if unit.running_on else "",
-        ""
-        if unit.exited is None
-        else joined(f"its process ended {span(bar.exited - bar.ended)} later", unit.exit_reason),
-        f"depends on {names_of(list(unit.wants))}" if unit.wants else "",
-        f"locks: {names_of(unit.locks)}" if unit.locks else "",
-    ]
-    return joined(*lines, by="\n")
-
-
-def svg_text(x: float, y: float, content: str, more: str = ' class="m"') -> str:
-    """A text in the picture."""
-    return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
-
-
-def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
-    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path.
-
-    Or the row itself: then `words` are its class in STYLE.
-    """
-    if kind == "another try":
-        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
-    outcome = words.partition(" ")[0]
-    waits = (outcome if outcome == SKIPPED else "w", 7, 6)
-    shapes = {
-        "locked out": ("l", 7, 6),
-        "running": (words, 4, 12),
-        "running on": (outcome, 9, 3),
-        "row": (words, 0, 20),
+    """Return what the picture says of a unit when it is pointed at."""
+    u = bar.unit
+    lists: dict[str, list[str]] = {
+        "last for": [u.released_by],
+        "depends on": list(u.wants),
+        "locks:": u.locks,
+        "output:": [u.log],
     }
-    look, below, height = shapes.get(kind, waits)
-    return f'<rect class="{look}" x="{x:.1f}" y="{y + below:.0f}" width="{size:.1f}" height="{height}"/>'
+    lines = [f"{bar.name}: {described(u)}"]
+    phases = sorted(bar.phases, key=lambda phase: phase[1:])
+    lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
+    lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
+    return "\n".join(lines + [f"{words} {names_of(names)}" for words, names in lists.items() if any(names)])
 
 
 def timeline_svg(graph: Graph) -> str:
-    """The timeline as one self-contained picture."""
-    startup = Startup(graph)
-    rows, column, high, scale_width = startup.rows, 7.4, 20, 760.0
-    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in rows]
-    left = 16 + column * min(max((wide(bar.name) for bar in rows), default=0), 60)
-    right = left + scale_width + 70
+    """Draw the timeline as one self-contained picture."""
+    startup, body = Startup(graph), []
+    bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
+    units = [bar.unit for bar in bars]
+    said = [standing(u) if u.running_on else described(u, "" if u.status in ENDED else standing(u)) for u in units]
+    outcomes = [fit(text, 60).rstrip() for text in said]
+    left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
+    right = left + axis + 70
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-    scale = scale_width / startup.length if startup.length > 0 else 0.0
+    scale = axis / startup.length if startup.length > 0 else 0.0
 
-    def at(t: float) -> float:
-        return left + (t - startup.first) * scale
+    def at(time: float) -> float:
+        return left + (time - startup.first) * scale
+
+    def write(x: float, y: float, text: str, more: str = ' class="m"') -> None:
+        body.append(f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(text)}</text>')
+
+    def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
+        body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
+
+    def phase(words: str, status: str, x: float, y: float, size: float) -> None:
+        _, look, top, height = PHASES[words]
+        rectangle(status if (words, status) == ("waits", SKIPPED) else look or status, x, y + top, size, height)
 
     said = wrap(startup.summary(), int((width - 16) / column))
-    body = [svg_text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
+    for i, line in enumerate(said):
+        write(8, 20 + 18 * i, line, ' class="h"')
     top = 18 * len(said) + 44
-    foot = top + high * len(rows)
-    for tick, text in ticks(startup.length, 10) if rows else ():
+    foot = top + high * len(bars)
+    for tick, label in ticks(startup.length, 10) if bars else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(rows) > 30)]:
-            body.append(svg_text(x, y, text, ' class="m" text-anchor="middle"'))
-    tops = {bar.name: top + high * i for i, bar in enumerate(rows)}
-    for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
-        u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
+        for y in (top - 14, foot + 14)[: 1 + (len(bars) > 30)]:
+            write(x, y, label, ' class="m" text-anchor="middle"')
+    tops = {bar.name: top + high * i for i, bar in enumerate(bars)}
+    for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
+        status, y, critical = bar.unit.status, tops[bar.name], bar.name in startup.critical
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
-        body.append(svg_phase("row", "z" if i % 2 else "y", 0, y, width))
-        body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else ""))
-        for kind, since, upto in bar.phases():
-            size = max((upto - since) * scale, 2.0 if kind == "running" or not bar.has_run else 0.0)
+        rectangle("yz"[i % 2], 0, y, width, high)
+        write(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else "")
+        for words, since, upto in bar.phases:
+            always = words in ("runs", "another try") or not bar.has_run
+            size = max((upto - since) * scale, 2.0 if always else 0.0)
+            k = " k" if critical and words == "runs" else ""
             if size >= 0.5:
-                x = min(at(since), left + scale_width - size)
-                body.append(svg_phase(kind, u.status + " k" * critical, x, y, size))
-        body += [svg_phase("another try", "", at(t), y, 0) for t in u.tries if bar.has_run]
-        body.append(svg_text(right - 8, y + 14, bar.took, ' text-anchor="end"'))
-        body.append(svg_text(right, y + 14, outcome, f' class="{FAILED if u.status == FAILED else "m"}"') + "\n</g>")
+                phase(words, status + k, min(at(since), left + axis - size), y, size)
+        write(right - 8, y + 14, bar.took, ' text-anchor="end"')
+        write(right, y + 14, outcome, f' class="{FAILED if status == FAILED else "m"}"')
+        body.append("</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
         body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
-    x, y = 8.0, foot + 32 - 20 * (not rows)
-    for kind, status, meaning in LEGEND if rows else ():
+    x, y = 8.0, foot + 32 - high * (not bars)
+    for meaning, words, status in LEGEND if bars else ():
         if x + 30 + column * len(meaning) > width:
             x, y = 8.0, y + high
-        body += [svg_phase(kind, status, x, y, 24), svg_text(x + 30, y + 14, meaning)]
-        body += [svg_phase(meaning, "", x + 12, y, 0)] if meaning == "another try" else []
+        phase(words, status, x, y, 2 if words == "another try" else 24)
+        write(x + 30, y + 14, meaning)
         x += 30 + column * (len(meaning) + 2)
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
 
+def xml(text: str) -> str:
+    """Return text for XML, in which control characters have no place."""
+    from html import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+
+
 def timeline_as(form: str, graph: Graph) -> str:
-    """The timeline in one of its forms for files."""
-    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data}
-    made = forms.get(form, timeline_text)(graph)
-    return made if isinstance(made, str) else json_text(made)
+    """Return the timeline in one of its forms for files."""
+    if form == "json":
+        return json_text(timeline_data(graph))
+    return timeline_svg(graph) if form == "svg" else timeline_text(graph)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4399,41 +4677,43 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
 
 
 def graph_dot(graph: Graph) -> str:
-    """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    """Return the graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    import json
 
     def quote(text: str) -> str:
-        return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(text, ensure_ascii=False)
 
-    fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
     startup, bold = Startup(graph), ["color=orangered", "penwidth=3"]
-    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
+    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled];"]
     for u in graph.nodes:
-        words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
-        words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
+        words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(described(u))}"]
+        words += ["style=dashed"] if u.status == NOT_REGISTERED else ["peripheries=2"] if u.running_on else []
         words += bold if u.unit_name in startup.critical else []
         lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
     for name, dependent, requirement, on_path in startup.edges:
-        words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
+        words = [] if requirement == SUCCESS else [f"label={requirement}"]
         words += bold if on_path else []
         lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
 def graph_mermaid(graph: Graph) -> str:
-    """The same for Mermaid; names become entity codes wherever they could mean something."""
+    """Return the graph for Mermaid; names become entity codes wherever they could mean something."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
     startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
-    fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
-    lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
+    for u in graph.nodes:
+        box = f"([{quote(u.unit_name)}])" if u.running_on else f"[{quote(u.unit_name)}]"
+        lines.append(f"  {ids[u.unit_name]}{box}:::{u.status.replace(' ', '_')}")
     for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
-    lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
+    for status, (_, colour) in COLOURS.items():
+        lines.append(f"  classDef {status.replace(' ', '_')} fill:{colour},color:#222")
     lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
     numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
     lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
@@ -4442,7 +4722,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
-    nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
+    nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
     wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
     edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
     return {"units": nodes, "edges": edges}
@@ -4450,9 +4730,9 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
 # -- why ----------------------------------------------------------------------------------------------------
 def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
-    """What keeps each unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
+    """Return what keeps each unit from starting, or kept it, or made it skipped: the one place that says so of a graph.
 
-    Units, each in the words of a message: a dependency, or who has the lock that alone is missing.
+    That is, units, each in the words of a message: a dependency, or who has the lock that alone is missing.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
     found: dict[str, dict[str, str]] = {}
@@ -4469,73 +4749,78 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     return found
 
 
-def why_text(graph: Graph, name: str) -> str:
-    """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
+def inverted(onward: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Return the same edges, seen from their other end."""
+    back: dict[str, list[str]] = {}
+    for name, others in onward.items():
+        for other in others:
+            back.setdefault(other, []).append(name)
+    return back
+
+
+def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
+    """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
+
+    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    """
+    found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    asked = units.get(name) or UnitStatus(name, NOT_REGISTERED, True)
-    found = obstacles(graph)
-    those = [units.get(each, asked) for each in reached([name], found)]
-    lines = stories(8, [u for u in those if found.get(u.unit_name)], graph, found)
-    lines += stories(20, [u for u in those if not found.get(u.unit_name)], graph, found)
-    wanted = [u.unit_name for u in graph.nodes if name in u.wants and asked.status == NOT_REGISTERED]
-    return "\n".join(lines + ([f"It is wanted by {names_of(wanted)}."] if wanted else [])) + "\n"
+    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    held_up = inverted(stuck)  # by each unit, without others in between
+    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
+    wanted_by = inverted({name: u.wants for name, u in units.items()})
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
 
+    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
+        """Tell of the first of some units, and how many more there are."""
+        lines = []
+        for u in some[:most]:
+            line = story(u, graph.now, names_of(list(found.get(u.unit_name, {}).values())))
+            guess = ""
+            if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
+                behind = reached([u.unit_name], wanted_by)
+                line += f"; it is wanted by {names_of(wanted_by[u.unit_name])}" if behind[1:] else ""
+                guess = resembling(u.unit_name, known - set(behind))
+            lines.append(line + meant(guess, "."))
+        return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
 
-def why_all_text(graph: Graph) -> str:
-    """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
-    found = obstacles(graph)
-    stuck = {u.unit_name: u for u in graph.nodes if u.is_waiting or u.status == SKIPPED}
-    directly: dict[str, list[str]] = {}  # who is held up by a unit, without others in between
-    for name in stuck:
-        for cause in found[name]:
-            directly.setdefault(cause, []).append(name)
-    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
-    for u in graph.nodes:
-        name, runs = u.unit_name, elapsed(u.started, graph.now) if u.status == STARTED else 0.0
+    def is_cause(name: str) -> bool:
+        u = units[name]
+        if name in stuck:
+            return not stuck[name]
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
-        gave_up = standing(u) in ("gave up", FAILED, "exited")
-        if not found[name] if name in stuck else name in directly or gone or gave_up or runs >= LONG:
-            groups.setdefault(tuple(directly.get(name, ())), []).append(u)
-    parts: list[tuple[int, float, str]] = []
-    for above, roots in groups.items():
-        held = reached(above, directly)
-        roots.sort(key=lambda u: -u.age)
-        lines = stories(5 if held else 20, roots, graph, found)
+        runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
+        return name in held_up or gone or runs_long or u.status == FAILED or standing(u) in ("gave up", "exited")
+
+    asked = reached(names, found)
+    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
+    for name in (name for name in asked or units if (not found.get(name) if names else is_cause(name))):
+        groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
+    parts: list[tuple[list[str], list[UnitStatus]]] = []
+    for directly, causes in groups.items():
+        parts.append((reached(directly, held_up), sorted(causes, key=lambda u: -u.age)))
+    parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
+    texts = []
+    for held, causes in parts[:50]:
+        lines = stories(5 if held else 20, causes)
         for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (stuck[name].status == SKIPPED) == skipped]
+            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
             lines += [f"    {word}: {names_of(those)}"] if those else []
-        parts.append((-len(held), -roots[0].age, "\n".join(lines)))
-    parts.sort(key=lambda part: part[:2])
+        texts.append("\n".join(lines))
+    texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return ("\n\n".join(text for *_, text in parts) or nothing) + "\n"
+    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def elapsed(since: float | None, now: float | None) -> float:
-    """Return the seconds from one time to another, 0 if either has not been."""
-    return 0.0 if since is None or now is None else now - since
-
-
-def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
-    """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
-    lines = []
-    wanted_by: dict[str, list[str]] = {}
-    for n in graph.nodes:
-        for name in n.wants:
-            wanted_by.setdefault(name, []).append(n.unit_name)
-    for u in units[:most]:
-        guess = ""
-        if u.status == NOT_REGISTERED:
-            behind = set(reached([u.unit_name], wanted_by))  # what waits for it is not what was meant
-            known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
-            guess = resembling(u.unit_name, known)
-        what = names_of(list(found.get(u.unit_name, {}).values()))
-        lines.append(story(u, graph.now, what) + meant(guess, "."))
-    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
+def elapsed(since: float | None, until: float | None) -> float:
+    """Return the seconds between two times of a unit; 0 if one of them has not been."""
+    return 0.0 if since is None or until is None else max(0.0, until - since)
 
 
 def story(unit: UnitStatus, now: float, what: str) -> str:
-    """One unit in one sentence without its full stop; `what` keeps or kept it from starting."""
-    name, reason = f'"{unit.unit_name}"', f": {unit.reason}" if unit.reason else ""
+    """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
+    name, reason = f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
@@ -4555,19 +4840,18 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else f"it is {unit.reason or 'still running'}"
+        still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
-    ago = f"{name} {unit.status} {span(elapsed(unit.ended, now))} ago"
+    ago = f"{name} {unit.status} {span(unit.age)} ago"
     if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; its process runs on" if unit.running_on else ""
-    if unit.exited is not None:
+    if unit.status == COMPLETED and unit.exited is not None:
         after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
-    return (
-        f"{ago} after running {span(elapsed(unit.started, unit.ended))}{tries}{reason}; started{by} {how}{after}{log}"
-    )
+    ran = span(now - unit.age - unit.started)
+    return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4575,39 +4859,96 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
-PROBE_TIMEOUT = 5.0  # for one try
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
+CHECK_TIMEOUT = 1.0  # seconds for the one before the command
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
+def is_host(text: str) -> bool:
+    """Return whether a host can have this name or address."""
+    from _socket import AF_INET6, inet_pton
+
+    if ":" in text:
+        try:
+            return bool(inet_pton(AF_INET6, text.partition("%")[0]))
+        except (OSError, ValueError):
+            return False
+    labels = text.rstrip(".").split(".")
+    return text.isprintable() and not set(text) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
+
+
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
 
     Raises UsageError.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
         host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+    if host[:1] == "[" and host[-1:] == "]":
+        host = host[1:-1]
+    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
+    if not is_port or ((host or port) and not is_host(host)):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
-    return host.strip("[]"), int(number)
+    return host, int(number)
 
 
-def check_probe(text: str) -> None:
-    """Raises UsageError for a probe that can be known to be wrong without a try."""
-    kind, colon, rest = text.partition(":")
-    if kind == "tcp" and colon:
-        address_of(rest)
-    elif text.startswith("http://"):
-        address_of(text[7:].partition("/")[0], 80)
-    elif (colon and kind in ("unix", "file") and not rest) or not text:
-        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
-        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+def shown_probe(text: str) -> str:
+    """Return a probe as a message may have it: in short, and without the user and password of a URL."""
+    scheme, found, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    if at:
+        text = f"{scheme}{found}***@{host}{slash}{path}"
+    text = one_line(text)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+class Probe:
+    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+
+    def __init__(self, text: str) -> None:
+        kind, colon, rest = text.partition(":")
+        self.text, self.shown = text, shown_probe(text)
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
+        self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
+        self.address, self.path, self.header = ("", 0), rest, ""
+        if self.kind == "tcp":
+            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
+            self.address = address_of(self.plain(rest))
+        elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
+            authority, _, path = rest[2:].partition("/")
+            who, _, host = authority.rpartition("@")
+            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+        elif self.kind in ("unix", "file") and rest:
+            self.plain(rest)
+        elif self.kind in ("unix", "file") or not text:
+            raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+            hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
+            hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
+            raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
+
+    def plain(self, text: str) -> str:
+        """Return a part in which nothing is left to a shell. Raises UsageError."""
+        if text[:1] == "~" or set(text) & set("$`*"):
+            raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
+        return text
+
+
+def basic(who: str) -> str:
+    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
+    from binascii import b2a_base64
+    from urllib.parse import unquote_to_bytes
+
+    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
 def connect(host: str, port: int, timeout: float) -> Any:
-    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
     import socket
 
     if host:
@@ -4621,12 +4962,11 @@ def connect(host: str, port: int, timeout: float) -> Any:
             raise error from None
 
 
-def http_status(text: str, timeout: float) -> int:
-    """The status with which an http:// address answers. Raises OSError."""
-    where, _, path = text[7:].partition("/")
+def http_status(probe: Probe, timeout: float) -> int:
+    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline = time.monotonic() + timeout
-    with connect(*address_of(where, 80), timeout) as sock:
-        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+    with connect(*probe.address, timeout) as sock:
+        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
         line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -4637,7 +4977,40 @@ def http_status(text: str, timeout: float) -> int:
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
-    return int(words[1])
+    return int(words[1][:4])
+
+
+LOCAL = ("", "localhost", "127.0.0.1", "::1")
+
+
+def unix_listener(path: str, timeout: float) -> int:
+    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        if not hasattr(socket, "SO_PEERCRED"):
+            return 0
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def listener(port: int) -> int:
+    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    found = set()
+    for name in ("net/tcp", "net/tcp6"):
+        try:
+            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
+        except OSError:
+            continue
+        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
+        try:
+            if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
+                return int(pid)
+        except OSError:  # it has gone, or is not ours to look at
+            pass
+    return 0
 
 
 def can_be_read(fd: int, timeout: float) -> bool:
@@ -4652,81 +5025,99 @@ def can_be_read(fd: int, timeout: float) -> bool:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
+    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
+    goes on until the command is ready, gets the first: a file counts if it has changed since.
+
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
     Loop. `error` is what the last try lacked, in a few words.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
         import threading
 
         self.error = "its first try has not ended"
-        self._text, self._env = text, env
-        self._group = 0  # of a command that is being tried
+        self.objection = self.doubt = ""
+        self.file: tuple[int, ...] = ()  # as it was at the latest try
+        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self.shown = self._probe.shown
+        self._peer = self._group = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
 
-    def begin(self) -> Prober:
-        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+    def begin(self, once: bool = False) -> Prober:
+        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, args=(once,), daemon=True).start()
         return self
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._ready
 
     def ready(self) -> bool:
-        """Whether a try has succeeded."""
+        """Return whether a try has succeeded."""
         return not self.error
 
     def close(self) -> None:
-        """No more tries; a command that is being tried is killed."""
+        """Make no more tries, and kill a command that is being tried."""
         self._closed.set()
         with self._lock:
             if self._group:
                 signal_to(-self._group, 9)
         os.close(self._ready)
 
-    def _run(self) -> None:
+    def _run(self, once: bool) -> None:
         pause = 0.1
         try:
             while not self._closed.is_set():
-                self.error = self._try()
-                if not self.error:
+                self.error = self._try(once)
+                if once and not self.error:
+                    self._object()
+                if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
         finally:
             os.close(self._done)
 
-    def _try(self) -> str:
-        """Try once; return what is lacking."""
-        kind, colon, rest = self._text.partition(":")
-        try:
-            if kind == "file" and colon:
-                return "" if os.path.exists(rest) else "no such file"
-            if kind == "tcp" and colon:
-                connect(*address_of(rest), PROBE_TIMEOUT).close()
-                return ""
-            if kind == "unix" and colon:
-                from _socket import AF_UNIX, SOCK_STREAM, socket
+    def _object(self) -> None:
+        """Say what a try that succeeds before the command is run means."""
+        probe = self._probe
+        if probe.kind == "command":
+            self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
+        elif probe.kind != "file":
+            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            answers = f"{probe.shown} answers already, before the command was run"
+            self.objection = f"{answers}: end what listens there{who} first"
 
-                sock = socket(AF_UNIX, SOCK_STREAM)
-                try:
-                    sock.settimeout(PROBE_TIMEOUT)
-                    sock.connect(rest)
-                finally:
-                    sock.close()
-                return ""
-            if self._text.startswith("http://"):
-                status = http_status(self._text, PROBE_TIMEOUT)
+    def _try(self, once: bool) -> str:
+        """Try once; return what is lacking."""
+        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        try:
+            if probe.kind == "file":
+                if not os.path.exists(probe.path):
+                    return "no such file"
+                file = os.stat(probe.path)
+                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
+                return "" if self.file != self._old else "it is as it was before the command was run"
+            if probe.kind == "http":
+                status = http_status(probe, timeout)
                 return "" if status < 400 else f"HTTP status {status}"
-            return self._command()
-        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            if probe.kind == "tcp":
+                connect(*probe.address, timeout).close()
+            elif probe.kind == "unix":
+                self._peer = unix_listener(probe.path, timeout)
+            else:
+                return self._command(CHECK_TIMEOUT if once else NEVER)
+            return ""
+        except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self) -> str:
+    def _command(self, timeout: float) -> str:
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
         read, write = os.pipe()
         nothing = null()
         try:
@@ -4734,14 +5125,14 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
                 streams.append((os.POSIX_SPAWN_DUP2, write, 3))
                 self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            if not can_be_read(read, PROBE_TIMEOUT):
+            if not can_be_read(read, timeout):
                 signal_to(-self._group, 9)
-                return f"no end within {PROBE_TIMEOUT:.0f}s"
+                return f"no end within {span(timeout)}"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
         finally:
@@ -4796,31 +5187,35 @@ class Notified:
 
 # -- what a command leaves to others ----------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
-def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+def private_file() -> str:
+    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
 
-    Unlike one in a directory it is gone when we are, however we end.
+    It stays open: later on, the path would be that of another file.
     """
     if hasattr(os, "memfd_create") and has_proc():
         try:
-            file = os.memfd_create("coder-sync")
-            return file, f"/proc/{os.getpid()}/fd/{file}"
+            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
         except OSError:
             pass
-    return -1, ""
+    return ""
 
 
 def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
-    try:
-        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o711)
-        os.chmod(path, 0o711)  # whatever our umask
-    except OSError:
-        return ""
-    return path
+    for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
+        path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
+        if len(os.fsencode(path)) > 80:  # no socket could be in it
+            continue
+        try:
+            os.mkdir(path)
+            os.chmod(path, 0o711)
+        except OSError:
+            continue
+        return path
+    return ""
 
 
 def private_path(directory: str) -> str:
@@ -4828,29 +5223,39 @@ def private_path(directory: str) -> str:
     return directory and os.path.join(directory, os.urandom(8).hex())
 
 
+def clear(path: str) -> None:
+    """Empty a file in a private directory, or without a name."""
+    remove(path)
+    try:
+        os.truncate(path, 0)
+    except OSError:
+        pass
+
+
 def remove_directory(path: str) -> None:
     """Remove a private directory with all that a command may have left in it, if it is still there."""
-    for directory, _, files in os.walk(path, topdown=False):
-        try:
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
-        except OSError:
-            pass
+    try:
+        os.rmdir(path)
+    except OSError:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     if not path:
         return {}
+    too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
-        with open(fd, "rb") as file:
+        with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    if len(data) > MAX_ENV:
+        raise too_large
     values: dict[str, str] = {}
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
         name, found, value = line.partition("=")
@@ -4863,13 +5268,14 @@ def exported(path: str) -> dict[str, str]:
         except UnicodeEncodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
         values[name] = value
-    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
-        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    if len(encode(values)) > MAX_ENV:
+        raise too_large
     return values
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 
 
 class Task:
@@ -4944,9 +5350,9 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            added["CODER_SYNC_ENV"] = self.left
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.tries:
+            clear(self.left)
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
@@ -5000,7 +5406,8 @@ class Task:
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
         if now >= self.ready_by:
-            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+            lacks = self.prober.error if self.prober else ""
+            self.end(f"not ready after {span(self.ready_timeout)}: {shown_probe(self.ready)} ({lacks})")
         if now >= self.stop_at:
             self.end(f"timed out after {span(self.timeout)}")
         if now >= self.kill_at:
@@ -5047,7 +5454,11 @@ class Task:
             self.exited()
         elif not self.reported:
             how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            if early and code == 0 and self.ready != "notify":
+                how += TO_BACKGROUND
             self.tried(self.why or how, code)
+        else:  # somebody else has ended the unit
+            self.report("exited", reason=ending(code), code=shell_status(code))
 
     def tried(self, how: str, code: int) -> None:
         """A try has ended, without success unless there is nothing to say how."""
@@ -5096,9 +5507,9 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True)
+    start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
-        check_probe(args.ready)
+        Probe(args.ready)
     try:
         start.__enter__()
     except Unreachable as error:
@@ -5121,9 +5532,11 @@ class Run(Task):
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
         self.quiet, self.report_at = args.quiet, NEVER
-        self.file, self.left = private_file()
+        self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
         self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
+        if not self.left:
+            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5154,23 +5567,17 @@ class Run(Task):
             self.fail(f"stopped between two tries; {self.reason}")
             sys.exit(128 + number)
 
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.file >= 0:
-            os.ftruncate(self.file, 0)
-        else:
-            remove(self.left)
-        return super().spawn(env)
-
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.ready:
-            self.report("owner", ready=self.ready)
+            self.report("owner", ready=shown_probe(self.ready))
             self.report_at = self.began + FIRST_REPORT
 
     def keep_time(self, now: float) -> float:
         if self.prober and now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.ready} ({self.prober.error})"
+            lacks = f"{shown_probe(self.ready)} ({self.prober.error})"
+            text = f"{self.unit}: not ready after {span(now - self.began)}: {lacks}"
             say(text, 2, self.quiet)
         return min(super().keep_time(now), self.report_at if self.prober else NEVER)
 
@@ -5242,24 +5649,24 @@ def cmd_wait(args: Args) -> int:
     if not args.units and not args.ready:
         raise UsageError("wait: name a unit, or what is to be --ready")
     for probe in args.ready:
-        check_probe(probe)
+        Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
         end_on("SIGTERM", "SIGHUP", "SIGQUIT")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    probers = [Prober(probe, environment()) for probe in args.ready]
     try:
-        for prober in probers.values():
+        for prober in probers:
             prober.begin()
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers.values():
+        for prober in probers:
             while prober.error:
                 over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {probe: one.error for probe, one in probers.items() if one.error}
+                lacks = {one.shown: one.error for one in probers if one.error}
                 if not prober.error:
                     break
                 if over or time.monotonic() >= end:
@@ -5270,11 +5677,11 @@ def cmd_wait(args: Args) -> int:
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
                 say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
     finally:  # what is being tried does not outlive us
-        for prober in probers.values():
+        for prober in probers:
             prober.close()
     took = time.monotonic() - began
     waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
     return 0
 
 
@@ -5371,7 +5778,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     """Take what a header says. Raises UsageError, Refused or ValueError."""
     verb, rest = (*text.split(None, 1), "", "")[:2]
     if verb == "ready":
-        check_probe(rest)
+        Probe(rest)
         script.ready = rest
         return
     words = rest.split()
@@ -5382,7 +5789,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
     if verb not in HEADERS or (count and len(words) not in count):
         known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
-        raise UsageError(f'"{text}" is not a header; use {known}')
+        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
     requires: str = SUCCESS
     if verb == "want":  # --requires=REQUIREMENT is two words
         words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
@@ -5507,8 +5914,8 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         return
     for path in files:
         try:
-            with open(path, "rb") as f:
-                text = f.read(65536)
+            with open(open_file(path), "rb") as f:
+                text = f.read(65536) or b""
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
@@ -5586,36 +5993,27 @@ class Job(Task):
 
     def __init__(self, script: Script, boot: Boot) -> None:
         limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
-        super().__init__(boot.events, script.unit, [script.path], script.ready, *limits)
+        super().__init__(boot.loop, script.unit, [script.path], script.ready, *limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit)
         self.signalled = False  # by `stop`
         self.outcome = ""  # the unit's, as the agent has it
         self.died = False  # its process, badly, after its unit had completed
-        self.out = -1  # read end of its output
-        self.log, self.log_path = -1, ""  # its file in --log-dir
-        self.rest = b""  # a line that has not ended yet
-        self.last: list[str] = []
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
         return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        self.boot.close_output(self)  # of the try before
-        if self.tries:
-            remove(self.left)
-        read, write = os.pipe()
+        write = self.boot.streams.open(self.stream)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
-            pid = spawn(self.command, env, file_actions=streams, setpgroup=0)
+            return spawn(self.command, env, file_actions=streams, setpgroup=0)
         except OSError:
-            os.close(read)
+            self.boot.streams.close(self.stream)
             raise
         finally:
             os.close(write)
-        os.set_blocking(read, False)
-        self.out = read
-        return pid
 
     def not_begun(self, error: Exception) -> None:
         if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
@@ -5625,24 +6023,34 @@ class Job(Task):
             self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
 
     def begun(self, detail: str) -> None:
-        self.boot.begun(self)
-        log = os.fsencode(self.log_path).decode(errors="replace")
+        self.boot.active[self.unit] = self
+        self.boot.streams.log(self.stream, more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
+        self.report("owner", pid=self.pid, command=command, log=log, ready=shown_probe(self.ready))
         super().begun(detail)
         if detail:
-            self.boot.take(self, f"{detail}\n".encode())
+            self.boot.streams.take(self.stream, f"{detail}\n".encode())
 
     def report(self, method: str, **params: Any) -> None:
-        self.boot.ask(method, self, **params)
-        if self.boot.lost:
+        def answered(message: Object) -> None:
+            try:
+                result_of(message)
+            except SyncError as error:
+                if method == "fail" and self.outcome != FAILED:
+                    self.exited()
+                elif method == "complete" and not self.outcome:
+                    self.fail(str(error))
+
+        self.boot.link.ask(method, answered, unit=self.unit, **params)
+        if self.boot.link.lost:
             self.boot.settle(self)
 
     def process_ended(self, code: int) -> None:
-        self.boot.output(self, last=True)
+        self.boot.streams.drain(self.stream)
         super().process_ended(code)
         if self.pid:
-            self.boot.look_at = 0.0
+            self.boot.look_now()
             if self.reported != "complete":
                 self.end("")  # what a failure leaves behind ends with it
         if self.boot.stopping:
@@ -5671,9 +6079,8 @@ class Output:
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
-        self.tty = os.isatty(1) and not quiet
         self._live = False  # whether the live line stands there
-        self.live_at = 0.0 if self.tty else NEVER  # when it is drawn again
+        self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
@@ -5688,6 +6095,20 @@ class Output:
         """Print a line of ours on standard error."""
         self.clear()
         self.pending[2] += encoded(text + "\n", 2)
+
+    def turn(self, loop: Loop, due: float) -> list[int]:
+        """Take a turn of a loop, in which what can be printed is."""
+        waiting = [fd for fd, data in self.pending.items() if data]
+        for fd in waiting:
+            loop.watch(self.fds[fd], self.writer(fd), for_writing=True)
+        try:
+            return loop.turn(due)
+        finally:
+            loop.forget(*(self.fds[fd] for fd in waiting))
+
+    def writer(self, fd: int) -> Callable[[], None]:
+        """Return what passes on what is to be printed."""
+        return lambda: self.write(fd)
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
@@ -5721,71 +6142,265 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
+class Stream:
+    """What one unit prints."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.fd = -1  # read end of the pipe
+        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.rest = b""  # a line that has not ended yet
+        self.last: list[str] = []  # lines
+
+
+class Streams:
+    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
+
+    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
+        self.log_dir = log_dir  # empty: no logs, or no more
+        self.by_fd: dict[int, Stream] = {}  # those that are read
+        self._loop, self._out, self._paused = loop, out, False
+
+    def make_logs(self, streams: Iterable[Stream]) -> None:
+        """Make the directory, if there is to be one, and choose a file for each unit."""
+        if not self.log_dir:
+            return
+        taken = set()
+        for stream in streams:
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
+        try:
+            os.makedirs(self.log_dir, exist_ok=True)
+        except OSError as error:
+            self._no_log(error)
+
+    def open(self, stream: Stream) -> int:
+        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+        self.close(stream)
+        stream.fd, write = os.pipe()
+        os.set_blocking(stream.fd, False)
+        self.by_fd[stream.fd] = stream
+        self._read_or_not(stream)
+        return write
+
+    def log(self, stream: Stream, more: bool) -> None:
+        """Open a unit's file; a further try adds to it."""
+        if not self.log_dir:
+            return
+        try:
+            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+        except OSError as error:
+            self._no_log(error)
+
+    def _no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self._out.say(f"warning: no more logs in {self.log_dir}: {error.strerror}")
+        self.log_dir = ""
+        for stream in self.by_fd.values():
+            if stream.log >= 0:
+                os.close(stream.log)
+                stream.log = -1
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing while our own output is not taken."""
+        if paused != self._paused:
+            self._paused = paused
+            for stream in self.by_fd.values():
+                self._read_or_not(stream)
+
+    def _read_or_not(self, stream: Stream) -> None:
+        if self._paused:
+            self._loop.forget(stream.fd)
+        else:
+            self._loop.watch(stream.fd, lambda: self.read(stream))
+
+    def drain(self, stream: Stream) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(stream, chunks=64)
+        if stream.rest:
+            self.take(stream, b"", last=True)
+
+    def read(self, stream: Stream, chunks: int = 1) -> None:
+        """Take what a script has printed."""
+        for _ in range(chunks):
+            try:
+                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+            except BlockingIOError:
+                return
+            if not chunk:
+                self.close(stream)
+                return
+            self.take(stream, chunk)
+
+    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        if stream.log >= 0:
+            try:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(stream.log, view) :]
+            except OSError as error:
+                self._no_log(error)
+        *ended, rest = (stream.rest + chunk).split(b"\n")
+        lines = [piece for line in ended for piece in pieces(line)]
+        *more, stream.rest = pieces(rest)
+        lines += more
+        if last and stream.rest:
+            lines.append(stream.rest)
+            stream.rest = b""
+        if self._out.quiet:
+            lines = lines[-LAST_LINES:]
+        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self._out.lines(stream.unit, texts)
+
+    def close(self, stream: Stream) -> None:
+        """Read no more of it."""
+        if stream.fd >= 0:
+            if stream.rest:
+                self.take(stream, b"", last=True)
+            del self.by_fd[stream.fd]
+            self._loop.forget(stream.fd)
+            os.close(stream.fd)
+            stream.fd = -1
+        if stream.log >= 0:
+            os.close(stream.log)
+            stream.log = -1
+
+
+class Link:
+    """The connection to the agent: requests and what takes their answers, news of units, and whether the agent lives.
+
+    `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
+    """
+
+    def __init__(self, loop: Loop, news: Callable[[Object], None], gone: Callable[[Unreachable], None]) -> None:
+        self._loop, self._news, self._gone = loop, news, gone
+        self._channel: Channel | None = None  # while there is an agent
+        self.opened = False
+        self.lost = ""  # why there is no agent any more
+        self._asked: dict[int, Callable[[Object], object]] = {}
+        self._heard, self._pinged = 0.0, False  # when it last said something; whether it was asked to since
+
+    def open(self, channel: Channel) -> None:
+        """Begin to talk to an agent."""
+        self._channel, self.opened, self.lost = channel, True, ""
+        self._asked, self._heard, self._pinged = {}, time.monotonic(), False
+        self._loop.watch(channel.fileno(), self.take)
+
+    def close(self) -> None:
+        """Talk no more."""
+        if self._channel:
+            self._loop.forget(self._channel.fileno())
+            self._channel = None
+
+    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; `answered` gets the message with its result or error. Without an agent nothing happens."""
+        if self._channel:
+            try:
+                self._asked[self._channel.request(method, **params)] = answered
+            except Unreachable as error:
+                self._lose(error)
+
+    def take(self) -> None:
+        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
+        try:
+            while self._channel and (message := self._channel.receive(0)) is not None:
+                self._heard, self._pinged = time.monotonic(), False
+                if message.get("method") == "unit":
+                    self._news(expect(dict, message.get("params")))
+                elif message.get("id") in self._asked:
+                    self._asked.pop(message["id"])(message)
+        except Unreachable as error:
+            self._lose(error)
+
+    def keep_time(self, now: float, patience: float) -> float:
+        """Handle what has come; ask a silent agent whether it lives, and take it for gone if it does not answer.
+
+        `patience` is how many seconds it may take to answer. Returns when to look again.
+        """
+        if self._channel and self._channel.more():
+            self.take()
+        if self._channel and now >= self._heard + PING_AFTER and not self._pinged:
+            self._pinged, self._heard = True, now
+            self.ask("ping")
+        elif self._channel and self._pinged and now >= self._heard + patience:
+            path = self._channel.path
+            self.take()  # it may be we who slept
+            if self._pinged:
+                self._lose(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
+        return self._heard + (patience if self._pinged else PING_AFTER) if self._channel else NEVER
+
+    def _lose(self, error: Unreachable) -> None:
+        if self._channel:
+            self.close()
+            self.lost = str(error)
+            self._gone(error)
+
+
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
     def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.options, self.events = options, loop
+        self.options, self.loop = options, loop
+        self.out = Output([script.unit for script in scripts], options.quiet)
+        self.streams = Streams(loop, self.out, options.log_dir)
+        self.link = Link(loop, self.changed, self.agent_gone)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
-        self.by_fd: dict[int, Job] = {}  # its output
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.look_at = NEVER  # when to look which of them have gone
-        self.out = Output(self.jobs, options.quiet)
-        self.paused = self.log_trouble = False
-        self.channel: Channel | None = None
         self.claimed = False
-        self.heard = self.began = time.monotonic()
-        self.pinged = False
+        self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
         self.stopping = 0  # the signal that ends everything
-        self.lost = ""  # why there is no agent any more
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel, claimed: Callable[[], None] = lambda: None) -> int:
-        """Boot against an agent; return the exit status. Calls `claimed` when it has let us.
+    def run(self, channel: Channel, when_claimed: Callable[[], None] = lambda: None) -> int:
+        """Boot against an agent; return the exit status. Calls `when_claimed` when it has let us.
 
         Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
         """
-        self.asked: dict[int, tuple[str, Job | None]] = {}  # id of a request -> what it was
-        self.channel, self.when_claimed = channel, claimed
+        self.when_claimed = when_claimed
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
             job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
-        self.events.watch(channel.fileno(), self.answers)
+        if not self.directory:
+            self.out.say(f"warning: {NO_DIRECTORY}")
+        self.link.open(channel)
         try:
-            if self.options.log_dir:
-                self.make_log_dir()
+            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.loop(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and self.said())
             code = self.finish()
             if self.options.stay and not self.signal:
                 notify("READY=1")
                 if not self.options.quiet:
                     self.out.say("boot: staying until a signal")
                 self.report_at = NEVER
-                self.loop(lambda: bool(self.signal or self.lost))
+                self.until(lambda: bool(self.signal or self.link.lost))
                 code = 128 + self.signal if self.signal else 3
             self.out.flush()
-            if any(job.outcome == COMPLETED for job in self.by_fd.values()) and not self.signal:
+            if any(self.jobs[s.unit].outcome == COMPLETED for s in self.streams.by_fd.values()) and not self.signal:
                 self.relay()
             return code
         finally:
             self.out.flush()
-            self.events.forget(channel.fileno(), *self.by_fd)
+            self.link.close()
+            self.loop.forget(*self.streams.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
 
-    # -- the loop -----------------------------------------------------------------------------------------
-
-    def loop(self, over: Callable[[], bool]) -> None:
+    def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
         while True:
-            if self.channel and self.channel.more():
-                self.answers()
             now = time.monotonic()
             due = self.keep_time(now)
             if over() and not any(job.ending() for job in self.active.values()):
@@ -5797,46 +6412,23 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.pause(len(self.out.pending[1]) >= FULL)
-            for fd in filter(self.out.pending.get, self.out.pending):
-                self.events.watch(self.out.fds[fd], self.writer(fd), for_writing=True)
-            for number in self.events.turn(due):
+            self.streams.pause(len(self.out.pending[1]) >= FULL)
+            for number in self.out.turn(self.loop, due):
                 again, self.signal = self.signal, number
                 self.stop(9 if again else number, f"stopped: boot got signal {number}")
-            self.events.forget(*self.out.fds.values())
-
-    def writer(self, fd: int) -> Callable[[], None]:
-        """What passes on what is to be printed."""
-        return lambda: self.out.write(fd)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
-    def pause(self, full: bool) -> None:
-        """Read no output while our own is not taken."""
-        if full != self.paused:
-            self.paused = full
-            for job in self.by_fd.values():
-                self.read(job)
-
-    def read(self, job: Job) -> None:
-        """Read a job's output whenever there is some, unless our own is not taken."""
-        if self.paused:
-            self.events.forget(job.out)
-        else:
-            self.events.watch(job.out, lambda: self.output(job))
-
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
-        due = min(now + 60, self.report_at)
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            self.ask("graph")
-            if self.lost:
-                self.out.say(self.progress(Graph(0.0, [])))
-        if not self.lost:
-            due = min(due, self.watch_agent(now))
+            self.link.ask("graph", self.told_graph)
+            if self.link.lost:
+                self.say_progress(Graph(0.0, []))
+        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
         if now >= self.look_at:
             self.forget_groups()
         for job in list(self.active.values()):
@@ -5845,20 +6437,7 @@ class Boot:
                 del self.active[job.unit]
         return min(due, self.look_at)
 
-    def watch_agent(self, now: float) -> float:
-        """Ask an agent that is silent whether it lives, and take its silence for an end; return when to look again."""
-        patience = min(STOPPED_TIMEOUT if self.signal else NEVER, REPLY_TIMEOUT)
-        if now >= self.heard + PING_AFTER and not self.pinged:
-            self.pinged, self.heard = True, now
-            self.ask("ping")
-        elif self.pinged and now >= self.heard + patience:
-            self.answers()  # it may be we who slept
-            if self.pinged and not self.lost:
-                path = self.channel.path if self.channel else ""
-                self.gone(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
-        return self.heard + (patience if self.pinged else PING_AFTER)
-
-    # -- the agent ----------------------------------------------------------------------------------------
+    # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
@@ -5872,58 +6451,19 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.ask("boot", units=rows, jobs=jobs, more=True)
+                self.link.ask("boot", result_of, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.ask("boot", units=rows, jobs=jobs, more=False)
+        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False)
 
-    def ask(self, method: str, job: Job | None = None, **params: Any) -> None:
-        """Send a request; `answer` gets what comes back."""
-        if self.channel and not self.lost:
-            if job:
-                params["unit"] = job.unit
-            try:
-                self.asked[self.channel.request(method, **params)] = (method, job)
-            except Unreachable as error:
-                self.gone(error)
+    def let(self, answer: Object) -> None:
+        """Take the answer to our claim. Raises what the agent says against it."""
+        result_of(answer)
+        self.claimed = True
+        self.when_claimed()
 
-    def answers(self) -> None:
-        """Handle what the agent says."""
-        try:
-            message = self.channel.receive(0) if self.channel and not self.lost else None
-            while message is not None and self.channel:
-                self.heard, self.pinged = time.monotonic(), False
-                if message.get("id") in self.asked:
-                    self.answer(message, *self.asked.pop(message["id"]))
-                elif message.get("method") == "unit":
-                    self.changed(expect(dict, message.get("params")))
-                message = self.channel.receive(0)
-        except Unreachable as error:
-            self.gone(error)
-
-    def answer(self, message: dict[str, Any], method: str, job: Job | None) -> None:
-        """Handle the answer to a request. Raises what the agent says of our claim."""
-        try:
-            result = result_of(message)
-        except SyncError as error:
-            if method == "boot":
-                raise
-            if method == "fail" and job and job.outcome != FAILED:
-                job.exited()
-            elif method == "complete" and job and not job.outcome:
-                job.fail(str(error))
-            return
-        if method == "boot":
-            self.claimed = expect(dict, result).get("units") == len(self.jobs)  # else more are to come
-            if self.claimed:
-                self.when_claimed()
-        elif method == "graph" and not self.unfinished:
-            self.graph = record(Graph, result)
-        elif method == "graph":
-            self.out.say(self.progress(record(Graph, result)))
-
-    def changed(self, news: dict[str, Any]) -> None:
+    def changed(self, news: Object) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
         job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
         if job is None or job.outcome:
@@ -5934,17 +6474,14 @@ class Boot:
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, str(status), str(news.get("reason") or ""))
 
-    def gone(self, error: Unreachable) -> None:
+    def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
         if not self.claimed:
             raise error
-        if self.channel and not self.lost:
-            self.lost = str(error)
-            self.events.forget(self.channel.fileno())
-            self.out.say(f"error: {error}")
-            for job in self.jobs.values():
-                job.stopped = True
-                self.settle(job)
+        self.out.say(f"error: {error}")
+        for job in self.jobs.values():
+            job.stopped = True
+            self.settle(job)
 
     def settle(self, job: Job) -> None:
         """Without the agent, a unit's outcome is what it was, or was to be, told."""
@@ -5960,33 +6497,32 @@ class Boot:
         if job.outcome:
             return
         job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
+        if job.tries and not (job.running or job.reported):  # somebody else has ended it between two tries
+            self.link.ask("exited", unit=job.unit)
         job.reported = "complete" if status == COMPLETED else "fail"
         self.unfinished -= 1
         if status == COMPLETED and job.running:
             job.running_on = True
-            self.ask("running", job)
+            self.link.ask("running", unit=job.unit)
         elif job.running:  # it says so itself, or somebody else: it may tidy up
             job.stop_at = time.monotonic() + self.options.grace
         if status != COMPLETED:
             self.another("failed")
-
-    # -- processes ----------------------------------------------------------------------------------------
-
-    def begun(self, job: Job) -> None:
-        """A try of a script has begun: read its output."""
-        self.active[job.unit] = self.by_fd[job.out] = job
-        self.read(job)
-        if self.options.log_dir and not self.log_trouble:
-            self.open_log(job)
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
         if self.options.fail_fast and not self.stopping:
             self.stop(15, f"stopped: another unit {what}")
 
+    # -- ends ---------------------------------------------------------------------------------------------
+
     def groups(self) -> list[Job]:
         """Those whose process group may have members."""
         return [job for job in self.active.values() if job.pid]
+
+    def look_now(self) -> None:
+        """Look in the next turn which process groups have gone."""
+        self.look_at = 0.0
 
     def forget_groups(self) -> None:
         """Forget process groups that are gone, before their numbers are those of others."""
@@ -6001,8 +6537,6 @@ class Boot:
         self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
         if self.stopping:
             self.signal_in_order()
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, number: int, why: str) -> None:
         """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
@@ -6033,89 +6567,6 @@ class Boot:
                 job.signalled = True
                 job.signal(self.stopping)
 
-    # -- output -------------------------------------------------------------------------------------------
-
-    def output(self, job: Job, last: bool = False) -> None:
-        """Take what a script has printed; when it has ended, all that is in the pipe, which is bounded."""
-        for _ in range(64 if last else 1):
-            try:
-                chunk = os.read(job.out, 65536) if job.out >= 0 else b""
-            except BlockingIOError:
-                break
-            if not chunk:
-                self.close_output(job)
-                last = True
-                break
-            self.take(job, chunk)
-        if last and job.rest:
-            self.take(job, b"", last=True)
-
-    def take(self, job: Job, chunk: bytes, last: bool = False) -> None:
-        """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if job.log >= 0:
-            try:
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(job.log, view) :]
-            except OSError as error:
-                self.no_log(error)
-        *ended, rest = (job.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, job.rest = pieces(rest)
-        lines += more
-        if last and job.rest:
-            lines.append(job.rest)
-            job.rest = b""
-        if self.out.quiet:
-            lines = lines[-LAST_LINES:]
-        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        job.last = (job.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self.out.lines(job.unit, texts)
-
-    def close_output(self, job: Job) -> None:
-        if job.out >= 0:
-            del self.by_fd[job.out]
-            self.events.forget(job.out)
-            os.close(job.out)
-            job.out = -1
-        if job.log >= 0:
-            os.close(job.log)
-            job.log = -1
-
-    def make_log_dir(self) -> None:
-        """Make the directory, and choose a file for each unit."""
-        taken = set()
-        for unit, job in self.jobs.items():
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            job.log_path = os.path.abspath(os.path.join(self.options.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.options.log_dir, exist_ok=True)
-        except OSError as error:
-            self.no_log(error)
-
-    def open_log(self, job: Job) -> None:
-        """Open a unit's file; a further try adds to it."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # were it a fifo, nobody might ever read
-        flags |= os.O_APPEND if job.tries > 1 else os.O_TRUNC
-        try:
-            job.log = os.open(job.log_path, flags, 0o644)
-        except OSError as error:
-            self.no_log(error)
-
-    def no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if not self.log_trouble:
-            self.out.say(f"warning: no more logs in {self.options.log_dir}: {error.strerror}")
-        self.log_trouble = True
-        for job in self.jobs.values():
-            job.log_path = ""
-            if job.log >= 0:
-                os.close(job.log)
-                job.log = -1
-
     def relay(self) -> None:
         """Have a child of ours print what services go on printing, until they end."""
         import _signal as signal
@@ -6130,18 +6581,18 @@ class Boot:
                 os.dup2(self.null, fd)
             self.out.fds[1] = 1  # it may block here; the other one is closed now
             # What else we have open, its peers wait for the end of: the agent's clients, say.
-            close_others([*self.by_fd, *(job.log for job in self.by_fd.values())])
+            close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
             signal.set_wakeup_fd(-1)
-            for number in self.events.numbers:
+            for number in self.loop.numbers:
                 signal.signal(number, signal.SIG_DFL)
             ready = select.poll()
-            for fd in self.by_fd:
+            for fd in self.streams.by_fd:
                 ready.register(fd, select.POLLIN)
-            while self.by_fd:
+            while self.streams.by_fd:
                 for fd, _ in ready.poll():
-                    self.output(self.by_fd[fd])
+                    self.streams.read(self.streams.by_fd[fd])
                     self.out.write(1, patience=1e6)
-                    if fd not in self.by_fd:
+                    if fd not in self.streams.by_fd:
                         ready.unregister(fd)
         finally:  # and never into the parent's ways out
             os._exit(0)
@@ -6158,8 +6609,16 @@ class Boot:
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
-    def progress(self, graph: Graph) -> str:
-        """What runs and what waits, and for what."""
+    def told_graph(self, answer: Object) -> None:
+        """Take the answer to a question about all units: for a report on the way, or the one at the end."""
+        graph = record(Graph, result_of(answer))
+        if self.unfinished:
+            self.say_progress(graph)
+        else:
+            self.graph = graph
+
+    def say_progress(self, graph: Graph) -> None:
+        """Say what runs and what waits, and for what."""
         rows = {row.unit_name: row for row in graph.nodes}
 
         def whom(name: str) -> str:
@@ -6179,16 +6638,16 @@ class Boot:
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {names_of(running)}" if running else ""
-        return text + (f"; waiting: {names_of(waiting)}" if waiting else "")
+        self.out.say(text + (f"; waiting: {names_of(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.close_output(job)
-        lost = self.lost
-        self.ask("graph")
-        self.loop(lambda: bool(self.graph or self.lost))
+                self.streams.close(job.stream)
+        lost = self.link.lost
+        self.link.ask("graph", self.told_graph)
+        self.until(lambda: bool(self.graph or self.link.lost))
         self.out.clear()
         self.out.flush()
         self.forget_groups()
@@ -6197,7 +6656,7 @@ class Boot:
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
             self.out.say(self.summary(self.graph).rstrip("\n"))
-            self.loop(self.said)
+            self.until(self.said)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
@@ -6209,7 +6668,7 @@ class Boot:
             if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
                 how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
                 text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
-                text += "".join(f"    | {line}\n" for line in job.last)
+                text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
                 text += f"skipped: {job.unit}: {job.reason}\n"
@@ -6528,7 +6987,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 
     def write(graph: Graph) -> None:
         try:
-            with open(path, "w", encoding="utf-8") as f:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
                 f.write(timeline_as(form, graph))
         except OSError as error:
             put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
@@ -6611,7 +7070,7 @@ def boot_at(path: str, boot: Boot) -> int:
             try:
                 return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
             except Refused:  # another agent was faster, or is about to go
-                if boot.channel or time.monotonic() >= deadline:
+                if boot.link.opened or time.monotonic() >= deadline:
                     raise
         else:
             with channel:
@@ -6620,7 +7079,7 @@ def boot_at(path: str, boot: Boot) -> int:
                 except Unreachable:  # it was about to end
                     if boot.claimed or boot.signal or time.monotonic() >= deadline:
                         raise
-                    boot.channel = None
+                    boot.link.opened = False
         time.sleep(0.02)
 
 
@@ -6722,7 +7181,7 @@ def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
     graph = client_of(args).graph()
-    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
+    put(why_text(graph, names))
 
 
 @Command(
@@ -6737,7 +7196,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
+            with open(open_file(args.compare), "rb") as f:
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
                 before = read_timeline(f.read(), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
