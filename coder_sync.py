@@ -811,19 +811,18 @@ class Channel:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
 
-    def variables(self, answer: Any) -> dict[str, str]:
-        """Return the environment variables in an answer, if any. Raises Unreachable.
+    def news(self, data: Any) -> Answer:
+        """Return what the agent says of a unit. Raises Unreachable.
 
-        They are code, so root takes none from an agent of another user, and says so once.
+        Environment variables are code, so root takes none from an agent of another user, and says so once.
         """
-        env = record(Answer, answer).env
-        if not (env and self._foreign and posix.geteuid() == 0):
-            return env
-        if not self._withheld:
-            whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
-            say(f"warning: root takes no environment variables from {whose}", 2)
-        self._withheld = True
-        return {}
+        answer = record(Answer, data)
+        if answer.env and self._foreign and posix.geteuid() == 0:
+            if not self._withheld:
+                whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
+                say(f"warning: root takes no environment variables from {whose}", 2)
+            self._withheld, answer.env = True, {}
+        return answer
 
     def more(self) -> bool:
         """Whether a message has come that was not received yet."""
@@ -905,17 +904,11 @@ def result_of(message: dict[str, Any]) -> Any:
     raise kind(printable(str(error.get("message"))), records(Dependency, data) if kind is TimedOut else data)
 
 
-def expect(kind: type[Any], answer: Any) -> Any:
-    """Return an answer that is of the kind it should be: a list of objects, or an object. Raises Unreachable."""
-    rows = answer if isinstance(answer, list) else [answer]
-    if not isinstance(answer, kind) or not all(isinstance(row, dict) for row in rows):
-        raise Unreachable(f"the agent's answer is not one of ours: {one_line(ascii(answer))[:60]}; one version?")
-    return answer
-
-
 def records(kind: type[R], rows: Any) -> list[R]:
     """Return the records that an answer has a list of. Raises Unreachable."""
-    return [record(kind, row) for row in expect(list, rows)]
+    if not isinstance(rows, list):
+        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
+    return [record(kind, row) for row in rows]
 
 
 def socket_path_of(given: str) -> str:
@@ -1074,7 +1067,7 @@ class Client:
         Raises NotRegistered.
         """
         with self._channel("env") as channel:
-            return channel.variables(channel.call("env", unit=unit))
+            return channel.news(channel.call("env", unit=unit)).env
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
@@ -1141,12 +1134,12 @@ class Start:
         self.channel = self.client._channel("start")
         try:
             result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            names = record(Answer, result).dependencies
-            self.environment = self.channel.variables(result)
+            answer = self.channel.news(result)
+            self.environment = answer.env
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, names, time.monotonic() - began)
+        self.result = Started(self.unit, answer.dependencies, time.monotonic() - began)
         return self
 
     def confirm(self) -> None:
@@ -6278,7 +6271,7 @@ class Link:
     `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
     """
 
-    def __init__(self, loop: Loop, news: Callable[[Object], None], gone: Callable[[Unreachable], None]) -> None:
+    def __init__(self, loop: Loop, news: Callable[[Answer], None], gone: Callable[[Unreachable], None]) -> None:
         self._loop, self._news, self._gone = loop, news, gone
         self._channel: Channel | None = None  # while there is an agent
         self.opened = False
@@ -6312,7 +6305,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._heard, self._pinged = time.monotonic(), False
                 if message.get("method") == "unit":
-                    self._news(expect(dict, message.get("params")))
+                    self._news(self._channel.news(message.get("params")))
                 elif message.get("id") in self._asked:
                     self._asked.pop(message["id"])(message)
         except Unreachable as error:
@@ -6463,16 +6456,16 @@ class Boot:
         self.claimed = True
         self.when_claimed()
 
-    def changed(self, news: Object) -> None:
+    def changed(self, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
-        job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
+        job, status = self.jobs.get(news.unit), news.status
         if job is None or job.outcome:
             return
         if status == STARTED and not (job.tries or job.reported):
-            job.env = environment(self.env, **(self.channel.variables(news) if self.channel else {}))
+            job.env = environment(self.env, **news.env)
             job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
-            self.ended(job, str(status), str(news.get("reason") or ""))
+            self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
