@@ -404,13 +404,14 @@ def check_requirement(requires: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text with a blank for each character that a terminal would act on."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+    """Return a text in which whatever cannot be printed is written as an escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
     """Return free text as one printable, bounded line."""
-    flat = " ".join(printable(text[: 4 * MAX_REASON]).split())
+    flat = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_REASON])
+    flat = " ".join(flat.split())
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
 
 
@@ -2266,7 +2267,8 @@ class Units:
             if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
                 continue  # for now: a boot does not stay with its services yet
             if claim.held and not unit.first():
-                unit.facts.running_on = False
+                if unit.facts.running_on:
+                    unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
                 self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
@@ -2676,7 +2678,7 @@ class Units:
     def _end_stopped(self, unit: Unit) -> None:
         """The command of a unit that was to be stopped has ended."""
         if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), "stopped"
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
         if unit.status != FAILED:
             self._set(unit, FAILED, "stopped", event="stopped")
             self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
@@ -4218,6 +4220,8 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
 
 def note(unit: UnitStatus) -> str:
     """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
+    if unit.stopping:
+        return "being stopped"
     if unit.status == STARTED and unit.probe:
         since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
         lacks = f" ({unit.probe_error})" if unit.probe_error else ""
@@ -4242,7 +4246,7 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
     """Return all units for programs."""
     keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
-    keys += ["running_on", "exited", "exit_reason", "probe", "probe_error"]
+    keys += ["running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"]
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
@@ -4351,8 +4355,8 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
     if unit.status == PENDING:
         return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.running_on:
-        return "running on"
+    if unit.running_on or unit.stopping:
+        return "stopping" if unit.stopping else "running on"
     if unit.exited is not None:
         word = "exited" if unit.status == COMPLETED else "died"
         word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
@@ -4840,7 +4844,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
-    after = "; its process runs on" if unit.running_on else ""
+    after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
     if unit.status == COMPLETED and unit.exited is not None:
         after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
     ran = span(now - unit.age - unit.started)
@@ -5163,13 +5167,15 @@ class Notified:
 
     def ready(self) -> bool:
         """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
+        slowly = not self.error  # a sender without end is slowed down, not followed
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
-            time.sleep(0.001)  # a sender without end is slowed down, not followed
         except OSError:
             pass
+        if slowly:
+            time.sleep(0.005)
         return not self.error
 
     def close(self) -> None:
@@ -5688,27 +5694,18 @@ def cmd_wait(args: Args) -> int:
 # bounded a line, and read only while our own standard output takes it.
 # ----------------------------------------------------------------------------------------------------------
 
-HEADER_LINES = 50
+HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
 PING_AFTER = 5.0  # seconds of silence from the agent
 LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # the system may have some when others have ended
+MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
-BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
-HEADERS = {
-    "unit": "NAME",
-    "want": "NAME... [--requires REQUIREMENT]",
-    "after": "NAME...",
-    "before": "NAME...",
-    "extern": "NAME...",
-    "lock": "NAME...",
-    "timeout": "DURATION",
-    "ready": "PROBE",
-    "ready-timeout": "DURATION",
-    "retry": "N [DELAY]",
-}
+# The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
+NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
+PACKAGED = (".dpkg-", ".ucf-", ".rpm")
 
 
 class Edge(Record):
@@ -5737,22 +5734,79 @@ class Script(Record):
     delay: float = 1.0
 
 
+def header_names(words: list[str]) -> list[str]:
+    """Return the names in a header. Raises UsageError, Refused."""
+    for word in words:
+        if word[:1] == "-" or word[-1:] == ",":
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{word}" is neither {known} nor a name; blanks separate names')
+    return [check_name(word) for word in words]
+
+
+def edges(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
+    """Return the edges that a header asks for. Raises UsageError, Refused."""
+    return [Edge(name, requires, place) for name in header_names(words)]
+
+
+def wanted(words: list[str], place: str) -> list[Edge]:
+    """Return the edges of a header `want`. Raises UsageError, Refused."""
+    requires: str = SUCCESS
+    words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
+    if "--requires" in words:
+        at = words.index("--requires")
+        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
+        if requires not in REQUIREMENTS:
+            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
+    if not words:
+        raise UsageError("want: a name is missing")
+    return edges(words, place, requires)
+
+
+def retries(words: list[str]) -> dict[str, Any]:
+    """Return what a header `retry` sets. Raises UsageError."""
+    if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
+        raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
+    return {"retries": int(words[0]), **({"delay": duration(words[1])} if words[1:] else {})}
+
+
+# Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
+HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
+    "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
+    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wanted(words, place)}),
+    "after": ("NAME...", MANY, lambda words, place: {"after": edges(words, place, COMPLETION)}),
+    "before": ("NAME...", MANY, lambda words, place: {"before": edges(words, place)}),
+    "extern": ("NAME...", MANY, lambda words, _: {"externs": header_names(words)}),
+    "lock": ("NAME...", MANY, lambda words, _: {"locks": header_names(words)}),
+    "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
+    "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
+    "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
+    "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
+}
+
+
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
-    """A script from the start of its file; mistakes are added with file and line."""
-    name = os.path.basename(path)
-    digits = len(name) - len(name.lstrip("0123456789"))
-    if digits and name[digits : digits + 1] in ("-", "_"):
-        name = name[digits + 1 :]
-    script = Script(path, name.rpartition(".")[0] or name, f"{path}:1", [], [], [], [], [])
-    for number, line in enumerate(text.decode(errors="replace").splitlines()[:HEADER_LINES], 1):
+    """Return a script from the start of its file; mistakes are added with file and line."""
+    file = printable(path)
+    script = Script(path, unit_of(os.path.basename(path)), f"{file}:1", [], [], [], [], [])
+    said: dict[str, int] = {}  # the line of each header that there may be once
+    lines = text.decode(errors="replace").splitlines()
+    comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
+    for number, line in enumerate(lines, 1):
         mark, found, rest = line.partition("coder-sync:")
+        is_header = bool(found) and mark.strip() in MARKS
+        if number > max(HEADER_LINES, comments):
+            if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
+                say(f"warning: {file}:{number}: not read as a header: too far down; move it up", 2)
+            continue
         try:
-            if found and mark.strip() in MARKS:
-                read_header(script, rest.strip(), f"{path}:{number}")
+            if is_header:
+                read_header(script, rest.strip(), number, said)
             elif looks_like_header(line.strip()):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
-            mistakes.append(f"{path}:{number}: {error}")
+            mistakes.append(f"{file}:{number}: {error}")
+    if "ready-timeout" in said and "ready" not in said:
+        mistakes.append(f"{file}:{said['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -5760,71 +5814,56 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     return script
 
 
+def unit_of(name: str) -> str:
+    """Return the unit that a file is by its name: without a number in front, and without its ending."""
+    digits = len(name) - len(name.lstrip("0123456789"))
+    if digits and name[digits : digits + 1] in ("-", "_"):
+        name = name[digits + 1 :]
+    return name.rpartition(".")[0] or name
+
+
 def looks_like_header(line: str) -> bool:
-    """Whether a comment was meant to be a header, and is not only about us."""
+    """Return whether a comment was meant to be a header, and is not only about us."""
     text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-    words = text.replace(":", " ").replace("\uff1a", " ").split()  # the colon of a Chinese keyboard
+    words = text.replace(":", " ").split()
     return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
-def read_header(script: Script, text: str, place: str) -> None:
-    """Take what a header says. Raises UsageError, Refused or ValueError."""
-    verb, rest = (*text.split(None, 1), "", "")[:2]
-    if verb == "ready":
-        Probe(rest)
-        script.ready = rest
-        return
+def read_header(script: Script, text: str, number: int, said: dict[str, int]) -> None:
+    """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
+    word, rest = (*text.split(None, 1), "", "")[:2]
+    if word not in HEADERS:
+        known = ", ".join(f"{name} {form}" for name, (form, _, _) in HEADERS.items())
+        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
+    form, most, read = HEADERS[word]
     words = rest.split()
-    if '"' in rest or "'" in rest or "\\" in rest:
+    if word == "ready":  # for a shell, or nobody
+        words = [rest]
+    elif '"' in rest or "'" in rest or "\\" in rest:
         import shlex
 
         words = shlex.split(rest)
-    count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
-    if verb not in HEADERS or (count and len(words) not in count):
-        known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
-        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
-    requires: str = SUCCESS
-    if verb == "want":  # --requires=REQUIREMENT is two words
-        words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
-    if verb == "want" and "--requires" in words:
-        at = words.index("--requires")
-        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
-        if requires not in REQUIREMENTS:
-            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
     if not words:
-        raise UsageError(f"{verb}: a name is missing")
-    if verb == "timeout":
-        script.timeout = duration(words[0])
-    elif verb == "ready-timeout":
-        script.ready_timeout = duration(words[0])
-    elif verb == "retry":
-        if not words[0].isdecimal() or int(words[0]) > 1000:
-            raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
-        script.retries, script.delay = int(words[0]), duration(words[1]) if words[1:] else script.delay
-    else:
-        odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
-        if odd and verb != "unit":
-            known = "an option (only want has one, --requires)"
-            raise UsageError(f'"{odd[0]}" is neither {known} nor a name; blanks separate names')
-        read_names(script, verb, [check_name(name) for name in words], requires, place)
+        raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
+    if len(words) > most:
+        hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
+        raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
+    for name, value in read(words, f"{printable(script.path)}:{number}").items():
+        if isinstance(value, list):
+            getattr(script, name).extend(value)
+        elif said.setdefault(word, number) != number:
+            raise UsageError(f"{word}: line {said[word]} says so already")
+        else:
+            setattr(script, name, value)
 
 
-def read_names(script: Script, verb: str, names: list[str], requires: str, place: str) -> None:
-    """Take the names that a header has."""
-    if verb == "unit":
-        script.unit, script.place = names[0], place
-    elif verb in ("extern", "lock"):
-        (script.externs if verb == "extern" else script.locks).extend(names)
-    else:
-        edges = {"want": script.wants, "after": script.after, "before": script.before}[verb]
-        edges += [Edge(name, COMPLETION if verb == "after" else requires, place) for name in names]
-
-
-def check_interpreter(path: str, text: bytes) -> str:
-    """What keeps a file from being run, or nothing."""
+def check_program(path: str, text: bytes) -> str:
+    """Return what keeps a file from being run, or nothing."""
     if not os.access(path, os.X_OK):
-        return f"not executable; chmod +x {path}"
+        return not_executable(path)
     first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
+    if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
@@ -5835,13 +5874,22 @@ def check_interpreter(path: str, text: bytes) -> str:
         import shutil
 
         program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
+        return "" if program and shutil.which(program) else f"its interpreter {printable(program)} is not in PATH"
     good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    return "" if good else f"its interpreter {printable(program)} does not exist or cannot be run"
+
+
+def not_executable(path: str) -> str:
+    """Return why a file cannot be run that is no program, and what to do about it."""
+    import shlex
+
+    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return "not executable: its file system is mounted noexec"
+    return f"not executable; chmod +x {shlex.quote(printable(path))}"
 
 
 def program_of_env(words: list[str]) -> str:
-    """The program in the arguments of env(1)."""
+    """Return the program in the arguments of env(1)."""
     rest = iter(words)
     for word in rest:
         if word[:2] == "-S" and word[2:]:
@@ -5853,10 +5901,10 @@ def program_of_env(words: list[str]) -> str:
     return ""
 
 
-def plan(paths: Sequence[str]) -> list[Script]:
-    """Read and check everything. Raises UsageError with every mistake, a line each."""
+def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
+    """Read and check everything; return the scripts. Raises UsageError with every mistake, a line each."""
     mistakes: list[str] = []
-    left_out: dict[str, str] = {}  # unit -> a file that is no script because it is not executable
+    left_out: dict[str, str] = {}  # unit -> the file that would provide it, and why it does not
     scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
@@ -5868,9 +5916,10 @@ def plan(paths: Sequence[str]) -> list[Script]:
         for edge in script.wants:
             name = edge.dependency
             if name not in by_name and name not in externs:
-                hint = meant(resembling(name, list(by_name)), f"; if it comes from outside, add: extern {name}")
-                if name in left_out:
-                    hint = f"; {left_out[name]} would, but is not executable"
+                import shlex
+
+                outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
+                hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
                 mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for script in scripts:
         for edge in script.before:
@@ -5885,40 +5934,45 @@ def plan(paths: Sequence[str]) -> list[Script]:
             if hint:
                 say(f'warning: {edge.place}: no file provides "{edge.dependency}"{hint}', 2)
     check_edges(scripts, mistakes)
-    if not scripts and not mistakes:
-        others = f"; not executable: {names_of([*left_out.values()])}" if left_out else ""
-        mistakes.append(f"{' '.join(paths)}: no executable files{others}")
+    if not scripts and not mistakes and not may_be_empty:
+        mistakes.append(f"{printable(' '.join(paths))}: no executable files")
     if mistakes:
         raise UsageError("\n".join(mistakes))
     return scripts
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """The scripts of a directory, or one file."""
+    """Return the scripts of a directory, or one file."""
     files = [given]
     try:
         if os.path.isdir(given):
-            names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
-            files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+            files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
+            files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
         elif not os.path.isfile(given):  # a pipe, say, which would block
-            raise OSError(0, "no such file or directory")
+            raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
+        mistakes.append(f"{printable(given) or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
+        name, ending = os.path.splitext(os.path.basename(path))
+        if path != given and (ending in NOT_RUN or ending.startswith(PACKAGED)):
+            left_out[unit_of(name)] = f"{printable(path)} would, but {ending} is not run"
+            continue
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
         except OSError as error:
-            mistakes.append(f"{path}: cannot be read: {error.strerror}")
+            mistakes.append(f"{printable(path)}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-            left_out[read_script(path, b"", []).unit] = path
+            left_out[unit_of(name + ending)] = f"{printable(path)} would, but is not executable"
+            if text.startswith(b"#!"):
+                say(f"warning: {printable(path)}: not run: {not_executable(path)}", 2)
             continue
         script = read_script(os.path.abspath(path), text, mistakes)
-        wrong = check_interpreter(path, text)
+        wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{script.path}:1: {wrong}")
+            mistakes.append(f"{printable(script.path)}:1: {wrong}")
         yield script
 
 
@@ -5928,8 +5982,8 @@ def add_edge(script: Script, edge: Edge) -> None:
         script.wants.append(edge)
 
 
-def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
-    """The graph of the scripts; what its rules forbid is a mistake."""
+def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
+    """Add what the rules of the graph forbid to the mistakes."""
     units = Units(time.monotonic, time.time)
     places: dict[tuple[str, str], str] = {}
     for script in scripts:
@@ -5947,25 +6001,28 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
                 mistakes.append(f"{edge.place}: {error} ({told})")
             except SyncError as error:
                 mistakes.append(f"{edge.place}: {error}")
-    return units
 
 
-def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list[Script]:
-    """Those scripts, and what they want, also through others, that is not done yet. Raises UsageError."""
+def plan_text(scripts: list[Script]) -> str:
+    """Return scripts without mistakes as a table, each below what it wants of the others."""
     by_name = {script.unit: script for script in scripts}
-    for name in only:
-        if name not in by_name:
-            raise UsageError(f'--only: no file provides "{name}"{meant(resembling(name, list(by_name)))}')
-    taken, rest = set(only), list(only)
-    while rest:
-        script = by_name[rest.pop()]
-        new = {e.dependency for e in script.wants if e not in script.after} - taken - done
-        new &= set(by_name)
-        taken |= new
-        rest += new
-    for script in scripts:
-        script.wants = [e for e in script.wants if e not in script.after or e.dependency in taken]
-    return [script for script in scripts if script.unit in taken]
+    missing = {unit: {edge.dependency for edge in script.wants} & {*by_name} for unit, script in by_name.items()}
+    users: dict[str, list[str]] = {unit: [] for unit in by_name}
+    for unit, names in missing.items():
+        for name in names:
+            users[name].append(unit)
+    order = [unit for unit, names in missing.items() if not names]
+    for unit in order:  # which grows
+        for user in users[unit]:
+            missing[user].remove(unit)
+            if not missing[user]:
+                order.append(user)
+    rows = []
+    for script in map(by_name.__getitem__, order):
+        wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.wants)
+        rows.append([script.unit, ", ".join(wants), ", ".join(script.locks), shown_probe(script.ready)])
+    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows, always=1) if rows else ""
+    return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
 class BootOptions(Record):
@@ -6069,7 +6126,7 @@ class Output:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
         self.fds = {fd: opened_again(fd) for fd in self.pending}
-        self._width = min(24, max(map(wide, units)))
+        self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
         self._live = False  # whether the live line stands there
@@ -6191,7 +6248,7 @@ class Streams:
     def _no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
         if self.log_dir:
-            self._out.say(f"warning: no more logs in {self.log_dir}: {error.strerror}")
+            self._out.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
         self.log_dir = ""
         for stream in self.by_fd.values():
             if stream.log >= 0:
@@ -6660,7 +6717,7 @@ class Boot:
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
                 how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
-                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
+                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
@@ -6983,7 +7040,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
             with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
                 f.write(timeline_as(form, graph))
         except OSError as error:
-            put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
+            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
 
     return write
 
@@ -7002,9 +7059,7 @@ def cmd_ping(args: Args) -> None:
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
-    flag("--check", help="only check the headers"),
-    flag("--dry-run", help="only show the order"),
-    Argument("--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"),
+    flag("--check", help="only check the headers, and show the order"),
     flag("--fail-fast", help="stop everything at the first failure"),
     Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
@@ -7018,14 +7073,12 @@ def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for; then become COMMAND."""
     path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
     try:
-        scripts = plan(args.paths)
-        scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
+        scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
         put(f"error: nothing was run:\n{error}\n", 2)
         return error.exit_code
-    if args.check or args.dry_run:
-        checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
-        put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
+    if args.check:
+        put(plan_text(scripts))
         return 0
     if args.stay and args.command:
         say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
@@ -7033,7 +7086,7 @@ def cmd_boot(args: Args) -> int:
     loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
     boot = Boot(scripts, options, loop)
-    code = boot_at(path, boot)
+    code = boot_at(path, boot) if scripts else 0
     if write and boot.graph:
         write(boot.graph)
     loop.give_back()
@@ -7088,14 +7141,6 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, server: Any, accept: Callab
     ours, theirs = socketpair()
     server.process_request(Connection(theirs, WakeUp()), "")
     return boot.run(Channel(path, sock=ours), claimed)
-
-
-def completed_at(path: str) -> set[str]:
-    """The units that the agent at a path, if there is one, has as completed."""
-    try:
-        return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
-    except Unreachable:
-        return set()
 
 
 @Command(
