@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
-    from typing import Any, ClassVar, Literal, NoReturn, Union
+    from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
     from typing_extensions import dataclass_transform
 
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
     Object = dict[str, Any]
+    R = TypeVar("R", bound="Record")
     Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
 
     @dataclass_transform()
@@ -167,6 +168,10 @@ class Unreachable(SyncError, code=-32005, exit_code=3):
     """No agent could be reached, or it went away, or what answers is not one."""
 
 
+class Foreign(Unreachable):
+    """What answers at the shared default path belongs to another user than us and root."""
+
+
 class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
 
@@ -229,6 +234,9 @@ MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
 
 
+RECORDS: dict[str, type[Record]] = {}  # by their names
+
+
 class Record(Fields):
     """A base for classes that hold data; each annotated attribute is a field, and its value in the class the default.
 
@@ -242,6 +250,7 @@ class Record(Fields):
     def __init_subclass__(cls) -> None:
         cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
         cls._required = cls._fields.keys() - vars(cls).keys()
+        RECORDS[cls.__name__] = cls
 
     def __init__(self, *args: Any, **named: Any) -> None:
         given = dict(zip(self._fields, args), **named)
@@ -341,6 +350,32 @@ class UnitStatus(Record):
     history: list[Event] = []  # noqa: RUF012
 
 
+class Waiting(Record):
+    """What a start or a wait lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
+
+    missing: list[Dependency]
+    waited: float
+
+
+class Pong(Record):
+    """The agent's answer to `ping`; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+
+
+class Answer(Record):
+    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+
+    unit: str = ""
+    status: str = ""
+    reason: str = ""
+    dependencies: list[str] = []  # noqa: RUF012
+    units: list[str] = []  # noqa: RUF012
+    env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+
+
 class Graph(Record):
     """All units at one time, `now`, in seconds since the agent began."""
 
@@ -370,7 +405,7 @@ def check_requirement(requires: str) -> str:
 
 def printable(text: str) -> str:
     """Return a text in which whatever cannot be printed is written as an escape."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
@@ -412,7 +447,7 @@ MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a smal
 class _Scanner:
     """What json.decoder.JSONDecoder would tell the C scanner."""
 
-    strict, object_hook, object_pairs_hook = True, None, None
+    strict, object_hook, object_pairs_hook, array_hook = True, None, None, None
     parse_float, parse_int = float, int
 
     @staticmethod
@@ -488,23 +523,38 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if hasattr(value, "__annotations__"):  # a record
+    if isinstance(value, Record):
         return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
     return value
 
 
-def record(kind: type[Any], data: dict[str, Any]) -> Any:
-    """Return a record from JSON; keys of a newer agent are ignored."""
+def record(kind: type[R], data: Any) -> R:
+    """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
     try:
-        known = {k: data[k] for k in kind.__annotations__ if k in data}
-        if known.get("owner"):
-            known["owner"] = record(Owner, known["owner"])
-        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", UnitStatus)):
-            if field in known:
-                known[field] = [record(inner, row) for row in known[field]]
-        return kind(**known)
-    except (AttributeError, TypeError):
+        return kind(
+            **{name: typed(data[name], kind.__annotations__[name]) for name in kind.__annotations__ if name in data}
+        )
+    except (KeyError, TypeError):
         raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
+
+
+def typed(value: Any, annotation: str) -> Any:
+    """Return a value from JSON as an annotation has it, a text printable. Raises TypeError."""
+    kind, optional, _ = annotation.partition(" | None")
+    name, _, inner = kind.rstrip("]").partition("[")
+    if optional and value is None:
+        return None
+    if name == "str" and isinstance(value, str):
+        return printable(value)
+    if name == "list" and isinstance(value, list):
+        return [typed(each, inner) for each in value]
+    if name == "dict" and isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+        return {printable(key): each for key, each in value.items()}
+    if name in RECORDS:
+        return record(RECORDS[name], value)
+    if type(value).__name__ == name or (name == "float" and type(value) is int):
+        return value
+    raise TypeError
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -599,7 +649,9 @@ def user_name(uid: int) -> str:
 
 LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
+UNSHARED = 0.2  # seconds for which a starting agent may not have shared its socket yet
+NAMED_AFTER = 5.0  # seconds of silence after which an agent is named, before it is taken for gone after REPLY_TIMEOUT
 COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
 
 
@@ -635,33 +687,25 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
 
         `sock` is a socket that leads to the agent already.
         """
-        from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
-
         self.path = path
         self._next = 0
         self._buffer = bytearray()
         self._messages: list[Any] = []
-        deadline, pause = time.monotonic() + connect_timeout, 0.005
-        self.sock: Any = sock
-        while not sock:
-            self.sock = socket(AF_UNIX, SOCK_STREAM)
-            try:
-                if posix.geteuid() and (wrong := foreign(path)):  # root accepts any
-                    raise Unreachable(wrong)
-                self.sock.settimeout(REPLY_TIMEOUT)
-                self.sock.connect(path)
-                return
-            except OSError as error:
-                self.sock.close()
-                if time.monotonic() >= deadline or error.errno not in RETRIED:
-                    raise Unreachable(explain(path, error)) from None
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+        self.sock: Any = sock or connected(path, connect_timeout)
+        self.pid, self.uid = peer_of(self.sock)
+        self._foreign = self.uid not in (0, posix.geteuid())
+        self._withheld = False  # it has been said that variables were not taken
+        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
+            self.close()
+            who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
+            raise Foreign(f"{who}; choose another --socket-path")
 
     def request(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
@@ -694,15 +738,43 @@ class Channel:
         message: dict[str, Any] = self._messages.pop(0)
         return message
 
-    def messages(self, timeout: float = NEVER) -> Iterator[dict[str, Any]]:
-        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
-        deadline = time.monotonic() + timeout
-        while message := self.receive(deadline - time.monotonic()):
-            yield message
+    def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
+        """Return the next message, or None if none comes until the time `end`.
+
+        Silence is normal for `quiet` seconds. NAMED_AFTER later a warning names the agent; REPLY_TIMEOUT later it is
+        taken for gone: raises Unreachable.
+        """
+        since = time.monotonic() + quiet
+        for silent in (NAMED_AFTER, REPLY_TIMEOUT):
+            message = self.receive(min(end, since + silent) - time.monotonic())
+            if message or time.monotonic() >= end:
+                return message
+            if silent == NAMED_AFTER:
+                say(f"warning: {self._silence(silent)}", 2)
+        raise Unreachable(self._silence(REPLY_TIMEOUT))
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Iterate over all messages; after a while without any, ask whether the agent is still there."""
+        while True:
+            message = self.receive(REPORT_EVERY)
+            if message is None:
+                self.request("ping")
+                message = self.hear()
+            if message:
+                yield message
 
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
-        self.sock.settimeout(min(max(timeout, 0.0), LONGEST_POLL))
+        timeout = min(max(timeout, 0.0), LONGEST_POLL)
+        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+            import select
+
+            awaited = select.poll()
+            for fd in (self.signals, self.fileno()):
+                awaited.register(fd, select.POLLIN)
+            awaited.poll(1000 * timeout)
+            timeout = 0.0
+        self.sock.settimeout(timeout)
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
@@ -730,14 +802,28 @@ class Channel:
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
         """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        for message in self.messages(timeout):
+        end = time.monotonic() + timeout
+        while message := self.hear(end=end):
             if is_answer(message, request):
                 return result_of(message)
-        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+        raise Unreachable(self._silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
+
+    def news(self, data: Any) -> Answer:
+        """Return what the agent says of a unit. Raises Unreachable.
+
+        Environment variables are code, so root takes none from an agent of another user, and says so once.
+        """
+        answer = record(Answer, data)
+        if answer.env and self._foreign and posix.geteuid() == 0:
+            if not self._withheld:
+                whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
+                say(f"warning: root takes no environment variables from {whose}", 2)
+            self._withheld, answer.env = True, {}
+        return answer
 
     def more(self) -> bool:
         """Whether a message has come that was not received yet."""
@@ -757,8 +843,49 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _silence(self, seconds: float) -> str:
+        who = f" (pid {self.pid})" if self.pid else ""
+        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
+
+
+def connected(path: str, connect_timeout: float) -> Any:
+    """Return a socket that leads to the agent at a path, tried again for so many seconds. Raises Unreachable."""
+    from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
+
+    began, pause = time.monotonic(), 0.005
+    while True:
+        sock = socket(AF_UNIX, SOCK_STREAM)
+        try:
+            sock.settimeout(REPLY_TIMEOUT)
+            sock.connect(path)
+            return sock
+        except OSError as error:
+            sock.close()
+            patience = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
+            if error.errno not in RETRIED or not time.monotonic() < began + patience:
+                raise Unreachable(explain(path, error)) from None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def peer_of(sock: Any) -> tuple[int, int]:
+    """Return the process and the user at the other end of a connection, 0 and -1 if the system does not say.
+
+    A client sees who listens there, as of when that began.
+    """
+    import _socket
+
+    try:
+        if hasattr(_socket, "SO_PEERCRED"):  # pid, uid and gid
+            data = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+        else:  # macOS: LOCAL_PEERPID, and LOCAL_PEERCRED, in which a version number stands before the uid
+            data = sock.getsockopt(0, 2, 4) + sock.getsockopt(0, 1, 76)[4:]
+    except OSError:
+        return 0, -1
+    return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
@@ -775,46 +902,19 @@ def result_of(message: dict[str, Any]) -> Any:
         raise Unreachable("the agent's answer has an error that is none")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
-    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
+    raise kind(printable(str(error.get("message"))), records(Dependency, data) if kind is TimedOut else data)
 
 
-def expect(kind: type[Any], answer: Any) -> Any:
-    """Return an answer that is of the kind it should be: a list of objects, or an object. Raises Unreachable."""
-    rows = answer if isinstance(answer, list) else [answer]
-    if not isinstance(answer, kind) or not all(isinstance(row, dict) for row in rows):
-        raise Unreachable(f"the agent's answer is not one of ours: {one_line(ascii(answer))[:60]}; one version?")
-    return answer
-
-
-def records(kind: type[Any], rows: Any) -> list[Any]:
+def records(kind: type[R], rows: Any) -> list[R]:
     """Return the records that an answer has a list of. Raises Unreachable."""
-    return [record(kind, row) for row in expect(list, rows)]
-
-
-def texts(values: Any) -> list[str]:
-    """Return the names that an answer has a list of, if any."""
-    return [str(value) for value in values] if isinstance(values, list) else []
-
-
-def variables_in(answer: Any) -> dict[str, str]:
-    """Return the environment variables in an answer, if any. Raises Unreachable."""
-    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
+    if not isinstance(rows, list):
+        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
+    return [record(kind, row) for row in rows]
 
 
 def socket_path_of(given: str) -> str:
     """Where the agent listens: as given, else by the environment, else at the default path."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-
-
-def foreign(path: str) -> str:
-    """What is wrong with a socket at the shared default path that is neither ours nor root's: anybody may make one.
-
-    Raises OSError if there is none.
-    """
-    uid = posix.lstat(path).st_uid if path == DEFAULT_SOCKET else 0
-    if uid in (0, posix.geteuid()):
-        return ""
-    return f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path"
 
 
 def explain(path: str, error: OSError) -> str:
@@ -844,30 +944,20 @@ def explain(path: str, error: OSError) -> str:
     return f"cannot reach an agent at {path}: {why}"
 
 
-def check_names(names: object, what: str = "unit") -> None:
-    """Refuse what cannot be meant, before anything is registered. Raises TypeError or Refused."""
-    if not isinstance(names, (list, tuple)):
+def name_list(names: Iterable[str]) -> list[str]:
+    """Return names as a list. Raises TypeError for a single text, which is taken for a list of letters easily."""
+    if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"a name must be a str, not {type(name).__name__}")
-        check_name(name, what)
-
-
-def check_timeout(timeout: object) -> None:
-    """Refuse what is no number of seconds. Raises TypeError or ValueError."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
-    if not 0 <= timeout < 1e9:
-        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+    return list(names)
 
 
 def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
     """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
     with Channel(path, connect_timeout) as channel:
         channel.answer(channel.request("shutdown"), timeout)
+        end = time.monotonic() + timeout
         try:
-            for _ in channel.messages(timeout):
+            while channel.receive(end - time.monotonic()):
                 pass
         except Unreachable:
             return
@@ -877,22 +967,17 @@ def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TI
 class Client:
     """Talk to an agent. All times in seconds.
 
-    Every call may raise Unreachable (no agent, or it went away), Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it), and TypeError or ValueError for an argument that cannot be
-    meant. `exit_code` of an error is the command line's.
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Calls try for `connect_timeout` to reach an agent that may still be booting. Default is
+        Calls try for `connect_timeout` to reach an agent that may still be starting. Default is
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
         connected yet.
         """
-        if not isinstance(socket_path, str) or not isinstance(connect_timeout, (int, float, type(None))):
-            raise TypeError(
-                f"socket_path is a str and connect_timeout a number, not {socket_path!r}, {connect_timeout!r}"
-            )
         self.socket_path = socket_path_of(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
@@ -902,24 +987,27 @@ class Client:
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
-    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
+    def _channel(self, method: str) -> Channel:
         patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        with Channel(self.socket_path, patience) as channel:
-            return expect(kind, channel.call(method, **params))
+        return Channel(self.socket_path, patience)
+
+    def _call(self, method: str, **params: Any) -> Any:
+        with self._channel(method) as channel:
+            return channel.call(method, **params)
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
         with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
-            return dict(expect(dict, channel.call("ping")))
+            return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
+        return list(self.declare(unit, *dependencies, requires=requires)["dependencies"])
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """As `want`, but return the `dependencies` and the `status` of the unit."""
-        check_names([unit, *dependencies])
-        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
+        answer = record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
+        return {"unit": answer.unit, "dependencies": answer.dependencies, "status": answer.status}
 
     def start(
         self,
@@ -952,37 +1040,35 @@ class Client:
     ) -> float:
         """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
-        check_names(units)
-        check_timeout(timeout)
-        with Channel(self.socket_path, self.connect_timeout) as channel:
+        with self._channel("wait") as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
         return time.monotonic() - began
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call(dict, "fail", unit=unit, exit_code=exit_code)
+            self._call("fail", unit=unit, exit_code=exit_code)
         else:
-            self._call(dict, "complete", unit=unit)
+            self._call("complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=one_line(reason))
+        self._call("fail", unit=unit, reason=one_line(reason))
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
 
         Returns their names. Raises NotRegistered, or Refused while one of them is started.
         """
-        check_names(units)
-        return texts(self._call(dict, "reset", units=list(units)).get("units"))
+        return record(Answer, self._call("reset", units=list(units))).units
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that `unit` would start with: what its dependencies have left.
 
         Raises NotRegistered.
         """
-        return variables_in(self._call(dict, "env", unit=unit))
+        with self._channel("env") as channel:
+            return channel.news(channel.call("env", unit=unit)).env
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
@@ -990,17 +1076,15 @@ class Client:
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
-        return status
+        return record(UnitStatus, self._call("status", unit=unit))
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return records(UnitStatus, self._call(list, "list", all=everything))
+        return records(UnitStatus, self._call("list", all=everything))
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._call(dict, "graph"))
-        return graph
+        return record(Graph, self._call("graph"))
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
         """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
@@ -1008,11 +1092,11 @@ class Client:
         The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
         with Unreachable, as it does when the agent ends.
         """
-        with Channel(self.socket_path, self._question_timeout) as channel:
+        with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
             for message in channel.messages() if follow else ():
                 if message.get("method") == "event":
-                    yield record(Event, expect(dict, message.get("params")))
+                    yield record(Event, message.get("params"))
 
     def unit(
         self,
@@ -1037,15 +1121,8 @@ class Start:
         self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are those that the agent's method `start` has besides."""
-        check_names([unit])
-        check_timeout(timeout)
-        for names, what in (("dependencies", "unit"), ("locks", "lock")):
-            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
-            check_names(params[names], what)
-        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
-            pid = params.get("pid")
-            raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
-        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
+        params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
+        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
@@ -1055,15 +1132,15 @@ class Start:
 
     def __enter__(self) -> Start:
         began = time.monotonic()
-        self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
+        self.channel = self.client._channel("start")
         try:
             result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            names = texts(expect(dict, result).get("dependencies"))
-            self.environment = variables_in(result)
+            answer = self.channel.news(result)
+            self.environment = answer.env
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, names, time.monotonic() - began)
+        self.result = Started(self.unit, answer.dependencies, time.monotonic() - began)
         return self
 
     def confirm(self) -> None:
@@ -1093,18 +1170,22 @@ def wait_for(
     """Send a request that may wait; report what is missing now and then; return its result.
 
     The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
-    is only for one that no longer answers. Raises TimedOut, and what the agent answers.
+    is only for one that no longer answers. Raises TimedOut, ValueError, and what the agent answers.
     """
+    if not 0 <= timeout < 1e9:
+        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+    end = time.monotonic() + timeout + LATE if timeout else NEVER
     request = channel.request(method, timeout=timeout, progress=True, **params)
     missing: list[Dependency] = []
-    for message in channel.messages(timeout + LATE if timeout else NEVER):
+    quiet = 0.0  # that the wait has begun is said at once
+    while message := channel.hear(quiet, end):
         if is_answer(message, request):
             return result_of(message)
-        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
-        if about.get("id") == request:
-            missing = records(Dependency, about.get("missing"))
+        if message.get("method") == "waiting":
+            waiting = record(Waiting, message.get("params"))
+            missing, quiet = waiting.missing, REPORT_EVERY
             if on_wait:
-                on_wait(missing, float(about.get("waited") or 0.0))
+                on_wait(missing, waiting.waited)
     on = "dependencies of " if method == "start" else ""
     raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
 
@@ -1522,6 +1603,18 @@ def dispatch(argv: Sequence[str]) -> int:
     return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
+def end_on_signals() -> None:
+    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+
+    Channel.signals, write = posix.pipe()
+    posix.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
     code = 0
@@ -1533,6 +1626,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 null()
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
+        if posix.getpid() == 1:
+            end_on_signals()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1683,7 +1778,7 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 def heeded(names: Iterable[str]) -> list[int]:
     """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
-    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+    import _signal as signal
 
     numbers = [int(getattr(signal, name)) for name in names]
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
@@ -3088,13 +3183,6 @@ class Request:
         self.connection, self.since = connection, time.monotonic()
 
 
-class Waiting(Record):
-    """What a claim lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
-
-    missing: list[Dependency]
-    waited: float
-
-
 class WakeUp:
     """What wakes a thread. Raises OSError if there is no descriptor left.
 
@@ -3175,22 +3263,9 @@ class Connection:
         except OSError:
             pass
 
-    def peer(self) -> int:
-        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
-        import socket
-
-        try:
-            if hasattr(socket, "SO_PEERCRED"):  # a pid, and two more numbers
-                data = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4]
-            else:  # macOS: SOL_LOCAL, LOCAL_PEERPID
-                data = self.sock.getsockopt(0, 2, 4)
-            return int.from_bytes(data, sys.byteorder, signed=True)
-        except OSError:
-            return 0
-
     def caller(self, hold: bool) -> Owner | None:
         """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
-        pid = self.peer()
+        pid = peer_of(self.sock)[0]
         return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
 
 
@@ -3652,7 +3727,7 @@ class Agent:
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """The process that is to own a unit. Raises Refused if there is none."""
-        peer = connection.peer()
+        peer = peer_of(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -5426,7 +5501,6 @@ def cmd_run(args: Args) -> int:
     start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
-    end_on("SIGTERM")
     try:
         start.__enter__()
     except Unreachable as error:
@@ -6246,7 +6320,7 @@ class Link:
     `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
     """
 
-    def __init__(self, loop: Loop, news: Callable[[Object], None], gone: Callable[[Unreachable], None]) -> None:
+    def __init__(self, loop: Loop, news: Callable[[Answer], None], gone: Callable[[Unreachable], None]) -> None:
         self._loop, self._news, self._gone = loop, news, gone
         self._channel: Channel | None = None  # while there is an agent
         self.opened = False
@@ -6280,7 +6354,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._heard, self._pinged = time.monotonic(), False
                 if message.get("method") == "unit":
-                    self._news(expect(dict, message.get("params")))
+                    self._news(self._channel.news(message.get("params")))
                 elif message.get("id") in self._asked:
                     self._asked.pop(message["id"])(message)
         except Unreachable as error:
@@ -6431,16 +6505,16 @@ class Boot:
         self.claimed = True
         self.when_claimed()
 
-    def changed(self, news: Object) -> None:
+    def changed(self, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
-        job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
+        job, status = self.jobs.get(news.unit), news.status
         if job is None or job.outcome:
             return
         if status == STARTED and not (job.tries or job.reported):
-            job.env = environment(self.env, **variables_in(news))
+            job.env = environment(self.env, **news.env)
             job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
-            self.ended(job, str(status), str(news.get("reason") or ""))
+            self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
@@ -6969,10 +7043,8 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
     client = client_of(args)
-    answer = client.ping(args.wait)
-    up = answer.get("uptime")
-    age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
-    put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
+    pong = client.ping(args.wait)
+    put(f"agent at {client.socket_path}: pid {pong['pid']}, version {pong['version']}, up {span(pong['uptime'])}\n")
 
 
 @Command(
@@ -7026,12 +7098,12 @@ def cmd_boot(args: Args) -> int:
 
 def boot_at(path: str, boot: Boot) -> int:
     """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    if os.path.lexists(path) and (wrong := foreign(path)):
-        raise Refused(wrong)
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
             channel = Channel(path)
+        except Foreign:
+            raise
         except Unreachable:
             try:
                 return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))

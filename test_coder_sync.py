@@ -2079,26 +2079,13 @@ def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_o
             coder_sync.table(header, rows, columns)
 
 
-class Patient:
-    """A socket on which nothing comes twice, and then a message; `times` is how long it was to wait."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def settimeout(self, seconds: float) -> None:
-        self.times.append(seconds)
-
-    def recv(self, size: int) -> bytes:
-        if len(self.times) < 3:
-            raise socket.timeout
-        return b'{"jsonrpc": "2.0"}\n'
-
-
-def test_a_wait_may_be_longer_than_the_system_counts() -> None:
-    sock = Patient()
-    assert coder_sync.Channel("x", sock=sock).receive(9e8) == {"jsonrpc": "2.0"}
-    assert max(sock.times) * 1000 < 1 << 31
-    assert coder_sync.Channel("x", sock=Patient()).receive(1.0) is None
+def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with coder_sync.Channel("x", sock=ours) as channel, theirs:
+        monkeypatch.setattr(coder_sync, "LONGEST_POLL", 0.01)
+        threading.Timer(0.1, theirs.sendall, [b'{"jsonrpc": "2.0"}\n']).start()
+        assert channel.receive(9e8) == {"jsonrpc": "2.0"}
+        assert channel.receive(0.01) is None
 
 
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
@@ -2110,10 +2097,6 @@ def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
     with open(read, "rb") as pipe:
         assert len(pipe.read()) == 200_000
     assert finish(process).returncode == 0
-
-
-def test_an_answer_that_has_no_list_of_names_has_none() -> None:
-    assert (coder_sync.texts(5), coder_sync.texts(["a"])) == ([], ["a"])
 
 
 def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
@@ -2577,12 +2560,14 @@ def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen
     return agent
 
 
-def stranger(*argv: str) -> list[str]:
+def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
     """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
-    modules = "contextlib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    modules = (
+        "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    )
     modules += ", tempfile, threading"
-    changes = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid(65534)"
-    return altered(changes, *argv)
+    become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
+    return altered(become + changes, *argv)
 
 
 def served(world: World) -> None:
@@ -3238,6 +3223,9 @@ def without(*directories: str) -> list[str]:
     code = "import os, sys\nfor d in sys.argv[1].split(): assert os.system(f'mount -t tmpfs none {d}') == 0"
     code += "\nos.execv(sys.argv[2], sys.argv[2:])"
     return ["unshare", "-m", *PYTHON, code, " ".join(directories)]
+
+
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def can_unshare(*options: str) -> bool:
@@ -3946,7 +3934,7 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
         os.kill(pid, signal.SIGKILL)
         until(lambda process=process, pid=pid: not alive(pid) and process_state(process.pid) == "S")
         process.send_signal(number)
-        assert process.wait(5) == (-number if number == signal.SIGHUP else 128 + number), number
+        assert process.wait(5) == (130 if number == signal.SIGINT else -number), number
 
 
 def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
@@ -4763,25 +4751,81 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
         play(call, world, NO_AGENT.format("the agent does not take connections; is it stopped or overloaded?"))
 
 
-def test_a_socket_of_somebody_else_names_its_owner_and_on_the_default_path_it_must_be_roots(world: World) -> None:
+def test_a_socket_that_one_may_not_use_names_its_owner_at_once(world: World) -> None:
     with open_directory() as directory:
         path = world.path = f"{directory}/agent.sock"
         world.serve("--socket-path", path, "--mode", "600" if os.getuid() == 0 else "000")
-        done = finish(world.spawn(stranger("ping", "--socket-path", path)))
+        began = time.monotonic()
+        done = finish(world.spawn(stranger("start", "a", "--socket-path", path)))
+        assert time.monotonic() - began < coder_sync.CONNECT_TIMEOUT  # although a start waits for an agent that starts
         assert done.returncode == 3
         owner = pwd.getpwuid(os.getuid()).pw_name
         assert re.search(rf"permission denied \(it belongs to {owner}, mode \d+\)", done.stderr)
-        if os.getuid() != 0:
-            return
-        os.chmod(path, 0o666)
-        there = stranger("ping", "--socket-path", path)
-        there[3] = there[3].replace("coder_sync.main", f"coder_sync.DEFAULT_SOCKET = {path!r}\ncoder_sync.main")
-        assert finish(world.spawn(there)).returncode == 0
-        os.chown(path, 1, -1)
-        done = finish(world.spawn(there))
-        assert done.returncode == 3
-        assert f"belongs to {coder_sync.user_name(1)}, not to you or root" in done.stderr
-        assert finish(world.spawn(stranger("start", "a", "--socket-path", path))).returncode == 0
+
+
+@contextlib.contextmanager
+def foreign_agent(world: World, uid: int = 65534) -> Iterator[str]:
+    """An agent of another user for everybody at what is the default path with the statement that is given."""
+    with open_directory() as directory:
+        os.chmod(directory, 0o777)
+        world.path = f"{directory}/agent.sock"
+        world.env["CODER_AGENT_SOCKET_PATH"] = world.path
+        answering(world, stranger("serve", "--mode", "666", uid=uid), env=world.env)
+        yield f"coder_sync.DEFAULT_SOCKET = {world.path!r}"
+
+
+@ROOT
+def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None:
+    def starts(uid: int, changes: str = "") -> None:
+        done = finish(world.spawn(stranger("start", f"a{next(COUNT)}", uid=uid, changes=changes), env=world.env))
+        assert (done.returncode, done.stderr) == (0, "")
+
+    with foreign_agent(world) as default:
+        os.chown(world.path, 1, -1)  # whose file it is does not matter
+        starts(65534, default)
+        starts(0, default)  # root coordinates with any
+        starts(1)  # who names another path has chosen
+        script = Path(os.path.dirname(world.path), "a")
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+        for words in (["start", "a"], ["list"], ["boot", str(script)]):
+            done = finish(world.spawn(stranger(*words, uid=1, changes=default), env=world.env))
+            assert done.returncode == 3
+            assert done.stderr.endswith(
+                f"{world.path} belongs to nobody, not to you or root; choose another --socket-path\n"
+            )
+    with foreign_agent(world, uid=0) as default:
+        starts(1, default)
+
+
+@ROOT
+def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> None:
+    def told(process: subprocess.Popen[str], out: str) -> None:
+        done = finish(process)
+        assert (done.returncode, done.stdout) == (0, out)
+        warning = (
+            f"warning: root takes no environment variables from the agent at {world.path}, which belongs to nobody\n"
+        )
+        assert done.stderr.count(warning) == 1
+
+    leave = "echo CODE=evil >> $CODER_SYNC_ENV"
+    with foreign_agent(world) as default:
+        world.ok("run", "evil", "--", "sh", "-c", leave)
+        world.ok("want", "a", "evil")
+        for changes in ("", default):
+            told(world.spawn(altered(changes, "env", "a"), env=world.env), "")
+            unit = f"run-{next(COUNT)}"
+            run = altered(changes, "run", unit, "--want", "evil", "--", "sh", "-c", "echo got $CODE")
+            told(world.spawn(run, env=world.env), "got\n")
+        script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
+        scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
+        told(Boot(world, scripts).process, "b | got\nd | got\n")
+        assert world.client.env("a") == {}
+        with world.client.unit("c", want=["evil"]) as start:
+            assert start.environment == {}
+    with foreign_agent(world, uid=0):
+        world.ok("run", "good", "--", "sh", "-c", leave)
+        assert world.ok("run", "a", "--want", "good", "--", "sh", "-c", "echo got $CODE") == "got evil\n"
 
 
 IMPOSTORS = {
@@ -4811,26 +4855,116 @@ def test_what_is_no_agent_of_ours_is_said_to_be_none_or_to_hang_up(call: Call, w
             assert done.returncode in (0, 1, 3)
 
 
-def test_a_client_that_waits_ends_with_its_agent_and_at_ctrl_c(world: World) -> None:
+WAITING = (
+    "start a --want b --timeout 0",
+    "wait b --timeout 0",
+    "run c --want b --timeout 0 -- true",
+    "events --follow",
+)
+
+
+def waiting(world: World, under: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
+    """Commands that wait for something of the agent, and have said so."""
+    world.client.want("b")
+    processes = [world.spawn([*under, *altered(SOON, *line.split())], env=world.env) for line in WAITING]
+    for process, pipe in zip(processes, ("stdout", "stdout", "stderr", "stdout")):
+        assert line_of(getattr(process, pipe))
+    return processes
+
+
+def test_a_client_that_waits_ends_with_its_agent(world: World) -> None:
     agent = world.serve()
-
-    def waiting() -> list[subprocess.Popen[str]]:
-        lines = ("start a --want b", "wait b", "run c --want b -- true")
-        processes = [world.popen(*line.split()) for line in lines]
-        for process, pipe in zip(processes, ("stdout", "stdout", "stderr")):
-            line_of(getattr(process, pipe))
-        return processes
-
-    for process in waiting():
-        done = stopped(process, signal.SIGINT)
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-        served(world)
-    processes = waiting()
+    processes = waiting(world)
     agent.kill()
     for process in processes:
         done = finish(process)
         assert done.returncode == 3
-        assert re.fullmatch("error: .*went away.*\n", done.stderr)
+        assert re.search("^error: .*went away.*\n$", done.stderr)
+
+
+SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
+ASKING = ("ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true")
+
+
+@contextlib.contextmanager
+def silent(world: World, kind: str) -> Iterator[int]:
+    """Something that takes connections and says nothing; yields its process."""
+    if kind == "a stopped agent":
+        agent = world.serve()
+        stop(agent)
+        yield agent.pid
+    else:
+        with listener(world.path) as sock:
+            sock.listen()
+            yield os.getpid()
+
+
+@pytest.mark.parametrize("kind", ["a stopped agent", "another program"])
+def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, kind: str) -> None:
+    with silent(world, kind) as pid:
+        lines = [*WAITING, *ASKING]
+        processes = [world.spawn(altered(SOON, *line.split()), env=world.env) for line in lines]
+        who = re.escape(f"the agent at {world.path} (pid {pid}) has not answered for")
+        for line, process in zip(lines, processes):
+            done = finish(process)
+            assert done.returncode == (0 if "--optional" in line else 3), line
+            expected = (
+                f"warning: {who} 1 s; is it stopped[?]\n(error|warning: d: runs.*): {who} 2 s; is it stopped[?]\n"
+            )
+            assert re.fullmatch(expected, done.stderr), line
+
+
+def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
+    agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
+    processes = waiting(world)
+    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+        assert "waiting after" in line_of(processes[0].stdout)
+    agent.send_signal(signal.SIGSTOP)
+    for process in processes:
+        done = finish(process)
+        assert done.returncode == 3
+        said = [line for line in done.stderr.splitlines() if "still waiting" not in line]
+        assert [line.partition(": the agent at")[0] for line in said] == ["warning", "error"]
+
+
+SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
+    for number in SIGNALLED:
+        for process in waiting(agent):
+            assert stopped(process, number).returncode == (130 if number == signal.SIGINT else -number)
+    served(agent)
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """The first child of a process."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return until(lambda: int((children.read_text().split() or ["0"])[0]))
+
+
+def has_a_socket(pid: int) -> bool:
+    """Whether a process has one open, so that it has begun to do something."""
+    with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+        return any(os.readlink(path).startswith("socket:") for path in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+@NAMESPACES
+def test_as_process_1_a_client_that_waits_ends_at_a_signal(world: World) -> None:
+    agent = world.serve()
+    for number in SIGNALLED:
+        for process in waiting(world, UNSHARE):
+            os.kill(child_of(process), number)
+            done = finish(process)
+            assert (done.returncode, done.stderr) == (128 + number, "")
+    stop(agent)
+    for line in ASKING:
+        process = world.spawn([*UNSHARE, *program(), *line.split()])
+        child = child_of(process)
+        until(lambda child=child: has_a_socket(child))
+        os.kill(child, signal.SIGTERM)
+        assert process.wait(5) == 143, line
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -5889,36 +6023,30 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     assert mixed.client.status("wordy").reason.startswith("xxx")
 
 
-BAD_ARGUMENTS: list[dict[str, Any]] = [
-    {"want": "database"},
-    {"want": [1]},
-    {"want": ["x"], "requires": "luck"},
-    {"want": ["x"], "timeout": "soon"},
-    {"want": ["x"], "timeout": -1},
-    {"pid": "me"},
-    {"want": ["x"], "on_wait": 5},
-    {"unit": None},
-    {"socket_path": 5},
-    {"connect_timeout": "3s"},
+BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
+    (TypeError, {"want": "database"}),  # not eight units of one letter
+    (TypeError, {"locks": "apt"}),
+    (coder_sync.InvalidParams, {"want": [1]}),
+    (Refused, {"want": ["x"], "requires": "luck"}),
+    (TypeError, {"want": ["x"], "timeout": "soon"}),
+    (ValueError, {"want": ["x"], "timeout": -1}),
+    (coder_sync.InvalidParams, {"want": ["x"], "timeout": True}),
+    (ValueError, {"want": ["x"], "timeout": float("nan")}),
+    (coder_sync.InvalidParams, {"unit": None}),
+    (Refused, {"unit": ""}),
 ]
 
 
 def test_a_bad_argument_is_refused_before_anything_is_registered(mixed: World) -> None:
     before = [unit.unit_name for unit in mixed.client.list(everything=True)]
-    for bad in BAD_ARGUMENTS:
+    for kind, bad in BAD_ARGUMENTS:
         arguments = {"unit": "never", "timeout": 0.1, **bad}
-        calls: list[Callable[..., Any]] = [mixed.client.start]
-        if not {"pid", "on_wait"} & {*bad}:
-            calls.append(lambda **arguments: mixed.client.unit(**arguments).__enter__())
-        if {"socket_path", "connect_timeout"} & {*bad}:
-            calls, arguments = [Client], {"socket_path": mixed.path, **bad}
-        a_type = bad in ({"want": "database"}, {"want": [1]})
-        for call in calls:
-            with pytest.raises(TypeError if a_type else (TypeError, ValueError, coder_sync.SyncError)) as caught:
-                pytest.fail(f"{bad} is taken: {call(**arguments)}")
-            assert not isinstance(caught.value, TimedOut), bad
-    with pytest.raises(ValueError, match="a timeout is at least 0"):
-        mixed.client.wait("never", timeout=-1)
+        with pytest.raises(kind):
+            print("accepted:", mixed.client.start(**arguments))
+        with pytest.raises(kind):
+            print("accepted:", mixed.client.unit(**arguments).__enter__())
+    with pytest.raises(coder_sync.InvalidParams):
+        mixed.client.start("never", pid="me")  # type: ignore[arg-type]
     assert [unit.unit_name for unit in mixed.client.list(everything=True)] == before
 
 
@@ -7660,14 +7788,6 @@ def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(worl
     boot.ends(0, "a | a\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a socket away")
-def test_on_the_default_path_root_does_not_boot_at_anybodys_agent(agent: World) -> None:
-    os.chown(agent.path, pwd.getpwnam("nobody").pw_uid, -1)
-    boot = Boot(agent, {"a": "touch ran"}, patch=f"coder_sync.DEFAULT_SOCKET = {agent.path!r}")
-    boot.ends(1, None, "belongs to nobody, not to you or root")
-    assert not (agent.directory / "ran").exists()
-
-
 HIDDEN = "import os; os.listdir = lambda path, was=os.listdir: was('/none' if str(path).endswith('/fd') else path)"
 
 
@@ -8421,9 +8541,6 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     stays.says("staying")
     stays.signal()
     stays.ends(143, "")
-
-
-UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 @functools.lru_cache(maxsize=None)
