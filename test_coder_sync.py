@@ -7894,8 +7894,8 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
     for text, host in (("db", "db"), ("[::1]", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
-    odd = ": http 0 65536 -1 a..b:1 [a]b:1 a@b:1 a/b:1 [a:1 .:1 \u0661 \ud800:1".split()
-    for text in (*odd, "", "1" * 5000, "a" * 64 + ":1", "a b:1", "\0:1", "\x1b[31m:1"):
+    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "a..b:1", "a" * 64 + ":1", "[a]b:1"]
+    for text in (*odd, "\0:1", "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1"):
         with pytest.raises(UsageError, match="is no address") as caught:
             coder_sync.address_of(text)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
