@@ -2079,26 +2079,13 @@ def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_o
             coder_sync.table(header, rows, columns)
 
 
-class Patient:
-    """A socket on which nothing comes twice, and then a message; `times` is how long it was to wait."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def settimeout(self, seconds: float) -> None:
-        self.times.append(seconds)
-
-    def recv(self, size: int) -> bytes:
-        if len(self.times) < 3:
-            raise socket.timeout
-        return b'{"jsonrpc": "2.0"}\n'
-
-
-def test_a_wait_may_be_longer_than_the_system_counts() -> None:
-    sock = Patient()
-    assert coder_sync.Channel("x", sock=sock).receive(9e8) == {"jsonrpc": "2.0"}
-    assert max(sock.times) * 1000 < 1 << 31
-    assert coder_sync.Channel("x", sock=Patient()).receive(1.0) is None
+def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with coder_sync.Channel("x", sock=ours) as channel, theirs:
+        monkeypatch.setattr(coder_sync, "LONGEST_POLL", 0.01)
+        threading.Timer(0.1, theirs.sendall, [b'{"jsonrpc": "2.0"}\n']).start()
+        assert channel.receive(9e8) == {"jsonrpc": "2.0"}
+        assert channel.receive(0.01) is None
 
 
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
@@ -2110,10 +2097,6 @@ def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
     with open(read, "rb") as pipe:
         assert len(pipe.read()) == 200_000
     assert finish(process).returncode == 0
-
-
-def test_an_answer_that_has_no_list_of_names_has_none() -> None:
-    assert (coder_sync.texts(5), coder_sync.texts(["a"])) == ([], ["a"])
 
 
 def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
@@ -2577,12 +2560,14 @@ def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen
     return agent
 
 
-def stranger(*argv: str) -> list[str]:
+def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
     """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
-    modules = "contextlib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    modules = (
+        "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    )
     modules += ", tempfile, threading"
-    changes = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid(65534)"
-    return altered(changes, *argv)
+    become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
+    return altered(become + changes, *argv)
 
 
 def served(world: World) -> None:
@@ -3238,6 +3223,9 @@ def without(*directories: str) -> list[str]:
     code = "import os, sys\nfor d in sys.argv[1].split(): assert os.system(f'mount -t tmpfs none {d}') == 0"
     code += "\nos.execv(sys.argv[2], sys.argv[2:])"
     return ["unshare", "-m", *PYTHON, code, " ".join(directories)]
+
+
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def can_unshare(*options: str) -> bool:
@@ -3946,7 +3934,7 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
         os.kill(pid, signal.SIGKILL)
         until(lambda process=process, pid=pid: not alive(pid) and process_state(process.pid) == "S")
         process.send_signal(number)
-        assert process.wait(5) == (-number if number == signal.SIGHUP else 128 + number), number
+        assert process.wait(5) == (130 if number == signal.SIGINT else -number), number
 
 
 def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
@@ -4763,25 +4751,81 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
         play(call, world, NO_AGENT.format("the agent does not take connections; is it stopped or overloaded?"))
 
 
-def test_a_socket_of_somebody_else_names_its_owner_and_on_the_default_path_it_must_be_roots(world: World) -> None:
+def test_a_socket_that_one_may_not_use_names_its_owner_at_once(world: World) -> None:
     with open_directory() as directory:
         path = world.path = f"{directory}/agent.sock"
         world.serve("--socket-path", path, "--mode", "600" if os.getuid() == 0 else "000")
-        done = finish(world.spawn(stranger("ping", "--socket-path", path)))
+        began = time.monotonic()
+        done = finish(world.spawn(stranger("start", "a", "--socket-path", path)))
+        assert time.monotonic() - began < coder_sync.CONNECT_TIMEOUT  # although a start waits for an agent that starts
         assert done.returncode == 3
         owner = pwd.getpwuid(os.getuid()).pw_name
         assert re.search(rf"permission denied \(it belongs to {owner}, mode \d+\)", done.stderr)
-        if os.getuid() != 0:
-            return
-        os.chmod(path, 0o666)
-        there = stranger("ping", "--socket-path", path)
-        there[3] = there[3].replace("coder_sync.main", f"coder_sync.DEFAULT_SOCKET = {path!r}\ncoder_sync.main")
-        assert finish(world.spawn(there)).returncode == 0
-        os.chown(path, 1, -1)
-        done = finish(world.spawn(there))
-        assert done.returncode == 3
-        assert f"belongs to {coder_sync.user_name(1)}, not to you or root" in done.stderr
-        assert finish(world.spawn(stranger("start", "a", "--socket-path", path))).returncode == 0
+
+
+@contextlib.contextmanager
+def foreign_agent(world: World, uid: int = 65534) -> Iterator[str]:
+    """An agent of another user for everybody at what is the default path with the statement that is given."""
+    with open_directory() as directory:
+        os.chmod(directory, 0o777)
+        world.path = f"{directory}/agent.sock"
+        world.env["CODER_AGENT_SOCKET_PATH"] = world.path
+        answering(world, stranger("serve", "--mode", "666", uid=uid), env=world.env)
+        yield f"coder_sync.DEFAULT_SOCKET = {world.path!r}"
+
+
+@ROOT
+def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None:
+    def starts(uid: int, changes: str = "") -> None:
+        done = finish(world.spawn(stranger("start", f"a{next(COUNT)}", uid=uid, changes=changes), env=world.env))
+        assert (done.returncode, done.stderr) == (0, "")
+
+    with foreign_agent(world) as default:
+        os.chown(world.path, 1, -1)  # whose file it is does not matter
+        starts(65534, default)
+        starts(0, default)  # root coordinates with any
+        starts(1)  # who names another path has chosen
+        script = Path(os.path.dirname(world.path), "a")
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+        for words in (["start", "a"], ["list"], ["boot", str(script)]):
+            done = finish(world.spawn(stranger(*words, uid=1, changes=default), env=world.env))
+            assert done.returncode == 3
+            assert done.stderr.endswith(
+                f"{world.path} belongs to nobody, not to you or root; choose another --socket-path\n"
+            )
+    with foreign_agent(world, uid=0) as default:
+        starts(1, default)
+
+
+@ROOT
+def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> None:
+    def told(process: subprocess.Popen[str], out: str) -> None:
+        done = finish(process)
+        assert (done.returncode, done.stdout) == (0, out)
+        warning = (
+            f"warning: root takes no environment variables from the agent at {world.path}, which belongs to nobody\n"
+        )
+        assert done.stderr.count(warning) == 1
+
+    leave = "echo CODE=evil >> $CODER_SYNC_ENV"
+    with foreign_agent(world) as default:
+        world.ok("run", "evil", "--", "sh", "-c", leave)
+        world.ok("want", "a", "evil")
+        for changes in ("", default):
+            told(world.spawn(altered(changes, "env", "a"), env=world.env), "")
+            unit = f"run-{next(COUNT)}"
+            run = altered(changes, "run", unit, "--want", "evil", "--", "sh", "-c", "echo got $CODE")
+            told(world.spawn(run, env=world.env), "got\n")
+        script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
+        scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
+        told(Boot(world, scripts).process, "b | got\nd | got\n")
+        assert world.client.env("a") == {}
+        with world.client.unit("c", want=["evil"]) as start:
+            assert start.environment == {}
+    with foreign_agent(world, uid=0):
+        world.ok("run", "good", "--", "sh", "-c", leave)
+        assert world.ok("run", "a", "--want", "good", "--", "sh", "-c", "echo got $CODE") == "got evil\n"
 
 
 IMPOSTORS = {
@@ -4811,26 +4855,116 @@ def test_what_is_no_agent_of_ours_is_said_to_be_none_or_to_hang_up(call: Call, w
             assert done.returncode in (0, 1, 3)
 
 
-def test_a_client_that_waits_ends_with_its_agent_and_at_ctrl_c(world: World) -> None:
+WAITING = (
+    "start a --want b --timeout 0",
+    "wait b --timeout 0",
+    "run c --want b --timeout 0 -- true",
+    "events --follow",
+)
+
+
+def waiting(world: World, under: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
+    """Commands that wait for something of the agent, and have said so."""
+    world.client.want("b")
+    processes = [world.spawn([*under, *altered(SOON, *line.split())], env=world.env) for line in WAITING]
+    for process, pipe in zip(processes, ("stdout", "stdout", "stderr", "stdout")):
+        assert line_of(getattr(process, pipe))
+    return processes
+
+
+def test_a_client_that_waits_ends_with_its_agent(world: World) -> None:
     agent = world.serve()
-
-    def waiting() -> list[subprocess.Popen[str]]:
-        lines = ("start a --want b", "wait b", "run c --want b -- true")
-        processes = [world.popen(*line.split()) for line in lines]
-        for process, pipe in zip(processes, ("stdout", "stdout", "stderr")):
-            line_of(getattr(process, pipe))
-        return processes
-
-    for process in waiting():
-        done = stopped(process, signal.SIGINT)
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-        served(world)
-    processes = waiting()
+    processes = waiting(world)
     agent.kill()
     for process in processes:
         done = finish(process)
         assert done.returncode == 3
-        assert re.fullmatch("error: .*went away.*\n", done.stderr)
+        assert re.search("^error: .*went away.*\n$", done.stderr)
+
+
+SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
+ASKING = ("ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true")
+
+
+@contextlib.contextmanager
+def silent(world: World, kind: str) -> Iterator[int]:
+    """Something that takes connections and says nothing; yields its process."""
+    if kind == "a stopped agent":
+        agent = world.serve()
+        stop(agent)
+        yield agent.pid
+    else:
+        with listener(world.path) as sock:
+            sock.listen()
+            yield os.getpid()
+
+
+@pytest.mark.parametrize("kind", ["a stopped agent", "another program"])
+def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, kind: str) -> None:
+    with silent(world, kind) as pid:
+        lines = [*WAITING, *ASKING]
+        processes = [world.spawn(altered(SOON, *line.split()), env=world.env) for line in lines]
+        who = re.escape(f"the agent at {world.path} (pid {pid}) has not answered for")
+        for line, process in zip(lines, processes):
+            done = finish(process)
+            assert done.returncode == (0 if "--optional" in line else 3), line
+            expected = (
+                f"warning: {who} 1 s; is it stopped[?]\n(error|warning: d: runs.*): {who} 2 s; is it stopped[?]\n"
+            )
+            assert re.fullmatch(expected, done.stderr), line
+
+
+def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
+    agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
+    processes = waiting(world)
+    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+        assert "waiting after" in line_of(processes[0].stdout)
+    agent.send_signal(signal.SIGSTOP)
+    for process in processes:
+        done = finish(process)
+        assert done.returncode == 3
+        said = [line for line in done.stderr.splitlines() if "still waiting" not in line]
+        assert [line.partition(": the agent at")[0] for line in said] == ["warning", "error"]
+
+
+SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
+    for number in SIGNALLED:
+        for process in waiting(agent):
+            assert stopped(process, number).returncode == (130 if number == signal.SIGINT else -number)
+    served(agent)
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """The first child of a process."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return until(lambda: int((children.read_text().split() or ["0"])[0]))
+
+
+def has_a_socket(pid: int) -> bool:
+    """Whether a process has one open, so that it has begun to do something."""
+    with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+        return any(os.readlink(path).startswith("socket:") for path in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+@NAMESPACES
+def test_as_process_1_a_client_that_waits_ends_at_a_signal(world: World) -> None:
+    agent = world.serve()
+    for number in SIGNALLED:
+        for process in waiting(world, UNSHARE):
+            os.kill(child_of(process), number)
+            done = finish(process)
+            assert (done.returncode, done.stderr) == (128 + number, "")
+    stop(agent)
+    for line in ASKING:
+        process = world.spawn([*UNSHARE, *program(), *line.split()])
+        child = child_of(process)
+        until(lambda child=child: has_a_socket(child))
+        os.kill(child, signal.SIGTERM)
+        assert process.wait(5) == 143, line
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -5889,36 +6023,30 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     assert mixed.client.status("wordy").reason.startswith("xxx")
 
 
-BAD_ARGUMENTS: list[dict[str, Any]] = [
-    {"want": "database"},
-    {"want": [1]},
-    {"want": ["x"], "requires": "luck"},
-    {"want": ["x"], "timeout": "soon"},
-    {"want": ["x"], "timeout": -1},
-    {"pid": "me"},
-    {"want": ["x"], "on_wait": 5},
-    {"unit": None},
-    {"socket_path": 5},
-    {"connect_timeout": "3s"},
+BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
+    (TypeError, {"want": "database"}),  # not eight units of one letter
+    (TypeError, {"locks": "apt"}),
+    (coder_sync.InvalidParams, {"want": [1]}),
+    (Refused, {"want": ["x"], "requires": "luck"}),
+    (TypeError, {"want": ["x"], "timeout": "soon"}),
+    (ValueError, {"want": ["x"], "timeout": -1}),
+    (coder_sync.InvalidParams, {"want": ["x"], "timeout": True}),
+    (ValueError, {"want": ["x"], "timeout": float("nan")}),
+    (coder_sync.InvalidParams, {"unit": None}),
+    (Refused, {"unit": ""}),
 ]
 
 
 def test_a_bad_argument_is_refused_before_anything_is_registered(mixed: World) -> None:
     before = [unit.unit_name for unit in mixed.client.list(everything=True)]
-    for bad in BAD_ARGUMENTS:
+    for kind, bad in BAD_ARGUMENTS:
         arguments = {"unit": "never", "timeout": 0.1, **bad}
-        calls: list[Callable[..., Any]] = [mixed.client.start]
-        if not {"pid", "on_wait"} & {*bad}:
-            calls.append(lambda **arguments: mixed.client.unit(**arguments).__enter__())
-        if {"socket_path", "connect_timeout"} & {*bad}:
-            calls, arguments = [Client], {"socket_path": mixed.path, **bad}
-        a_type = bad in ({"want": "database"}, {"want": [1]})
-        for call in calls:
-            with pytest.raises(TypeError if a_type else (TypeError, ValueError, coder_sync.SyncError)) as caught:
-                pytest.fail(f"{bad} is taken: {call(**arguments)}")
-            assert not isinstance(caught.value, TimedOut), bad
-    with pytest.raises(ValueError, match="a timeout is at least 0"):
-        mixed.client.wait("never", timeout=-1)
+        with pytest.raises(kind):
+            print("accepted:", mixed.client.start(**arguments))
+        with pytest.raises(kind):
+            print("accepted:", mixed.client.unit(**arguments).__enter__())
+    with pytest.raises(coder_sync.InvalidParams):
+        mixed.client.start("never", pid="me")  # type: ignore[arg-type]
     assert [unit.unit_name for unit in mixed.client.list(everything=True)] == before
 
 
@@ -6002,20 +6130,6 @@ def test_a_start_that_gave_up_has_failed_its_unit_if_it_was_to_own_it(agent: Wor
     for unit, owner, status in (("d", "--pid $$", "failed"), ("e", "", "completed")):
         done = agent.shell(f"coder start {unit} --want b --timeout 10ms {owner}; coder complete {unit}")
         assert (done.returncode, agent.status(unit)) == (status == "failed", status)
-
-
-def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
-    for line, told in (
-        ("# coder-sync want a", ":2: not understood"),
-        ("# codersync: want a", ":2: not understood"),
-        ("// coder_sync: want a", ":2: not understood"),
-        ("# coder-sync\uff1a want a", ":2: not understood"),
-        ("# coder-sync: want a --require start", '"--require" is neither an option'),
-        ("# coder-sync: want a, b", '"a," is neither an option'),
-    ):
-        mistakes: list[str] = []
-        coder_sync.read_script("x.sh", f"#!/bin/sh\n{line}\n".encode(), mistakes)
-        assert len(mistakes) == 1 and told in mistakes[0], line
 
 
 CLOCK_SET_BACK = """
@@ -7196,7 +7310,11 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
         assert list(planned(startup(world, {file: ""}))) == [unit]
     for file, what in (("10-", "empty"), ("a\tb", "printed"), ("b\udcff", "printed")):
         (mistake,) = mistakes(startup(world, {file: ""}))
-        assert mistake.startswith(f"{file}:1: ") and what in mistake and mistake.endswith("or add: unit NAME")
+        assert (
+            mistake.startswith(f"{coder_sync.printable(file)}:1: ")
+            and what in mistake
+            and mistake.endswith("or add: unit NAME")
+        )
         assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
@@ -7218,15 +7336,23 @@ def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
         assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
-def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
+def test_only_comments_in_the_first_50_lines_or_before_any_code_are_headers(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
     lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
     lines += ["# coder-sync runs this", "# coder-sync is what wants: us", "# coder_sync.py", "# coder-sync"]
     lines += ["coder-sync want f", *[":"] * (47 - len(lines)), "@want yes", "@want too-late"]
-    assert wanted(planned(startup(world, {"x": "\n".join(lines), "yes": ""}))["x"]) == [("yes", "success", 50)]
+    path = startup(world, {"x": "\n".join(lines), "yes": ""})
+    assert wanted(planned(path)["x"]) == [("yes", "success", 50)]
+    told = f"warning: {path}/x:51: not read as a header: too far down; move it up\n"
+    assert capfd.readouterr().err == told
+    licence = "\n".join(["# All rights reserved", "", "  # and so on"] * 60)
+    assert wanted(planned(startup(world, {"x": licence + "\n@want yes", "yes": ""}))["x"]) == [("yes", "success", 182)]
 
 
 def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World) -> None:
-    path = Path(startup(world, dict.fromkeys([".hidden", "a~", "a.bak", "a.dpkg-old", "#a#", "b"], "")))
+    others = ["a~", "a.bak", "a.dpkg-old", "a.ucf-dist", "a.rpmsave", "a.sh.disabled", "a.off", "#a#", ".hidden"]
+    path = Path(startup(world, dict.fromkeys([*others, "b"], "")))
     (path / "README.txt").write_text("about these scripts")
     (path / "c.d").mkdir()
     (path / "gone").symlink_to("nowhere")
@@ -7235,9 +7361,9 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     assert list(planned(str(path))) == ["true", "b"]
     assert list(planned(f"{path}/b", startup(world, {"c": "@want b"}, "other"))) == ["b", "c"]
     (path / "c.d" / "x").touch()
-    none = "no executable files; not executable: x"
-    for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
+    for other, why in (("nowhere", "no such file"), ("pipe", "it is no file"), ("c.d", "no executable files")):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert list(planned(f"{path}/a.off")) == ["a"]
     assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
@@ -7248,6 +7374,7 @@ USE = (
 ODD = "not understood; a header is written `# coder-sync: WORD ...`"
 REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
+DURATION = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
 NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
@@ -7262,18 +7389,24 @@ MISTAKES_IN_HEADERS = [
     ("// codersync: unit b", ODD),
     ("@wants a", f'"wants a" {USE}'),
     ("@", f'"" {USE}'),
-    ("@unit a b", f'"unit a b" {USE}'),
-    ("@timeout", f'"timeout" {USE}'),
-    ("@retry 1 2 3", f'"retry 1 2 3" {USE}'),
+    ("@unit a b", 'unit: too many words; write unit NAME; a name with a blank needs quotes: unit "a b"'),
+    ("@timeout", "timeout: its value is missing"),
+    ("@timeout 10 minutes", "invalid duration '10 minutes': " + DURATION),
+    ("@retry 1 2 3", "retry: too many words; write retry N [DELAY]"),
+    ("@retry 1\n@retry 1", "retry: line 3 says so already"),
+    ("@ready true\n@ready-timeout 1\n@ready true", "ready: line 3 says so already"),
+    ("@unit a\n@unit 'b c'", "unit: line 3 says so already"),
+    ("@ready-timeout 1m", "ready-timeout without ready"),
     ("@want", "want: a name is missing"),
     ("@after", "after: a name is missing"),
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
+    ("@want clone --require start", f'"--require" {NEITHER}'),
     ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
     ("@want clone, x", f'"clone," {NEITHER}'),
     ("@after clone --requires start", f'"--requires" {NEITHER}'),
-    ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
+    ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
     ("@want 'a", "No closing quotation"),
@@ -7282,6 +7415,7 @@ MISTAKES_IN_HEADERS = [
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
     ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
     ("@want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
+    ("@want 'the moon'", "no file provides \"the moon\"; if it comes from outside, add: extern 'the moon'"),
     ("@want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
     ("@want clone --requires start\n@want clone", TWICE),
     ("@unit clone", 'unit "clone" is clone:1 already'),
@@ -7316,11 +7450,55 @@ def test_a_cycle_is_told_with_the_file_and_line_of_each_edge(world: World) -> No
 
 
 def test_files_that_are_no_scripts_but_wanted_or_have_a_header_are_mistakes(world: World) -> None:
-    path = startup(world, {"a": "", "b": "@want a", "c": "@unit d"})
+    path = startup(world, {"a": "", "b": "@want a\n@want e", "c d": "@unit d", "5-e.sh.off": ""})
     os.chmod(path + "/a", 0o644)
-    os.chmod(path + "/c", 0o644)
-    no_script = 'b:2: no file provides "a"; a would, but is not executable'
-    assert [line.replace(path + "/", "") for line in mistakes(path)] == ["c:1: not executable; chmod +x c", no_script]
+    os.chmod(path + "/c d", 0o644)
+    no_script = ["a would, but is not executable", "5-e.sh.off would, but .off is not run"]
+    no_script = [f'b:{n}: no file provides "{name}"; {why}' for n, name, why in zip((2, 3), "ae", no_script)]
+    assert mistakes(path) == [f"c d:1: not executable; chmod +x '{path}/c d'".replace(path + "/", ""), *no_script]
+
+
+def test_a_script_that_cannot_be_run_is_named_in_a_warning_also_by_check(world: World, call: Call) -> None:
+    path = startup(world, {"a": "", "b c": "", "README": ""})
+    for name in ("b c", "README"):
+        os.chmod(f"{path}/{name}", 0o644)
+    Path(path, "README").write_text("about #!/bin/sh")
+    done = call(world, "boot", path, "--check")
+    assert done.stderr == f"warning: {path}/b c: not run: not executable; chmod +x '{path}/b c'\n"
+    assert (done.returncode, done.stdout) == (0, "UNIT\na\n1 script, no mistakes\n")
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+def test_on_a_file_system_that_is_mounted_noexec_no_mode_is_advised(world: World) -> None:
+    mounts = "mount -t tmpfs -o noexec x startup.d && printf '#!/bin/sh' > startup.d/a && chmod +x startup.d/a"
+    startup(world, {})
+    check = [*program(), "boot", "startup.d", "--check"]
+    done = finish(world.spawn(["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "-", *check]))
+    if done.returncode == 1:
+        pytest.skip("nothing may be mounted here")
+    why = "not executable: its file system is mounted noexec"
+    assert done.stderr.startswith(f"warning: startup.d/a: not run: {why}\n") and "chmod" not in done.stderr, done
+
+
+def test_an_empty_directory_with_a_command_is_no_mistake_and_a_missing_one_is(world: World, call: Call) -> None:
+    path = startup(world, {})
+    assert boots(world, {}, "--", "echo", "hello") == "hello\n"
+    for words in ([path], [path + "x", "--", "true"], [path, "--check"]):
+        assert call(world, "boot", *words).returncode == 2, words
+
+
+def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
+    names = ["a\x1b[31m\n", "b\x1b", "c\x1b.off", "d\x1b"]
+    files = {names[0]: "@unit a\n@wants\n@want b\x1b\n@timeout \x1b", names[1]: "#!/no/\x1b", names[3]: ""}
+    path = startup(world, {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb"}, "\x1b.d")
+    os.chmod(f"{path}/{names[3]}", 0o644)
+    said = call(world, "boot", path, path + "\n", "--check").stderr
+    assert said.count("\n") > 7 and all(line.isprintable() for line in said.splitlines()), said
+    assert f"{world.directory}/\\x1b.d/a\\x1b[31m\\n:3: " in said
+    startup(world, {names[0]: "@unit a\nexit 3"}, "\x1b.d")
+    done = world.run("boot", path, "--log-dir", "/proc/\x1b", "--timeline", f"{path}/\x1b/x.svg")
+    assert done.returncode == 1 and done.stderr.count("\n") == 5, done
+    assert all(line.isprintable() for line in done.stderr.splitlines()), done
 
 
 INTERPRETERS = [
@@ -7332,6 +7510,7 @@ INTERPRETERS = [
     ("#!/usr/bin/env nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
     ("#!/usr/bin/env -S A=1 nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
     ("#!/usr/bin/env -S -u sh nosuchpython\n", "its interpreter nosuchpython is not in PATH"),
+    ("\ufeff#!/bin/sh\n", "it begins with a byte-order mark; save it as UTF-8 without one"),
     ("#!/bin/sh\r\necho\r\n", "its first line ends in a carriage return; save it with Unix line ends"),
     ("#!/usr/bin/env -S A=1 sh -e\n", ""),
     ("#!/usr/bin/env -S -u X sh\n", ""),
@@ -7357,11 +7536,20 @@ def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World, call: Ca
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
-def test_check_only_checks_and_dry_run_shows_the_order_as_graph_does(world: World, call: Call) -> None:
-    path = startup(world, {"a": "touch ran", "b": "@want a", "c": "@after b"})
-    assert call.ok(world, "boot", path, "--check") == "3 scripts, no mistakes\n"
-    out = call.ok(world, "boot", path, "--dry-run")
-    assert [re.sub(r"\W*(\w+).*", r"\1", line) for line in out.splitlines()] == ["c", "b", "a"]
+def test_check_shows_the_order_and_what_each_waits_for_and_runs_nothing(world: World, call: Call) -> None:
+    files = {"a": "@after c\ntouch ran", "b": "@want a\n@want d --requires start\n@extern d", "c": "@lock x y"}
+    path = startup(world, {**files, "e": "@ready http://me:secret@db/\n@before a"})
+    assert (
+        call.ok(world, "boot", path, "--check")
+        == """\
+UNIT  WANTS              LOCKS  READY WHEN
+c                        x, y
+e                               http://***@db/
+a     e, c (completion)
+b     a, d (start)
+4 scripts, no mistakes
+"""
+    )
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
@@ -7383,19 +7571,6 @@ def test_an_after_or_before_that_may_be_misspelt_is_pointed_out_and_breaks_nothi
         'warning: startup.d/x:3: no file provides "pi"; did you mean "pip"?',
         'warning: startup.d/x:2: no file provides "clon"; did you mean "clone"?',
     ]
-
-
-def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(agent: World, call: Call) -> None:
-    files = {"a": "echo a", "b": "@want a\necho b", "c": "@want b\n@after d\necho c", "d": "@want b\necho d"}
-    path = startup(agent, files)
-    rows = [("b", "", "ab"), ("c", "", "abc"), ("c", "abd", "c"), ("b", "ab", "b"), ("bd", "", "abd")]
-    for only, done, runs in [*rows, ("cd", "a", "bcd")]:
-        scripts = coder_sync.selected(coder_sync.plan([path]), list(only), set(done))
-        assert "".join(script.unit for script in scripts) == runs, (only, done)
-    agent.end("a")  # what has completed there does not run again
-    assert boots(agent, files, "--only", "b", "--only", "d") == "b | b\nd | d\n"
-    done = call(agent, "boot", path, "--only", "bb")
-    assert (done.returncode, done.stdout) == (2, "") and '--only: no file provides "bb"' in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7636,14 +7811,6 @@ def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(worl
     boot.ends(0, "a | a\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a socket away")
-def test_on_the_default_path_root_does_not_boot_at_anybodys_agent(agent: World) -> None:
-    os.chown(agent.path, pwd.getpwnam("nobody").pw_uid, -1)
-    boot = Boot(agent, {"a": "touch ran"}, patch=f"coder_sync.DEFAULT_SOCKET = {agent.path!r}")
-    boot.ends(1, None, "belongs to nobody, not to you or root")
-    assert not (agent.directory / "ran").exists()
-
-
 HIDDEN = "import os; os.listdir = lambda path, was=os.listdir: was('/none' if str(path).endswith('/fd') else path)"
 
 
@@ -7750,22 +7917,8 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
     for text, host in (("db", "db"), ("[::1]", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
-    odd = [
-        "",
-        ":",
-        "http",
-        "0",
-        "65536",
-        "-1",
-        "1" * 5000,
-        "\u0661",
-        "a b:1",
-        "a..b:1",
-        f"{'a' * 64}:1",
-        "[::g]:1",
-        "\0:1",
-    ]
-    for text in [*odd, "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1", "::1", "a:b:1"]:
+    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "a..b:1", "a" * 64 + ":1", "[a]b:1"]
+    for text in (*odd, "\0:1", "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1"):
         with pytest.raises(UsageError, match="is no address") as caught:
             coder_sync.address_of(text)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
@@ -7822,6 +7975,7 @@ def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: Wor
         words = ["run", "a", "--ready", url, "--ready-timeout", "500ms", "--", "sleep", "60"]
         run = agent.popen(*words)
         said = until(lambda: agent.client.status("a").reason) + call.ok(agent, "list") + call.ok(agent, "why")
+        said += call.ok(agent, "status", "a", "-o", "json") + call.ok(agent, "timeline", "-o", "json")
         thread.join()
         said += finish(run).stderr + agent.run("wait", "--ready", url, "--timeout", "1ms").stderr
         said += "".join(mistakes(startup(agent, {"a": f"@redy {url}\n@ready {url.replace('//', '//x ')}"})))
@@ -8412,9 +8566,6 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     stays.ends(143, "")
 
 
-UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-
-
 @functools.lru_cache(maxsize=None)
 def has_namespaces() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
@@ -8744,7 +8895,7 @@ def test_a_temporary_directory_of_no_use_keeps_nobody_from_variables_and_notify(
     with contextlib.suppress(OSError):
         os.mkdir(world.env["TMPDIR"])
     service = f"@ready notify\necho A=1 > $CODER_SYNC_ENV\n{sys.executable} -IS -c '{NOTIFY}' READY=1"
-    assert boots(world, {"a": service, "b": "@want a\necho $A"}) == "b | 1\n"
+    Boot(world, {"a": service, "b": "@want a\necho $A"}).ends(0, "b | 1\n", leaves=True)
 
 
 def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variables(world: World) -> None:
@@ -8932,7 +9083,7 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
         assert done.returncode == 0, (done, (world.directory / "startup.log").read_text())
         return done.stdout
 
-    assert shell(commands[0]) == "8 scripts, no mistakes\n"
+    assert shell(commands[0]).endswith("\n8 scripts, no mistakes\n")
     for again in (False, True):
         shell(commands[1])
         log = (world.directory / "startup.log").read_text()
@@ -9130,7 +9281,6 @@ def test_attack_with_headers(world: World) -> None:
             with open(file, "wb") as f:
                 f.write(data)
             os.chmod(file, chance.choice([0o755, 0o755, 0o755, 0o644]))
-        for how in ("--check", "--dry-run"):
-            done = world.run("boot", how, str(directory), errors="replace")
-            assert done.returncode in (0, 1, 2), done
-            assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
+        done = world.run("boot", "--check", str(directory), errors="replace")
+        assert done.returncode in (0, 1, 2), done
+        assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
