@@ -4518,7 +4518,7 @@ def compare_text(before: Saved, now: Saved) -> str:
             amount, how = NEVER, ""  # these stand first
         path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
         rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
-    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)], always=4)
+    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
     verdict = change(before[0], now[0]) if complete else "not every unit completed"
     return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"

@@ -6254,6 +6254,7 @@ STARTUPS = {
         unit("serve", 0, 5, 15, ["setup"], released_by="setup"),
         unit("app", 0, 5, None, {"serve": "start"}, released_by="serve"),
     ),
+    "it began before that ended": startup_of(30, unit("a", 0, 0, 20), unit("b", 0, 5, 30, {"a": "start"})),
     "by way of what was skipped": startup_of(
         61,
         unit("base", 0, 0, 60, status="failed"),
@@ -6384,6 +6385,8 @@ apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
 no units yet
 ? summary: a dependency that was only to start
 25s in all (1 still running); critical path: setup 5.0s -> serve 0ms -> app 20s (100% of it)
+? summary: it began before that ended
+30s in all; critical path: b 25s (83% of it)
 ? summary: by way of what was skipped
 1m01s in all (1 failed, 1 skipped); critical path: base 1m00s -> report 1.0s (100% of it)
 ? summary: a long path
@@ -6443,6 +6446,8 @@ slow (pending)
 └── web (see above)
 idle (pending)
 └── web (see above)
+? tree: nothing
+no units yet
 ? dot: edges
 digraph startup {
   rankdir=LR; node [shape=box, style=filled];
@@ -6571,6 +6576,9 @@ REASON   WAITS FOR  UNIT
 no disk             e\u0301tape
                     b
          b, lock x  c
+? list: it has run for 30 s
+UNIT  STATUS   READY  AGE
+a     started  true   30s
 ? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
