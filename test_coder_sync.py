@@ -6286,7 +6286,7 @@ STARTUPS = {
     "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
     "wide names": startup_of(
         *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
-        unit("c", 0, wants=["b"], waits_for=["b", "lock x"]),
+        unit("tâche", 0, wants=["b"], waits_for=["b", "lock x"]),
     ),
     "all that status shows": startup_of(
         9,
@@ -6552,7 +6552,7 @@ UNIT   STATUS   READY  AGE   WAITS FOR  REASON
 环境   started  true   12s
 e\u0301tape  failed   true   3.0s             no disk
 b      started  true   12s
-c      pending  true   12s   b, lock x
+tâche  pending  true   12s   b, lock x
 ? list: services
 UNIT       STATUS     READY  AGE    WAITS FOR  REASON
 apt-base   completed  true   2m00s
@@ -6575,7 +6575,7 @@ REASON   WAITS FOR  UNIT
                     环境
 no disk             e\u0301tape
                     b
-         b, lock x  c
+         b, lock x  tâche
 ? list: it has run for 30 s
 UNIT  STATUS   READY  AGE
 a     started  true   30s
