@@ -4138,7 +4138,7 @@ def connection_limit(raise_it: bool) -> int:
 # one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
 # ----------------------------------------------------------------------------------------------------------
 
-LONG = 30.0  # seconds after which `why` has a word about a unit that runs
+LONG = 30.0  # seconds after which `why` mentions a unit that runs
 
 
 def wide(text: str) -> int:
@@ -4171,7 +4171,7 @@ def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
 
 
 def json_text(value: Any) -> str:
-    """JSON for other programs and for people."""
+    """Return JSON for other programs and for people."""
     import json
 
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -4181,7 +4181,7 @@ def json_text(value: Any) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
-    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
+    """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
 
     Without it, those behind the first `always` are shown where there is anything in them.
     """
@@ -4198,7 +4198,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "
 
 
 def status_text(status: UnitStatus, columns: str = "") -> str:
-    """A unit and the table of its dependencies."""
+    """Return a unit, the table of its dependencies, and its history."""
     facts = {
         "Unit": status.unit_name,
         "Status": status.status,
@@ -4319,7 +4319,7 @@ class Startup:
         self.edges = [(d, u.unit_name, r, (d, u.unit_name) in steps) for u in graph.nodes for d, r in u.wants.items()]
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
-        """The chain of units that determined when the last one ended, each with its share in seconds.
+        """Return the chain of units that determined when the last one ended, each with its share in seconds.
 
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
@@ -4339,7 +4339,7 @@ class Startup:
         return path[::-1]
 
     def summary(self) -> str:
-        """The sentence people want; of a long critical path it names the longest steps."""
+        """Return the sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
             return "no units yet"
         statuses = [bar.unit.status for bar in self.bars.values()]
@@ -4378,13 +4378,13 @@ def described(unit: UnitStatus, word: str = "") -> str:
 
 
 def joined(*parts: str, by: str = ": ") -> str:
-    """The parts that there are, in one text."""
+    """Return the parts that are not empty, in one text."""
     return by.join(filter(None, parts))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
-    """Round numbers of seconds for an axis, at most `most` behind 0 and not many less, each with its text."""
+    """Return round numbers of seconds for an axis, at most `most` after 0 and not many less, each with its text."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
     step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
@@ -4428,7 +4428,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
-    """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
+    """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
     startup, most = Startup(graph), 25
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
@@ -4445,8 +4445,8 @@ def blame_text(graph: Graph, width: int = 100) -> str:
         rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
-    note = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
-    return text + "\n".join([*wrap(note, width), "", *wrap(startup.summary(), width)]) + "\n"
+    said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
+    return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 TIMELINE_VERSION = 2
@@ -4458,7 +4458,7 @@ SAVED = [
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
-    """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
+    """Return the timeline for programs; times are seconds since the first sign of a unit, or None."""
     startup = Startup(graph)
 
     def since(t: float | None) -> float | None:
@@ -4500,7 +4500,7 @@ def read_timeline(text: str | bytes, name: str) -> Saved:
 
 
 def compare_text(before: Saved, now: Saved) -> str:
-    """Two startups as `read_timeline` returns them: how long each unit took, what changed most first.
+    """Compare two startups as `read_timeline` returns them: how long each unit took, what changed most first.
 
     A unit that did not complete says nothing about how fast it is.
     """
@@ -4634,7 +4634,7 @@ def timeline_as(form: str, graph: Graph) -> str:
 
 # -- the graph ----------------------------------------------------------------------------------------------
 def part_of(graph: Graph, names: Sequence[str]) -> Graph:
-    """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
+    """Return the part of a graph that is some units and all they depend on. Raises NotRegistered."""
     if not names:
         return graph
     wants = {u.unit_name: u.wants for u in graph.nodes}
@@ -4647,7 +4647,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
 
 
 def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
-    """Names and those that they lead to, by way of each other, the nearest first."""
+    """Return names and those that they lead to, also through others, the nearest first."""
     found = list(names)
     seen = set(found)
     for name in found:
@@ -4658,7 +4658,7 @@ def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
 
 
 def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
-    """Dependencies under each unit; what was shown already is only named."""
+    """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
     fork, last, bar = "|-- ", "`-- ", "|   "
@@ -4666,9 +4666,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
     lines: list[str] = []
     shown: set[str] = set()
-    todo = [(name, "", "", 0) for name in reversed(roots or [name for name in nodes if name not in wanted])]
-    while todo:
-        name, lead, below, level = todo.pop()
+
+    def show(name: str, lead: str = "", below: str = "", level: int = 0) -> None:
         wants, more = list(nodes[name].wants), f" ({described(nodes[name])})"
         if wants and name in shown:
             wants, more = [], " (see above)"
@@ -4676,8 +4675,12 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
         shown.update([name] if wants else [])
-        for i, child in enumerate(reversed(wants)):
-            todo.append((child, below + (fork if i else last), below + (bar if i else "    "), level + 1))
+        for child in wants:
+            is_last = child == wants[-1]
+            show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
+
+    for name in roots or [name for name in nodes if name not in wanted]:
+        show(name)
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
@@ -4726,7 +4729,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
-    """The graph for programs."""
+    """Return the graph for programs."""
     nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
     wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
     edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
@@ -7228,7 +7231,7 @@ def cmd_timeline(args: Args) -> None:
         try:
             with open(open_file(args.compare), "rb") as f:
                 os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
-                before = read_timeline(f.read(), args.compare)
+                before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = client_of(args).graph()
