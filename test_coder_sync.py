@@ -6367,7 +6367,7 @@ STARTUPS = {
             dependencies=[coder_sync.Dependency("b", "completed", "started", False, reason="slow")],
             history=[coder_sync.Event(3, 5.0, 0, "c", "registered"), coder_sync.Event(9, 6.5, 0, "c", "wants", "b")],
         ),
-        unit("alone"),
+        unit("alone", waits_for=["nobody yet"]),
     ),
 }
 
@@ -6844,28 +6844,51 @@ def test_what_xml_cannot_hold_is_replaced() -> None:
     assert coder_sync.xml("\x00\x1b\ud800\uffff\n<\u2028'\"&") == "\ufffd" * 4 + "\n&lt;\ufffd&#x27;&quot;&amp;"
 
 
-def test_graphs_for_other_programs_have_all_names_and_edges() -> None:
+def edges_of(graph: Graph) -> list[tuple[str, ...]]:
+    return [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
+
+
+def test_dot_has_all_names_and_edges_whatever_the_names_are() -> None:
+    string = r'"((?:[^"\\]|\\.)*)"'
     for graph in ANY:
-        nodes = [u.unit_name for u in graph.nodes]
-        edges = [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
         text = coder_sync.graph_dot(graph)
-        string = r'"((?:[^"\\]|\\.)*)"'
-        found = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}[^"]*\];$', text, re.M)
-        assert [re.sub(r"\\(.)", r"\1", name) for name, _ in found] == nodes
-        arrows = re.findall(rf'^  {string} -> {string}(?: \[(?:label=(\w+))?[^"]*\])?;$', text, re.M)
-        assert [(*(re.sub(r"\\(.)", r"\1", name) for name in two), r or "success") for *two, r in arrows] == edges
-        assert text.count("\n") == 3 + len(nodes) + len(edges)
-        lines = coder_sync.graph_mermaid(graph).splitlines()
-        boxes = [
-            re.fullmatch(r'  u\d+\(?\["([^"\[\](){}<>|`;%\\]|#\d+;)*"\]\)?:::\w+', line)
-            for line in lines[1 : len(nodes) + 1]
+        boxes = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}([^"]*)\];$', text, re.M)
+        assert [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes] == [
+            (u.unit_name, u.running_on) for u in graph.nodes
         ]
-        labels = [box[0].split('"')[1] for box in boxes if box]
-        assert [re.sub(r"#(\d+);", lambda code: chr(int(code[1])), label) for label in labels] == nodes
-        assert sum("-->" in line for line in lines) == len(edges)
+        arrows = re.findall(rf'^  {string} -> {string}(?: \[(?:label=(\w+))?[^"]*\])?;$', text, re.M)
+        found = [(*(re.sub(r"\\(.)", r"\1", name) for name in two), r or "success") for *two, r in arrows]
+        assert found == edges_of(graph) and text.count("\n") == 3 + len(boxes) + len(arrows)
+
+
+def test_mermaid_has_all_names_edges_and_the_critical_path_whatever_the_names_are() -> None:
+    label = r'\["((?:[^"\[\](){}<>|`;%\\]|#\d+;)*)"\]'
+    for graph in ANY:
+        text, startup = coder_sync.graph_mermaid(graph), coder_sync.Startup(graph)
+        boxes = re.findall(rf"^  (u\d+)(\(?){label}\)?:::(\w+)$", text, re.M)
+        names = {ident: re.sub(r"#(\d+);", lambda code: chr(int(code[1])), name) for ident, _, name, _ in boxes}
+        drawn = [(names[ident], round == "(", status.replace("_", " ")) for ident, round, _, status in boxes]
+        assert drawn == [(u.unit_name, u.running_on, u.status) for u in graph.nodes]
+        arrows = re.findall(r"^  (u\d+) -->(?:\|(\w+)\|)? (u\d+)$", text, re.M)
+        assert [(names[a], names[b], r or "success") for a, r, b in arrows] == edges_of(graph)
+        path = [names[ident] for ident in re.findall(r"^  style (u\d+) stroke", text, re.M)]
+        assert path == [bar.name for bar, _ in startup.path]
+        bold = [
+            arrows[int(n)] for n in re.findall(r"\d+(?=[, ])", text.partition("linkStyle")[2].partition("stroke")[0])
+        ]
+        steps = {(a, b) for a, b in zip(path, path[1:])}
+        assert {(names[a], names[b]) for a, _, b in bold} == steps & {edge[:2] for edge in edges_of(graph)}
+        assert text.count("\n") == 7 + len(boxes) + len(arrows) + len(path) + bool(bold)
+
+
+def test_the_graph_as_json_has_all_names_and_edges() -> None:
+    for graph in ANY:
         data = coder_sync.graph_data(graph)
-        assert [row["unit_name"] for row in data["units"]] == nodes
-        assert [(row["depends_on"], row["unit_name"], row["requirement"]) for row in data["edges"]] == edges
+        keys = ("unit_name", "status", "reason", "running_on")
+        assert data["units"] == [{key: getattr(u, key) for key in keys} for u in graph.nodes]
+        assert [(edge["depends_on"], edge["unit_name"], edge["requirement"]) for edge in data["edges"]] == edges_of(
+            graph
+        )
 
 
 def test_why_tells_of_each_unit_that_is_stuck_whom_it_waits_for() -> None:
