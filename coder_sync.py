@@ -7128,8 +7128,7 @@ def make_room(path: str) -> bool:
     try:
         with Channel(path) as channel:
             channel.answer(channel.request("shutdown"), ANSWER_TIMEOUT)
-            for _ in channel.messages(GRACE):
-                pass
+            channel.receive(REPLACE_TIMEOUT)  # until it hangs up
     except Unreachable:  # it has ended, or has not answered
         return time.monotonic() - began < ANSWER_TIMEOUT
     except SyncError:
