@@ -103,17 +103,28 @@ def half_of(path, below):  # type: (str, bool) -> Any
     return half, (found.st_ino, found.st_mtime_ns)
 
 
+def exit_on_signals():  # type: () -> None
+    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    import _signal as signal  # type: ignore[import-not-found]
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
 def launch():  # type: () -> None
     """Run what is above the cut, which runs main() at the cut."""
     global LAUNCHED
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal  # type: ignore[import-not-found]
+    import _signal as signal
     import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    if posix.getpid() == 1:
+        exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     path = sys.argv[0]
@@ -758,7 +769,7 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `notice_signals`
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
@@ -837,7 +848,7 @@ class Channel:
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+        if self.signals >= 0:
             import select
 
             awaited = select.poll()
@@ -1674,16 +1685,13 @@ def name_process() -> None:
         pass
 
 
-def end_on_signals() -> None:
-    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+def notice_signals() -> None:
+    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
     posix.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -1702,7 +1710,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
-            end_on_signals()
+            exit_on_signals()
+            notice_signals()
         name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
