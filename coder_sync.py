@@ -22,6 +22,7 @@ let others go on:
     coder_sync.py wait UNIT...           wait for units, or probes, without being one
     coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
     coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
 
@@ -109,7 +110,7 @@ def exit_on_signals():  # type: () -> None
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+            signal.signal(number, lambda got, frame: sys.exit(128 + got))
 
 
 def launch():  # type: () -> None
@@ -192,6 +193,7 @@ REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
 GRACE = 8.0  # seconds that a command has to end; docker kills after ten
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 NEVER = float("inf")  # a time
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
@@ -447,8 +449,15 @@ class Pong(Record):
     uptime: float
 
 
+class Running(Record):
+    """A unit whose command still runs."""
+
+    unit: str
+    owner: Owner | None = None
+
+
 class Answer(Record):
-    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+    """What the agent says of units: its answer to who starts, stops or resets them, and what becomes of a boot's."""
 
     unit: str = ""
     status: str = ""
@@ -456,6 +465,9 @@ class Answer(Record):
     dependencies: list[str] = []  # noqa: RUF012
     units: list[str] = []  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    stopped: list[str] = []  # noqa: RUF012  (in the order in which they ended)
+    left: list[Running] = []  # noqa: RUF012
+    cannot: list[Running] = []  # noqa: RUF012  (be stopped: a script called `start` itself)
 
 
 class Graph(Record):
@@ -463,6 +475,13 @@ class Graph(Record):
 
     now: float
     nodes: list[UnitStatus]
+
+
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def check_name(name: object, what: str = "unit") -> str:
@@ -882,10 +901,13 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
-        """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        end = time.monotonic() + timeout
-        while message := self.hear(end=end):
+    def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
+        """Return the result of a request. Raises what the agent answered.
+
+        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        """
+        end = time.monotonic() + quiet + timeout
+        while message := self.hear(quiet, end):
             if is_answer(message, request):
                 return result_of(message)
         raise Unreachable(self._silence(timeout))
@@ -925,9 +947,13 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def agent(self) -> str:
+        """The agent, for a message."""
+        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
+
     def _silence(self, seconds: float) -> str:
-        who = f" (pid {self.pid})" if self.pid else ""
-        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+        return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -1031,19 +1057,6 @@ def name_list(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
-
-
-def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
-    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
-    with Channel(path, connect_timeout) as channel:
-        channel.answer(channel.request("shutdown"), timeout)
-        end = time.monotonic() + timeout
-        try:
-            while channel.receive(end - time.monotonic()):
-                pass
-        except Unreachable:
-            return
-    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -1152,9 +1165,34 @@ class Client:
         with self._channel("env") as channel:
             return channel.news(channel.call("env", unit=unit)).env
 
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped when all have ended, which takes `grace` seconds at most, and
+        some more for what ignores TERM. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what has `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
     def shutdown(self) -> None:
-        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        end_agent(self.socket_path, self._question_timeout)
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
@@ -1246,6 +1284,16 @@ class Start:
             self.channel.close()
 
 
+def still_running(answer: Answer) -> str:
+    """What a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    own = ", which called `start` itself: end that"
+    texts += [
+        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
+    ]
+    return "; ".join(texts)
+
+
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
@@ -1278,13 +1326,6 @@ def wait_for(
 # because importing argparse costs more than a call; by argparse for the help pages; and by completion.
 # Up to here the file is all that such a call needs: an installed copy loads what follows only for other commands.
 # ----------------------------------------------------------------------------------------------------------
-
-
-def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def dependency_text(row: Dependency) -> str:
@@ -1983,7 +2024,7 @@ def end_on(*names: str) -> None:
     import _signal as signal
 
     for number in heeded(names):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
 
 
 def let_children_go() -> None:
@@ -2116,7 +2157,6 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
-STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
@@ -7322,6 +7362,23 @@ def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+
+
+@Command(
+    "stop db --grace 30s",
+    units_or("all"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
+    QUIET,
+)
+def cmd_stop(args: Args) -> None:
+    """End the commands of UNIT and of what depends on it, dependents first."""
+    answer = client_of(args).halt(*args.units, grace=args.grace)
+    if answer.stopped:
+        say(f"stopped: {names_of(answer.stopped)}", quiet=args.quiet)
+    if answer.left or answer.cannot:
+        raise Refused(still_running(answer))
+    if not answer.stopped:
+        say("nothing runs", quiet=args.quiet)
 
 
 @Command("shutdown", QUIET)

@@ -5383,6 +5383,42 @@ def test_stop_tells_all_at_half_time_says_what_is_left_and_goes_on_without_who_a
     assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
 
 
+def test_the_command_stop_says_what_it_has_ended(agent: World) -> None:
+    db, app = Supervisor(agent, "db"), Supervisor(agent, "app", dependencies=["db"])
+    stopping = agent.popen("stop", "db")
+    for one, unit in ((app, "app"), (db, "db")):
+        assert one.told()["unit"] == unit
+        one.ended(unit)
+    done = finish(stopping)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped: app, db\n", "")
+    assert agent.ok("stop") == "nothing runs\n"
+    assert agent.ok("stop", "-q") == ""
+    assert agent.run("stop", "dv").stderr == 'error: unit "dv" is not registered; call want, start or run on it first\n'
+
+
+def test_a_stop_names_what_it_could_not_end(world: World) -> None:
+    answering(world, altered("coder_sync.STOP_PATIENCE = 0.1", "serve", "-q"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    world.client.start("script")
+    stopping = world.popen("stop", "--grace", "0.2s")
+    app.told()
+    app.ended("app")
+    db.told()
+    done = finish(stopping)
+    assert (done.returncode, done.stdout) == (1, "stopped: app\n")
+    still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
+    cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which called `start` itself: end that'
+    assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
+    with pytest.raises(Refused, match=f"^{cannot}$"):
+        world.client.stop("script")
+    with pytest.raises(NotRegistered):
+        world.client.stop("nobody")
+    with pytest.raises(Refused, match=f"^{still}$"):
+        world.client.stop("db", grace=0.1)
+    db.ended("db")
+    assert world.client.stop("db", "app") == []
+
+
 @pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"])
 def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how: str) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
