@@ -6310,6 +6310,7 @@ STARTUPS = {
         unit("shell", 10, None, None, ["db"], ready=20, locks=["port"], blocked_by={"port": "ide"}),
         unit("web", 0, 100, reason="not ready yet: tcp:80", probe="tcp:80", probe_error="no route", tries=[156.0]),
         unit("site", 0, None, None, ["web"], waits_for=["web"]),
+        unit("up", 0, 155, probe="file:up"),
     ),
     "edges": startup_of(  # bounds of what is shown, and a start a second after the first sign
         10,
@@ -6434,7 +6435,7 @@ TEXTS = """
 started); critical path: base 10s -> web 20s (100% of it)
 ? timeline: services: 74
             0            1m00s         2m00s
-* apt-base  █████████                                 40s completed
+  apt-base  █████████                                 40s completed
   cache     █──────────────────────                  1.0s stopped at 1m40s
   clone     ██│██│███                                 40s completed
   db        █████────────────────────────────────     20s running on
@@ -6442,16 +6443,17 @@ started); critical path: base 10s -> web 20s (100% of it)
   gate      █──────                                  1.0s exited at 30s
   q         █────────────────────                    1.0s lost at 1m30s
   proxy     ██────────────────                       9.0s died at 1m20s
-* apt-tools ▒▒▒▒▒▒▒▒▒█████                            20s completed
-* tools     ░░░░░░░░░░░░░███████│██                   40s completed
-* ide       ░░░░░░░░░░░░░░░░░░░░░░░██████████████   1m00s running
+  apt-tools ▒▒▒▒▒▒▒▒▒█████                            20s completed
+  tools     ░░░░░░░░░░░░░███████│██                   40s completed
+  ide       ░░░░░░░░░░░░░░░░░░░░░░░██████████████   1m00s running
   web       ░░░░░░░░░░░░░░░░░░░░░░░█████████████│   1m00s probing
+* up        ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░██    5.0s probing
   site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
   shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
-2m40s in all (3 failed, 3 still running, 2 not started); critical path:
-apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
+2m40s in all (3 failed, 4 still running, 2 not started); critical path: up
+5.0s (3% of it)
 ? timeline: nothing: 40
 no units yet
 ? summary: a dependency that was only to start
@@ -6641,6 +6643,7 @@ ide        started    true   1m00s
 shell      pending    true   2m30s
 web        started    true   1m00s             probing tcp:80 for 4.0s (no route)
 site       pending    true   2m40s  web
+up         started    true   5.0s              probing file:up for 5.0s
 ? list: wide names: reason,waits_for, Unit
 REASON   WAITS FOR  UNIT
                     环境
@@ -6838,6 +6841,9 @@ def test_the_svg_says_of_each_unit_what_it_did() -> None:
             assert classes.count("t") == len(u.tries)
             assert group.findtext("text") == u.unit_name or coder_sync.wide(u.unit_name) > 60
             assert u.reason in (group.findtext("title") or "") or u.probe
+            outcome = group.findall("text")[-1].text or ""
+            word = u.status if u.status in coder_sync.ENDED and not u.running_on else coder_sync.standing(u)
+            assert outcome.startswith(word) and coder_sync.wide(outcome) <= 60
 
 
 def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
