@@ -6310,7 +6310,7 @@ STARTUPS = {
         unit("shell", 10, None, None, ["db"], ready=20, locks=["port"], blocked_by={"port": "ide"}),
         unit("web", 0, 100, reason="not ready yet: tcp:80", probe="tcp:80", probe_error="no route", tries=[156.0]),
         unit("site", 0, None, None, ["web"], waits_for=["web"]),
-        unit("up", 0, 155, probe="file:up"),
+        unit("up", 0, 90, probe="file:up"),
     ),
     "edges": startup_of(  # bounds of what is shown, and a start a second after the first sign
         10,
@@ -6435,7 +6435,7 @@ TEXTS = """
 started); critical path: base 10s -> web 20s (100% of it)
 ? timeline: services: 74
             0            1m00s         2m00s
-  apt-base  █████████                                 40s completed
+* apt-base  █████████                                 40s completed
   cache     █──────────────────────                  1.0s stopped at 1m40s
   clone     ██│██│███                                 40s completed
   db        █████────────────────────────────────     20s running on
@@ -6443,17 +6443,17 @@ started); critical path: base 10s -> web 20s (100% of it)
   gate      █──────                                  1.0s exited at 30s
   q         █────────────────────                    1.0s lost at 1m30s
   proxy     ██────────────────                       9.0s died at 1m20s
-  apt-tools ▒▒▒▒▒▒▒▒▒█████                            20s completed
-  tools     ░░░░░░░░░░░░░███████│██                   40s completed
-  ide       ░░░░░░░░░░░░░░░░░░░░░░░██████████████   1m00s running
+* apt-tools ▒▒▒▒▒▒▒▒▒█████                            20s completed
+* tools     ░░░░░░░░░░░░░███████│██                   40s completed
+  up        ░░░░░░░░░░░░░░░░░░░░█████████████████   1m10s probing
+* ide       ░░░░░░░░░░░░░░░░░░░░░░░██████████████   1m00s running
   web       ░░░░░░░░░░░░░░░░░░░░░░░█████████████│   1m00s probing
-* up        ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░██    5.0s probing
   site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
   shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
-2m40s in all (3 failed, 4 still running, 2 not started); critical path: up
-5.0s (3% of it)
+2m40s in all (3 failed, 4 still running, 2 not started); critical path:
+apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
 ? timeline: nothing: 40
 no units yet
 ? summary: a dependency that was only to start
@@ -6619,6 +6619,7 @@ complete.
 "proxy" failed 1m20s ago after running 1m19s: died 1m10s after it was ready: exit code 1; started after waiting 1.0s.
 "q" failed 1m10s ago after running 1m30s: lost: the boot that ran process 43 ended; that process may still run (it \
 does); started by process (pid 43) at once.
+"up" started 1m10s ago, after waiting 1m30s; it is probing file:up for 1m10s.
 "cache" failed 1m00s ago after running 1m40s: stopped; started at once.
 ? list: wide names
 UNIT   STATUS   READY  AGE   WAITS FOR  REASON
@@ -6643,7 +6644,7 @@ ide        started    true   1m00s
 shell      pending    true   2m30s
 web        started    true   1m00s             probing tcp:80 for 4.0s (no route)
 site       pending    true   2m40s  web
-up         started    true   5.0s              probing file:up for 5.0s
+up         started    true   1m10s             probing file:up for 1m10s
 ? list: wide names: reason,waits_for, Unit
 REASON   WAITS FOR  UNIT
                     环境
