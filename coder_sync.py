@@ -62,7 +62,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, Union
@@ -108,6 +108,7 @@ CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
+GRACE = 8.0  # seconds that a command has to end; docker kills after ten
 NEVER = float("inf")  # a time
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
@@ -216,6 +217,8 @@ COMPLETED = "completed"
 FAILED = "failed"
 SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
 ENDED = (COMPLETED, FAILED, SKIPPED)
+STOPPED = "stopped"  # how the process of a service ended, else its exit status: by `stop`
+LOST = "lost"  # with its supervisor; it may still run
 
 SUCCESS: Requirement = "success"
 COMPLETION: Requirement = "completion"
@@ -324,9 +327,12 @@ class UnitStatus(Record):
     locks: list[str] = []  # noqa: RUF012
     blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
     tries: list[float] = []  # noqa: RUF012  (when each further try began)
-    running_on: bool = False  # it completed, and its process goes on: a service
-    exited: float | None = None  # when the process of a service ended
+    running_on: bool = False  # it completed, and its command runs on: a service
+    stopping: bool = False  # its supervisor is to end it, or was told to
+    exited: float | None = None  # when the command of a service ended
     exit_reason: str = ""
+    probe: str = ""  # what says that a service is ready, while it is not
+    probe_error: str = ""  # what the last try of it lacked
     log: str = ""  # the file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
     environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
@@ -1703,8 +1709,8 @@ class Processes:
 class Family:
     """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
 
-    Who was seen once is known by pid and birth when its parent has gone, too. Without a /proc of ours they are the first
-    process and the group of that. No pid is signalled that may have become another process's.
+    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
+    process and its group are known. No pid is signalled that may have become another process's.
     """
 
     def __init__(self, pid: int, own: bool) -> None:
@@ -1983,8 +1989,10 @@ def is_variable(name: str) -> bool:
 #
 # A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
 # `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
+# That of a supervisor lasts until the unit and its command have ended: a service has completed and runs on.
 # Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
-# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
+# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
+# failed and its claim lasts; who runs on has a holder; what is in `stopping` has one, a supervisor.
 # ----------------------------------------------------------------------------------------------------------
 
 MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
@@ -1998,6 +2006,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
@@ -2009,7 +2018,7 @@ class Facts(UnitStatus):
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
+    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -2022,7 +2031,9 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.locks: tuple[Lock, ...] = ()  # that it has while it is started
+        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.locks: tuple[Lock, ...] = ()  # that it was started with
+        self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
@@ -2045,15 +2056,46 @@ class Lock:
 
 
 class Claim:
-    """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
+    """A request to start a unit, or to wait.
+
+    A plain one lasts until it is answered, a held one until its unit has ended, and that of a supervisor until the
+    unit's command has ended too.
+    """
+
+    boot = False  # it is answered with every status of the unit, not once
+    runs = False  # its owner is the command itself, as its supervisor has said
+    delivered = False  # its answer has arrived
+    lost = False  # it ended without a word of what becomes of the command
+    deadline = NEVER
 
     def __init__(
-        self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...], boot: bool
+        self,
+        unit: Unit,
+        ticket: Any,
+        owner: Owner | None = None,
+        held: bool = False,
+        supervisor: bool = False,
+        locks: tuple[Lock, ...] = (),
     ) -> None:
-        self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
-        self.boot = boot  # it is answered with every status of the unit, not once
-        self.deadline = NEVER
-        self.delivered = False  # its answer has arrived
+        self.unit, self.ticket, self.owner, self.locks = unit, ticket, owner, locks
+        self.held, self.supervisor = held or supervisor, supervisor
+
+
+class Stopping(Record):
+    """What a supervisor is told: to end the command of a unit within so many seconds."""
+
+    unit: str
+    grace: float
+
+
+class Stop(Claim):
+    """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
+
+    def __init__(self, ticket: Any, deadline: float, cannot: list[dict[str, Any]]) -> None:
+        super().__init__(Unit(""), ticket)
+        self.units: dict[Unit, None] = {}  # that are to end
+        self.end_by = deadline + STOP_PATIENCE
+        self.answer: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
 
 
 class Units:
@@ -2080,6 +2122,8 @@ class Units:
         self.locks: dict[str, Lock] = {}
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
+        self.stopping: dict[Unit, None] = {}  # that supervisors are to end
+        self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
         self._answers: list[tuple[Claim, Any]] = []
@@ -2106,40 +2150,59 @@ class Units:
         held: bool = False,
         locks: Iterable[str] = (),
         timeout: float = 0.0,
+        supervisor: bool = False,
     ) -> Claim:
         """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        wants = dict.fromkeys(dependencies, check_requirement(requires))
-        return self._claim([(check_name(name), wants, locks)], ticket, owner, held, timeout)[0]
+        members = [(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), locks)]
+        return self._claim(members, timeout, ticket=ticket, owner=owner, held=held, supervisor=supervisor)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
         wants = dict.fromkeys(names, check_requirement(requires))
         # Held, so that one that ends before its time has failed, and is forgotten.
-        return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
+        return self._claim([("", wants, ())], timeout, ticket=ticket, held=True)[0]
 
-    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
+    def boot(
+        self,
+        members: Sequence[Member],
+        ticket: Any,
+        owner: Owner | None = None,
+        jobs: int = 0,
+        resume: bool = False,
+    ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
-        At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
-        replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
-        Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
+        At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
+        others. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
+        With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and nothing has
+        changed, while one of the others is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
+        done = set()
         for name, wants, _ in members:
             for requires in wants.values():
                 check_requirement(requires)
-            if name not in self.units:
-                continue
-            unit = self.units[name]
-            started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
-            if claim or (started and (by is None or self.alive(by) is not False)):
-                how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
-                raise Refused(f'unit "{name}" is {how}; nothing was run: end that first')
-        return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
+            unit = self.units.get(name)
+            if unit and resume and unit.status == COMPLETED:
+                done.add(name)
+            elif unit:
+                self._check_free(unit)
+        places = (Lock("", jobs),) if jobs else ()
+        return self._claim(members, 0.0, places, done, boot=True, ticket=ticket, owner=owner, supervisor=True)
+
+    def _check_free(self, unit: Unit) -> None:
+        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+        if unit.holder and not started:
+            earlier = " from an earlier boot" if unit.holder.boot else ""
+            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+        if claim or (started and (by is None or self.alive(by) is not False)):
+            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
+            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
@@ -2149,39 +2212,52 @@ class Units:
             unit.refused += [other.owner for other in unit.line if other.owner][:100]
             self._answer_line(unit, self._already_started(unit))
             if not claim.held:
-                unit.holder = None
+                self._close(unit)
 
-    def end_claims(self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None) -> None:
+    def end_claims(
+        self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None, reason: str = ""
+    ) -> None:
         """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
 
         `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
-        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
-        none, the unit of a held claim has failed, and that of any other is pending.
+        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is none,
+        the unit of a held claim has failed, with `reason` if it is given, unless it had ended and does not run on, and
+        that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
+        ended: dict[Unit, tuple[str, Claim]] = {}  # the reason, and the claim: a held one, if there is one
         for claim in [claim for claim in claims if not self.is_over(claim)]:
             unit, who = claim.unit, self._who(claim.owner)
-            by = "the boot that ran " if claim.boot else ""
-            reason = f"lost: {by}{who or 'the process that held it'} ended without completing"
             if claim in unit.line:
                 missing = ", ".join(self._waits_for(unit, registered=False))
-                reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
+                lost = f"lost: {who or 'its start'} waited for {missing}, and {why}"
                 if error is TimedOut:
-                    reason = f"timed out waiting for {missing}"
+                    lost = f"timed out waiting for {missing}"
                     what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
                     late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
                     self._answers.append((claim, late))
-                elif error:
+                elif error and not claim.boot:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
                 self._record(unit, "gave up", f"{why}; still missing: {missing}")
                 del unit.line[claim]
                 self.waits -= 1
             else:
-                unit.holder = None
-            ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
-        for unit, (reason, held) in ended.items():
-            if held and not unit.first():
-                self._set(unit, FAILED, one_line(reason))
+                by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
+                lost = f"lost: {by}{who or 'the process that held it'} ended"
+                if unit.facts.running_on:
+                    lost += f"; {'that process' if claim.runs else 'its command'} may still run"
+                else:
+                    lost += " without completing"
+                self._close(unit, lost=True)
+            if claim.held or unit not in ended:
+                ended[unit] = (lost, claim)
+        for unit, (lost, claim) in ended.items():
+            if unit.status in ENDED and not unit.facts.running_on:
+                continue
+            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
+                continue  # for now: a boot does not stay with its services yet
+            if claim.held and not unit.first():
+                unit.facts.running_on = False
+                self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
                 self._set(unit, PENDING, "the client that asked for its start was gone")
@@ -2194,19 +2270,111 @@ class Units:
         late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
         self.end_claims(late, "timed out", TimedOut)
 
-    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> None:
-        """End `name` with success; `env` is for those that depend on it.
+    def complete(
+        self,
+        name: str,
+        by: Owner | None = None,
+        env: dict[str, str] | None = None,
+        claim: Claim | None = None,
+        running: bool = False,
+    ) -> str:
+        """End `name` with success; `env` is for those that depend on it. Return its status.
 
-        Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
+        `claim` is the reporter's on the unit, if it has one; `running` says that the command runs on. Raises
+        NotRegistered; Refused if it has ended otherwise, is being stopped, or if the start of `by` was refused.
         """
         left = [env, *(unit.facts.environment for unit in self.units.values() if unit.name != name)] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        self._end(name, COMPLETED, by, "", 0, env)
+        return self._end(name, COMPLETED, by, claim, running, "", 0, env)
 
-    def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
-        """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, by, one_line(reason), exit_code)
+    def fail(
+        self,
+        name: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        by: Owner | None = None,
+        claim: Claim | None = None,
+    ) -> str:
+        """End `name` without success: what requires it is skipped. Return its status. Raises as `complete` does."""
+        return self._end(name, FAILED, by, claim, False, one_line(reason), exit_code)
+
+    def exit(self, claim: Claim, reason: str = "", code: int = 0) -> None:
+        """End a supervisor's claim: the command of its unit has ended, with all its processes.
+
+        If it ran on, and has ended by itself, otherwise than with 0, the unit has failed: it died.
+        """
+        unit = claim.unit
+        if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
+            return
+        facts, reason = unit.facts, one_line(reason)
+        if unit in self.stopping:
+            self._end_stopped(unit)
+        elif facts.running_on:
+            facts.running_on, facts.exited, facts.exit_reason = False, self._now(), reason
+            self._close(unit)
+            if code:
+                ran = span(facts.exited - (facts.ended or 0.0))
+                self._set(unit, FAILED, f"died {ran} after it was ready: {reason}", code, event="died")
+            else:
+                self._record(unit, "exited", reason)
+        else:
+            self._close(unit)
+        self._settle_all()
+
+    def run_on(self, claim: Claim) -> None:
+        """The command of a unit that has completed runs on: so does the claim of its supervisor."""
+        unit = claim.unit
+        if unit.status == COMPLETED and unit.last is claim and claim.held:
+            claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
+
+    def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
+        """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
+
+        What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
+        first, and at the latest when half of the time is over. The answer has three lists: the names of those that
+        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor.
+        Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        """
+        named = dict.fromkeys(self._registered(name) for name in names)
+        named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
+        affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
+        plain = [u for u in affected if u.status == STARTED and not (u.holder and u.holder.supervisor)]
+        deadline = self.clock() + grace
+        stop = Stop(ticket, deadline, [{"unit": unit.name, "owner": self._owner(unit)} for unit in plain])
+        stop.unit.line[stop] = None
+        self.waits += 1
+        for unit in affected:
+            if unit.holder and unit.holder.supervisor:
+                self.stopping[unit] = stop.units[unit] = None
+                unit.stop_by, unit.tell_by = min(unit.stop_by, deadline), min(unit.tell_by, deadline - grace / 2)
+        waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
+        self.end_claims(waiting, "stopped", Refused, reason="stopped")
+        failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
+        stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
+        self.stops.append(stop)
+        self.keep_time()
+        return stop
+
+    def keep_time(self) -> float:
+        """Go on with stops; return when something of them is due next, on the clock."""
+        now = self.clock()
+        if self.stopping:
+            below = self._reached(self.stopping, "wants")
+            for unit in self.stopping:
+                holder = unit.holder
+                if holder and unit.stop_by < unit.told and (unit not in below or unit.tell_by <= now):
+                    unit.told = unit.stop_by
+                    self._answers.append((holder, Stopping(unit.name, round(max(0.0, unit.stop_by - now), 3))))
+        for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
+            self.stops.remove(stop)
+            stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
+            if not self.is_over(stop):  # else who asked has gone
+                del stop.unit.line[stop]
+                self.waits -= 1
+                self._answers.append((stop, stop.answer))
+        times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
+        return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended pending again, with those skipped because of them; all if none is named.
@@ -2219,6 +2387,8 @@ class Units:
             if unit.status == STARTED:
                 by = owner_text(unit.facts.owner, " by ")
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+            if unit.holder:
+                raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
         again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
             self._set(unit, PENDING)
@@ -2232,26 +2402,16 @@ class Units:
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
         """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
+        claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
+        claim.unit.facts.probe = ready
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
         unit = self._registered(name)
         unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
-
-    def run_on(self, name: str) -> None:
-        """The process of a completed unit, a service, goes on."""
-        self._registered(name).facts.running_on = True
-
-    def exit(self, name: str, reason: str) -> None:
-        """The process of a completed unit has ended."""
-        unit = self._registered(name)
-        if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited = False, self._now()
-            unit.facts.exit_reason = one_line(reason)
-            self._record(unit, "exited", unit.facts.exit_reason)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -2301,17 +2461,21 @@ class Units:
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
+        """Return snapshots by name; `everything` includes names that were only ever wanted."""
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return [self._snapshot(u) for u in sorted(shown, key=lambda u: u.name)]
+        return self._snapshots(sorted(shown, key=lambda u: u.name))
 
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
-        rows = {unit: self._snapshot(unit) for unit in (*self.units.values(), *refused)}
-        for unit in [unit for unit in rows if unit.status == STARTED][:500]:  # to look at more would take too long
+        return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
+
+    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
+        """Return snapshots of units, in their order."""
+        rows = {unit: self._snapshot(unit) for unit in units}
+        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
             rows[unit].owner = self._owner(unit)
-        return Graph(self._now(), [*rows.values()])
+        return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
@@ -2330,12 +2494,7 @@ class Units:
 
     def dependents(self, unit: Unit) -> set[str]:
         """The names of all that depend on a unit, also through others, and its own."""
-        found, todo = {unit.name}, [unit]
-        for one in todo:
-            new = [u for u in one.wanted_by if u.name not in found]
-            found.update(u.name for u in new)
-            todo += new
-        return found
+        return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
 
     # -- the rules ----------------------------------------------------------------------------------------
 
@@ -2386,7 +2545,8 @@ class Units:
             lock.taken[unit] = None
         del unit.line[claim]
         self.waits -= 1
-        unit.locks, unit.holder, facts.owner, unit.refused = claim.locks, claim, claim.owner, []
+        unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
+        unit.holder = unit.last = claim if unit.name else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -2411,6 +2571,8 @@ class Units:
         for unit, because in self._affected:  # which grows; no recursion, since chains may be long
             self._settle(unit, because)
         self._affected.clear()
+        if self.stops or self.stopping:
+            self.keep_time()
 
     def _set(
         self,
@@ -2419,25 +2581,26 @@ class Units:
         reason: str = "",
         exit_code: int | None = None,
         env: dict[str, str] | None = None,
+        event: str = "",
+        boot: Claim | None = None,
     ) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
-        old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
-        if old == STARTED:
-            for lock in unit.locks:
-                del lock.taken[unit]
-                self._freed.append((lock, unit))
+        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true.
+
+        `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
+        """
+        old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
+        if status in (PENDING, COMPLETED):
+            self._unlock(unit)
         if status == PENDING:  # forget the run before
             unit.facts = Facts(unit.since)
-            unit.root, unit.locks = "", ()
+            unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
-        else:
+        elif unit.facts.ended is None:  # else it completed, and ran on
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = reason, exit_code
         if env:
             unit.facts.environment, self.left_environment = env, True
-        if status != STARTED or not unit.name:
-            unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
@@ -2446,35 +2609,97 @@ class Units:
         if claim and claim.boot and status != PENDING:
             answer = {"unit": unit.name, "status": status, "reason": reason}
             self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, reason)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
                 self._forget(other)
 
-    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> None:
-        """End a unit as its caller tells; `outcome` is what `_set` takes."""
+    def _end(self, name: str, status: str, by: Owner | None, claim: Claim | None, running: bool, *outcome: Any) -> str:
+        """End a unit as its caller tells, and its claim unless that is a supervisor's whose command may still run.
+
+        `outcome` is what `_set` takes.
+        """
         unit = self._registered(name)
+        holds = claim is not None and claim is unit.holder
+        running = running and holds and claim is not None and claim.held
+        if not holds:
+            self._check_report(unit, by)
+        if unit in self.stopping and (holds or unit.status == STARTED):
+            if holds and not running:
+                self._end_stopped(unit)
+                self._settle_all()
+            elif not holds and status == COMPLETED:
+                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+            return unit.status
+        if holds and claim and unit.facts.running_on and not running:  # a report of its command's end
+            self.exit(claim, outcome[0], int(status == FAILED and (outcome[1] or 1)))
+            return unit.status
+        wrong = unit.status in ENDED and unit.status != status
+        why = f" ({unit.facts.reason})" if unit.facts.reason else ""
+        if unit.status not in ENDED:
+            if running:
+                self._record(unit, "ready", "")
+            self._set(unit, status, *outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+        if holds and claim and running:
+            self.run_on(claim)
+        elif holds or not (unit.holder and unit.holder.supervisor):
+            self._close(unit)
+        self._settle_all()
+        if wrong:
+            hint = "others may have acted on that; start it again first"
+            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
+        return unit.status
+
+    def _check_report(self, unit: Unit, by: Owner | None) -> None:
+        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
             raise Refused(
-                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from another shell"
+                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
+                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
+                "another shell"
             )
-        if unit.status in ENDED and unit.status != status:
-            why = f" ({unit.facts.reason})" if unit.facts.reason else ""
-            hint = "others may have acted on that; start it again first"
-            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        if unit.status != status:
-            self._set(unit, status, *outcome)
-            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            self._settle_all()
+
+    def _end_stopped(self, unit: Unit) -> None:
+        """The command of a unit that was to be stopped has ended."""
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), "stopped"
+        if unit.status != FAILED:
+            self._set(unit, FAILED, "stopped", event="stopped")
+            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        self._close(unit)
+
+    def _close(self, unit: Unit, lost: bool = False) -> None:
+        """The claim that was granted is over; what a supervisor that is lost has left was not stopped."""
+        claim, unit.holder = unit.holder, None
+        if claim:
+            claim.lost = lost
+        if unit.status != STARTED or (claim and claim.held):
+            self._unlock(unit)
+        if unit in self.stopping:
+            del self.stopping[unit]
+            unit.stop_by = unit.tell_by = unit.told = NEVER
+            for stop in [stop for stop in self.stops if unit in stop.units]:
+                del stop.units[unit]
+                if lost:
+                    stop.answer["left"].append({"unit": unit.name, "owner": self._owner(unit)})
+                else:
+                    stop.answer["stopped"].append(unit.name)
+
+    def _unlock(self, unit: Unit) -> None:
+        """Pass on the locks that a unit has."""
+        for lock in unit.locks:
+            if unit in lock.taken:
+                del lock.taken[unit]
+                self._freed.append((lock, unit))
 
     # -- small parts --------------------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
-        """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
+        """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
@@ -2493,7 +2718,7 @@ class Units:
 
         try:
             units = [known(name) if name else self._unknown(name) for name, _, _ in members]
-            for unit in [unit for unit in units if anew and unit.status in ENDED]:
+            for unit in units if anew else ():
                 for other, requires in reversed(list(unit.wants.items())):
                     self._cut(unit, other)
                     undo.append((self._link, unit, other, requires))
@@ -2531,29 +2756,36 @@ class Units:
     def _claim(
         self,
         members: Sequence[Member],
-        ticket: Any,
-        owner: Owner | None,
-        held: bool,
-        timeout: float = 0.0,
+        timeout: float,
         places: tuple[Lock, ...] = (),
+        done: Container[str] = (),
         boot: bool = False,
+        **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
+        """Declare units, stand in the line of each but those that are done, and see how far that leads.
+
+        Every start, wait and boot. `asked` is what Claim takes.
+        """
         if self.waits + len(members) > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
         claims = []
         for unit, its in zip(units, locks):
-            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.delivered):
-                if owner:
-                    unit.refused = [*unit.refused[-99:], owner]
-                raise self._already_started(unit)
+            if unit.name in done:
+                continue
+            on = unit.holder
+            answered = unit.status == STARTED and (on is None or on.delivered)
+            if not boot and (answered or (on and unit.status in ENDED)):
+                if asked["owner"]:
+                    unit.refused = [*unit.refused[-99:], asked["owner"]]
+                raise self._already_started(unit, asked["owner"])
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
-            claim = Claim(unit, ticket, owner, held, its + places, boot)
+            claim = Claim(unit, locks=its + places, **asked)
+            claim.boot = boot
             if timeout:
                 claim.deadline = self.clock() + timeout
             if unit.first() is None:
@@ -2644,6 +2876,17 @@ class Units:
         return []
 
     @staticmethod
+    def _reached(units: Iterable[Unit], edges: str) -> dict[Unit, None]:
+        """Return what units lead to, also through others, by way of `wants` or `wanted_by`."""
+        found: dict[Unit, None] = {}
+        todo = [*units]
+        while todo:
+            new = [other for other in getattr(todo.pop(), edges) if other not in found]
+            found.update(dict.fromkeys(new))
+            todo += new
+        return found
+
+    @staticmethod
     def _before(unit: Unit) -> list[Unit]:
         """All that a unit depends on, also through others, dependencies before their dependents."""
         order: list[Unit] = []
@@ -2691,7 +2934,20 @@ class Units:
         self.waits -= len(unit.line)
         unit.line.clear()
 
-    def _already_started(self, unit: Unit) -> AlreadyStarted:
+    @staticmethod
+    def _runs_on(unit: Unit) -> str:
+        """Say that the command of a unit that has ended still runs."""
+        owner = unit.facts.owner
+        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
+        """Return the error for a start that is one too many; `by` is who asked for it."""
+        owner, holder = unit.facts.owner, unit.holder
+        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+            hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
+            return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
+        if unit.status in ENDED:
+            return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
@@ -2704,7 +2960,7 @@ class Units:
         return unit
 
     def _snapshot(self, unit: Unit) -> UnitStatus:
-        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts), stopping=unit in self.stopping)
         row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
@@ -2718,9 +2974,15 @@ class Units:
 
     def _owner(self, unit: Unit) -> Owner | None:
         owner = unit.facts.owner
-        if owner is None or unit.status != STARTED:
+        if owner is None or not self._may_run(unit):
             return owner
         return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+
+    @staticmethod
+    def _may_run(unit: Unit) -> bool:
+        """Whether the process of a unit may run, as far as is known: it was not seen to end."""
+        last = unit.last
+        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
@@ -2766,6 +3028,7 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
+    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -2958,7 +3221,6 @@ class Connection:
         self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
         self.claims: dict[Claim, None] = {}  # all that may not be over
         self.members: list[Any] = []  # the units of a boot, of which more are to come
-        self.services: dict[str, None] = {}  # units whose process runs on
         self.following = -1  # the number of the last event that it has, if it follows them
         self.idle_at = time.monotonic() + IDLE_TIMEOUT
         self.gone = False  # the peer is, or what it sends is not read any more
@@ -3028,8 +3290,7 @@ class Agent:
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
-        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
+        self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3071,13 +3332,6 @@ class Agent:
                 self.followers.discard(connection)
                 if not self.stopping:
                     self.units.end_claims(list(connection.claims), "its caller went away")
-                    for name in connection.services:
-                        unit = self.units.units[name]
-                        owner = unit.facts.owner
-                        if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
-                            self._watch(unit, owner)
-                        else:
-                            self.units.exit(name, "not known: the process that ran it is gone")
                     self._distribute()
                 connection.open.clear()
                 connection.claims.clear()
@@ -3125,7 +3379,7 @@ class Agent:
                     elif claim.ticket.report_at <= now:
                         self._still_waiting(claim)
                 if connection.idle_at <= now:
-                    idle = not (connection.claims or connection.services or connection.following >= 0)
+                    idle = not (connection.claims or connection.following >= 0)
                     connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
         if idle:
@@ -3229,7 +3483,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
+        return (
+            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
+        )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
@@ -3245,7 +3501,12 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            self._answer(claim, answer)
+            if isinstance(answer, Stopping):
+                connection = claim.ticket.connection
+                connection.outbox.append((None, {"method": "stop", "params": plain(answer)}))
+                connection.wake_up.wake()
+            else:
+                self._answer(claim, answer)
 
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
@@ -3275,7 +3536,7 @@ class Agent:
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
         holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds or (claim.boot and self.units.is_over(claim)):
+        if not holds:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3300,11 +3561,20 @@ class Agent:
         progress: bool = False,
         locks: Sequence[str] = (),
         confirm: bool = False,
+        supervisor: bool = False,
     ) -> None:
+        """Claim a unit.
+
+        With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
+        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
+        """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold)
-        claim = self.units.start(unit, request, dependencies, requires, owner, hold or pid != 0, locks, timeout)
+        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
+        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        claim = self.units.start(
+            unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
+        )
         self._expect(claim)
         if pid and owner:
             self._watch(claim, owner)
@@ -3331,7 +3601,7 @@ class Agent:
 
     def _may_wait(self, request: Request, progress: bool) -> None:
         if request.id is None:
-            raise InvalidRequest('start and wait need an "id"')
+            raise InvalidRequest('start, wait and stop need an "id"')
         if self.stopping:
             raise Unreachable("the agent is shutting down")
         if len(request.connection.open) >= MAX_PENDING:
@@ -3347,7 +3617,10 @@ class Agent:
         if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
-    def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
+    def do_boot(
+        self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
+    ) -> Any:
+        """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
         connection = request.connection
         members, connection.members = connection.members, []  # after a refusal none of them is left
         for row in units:
@@ -3359,35 +3632,45 @@ class Agent:
         if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
             connection.members = members
         else:
-            if self.lives_for and all(map(self.units.is_over, self.lives_for)):
+            if self.lives_for and all(claim.unit.status in ENDED for claim in self.lives_for):
                 raise Unreachable("the agent is shutting down")
-            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
-            connection.claims.update(dict.fromkeys(claims))
+            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
+            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
+            connection.claims = dict.fromkeys([*still, *claims])
+            if resume:
+                claimed = {claim.unit.name for claim in claims}
+                done = [name for name, _, _ in members if name not in claimed]
+                return {"units": len(members), "done": done}
         return {"units": len(members)}
 
-    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT) -> Any:
-        self.units.complete(unit, self._reporter(request, unit), check_environment(env))
-        return {"unit": unit, "status": COMPLETED}
+    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
+        """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        self.units.fail(unit, reason, exit_code or None, self._reporter(request, unit))
-        return {"unit": unit, "status": FAILED}
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
+        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
         known, connection = self.units.units.get(unit), request.connection
-        if not known or not known.refused or known.holder in connection.claims:
-            return None
-        return connection.caller(hold=False)
+        if not known or known.last in connection.claims:
+            return None, known.last if known else None
+        return connection.caller(hold=False) if known.refused else None, None
+
+    def _held(self, request: Request, unit: str) -> Claim:
+        """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
+        known = self.units.units.get(unit)
+        if not known or not known.last or known.last not in request.connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        return known.last
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
-        known = self.units.units.get(unit)
-        if not known or not known.holder or known.holder not in request.connection.claims:
-            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        self.units.own(known.holder, process(pid, one_line(command)), one_line(log), one_line(ready))
+        self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -3395,14 +3678,20 @@ class Agent:
         return {"unit": unit}
 
     def do_running(self, request: Request, unit: str) -> Any:
-        self.units.run_on(unit)
-        request.connection.services[unit] = None
+        self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(self, request: Request, unit: str, reason: str = "") -> Any:
-        self.units.exit(unit, reason)
-        request.connection.services.pop(unit, None)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
+        """The command of a unit has ended, with all its processes. Without `code`, an empty reason means 0."""
+        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
+        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
         return {"unit": unit}
+
+    def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
+        """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
+        self._may_wait(request, progress=False)
+        self._expect(self.units.stop(units, request, grace))
+        self._owners_wake.wake()  # who keeps time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
         return {"units": self.units.reset(units)}
@@ -3452,43 +3741,38 @@ class Agent:
             return None if now is None else False
         return now == owner.born if owner.born else None
 
-    def _watch(self, what: Claim | Unit, owner: Owner) -> None:
-        """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+    def _watch(self, claim: Claim, owner: Owner) -> None:
+        """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
         from io import FileIO
 
-        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
+        fd: FileIO | None = None
         try:
             fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
-        self.owners[what] = (owner, fd)
+        self.owners[claim] = (owner, fd)
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """A step of the owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        """A step of the owners' thread: asleep until an owner ends, or a stop is due to go on.
+
+        Where there is no pidfd it looks every second.
+        """
         self._owners_wake.awake = False
         with self.lock:
-            for what in [w for w in self.owners if self._is_over(w)]:
-                fd = self.owners.pop(what)[1]
+            for claim in [claim for claim in self.owners if self.units.is_over(claim)]:
+                fd = self.owners.pop(claim)[1]
                 if fd:
                     fd.close()
             owners = dict(self.owners)
-        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
-        with self.lock:
-            claims = [claim for claim in gone if isinstance(claim, Claim)]
-            self.units.end_claims(claims, "the process that was to own it has ended", Refused)
-            for unit in gone:
-                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
-                    self.units.exit(unit.name, "not known: the process that ran it is gone")
+            pause = self.units.keep_time() - time.monotonic()
             self._distribute()
-
-    def _is_over(self, what: Claim | Unit) -> bool:
-        """Whether there is no need any more to watch an owner."""
-        if isinstance(what, Claim):
-            return self.units.is_over(what)
-        return not what.facts.running_on or what.facts.owner != self.owners[what][0]
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
+        ready = self._owners_wake.sleep(fds - {-1}, min(pause, 1 if -1 in fds else NEVER))
+        gone = [c for c, (owner, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(owner) is False)]
+        with self.lock:
+            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
@@ -3919,11 +4203,9 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         "Unit": status.unit_name,
         "Status": status.status,
         "Ready": str(status.is_ready).lower(),
-        "Reason": status.reason,
+        "Reason": note(status),
         "Started by": owner_text(status.owner),
         "Tries": str(len(status.tries) + 1) if status.tries else "",
-        "Runs on": "yes" if status.running_on else "",
-        "Ended since": status.exit_reason,
         "Locks": ", ".join(status.locks),
         "Waits for": ", ".join(status.waits_for) if status.is_waiting else "",
         "Output": status.log,
@@ -3944,23 +4226,33 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
-def note_of(unit: UnitStatus) -> str:
-    """The reason of a status, or what has become of a service."""
-    return unit.reason or ("its process runs on" if unit.running_on else unit.exit_reason)
+def note(unit: UnitStatus) -> str:
+    """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
+    if unit.status == STARTED and unit.probe:
+        since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
+        lacks = f" ({unit.probe_error})" if unit.probe_error else ""
+        return f"probing {unit.probe} for {span(unit.age - since)}{lacks}"
+    if unit.running_on:
+        return "runs on" + owner_text(unit.owner, " as ")
+    if unit.exit_reason == LOST and unit.owner and unit.owner.alive is not None:
+        return unit.reason + (" (it does)" if unit.owner.alive else " (it has ended)")
+    ended = "its process has ended" if unit.status == COMPLETED and unit.exited is not None else ""
+    return unit.reason or unit.exit_reason or ended
 
 
 def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
-    """The table of all units; what they wait for and reasons have a column where there are any."""
+    """Return the table of all units; what they wait for and reasons have a column where there are any."""
     rows = [
-        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note_of(u)] for u in units
+        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
     ]
     text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
     return text if units else "no units yet\n"
 
 
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
-    """All units for programs."""
-    keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for")
+    """Return all units for programs."""
+    keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
+    keys += ["running_on", "exited", "exit_reason", "probe", "probe_error"]
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
@@ -4072,14 +4364,15 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     if unit.running_on:
         return "running on"
     if unit.exited is not None:
-        word = "exited" if unit.status == COMPLETED else "stopped" if unit.exit_reason == "stopped" else "died"
+        word = "exited" if unit.status == COMPLETED else "died"
+        word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
         return word if first is None else f"{word} at {span(unit.exited - first)}"
-    return "running" if unit.status == STARTED else unit.status
+    return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
 
 
 def described(unit: UnitStatus, word: str = "") -> str:
-    """The status, or another word for it, and the reason."""
-    return joined(word or unit.status, unit.reason or unit.exit_reason)
+    """Return the status, or another word for it, and what else there is to say."""
+    return joined(word or unit.status, note(unit))
 
 
 def joined(*parts: str, by: str = ": ") -> str:
@@ -4263,7 +4556,9 @@ def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
-    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in bars]
+    units = [bar.unit for bar in bars]
+    said = [standing(u) if u.running_on else described(u, "" if u.status in ENDED else standing(u)) for u in units]
+    outcomes = [fit(text, 60).rstrip() for text in said]
     left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
     right = left + axis + 70
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
@@ -4395,7 +4690,7 @@ def graph_dot(graph: Graph) -> str:
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled];"]
     for u in graph.nodes:
         words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(described(u))}"]
-        words += ["style=dashed"] if u.status == NOT_REGISTERED else []
+        words += ["style=dashed"] if u.status == NOT_REGISTERED else ["peripheries=2"] if u.running_on else []
         words += bold if u.unit_name in startup.critical else []
         lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
     for name, dependent, requirement, on_path in startup.edges:
@@ -4414,7 +4709,9 @@ def graph_mermaid(graph: Graph) -> str:
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
     startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
     lines = ["flowchart LR"]
-    lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
+    for u in graph.nodes:
+        box = f"([{quote(u.unit_name)}])" if u.running_on else f"[{quote(u.unit_name)}]"
+        lines.append(f"  {ids[u.unit_name]}{box}:::{u.status.replace(' ', '_')}")
     for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
@@ -4428,7 +4725,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """The graph for programs."""
-    nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
+    nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
     wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
     edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
     return {"units": nodes, "edges": edges}
@@ -4496,7 +4793,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
             return not stuck[name]
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
         runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
-        return name in held_up or gone or runs_long or standing(u) in ("gave up", FAILED, "exited")
+        return name in held_up or gone or runs_long or u.status == FAILED or standing(u) in ("gave up", "exited")
 
     asked = reached(names, found)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
@@ -4525,8 +4822,8 @@ def elapsed(since: float | None, until: float | None) -> float:
 
 
 def story(unit: UnitStatus, now: float, what: str) -> str:
-    """One unit in one sentence without its full stop; `what` keeps or kept it from starting."""
-    name, reason = f'"{unit.unit_name}"', f": {unit.reason}" if unit.reason else ""
+    """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
+    name, reason = f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
@@ -4546,19 +4843,18 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else f"it is {unit.reason or 'still running'}"
+        still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
-    ago = f"{name} {unit.status} {span(elapsed(unit.ended, now))} ago"
+    ago = f"{name} {unit.status} {span(unit.age)} ago"
     if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; its process runs on" if unit.running_on else ""
-    if unit.exited is not None:
+    if unit.status == COMPLETED and unit.exited is not None:
         after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
-    return (
-        f"{ago} after running {span(elapsed(unit.started, unit.ended))}{tries}{reason}; started{by} {how}{after}{log}"
-    )
+    ran = span(now - unit.age - unit.started)
+    return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4566,39 +4862,96 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
-PROBE_TIMEOUT = 5.0  # for one try
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
+CHECK_TIMEOUT = 1.0  # seconds for the one before the command
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
+def is_host(text: str) -> bool:
+    """Return whether a host can have this name or address."""
+    from _socket import AF_INET6, inet_pton
+
+    if ":" in text:
+        try:
+            return bool(inet_pton(AF_INET6, text.partition("%")[0]))
+        except (OSError, ValueError):
+            return False
+    labels = text.rstrip(".").split(".")
+    return text.isprintable() and not set(text) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
+
+
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
 
     Raises UsageError.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
         host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+    if host[:1] == "[" and host[-1:] == "]":
+        host = host[1:-1]
+    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
+    if not is_port or ((host or port) and not is_host(host)):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
-    return host.strip("[]"), int(number)
+    return host, int(number)
 
 
-def check_probe(text: str) -> None:
-    """Raises UsageError for a probe that can be known to be wrong without a try."""
-    kind, colon, rest = text.partition(":")
-    if kind == "tcp" and colon:
-        address_of(rest)
-    elif text.startswith("http://"):
-        address_of(text[7:].partition("/")[0], 80)
-    elif (colon and kind in ("unix", "file") and not rest) or not text:
-        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
-        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+def shown_probe(text: str) -> str:
+    """Return a probe as a message may have it: in short, and without the user and password of a URL."""
+    scheme, found, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    if at:
+        text = f"{scheme}{found}***@{host}{slash}{path}"
+    text = one_line(text)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+class Probe:
+    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+
+    def __init__(self, text: str) -> None:
+        kind, colon, rest = text.partition(":")
+        self.text, self.shown = text, shown_probe(text)
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
+        self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
+        self.address, self.path, self.header = ("", 0), rest, ""
+        if self.kind == "tcp":
+            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
+            self.address = address_of(self.plain(rest))
+        elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
+            authority, _, path = rest[2:].partition("/")
+            who, _, host = authority.rpartition("@")
+            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+        elif self.kind in ("unix", "file") and rest:
+            self.plain(rest)
+        elif self.kind in ("unix", "file") or not text:
+            raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+            hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
+            hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
+            raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
+
+    def plain(self, text: str) -> str:
+        """Return a part in which nothing is left to a shell. Raises UsageError."""
+        if text[:1] == "~" or set(text) & set("$`*"):
+            raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
+        return text
+
+
+def basic(who: str) -> str:
+    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
+    from binascii import b2a_base64
+    from urllib.parse import unquote_to_bytes
+
+    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
 def connect(host: str, port: int, timeout: float) -> Any:
-    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
     import socket
 
     if host:
@@ -4612,12 +4965,11 @@ def connect(host: str, port: int, timeout: float) -> Any:
             raise error from None
 
 
-def http_status(text: str, timeout: float) -> int:
-    """The status with which an http:// address answers. Raises OSError."""
-    where, _, path = text[7:].partition("/")
+def http_status(probe: Probe, timeout: float) -> int:
+    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline = time.monotonic() + timeout
-    with connect(*address_of(where, 80), timeout) as sock:
-        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+    with connect(*probe.address, timeout) as sock:
+        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
         line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -4628,7 +4980,40 @@ def http_status(text: str, timeout: float) -> int:
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
-    return int(words[1])
+    return int(words[1][:4])
+
+
+LOCAL = ("", "localhost", "127.0.0.1", "::1")
+
+
+def unix_listener(path: str, timeout: float) -> int:
+    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        if not hasattr(socket, "SO_PEERCRED"):
+            return 0
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def listener(port: int) -> int:
+    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    found = set()
+    for name in ("net/tcp", "net/tcp6"):
+        try:
+            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
+        except OSError:
+            continue
+        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
+        try:
+            if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
+                return int(pid)
+        except OSError:  # it has gone, or is not ours to look at
+            pass
+    return 0
 
 
 def can_be_read(fd: int, timeout: float) -> bool:
@@ -4643,81 +5028,99 @@ def can_be_read(fd: int, timeout: float) -> bool:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
+    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
+    goes on until the command is ready, gets the first: a file counts if it has changed since.
+
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
     Loop. `error` is what the last try lacked, in a few words.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
         import threading
 
         self.error = "its first try has not ended"
-        self._text, self._env = text, env
-        self._group = 0  # of a command that is being tried
+        self.objection = self.doubt = ""
+        self.file: tuple[int, ...] = ()  # as it was at the latest try
+        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self.shown = self._probe.shown
+        self._peer = self._group = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
 
-    def begin(self) -> Prober:
-        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+    def begin(self, once: bool = False) -> Prober:
+        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, args=(once,), daemon=True).start()
         return self
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._ready
 
     def ready(self) -> bool:
-        """Whether a try has succeeded."""
+        """Return whether a try has succeeded."""
         return not self.error
 
     def close(self) -> None:
-        """No more tries; a command that is being tried is killed."""
+        """Make no more tries, and kill a command that is being tried."""
         self._closed.set()
         with self._lock:
             if self._group:
                 signal_to(-self._group, 9)
         os.close(self._ready)
 
-    def _run(self) -> None:
+    def _run(self, once: bool) -> None:
         pause = 0.1
         try:
             while not self._closed.is_set():
-                self.error = self._try()
-                if not self.error:
+                self.error = self._try(once)
+                if once and not self.error:
+                    self._object()
+                if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
         finally:
             os.close(self._done)
 
-    def _try(self) -> str:
-        """Try once; return what is lacking."""
-        kind, colon, rest = self._text.partition(":")
-        try:
-            if kind == "file" and colon:
-                return "" if os.path.exists(rest) else "no such file"
-            if kind == "tcp" and colon:
-                connect(*address_of(rest), PROBE_TIMEOUT).close()
-                return ""
-            if kind == "unix" and colon:
-                from _socket import AF_UNIX, SOCK_STREAM, socket
+    def _object(self) -> None:
+        """Say what a try that succeeds before the command is run means."""
+        probe = self._probe
+        if probe.kind == "command":
+            self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
+        elif probe.kind != "file":
+            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            answers = f"{probe.shown} answers already, before the command was run"
+            self.objection = f"{answers}: end what listens there{who} first"
 
-                sock = socket(AF_UNIX, SOCK_STREAM)
-                try:
-                    sock.settimeout(PROBE_TIMEOUT)
-                    sock.connect(rest)
-                finally:
-                    sock.close()
-                return ""
-            if self._text.startswith("http://"):
-                status = http_status(self._text, PROBE_TIMEOUT)
+    def _try(self, once: bool) -> str:
+        """Try once; return what is lacking."""
+        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        try:
+            if probe.kind == "file":
+                if not os.path.exists(probe.path):
+                    return "no such file"
+                file = os.stat(probe.path)
+                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
+                return "" if self.file != self._old else "it is as it was before the command was run"
+            if probe.kind == "http":
+                status = http_status(probe, timeout)
                 return "" if status < 400 else f"HTTP status {status}"
-            return self._command()
-        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            if probe.kind == "tcp":
+                connect(*probe.address, timeout).close()
+            elif probe.kind == "unix":
+                self._peer = unix_listener(probe.path, timeout)
+            else:
+                return self._command(CHECK_TIMEOUT if once else NEVER)
+            return ""
+        except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self) -> str:
+    def _command(self, timeout: float) -> str:
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
         read, write = os.pipe()
         nothing = null()
         try:
@@ -4725,14 +5128,14 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
                 streams.append((os.POSIX_SPAWN_DUP2, write, 3))
                 self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            if not can_be_read(read, PROBE_TIMEOUT):
+            if not can_be_read(read, timeout):
                 signal_to(-self._group, 9)
-                return f"no end within {PROBE_TIMEOUT:.0f}s"
+                return f"no end within {span(timeout)}"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
         finally:
@@ -4968,21 +5371,29 @@ class Link:
 LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
 LOOK_EVERY = 5.0  # seconds, at what a command that has ended well leaves behind
 LOOK_OFTEN = 0.05  # seconds, at what is being ended
+TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 
 WAITING = "waiting"  # for its turn, or its next try
+CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
 RUNNING = "running"
 READY = "ready"  # the unit has completed; something of the command may run on
 ENDING = "ending"  # what is left of it is being ended
 GONE = "gone"  # nothing is left, and nothing will be tried again
 FOLLOW = {  # the state of a command -> what may follow it
-    WAITING: (WAITING, RUNNING, GONE),
+    WAITING: (WAITING, CHECKING, RUNNING, GONE),
+    CHECKING: (WAITING, RUNNING, GONE),
     RUNNING: (READY, ENDING),
     READY: (ENDING, GONE),
     ENDING: (WAITING, GONE),
     GONE: (),
 }
+
+
+def cannot_probe(error: Exception) -> CommandError:
+    """Return the error for a probe that there is no descriptor, thread or directory for."""
+    return CommandError(f"cannot be probed: {trouble_of(error)}", 125)
 
 
 class Limits(Record):
@@ -5020,7 +5431,7 @@ class Task:
         self.why = ""  # what was wrong with the latest try
         self.stopped = ""  # why nothing is tried again
         self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
-        self.runs_on = False  # the agent knows that the command of a completed unit does
+        self.runs_on = False  # the agent is to be told when nothing of it is left, although the unit has its outcome
 
     # -- hooks for subclasses
 
@@ -5039,6 +5450,9 @@ class Task:
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         """There will be another try."""
+
+    def doubt(self, what: str) -> None:
+        """Its probe may say nothing about it."""
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Take the answer to a report."""
@@ -5065,19 +5479,39 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
         if self.tries:
             clear(self.left)
-        if self.limits.ready == "notify":
-            added["NOTIFY_SOCKET"] = self.notify_path
-        env = environment(self.env, **added)
-        detail = self.next_try() if self.tries else ""
+        if not self.limits.ready or self.limits.ready == "notify":
+            self.run(None)
+            return
         try:
-            self.probe(env)
+            self.enter(CHECKING, {})
+            self.prober = Prober(self.limits.ready, self.environment()).begin(once=True)
+            self.loop.watch(self.prober.fileno(), self.checked)
+        except (OSError, RuntimeError) as error:
+            self.not_begun(cannot_probe(error), error)
+
+    def checked(self) -> None:
+        """Run the command, unless its probe succeeds already."""
+        before = self.prober
+        self.close_prober()
+        if isinstance(before, Prober) and before.objection:
+            self.not_begun(CommandError(before.objection, 125), None)
+        elif isinstance(before, Prober):
+            if before.doubt:
+                self.doubt(before.doubt)
+            self.run(before)
+
+    def run(self, before: Prober | None) -> None:
+        """Run the command, and begin to probe it; `before` has the try that was made before."""
+        detail, env = self.next_try() if self.tries else "", self.environment()
+        wrong = cannot_probe
+        try:
+            self.probe(env, before)
+            wrong = self.cannot_begin
             pid = self.spawn(env)
-        except (CommandError, OSError, ValueError) as error:
-            self.close_prober()
-            self.not_begun(error)
+        except (OSError, RuntimeError, ValueError) as error:
+            self.not_begun(wrong(error), error)
             return
         self.loop.children[pid] = self.process_ended
         self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
@@ -5086,10 +5520,16 @@ class Task:
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
         self.begun(detail)
 
-    def not_begun(self, error: Exception) -> None:
+    def environment(self) -> dict[bytes, bytes]:
+        """Return what a try has in its environment."""
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.limits.ready == "notify":
+            added["NOTIFY_SOCKET"] = self.notify_path
+        return environment(self.env, **added)
+
+    def not_begun(self, wrong: CommandError, cause: Exception | None) -> None:
         """Try again soon if there was no room, and something of ours will make some; else that was a try."""
-        cause = error.__cause__ or error
-        wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
+        self.close_prober()
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
             self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
@@ -5097,20 +5537,14 @@ class Task:
             self.tries += 1
             self.tried()
 
-    def probe(self, env: dict[bytes, bytes]) -> None:
-        """Begin to ask whether it is ready. Raises CommandError."""
-        if not self.limits.ready:
-            return
-        try:
-            if self.limits.ready == "notify" and not self.notify_path:
-                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            if self.limits.ready == "notify":
-                self.prober = self.notified = Notified(self.notify_path)
-            else:
-                self.prober = Prober(self.limits.ready, env).begin()
+    def probe(self, env: dict[bytes, bytes], before: Prober | None) -> None:
+        """Begin to ask whether it is ready. Raises OSError, RuntimeError."""
+        if self.limits.ready == "notify":
+            self.prober = self.notified = Notified(self.notify_path or "/no directory")
+        elif self.limits.ready:
+            self.prober = Prober(self.limits.ready, env, before).begin()
+        if self.prober:
             self.loop.watch(self.prober.fileno(), self.probed)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
 
     def probed(self) -> None:
         """The prober has something to say."""
@@ -5130,7 +5564,8 @@ class Task:
 
     def not_ready(self) -> None:
         """The time to become ready is over."""
-        self.end(f"not ready after {span(self.limits.ready_timeout)} ({self.prober.error if self.prober else ''})")
+        lacks = self.prober.error if self.prober else ""
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({lacks})")
 
     def time_is_up(self) -> None:
         """The time for a try is over."""
@@ -5145,7 +5580,8 @@ class Task:
         if self.state == ENDING:
             self.due[self.look] = 0.0
         elif code or early or self.reported == FAILED:
-            self.end(f"ended before it was ready ({ending(code)})" if early else ending(code))
+            hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
+            self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
         elif self.state == RUNNING:
             self.complete()
         else:
@@ -5206,20 +5642,12 @@ class Task:
             self.tried()
             return
         self.enter(GONE, {})
-        if self.reported == COMPLETED and (self.runs_on or self.code):
+        if self.runs_on:
             self.exited()
 
     def exited(self) -> None:
-        """Report the end of the command of a unit that has completed."""
-        if not self.runs_on:
-            self.report("running")
-        self.report("exited", reason=self.why or ending(self.code))
-
-    def going_on(self) -> None:
-        """Report that the command of a unit that has completed runs on, if it does."""
-        self.runs_on = self.family.first or self.family.has_group()
-        if self.runs_on:
-            self.report("running")
+        """Report the end of the command of a unit that has its outcome."""
+        self.report("exited", reason=self.why, code=shell_status(self.code) or 143 * bool(self.why))
 
     def tried(self) -> None:
         """A try has ended without success."""
@@ -5238,7 +5666,8 @@ class Task:
     def stop(self, why: str, by: float = NEVER) -> None:
         """End it, at the latest at a time, and try nothing again."""
         self.stopped = why
-        if self.state == WAITING:
+        if self.state in (WAITING, CHECKING):
+            self.close_prober()
             self.enter(GONE, {})
             self.fail(f"{why} between two tries; {self.why}" if self.tries else why)
         elif self.state != GONE:
@@ -5254,8 +5683,8 @@ class Task:
             self.end(str(error))
             return
         self.settle(COMPLETED)
-        self.report("complete", env=env)
-        self.going_on()
+        self.runs_on = self.family.first or self.family.has_group() or self.code != 0
+        self.report("complete", env=env, running=self.runs_on)
 
     def fail(self, reason: str) -> None:
         """Report that the unit has failed; nothing of its command is left."""
@@ -5264,10 +5693,12 @@ class Task:
 
     def settle(self, outcome: str) -> None:
         """Have the unit's outcome, whoever reports it; a command that goes on although it has failed may tidy up."""
-        self.reported = outcome
+        self.reported, self.runs_on = outcome, True
         now = time.monotonic()
-        if self.state == WAITING:
-            self.enter(GONE, {})
+        if self.state in (WAITING, CHECKING):
+            self.close_prober()
+            self.why = ""
+            self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
             end_by = self.due.get(self.time_is_up, NEVER)
             look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
@@ -5295,9 +5726,9 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True)
+    start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
-        check_probe(args.ready)
+        Probe(args.ready)
     end_on("SIGTERM")
     try:
         start.__enter__()
@@ -5353,7 +5784,7 @@ class Run(Task):
 
     def signalled(self, number: int) -> None:
         """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
-        if self.state == WAITING:
+        if self.state in (WAITING, CHECKING):
             self.stop("stopped")
             self.status = 128 + number
         elif self.state == GONE:
@@ -5375,7 +5806,7 @@ class Run(Task):
         super().begun(detail)
         self.status = 0
         if self.prober:
-            self.report("owner", ready=self.limits.ready)
+            self.report("owner", ready=shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
@@ -5383,8 +5814,8 @@ class Run(Task):
         if self.prober:
             now = time.monotonic()
             self.due[self.say_not_ready] = now + REPORT_EVERY
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.limits.ready} ({self.prober.error})"
-            say(text, 2, self.quiet)
+            lacks = f"{shown_probe(self.limits.ready)} ({self.prober.error})"
+            say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
 
     def not_ready(self) -> None:
         self.status = TimedOut.exit_code
@@ -5392,6 +5823,9 @@ class Run(Task):
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
+
+    def doubt(self, what: str) -> None:
+        put(f"warning: {self.unit}: {what}\n", 2)
 
     def exited(self) -> None:
         self.status = shell_status(self.code)
@@ -5405,7 +5839,7 @@ class Run(Task):
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
+        others = {"owner": "what says that it is ready", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
         try:
             result_of(message)
@@ -5432,24 +5866,24 @@ def cmd_wait(args: Args) -> int:
     if not args.units and not args.ready:
         raise UsageError("wait: name a unit, or what is to be --ready")
     for probe in args.ready:
-        check_probe(probe)
+        Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
         end_on("SIGTERM", "SIGHUP", "SIGQUIT")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    probers = [Prober(probe, environment()) for probe in args.ready]
     try:
-        for prober in probers.values():
+        for prober in probers:
             prober.begin()
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers.values():
+        for prober in probers:
             while prober.error:
                 over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {probe: one.error for probe, one in probers.items() if one.error}
+                lacks = {one.shown: one.error for one in probers if one.error}
                 if not prober.error:
                     break
                 if over or time.monotonic() >= end:
@@ -5460,11 +5894,11 @@ def cmd_wait(args: Args) -> int:
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
                 say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
     finally:  # what is being tried does not outlive us
-        for prober in probers.values():
+        for prober in probers:
             prober.close()
     took = time.monotonic() - began
     waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
     return 0
 
 
@@ -5558,7 +5992,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     """Take what a header says. Raises UsageError, Refused or ValueError."""
     verb, rest = (*text.split(None, 1), "", "")[:2]
     if verb == "ready":
-        check_probe(rest)
+        Probe(rest)
         script.ready = rest
         return
     words = rest.split()
@@ -5569,7 +6003,7 @@ def read_header(script: Script, text: str, place: str) -> None:
     count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
     if verb not in HEADERS or (count and len(words) not in count):
         known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
-        raise UsageError(f'"{text}" is not a header; use {known}')
+        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
     requires: str = SUCCESS
     if verb == "want":  # --requires=REQUIREMENT is two words
         words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
@@ -5808,10 +6242,13 @@ class Job(Task):
         self.boot.streams.log(self.stream, more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, log=log, ready=self.limits.ready)
+        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
         super().begun(detail)
         if detail:
             self.boot.streams.take(self.stream, f"{detail}\n".encode())
+
+    def doubt(self, what: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {what}")
 
     def process_ended(self, code: int) -> None:
         self.boot.streams.drain(self.stream)
@@ -5834,11 +6271,10 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
-        if not self.stopped:  # its time was up, or it has ended by itself
-            self.died = bool(self.why)
-            if self.died:
-                self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
-                self.boot.another("ended")
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+            self.died = True
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
+            self.boot.another("ended")
 
 
 class Output:
@@ -6188,7 +6624,7 @@ class Boot:
             job.stopped = str(error)
             if job.reported:
                 self.ended(job, job.reported, job.reason)
-            elif job.state == WAITING:
+            elif job.state in (WAITING, CHECKING):
                 self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
@@ -6199,8 +6635,6 @@ class Boot:
         self.unfinished -= 1
         if not job.reported:
             job.settle(status)
-            if status == COMPLETED:
-                job.going_on()
         if status != COMPLETED:
             self.another("failed")
 
@@ -6217,7 +6651,7 @@ class Boot:
         self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
             job.stopped = why
-            if job.state == WAITING and not job.outcome:
+            if job.state in (WAITING, CHECKING) and not job.outcome:
                 job.stop(why)
             elif job.state == ENDING:
                 job.end(why, self.stop_by)
