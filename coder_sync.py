@@ -1749,16 +1749,16 @@ class Family:
         if self.first:
             signal_to(self.pid, number)
 
-    def others(self) -> list[int]:
-        """Return the pids of those who are left beside the first process."""
+    def left(self) -> list[int]:
+        """Return the pids of all who are known to be left, the first process before the others."""
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [pid for pid in others if birth(pid) == self._known[pid]]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
 
     def tell_others(self) -> None:
         """Tell the others to end, each once."""
         import _signal as signal
 
-        others = set(self.others() or [-self.pid] * self.has_group()) - self._told
+        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
         self._told |= others
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
@@ -1766,7 +1766,7 @@ class Family:
 
     def kill(self) -> None:
         """Kill all of them; those of its group at once, so that none is begun meanwhile."""
-        for pid in [*[-self.pid] * self.own, *self.others(), *[self.pid] * self.first]:
+        for pid in [-self.pid] * self.own + self.left():
             signal_to(pid, 9)
 
 
@@ -1837,10 +1837,11 @@ class Loop:
         import _signal as signal
         from _thread import get_ident
 
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # and what has come is handled, or Python complains
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         signal.set_wakeup_fd(self._wakeup)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         os.close(self._write)
         with open(self._came, "rb") as pipe:  # all that had come by then
             late = [n for n in pipe.read() or b"" if n in self.numbers]
@@ -5618,7 +5619,7 @@ class Task:
 
     def give_up(self) -> None:
         """What is left survives even KILL."""
-        left = [f"{pid} ({command_of(pid)})" for pid in self.family.others()]
+        left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
         self.why += f"; cannot be killed: {names_of(left or [str(self.family.pid)])}"
         self.gone()
 
@@ -5669,7 +5670,7 @@ class Task:
         if self.state in (WAITING, CHECKING):
             self.close_prober()
             self.enter(GONE, {})
-            self.fail(f"{why} between two tries; {self.why}" if self.tries else why)
+            self.fail(why)
         elif self.state != GONE:
             self.end(why, by)
 
@@ -5784,13 +5785,13 @@ class Run(Task):
 
     def signalled(self, number: int) -> None:
         """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
+        self.stopped = "stopped"
         if self.state in (WAITING, CHECKING):
-            self.stop("stopped")
+            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
             self.status = 128 + number
         elif self.state == GONE:
             sys.exit(128 + number)
         elif self.family.first:
-            self.stopped = "stopped"
             self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
             if not sent_by_key(number):
                 self.family.signal(number)
@@ -5804,7 +5805,6 @@ class Run(Task):
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
-        self.status = 0
         if self.prober:
             self.report("owner", ready=shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
@@ -5822,6 +5822,7 @@ class Run(Task):
         super().not_ready()
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
+        self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
     def doubt(self, what: str) -> None:
@@ -6267,6 +6268,7 @@ class Job(Task):
             elif method in ("complete", "fail") and not self.outcome:
                 self.boot.ended(self, self.reported, self.reason)
             elif method == "fail" and self.outcome == COMPLETED:
+                self.reported = self.outcome
                 self.exited()
 
     def exited(self) -> None:
@@ -6566,8 +6568,6 @@ class Boot:
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
             self.link.ask("graph", self.told_graph)
-            if self.link.lost:
-                self.say_progress(Graph(0.0, []))
         for job in list(self.active.values()):
             job.keep_time(now)
             if job.state == GONE:
@@ -6635,6 +6635,8 @@ class Boot:
         self.unfinished -= 1
         if not job.reported:
             job.settle(status)
+            if status == COMPLETED and job.running():
+                job.report("running")
         if status != COMPLETED:
             self.another("failed")
 
@@ -6720,7 +6722,10 @@ class Boot:
 
     def told_graph(self, answer: Object) -> None:
         """Take the answer to a question about all units: for a report on the way, or the one at the end."""
-        graph = record(Graph, result_of(answer))
+        try:
+            graph = record(Graph, result_of(answer))
+        except Unreachable:
+            graph = Graph(0.0, [])
         if self.unfinished:
             self.say_progress(graph)
         else:
@@ -6756,7 +6761,7 @@ class Boot:
                 self.streams.close(job.stream)
         lost = self.link.lost
         self.link.ask("graph", self.told_graph)
-        self.until(lambda: bool(self.graph or self.link.lost))
+        self.until(lambda: self.graph is not None)
         self.out.clear()
         self.out.flush()
         self.look()
