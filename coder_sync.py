@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
-    from typing import Any, ClassVar, Literal, NoReturn, Union
+    from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
     from typing_extensions import dataclass_transform
 
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
     Object = dict[str, Any]
+    R = TypeVar("R", bound="Record")
     Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
 
     @dataclass_transform()
@@ -167,6 +168,10 @@ class Unreachable(SyncError, code=-32005, exit_code=3):
     """No agent could be reached, or it went away, or what answers is not one."""
 
 
+class Foreign(Unreachable):
+    """What answers at the shared default path belongs to another user than us and root."""
+
+
 class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
 
@@ -229,6 +234,9 @@ MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
 
 
+RECORDS: dict[str, type[Record]] = {}  # by their names
+
+
 class Record(Fields):
     """A base for classes that hold data; each annotated attribute is a field, and its value in the class the default.
 
@@ -242,6 +250,7 @@ class Record(Fields):
     def __init_subclass__(cls) -> None:
         cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
         cls._required = cls._fields.keys() - vars(cls).keys()
+        RECORDS[cls.__name__] = cls
 
     def __init__(self, *args: Any, **named: Any) -> None:
         given = dict(zip(self._fields, args), **named)
@@ -341,6 +350,33 @@ class UnitStatus(Record):
     history: list[Event] = []  # noqa: RUF012
 
 
+class Waiting(Record):
+    """What a start or a wait lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
+
+    missing: list[Dependency]
+    waited: float
+
+
+class Pong(Record):
+    """The agent's answer to `ping`; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+
+
+class Answer(Record):
+    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+
+    unit: str = ""
+    status: str = ""
+    reason: str = ""
+    dependencies: list[str] = []  # noqa: RUF012
+    units: list[str] = []  # noqa: RUF012
+    env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    grace: float = 0.0  # seconds that a command which is to be stopped has
+
+
 class Graph(Record):
     """All units at one time, `now`, in seconds since the agent began."""
 
@@ -366,6 +402,11 @@ def check_requirement(requires: str) -> str:
     if requires not in REQUIREMENTS:
         raise Refused(f"no such requirement: {one_line(requires)[:40]}; use one of {', '.join(REQUIREMENTS)}")
     return requires
+
+
+def printable(text: str) -> str:
+    """Return a text in which whatever cannot be printed is written as an escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
@@ -407,7 +448,7 @@ MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a smal
 class _Scanner:
     """What json.decoder.JSONDecoder would tell the C scanner."""
 
-    strict, object_hook, object_pairs_hook = True, None, None
+    strict, object_hook, object_pairs_hook, array_hook = True, None, None, None
     parse_float, parse_int = float, int
 
     @staticmethod
@@ -483,23 +524,38 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if hasattr(value, "__annotations__"):  # a record
+    if isinstance(value, Record):
         return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
     return value
 
 
-def record(kind: type[Any], data: dict[str, Any]) -> Any:
-    """Return a record from JSON; keys of a newer agent are ignored."""
+def record(kind: type[R], data: Any) -> R:
+    """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
     try:
-        known = {k: data[k] for k in kind.__annotations__ if k in data}
-        if known.get("owner"):
-            known["owner"] = record(Owner, known["owner"])
-        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", UnitStatus)):
-            if field in known:
-                known[field] = [record(inner, row) for row in known[field]]
-        return kind(**known)
-    except (AttributeError, TypeError):
+        return kind(
+            **{name: typed(data[name], kind.__annotations__[name]) for name in kind.__annotations__ if name in data}
+        )
+    except (KeyError, TypeError):
         raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
+
+
+def typed(value: Any, annotation: str) -> Any:
+    """Return a value from JSON as an annotation has it, a text printable. Raises TypeError."""
+    kind, optional, _ = annotation.partition(" | None")
+    name, _, inner = kind.rstrip("]").partition("[")
+    if optional and value is None:
+        return None
+    if name == "str" and isinstance(value, str):
+        return printable(value)
+    if name == "list" and isinstance(value, list):
+        return [typed(each, inner) for each in value]
+    if name == "dict" and isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+        return {printable(key): each for key, each in value.items()}
+    if name in RECORDS:
+        return record(RECORDS[name], value)
+    if type(value).__name__ == name or (name == "float" and type(value) is int):
+        return value
+    raise TypeError
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -594,7 +650,9 @@ def user_name(uid: int) -> str:
 
 LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
+UNSHARED = 0.2  # seconds for which a starting agent may not have shared its socket yet
+NAMED_AFTER = 5.0  # seconds of silence after which an agent is named, before it is taken for gone after REPLY_TIMEOUT
 COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
 
 
@@ -630,33 +688,25 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
 
         `sock` is a socket that leads to the agent already.
         """
-        from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
-
         self.path = path
         self._next = 0
         self._buffer = bytearray()
         self._messages: list[Any] = []
-        deadline, pause = time.monotonic() + connect_timeout, 0.005
-        self.sock: Any = sock
-        while not sock:
-            self.sock = socket(AF_UNIX, SOCK_STREAM)
-            try:
-                if posix.geteuid() and (wrong := foreign(path)):  # root accepts any
-                    raise Unreachable(wrong)
-                self.sock.settimeout(REPLY_TIMEOUT)
-                self.sock.connect(path)
-                return
-            except OSError as error:
-                self.sock.close()
-                if time.monotonic() >= deadline or error.errno not in RETRIED:
-                    raise Unreachable(explain(path, error)) from None
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+        self.sock: Any = sock or connected(path, connect_timeout)
+        self.pid, self.uid = peer_of(self.sock)
+        self._foreign = self.uid not in (0, posix.geteuid())
+        self._withheld = False  # it has been said that variables were not taken
+        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
+            self.close()
+            who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
+            raise Foreign(f"{who}; choose another --socket-path")
 
     def request(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
@@ -689,15 +739,43 @@ class Channel:
         message: dict[str, Any] = self._messages.pop(0)
         return message
 
-    def messages(self, timeout: float = NEVER) -> Iterator[dict[str, Any]]:
-        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
-        deadline = time.monotonic() + timeout
-        while message := self.receive(deadline - time.monotonic()):
-            yield message
+    def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
+        """Return the next message, or None if none comes until the time `end`.
+
+        Silence is normal for `quiet` seconds. NAMED_AFTER later a warning names the agent; REPLY_TIMEOUT later it is
+        taken for gone: raises Unreachable.
+        """
+        since = time.monotonic() + quiet
+        for silent in (NAMED_AFTER, REPLY_TIMEOUT):
+            message = self.receive(min(end, since + silent) - time.monotonic())
+            if message or time.monotonic() >= end:
+                return message
+            if silent == NAMED_AFTER:
+                say(f"warning: {self._silence(silent)}", 2)
+        raise Unreachable(self._silence(REPLY_TIMEOUT))
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Iterate over all messages; after a while without any, ask whether the agent is still there."""
+        while True:
+            message = self.receive(REPORT_EVERY)
+            if message is None:
+                self.request("ping")
+                message = self.hear()
+            if message:
+                yield message
 
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
-        self.sock.settimeout(min(max(timeout, 0.0), LONGEST_POLL))
+        timeout = min(max(timeout, 0.0), LONGEST_POLL)
+        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+            import select
+
+            awaited = select.poll()
+            for fd in (self.signals, self.fileno()):
+                awaited.register(fd, select.POLLIN)
+            awaited.poll(1000 * timeout)
+            timeout = 0.0
+        self.sock.settimeout(timeout)
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
@@ -725,14 +803,28 @@ class Channel:
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
         """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        for message in self.messages(timeout):
+        end = time.monotonic() + timeout
+        while message := self.hear(end=end):
             if is_answer(message, request):
                 return result_of(message)
-        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+        raise Unreachable(self._silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
+
+    def news(self, data: Any) -> Answer:
+        """Return what the agent says of a unit. Raises Unreachable.
+
+        Environment variables are code, so root takes none from an agent of another user, and says so once.
+        """
+        answer = record(Answer, data)
+        if answer.env and self._foreign and posix.geteuid() == 0:
+            if not self._withheld:
+                whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
+                say(f"warning: root takes no environment variables from {whose}", 2)
+            self._withheld, answer.env = True, {}
+        return answer
 
     def more(self) -> bool:
         """Whether a message has come that was not received yet."""
@@ -752,8 +844,49 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _silence(self, seconds: float) -> str:
+        who = f" (pid {self.pid})" if self.pid else ""
+        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
+
+
+def connected(path: str, connect_timeout: float) -> Any:
+    """Return a socket that leads to the agent at a path, tried again for so many seconds. Raises Unreachable."""
+    from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
+
+    began, pause = time.monotonic(), 0.005
+    while True:
+        sock = socket(AF_UNIX, SOCK_STREAM)
+        try:
+            sock.settimeout(REPLY_TIMEOUT)
+            sock.connect(path)
+            return sock
+        except OSError as error:
+            sock.close()
+            patience = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
+            if error.errno not in RETRIED or not time.monotonic() < began + patience:
+                raise Unreachable(explain(path, error)) from None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def peer_of(sock: Any) -> tuple[int, int]:
+    """Return the process and the user at the other end of a connection, 0 and -1 if the system does not say.
+
+    A client sees who listens there, as of when that began.
+    """
+    import _socket
+
+    try:
+        if hasattr(_socket, "SO_PEERCRED"):  # pid, uid and gid
+            data = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+        else:  # macOS: LOCAL_PEERPID, and LOCAL_PEERCRED, in which a version number stands before the uid
+            data = sock.getsockopt(0, 2, 4) + sock.getsockopt(0, 1, 76)[4:]
+    except OSError:
+        return 0, -1
+    return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
@@ -770,46 +903,19 @@ def result_of(message: dict[str, Any]) -> Any:
         raise Unreachable("the agent's answer has an error that is none")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
-    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
+    raise kind(printable(str(error.get("message"))), records(Dependency, data) if kind is TimedOut else data)
 
 
-def expect(kind: type[Any], answer: Any) -> Any:
-    """Return an answer that is of the kind it should be: a list of objects, or an object. Raises Unreachable."""
-    rows = answer if isinstance(answer, list) else [answer]
-    if not isinstance(answer, kind) or not all(isinstance(row, dict) for row in rows):
-        raise Unreachable(f"the agent's answer is not one of ours: {one_line(ascii(answer))[:60]}; one version?")
-    return answer
-
-
-def records(kind: type[Any], rows: Any) -> list[Any]:
+def records(kind: type[R], rows: Any) -> list[R]:
     """Return the records that an answer has a list of. Raises Unreachable."""
-    return [record(kind, row) for row in expect(list, rows)]
-
-
-def texts(values: Any) -> list[str]:
-    """Return the names that an answer has a list of, if any."""
-    return [str(value) for value in values] if isinstance(values, list) else []
-
-
-def variables_in(answer: Any) -> dict[str, str]:
-    """Return the environment variables in an answer, if any. Raises Unreachable."""
-    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
+    if not isinstance(rows, list):
+        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
+    return [record(kind, row) for row in rows]
 
 
 def socket_path_of(given: str) -> str:
     """Where the agent listens: as given, else by the environment, else at the default path."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-
-
-def foreign(path: str) -> str:
-    """What is wrong with a socket at the shared default path that is neither ours nor root's: anybody may make one.
-
-    Raises OSError if there is none.
-    """
-    uid = posix.lstat(path).st_uid if path == DEFAULT_SOCKET else 0
-    if uid in (0, posix.geteuid()):
-        return ""
-    return f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path"
 
 
 def explain(path: str, error: OSError) -> str:
@@ -839,30 +945,20 @@ def explain(path: str, error: OSError) -> str:
     return f"cannot reach an agent at {path}: {why}"
 
 
-def check_names(names: object, what: str = "unit") -> None:
-    """Refuse what cannot be meant, before anything is registered. Raises TypeError or Refused."""
-    if not isinstance(names, (list, tuple)):
+def name_list(names: Iterable[str]) -> list[str]:
+    """Return names as a list. Raises TypeError for a single text, which is taken for a list of letters easily."""
+    if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"a name must be a str, not {type(name).__name__}")
-        check_name(name, what)
-
-
-def check_timeout(timeout: object) -> None:
-    """Refuse what is no number of seconds. Raises TypeError or ValueError."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
-    if not 0 <= timeout < 1e9:
-        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+    return list(names)
 
 
 def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
     """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
     with Channel(path, connect_timeout) as channel:
         channel.answer(channel.request("shutdown"), timeout)
+        end = time.monotonic() + timeout
         try:
-            for _ in channel.messages(timeout):
+            while channel.receive(end - time.monotonic()):
                 pass
         except Unreachable:
             return
@@ -872,22 +968,17 @@ def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TI
 class Client:
     """Talk to an agent. All times in seconds.
 
-    Every call may raise Unreachable (no agent, or it went away), Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it), and TypeError or ValueError for an argument that cannot be
-    meant. `exit_code` of an error is the command line's.
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Calls try for `connect_timeout` to reach an agent that may still be booting. Default is
+        Calls try for `connect_timeout` to reach an agent that may still be starting. Default is
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
         connected yet.
         """
-        if not isinstance(socket_path, str) or not isinstance(connect_timeout, (int, float, type(None))):
-            raise TypeError(
-                f"socket_path is a str and connect_timeout a number, not {socket_path!r}, {connect_timeout!r}"
-            )
         self.socket_path = socket_path_of(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
@@ -897,24 +988,27 @@ class Client:
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
-    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
+    def _channel(self, method: str) -> Channel:
         patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        with Channel(self.socket_path, patience) as channel:
-            return expect(kind, channel.call(method, **params))
+        return Channel(self.socket_path, patience)
+
+    def _call(self, method: str, **params: Any) -> Any:
+        with self._channel(method) as channel:
+            return channel.call(method, **params)
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
         with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
-            return dict(expect(dict, channel.call("ping")))
+            return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
+        return list(self.declare(unit, *dependencies, requires=requires)["dependencies"])
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """As `want`, but return the `dependencies` and the `status` of the unit."""
-        check_names([unit, *dependencies])
-        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
+        answer = record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
+        return {"unit": answer.unit, "dependencies": answer.dependencies, "status": answer.status}
 
     def start(
         self,
@@ -947,37 +1041,35 @@ class Client:
     ) -> float:
         """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
-        check_names(units)
-        check_timeout(timeout)
-        with Channel(self.socket_path, self.connect_timeout) as channel:
+        with self._channel("wait") as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
         return time.monotonic() - began
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call(dict, "fail", unit=unit, exit_code=exit_code)
+            self._call("fail", unit=unit, exit_code=exit_code)
         else:
-            self._call(dict, "complete", unit=unit)
+            self._call("complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=one_line(reason))
+        self._call("fail", unit=unit, reason=one_line(reason))
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
 
         Returns their names. Raises NotRegistered, or Refused while one of them is started.
         """
-        check_names(units)
-        return texts(self._call(dict, "reset", units=list(units)).get("units"))
+        return record(Answer, self._call("reset", units=list(units))).units
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that `unit` would start with: what its dependencies have left.
 
         Raises NotRegistered.
         """
-        return variables_in(self._call(dict, "env", unit=unit))
+        with self._channel("env") as channel:
+            return channel.news(channel.call("env", unit=unit)).env
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
@@ -985,17 +1077,15 @@ class Client:
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
-        return status
+        return record(UnitStatus, self._call("status", unit=unit))
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return records(UnitStatus, self._call(list, "list", all=everything))
+        return records(UnitStatus, self._call("list", all=everything))
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._call(dict, "graph"))
-        return graph
+        return record(Graph, self._call("graph"))
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
         """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
@@ -1003,11 +1093,11 @@ class Client:
         The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
         with Unreachable, as it does when the agent ends.
         """
-        with Channel(self.socket_path, self._question_timeout) as channel:
+        with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
             for message in channel.messages() if follow else ():
                 if message.get("method") == "event":
-                    yield record(Event, expect(dict, message.get("params")))
+                    yield record(Event, message.get("params"))
 
     def unit(
         self,
@@ -1032,15 +1122,8 @@ class Start:
         self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are those that the agent's method `start` has besides."""
-        check_names([unit])
-        check_timeout(timeout)
-        for names, what in (("dependencies", "unit"), ("locks", "lock")):
-            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
-            check_names(params[names], what)
-        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
-            pid = params.get("pid")
-            raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
-        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
+        params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
+        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
@@ -1050,15 +1133,15 @@ class Start:
 
     def __enter__(self) -> Start:
         began = time.monotonic()
-        self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
+        self.channel = self.client._channel("start")
         try:
             result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            names = texts(expect(dict, result).get("dependencies"))
-            self.environment = variables_in(result)
+            answer = self.channel.news(result)
+            self.environment = answer.env
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, names, time.monotonic() - began)
+        self.result = Started(self.unit, answer.dependencies, time.monotonic() - began)
         return self
 
     def confirm(self) -> None:
@@ -1088,18 +1171,22 @@ def wait_for(
     """Send a request that may wait; report what is missing now and then; return its result.
 
     The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
-    is only for one that no longer answers. Raises TimedOut, and what the agent answers.
+    is only for one that no longer answers. Raises TimedOut, ValueError, and what the agent answers.
     """
+    if not 0 <= timeout < 1e9:
+        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+    end = time.monotonic() + timeout + LATE if timeout else NEVER
     request = channel.request(method, timeout=timeout, progress=True, **params)
     missing: list[Dependency] = []
-    for message in channel.messages(timeout + LATE if timeout else NEVER):
+    quiet = 0.0  # that the wait has begun is said at once
+    while message := channel.hear(quiet, end):
         if is_answer(message, request):
             return result_of(message)
-        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
-        if about.get("id") == request:
-            missing = records(Dependency, about.get("missing"))
+        if message.get("method") == "waiting":
+            waiting = record(Waiting, message.get("params"))
+            missing, quiet = waiting.missing, REPORT_EVERY
             if on_wait:
-                on_wait(missing, float(about.get("waited") or 0.0))
+                on_wait(missing, waiting.waited)
     on = "dependencies of " if method == "start" else ""
     raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
 
@@ -1517,6 +1604,18 @@ def dispatch(argv: Sequence[str]) -> int:
     return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
+def end_on_signals() -> None:
+    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+
+    Channel.signals, write = posix.pipe()
+    posix.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
     code = 0
@@ -1528,6 +1627,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 null()
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
+        if posix.getpid() == 1:
+            end_on_signals()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1640,8 +1741,16 @@ def command_of(pid: int) -> str:
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(" ".join(args)) or proc_line(pid, "Name")
+    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name")
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def without_password(text: str) -> str:
+    """Return a command line or a URL without the user and password in the first URL that there is."""
+    scheme, found, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    return f"{scheme}{found}***@{host}{slash}{path}" if at else text
 
 
 # -- descriptors --------------------------------------------------------------------------------------------
@@ -1678,7 +1787,7 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 def heeded(names: Iterable[str]) -> list[int]:
     """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
-    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+    import _signal as signal
 
     numbers = [int(getattr(signal, name)) for name in names]
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
@@ -2257,7 +2366,8 @@ class Units:
             if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
                 continue  # for now: a boot does not stay with its services yet
             if claim.held and not unit.first():
-                unit.facts.running_on = False
+                if unit.facts.running_on:
+                    unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
                 self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
@@ -2667,7 +2777,7 @@ class Units:
     def _end_stopped(self, unit: Unit) -> None:
         """The command of a unit that was to be stopped has ended."""
         if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), "stopped"
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
         if unit.status != FAILED:
             self._set(unit, FAILED, "stopped", event="stopped")
             self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
@@ -3164,13 +3274,6 @@ class Request:
         self.connection, self.since = connection, time.monotonic()
 
 
-class Waiting(Record):
-    """What a claim lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
-
-    missing: list[Dependency]
-    waited: float
-
-
 class WakeUp:
     """What wakes a thread. Raises OSError if there is no descriptor left.
 
@@ -3251,22 +3354,9 @@ class Connection:
         except OSError:
             pass
 
-    def peer(self) -> int:
-        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
-        import socket
-
-        try:
-            if hasattr(socket, "SO_PEERCRED"):  # a pid, and two more numbers
-                data = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4]
-            else:  # macOS: SOL_LOCAL, LOCAL_PEERPID
-                data = self.sock.getsockopt(0, 2, 4)
-            return int.from_bytes(data, sys.byteorder, signed=True)
-        except OSError:
-            return 0
-
     def caller(self, hold: bool) -> Owner | None:
         """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
-        pid = self.peer()
+        pid = peer_of(self.sock)[0]
         return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
 
 
@@ -3728,7 +3818,7 @@ class Agent:
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """The process that is to own a unit. Raises Refused if there is none."""
-        peer = connection.peer()
+        peer = peer_of(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -4229,6 +4319,8 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
 
 def note(unit: UnitStatus) -> str:
     """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
+    if unit.stopping:
+        return "being stopped"
     if unit.status == STARTED and unit.probe:
         since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
         lacks = f" ({unit.probe_error})" if unit.probe_error else ""
@@ -4253,7 +4345,7 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
     """Return all units for programs."""
     keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
-    keys += ["running_on", "exited", "exit_reason", "probe", "probe_error"]
+    keys += ["running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"]
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
@@ -4362,8 +4454,8 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
     if unit.status == PENDING:
         return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.running_on:
-        return "running on"
+    if unit.running_on or unit.stopping:
+        return "stopping" if unit.stopping else "running on"
     if unit.exited is not None:
         word = "exited" if unit.status == COMPLETED else "died"
         word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
@@ -4851,7 +4943,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
-    after = "; its process runs on" if unit.running_on else ""
+    after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
     if unit.status == COMPLETED and unit.exited is not None:
         after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
     ran = span(now - unit.age - unit.started)
@@ -4869,43 +4961,27 @@ FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succee
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
-def is_host(text: str) -> bool:
-    """Return whether a host can have this name or address."""
-    from _socket import AF_INET6, inet_pton
-
-    if ":" in text:
-        try:
-            return bool(inet_pton(AF_INET6, text.partition("%")[0]))
-        except (OSError, ValueError):
-            return False
-    labels = text.rstrip(".").split(".")
-    return text.isprintable() and not set(text) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
-
-
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
     """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
 
-    Raises UsageError.
+    Raises UsageError for what no host and no port can be.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
         host, number = text, str(port)
     if host[:1] == "[" and host[-1:] == "]":
         host = host[1:-1]
+    labels = host.rstrip(".").split(".")
+    is_host = host.isprintable() and not set(host) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
     is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
-    if not is_port or ((host or port) and not is_host(host)):
+    if not is_port or not (is_host or (not host and not port)):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
     return host, int(number)
 
 
 def shown_probe(text: str) -> str:
-    """Return a probe as a message may have it: in short, and without the user and password of a URL."""
-    scheme, found, rest = text.partition("://")
-    authority, slash, path = rest.partition("/")
-    _, at, host = authority.rpartition("@")
-    if at:
-        text = f"{scheme}{found}***@{host}{slash}{path}"
-    text = one_line(text)
+    """Return a probe as a message may have it, in short."""
+    text = one_line(without_password(text))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -5174,13 +5250,15 @@ class Notified:
 
     def ready(self) -> bool:
         """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
+        slowly = not self.error  # a sender without end is slowed down, not followed
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
-            time.sleep(0.001)  # a sender without end is slowed down, not followed
         except OSError:
             pass
+        if slowly:
+            time.sleep(0.005)
         return not self.error
 
     def close(self) -> None:
@@ -5285,11 +5363,11 @@ class Link:
     """The connection to the agent: requests and what takes their answers, news, and whether the agent lives.
 
     Each request is answered once, from `take` or `keep_time`, never from `ask`: by the agent, or by an Unreachable when
-    there is no agent any more, of which `gone` is told first, once. `news` gets the notifications, by method.
+    there is no agent any more, of which `gone` is told first, once. `news` gets the notifications, with their method.
     """
 
     def __init__(
-        self, loop: Loop, news: Callable[[str, Object], None], gone: Callable[[Unreachable], None], pings: bool
+        self, loop: Loop, news: Callable[[str, Answer], None], gone: Callable[[Unreachable], None], pings: bool
     ) -> None:
         self._loop, self._news, self._gone, self._pings = loop, news, gone, pings
         self._channel: Channel | None = None  # while there is an agent
@@ -5333,7 +5411,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._news(str(message["method"]), expect(dict, message.get("params")))
+                    self._news(str(message["method"]), self._channel.news(message.get("params")))
                 elif message.get("id") in self._asked:
                     self._asked.pop(message["id"])(message)
         except Unreachable as error:
@@ -5730,7 +5808,6 @@ def cmd_run(args: Args) -> int:
     start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
-    end_on("SIGTERM")
     try:
         start.__enter__()
     except Unreachable as error:
@@ -5798,10 +5875,10 @@ class Run(Task):
         else:  # it has ended, and what it has left is being ended
             self.end("", by=0.0)
 
-    def news(self, method: str, params: Object) -> None:
-        """Take a notification of the agent."""
-        if method == "stop" and params.get("unit") == self.unit:
-            self.stop("stopped")
+    def news(self, method: str, news: Answer) -> None:
+        """Do what the agent says."""
+        if method == "stop" and news.unit == self.unit:
+            self.stop("stopped", time.monotonic() + news.grace)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
@@ -5913,24 +5990,15 @@ def cmd_wait(args: Args) -> int:
 # bounded a line, and read only while our own standard output takes it.
 # ----------------------------------------------------------------------------------------------------------
 
-HEADER_LINES = 50
+HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
+MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
-BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
-HEADERS = {
-    "unit": "NAME",
-    "want": "NAME... [--requires REQUIREMENT]",
-    "after": "NAME...",
-    "before": "NAME...",
-    "extern": "NAME...",
-    "lock": "NAME...",
-    "timeout": "DURATION",
-    "ready": "PROBE",
-    "ready-timeout": "DURATION",
-    "retry": "N [DELAY]",
-}
+# The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
+NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
+PACKAGED = (".dpkg-", ".ucf-", ".rpm")
 
 
 class Edge(Record):
@@ -5959,22 +6027,79 @@ class Script(Record):
     delay: float = 1.0
 
 
+def header_names(words: list[str]) -> list[str]:
+    """Return the names in a header. Raises UsageError, Refused."""
+    for word in words:
+        if word[:1] == "-" or word[-1:] == ",":
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{word}" is neither {known} nor a name; blanks separate names')
+    return [check_name(word) for word in words]
+
+
+def edges(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
+    """Return the edges that a header asks for. Raises UsageError, Refused."""
+    return [Edge(name, requires, place) for name in header_names(words)]
+
+
+def wanted(words: list[str], place: str) -> list[Edge]:
+    """Return the edges of a header `want`. Raises UsageError, Refused."""
+    requires: str = SUCCESS
+    words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
+    if "--requires" in words:
+        at = words.index("--requires")
+        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
+        if requires not in REQUIREMENTS:
+            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
+    if not words:
+        raise UsageError("want: a name is missing")
+    return edges(words, place, requires)
+
+
+def retries(words: list[str]) -> dict[str, Any]:
+    """Return what a header `retry` sets. Raises UsageError."""
+    if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
+        raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
+    return {"retries": int(words[0]), **({"delay": duration(words[1])} if words[1:] else {})}
+
+
+# Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
+HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
+    "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
+    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wanted(words, place)}),
+    "after": ("NAME...", MANY, lambda words, place: {"after": edges(words, place, COMPLETION)}),
+    "before": ("NAME...", MANY, lambda words, place: {"before": edges(words, place)}),
+    "extern": ("NAME...", MANY, lambda words, _: {"externs": header_names(words)}),
+    "lock": ("NAME...", MANY, lambda words, _: {"locks": header_names(words)}),
+    "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
+    "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
+    "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
+    "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
+}
+
+
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
-    """A script from the start of its file; mistakes are added with file and line."""
-    name = os.path.basename(path)
-    digits = len(name) - len(name.lstrip("0123456789"))
-    if digits and name[digits : digits + 1] in ("-", "_"):
-        name = name[digits + 1 :]
-    script = Script(path, name.rpartition(".")[0] or name, f"{path}:1", [], [], [], [], [])
-    for number, line in enumerate(text.decode(errors="replace").splitlines()[:HEADER_LINES], 1):
+    """Return a script from the start of its file; mistakes are added with file and line."""
+    file = printable(path)
+    script = Script(path, unit_of(os.path.basename(path)), f"{file}:1", [], [], [], [], [])
+    said: dict[str, int] = {}  # the line of each header that there may be once
+    lines = text.decode(errors="replace").splitlines()
+    comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
+    for number, line in enumerate(lines, 1):
         mark, found, rest = line.partition("coder-sync:")
+        is_header = bool(found) and mark.strip() in MARKS
+        if number > max(HEADER_LINES, comments):
+            if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
+                say(f"warning: {file}:{number}: not read as a header: too far down; move it up", 2)
+            continue
         try:
-            if found and mark.strip() in MARKS:
-                read_header(script, rest.strip(), f"{path}:{number}")
+            if is_header:
+                read_header(script, rest.strip(), number, said)
             elif looks_like_header(line.strip()):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
-            mistakes.append(f"{path}:{number}: {error}")
+            mistakes.append(f"{file}:{number}: {error}")
+    if "ready-timeout" in said and "ready" not in said:
+        mistakes.append(f"{file}:{said['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -5982,71 +6107,56 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     return script
 
 
+def unit_of(name: str) -> str:
+    """Return the unit that a file is by its name: without a number in front, and without its ending."""
+    digits = len(name) - len(name.lstrip("0123456789"))
+    if digits and name[digits : digits + 1] in ("-", "_"):
+        name = name[digits + 1 :]
+    return name.rpartition(".")[0] or name
+
+
 def looks_like_header(line: str) -> bool:
-    """Whether a comment was meant to be a header, and is not only about us."""
+    """Return whether a comment was meant to be a header, and is not only about us."""
     text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-    words = text.replace(":", " ").replace("\uff1a", " ").split()  # the colon of a Chinese keyboard
+    words = text.replace(":", " ").split()
     return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
-def read_header(script: Script, text: str, place: str) -> None:
-    """Take what a header says. Raises UsageError, Refused or ValueError."""
-    verb, rest = (*text.split(None, 1), "", "")[:2]
-    if verb == "ready":
-        Probe(rest)
-        script.ready = rest
-        return
+def read_header(script: Script, text: str, number: int, said: dict[str, int]) -> None:
+    """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
+    word, rest = (*text.split(None, 1), "", "")[:2]
+    if word not in HEADERS:
+        known = ", ".join(f"{name} {form}" for name, (form, _, _) in HEADERS.items())
+        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
+    form, most, read = HEADERS[word]
     words = rest.split()
-    if '"' in rest or "'" in rest or "\\" in rest:
+    if word == "ready":  # for a shell, or nobody
+        words = [rest]
+    elif '"' in rest or "'" in rest or "\\" in rest:
         import shlex
 
         words = shlex.split(rest)
-    count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
-    if verb not in HEADERS or (count and len(words) not in count):
-        known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
-        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
-    requires: str = SUCCESS
-    if verb == "want":  # --requires=REQUIREMENT is two words
-        words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
-    if verb == "want" and "--requires" in words:
-        at = words.index("--requires")
-        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
-        if requires not in REQUIREMENTS:
-            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
     if not words:
-        raise UsageError(f"{verb}: a name is missing")
-    if verb == "timeout":
-        script.timeout = duration(words[0])
-    elif verb == "ready-timeout":
-        script.ready_timeout = duration(words[0])
-    elif verb == "retry":
-        if not words[0].isdecimal() or int(words[0]) > 1000:
-            raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
-        script.retries, script.delay = int(words[0]), duration(words[1]) if words[1:] else script.delay
-    else:
-        odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
-        if odd and verb != "unit":
-            known = "an option (only want has one, --requires)"
-            raise UsageError(f'"{odd[0]}" is neither {known} nor a name; blanks separate names')
-        read_names(script, verb, [check_name(name) for name in words], requires, place)
+        raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
+    if len(words) > most:
+        hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
+        raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
+    for name, value in read(words, f"{printable(script.path)}:{number}").items():
+        if isinstance(value, list):
+            getattr(script, name).extend(value)
+        elif said.setdefault(word, number) != number:
+            raise UsageError(f"{word}: line {said[word]} says so already")
+        else:
+            setattr(script, name, value)
 
 
-def read_names(script: Script, verb: str, names: list[str], requires: str, place: str) -> None:
-    """Take the names that a header has."""
-    if verb == "unit":
-        script.unit, script.place = names[0], place
-    elif verb in ("extern", "lock"):
-        (script.externs if verb == "extern" else script.locks).extend(names)
-    else:
-        edges = {"want": script.wants, "after": script.after, "before": script.before}[verb]
-        edges += [Edge(name, COMPLETION if verb == "after" else requires, place) for name in names]
-
-
-def check_interpreter(path: str, text: bytes) -> str:
-    """What keeps a file from being run, or nothing."""
+def check_program(path: str, text: bytes) -> str:
+    """Return what keeps a file from being run, or nothing."""
     if not os.access(path, os.X_OK):
-        return f"not executable; chmod +x {path}"
+        return not_executable(path)
     first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
+    if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
@@ -6057,13 +6167,22 @@ def check_interpreter(path: str, text: bytes) -> str:
         import shutil
 
         program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
+        return "" if program and shutil.which(program) else f"its interpreter {printable(program)} is not in PATH"
     good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    return "" if good else f"its interpreter {printable(program)} does not exist or cannot be run"
+
+
+def not_executable(path: str) -> str:
+    """Return why a file cannot be run that is no program, and what to do about it."""
+    import shlex
+
+    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return "not executable: its file system is mounted noexec"
+    return f"not executable; chmod +x {shlex.quote(printable(path))}"
 
 
 def program_of_env(words: list[str]) -> str:
-    """The program in the arguments of env(1)."""
+    """Return the program in the arguments of env(1)."""
     rest = iter(words)
     for word in rest:
         if word[:2] == "-S" and word[2:]:
@@ -6075,10 +6194,10 @@ def program_of_env(words: list[str]) -> str:
     return ""
 
 
-def plan(paths: Sequence[str]) -> list[Script]:
-    """Read and check everything. Raises UsageError with every mistake, a line each."""
+def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
+    """Read and check everything; return the scripts. Raises UsageError with every mistake, a line each."""
     mistakes: list[str] = []
-    left_out: dict[str, str] = {}  # unit -> a file that is no script because it is not executable
+    left_out: dict[str, str] = {}  # unit -> the file that would provide it, and why it does not
     scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
@@ -6090,9 +6209,10 @@ def plan(paths: Sequence[str]) -> list[Script]:
         for edge in script.wants:
             name = edge.dependency
             if name not in by_name and name not in externs:
-                hint = meant(resembling(name, list(by_name)), f"; if it comes from outside, add: extern {name}")
-                if name in left_out:
-                    hint = f"; {left_out[name]} would, but is not executable"
+                import shlex
+
+                outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
+                hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
                 mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for script in scripts:
         for edge in script.before:
@@ -6107,40 +6227,45 @@ def plan(paths: Sequence[str]) -> list[Script]:
             if hint:
                 say(f'warning: {edge.place}: no file provides "{edge.dependency}"{hint}', 2)
     check_edges(scripts, mistakes)
-    if not scripts and not mistakes:
-        others = f"; not executable: {names_of([*left_out.values()])}" if left_out else ""
-        mistakes.append(f"{' '.join(paths)}: no executable files{others}")
+    if not scripts and not mistakes and not may_be_empty:
+        mistakes.append(f"{printable(' '.join(paths))}: no executable files")
     if mistakes:
         raise UsageError("\n".join(mistakes))
     return scripts
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """The scripts of a directory, or one file."""
+    """Return the scripts of a directory, or one file."""
     files = [given]
     try:
         if os.path.isdir(given):
-            names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
-            files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+            files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
+            files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
         elif not os.path.isfile(given):  # a pipe, say, which would block
-            raise OSError(0, "no such file or directory")
+            raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
+        mistakes.append(f"{printable(given) or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
+        name, ending = os.path.splitext(os.path.basename(path))
+        if path != given and (ending in NOT_RUN or ending.startswith(PACKAGED)):
+            left_out[unit_of(name)] = f"{printable(path)} would, but {ending} is not run"
+            continue
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
         except OSError as error:
-            mistakes.append(f"{path}: cannot be read: {error.strerror}")
+            mistakes.append(f"{printable(path)}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-            left_out[read_script(path, b"", []).unit] = path
+            left_out[unit_of(name + ending)] = f"{printable(path)} would, but is not executable"
+            if text.startswith(b"#!"):
+                say(f"warning: {printable(path)}: not run: {not_executable(path)}", 2)
             continue
         script = read_script(os.path.abspath(path), text, mistakes)
-        wrong = check_interpreter(path, text)
+        wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{script.path}:1: {wrong}")
+            mistakes.append(f"{printable(script.path)}:1: {wrong}")
         yield script
 
 
@@ -6150,8 +6275,8 @@ def add_edge(script: Script, edge: Edge) -> None:
         script.wants.append(edge)
 
 
-def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
-    """The graph of the scripts; what its rules forbid is a mistake."""
+def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
+    """Add what the rules of the graph forbid to the mistakes."""
     units = Units(time.monotonic, time.time)
     places: dict[tuple[str, str], str] = {}
     for script in scripts:
@@ -6169,25 +6294,28 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
                 mistakes.append(f"{edge.place}: {error} ({told})")
             except SyncError as error:
                 mistakes.append(f"{edge.place}: {error}")
-    return units
 
 
-def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list[Script]:
-    """Those scripts, and what they want, also through others, that is not done yet. Raises UsageError."""
+def plan_text(scripts: list[Script]) -> str:
+    """Return scripts without mistakes as a table, each below what it wants of the others."""
     by_name = {script.unit: script for script in scripts}
-    for name in only:
-        if name not in by_name:
-            raise UsageError(f'--only: no file provides "{name}"{meant(resembling(name, list(by_name)))}')
-    taken, rest = set(only), list(only)
-    while rest:
-        script = by_name[rest.pop()]
-        new = {e.dependency for e in script.wants if e not in script.after} - taken - done
-        new &= set(by_name)
-        taken |= new
-        rest += new
-    for script in scripts:
-        script.wants = [e for e in script.wants if e not in script.after or e.dependency in taken]
-    return [script for script in scripts if script.unit in taken]
+    missing = {unit: {edge.dependency for edge in script.wants} & {*by_name} for unit, script in by_name.items()}
+    users: dict[str, list[str]] = {unit: [] for unit in by_name}
+    for unit, names in missing.items():
+        for name in names:
+            users[name].append(unit)
+    order = [unit for unit, names in missing.items() if not names]
+    for unit in order:  # which grows
+        for user in users[unit]:
+            missing[user].remove(unit)
+            if not missing[user]:
+                order.append(user)
+    rows = []
+    for script in map(by_name.__getitem__, order):
+        wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.wants)
+        rows.append([script.unit, ", ".join(wants), ", ".join(script.locks), shown_probe(script.ready)])
+    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows, always=1) if rows else ""
+    return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
 class BootOptions(Record):
@@ -6289,7 +6417,7 @@ class Output:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
         self.fds = {fd: opened_again(fd) for fd in self.pending}
-        self._width = min(24, max(map(wide, units)))
+        self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
         self._live = False  # whether the live line stands there
@@ -6411,7 +6539,7 @@ class Streams:
     def _no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
         if self.log_dir:
-            self._out.say(f"warning: no more logs in {self.log_dir}: {error.strerror}")
+            self._out.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
         self.log_dir = ""
         for stream in self.by_fd.values():
             if stream.log >= 0:
@@ -6603,17 +6731,19 @@ class Boot:
         self.claimed = True
         self.when_claimed()
 
-    def news(self, method: str, news: Object) -> None:
-        """Handle what the agent says about a unit: it may start, or it has ended."""
-        job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
-        if method != "unit" or job is None or job.outcome:
+    def news(self, method: str, news: Answer) -> None:
+        """Handle what the agent says about a unit: it may start, it has ended, or is to."""
+        job, status = self.jobs.get(news.unit), news.status
+        if job and method == "stop":
+            job.stop("stopped", time.monotonic() + news.grace)
+        if job is None or job.outcome or method != "unit":
             return
         if status == STARTED and not (job.tries or job.reported):
-            job.env = environment(self.env, **variables_in(news))
+            job.env = environment(self.env, **news.env)
             self.active[job.unit] = job
             job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
-            self.ended(job, str(status), str(news.get("reason") or ""))
+            self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
@@ -6781,7 +6911,7 @@ class Boot:
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
-                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
+                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
@@ -7104,7 +7234,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
             with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
                 f.write(timeline_as(form, graph))
         except OSError as error:
-            put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
+            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
 
     return write
 
@@ -7115,19 +7245,15 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
     client = client_of(args)
-    answer = client.ping(args.wait)
-    up = answer.get("uptime")
-    age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
-    put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
+    pong = client.ping(args.wait)
+    put(f"agent at {client.socket_path}: pid {pong['pid']}, version {pong['version']}, up {span(pong['uptime'])}\n")
 
 
 @Command(
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
-    flag("--check", help="only check the headers"),
-    flag("--dry-run", help="only show the order"),
-    Argument("--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"),
+    flag("--check", help="only check the headers, and show the order"),
     flag("--fail-fast", help="stop everything at the first failure"),
     Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
@@ -7141,14 +7267,12 @@ def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for; then become COMMAND."""
     path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
     try:
-        scripts = plan(args.paths)
-        scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
+        scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
         put(f"error: nothing was run:\n{error}\n", 2)
         return error.exit_code
-    if args.check or args.dry_run:
-        checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
-        put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
+    if args.check:
+        put(plan_text(scripts))
         return 0
     if args.stay and args.command:
         say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
@@ -7156,7 +7280,7 @@ def cmd_boot(args: Args) -> int:
     loop = Loop((*STOPS, "SIGQUIT"))
     options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
     boot = Boot(scripts, options, loop)
-    code = boot_at(path, boot)
+    code = boot_at(path, boot) if scripts else 0
     if write and boot.graph:
         write(boot.graph)
     loop.give_back()
@@ -7176,12 +7300,12 @@ def cmd_boot(args: Args) -> int:
 
 def boot_at(path: str, boot: Boot) -> int:
     """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    if os.path.lexists(path) and (wrong := foreign(path)):
-        raise Refused(wrong)
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
             channel = Channel(path)
+        except Foreign:
+            raise
         except Unreachable:
             try:
                 return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
@@ -7211,14 +7335,6 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, server: Any, accept: Callab
     ours, theirs = socketpair()
     server.process_request(Connection(theirs, WakeUp()), "")
     return boot.run(Channel(path, sock=ours), claimed)
-
-
-def completed_at(path: str) -> set[str]:
-    """The units that the agent at a path, if there is one, has as completed."""
-    try:
-        return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
-    except Unreachable:
-        return set()
 
 
 @Command(

@@ -1198,8 +1198,9 @@ a lost boot leaves its processes: boot #b a c by=41; own #b.a by=42; complete a 
     show c reason
     => a: reason lost: the boot that ran process 42 (script 42) ended; that process may still run;
     c: reason lost: process 41 (script 41) ended without completing
-so does a run: start a #1 supervised by=41; complete a #1 running; lose #1; show a reason
-    => a: reason lost: process 41 (script 41) ended; its command may still run
+so does a run: start a #1 supervised by=41; sleep 1; complete a #1 running; sleep 5; lose #1; show a reason;
+    show a ended exited exit_reason
+    => a: reason lost: process 41 (script 41) ended; its command may still run; a: ended 1, exited 6, exit_reason lost
 what is being stopped says so: start a #1 supervised; show a stopping; stop #s a within=8; show a stopping status;
     fail a #1; show a stopping reason
     => a: stopping False; a: stopping True, status started; a: stopping False, reason stopped
@@ -2082,26 +2083,13 @@ def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_o
             coder_sync.table(header, rows, columns)
 
 
-class Patient:
-    """A socket on which nothing comes twice, and then a message; `times` is how long it was to wait."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def settimeout(self, seconds: float) -> None:
-        self.times.append(seconds)
-
-    def recv(self, size: int) -> bytes:
-        if len(self.times) < 3:
-            raise socket.timeout
-        return b'{"jsonrpc": "2.0"}\n'
-
-
-def test_a_wait_may_be_longer_than_the_system_counts() -> None:
-    sock = Patient()
-    assert coder_sync.Channel("x", sock=sock).receive(9e8) == {"jsonrpc": "2.0"}
-    assert max(sock.times) * 1000 < 1 << 31
-    assert coder_sync.Channel("x", sock=Patient()).receive(1.0) is None
+def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with coder_sync.Channel("x", sock=ours) as channel, theirs:
+        monkeypatch.setattr(coder_sync, "LONGEST_POLL", 0.01)
+        threading.Timer(0.1, theirs.sendall, [b'{"jsonrpc": "2.0"}\n']).start()
+        assert channel.receive(9e8) == {"jsonrpc": "2.0"}
+        assert channel.receive(0.01) is None
 
 
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
@@ -2113,10 +2101,6 @@ def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
     with open(read, "rb") as pipe:
         assert len(pipe.read()) == 200_000
     assert finish(process).returncode == 0
-
-
-def test_an_answer_that_has_no_list_of_names_has_none() -> None:
-    assert (coder_sync.texts(5), coder_sync.texts(["a"])) == ([], ["a"])
 
 
 def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
@@ -2580,12 +2564,14 @@ def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen
     return agent
 
 
-def stranger(*argv: str) -> list[str]:
+def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
     """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
-    modules = "contextlib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    modules = (
+        "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    )
     modules += ", tempfile, threading"
-    changes = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid(65534)"
-    return altered(changes, *argv)
+    become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
+    return altered(become + changes, *argv)
 
 
 def served(world: World) -> None:
@@ -3241,6 +3227,9 @@ def without(*directories: str) -> list[str]:
     code = "import os, sys\nfor d in sys.argv[1].split(): assert os.system(f'mount -t tmpfs none {d}') == 0"
     code += "\nos.execv(sys.argv[2], sys.argv[2:])"
     return ["unshare", "-m", *PYTHON, code, " ".join(directories)]
+
+
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def can_unshare(*options: str) -> bool:
@@ -4766,25 +4755,81 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
         play(call, world, NO_AGENT.format("the agent does not take connections; is it stopped or overloaded?"))
 
 
-def test_a_socket_of_somebody_else_names_its_owner_and_on_the_default_path_it_must_be_roots(world: World) -> None:
+def test_a_socket_that_one_may_not_use_names_its_owner_at_once(world: World) -> None:
     with open_directory() as directory:
         path = world.path = f"{directory}/agent.sock"
         world.serve("--socket-path", path, "--mode", "600" if os.getuid() == 0 else "000")
-        done = finish(world.spawn(stranger("ping", "--socket-path", path)))
+        began = time.monotonic()
+        done = finish(world.spawn(stranger("start", "a", "--socket-path", path)))
+        assert time.monotonic() - began < coder_sync.CONNECT_TIMEOUT  # although a start waits for an agent that starts
         assert done.returncode == 3
         owner = pwd.getpwuid(os.getuid()).pw_name
         assert re.search(rf"permission denied \(it belongs to {owner}, mode \d+\)", done.stderr)
-        if os.getuid() != 0:
-            return
-        os.chmod(path, 0o666)
-        there = stranger("ping", "--socket-path", path)
-        there[3] = there[3].replace("coder_sync.main", f"coder_sync.DEFAULT_SOCKET = {path!r}\ncoder_sync.main")
-        assert finish(world.spawn(there)).returncode == 0
-        os.chown(path, 1, -1)
-        done = finish(world.spawn(there))
-        assert done.returncode == 3
-        assert f"belongs to {coder_sync.user_name(1)}, not to you or root" in done.stderr
-        assert finish(world.spawn(stranger("start", "a", "--socket-path", path))).returncode == 0
+
+
+@contextlib.contextmanager
+def foreign_agent(world: World, uid: int = 65534) -> Iterator[str]:
+    """An agent of another user for everybody at what is the default path with the statement that is given."""
+    with open_directory() as directory:
+        os.chmod(directory, 0o777)
+        world.path = f"{directory}/agent.sock"
+        world.env["CODER_AGENT_SOCKET_PATH"] = world.path
+        answering(world, stranger("serve", "--mode", "666", uid=uid), env=world.env)
+        yield f"coder_sync.DEFAULT_SOCKET = {world.path!r}"
+
+
+@ROOT
+def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None:
+    def starts(uid: int, changes: str = "") -> None:
+        done = finish(world.spawn(stranger("start", f"a{next(COUNT)}", uid=uid, changes=changes), env=world.env))
+        assert (done.returncode, done.stderr) == (0, "")
+
+    with foreign_agent(world) as default:
+        os.chown(world.path, 1, -1)  # whose file it is does not matter
+        starts(65534, default)
+        starts(0, default)  # root coordinates with any
+        starts(1)  # who names another path has chosen
+        script = Path(os.path.dirname(world.path), "a")
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+        for words in (["start", "a"], ["list"], ["boot", str(script)]):
+            done = finish(world.spawn(stranger(*words, uid=1, changes=default), env=world.env))
+            assert done.returncode == 3
+            assert done.stderr.endswith(
+                f"{world.path} belongs to nobody, not to you or root; choose another --socket-path\n"
+            )
+    with foreign_agent(world, uid=0) as default:
+        starts(1, default)
+
+
+@ROOT
+def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> None:
+    def told(process: subprocess.Popen[str], out: str) -> None:
+        done = finish(process)
+        assert (done.returncode, done.stdout) == (0, out)
+        warning = (
+            f"warning: root takes no environment variables from the agent at {world.path}, which belongs to nobody\n"
+        )
+        assert done.stderr.count(warning) == 1
+
+    leave = "echo CODE=evil >> $CODER_SYNC_ENV"
+    with foreign_agent(world) as default:
+        world.ok("run", "evil", "--", "sh", "-c", leave)
+        world.ok("want", "a", "evil")
+        for changes in ("", default):
+            told(world.spawn(altered(changes, "env", "a"), env=world.env), "")
+            unit = f"run-{next(COUNT)}"
+            run = altered(changes, "run", unit, "--want", "evil", "--", "sh", "-c", "echo got $CODE")
+            told(world.spawn(run, env=world.env), "got\n")
+        script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
+        scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
+        told(Boot(world, scripts).process, "b | got\nd | got\n")
+        assert world.client.env("a") == {}
+        with world.client.unit("c", want=["evil"]) as start:
+            assert start.environment == {}
+    with foreign_agent(world, uid=0):
+        world.ok("run", "good", "--", "sh", "-c", leave)
+        assert world.ok("run", "a", "--want", "good", "--", "sh", "-c", "echo got $CODE") == "got evil\n"
 
 
 IMPOSTORS = {
@@ -4814,26 +4859,116 @@ def test_what_is_no_agent_of_ours_is_said_to_be_none_or_to_hang_up(call: Call, w
             assert done.returncode in (0, 1, 3)
 
 
-def test_a_client_that_waits_ends_with_its_agent_and_at_ctrl_c(world: World) -> None:
+WAITING = (
+    "start a --want b --timeout 0",
+    "wait b --timeout 0",
+    "run c --want b --timeout 0 -- true",
+    "events --follow",
+)
+
+
+def waiting(world: World, under: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
+    """Commands that wait for something of the agent, and have said so."""
+    world.client.want("b")
+    processes = [world.spawn([*under, *altered(SOON, *line.split())], env=world.env) for line in WAITING]
+    for process, pipe in zip(processes, ("stdout", "stdout", "stderr", "stdout")):
+        assert line_of(getattr(process, pipe))
+    return processes
+
+
+def test_a_client_that_waits_ends_with_its_agent(world: World) -> None:
     agent = world.serve()
-
-    def waiting() -> list[subprocess.Popen[str]]:
-        lines = ("start a --want b", "wait b", "run c --want b -- true")
-        processes = [world.popen(*line.split()) for line in lines]
-        for process, pipe in zip(processes, ("stdout", "stdout", "stderr")):
-            line_of(getattr(process, pipe))
-        return processes
-
-    for process in waiting():
-        done = stopped(process, signal.SIGINT)
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-        served(world)
-    processes = waiting()
+    processes = waiting(world)
     agent.kill()
     for process in processes:
         done = finish(process)
         assert done.returncode == 3
-        assert re.fullmatch("error: .*went away.*\n", done.stderr)
+        assert re.search("^error: .*went away.*\n$", done.stderr)
+
+
+SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
+ASKING = ("ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true")
+
+
+@contextlib.contextmanager
+def silent(world: World, kind: str) -> Iterator[int]:
+    """Something that takes connections and says nothing; yields its process."""
+    if kind == "a stopped agent":
+        agent = world.serve()
+        stop(agent)
+        yield agent.pid
+    else:
+        with listener(world.path) as sock:
+            sock.listen()
+            yield os.getpid()
+
+
+@pytest.mark.parametrize("kind", ["a stopped agent", "another program"])
+def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, kind: str) -> None:
+    with silent(world, kind) as pid:
+        lines = [*WAITING, *ASKING]
+        processes = [world.spawn(altered(SOON, *line.split()), env=world.env) for line in lines]
+        who = re.escape(f"the agent at {world.path} (pid {pid}) has not answered for")
+        for line, process in zip(lines, processes):
+            done = finish(process)
+            assert done.returncode == (0 if "--optional" in line else 3), line
+            expected = (
+                f"warning: {who} 1 s; is it stopped[?]\n(error|warning: d: runs.*): {who} 2 s; is it stopped[?]\n"
+            )
+            assert re.fullmatch(expected, done.stderr), line
+
+
+def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
+    agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
+    processes = waiting(world)
+    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+        assert "waiting after" in line_of(processes[0].stdout)
+    agent.send_signal(signal.SIGSTOP)
+    for process in processes:
+        done = finish(process)
+        assert done.returncode == 3
+        said = [line for line in done.stderr.splitlines() if "still waiting" not in line]
+        assert [line.partition(": the agent at")[0] for line in said] == ["warning", "error"]
+
+
+SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
+    for number in SIGNALLED:
+        for process in waiting(agent):
+            assert stopped(process, number).returncode == (130 if number == signal.SIGINT else -number)
+    served(agent)
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """The first child of a process."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return until(lambda: int((children.read_text().split() or ["0"])[0]))
+
+
+def has_a_socket(pid: int) -> bool:
+    """Whether a process has one open, so that it has begun to do something."""
+    with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+        return any(os.readlink(path).startswith("socket:") for path in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+@NAMESPACES
+def test_as_process_1_a_client_that_waits_ends_at_a_signal(world: World) -> None:
+    agent = world.serve()
+    for number in SIGNALLED:
+        for process in waiting(world, UNSHARE):
+            os.kill(child_of(process), number)
+            done = finish(process)
+            assert (done.returncode, done.stderr) == (128 + number, "")
+    stop(agent)
+    for line in ASKING:
+        process = world.spawn([*UNSHARE, *program(), *line.split()])
+        child = child_of(process)
+        until(lambda child=child: has_a_socket(child))
+        os.kill(child, signal.SIGTERM)
+        assert process.wait(5) == 143, line
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -5892,36 +6027,30 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     assert mixed.client.status("wordy").reason.startswith("xxx")
 
 
-BAD_ARGUMENTS: list[dict[str, Any]] = [
-    {"want": "database"},
-    {"want": [1]},
-    {"want": ["x"], "requires": "luck"},
-    {"want": ["x"], "timeout": "soon"},
-    {"want": ["x"], "timeout": -1},
-    {"pid": "me"},
-    {"want": ["x"], "on_wait": 5},
-    {"unit": None},
-    {"socket_path": 5},
-    {"connect_timeout": "3s"},
+BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
+    (TypeError, {"want": "database"}),  # not eight units of one letter
+    (TypeError, {"locks": "apt"}),
+    (coder_sync.InvalidParams, {"want": [1]}),
+    (Refused, {"want": ["x"], "requires": "luck"}),
+    (TypeError, {"want": ["x"], "timeout": "soon"}),
+    (ValueError, {"want": ["x"], "timeout": -1}),
+    (coder_sync.InvalidParams, {"want": ["x"], "timeout": True}),
+    (ValueError, {"want": ["x"], "timeout": float("nan")}),
+    (coder_sync.InvalidParams, {"unit": None}),
+    (Refused, {"unit": ""}),
 ]
 
 
 def test_a_bad_argument_is_refused_before_anything_is_registered(mixed: World) -> None:
     before = [unit.unit_name for unit in mixed.client.list(everything=True)]
-    for bad in BAD_ARGUMENTS:
+    for kind, bad in BAD_ARGUMENTS:
         arguments = {"unit": "never", "timeout": 0.1, **bad}
-        calls: list[Callable[..., Any]] = [mixed.client.start]
-        if not {"pid", "on_wait"} & {*bad}:
-            calls.append(lambda **arguments: mixed.client.unit(**arguments).__enter__())
-        if {"socket_path", "connect_timeout"} & {*bad}:
-            calls, arguments = [Client], {"socket_path": mixed.path, **bad}
-        a_type = bad in ({"want": "database"}, {"want": [1]})
-        for call in calls:
-            with pytest.raises(TypeError if a_type else (TypeError, ValueError, coder_sync.SyncError)) as caught:
-                pytest.fail(f"{bad} is taken: {call(**arguments)}")
-            assert not isinstance(caught.value, TimedOut), bad
-    with pytest.raises(ValueError, match="a timeout is at least 0"):
-        mixed.client.wait("never", timeout=-1)
+        with pytest.raises(kind):
+            print("accepted:", mixed.client.start(**arguments))
+        with pytest.raises(kind):
+            print("accepted:", mixed.client.unit(**arguments).__enter__())
+    with pytest.raises(coder_sync.InvalidParams):
+        mixed.client.start("never", pid="me")  # type: ignore[arg-type]
     assert [unit.unit_name for unit in mixed.client.list(everything=True)] == before
 
 
@@ -6007,20 +6136,6 @@ def test_a_start_that_gave_up_has_failed_its_unit_if_it_was_to_own_it(agent: Wor
         assert (done.returncode, agent.status(unit)) == (status == "failed", status)
 
 
-def test_a_header_that_is_nearly_one_is_a_mistake() -> None:
-    for line, told in (
-        ("# coder-sync want a", ":2: not understood"),
-        ("# codersync: want a", ":2: not understood"),
-        ("// coder_sync: want a", ":2: not understood"),
-        ("# coder-sync\uff1a want a", ":2: not understood"),
-        ("# coder-sync: want a --require start", '"--require" is neither an option'),
-        ("# coder-sync: want a, b", '"a," is neither an option'),
-    ):
-        mistakes: list[str] = []
-        coder_sync.read_script("x.sh", f"#!/bin/sh\n{line}\n".encode(), mistakes)
-        assert len(mistakes) == 1 and told in mistakes[0], line
-
-
 CLOCK_SET_BACK = """
 import time
 wall, calls = time.time, []
@@ -6079,24 +6194,19 @@ def startup_of(now: float, *units: UnitStatus) -> Graph:
 
 
 HOSTILE = "\"q\" 'x' [a] (b) {c} <script>&amp; \\n \\ #35; ; --> | %% `y`"
+WAS_UP = "died 1m10s after it was ready: exit code 1"
+MAY_RUN = "lost: the boot that ran process 43 ended; that process may still run"
 STARTUPS = {
     "nothing": startup_of(7),
     "good": startup_of(
         252,
-        unit("apt-install", 0, 0, 125, owner=Owner(41, "bash apt.sh")),
-        unit("git-clone", 0, 0, 12),
+        unit("apt", 0, 0, 125, owner=Owner(41, "bash apt.sh")),
+        unit("clone", 0, 0, 12),
         unit("db", 0, 0.5, 32),
-        unit("pip-install", 0, 125, 243, ["apt-install"], released_by="apt-install"),
-        unit("migrate", 0, 32, 41, ["db"], released_by="db"),
-        unit("serve", 0, 243, 252, ["pip-install", "migrate"], released_by="pip-install"),
+        unit("pip", 0, 125, 252, ["apt"], released_by="apt"),
     ),
-    "good, later": startup_of(
-        282,
-        unit("apt-install", 0, 0, 125),
-        unit("lint", 0, 0, 20),
-        unit("db", 0, 0, 31.9),
-        unit("pip-install", 0, 125, 273, ["apt-install"], released_by="apt-install"),
-        unit("serve", 0, 273, 282, ["pip-install"], released_by="pip-install"),
+    "later": startup_of(
+        282, unit("apt", 0, 0, 125), unit("lint", 0, 0, 20), unit("db", 0, 0, 31.9), unit("pip", 0, 125, 282, ["apt"])
     ),
     "broken": startup_of(
         30,
@@ -6110,12 +6220,12 @@ STARTUPS = {
         unit("slow", 15, None, None, ["web"]),
         unit("idle", None, None, None, ["web"], registered=15),
     ),
-    "broken, before": startup_of(
+    "before": startup_of(
         19,
         unit("base", 0, 0, 10),
-        unit("web", 0, 10, None, ["base"], released_by="base"),
+        unit("web", 0, 10),
         unit("data", 0, 0, 15),
-        unit("report", 1, None, 15, status="failed"),
+        unit("slow", 1, None, 15, status="failed"),
     ),
     "services": startup_of(  # locks, tries, and processes that run on, or did
         160,
@@ -6123,21 +6233,13 @@ STARTUPS = {
         unit("apt-tools", 0, 40, 60, ready=0, locks=["apt"], released_by="apt-base"),
         unit("clone", 0, 0, 40, tries=[10.0, 25.0]),
         unit("db", 0, 0, 20, running_on=True, owner=Owner(42, "postgres -D /data", True)),
-        unit(
-            *("proxy", 0, 1, 10, ["gate"]),
-            **{"status": "failed", "reason": "died 1m10s after it was ready: exit code 1", "released_by": "gate"},
-            **{"exited": 80, "exit_reason": "exit code 1", "exit_code": 1},
-        ),
+        unit("proxy", 0, 1, 10, ["gate"], status="failed", exited=80, exit_reason="exit code 1", reason=WAS_UP),
         unit("gate", 0, 0, 1, exited=30),
-        unit("cache", 0, 0, 1, status="failed", reason="stopped", exited=100, exit_reason="stopped"),
-        unit(
-            *("queue", 0, 0, 1),
-            **{"status": "failed", "reason": "lost: the boot that ran process 43 ended; that process may still run"},
-            **{"exited": 90, "exit_reason": "lost", "owner": Owner(43, "", True)},
-        ),
+        unit("ends", 0, 0, stopping=True),
+        unit("cache", 0, 0, 1, status="failed", exited=100, exit_reason="stopped", reason="stopped"),
+        unit("q", 0, 0, 1, status="failed", exited=90, exit_reason="lost", reason=MAY_RUN, owner=Owner(43, "", True)),
         unit("tools", 0, 60, 100, ["apt-tools"], released_by="apt-tools", tries=[90.0], log="/logs/tools.log"),
         unit("ide", 0, 100, None, ["tools"], released_by="tools", locks=["port"], owner=Owner(77, "")),
-        unit("again", 0, 100, 150, ["db"], ready=20, locks=["gpu", "net"], released_by="tools", tries=[130.0]),
         unit("shell", 10, None, None, ["db"], ready=20, locks=["port"], blocked_by={"port": "ide"}),
         unit("web", 0, 100, reason="not ready yet: tcp:80", probe="tcp:80", probe_error="no route", tries=[156.0]),
         unit("site", 0, None, None, ["web"], waits_for=["web"]),
@@ -6147,13 +6249,9 @@ STARTUPS = {
         unit("<a>", 1, 1, 4, registered=0, ready=1, tries=[2.0, 3.5], locks=["l"]),
         unit("b", 1, 4, 9, {"<a>": "completion", "c": "success"}, ready=1.5, locks=["l", "m"], released_by="<a>"),
         unit("c", 2, 2.0009, 2.0009, status="failed", reason='say "&"'),
-        unit("d", 2, None, 3, {"c": "success"}, status="skipped", reason="c"),
-        unit("e", 3, 3.001, 3.002, {"d": "start"}, exited=8, log="/e.log"),
-        unit("f", 9, 9, None, {"b": "start"}, released_by="b", status="started"),
-        unit("g", 3, 3, 5, running_on=True),
-        unit("h", 4, wants=["g"], ready=6, locks=["l"], blocked_by={"l": "f"}),
+        unit("d", 2, None, 3, {"c": "start"}, status="skipped", reason="c", log="/d.log"),
+        unit("f", 9, 9, None, {"b": "start"}, released_by="b", running_on=True),
     ),
-    "late": startup_of(99, unit("a", 0, 0, 10), unit("late", 20, wants=["b"], is_waiting=False), unit("b")),
     "a dependency that was only to start": startup_of(
         25,
         unit("setup", 0, 0, 5),
@@ -6167,11 +6265,7 @@ STARTUPS = {
         unit("report", 0, 60, 61, {"middle": "completion"}, released_by="middle"),
     ),
     "a long path": startup_of(
-        77,
-        *(
-            unit(f"u{i}", 0, i * (i + 1) / 2, (i + 1) * (i + 2) / 2, released_by=f"u{i - 1}" * (i > 0))
-            for i in range(12)
-        ),
+        66, *(unit(f"u{i}", 0, i * (i - 1) / 2, i * (i + 1) / 2, released_by=f"u{i - 1}") for i in range(1, 13))
     ),
     "odd ends": startup_of(
         185,
@@ -6194,8 +6288,7 @@ STARTUPS = {
     "it has run for 30 s": startup_of(30, unit("a", 0, 0)),
     "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
     "wide names": startup_of(
-        12,
-        *(unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
+        *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
         unit("c", 0, wants=["b"], waits_for=["b", "lock x"]),
     ),
     "all that status shows": startup_of(
@@ -6205,10 +6298,7 @@ STARTUPS = {
             **{"tries": [1.0], "locks": ["x", "y"], "log": "/c.log", "waits_for": ["b", "lock x"], "reason": "why"},
             **{"owner": GONE, "refusal": "a cycle", "did_you_mean": "b"},
             dependencies=[coder_sync.Dependency("b", "completed", "started", False, reason="slow")],
-            history=[
-                coder_sync.Event(3, 5.0, 0.0, "c", "registered"),
-                coder_sync.Event(9, 6.5, 0.0, "c", "wants", "b"),
-            ],
+            history=[coder_sync.Event(3, 5.0, 0, "c", "registered"), coder_sync.Event(9, 6.5, 0, "c", "wants", "b")],
         ),
         unit("alone"),
     ),
@@ -6280,28 +6370,20 @@ started); critical path: base 10s -> web 20s (100% of it)
   cache     █──────────────────────                  1.0s stopped at 1m40s
   clone     ██│██│███                                 40s completed
   db        █████────────────────────────────────     20s running on
+  ends      █████████████████████████████████████   2m40s stopping
   gate      █──────                                  1.0s exited at 30s
-  queue     █────────────────────                    1.0s lost at 1m30s
+  q         █────────────────────                    1.0s lost at 1m30s
   proxy     ██────────────────                       9.0s died at 1m20s
 * apt-tools ▒▒▒▒▒▒▒▒▒█████                            20s completed
 * tools     ░░░░░░░░░░░░░███████│██                   40s completed
-  again     ░░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒███████│████       50s completed
 * ide       ░░░░░░░░░░░░░░░░░░░░░░░██████████████   1m00s running
   web       ░░░░░░░░░░░░░░░░░░░░░░░█████████████│   1m00s probing
   site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
   shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
-2m40s in all (3 failed, 2 still running, 2 not started); critical path:
+2m40s in all (3 failed, 3 still running, 2 not started); critical path:
 apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
-? timeline: late: 50
-       0           10s
-* a    ████████████                 10s completed
-  b                                   - pending
-  late                        ░     0ms gave up
-
-20s in all (2 not started); critical path: a 10s
-(50% of it)
 ? timeline: nothing: 40
 no units yet
 ? summary: a dependency that was only to start
@@ -6309,87 +6391,48 @@ no units yet
 ? summary: by way of what was skipped
 1m01s in all (1 failed, 1 skipped); critical path: base 1m00s -> report 1.0s (100% of it)
 ? summary: a long path
-1m18s in all; critical path: ... -> u2 3.0s -> u3 4.0s -> u4 5.0s -> u5 6.0s -> u6 7.0s -> u7 8.0s -> u8 9.0s -> u9 \
-10s -> u10 11s -> u11 12s (100% of it)
+1m18s in all; critical path: ... -> u3 3.0s -> u4 4.0s -> u5 5.0s -> u6 6.0s -> u7 7.0s -> u8 8.0s -> u9 9.0s -> u10 \
+10s -> u11 11s -> u12 12s (100% of it)
 ? summary: it was over long ago
 9.0s in all (1 not started); critical path: a 9.0s (100% of it)
-? blame: broken: 80
+? blame: edges: 80
 by how long they ran:
-UNIT   RAN   OTHERS WAITED  STATUS
-cache  30s   0ms            started
-web    20s   20s            started
-base   10s   10s            completed
-data   5.0s  5.0s           failed
+UNIT  RAN   OTHERS WAITED  STATUS
+b     5.0s  0ms            completed
+<a>   3.0s  500ms          completed
+f     1.0s  0ms            started
 
 by how long others waited for them:
 UNIT  RAN   OTHERS WAITED  STATUS
-gone  0ms   30s            not registered
-web   20s   20s            started
-base  10s   10s            completed
-data  5.0s  5.0s           failed
+<a>   3.0s  500ms          completed
+c     0ms   500ms          failed
 
 OTHERS WAITED adds up over all that waited, so it may exceed the whole.
 
-30s in all (1 failed, 2 skipped, 2 still running, 3 not started); critical path:
-base 10s -> web 20s (100% of it)
-? blame: services: 80
-by how long they ran:
-UNIT       RAN    OTHERS WAITED  STATUS
-ide        1m00s  2m20s          started
-web        1m00s  1m00s          started
-again      50s    0ms            completed
-apt-base   40s    40s            completed
-clone      40s    0ms            completed
-tools      40s    2m00s          completed
-apt-tools  20s    20s            completed
-db         20s    30s            completed
-proxy      9.0s   0ms            failed
-gate       1.0s   1.0s           completed
-cache      1.0s   0ms            failed
-queue      1.0s   0ms            failed
-
-by how long others waited for them:
-UNIT       RAN    OTHERS WAITED  STATUS
-ide        1m00s  2m20s          started
-tools      40s    2m00s          completed
-web        1m00s  1m00s          started
-apt-base   40s    40s            completed
-db         20s    30s            completed
-apt-tools  20s    20s            completed
-gate       1.0s   1.0s           completed
-
-OTHERS WAITED adds up over all that waited, so it may exceed the whole.
-
-2m40s in all (3 failed, 2 still running, 2 not started); critical path: apt-base
-40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
-? compare: good, later: good
-UNIT         BEFORE  NOW    CHANGE  CRITICAL PATH
-pip-install  1m58s   2m28s  +30s    before and now
-lint         -       20s    came
-git-clone    12s     -      went
-migrate      9.0s    -      went
-db           32s     32s    +400ms
-apt-install  2m05s   2m05s  0       before and now
-serve        9.0s    9.0s   0       before and now
+10s in all (1 failed, 1 skipped, 1 still running); critical path: <a> 3.0s -> b
+5.0s -> f 1.0s (90% of it)
+? compare: later: good
+UNIT   BEFORE  NOW    CHANGE  CRITICAL PATH
+pip    2m07s   2m37s  +30s    before and now
+lint   -       20s    came
+clone  12s     -      went
+db     32s     32s    +400ms
+apt    2m05s   2m05s  0       before and now
 
 4m12s in all before, 4m42s now: +30s
-? compare: broken: broken, before
+? compare: broken: before
 UNIT    BEFORE        NOW          CHANGE  CRITICAL PATH
 cache   -             30s started  -
 data    15s           5.0s failed  -
 idle    -             pending      -
 lint    -             pending      -
 mail    -             skipped      -
-report  failed        skipped      -
-slow    -             pending      -
+report  -             skipped      -
+slow    failed        pending      -
 web     9.0s started  20s started  -       before and now
-base    10s           10s          0       before and now
+base    10s           10s          0       now
 
 19s in all before, 30s now: not every unit completed
-? compare: nothing: nothing
-UNIT  BEFORE  NOW  CHANGE
-
-0ms in all before, 0ms now: 0
 ? tree: broken
 lint (pending)
 └── gone (not registered)
@@ -6404,22 +6447,6 @@ slow (pending)
 └── web (see above)
 idle (pending)
 └── web (see above)
-? tree: services
-apt-base (completed)
-clone (completed)
-proxy (failed: died 1m10s after it was ready: exit code 1)
-└── gate (completed: its process has ended)
-cache (failed: stopped)
-queue (failed: lost: the boot that ran process 43 ended; that process may still run (it does))
-ide (started)
-└── tools (completed)
-    └── apt-tools (completed)
-again (completed)
-└── db (completed: runs on as postgres -D /data (pid 42))
-shell (pending)
-└── db (completed: runs on as postgres -D /data (pid 42))
-site (pending)
-└── web (started: probing tcp:80 for 4.0s (no route))
 ? dot: edges
 digraph startup {
   rankdir=LR; node [shape=box, style=filled];
@@ -6427,92 +6454,46 @@ digraph startup {
   "b" [fillcolor="#bfe8c8", tooltip="completed", color=orangered, penwidth=3];
   "c" [fillcolor="#f4b0b0", tooltip="failed: say \\"&\\""];
   "d" [fillcolor="#f3e2a0", tooltip="skipped: c"];
-  "e" [fillcolor="#bfe8c8", tooltip="completed: its process has ended"];
-  "f" [fillcolor="#b9d8f5", tooltip="started", color=orangered, penwidth=3];
-  "g" [fillcolor="#bfe8c8", tooltip="completed: runs on", peripheries=2];
-  "h" [fillcolor="#ffffff", tooltip="pending"];
+  "f" [fillcolor="#b9d8f5", tooltip="started: runs on", peripheries=2, color=orangered, penwidth=3];
   "<a>" -> "b" [label=completion, color=orangered, penwidth=3];
   "c" -> "b";
-  "c" -> "d";
-  "d" -> "e" [label=start];
+  "c" -> "d" [label=start];
   "b" -> "f" [label=start, color=orangered, penwidth=3];
-  "g" -> "h";
 }
-? mermaid: edges
-flowchart LR
-  u0["#60;a#62;"]:::completed
-  u1["b"]:::completed
-  u2["c"]:::failed
-  u3["d"]:::skipped
-  u4["e"]:::completed
-  u5["f"]:::started
-  u6(["g"]):::completed
-  u7["h"]:::pending
-  u0 -->|completion| u1
-  u2 --> u1
-  u2 --> u3
-  u3 -->|start| u4
-  u1 -->|start| u5
-  u6 --> u7
-  classDef not_registered fill:#eeeeee,color:#222
-  classDef pending fill:#ffffff,color:#222
-  classDef started fill:#b9d8f5,color:#222
-  classDef completed fill:#bfe8c8,color:#222
-  classDef failed fill:#f4b0b0,color:#222
-  classDef skipped fill:#f3e2a0,color:#222
-  style u0 stroke:#d2641e,stroke-width:3px
-  style u1 stroke:#d2641e,stroke-width:3px
-  style u5 stroke:#d2641e,stroke-width:3px
-  linkStyle 0,4 stroke:#d2641e,stroke-width:3px
 ? svg: edges
-h 8.0,20 10s in all (1 failed, 1 skipped, 1 still running, 1 not started); critical path: <a> 3.0s -> b 5.0s -> f \
-1.0s (90% of it); g M38.2 54V222; m 38.2,48 0; g M114.2 54V222; m 114.2,48 1s; g M190.2 54V222; m 190.2,48 2s; g \
-M266.2 54V222; m 266.2,48 3s; g M342.2 54V222; m 342.2,48 4s; g M418.2 54V222; m 418.2,48 5s; g M494.2 54V222; m \
-494.2,48 6s; g M570.2 54V222; m 570.2,48 7s; g M646.2 54V222; m 646.2,48 8s; g M722.2 54V222; m 722.2,48 9s; g M798.2 \
-54V222; m 798.2,48 10s
+h 8.0,20 10s in all (1 failed, 1 skipped, 1 still running); critical path: <a> 3.0s -> b 5.0s -> f 1.0s (90% of it); \
+g M38.2 54V162; m 38.2,48 0; g M114.2 54V162; m 114.2,48 1s; g M190.2 54V162; m 190.2,48 2s; g M266.2 54V162; m \
+266.2,48 3s; g M342.2 54V162; m 342.2,48 4s; g M418.2 54V162; m 418.2,48 5s; g M494.2 54V162; m 494.2,48 6s; g M570.2 \
+54V162; m 570.2,48 7s; g M646.2 54V162; m 646.2,48 8s; g M722.2 54V162; m 722.2,48 9s; g M798.2 54V162; m 798.2,48 10s
 <a>: completed / runs 3.0s / in 3 tries / locks: l
-    y 0.0,62 1113.0x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t 190.2,64 2.0x16; t 304.2,64 2.0x16;  860.2,76 \
+    y 0.0,62 987.2x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t 190.2,64 2.0x16; t 304.2,64 2.0x16;  860.2,76 \
 3.0s; m 868.2,76 completed
 c: failed: say "&" / waits 1ms / runs 0ms
-    z 0.0,82 1113.0x20;  8.0,96 c; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: say "&"
-g: completed: runs on / runs 2.0s / runs on as a service 5.0s
-    y 0.0,102 1113.0x20;  8.0,116 g; completed 418.2,111 380.0x3; completed 266.2,106 152.0x12;  860.2,116 2.0s; m \
-868.2,116 running on
-e: completed: its process has ended / waits 1ms / runs 1ms / runs on as a service 5.0s / depends on d / output: /e.log
-    z 0.0,122 1113.0x20;  8.0,136 e; completed 266.4,131 379.8x3; completed 266.3,126 2.0x12;  860.2,136 1ms; m \
-868.2,136 completed: its process has ended
+    z 0.0,82 987.2x20;  8.0,96 c; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: say "&"
 b: completed / waits 500ms / waits for a lock 2.5s / runs 5.0s / last for <a> / depends on <a>, c / locks: l, m
-    y 0.0,142 1113.0x20; h 8.0,156 b; w 114.2,149 38.0x6; l 152.2,149 190.0x6; completed k 342.2,146 380.0x12;  \
-860.2,156 5.0s; m 868.2,156 completed
-f: started / runs 1.0s / last for b / depends on b
-    z 0.0,162 1113.0x20; h 8.0,176 f; started k 722.2,166 76.0x12;  860.2,176 1.0s; m 868.2,176 running
-d: skipped: c / waits 1.0s / depends on c
-    y 0.0,182 1113.0x20;  8.0,196 d; skipped 190.2,189 76.0x6;  860.2,196 1.0s; m 868.2,196 skipped: c
-h: pending / waits 2.0s / waits for a lock 4.0s / depends on g / locks: l
-    z 0.0,202 1113.0x20;  8.0,216 h; w 342.2,209 152.0x6; l 494.2,209 304.0x6;  860.2,216 6.0s; m 868.2,216 waiting
-c M342.2 78V146; c M722.2 158V166; started 8.0,263 24.0x3; m 38.0,268 runs on as a service; w 200.8,261 24.0x6; m \
-230.8,268 waits; l 282.6,261 24.0x6; m 312.6,268 waits for a lock; started 445.8,258 24.0x12; m 475.8,268 runs; t \
-520.2,256 2.0x16; m 550.2,268 another try; skipped 646.4,261 24.0x6; m 676.4,268 skipped; completed 743.0,258 \
-24.0x12; m 773.0,268 completed; failed 854.4,258 24.0x12; m 884.4,268 failed; completed k 8.0,278 24.0x12; m 38.0,288 \
+    y 0.0,102 987.2x20; h 8.0,116 b; w 114.2,109 38.0x6; l 152.2,109 190.0x6; completed k 342.2,106 380.0x12;  \
+860.2,116 5.0s; m 868.2,116 completed
+f: started: runs on / runs 1.0s / last for b / depends on b
+    z 0.0,122 987.2x20; h 8.0,136 f; started k 722.2,126 76.0x12;  860.2,136 1.0s; m 868.2,136 running on
+d: skipped: c / waits 1.0s / depends on c / output: /d.log
+    y 0.0,142 987.2x20;  8.0,156 d; skipped 190.2,149 76.0x6;  860.2,156 1.0s; m 868.2,156 skipped: c
+c M342.2 78V106; c M722.2 118V126; started 8.0,203 24.0x3; m 38.0,208 runs on as a service; w 200.8,201 24.0x6; m \
+230.8,208 waits; l 282.6,201 24.0x6; m 312.6,208 waits for a lock; started 445.8,198 24.0x12; m 475.8,208 runs; t \
+520.2,196 2.0x16; m 550.2,208 another try; skipped 646.4,201 24.0x6; m 676.4,208 skipped; completed 743.0,198 \
+24.0x12; m 773.0,208 completed; failed 854.4,198 24.0x12; m 884.4,208 failed; completed k 8.0,218 24.0x12; m 38.0,228 \
 on the critical path
-? why: services: tools, clone, db, proxy
-"db" completed 2m20s ago after running 20s; started by postgres -D /data (pid 42) at once; its process runs on.
-"clone" completed 2m00s ago after running 40s in 3 tries; started at once.
-"proxy" failed 1m20s ago after running 1m19s: died 1m10s after it was ready: exit code 1; started after waiting 1.0s, \
-last for gate.
-"tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
-is in /logs/tools.log.
-? why: services: shell, site
-"shell" has not started: for 2m30s it has been waiting for lock port, which "ide" has.
+? why: services: tools, db, site
 "site" has not started: for 2m40s it has been waiting for "web".
-"ide" started 1m00s ago by process (pid 77), after waiting 1m40s, last for tools; it is still running.
-    held up: shell
-
 "web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
     held up: site
-? why: broken: mail, slow, catche
+
+"db" completed 2m20s ago after running 20s; started by postgres -D /data (pid 42) at once; its process runs on.
+"tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
+is in /logs/tools.log.
+? why: broken: mail, slow, catche, lint
 "mail" was skipped 15s ago because of "report".
 "slow" has not started: for 15s it has been waiting for "web".
+"lint" has not started: its start gave up, and nobody has called start again; it would have to wait for "gone".
 "report" was skipped 15s ago because of "data".
 "data" failed 15s ago after running 5.0s: disk full; started at once.
     skipped: report, mail
@@ -6521,14 +6502,8 @@ is in /logs/tools.log.
     held up: slow
 
 "catche" is not registered: nobody has called want, start or run on it; did you mean "cache"?
-? why: broken: lint
-"lint" has not started: its start gave up, and nobody has called start again; it would have to wait for "gone".
 "gone" is not registered: nobody has called want, start or run on it; it is wanted by lint.
-? why: odd ends: completed without a start, refused, refused later, its dependency was never started
-"its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
-"never started" has not started: nobody has called start on it; it is ready.
-    held up: its dependency was never started
-
+? why: odd ends: completed without a start, refused, refused later
 "refused" is not registered: its want was refused: cycle detected: a -> b -> a; did you mean "refused later"?
 "refused later" has not started: nobody has called start on it; its last want was refused: cycle detected: a -> b -> \
 a; it is ready.
@@ -6541,15 +6516,6 @@ nothing waits, runs long or was skipped
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
 "a" started 30s ago, at once; it is still running.
-? why: broken
-"data" failed 15s ago after running 5.0s: disk full; started at once.
-    skipped: report, mail
-
-"web" started 20s ago by bash web.sh (pid 42), after waiting 10s, last for base; it is still running.
-    held up: slow
-
-"lint" has not started: its start gave up, and nobody has called start again; it would have to wait for "gone".
-"cache" started 30s ago, at once; it is still running.
 ? why: odd ends
 "never started" has not started: nobody has called start on it; it is ready.
     held up: its dependency was never started
@@ -6574,11 +6540,11 @@ complete.
 "web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
     held up: site
 
+"ends" started 2m40s ago, at once; it is being stopped.
 "gate" completed 2m39s ago after running 1.0s; started at once; its process ended 2m10s ago.
-"proxy" failed 1m20s ago after running 1m19s: died 1m10s after it was ready: exit code 1; started after waiting 1.0s, \
-last for gate.
-"queue" failed 1m10s ago after running 1m30s: lost: the boot that ran process 43 ended; that process may still run \
-(it does); started by process (pid 43) at once.
+"proxy" failed 1m20s ago after running 1m19s: died 1m10s after it was ready: exit code 1; started after waiting 1.0s.
+"q" failed 1m10s ago after running 1m30s: lost: the boot that ran process 43 ended; that process may still run (it \
+does); started by process (pid 43) at once.
 "cache" failed 1m00s ago after running 1m40s: stopped; started at once.
 ? list: wide names
 UNIT   STATUS   READY  AGE   WAITS FOR  REASON
@@ -6594,27 +6560,21 @@ clone      completed  true   2m00s
 db         completed  true   2m20s             runs on as postgres -D /data (pid 42)
 proxy      failed     true   1m20s             died 1m10s after it was ready: exit code 1
 gate       completed  true   2m39s             its process has ended
+ends       started    true   2m40s             being stopped
 cache      failed     true   1m00s             stopped
-queue      failed     true   1m10s             lost: the boot that ran process 43 ended; that process may still run \
+q          failed     true   1m10s             lost: the boot that ran process 43 ended; that process may still run \
 (it does)
 tools      completed  true   1m00s
 ide        started    true   1m00s
-again      completed  true   10s
 shell      pending    true   2m30s
 web        started    true   1m00s             probing tcp:80 for 4.0s (no route)
 site       pending    true   2m40s  web
-? list: broken: reason,waits_for, Unit
-REASON                                WAITS FOR  UNIT
-                                                 base
-                                                 web
-                                                 lint
-                                                 cache
-disk full                                        data
-dependency "data" failed (disk full)             report
-dependency "report" was skipped                  mail
-                                                 slow
-                                                 idle
-                                                 gone
+? list: wide names: reason,waits_for, Unit
+REASON   WAITS FOR  UNIT
+                    环境
+no disk             e\u0301tape
+                    b
+         b, lock x  c
 ? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
@@ -6693,11 +6653,6 @@ def test_the_axis_has_round_times_ten_to_fifteen_columns_apart() -> None:
         for length in [0.02 * 1.17**i for i in range(90)]:
             step = coder_sync.ticks(length, columns // 10)[1][0]
             assert 9.99 <= step / length * columns <= 16 or step < 0.004, (columns, length)
-
-
-def test_blame_shows_the_worst_and_counts_the_rest() -> None:
-    lines = coder_sync.blame_text(startup_of(30, *(unit(f"u{i}", i, i) for i in range(30)))).splitlines()
-    assert lines[2].startswith("u0 ") and lines[27] == "and 5 more"
 
 
 # -- what is true of any startup ----------------------------------------------------------------------------
@@ -6811,12 +6766,8 @@ def test_the_svg_says_of_each_unit_what_it_did() -> None:
 
 
 def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
-    graph = startup_of(
-        300.002,
-        unit("quick", 0, 0, 0.001),
-        unit("slow", 0.001, 0.001, 300.001, ["quick"]),
-        unit("last", 300.001, 300.001, 300.002, ["slow"]),
-    )
+    quick, slow = unit("quick", 0, 0, 0.001), unit("slow", 0.001, 0.001, 300.001, ["quick"])
+    graph = startup_of(300.002, quick, slow, unit("last", 300.001, 300.001, 300.002, ["slow"]))
     bars = [bar for bar in svg_of(graph).findall("g/rect") if bar.get("class") == "completed k"]
     assert [number(bar, "width") for bar in bars] == [2, 760, 2]
     assert number(bars[2], "x") + 2 == number(bars[1], "x") + 760
@@ -6888,28 +6839,23 @@ def test_a_timeline_that_an_older_version_saved_is_read() -> None:
 
 def damaged(*path: Any, value: Any) -> bytes:
     """A saved timeline with one value replaced."""
-    data: Any = {"data": json.loads(coder_sync.timeline_as("json", STARTUPS["services"]))}
-    place = data
-    for key in ("data", *path)[:-1]:
-        place = place[key]
-    place[("data", *path)[-1]] = value
-    return json.dumps(data["data"]).encode()
-
-
-FOREIGN = [b"", b"{", b"[]", b"7", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"units": []}', b'{"seconds": 1}']
-FOREIGN += [coder_sync.timeline_svg(STARTUPS["good"]).encode(), *(damaged(value=v) for v in (None, [], {}, "x"))]
-FOREIGN += [damaged("seconds", value=value) for value in ("1", [], float("nan"), float("inf"), 10**400)]
-FOREIGN += [damaged("units", value=value) for value in (None, 5, [5], [[]], {"a": 1}, [{}])]
-FOREIGN += [damaged("critical_path", value=value) for value in (None, 5, [5], "x", [{}], [{"unit_name": []}])]
-FOREIGN += [
-    damaged("units", 3, key, value=value)
-    for key in ("unit_name", "status", "started", "ended")
-    for value in ([[]], {"x": []}, "", "a\nb", -1e13)
-]
+    data: Any = [coder_sync.timeline_data(STARTUPS["services"])]
+    place = functools.reduce(lambda place, key: place[key], (0, *path)[:-1], data)
+    place[(0, *path)[-1]] = value
+    return json.dumps(data[0]).encode()
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
-    for data in FOREIGN:
+    foreign = [b"", b"{", b"[]", b"7", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"seconds": 1}', b"<svg></svg>"]
+    foreign += [damaged(value=value) for value in (None, [], {}, "x")]
+    foreign += [damaged("seconds", value=value) for value in ("1", [], float("nan"), float("inf"), 10**400)]
+    foreign += [damaged("units", value=value) for value in (None, 5, [5], [[]], {"a": 1}, [{}])]
+    foreign += [damaged("critical_path", value=value) for value in (None, 5, [5], "x", [{}], [{"unit_name": []}])]
+    for key, value in itertools.product(
+        ("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, "", "a\n", -1e13)
+    ):
+        foreign.append(damaged("units", 3, key, value=value))
+    for data in foreign:
         with pytest.raises(UsageError, match=r"^t.json is not a timeline as `timeline -o json` prints it$"):
             coder_sync.read_timeline(data, "t.json")
     with pytest.raises(UsageError, match=r"^t.json is a timeline of a newer version"):
@@ -6920,14 +6866,11 @@ def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
 CHAIN = startup_of(60, *(unit(f"u{i}", 0, wants=[f"u{i + 1}"]) for i in range(4999)), unit("u4999", 0, 0))
 
 
-def test_a_deep_tree_ends_with_where_to_go_on() -> None:
+def test_a_tree_is_bounded_in_depth_and_breadth() -> None:
     lines = coder_sync.graph_tree(CHAIN).splitlines()
     assert len(lines) == 41
     assert lines[-1].strip() == "└── u40 (pending); `graph u40` shows what is below"
     assert coder_sync.graph_tree(coder_sync.part_of(CHAIN, ["u4999"]), ["u4999"]) == "u4999 (started)\n"
-
-
-def test_a_graph_of_layers_is_a_tree_of_bounded_size() -> None:
     names = [(layer, i) for layer in range(12) for i in range(12)]
     graph = startup_of(0, *(unit(f"{n}.{i}", wants=[f"{n + 1}.{j}" for j in range(12)]) for n, i in names))
     assert len(coder_sync.graph_tree(graph).splitlines()) == 12 + 12 * 12 * 12  # not 12 ** 12
@@ -6972,12 +6915,6 @@ def test_why_without_a_name_is_quick_and_short_for_a_thousand_units() -> None:
         assert time.process_time() - began < 2
         assert len(lines) == count, lines[-1]
     assert lines[-1] == "(950 more causes)"
-
-
-def test_json_has_one_form() -> None:
-    text = coder_sync.json_text([{"unit_name": "环境"}] * 2)
-    assert text.startswith('[\n  {\n    "unit_name": "环境"\n  }') and len(json.loads(text)) == 2
-    assert coder_sync.json_text([]) == "[]\n"
 
 
 # -- pictures of a real agent -------------------------------------------------------------------------------
@@ -7057,8 +6994,6 @@ def test_the_client_iterates_over_events(agent: World) -> None:
     following = client.events(follow=True, since=2)
     client.start("a")
     assert [(e.seq, e.kind) for e in itertools.islice(following, 2)] == [(3, "registered"), (4, "started")]
-    client.complete("a")
-    assert next(following).kind == "completed"
 
 
 def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
@@ -7109,7 +7044,7 @@ def test_a_saved_timeline_is_compared_with_the_present(little: World, call: Call
     (tmp_path / "good.json").write_text(coder_sync.timeline_as("json", STARTUPS["good"]), encoding="utf-8")
     (tmp_path / "bad.json").write_bytes(b"\xff")
     compared = call.ok(little, "timeline", "--compare", f"{tmp_path}/good.json")
-    assert re.search("^apt-install +2m05s +- +went", compared, re.M)
+    assert re.search("^apt +2m05s +- +went", compared, re.M)
     for name, message in (
         ("none.json", "cannot read {}: No such file or directory"),
         ("", "cannot read {}: Is a directory"),
@@ -7137,27 +7072,20 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     assert call.ok(agent, "why", "x") == '"x" is not registered: nobody has called want, start or run on it.\n'
 
 
-def test_the_agent_leaves_a_timeline_behind(world: World) -> None:
-    path = world.directory / "startup.svg"
-    agent = world.serve("--timeline", str(path))
-    world.client.start("a")
-    assert stopped(agent).returncode == 0
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith("<svg ") and "1 still running" in text
-
-
 def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: World) -> None:
     for path, code, said in (
         ("startup.png", 2, ".svg, .json or .txt"),
         ("no/such/dir.svg", 0, "warning: cannot write the timeline to "),
         ("t.txt", 0, ""),
         ("t.json", 0, ""),
+        ("t.svg", 0, ""),
     ):
         done = world.shell(f"coder serve --timeline {path} -- sh -c 'coder run a -- false; touch ran'")
         assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == (said != "")
         assert (world.directory / "ran").exists() == (code == 0)
     text = (world.directory / "t.txt").read_text(encoding="utf-8")
     assert "\n* a " in text and "failed" in text
+    assert "1 failed" in (world.directory / "t.svg").read_text(encoding="utf-8")
     assert json.loads((world.directory / "t.json").read_bytes())["units"][0]["status"] == "failed"
 
 
@@ -7376,7 +7304,11 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
         assert list(planned(startup(world, {file: ""}))) == [unit]
     for file, what in (("10-", "empty"), ("a\tb", "printed"), ("b\udcff", "printed")):
         (mistake,) = mistakes(startup(world, {file: ""}))
-        assert mistake.startswith(f"{file}:1: ") and what in mistake and mistake.endswith("or add: unit NAME")
+        assert (
+            mistake.startswith(f"{coder_sync.printable(file)}:1: ")
+            and what in mistake
+            and mistake.endswith("or add: unit NAME")
+        )
         assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
@@ -7398,15 +7330,23 @@ def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
         assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
-def test_only_comments_in_the_first_50_lines_are_headers(world: World) -> None:
+def test_only_comments_in_the_first_50_lines_or_before_any_code_are_headers(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
     lines = ["echo coder-sync: want b", "x # coder-sync: want c", "# see coder-sync: want d", "* coder-sync: want e"]
     lines += ["# coder-sync runs this", "# coder-sync is what wants: us", "# coder_sync.py", "# coder-sync"]
     lines += ["coder-sync want f", *[":"] * (47 - len(lines)), "@want yes", "@want too-late"]
-    assert wanted(planned(startup(world, {"x": "\n".join(lines), "yes": ""}))["x"]) == [("yes", "success", 50)]
+    path = startup(world, {"x": "\n".join(lines), "yes": ""})
+    assert wanted(planned(path)["x"]) == [("yes", "success", 50)]
+    told = f"warning: {path}/x:51: not read as a header: too far down; move it up\n"
+    assert capfd.readouterr().err == told
+    licence = "\n".join(["# All rights reserved", "", "  # and so on"] * 60)
+    assert wanted(planned(startup(world, {"x": licence + "\n@want yes", "yes": ""}))["x"]) == [("yes", "success", 182)]
 
 
 def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World) -> None:
-    path = Path(startup(world, dict.fromkeys([".hidden", "a~", "a.bak", "a.dpkg-old", "#a#", "b"], "")))
+    others = ["a~", "a.bak", "a.dpkg-old", "a.ucf-dist", "a.rpmsave", "a.sh.disabled", "a.off", "#a#", ".hidden"]
+    path = Path(startup(world, dict.fromkeys([*others, "b"], "")))
     (path / "README.txt").write_text("about these scripts")
     (path / "c.d").mkdir()
     (path / "gone").symlink_to("nowhere")
@@ -7415,9 +7355,9 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     assert list(planned(str(path))) == ["true", "b"]
     assert list(planned(f"{path}/b", startup(world, {"c": "@want b"}, "other"))) == ["b", "c"]
     (path / "c.d" / "x").touch()
-    none = "no executable files; not executable: x"
-    for other, why in (("nowhere", "cannot be read"), ("pipe", "cannot be read"), ("c.d", none)):
+    for other, why in (("nowhere", "no such file"), ("pipe", "it is no file"), ("c.d", "no executable files")):
         assert why in "".join(mistakes(f"{path}/{other}"))
+    assert list(planned(f"{path}/a.off")) == ["a"]
     assert mistakes("") == ["'': cannot be read: no such file or directory"]
 
 
@@ -7428,6 +7368,7 @@ USE = (
 ODD = "not understood; a header is written `# coder-sync: WORD ...`"
 REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
+DURATION = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
 EMPTY = "a unit name must not be empty; was a variable unset?"
 NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
@@ -7442,18 +7383,24 @@ MISTAKES_IN_HEADERS = [
     ("// codersync: unit b", ODD),
     ("@wants a", f'"wants a" {USE}'),
     ("@", f'"" {USE}'),
-    ("@unit a b", f'"unit a b" {USE}'),
-    ("@timeout", f'"timeout" {USE}'),
-    ("@retry 1 2 3", f'"retry 1 2 3" {USE}'),
+    ("@unit a b", 'unit: too many words; write unit NAME; a name with a blank needs quotes: unit "a b"'),
+    ("@timeout", "timeout: its value is missing"),
+    ("@timeout 10 minutes", "invalid duration '10 minutes': " + DURATION),
+    ("@retry 1 2 3", "retry: too many words; write retry N [DELAY]"),
+    ("@retry 1\n@retry 1", "retry: line 3 says so already"),
+    ("@ready true\n@ready-timeout 1\n@ready true", "ready: line 3 says so already"),
+    ("@unit a\n@unit 'b c'", "unit: line 3 says so already"),
+    ("@ready-timeout 1m", "ready-timeout without ready"),
     ("@want", "want: a name is missing"),
     ("@after", "after: a name is missing"),
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
     ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
+    ("@want clone --require start", f'"--require" {NEITHER}'),
     ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
     ("@want clone, x", f'"clone," {NEITHER}'),
     ("@after clone --requires start", f'"--requires" {NEITHER}'),
-    ("@timeout soon", "invalid duration 'soon': write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"),
+    ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
     ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
     ("@want 'a", "No closing quotation"),
@@ -7462,6 +7409,7 @@ MISTAKES_IN_HEADERS = [
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
     ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
     ("@want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
+    ("@want 'the moon'", "no file provides \"the moon\"; if it comes from outside, add: extern 'the moon'"),
     ("@want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
     ("@want clone --requires start\n@want clone", TWICE),
     ("@unit clone", 'unit "clone" is clone:1 already'),
@@ -7496,11 +7444,55 @@ def test_a_cycle_is_told_with_the_file_and_line_of_each_edge(world: World) -> No
 
 
 def test_files_that_are_no_scripts_but_wanted_or_have_a_header_are_mistakes(world: World) -> None:
-    path = startup(world, {"a": "", "b": "@want a", "c": "@unit d"})
+    path = startup(world, {"a": "", "b": "@want a\n@want e", "c d": "@unit d", "5-e.sh.off": ""})
     os.chmod(path + "/a", 0o644)
-    os.chmod(path + "/c", 0o644)
-    no_script = 'b:2: no file provides "a"; a would, but is not executable'
-    assert [line.replace(path + "/", "") for line in mistakes(path)] == ["c:1: not executable; chmod +x c", no_script]
+    os.chmod(path + "/c d", 0o644)
+    no_script = ["a would, but is not executable", "5-e.sh.off would, but .off is not run"]
+    no_script = [f'b:{n}: no file provides "{name}"; {why}' for n, name, why in zip((2, 3), "ae", no_script)]
+    assert mistakes(path) == [f"c d:1: not executable; chmod +x '{path}/c d'".replace(path + "/", ""), *no_script]
+
+
+def test_a_script_that_cannot_be_run_is_named_in_a_warning_also_by_check(world: World, call: Call) -> None:
+    path = startup(world, {"a": "", "b c": "", "README": ""})
+    for name in ("b c", "README"):
+        os.chmod(f"{path}/{name}", 0o644)
+    Path(path, "README").write_text("about #!/bin/sh")
+    done = call(world, "boot", path, "--check")
+    assert done.stderr == f"warning: {path}/b c: not run: not executable; chmod +x '{path}/b c'\n"
+    assert (done.returncode, done.stdout) == (0, "UNIT\na\n1 script, no mistakes\n")
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+def test_on_a_file_system_that_is_mounted_noexec_no_mode_is_advised(world: World) -> None:
+    mounts = "mount -t tmpfs -o noexec x startup.d && printf '#!/bin/sh' > startup.d/a && chmod +x startup.d/a"
+    startup(world, {})
+    check = [*program(), "boot", "startup.d", "--check"]
+    done = finish(world.spawn(["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "-", *check]))
+    if done.returncode == 1:
+        pytest.skip("nothing may be mounted here")
+    why = "not executable: its file system is mounted noexec"
+    assert done.stderr.startswith(f"warning: startup.d/a: not run: {why}\n") and "chmod" not in done.stderr, done
+
+
+def test_an_empty_directory_with_a_command_is_no_mistake_and_a_missing_one_is(world: World, call: Call) -> None:
+    path = startup(world, {})
+    assert boots(world, {}, "--", "echo", "hello") == "hello\n"
+    for words in ([path], [path + "x", "--", "true"], [path, "--check"]):
+        assert call(world, "boot", *words).returncode == 2, words
+
+
+def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
+    names = ["a\x1b[31m\n", "b\x1b", "c\x1b.off", "d\x1b"]
+    files = {names[0]: "@unit a\n@wants\n@want b\x1b\n@timeout \x1b", names[1]: "#!/no/\x1b", names[3]: ""}
+    path = startup(world, {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb"}, "\x1b.d")
+    os.chmod(f"{path}/{names[3]}", 0o644)
+    said = call(world, "boot", path, path + "\n", "--check").stderr
+    assert said.count("\n") > 7 and all(line.isprintable() for line in said.splitlines()), said
+    assert f"{world.directory}/\\x1b.d/a\\x1b[31m\\n:3: " in said
+    startup(world, {names[0]: "@unit a\nexit 3"}, "\x1b.d")
+    done = world.run("boot", path, "--log-dir", "/proc/\x1b", "--timeline", f"{path}/\x1b/x.svg")
+    assert done.returncode == 1 and done.stderr.count("\n") == 5, done
+    assert all(line.isprintable() for line in done.stderr.splitlines()), done
 
 
 INTERPRETERS = [
@@ -7512,6 +7504,7 @@ INTERPRETERS = [
     ("#!/usr/bin/env nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
     ("#!/usr/bin/env -S A=1 nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
     ("#!/usr/bin/env -S -u sh nosuchpython\n", "its interpreter nosuchpython is not in PATH"),
+    ("\ufeff#!/bin/sh\n", "it begins with a byte-order mark; save it as UTF-8 without one"),
     ("#!/bin/sh\r\necho\r\n", "its first line ends in a carriage return; save it with Unix line ends"),
     ("#!/usr/bin/env -S A=1 sh -e\n", ""),
     ("#!/usr/bin/env -S -u X sh\n", ""),
@@ -7537,11 +7530,20 @@ def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World, call: Ca
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
-def test_check_only_checks_and_dry_run_shows_the_order_as_graph_does(world: World, call: Call) -> None:
-    path = startup(world, {"a": "touch ran", "b": "@want a", "c": "@after b"})
-    assert call.ok(world, "boot", path, "--check") == "3 scripts, no mistakes\n"
-    out = call.ok(world, "boot", path, "--dry-run")
-    assert [re.sub(r"\W*(\w+).*", r"\1", line) for line in out.splitlines()] == ["c", "b", "a"]
+def test_check_shows_the_order_and_what_each_waits_for_and_runs_nothing(world: World, call: Call) -> None:
+    files = {"a": "@after c\ntouch ran", "b": "@want a\n@want d --requires start\n@extern d", "c": "@lock x y"}
+    path = startup(world, {**files, "e": "@ready http://me:secret@db/\n@before a"})
+    assert (
+        call.ok(world, "boot", path, "--check")
+        == """\
+UNIT  WANTS              LOCKS  READY WHEN
+c                        x, y
+e                               http://***@db/
+a     e, c (completion)
+b     a, d (start)
+4 scripts, no mistakes
+"""
+    )
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
@@ -7563,19 +7565,6 @@ def test_an_after_or_before_that_may_be_misspelt_is_pointed_out_and_breaks_nothi
         'warning: startup.d/x:3: no file provides "pi"; did you mean "pip"?',
         'warning: startup.d/x:2: no file provides "clon"; did you mean "clone"?',
     ]
-
-
-def test_only_runs_what_is_named_and_what_it_wants_that_is_not_completed(agent: World, call: Call) -> None:
-    files = {"a": "echo a", "b": "@want a\necho b", "c": "@want b\n@after d\necho c", "d": "@want b\necho d"}
-    path = startup(agent, files)
-    rows = [("b", "", "ab"), ("c", "", "abc"), ("c", "abd", "c"), ("b", "ab", "b"), ("bd", "", "abd")]
-    for only, done, runs in [*rows, ("cd", "a", "bcd")]:
-        scripts = coder_sync.selected(coder_sync.plan([path]), list(only), set(done))
-        assert "".join(script.unit for script in scripts) == runs, (only, done)
-    agent.end("a")  # what has completed there does not run again
-    assert boots(agent, files, "--only", "b", "--only", "d") == "b | b\nd | d\n"
-    done = call(agent, "boot", path, "--only", "bb")
-    assert (done.returncode, done.stdout) == (2, "") and '--only: no file provides "bb"' in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7816,14 +7805,6 @@ def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(worl
     boot.ends(0, "a | a\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a socket away")
-def test_on_the_default_path_root_does_not_boot_at_anybodys_agent(agent: World) -> None:
-    os.chown(agent.path, pwd.getpwnam("nobody").pw_uid, -1)
-    boot = Boot(agent, {"a": "touch ran"}, patch=f"coder_sync.DEFAULT_SOCKET = {agent.path!r}")
-    boot.ends(1, None, "belongs to nobody, not to you or root")
-    assert not (agent.directory / "ran").exists()
-
-
 HIDDEN = "import os; os.listdir = lambda path, was=os.listdir: was('/none' if str(path).endswith('/fd') else path)"
 
 
@@ -7931,22 +7912,8 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
     for text, host in (("db", "db"), ("[::1]", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
-    odd = [
-        "",
-        ":",
-        "http",
-        "0",
-        "65536",
-        "-1",
-        "1" * 5000,
-        "\u0661",
-        "a b:1",
-        "a..b:1",
-        f"{'a' * 64}:1",
-        "[::g]:1",
-        "\0:1",
-    ]
-    for text in [*odd, "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1", "::1", "a:b:1"]:
+    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "a..b:1", "a" * 64 + ":1", "[a]b:1"]
+    for text in (*odd, "\0:1", "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1"):
         with pytest.raises(UsageError, match="is no address") as caught:
             coder_sync.address_of(text)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
@@ -8003,6 +7970,7 @@ def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: Wor
         words = ["run", "a", "--ready", url, "--ready-timeout", "500ms", "--", "sleep", "60"]
         run = agent.popen(*words)
         said = until(lambda: agent.client.status("a").reason) + call.ok(agent, "list") + call.ok(agent, "why")
+        said += call.ok(agent, "status", "a", "-o", "json") + call.ok(agent, "timeline", "-o", "json")
         thread.join()
         said += finish(run).stderr + agent.run("wait", "--ready", url, "--timeout", "1ms").stderr
         said += "".join(mistakes(startup(agent, {"a": f"@redy {url}\n@ready {url.replace('//', '//x ')}"})))
@@ -8596,9 +8564,6 @@ def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
     stays.ends(143, "")
 
 
-UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-
-
 @functools.lru_cache(maxsize=None)
 def has_namespaces() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
@@ -8932,7 +8897,7 @@ def test_a_temporary_directory_of_no_use_keeps_nobody_from_variables_and_notify(
     with contextlib.suppress(OSError):
         os.mkdir(world.env["TMPDIR"])
     service = f"@ready notify\necho A=1 > $CODER_SYNC_ENV\n{sys.executable} -IS -c '{NOTIFY}' READY=1"
-    assert boots(world, {"a": service, "b": "@want a\necho $A"}) == "b | 1\n"
+    Boot(world, {"a": service, "b": "@want a\necho $A"}).ends(0, "b | 1\n", leaves=True)
 
 
 def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variables(world: World) -> None:
@@ -9120,7 +9085,7 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
         assert done.returncode == 0, (done, (world.directory / "startup.log").read_text())
         return done.stdout
 
-    assert shell(commands[0]) == "8 scripts, no mistakes\n"
+    assert shell(commands[0]).endswith("\n8 scripts, no mistakes\n")
     for again in (False, True):
         shell(commands[1])
         log = (world.directory / "startup.log").read_text()
@@ -9318,7 +9283,6 @@ def test_attack_with_headers(world: World) -> None:
             with open(file, "wb") as f:
                 f.write(data)
             os.chmod(file, chance.choice([0o755, 0o755, 0o755, 0o644]))
-        for how in ("--check", "--dry-run"):
-            done = world.run("boot", how, str(directory), errors="replace")
-            assert done.returncode in (0, 1, 2), done
-            assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
+        done = world.run("boot", "--check", str(directory), errors="replace")
+        assert done.returncode in (0, 1, 2), done
+        assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
