@@ -5618,8 +5618,10 @@ class Task:
 
     def probe(self, env: dict[bytes, bytes], before: Prober | None) -> None:
         """Begin to ask whether it is ready. Raises OSError, RuntimeError."""
+        if self.limits.ready == "notify" and not self.notify_path:
+            raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
         if self.limits.ready == "notify":
-            self.prober = self.notified = Notified(self.notify_path or "/no directory")
+            self.prober = self.notified = Notified(self.notify_path)
         elif self.limits.ready:
             self.prober = Prober(self.limits.ready, env, before).begin()
         if self.prober:

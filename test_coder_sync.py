@@ -7742,8 +7742,8 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
 
 
 def test_a_service_that_its_timeout_ends_is_said_to_have_ended(world: World) -> None:
-    boot = Boot(world, {"a": "@ready file:/\n@timeout 100ms\nexec sleep 60"}, "--stay")
-    boot.says("warning: a: ended after its unit had completed (timed out after 100ms)")
+    boot = Boot(world, {"a": "@ready file:up\n@timeout 1s\n: > up; exec sleep 60"}, "--stay")
+    boot.says("warning: a: ended after its unit had completed (timed out after 1.0s)")
     boot.signal()
     boot.ends(143)
 
