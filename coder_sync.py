@@ -3127,9 +3127,12 @@ class Units:
 MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
-REPLACE_TIMEOUT = 10.0  # seconds
+REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
 MAX_PENDING = 10_000  # requests of one connection that wait
-SEND_TIMEOUT = 10  # seconds
+MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
+ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
+SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
+LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
 PAUSE = 0.02  # seconds for which a follower's thread gathers events
@@ -3266,6 +3269,7 @@ class Request:
     """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
 
     id: Any = None
+    size = 0  # bytes
     answered = confirm = False  # confirm: the client says itself that the answer has arrived
     report_at = NEVER  # when to say next what the claim lacks
     arrived_at = NEVER  # when the answer counts as arrived, should the client not say so before
@@ -3326,6 +3330,7 @@ class Connection:
         self.claims: dict[Claim, None] = {}  # all that may not be over
         self.members: list[Any] = []  # the units of a boot, of which more are to come
         self.following = -1  # the number of the last event that it has, if it follows them
+        self.parts = 0  # bytes of `members`
         self.idle_at = time.monotonic() + IDLE_TIMEOUT
         self.gone = False  # the peer is, or what it sends is not read any more
 
@@ -3338,11 +3343,21 @@ class Connection:
         return min(times)
 
     def send(self, data: bytes) -> None:
-        """Send, within SEND_TIMEOUT; a peer that does not read is hung up on."""
+        """Send; a peer that reads nothing for SEND_TIMEOUT is hung up on."""
+        left = memoryview(data)
         try:
-            self.sock.sendall(data)
-        except OSError:
+            while left:
+                left = left[self.sock.send(left) :]
+        except OSError as error:
             self.hang_up()
+            if not of_peer(error):
+                raise
+
+    def post(self, content: Any, claim: Claim | None = None) -> None:
+        """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
+        if not self.gone:
+            self.outbox.append((claim, content))
+            self.wake_up.wake()
 
     def hang_up(self) -> None:
         """Send nothing any more, and find the end of what the peer has sent."""
@@ -3360,6 +3375,12 @@ class Connection:
         return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
 
 
+def of_peer(error: BaseException | None) -> bool:
+    """Return whether an error of a socket is its peer's, which has gone or does not read, and not our own."""
+    late = isinstance(error, OSError) and error.errno is None  # Python 3.8: socket.timeout
+    return late or isinstance(error, (ConnectionError, TimeoutError, BlockingIOError))
+
+
 def process(pid: int, command: str = "") -> Owner | None:
     """A process as the owner of a unit, with its command if it is known; None for no process."""
     return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
@@ -3370,76 +3391,57 @@ class Agent:
 
     def __init__(self, log: Log) -> None:
         from threading import Lock, Thread
-        from weakref import WeakSet
 
         self.lock = Lock()
         self.log = log
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
-        self.connections: WeakSet[Connection] = WeakSet()  # one whose thread could not begin drops out by itself
+        self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
-        self.stopping = False
+        self.leaving = False  # nothing begins any more, since the agent is about to end
+        self.stopping = False  # no claim ends any more
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.lives_for: list[Claim] = []  # those of the boot with which we end
         self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
-    def room(self, most: int) -> bool:
-        """Whether there are fewer than `most` connections."""
-        from weakref import WeakSet
-
-        with self.lock:
-            if len(self.connections) >= most:
-                self.connections = WeakSet(self.connections)  # without those whose end there was no memory for
-            return len(self.connections) < most
-
     def no_room(self, error: BaseException | None) -> None:
-        """Say once that there are no descriptors or no memory left for another connection."""
+        """Say once that there are no descriptors or threads left for another connection."""
         if not self.exhausted:
             self.exhausted = True
             why = error.strerror if isinstance(error, OSError) else "no memory for another one"
             self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """The body of a thread that goes on whatever goes wrong, even if there is no memory for a line about it."""
+        """The body of a thread that goes on whatever goes wrong."""
         while True:
             try:
                 step()
             except Exception as error:
-                try:
-                    self.log.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
-                except MemoryError:
-                    self.log.lost += 1
+                self.log.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
                 time.sleep(0.2)
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def end(self, connection: Connection) -> bool:
-        """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
-        try:
-            with self.lock:
-                self.connections.discard(connection)
-                self.followers.discard(connection)
-                if not self.stopping:
-                    self.units.end_claims(list(connection.claims), "its caller went away")
-                    self._distribute()
-                connection.open.clear()
-                connection.claims.clear()
-                connection.wake_up.close()
-                connection.gone = True
-        except MemoryError:
-            return False
+    def end(self, connection: Connection) -> None:
+        """The peer of a connection is gone, so its claims end."""
+        with self.lock:
+            connection.gone = True
+            self.connections.discard(connection)
+            self.followers.discard(connection)
+            if not self.stopping:
+                self.units.end_claims(list(connection.claims), "its caller went away")
+                self._distribute()
+            connection.open.clear()
+            connection.claims.clear()
+            connection.wake_up.close()
         connection.sock.close()
-        return True
 
     def converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
-        import socket
-        from array import array
-
         sock, buffer = connection.sock, b""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, array("l", [SEND_TIMEOUT, 0]))
+        sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
             pause = self._attend(connection)
@@ -3482,6 +3484,7 @@ class Agent:
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
         request, trusted = Request(connection), True
+        request.size = len(line)
         try:
             if len(line) > MAX_LINE:
                 raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
@@ -3491,14 +3494,14 @@ class Agent:
                 self._suggest([own, *result.dependencies], result.unit_name)
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
-                connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
+                connection.post({"id": request.id, "result": plain(result)})
         except SyncError as error:
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
                 error.args = (error.args[0] + meant(unknown.did_you_mean),)
             self.log.say(f"refused: {one_line(str(error))}")
-            connection.outbox.append((None, error_message(request.id, error)))
+            connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
         self.exhausted = False
         self._flush(connection)
@@ -3525,6 +3528,8 @@ class Agent:
             taken = "is in use by a request that still waits for its answer, or is to be confirmed"
             raise InvalidRequest(f"id {one_line(ascii(request.id))[:60]} {taken}")
         params = check_params(method, message.get("params", {}))
+        if request.connection.gone and name in QUESTIONS:
+            return None
         if self.log.level > 1:
             shown = {name: value for name, value in params.items() if name != "env"}
             self.log.say(f"request: {name} {one_line(ascii(shown))[:200]}", 2)
@@ -3593,9 +3598,7 @@ class Agent:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
             if isinstance(answer, Stopping):
-                connection = claim.ticket.connection
-                connection.outbox.append((None, {"method": "stop", "params": plain(answer)}))
-                connection.wake_up.wake()
+                claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
             else:
                 self._answer(claim, answer)
 
@@ -3604,8 +3607,7 @@ class Agent:
         request = claim.ticket
         if not request.answered:
             request.answered, request.report_at = not claim.boot, NEVER
-            request.connection.outbox.append((claim, answer))
-            request.connection.wake_up.wake()
+            request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
         detail = f": {event.detail}" if event.detail else ""
@@ -3618,7 +3620,7 @@ class Agent:
         request = claim.ticket
         request.report_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
-        request.connection.outbox.append((claim, Waiting(missing, round(time.monotonic() - request.since, 3))))
+        request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
@@ -3693,12 +3695,15 @@ class Agent:
     def _may_wait(self, request: Request, progress: bool) -> None:
         if request.id is None:
             raise InvalidRequest('start, wait and stop need an "id"')
-        if self.stopping:
-            raise Unreachable("the agent is shutting down")
+        self._may_begin()
         if len(request.connection.open) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
             request.report_at = request.since  # at once
+
+    def _may_begin(self) -> None:
+        if self.leaving:
+            raise Unreachable("the agent is shutting down")
 
     def _expect(self, claim: Claim) -> None:
         """A request has become a claim, which is answered later or has just been."""
@@ -3712,15 +3717,19 @@ class Agent:
         self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
     ) -> Any:
         """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
+        self._may_begin()
         connection = request.connection
         members, connection.members = connection.members, []  # after a refusal none of them is left
+        connection.parts = request.size + (connection.parts if members else 0)
+        if connection.parts > MAX_BOOT:
+            raise Refused(f"a boot of more than {MAX_BOOT >> 20} MiB is too large")
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
             good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
             if not good or not all(isinstance(requires, str) for requires in wants.values()):
                 raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
             members.append((name, wants, locks))
-        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+        if more:
             connection.members = members
         else:
             if self.lives_for and all(claim.unit.status in ENDED for claim in self.lives_for):
@@ -3810,8 +3819,10 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         import _signal as signal
 
-        self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
-        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+        if not self.leaving:  # a second signal would leave services no time
+            self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+            self.leaving = True
         return {}
 
     # -- owners -------------------------------------------------------------------------------------------
@@ -3877,25 +3888,45 @@ class Agent:
         with self.lock:
             self.lives_for = [claim for connection in self.connections for claim in connection.claims]
 
+    def stop_units(self, everything: bool, grace: float) -> Stop | None:
+        """Begin to stop what runs on, or all that supervisors run; let nothing else begin. None if nothing runs."""
+        with self.lock:
+            self._turn_away()
+            nodes = self.units.units.values()
+            names = [u.name for u in nodes if u.facts.running_on or (everything and u.holder and u.holder.supervisor)]
+            if not names:
+                return None
+            stop = self.units.stop([] if everything else names, None, grace)
+            self.units.end_claims([stop], "")  # nobody is to be answered
+            self._distribute()
+        self._owners_wake.wake()
+        return stop
+
+    def _turn_away(self) -> None:
+        """Answer everybody who waits that the agent is about to end. Called under the lock."""
+        self.leaving = True
+        for claim in [claim for connection in self.connections for claim in connection.open.values()]:
+            self._answer(claim, Unreachable("the agent is shutting down"))
+
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
         with self.lock:
             self.stopping = True
+            self._turn_away()
             connections = list(self.connections)
-            for claim in [claim for connection in connections for claim in connection.open.values()]:
-                self._answer(claim, Unreachable("the agent is shutting down"))
         deadline = time.monotonic() + 0.5
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
 METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
+QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # which change nothing
 
 
-def make_server(agent: Agent, sock: Any, most: int) -> Any:
+def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
     """Return a socketserver on a listening socket: each connection has a thread, and at most `most` are open at once.
 
-    What socketserver calls a request is a Connection here.
+    What socketserver calls a request is a Connection here. `look` is called now and then, and after each of them.
     """
     import _thread
     import socketserver
@@ -3906,19 +3937,22 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
 
     class Server(socketserver.ThreadingUnixStreamServer):
         def accept(self) -> None:
-            self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
+            self.serve_forever(LOOK_AGAIN)
+
+        def service_actions(self) -> None:
+            look()
 
         def get_request(self) -> Any:
             try:
                 wake_up = WakeUp()
                 return Connection(sock.accept()[0], wake_up), ""
-            except (OSError, MemoryError) as error:
+            except OSError as error:
                 agent.no_room(error)
                 time.sleep(0.05)  # do not spin
                 raise OSError from None  # for which socketserver looks again
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            if agent.room(most):
+            if len(agent.connections) < most:
                 return True
             limit = Unreachable(f"the agent has reached its limit of {most} connections")
             request.sock.setblocking(False)
@@ -3933,14 +3967,13 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
-            while not agent.end(request):
-                time.sleep(0.05)
+            agent.end(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             _, error, trace = sys.exc_info()
             if isinstance(error, MemoryError) or "start new thread" in str(error):
                 agent.no_room(error)
-            elif not isinstance(error, OSError):  # else the peer vanished
+            elif not of_peer(error):
                 while trace and trace.tb_next:
                     trace = trace.tb_next
                 where = f"line {trace.tb_lineno}" if trace else "an unknown line"
@@ -3952,12 +3985,8 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
     return server
 
 
-def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
-    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused.
-
-    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group.
-    """
+def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None) -> Any:
+    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused."""
     lock = path + ".lock"
     if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
         raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
@@ -3969,19 +3998,34 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
         held = hold_lock(lock, path, replace)
         at_end.callback(os.close, held)
         at_end.callback(remove, lock, os.fstat(held))
-        doing = f"listen at {path}"
-        sock = bind(path, replace is not None)
+    except OSError as error:
+        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
+    finally:
+        os.umask(before)
+    return share(at_end, path, mode, group, replace is not None)
+
+
+def share(at_end: ExitStack, path: str, mode: int, group: int, replace: bool = False) -> Any:
+    """Return a socket that listens at `path`, and is removed at the end. Raises Refused.
+
+    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
+    until the socket gets its mode and, unless it is -1, its group.
+    """
+    doing, before = "listen at", os.umask(0o077)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        sock = bind(path, replace)
         at_end.callback(remove, path, os.lstat(path))
-        doing = f"share {path}"
+        doing = "share"
         if group != -1:
             os.chown(path, -1, group)
         os.chmod(path, mode)
         sock.listen(4096)
         return sock
     except OSError as error:
-        if doing == f"share {path}" and isinstance(error, PermissionError):
+        if doing == "share" and isinstance(error, PermissionError):
             raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing} {path}: {error.strerror or error}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -3990,16 +4034,16 @@ END_IT = "end it with `shutdown`, take its place with `serve --replace`,"
 
 
 def in_the_way(what: str, do: str = "remove it") -> Refused:
-    """The error for what is at a path already."""
+    """Return the error for what is at a path already."""
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None) -> int:
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None) -> int:
     """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
     file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
-    now; then it begins again.
+    now; then it begins again. What others may have put there is not written to.
     """
     import fcntl
     import stat
@@ -4008,7 +4052,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
     while True:
         late = time.monotonic() > deadline
         if replace and not late:
-            replace(path)
+            late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         found = os.fstat(fd)
@@ -4017,8 +4061,11 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
                 raise in_the_way(f"{lock}{owner_of(lock)} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                if found.st_uid != os.geteuid():
+                    raise in_the_way(f"{lock}{owner_of(lock)} is not ours")
+                if found.st_nlink > 1:
+                    raise in_the_way(f"{lock} has another name, too, so that it may be any file")
+                write_pid(fd, lock)
                 return os.dup(fd)  # which is locked as well
         except BlockingIOError:
             if replace is None:
@@ -4037,8 +4084,18 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
             os.close(fd)
 
 
+def write_pid(fd: int, path: str) -> None:
+    """Write our process id to a file that is ours, and remove it if there is no room for that. Raises OSError."""
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    except OSError:
+        remove(path, os.fstat(fd))
+        raise
+
+
 def owner_of(path: str) -> str:
-    """Whose a file is, for a message, if it is neither ours nor root's."""
+    """Return whose a file is, for a message, if it is neither ours nor root's."""
     try:
         uid = os.lstat(path).st_uid
     except OSError:
@@ -4067,25 +4124,6 @@ def bind(path: str, replace: bool = False) -> Any:
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(path)
-    return sock
-
-
-def inherited_socket() -> Any:
-    """The listening socket that a supervisor handed over, or None; the protocol is that of sd_listen_fds(3)."""
-    import socket
-
-    pid, count, _ = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
-    if pid != str(os.getpid()) or not count.isdigit() or count == "0":
-        return None
-    try:
-        sock = socket.socket(fileno=3)
-        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise Refused(f"LISTEN_FDS is set, but descriptor 3 is no socket: {error.strerror}") from None
-    if count != "1" or sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
-        raise Refused("LISTEN_FDS must hand over one listening Unix stream socket, at descriptor 3")
-    sock.set_inheritable(False)
-    sock.setblocking(True)
     return sock
 
 
@@ -4130,96 +4168,164 @@ def detach() -> int:
     return write
 
 
-def serve(
-    path: str,
-    *,
-    mode: int = 0o600,
-    group: int = -1,
-    level: int = 1,  # of the log: 0 quiet, 1, 2 verbose
-    log_file: str = "",
-    pid_file: str = "",
-    background: bool = False,
-    command: Sequence[str] = (),
-    body: Callable[[Agent, Any, Callable[[], None]], int] | None = None,
-    timeline: Callable[[Graph], None] | None = None,
-    replace: Callable[[str], None] | None = None,
-    advice: str = "",  # goes to the log
-) -> int:
-    """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
+class Host:
+    """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
 
-    `body` is called with the agent, its server and what begins to take connections, `timeline` with the graph at the
-    end, `replace` with the path as long as there is another agent, to end it. Raises Refused.
-    """
-    import threading
-    from contextlib import ExitStack
+    def __init__(
+        self,
+        path: str,
+        mode: int = 0o600,
+        group: int = -1,
+        level: int = 0,  # of the log: 0 quiet, 1, 2 verbose
+        log_file: str = "",
+        pid_file: str = "",
+        replace: Callable[[str], bool] | None = None,
+        timeline: Callable[[Graph], None] | None = None,
+        alone: bool = False,
+        advice: str = "",
+    ) -> None:
+        """`replace` is called with the path while there is another agent, `timeline` with the graph at the end.
 
-    path, sock, ready = os.path.abspath(path), None if body else inherited_socket(), -1
+        With `alone` the process is nothing but the agent, so that its limit of descriptors may be raised. `advice`
+        goes to the log.
+        """
+        self.path, self.mode, self.group, self.replace = os.path.abspath(path), mode, group, replace
+        self.level, self.log_file, self.pid_file, self.advice = level, log_file, pid_file, advice
+        self.timeline, self.alone = timeline, alone
+        self._look_at = NEVER
+
+    def __enter__(self) -> Host:
+        """Listen. Raises Refused."""
+        import threading
+        from contextlib import ExitStack
+
+        with ExitStack() as at_end:
+            self.sock = listen(at_end, self.path, self.mode, self.group, self.replace)
+            at_end.callback(self.sock.close)
+            threading.stack_size(STACK)
+            try:
+                log = Log(self.level, self.log_file)
+                at_end.callback(log.close)
+                if self.pid_file:
+                    with open(open_file(self.pid_file, WRITE), "w", encoding="ascii") as file:
+                        if os.path.isfile(self.pid_file):  # and no device
+                            at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
+                        file.write(f"{os.getpid()}\n")
+            except OSError as error:
+                file_name = error.filename or self.pid_file or self.log_file
+                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
+            try:
+                self.agent = Agent(log)
+                self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
+                self._accepting = threading.Event()
+                threading.Thread(target=self._accept, daemon=True).start()
+            except RuntimeError as error:
+                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            self._at_end = at_end.pop_all()
+        log.say(f"listening at {self.path} (pid {os.getpid()})")
+        if self.advice:
+            log.say(self.advice)
+        return self
+
+    def accept(self) -> None:
+        """Begin to take connections."""
+        self._look_at = time.monotonic() + LOOK_AGAIN
+        self._accepting.set()
+
+    def _accept(self) -> None:
+        self._accepting.wait()
+        self.agent.for_ever("accepting connections", self.server.accept)
+
+    def look(self) -> None:
+        """Listen anew if the socket's file was removed: nobody could reach us."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_AGAIN
+        if not os.path.lexists(self.path):
+            try:
+                with share(self._at_end, self.path, self.mode, self.group) as new:
+                    os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
+                self.agent.log.say(f"{self.path} was removed: listening there again")
+            except (Refused, OSError) as error:
+                self.agent.log.say(f"{self.path} was removed: {error}", 0)
+
+    def stop_units(self, loop: Loop, everything: bool) -> None:
+        """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
+        stop = self.agent.stop_units(everything, GRACE)
+        if not stop:
+            return
+        self.agent.log.say(f"stopping {names_of([unit.name for unit in stop.units])}")
+        while stop in self.agent.units.stops:
+            if loop.turn(time.monotonic() + 0.05):
+                self.agent.stop_units(everything, 0.0)
+        left = [unit["unit"] for unit in stop.answer["left"]]
+        if left:
+            self.agent.log.say(f"still running: {names_of(left)}", 0)
+
+    def __exit__(self, *error: object) -> None:
+        """Tell who waits that it is over; remove the files."""
+        self.agent.stop()
+        if self.timeline:
+            self.timeline(self.agent.graph())
+        self._at_end.close()
+
+
+def serve(host: Host, background: bool = False) -> None:
+    """Be an agent until a signal. Raises Refused."""
+    ready = -1
     if background:
-        close_others([sock.fileno()] if sock else [])
+        close_others([])
         ready = detach()
-    with ExitStack() as at_end:
-        sock = sock or listen(at_end, path, mode, group, replace)
-        path = sock.getsockname()
-        at_end.callback(sock.close)
-        loop = None if body else Loop(PASSED_ON if command else STOPS)  # for all threads to come; a body has its own
-        threading.stack_size(STACK)
-        try:
-            log = Log(level if log_file or not background else -1, log_file)
-            at_end.callback(log.close)
-            if pid_file:
-                with open(open_file(pid_file, WRITE), "w", encoding="ascii") as file:
-                    if os.path.isfile(pid_file):  # and no device
-                        at_end.callback(remove, pid_file, os.fstat(file.fileno()))
-                    file.write(f"{os.getpid()}\n")
-        except OSError as error:
-            raise Refused(f"cannot write {error.filename or pid_file or log_file}: {error.strerror}") from None
-        agent = Agent(log)
-        most = connection_limit(raise_it=not (command or body))
-        log.say(f"listening at {path} (pid {os.getpid()})")
-        if advice:
-            log.say(advice)
-        server = make_server(agent, sock, most)
-        forever = ("accepting connections", server.accept)
-        accepting = threading.Thread(target=agent.for_ever, args=forever, daemon=True)
-        if not body:  # a boot's supervisor waits for its COMMAND, not for the agent that it has meanwhile
-            accepting.start()
-            notify(f"READY=1\nMAINPID={os.getpid()}")
+    with host:
+        loop = Loop(STOPS)
+        host.accept()
+        notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
             os.dup2(0, 2)
             os.write(ready, b"!")
             os.close(ready)
-        try:
-            if body:
-                return body(agent, server, accepting.start)
-            if command or not loop:
-                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path), loop))
+        came = loop.turn()
+        while not came:
             came = loop.turn()
-            while not came:
-                came = loop.turn()
-            from signal import Signals
+        from signal import Signals
 
-            log.say(f"stopping: got {Signals(came[0]).name}")
-            return 0
+        host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
+        notify("STOPPING=1")
+        host.stop_units(loop, everything=os.getpid() == 1)
+
+
+def serve_command(host: Host, command: list[str]) -> int:
+    """Be an agent for the life of a command, then end what its units have left; return its exit status.
+
+    Raises Refused, CommandError.
+    """
+    with host:
+        loop = Loop(PASSED_ON)
+        host.accept()
+        notify(f"READY=1\nMAINPID={os.getpid()}")
+        try:
+            return shell_status(supervise(command, environment(CODER_AGENT_SOCKET_PATH=host.path), loop))
         finally:
-            if not body:
-                notify("STOPPING=1")
-            agent.stop()
-            if timeline:
-                timeline(agent.graph())
+            notify("STOPPING=1")
+            loop = Loop(STOPS)
+            host.stop_units(loop, everything=True)
+            loop.give_back()
 
 
 def connection_limit(raise_it: bool) -> int:
-    """How many connections the descriptor limit leaves room for; the limit is raised if only we are to have it."""
+    """Return how many connections the limit of descriptors leaves room for; raise it first if nobody else is here."""
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
     wanted = each * MAX_CONNECTIONS + 64
-    if raise_it and open_files() < wanted:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for most in (wanted, 10_240):  # the bound that macOS has of its own
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if not raise_it or open_files() >= soft:
+            break
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        except (ValueError, OSError):  # macOS has a bound of its own
+        except (ValueError, OSError):
             pass
     return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
 
@@ -4229,7 +4335,7 @@ def connection_limit(raise_it: bool) -> int:
 # one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
 # ----------------------------------------------------------------------------------------------------------
 
-LONG = 30.0  # seconds after which `why` has a word about a unit that runs
+LONG = 30.0  # seconds after which `why` mentions a unit that runs
 
 
 def wide(text: str) -> int:
@@ -4262,7 +4368,7 @@ def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
 
 
 def json_text(value: Any) -> str:
-    """JSON for other programs and for people."""
+    """Return JSON for other programs and for people."""
     import json
 
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -4272,7 +4378,7 @@ def json_text(value: Any) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
-    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
+    """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
 
     Without it, those behind the first `always` are shown where there is anything in them.
     """
@@ -4289,7 +4395,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "
 
 
 def status_text(status: UnitStatus, columns: str = "") -> str:
-    """A unit and the table of its dependencies."""
+    """Return a unit, the table of its dependencies, and its history."""
     facts = {
         "Unit": status.unit_name,
         "Status": status.status,
@@ -4410,7 +4516,7 @@ class Startup:
         self.edges = [(d, u.unit_name, r, (d, u.unit_name) in steps) for u in graph.nodes for d, r in u.wants.items()]
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
-        """The chain of units that determined when the last one ended, each with its share in seconds.
+        """Return the chain of units that determined when the last one ended, each with its share in seconds.
 
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
@@ -4430,7 +4536,7 @@ class Startup:
         return path[::-1]
 
     def summary(self) -> str:
-        """The sentence people want; of a long critical path it names the longest steps."""
+        """Return the sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
             return "no units yet"
         statuses = [bar.unit.status for bar in self.bars.values()]
@@ -4469,13 +4575,13 @@ def described(unit: UnitStatus, word: str = "") -> str:
 
 
 def joined(*parts: str, by: str = ": ") -> str:
-    """The parts that there are, in one text."""
+    """Return the parts that are not empty, in one text."""
     return by.join(filter(None, parts))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
-    """Round numbers of seconds for an axis, at most `most` behind 0 and not many less, each with its text."""
+    """Return round numbers of seconds for an axis, at most `most` after 0 and not many less, each with its text."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
     step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
@@ -4519,7 +4625,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
-    """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
+    """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
     startup, most = Startup(graph), 25
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
@@ -4536,8 +4642,8 @@ def blame_text(graph: Graph, width: int = 100) -> str:
         rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
-    note = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
-    return text + "\n".join([*wrap(note, width), "", *wrap(startup.summary(), width)]) + "\n"
+    said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
+    return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 TIMELINE_VERSION = 2
@@ -4549,7 +4655,7 @@ SAVED = [
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
-    """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
+    """Return the timeline for programs; times are seconds since the first sign of a unit, or None."""
     startup = Startup(graph)
 
     def since(t: float | None) -> float | None:
@@ -4591,7 +4697,7 @@ def read_timeline(text: str | bytes, name: str) -> Saved:
 
 
 def compare_text(before: Saved, now: Saved) -> str:
-    """Two startups as `read_timeline` returns them: how long each unit took, what changed most first.
+    """Compare two startups as `read_timeline` returns them: how long each unit took, what changed most first.
 
     A unit that did not complete says nothing about how fast it is.
     """
@@ -4609,7 +4715,7 @@ def compare_text(before: Saved, now: Saved) -> str:
             amount, how = NEVER, ""  # these stand first
         path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
         rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
-    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)], always=4)
+    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
     verdict = change(before[0], now[0]) if complete else "not every unit completed"
     return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
@@ -4725,7 +4831,7 @@ def timeline_as(form: str, graph: Graph) -> str:
 
 # -- the graph ----------------------------------------------------------------------------------------------
 def part_of(graph: Graph, names: Sequence[str]) -> Graph:
-    """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
+    """Return the part of a graph that is some units and all they depend on. Raises NotRegistered."""
     if not names:
         return graph
     wants = {u.unit_name: u.wants for u in graph.nodes}
@@ -4738,7 +4844,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
 
 
 def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
-    """Names and those that they lead to, by way of each other, the nearest first."""
+    """Return names and those that they lead to, also through others, the nearest first."""
     found = list(names)
     seen = set(found)
     for name in found:
@@ -4749,7 +4855,7 @@ def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
 
 
 def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
-    """Dependencies under each unit; what was shown already is only named."""
+    """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
     fork, last, bar = "|-- ", "`-- ", "|   "
@@ -4757,9 +4863,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
     lines: list[str] = []
     shown: set[str] = set()
-    todo = [(name, "", "", 0) for name in reversed(roots or [name for name in nodes if name not in wanted])]
-    while todo:
-        name, lead, below, level = todo.pop()
+
+    def show(name: str, lead: str = "", below: str = "", level: int = 0) -> None:
         wants, more = list(nodes[name].wants), f" ({described(nodes[name])})"
         if wants and name in shown:
             wants, more = [], " (see above)"
@@ -4767,8 +4872,12 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
         shown.update([name] if wants else [])
-        for i, child in enumerate(reversed(wants)):
-            todo.append((child, below + (fork if i else last), below + (bar if i else "    "), level + 1))
+        for child in wants:
+            is_last = child == wants[-1]
+            show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
+
+    for name in roots or [name for name in nodes if name not in wanted]:
+        show(name)
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
@@ -4817,7 +4926,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
-    """The graph for programs."""
+    """Return the graph for programs."""
     nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
     wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
     edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
@@ -7189,39 +7298,49 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
+    level = 2 * args.verbose or int(not args.quiet)
+    if args.command and not args.socket_path:
+        level = 2 * args.verbose  # the command's output is what matters
+    elif args.detach and not args.log_file:
+        level = -1
     options: dict[str, Any] = {
         "mode": args.mode or (0o660 if args.group else 0o600),
         "group": group_id(args.group) if args.group else -1,
-        "level": 2 * args.verbose or int(not args.quiet),
+        "level": level,
         "log_file": args.log_file and os.path.abspath(args.log_file),
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
-        "advice": slowness(),
         "replace": make_room if args.replace else None,
+        "advice": slowness(),
     }
     if not args.command:
-        return serve(socket_path_of(args.socket_path), **options)
+        serve(Host(socket_path_of(args.socket_path), alone=True, **options), args.detach)
+        return 0
     import tempfile
 
     try:
         if args.socket_path:
-            return serve(args.socket_path, command=args.command, **options)
-        with tempfile.TemporaryDirectory(prefix="coder-sync-") as private:
-            options["level"] = 2 * args.verbose  # the command's output is what matters here
-            return serve(os.path.join(private, "agent.sock"), command=args.command, **options)
+            return serve_command(Host(args.socket_path, **options), args.command)
+        with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
+            return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
         raise CommandError(str(error), 125) from None
 
 
-def make_room(path: str) -> None:
-    """Have the agent at a path end, if there is one; one that does not is replaced all the same."""
+def make_room(path: str) -> bool:
+    """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
+    began = time.monotonic()
     try:
-        end_agent(path, timeout=3.0)
+        with Channel(path) as channel:
+            channel.answer(channel.request("shutdown"), ANSWER_TIMEOUT)
+            channel.receive(REPLACE_TIMEOUT)  # until it hangs up
+    except Unreachable:  # it has ended, or has not answered
+        return time.monotonic() - began < ANSWER_TIMEOUT
     except SyncError:
         pass
+    return True
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
@@ -7310,7 +7429,8 @@ def boot_at(path: str, boot: Boot) -> int:
             raise
         except Unreachable:
             try:
-                return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
+                with Host(path) as host:
+                    return boot_at_own(boot, host)
             except Refused:  # another agent was faster, or is about to go
                 if boot.link.opened or time.monotonic() >= deadline:
                     raise
@@ -7325,18 +7445,18 @@ def boot_at(path: str, boot: Boot) -> int:
         time.sleep(0.02)
 
 
-def boot_at_own(path: str, boot: Boot, agent: Agent, server: Any, accept: Callable[[], None]) -> int:
+def boot_at_own(boot: Boot, host: Host) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
 
     def claimed() -> None:
         if not boot.options.stay:
-            agent.live_for_claims()
-        accept()
+            host.agent.live_for_claims()
+        host.accept()
 
     ours, theirs = socketpair()
-    server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(path, sock=ours), claimed)
+    host.server.process_request(Connection(theirs, WakeUp()), "")
+    return boot.run(Channel(host.path, sock=ours), claimed)
 
 
 @Command(
@@ -7432,7 +7552,7 @@ def cmd_timeline(args: Args) -> None:
         try:
             with open(open_file(args.compare), "rb") as f:
                 os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
-                before = read_timeline(f.read(), args.compare)
+                before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = client_of(args).graph()

@@ -2612,6 +2612,11 @@ def free(world: World, pid: int, peers: list[Peer]) -> None:
     until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] - 2)
 
 
+def memory_of(pid: int) -> int:
+    """The most memory that a process has had, in KiB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])  # type: ignore[index]
+
+
 def kinds_of(world: World, unit: str) -> list[str]:
     """What happened to a unit, in order."""
     return [e.kind for e in world.client.events() if e.unit == unit]
@@ -3075,6 +3080,43 @@ def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_e
     assert os.listdir(agent.directory) == []
 
 
+@LINUX
+def test_answers_for_a_client_that_does_not_read_or_is_gone_do_not_pile_up(world: World) -> None:
+    agent = answering(world, altered("coder_sync.SEND_TIMEOUT = 0.5", "serve", "-q"))
+    fill(world, 1000)
+    before = memory_of(agent.pid)
+    deaf = [world.connect() for _ in range(3)]
+    for peer in deaf:
+        request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "graph"}).encode() + b"\n"
+        peer.send(request * 600 + request.replace(b"graph", b"events"))
+        peer.request("want", unit=f"last-{peer.sock.fileno()}")
+    deaf[0].close()
+    for peer in deaf[1:]:
+        until(lambda peer=peer: world.status(f"last-{peer.sock.fileno()}") == "pending")  # what it asked is done
+    assert memory_of(agent.pid) - before < 60_000  # it was hung up on after the first answers
+
+
+def test_a_boot_in_many_parts_is_bounded(world: World) -> None:
+    answering(world, altered("coder_sync.MAX_BOOT = 1 << 20", "serve", "-q"))
+    peer, part = world.connect(), [{"unit": "x" * 60_000}]
+    answers = [peer.call("boot", units=part, more=True) for _ in range(18)]
+    assert [("result" in answer) for answer in answers] == [True] * 17 + [False]
+    assert answers[-1]["error"]["message"] == "a boot of more than 1 MiB is too large"
+    peer.call("boot", units=[{"unit": "a"}])  # nothing of the other is left
+    assert [unit.unit_name for unit in world.client.list()] == ["a"]
+
+
+def test_an_error_that_is_not_the_peers_goes_to_the_log(world: World) -> None:
+    broken = "def send(self, data): raise OSError(22, 'Invalid argument')\ncoder_sync.Connection.send = send"
+    agent = world.spawn(altered(broken, "serve"))
+    until(lambda: os.path.exists(world.path))
+    peer = world.connect()
+    peer.request("ping")
+    assert peer.read() is None
+    said = stopped(agent).stderr
+    assert re.search(r"internal error at line \d+: OSError\(22, 'Invalid argument'\); please report it", said)
+
+
 # -- no descriptors, no memory, a small stack ---------------------------------------------------------------
 
 
@@ -3444,6 +3486,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a pipe for a lock": (lambda d: os.mkfifo(d / "agent.sock.lock"), [], NO_LOCK),
     "a link for a lock": (lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"), [], OPEN + "Too many .*"),
     "a directory for a lock": (lambda d: (d / "agent.sock.lock").mkdir(), [], OPEN + "Is a directory; .*"),
+    "a lock with another name": (
+        lambda d: os.link((d / "precious").write_text("1") and d / "precious", d / "agent.sock.lock"),
+        [],
+        "{0}/agent.sock.lock has another name, too, so that it may be any file; .*",
+    ),
     "too long": (lambda d: None, ["--socket-path", "x" * 120], ".*/x+: too long for a socket path; .*"),
     "a file for a directory": (
         lambda d: (d / "file").write_text(""),
@@ -3466,6 +3513,7 @@ def check_refused(world: World, kind: str, serve: Callable[..., subprocess.Compl
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(f"error: {message.format(world.directory)}\n", done.stderr)
     assert files_of(world.directory) == before
+    assert [path.read_text() for path in world.directory.glob("precious")] in ([], ["1"])
 
 
 REFUSED_LATER = [kind for kind in REFUSED if kind.endswith(("the log", "the pid"))]  # when signals are set up
@@ -3527,6 +3575,9 @@ def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> No
         fcntl.flock(file, fcntl.LOCK_EX)
         done = call(world, "serve")
         assert re.fullmatch(rf"error: an agent \(of user nobody\) is serving {world.path} already; .*\n", done.stderr)
+    done = call(world, "serve")
+    assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not ours; .*\n", done.stderr)
+    assert Path(lock).read_text() == "1 but not the truth"
     os.unlink(lock)
     os.mkfifo(lock)
     os.chown(lock, 65534, -1)
@@ -3545,10 +3596,9 @@ def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_
         directories = [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")]
         return stat.S_IMODE(found.st_mode), found.st_gid, directories
 
-    def listen(path: str, **options: Any) -> int:
-        with contextlib.ExitStack() as end, coder_sync.listen(end, path, options["mode"], options["group"], None):
+    def listen(host: coder_sync.Host, background: bool) -> None:
+        with contextlib.ExitStack() as end, coder_sync.listen(end, host.path, host.mode, host.group, None):
             seen.append(modes())
-        return 0
 
     seen: list[tuple[Any, ...]] = []
     for umask, options, mode, group in [
@@ -3615,6 +3665,31 @@ def test_a_second_agent_is_refused_and_a_socket_left_by_a_killed_one_is_replaced
     agent = world.serve()
     assert serves(world, agent.pid)
     assert stopped(agent).returncode == 0 and os.listdir(world.directory) == []
+
+
+def test_an_agent_whose_socket_is_removed_listens_there_again(world: World) -> None:
+    agent = answering(world, altered("coder_sync.LOOK_AGAIN = 0.05", "serve", "--mode", "640"))
+    peer = world.connect()
+    for remove in (
+        os.unlink,
+        lambda path: shutil.move(path, path + ".old"),
+        lambda path: shutil.rmtree(world.directory),
+    ):
+        remove(world.path)
+        until(lambda: serves(world, agent.pid))
+        assert stat.S_IMODE(os.stat(world.path).st_mode) == 0o640
+        assert "result" in peer.call("ping")
+    os.unlink(world.path)
+    Path(world.path).mkdir()
+    assert stopped(agent).returncode == 0
+
+
+@NAMESPACES
+def test_on_a_full_disk_no_lock_is_left(world: World) -> None:
+    script = 'mount -t tmpfs -o size=4k none . && cd . && cd $PWD && echo > full && { "$@"; ls -A; }'
+    done = finish(world.spawn(["unshare", "-m", "sh", "-c", script, "-", *program(), "serve"]))
+    assert re.fullmatch("error: cannot open .*/agent.sock.lock: No space left on device; .*\n", done.stderr)
+    assert done.stdout == "full\n"
 
 
 def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
@@ -4131,32 +4206,6 @@ def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
     return sock
 
 
-@pytest.mark.parametrize(("blocking", "how"), [(True, []), (False, ["--detach"])], ids=["blocking", "detached"])
-def test_a_socket_that_was_handed_over_is_used_as_it_is(world: World, blocking: bool, how: list[str]) -> None:
-    path = str(world.directory / "given")
-    with listener(path) as sock:
-        os.chmod(path, 0o640)
-        sock.setblocking(blocking)
-        early = Peer(path)  # before there is an agent: nobody needs to retry
-        agent = hand_over(world, sock, "--log-file", "log", *how)
-        pid = early.call("ping")["result"]["pid"]
-        assert Client(path, 0).ping()["pid"] == pid and (pid == agent.pid) == (not how)
-        os.kill(pid, signal.SIGTERM)
-        assert finish(agent).returncode == 0
-        until(lambda: not alive(pid))
-    assert f"listening at {path} " in (world.directory / "log").read_text()
-    assert set(os.listdir(world.directory)) == {"given", "log"}
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
-
-
-def test_a_socket_that_was_handed_over_to_another_process_is_ignored(world: World) -> None:
-    with listener(str(world.directory / "given")) as sock:
-        agent = hand_over(world, sock, pid="1")
-        assert world.client.ping(wait=PATIENCE)["pid"] == agent.pid
-    env = {**world.env, "LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}
-    assert "LISTEN" not in world.ok("serve", "--", "env", env=env)
-
-
 def test_what_a_supervisor_has_for_boot_is_for_what_comes_of_it(world: World) -> None:
     path, scripts = str(world.directory / "supervisor"), startup(world, {"a": "true"})
     world.env["NOTIFY_SOCKET"] = path
@@ -4172,37 +4221,6 @@ def test_what_a_supervisor_has_for_boot_is_for_what_comes_of_it(world: World) ->
         supervisor.setblocking(False)
         with pytest.raises(BlockingIOError):
             supervisor.recv(1000)
-
-
-HAND_OVERS: dict[str, Callable[[str], Any]] = {
-    "file": lambda path: open(os.devnull, "rb"),  # noqa: SIM115
-    "datagram": lambda path: listener(path, socket.SOCK_DGRAM),
-    "tcp": lambda path: socket.create_server(("127.0.0.1", 0)),
-    "deaf": lambda path: socket.socket(socket.AF_UNIX),
-}
-
-
-def test_a_bad_hand_over_is_refused(world: World) -> None:
-    code = """import fcntl, os, sys
-sys.path.insert(0, sys.argv[1])
-import coder_sync
-for n in [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[2:]]:
-    os.dup2(n, 3)
-    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-    try:
-        print("taken", coder_sync.inherited_socket())
-    except coder_sync.Refused as error:
-        print(error)
-"""
-    with contextlib.ExitStack() as end:
-        given = [end.enter_context(make(str(world.directory / kind))) for kind, make in HAND_OVERS.items()]
-        numbers = [sock.fileno() for sock in given]
-        done = finish(world.spawn([*PYTHON, code, str(HERE), *map(str, numbers)], pass_fds=numbers))
-    said = done.stdout.splitlines()
-    assert [bool(re.match("LISTEN_FDS .*descriptor 3", line)) for line in said] == [True] * len(HAND_OVERS), done
-    with listener(str(world.directory / "two")) as sock:
-        done = finish(hand_over(world, sock, count="2"))
-    assert done.returncode == 1 and re.fullmatch("error: LISTEN_FDS .*descriptor 3.*\n", done.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5368,6 +5386,59 @@ def test_stop_tells_all_at_half_time_says_what_is_left_and_goes_on_without_who_a
     assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
 
 
+@pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"])
+def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how: str) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    db, run = Supervisor(world, "db"), world.connect()
+    assert "result" in run.call("start", unit="job", supervisor=True)
+    waiting = world.connect()
+    waiting.request("start", unit="late", dependencies=["job"])
+    words = {"shutdown": ["shutdown"], "replace": ["serve", "--replace"]}.get(how)
+    other = world.popen(*words) if words else agent.terminate()
+    assert db.told()["grace"] == coder_sync.GRACE
+    assert waiting.read()["error"]["message"] == "the agent is shutting down"
+    assert world.client.ping()["pid"] == agent.pid  # it answers questions, but nothing begins
+    with pytest.raises(Unreachable, match="the agent is shutting down"):
+        world.client.start("new")
+    if how == "TERM twice":
+        agent.terminate()
+        assert db.told()["grace"] == 0
+    db.ended("db")
+    done = finish(agent)
+    assert done.returncode == 0 and "stopping db\n" in done.stderr
+    assert run.read() is None  # nobody has told it to stop
+    if other and how == "shutdown":
+        assert finish(other).returncode == 0
+
+
+def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> None:
+    command = ["sh", "-c", "echo on; read x; exit 3"]
+    agent = world.popen("serve", "--socket-path", world.path, "--", *command, stdin=subprocess.PIPE)
+    assert line_of(agent.stdout) == "on\n"
+    db, run = Supervisor(world, "db"), world.connect()
+    assert "result" in run.call("start", unit="job", dependencies=["db"], supervisor=True)
+    assert agent.stdin
+    agent.stdin.close()
+    agent.stdin = None
+    assert run.read()["params"]["unit"] == "job"
+    assert "result" in run.call("fail", unit="job")
+    assert db.told()["unit"] == "db"
+    db.ended("db")
+    assert finish(agent).returncode == 3
+
+
+@NAMESPACES
+def test_process_1_has_all_that_runs_ended(world: World) -> None:
+    outside = world.spawn(["unshare", "-fp", "--mount-proc", *program(), "serve", "-q"])
+    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if serves(world)])
+    run = world.connect()
+    assert "result" in run.call("start", unit="job", supervisor=True)
+    os.kill(inside, signal.SIGTERM)
+    assert run.read()["params"]["unit"] == "job"
+    run.request("fail", unit="job")
+    assert finish(outside).returncode == 0
+
+
 def test_a_boot_that_resumes_is_told_what_is_done(agent: World) -> None:
     db, boot = Supervisor(agent, "db"), agent.connect()
     rows = [{"unit": "db"}, {"unit": "app", "wants": {"db": "success"}}]
@@ -6258,6 +6329,7 @@ STARTUPS = {
         unit("serve", 0, 5, 15, ["setup"], released_by="setup"),
         unit("app", 0, 5, None, {"serve": "start"}, released_by="serve"),
     ),
+    "it began before that ended": startup_of(30, unit("a", 0, 0, 20), unit("b", 0, 5, 30, {"a": "start"})),
     "by way of what was skipped": startup_of(
         61,
         unit("base", 0, 0, 60, status="failed"),
@@ -6289,7 +6361,7 @@ STARTUPS = {
     "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
     "wide names": startup_of(
         *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
-        unit("c", 0, wants=["b"], waits_for=["b", "lock x"]),
+        unit("tâche", 0, wants=["b"], waits_for=["b", "lock x"]),
     ),
     "all that status shows": startup_of(
         9,
@@ -6300,7 +6372,7 @@ STARTUPS = {
             dependencies=[coder_sync.Dependency("b", "completed", "started", False, reason="slow")],
             history=[coder_sync.Event(3, 5.0, 0, "c", "registered"), coder_sync.Event(9, 6.5, 0, "c", "wants", "b")],
         ),
-        unit("alone"),
+        unit("alone", waits_for=["nobody yet"]),
     ),
 }
 
@@ -6388,6 +6460,8 @@ apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
 no units yet
 ? summary: a dependency that was only to start
 25s in all (1 still running); critical path: setup 5.0s -> serve 0ms -> app 20s (100% of it)
+? summary: it began before that ended
+30s in all; critical path: b 25s (83% of it)
 ? summary: by way of what was skipped
 1m01s in all (1 failed, 1 skipped); critical path: base 1m00s -> report 1.0s (100% of it)
 ? summary: a long path
@@ -6447,6 +6521,8 @@ slow (pending)
 └── web (see above)
 idle (pending)
 └── web (see above)
+? tree: nothing
+no units yet
 ? dot: edges
 digraph startup {
   rankdir=LR; node [shape=box, style=filled];
@@ -6551,7 +6627,7 @@ UNIT   STATUS   READY  AGE   WAITS FOR  REASON
 环境   started  true   12s
 e\u0301tape  failed   true   3.0s             no disk
 b      started  true   12s
-c      pending  true   12s   b, lock x
+tâche  pending  true   12s   b, lock x
 ? list: services
 UNIT       STATUS     READY  AGE    WAITS FOR  REASON
 apt-base   completed  true   2m00s
@@ -6574,7 +6650,10 @@ REASON   WAITS FOR  UNIT
                     环境
 no disk             e\u0301tape
                     b
-         b, lock x  c
+         b, lock x  tâche
+? list: it has run for 30 s
+UNIT  STATUS   READY  AGE
+a     started  true   30s
 ? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
@@ -6777,28 +6856,51 @@ def test_what_xml_cannot_hold_is_replaced() -> None:
     assert coder_sync.xml("\x00\x1b\ud800\uffff\n<\u2028'\"&") == "\ufffd" * 4 + "\n&lt;\ufffd&#x27;&quot;&amp;"
 
 
-def test_graphs_for_other_programs_have_all_names_and_edges() -> None:
+def edges_of(graph: Graph) -> list[tuple[str, ...]]:
+    return [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
+
+
+def test_dot_has_all_names_and_edges_whatever_the_names_are() -> None:
+    string = r'"((?:[^"\\]|\\.)*)"'
     for graph in ANY:
-        nodes = [u.unit_name for u in graph.nodes]
-        edges = [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
         text = coder_sync.graph_dot(graph)
-        string = r'"((?:[^"\\]|\\.)*)"'
-        found = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}[^"]*\];$', text, re.M)
-        assert [re.sub(r"\\(.)", r"\1", name) for name, _ in found] == nodes
-        arrows = re.findall(rf'^  {string} -> {string}(?: \[(?:label=(\w+))?[^"]*\])?;$', text, re.M)
-        assert [(*(re.sub(r"\\(.)", r"\1", name) for name in two), r or "success") for *two, r in arrows] == edges
-        assert text.count("\n") == 3 + len(nodes) + len(edges)
-        lines = coder_sync.graph_mermaid(graph).splitlines()
-        boxes = [
-            re.fullmatch(r'  u\d+\(?\["([^"\[\](){}<>|`;%\\]|#\d+;)*"\]\)?:::\w+', line)
-            for line in lines[1 : len(nodes) + 1]
+        boxes = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}([^"]*)\];$', text, re.M)
+        assert [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes] == [
+            (u.unit_name, u.running_on) for u in graph.nodes
         ]
-        labels = [box[0].split('"')[1] for box in boxes if box]
-        assert [re.sub(r"#(\d+);", lambda code: chr(int(code[1])), label) for label in labels] == nodes
-        assert sum("-->" in line for line in lines) == len(edges)
+        arrows = re.findall(rf'^  {string} -> {string}(?: \[(?:label=(\w+))?[^"]*\])?;$', text, re.M)
+        found = [(*(re.sub(r"\\(.)", r"\1", name) for name in two), r or "success") for *two, r in arrows]
+        assert found == edges_of(graph) and text.count("\n") == 3 + len(boxes) + len(arrows)
+
+
+def test_mermaid_has_all_names_edges_and_the_critical_path_whatever_the_names_are() -> None:
+    label = r'\["((?:[^"\[\](){}<>|`;%\\]|#\d+;)*)"\]'
+    for graph in ANY:
+        text, startup = coder_sync.graph_mermaid(graph), coder_sync.Startup(graph)
+        boxes = re.findall(rf"^  (u\d+)(\(?){label}\)?:::(\w+)$", text, re.M)
+        names = {ident: re.sub(r"#(\d+);", lambda code: chr(int(code[1])), name) for ident, _, name, _ in boxes}
+        drawn = [(names[ident], round == "(", status.replace("_", " ")) for ident, round, _, status in boxes]
+        assert drawn == [(u.unit_name, u.running_on, u.status) for u in graph.nodes]
+        arrows = re.findall(r"^  (u\d+) -->(?:\|(\w+)\|)? (u\d+)$", text, re.M)
+        assert [(names[a], names[b], r or "success") for a, r, b in arrows] == edges_of(graph)
+        path = [names[ident] for ident in re.findall(r"^  style (u\d+) stroke", text, re.M)]
+        assert path == [bar.name for bar, _ in startup.path]
+        bold = [
+            arrows[int(n)] for n in re.findall(r"\d+(?=[, ])", text.partition("linkStyle")[2].partition("stroke")[0])
+        ]
+        steps = {(a, b) for a, b in zip(path, path[1:])}
+        assert {(names[a], names[b]) for a, _, b in bold} == steps & {edge[:2] for edge in edges_of(graph)}
+        assert text.count("\n") == 7 + len(boxes) + len(arrows) + len(path) + bool(bold)
+
+
+def test_the_graph_as_json_has_all_names_and_edges() -> None:
+    for graph in ANY:
         data = coder_sync.graph_data(graph)
-        assert [row["unit_name"] for row in data["units"]] == nodes
-        assert [(row["depends_on"], row["unit_name"], row["requirement"]) for row in data["edges"]] == edges
+        keys = ("unit_name", "status", "reason", "running_on")
+        assert data["units"] == [{key: getattr(u, key) for key in keys} for u in graph.nodes]
+        assert [(edge["depends_on"], edge["unit_name"], edge["requirement"]) for edge in data["edges"]] == edges_of(
+            graph
+        )
 
 
 def test_why_tells_of_each_unit_that_is_stuck_whom_it_waits_for() -> None:
