@@ -5817,14 +5817,14 @@ class Task:
         now = time.monotonic()
         if not self.family.look(self.loop):
             self.gone()
-        elif self.state == READY:
-            self.due[self.look] = now + LOOK_EVERY
-        else:
+        elif self.state == ENDING:
             if self.give_up in self.due:
                 self.family.kill()
             elif not self.family.first or self.tell_others not in self.due:
                 self.family.tell_others()
             self.due[self.look] = now + LOOK_OFTEN
+        elif not self.family.first:
+            self.due[self.look] = now + LOOK_EVERY
 
     def gone(self) -> None:
         """Nothing is left of a try."""

@@ -7985,6 +7985,7 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
     notify.reached()
     expected = {**dict.fromkeys(services, "started"), **dict.fromkeys(users, "pending")}
     until(lambda: {unit.unit_name: unit.status for unit in world.client.list()} == expected)
+    until(lambda: [coder_sync.proc_line(pid, "Name") for pid in boot.left()].count("cat") == len(services))
     web = socket.create_server(("127.0.0.1", page))
     with web, socket.create_server(("127.0.0.1", port)), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(world.directory / "up.sock"))
