@@ -1,6 +1,8 @@
 #!/bin/sh
 """:"
-exec python3 -IS "$0" "$@"
+exec python3 -IS -c \
+    'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
+    "$0" "$@"
 """
 
 from __future__ import annotations
@@ -47,17 +49,84 @@ rooms above it:
     Command line    the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
-start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`, `threading`
-and `typing` each cost more than everything the call does.
+system with a `sh`. The file is cut at the banner of Processes: want, start, complete and fail need only what is
+above, so `launch` compiles no more for them, and `install` writes a copy that is not compiled at all. A client call is
+mostly interpreter start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`,
+`argparse`, `threading` and `typing` each cost more than everything the call does.
 """
 
+#:
+# Up to the next such line: what the first lines run by itself, as `python3 COPY` does. An old Python must read it.
 import errno
 import posix  # what os is made of
 import sys
 import time
 
-(NEEDED := "Python 3.8 or later")  # an older one stops here, and shows this line
+
+def source_in(data):  # type: (bytes) -> bytes
+    """Return the source text in the bytes of this file, or of an installed copy."""
+    return data[data.rfind(b'#!/bin/sh\n"""') :].partition(b"PK\1\2")[0]
+
+
+def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
+    """Return what stands above the cut and what is below, with its line numbers. Raises ValueError if damaged."""
+    above, cut, below = source.partition(b"\n# Processes. ")
+    if not below.endswith(b"main()\n"):
+        raise ValueError
+    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+
+
+def half_of(path, below):  # type: (str, bool) -> Any
+    """Return the code above the cut, or below it, and the identity of the file. Raises OSError, or if it is damaged.
+
+    It is bytecode of an installed copy, if there is some for this Python; else it is compiled.
+    """
+    from _frozen_importlib_external import MAGIC_NUMBER
+    from _imp import source_hash
+    from marshal import loads
+
+    mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    with open(path, "rb", 0) as file:
+        found = posix.fstat(file.fileno())
+        end = 0
+        for size in (1 << 17, 1 << 19)[: below + 1]:  # what is above the cut, and behind it what is below
+            file.seek(end)
+            data = file.read(size)
+            start = data.find(mark) + 16
+            code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
+            end += start + len(code)
+        if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+            half = loads(code)
+        else:
+            file.seek(0)
+            half = compile(halves(source_in(file.read()))[below], path, "exec")
+    return half, (found.st_ino, found.st_mtime_ns)
+
+
+def launch():  # type: () -> None
+    """Run what is above the cut, which runs main() at the cut."""
+    global LAUNCHED
+    if sys.version_info < (3, 8):  # noqa: UP036
+        sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
+    import _signal as signal  # type: ignore[import-not-found]
+    import gc
+
+    vars(sys).pop("tracebacklimit", None)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    gc.disable()  # all that comes now stays
+    del sys.argv[: sys.argv[0] == "-c"]
+    path = sys.argv[0]
+    globals().update(__name__="coder_sync", __file__=path)
+    try:
+        code, LAUNCHED = half_of(path, False)
+    except (SyntaxError, ValueError):
+        sys.exit("error: " + path + " is damaged: copy or install it again")
+    exec(code, globals())
+
+
+#:
+(NEEDED := "Python 3.8 or later")  # SyntaxError on an older one shows this text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,6 +170,8 @@ __all__ = [
     "Unreachable",
     "UsageError",
 ]
+INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
+LAUNCHED: tuple[int, int] | None = globals().get("LAUNCHED")  # the file of which `launch` runs what is above the cut
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -1546,42 +1617,32 @@ def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, rest
 
 
-def load_more() -> bool:
-    """Have more commands, those of the next part of an installed copy (see Install); False if there are no more."""
-    if "rest" not in globals():
-        return False
-    import gc
-    from _frozen_importlib_external import MAGIC_NUMBER
-    from marshal import loads
-
-    gc.disable()  # all that comes now stays
-    place, was = globals().pop("rest")
-    with open(FILE, "rb", 0) as file:
-        now = posix.fstat(file.fileno())
-        if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
-            file.seek(place - 8)
-            size = int.from_bytes(file.read(8), "little")
-            data = file.read(size + 32)  # with the head of the next part
-            end = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]), size)
-            if end >= 0:
-                globals()["rest"] = place + end + 16, was
-            code = loads(data)
-        else:  # the file was replaced just now
-            from zipfile import ZipFile
-
-            code = compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec")
+def load_below() -> None:
+    """Run what is below the cut, where only what is above was run. Raises SyncError."""
+    global LAUNCHED
+    try:
+        code, found = half_of(FILE, True)
+    except OSError as error:
+        raise SyncError(f"cannot read {FILE}: {error.strerror}") from None
+    except (SyntaxError, ValueError):
+        raise SyncError(f"{FILE} is damaged: copy or install it again") from None
+    if LAUNCHED not in (None, found):
+        launch()  # the file was replaced: begin again with the new one
     exec(code, globals())
-    if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
-        gc.freeze()
-    gc.enable()
-    return True
+    if LAUNCHED:
+        import gc
+
+        LAUNCHED = None
+        if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
+            gc.freeze()
+        gc.enable()
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
     options, words = command_line(argv)
-    while (not words or words[0] not in COMMANDS) and load_more():
-        pass
+    if LAUNCHED and (not words or words[0] not in COMMANDS):
+        load_below()
     if not words:
         raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
     name, rest = words[0], words[1:]
@@ -1604,9 +1665,19 @@ def dispatch(argv: Sequence[str]) -> int:
     return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
+def name_process() -> None:
+    """Have ps(1) and top(1) show our name instead of python3, where the system lets us."""
+    try:
+        fd = posix.open("/proc/self/comm", posix.O_WRONLY)
+        posix.write(fd, b"coder_sync")
+        posix.close(fd)
+    except OSError:
+        pass
+
+
 def end_on_signals() -> None:
     """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
-    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+    import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
     posix.set_blocking(write, False)
@@ -1618,8 +1689,12 @@ def end_on_signals() -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
+    import _signal as signal
+
     code = 0
     try:
+        if LAUNCHED and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
@@ -1629,6 +1704,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
             end_on_signals()
+        name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1650,6 +1726,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         except (OSError, ValueError, AttributeError):
             pass
     posix._exit(code)
+
+
+if LAUNCHED:
+    main()
+elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
+    load_below()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7079,89 +7161,27 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 
 # ----------------------------------------------------------------------------------------------------------
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
-# that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
-# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
-# LOADER with two parts, cut at the banner of Processes; `load_more` reads the second where it needs it.
-# Each has its length where a .pyc has the hash of its source, which is not looked at in one of this kind (PEP 552).
+# bytecode, behind the lines of sh that make it executable. Its __main__ is `launch`, and what is imported from it is a
+# .pyc of what is above the cut, which loads the other of what is below. Both have their length and the half of their
+# hash where another .pyc has the hash of its source.
 # ----------------------------------------------------------------------------------------------------------
 
-HEAD = """\
-#!/bin/sh
-# coder_sync {version}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`) and its bytecode
-exec {python} -IS -c '{start}' "$0" "$@"
-"""
-
-LAUNCHER = """\
-import gc
+COMPILE = f"""\
 import sys
-
-if sys.version_info < (3, 8):
-    sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-
-from _frozen_importlib_external import MAGIC_NUMBER
-from marshal import loads
-from posix import fstat
-
-if sys.argv[0] == "-c":
-    del sys.argv[0]
-__file__, __name__ = sys.argv[0], "coder_sync"
-gc.disable()  # all that comes now stays
-with open(__file__, "rb", 0) as file:
-    data, found = file.read(1 << 17), fstat(file.fileno())
-parts = data.split(MAGIC_NUMBER + bytes([1, 0, 0, 0]), 3)  # of a .pyc that is not to be compared with its source
-if len(parts) > 3:
-    rest = len(data) - len(parts[3]) + 8, found
-    exec(loads(parts[2][8:]))
-else:  # it was made for another Python
-    from zipfile import ZipFile
-
-    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"))
-    gc.enable()
-main()
-"""
-
-PLACE = 2048  # bytes for the first lines, and for LAUNCHER
-
-LOADER = """\
-from marshal import loads
-
-for part in {parts!r}:
-    exec(loads(part[16:]))
-"""
-
-COMPILE = """\
-import __future__
-import sys
+from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-
-
-def compiled(text):  # a flag does what an import of __future__ would
-    code = dumps(compile(text, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True))
-    return MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(8, "little") + code
-
-
-rest = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
-parts = []
-banner = b"\\n# Processes. "
-rest, _, below = rest.partition(banner)
-parts.append(compiled(b"\\n" * rest.count(b"\\n") + banner + below))  # with its line numbers
-sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(rest), *parts))))
+code = dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec"))
+head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
+sys.stdout.buffer.write(head + code)
 """
 # No columns in tracebacks: what is not there need not be read.
-COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE, LOADER)
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
-    """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
-    from _frozen_importlib_external import MAGIC_NUMBER
-
-    try:
-        with open(FILE, "rb") as file:
-            if MAGIC_NUMBER + bytes([1, 0, 0, 0]) in file.read():
-                return ""
-    except OSError:
+    """Return what `serve` says in its log if each call compiles the source: a plain file, or another Python's copy."""
+    if slowness.__code__.co_filename == INSTALLED:
         return ""
     python = ".".join(map(str, sys.version_info[:2]))
     return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
@@ -7184,25 +7204,37 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 
 def application(python: str) -> bytes:
-    """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
+    """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
     import io
     import shlex
     import zipfile
 
     with open(FILE, "rb") as file:
-        source = file.read()
-    if zipfile.is_zipfile(FILE):
-        source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
-    bytecode = ask_python(python or sys.executable, *COMPILING, data=source)
-    head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
-    data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
+        source = source_in(file.read())
+    call = (
+        source.split(b"\n", 2)[2].partition(b'"""')[0].replace(b"python3", shlex.quote(python or "python3").encode(), 1)
+    )
+    about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
+    data = io.BytesIO(b"#!/bin/sh\n" + about.encode() + call + b"\n")
+    above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
+    members = {
+        "__main__.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\nlaunch()\n",
+        "coder_sync.pyc": above,
+        "below.pyc": below,
+        "coder_sync.py": source,
+    }
     with zipfile.ZipFile(data, "a") as archive:
-        launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
-        for name, part in (("__main__.py", launcher), ("coder_sync.pyc", bytecode), ("coder_sync.py", source)):
+        for name, member in members.items():
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
-            archive.writestr(entry, part)
+            archive.writestr(entry, member)
     return data.getvalue()
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether a file is this program, plain or installed, of whatever version; a damaged one may be replaced too."""
+    plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
+    return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
@@ -7216,7 +7248,7 @@ def install(path: str, python: str) -> str:
         if os.path.exists(path):
             with open(path, "rb") as there:
                 old = there.read()
-            if old and b"coder_sync" not in old:
+            if old and not is_ours(old):
                 raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
         with open(beside, "xb") as file:
@@ -7224,7 +7256,7 @@ def install(path: str, python: str) -> str:
             file.flush()
             like = os.stat(path if os.path.exists(path) else beside)
             os.chown(beside, like.st_uid, like.st_gid)
-            os.chmod(beside, like.st_mode & 0o777 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            os.chmod(beside, like.st_mode & 0o755 | (like.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
         if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")

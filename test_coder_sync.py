@@ -69,6 +69,7 @@ from coder_sync import (
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "coder_sync.py"
 PYTHON = [sys.executable, "-IS", "-c"]
+LAUNCH = FILE.read_text(encoding="utf-8").split("'")[1]  # what sh hands to python3 -c
 LOAD = """
 import sys
 from importlib.machinery import SourceFileLoader
@@ -130,7 +131,7 @@ def installed() -> Path:
 
 def program() -> list[str]:
     """The beginning of a command line of the installed copy."""
-    return [*PYTHON, coder_sync.LAUNCHER, str(installed())]
+    return [*PYTHON, LAUNCH, str(installed())]
 
 
 class World:
@@ -4571,7 +4572,7 @@ def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -
 
 
 def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World) -> None:
-    python = [sys.executable, "-IS", "-X", "importtime", "-c", coder_sync.LAUNCHER, str(installed())]
+    python = [sys.executable, "-IS", "-X", "importtime", "-c", LAUNCH, str(installed())]
     done = finish(agent.spawn([*python, "start", "a", "--want", "b", "--requires=start", "-qt1ms"]))
     assert done.returncode == 124
     imported = {line.split()[-1] for line in done.stderr.splitlines() if line.startswith("import time:")}
@@ -5702,15 +5703,70 @@ def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, fo
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_whoever_calls_it_is_shown_as_what_was_called(agent: World) -> None:
-    runs = {
-        form: agent.spawn([tool(agent, form), "run", form, "--", "sleep", "60"], env=agent.shell_env())
-        for form in ("plain", "installed")
-    }
-    for form, run in runs.items():
-        happened(agent, form, "started")
-        owner = agent.client.status(form).owner
-        assert owner and (owner.pid, owner.command) == (run.pid, f"coder run {form} -- sleep 60")
+@BOTH_FORMS
+def test_ps_shows_what_was_called(agent: World, form: str) -> None:
+    run = agent.spawn([tool(agent, form), "run", "u", "--", "sleep", "60"], env=agent.shell_env())
+    happened(agent, "u", "started")
+    owner = agent.client.status("u").owner
+    assert owner and (owner.pid, owner.command) == (run.pid, "coder run u -- sleep 60")
+    if Path("/proc/self/comm").exists():
+        assert Path(f"/proc/{run.pid}/comm").read_text() == "coder_sync\n"
+        assert len(Path(f"/proc/{run.pid}/cmdline").read_bytes()) < 300
+
+
+@BOTH_FORMS
+def test_an_error_names_its_line(world: World, form: str) -> None:
+    lines = FILE.read_text(encoding="utf-8").splitlines(keepends=True)
+    for command_name in ("want", "list"):  # above the cut, and below
+        at = next(n for n, line in enumerate(lines) if line.startswith(f"def cmd_{command_name}(")) + 2
+        lines[at] = "    raise RuntimeError('on purpose')\n"
+        path = world.directory / command_name
+        path.write_text("".join(lines), encoding="utf-8")
+        path.chmod(0o755)
+        assert form == "plain" or command(world, sys.executable, str(path), "install").returncode == 0
+        words = ["want", "a", "b"] if command_name == "want" else ["list"]
+        done = command(world, str(path), *words, env={**world.shell_env(), "CODER_SYNC_DEBUG": "1"})
+        assert f"line {at + 1}, in cmd_{command_name}\n" in done.stderr
+        lines[at] = "\n"
+
+
+INTERRUPTED = """
+import builtins, marshal, os, signal
+def hook(module, name):
+    function = getattr(module, name)
+    def interrupted(*words):
+        os.kill(os.getpid(), signal.SIGINT)
+        return function(*words)
+    setattr(module, name, interrupted)
+hook(builtins, "compile")
+hook(marshal, "loads")
+"""
+
+
+@BOTH_FORMS
+def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -> None:
+    argv = [*PYTHON, INTERRUPTED + LAUNCH, tool(world, form), "--version"]
+    done = command(world, *argv)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+    done = command(world, *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as nohup does
+    assert (done.returncode, done.stdout) == (0, f"coder_sync {coder_sync.__version__}\n")
+
+
+@BOTH_FORMS
+def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
+    path = tool(world, form)
+    whole = Path(path).read_bytes()
+    cut = whole.index(b"\n# Processes. ")
+    for size in (300, 4096, 8192, cut - 1, cut + 8192, whole.rindex(b"\ndef ")):
+        if form == "plain" or size < 10_000:
+            Path(path).write_bytes(whole[:size])
+            done = command(world, path, "list")
+            assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "internal" not in done.stderr, size
+    for at in (len(whole) // 8, len(whole) // 4, len(whole) // 2):
+        Path(path).write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
+        done = command(world, path, "list", "--connect-timeout", "0")
+        said = "cannot reach an agent" if form == "installed" else "is damaged: copy or install it again\n"
+        assert said in done.stderr and done.stderr.count("\n") == 1  # an installed one has its source
 
 
 def test_other_users_call_it_and_may_write_nothing(world: World) -> None:
@@ -5810,15 +5866,23 @@ def test_install_keeps_mode_and_owner_follows_links_and_replaces_in_one_step(wor
             assert file.read() == FILE.read_bytes()  # whoever reads goes on reading the old one
     assert command(world, "sh", "-c", f"umask 027; exec {sys.executable} {links[0]} install new").returncode == 0
     assert stat.S_IMODE((world.directory / "new").stat().st_mode) == 0o750
+    assert command(world, "sh", "-c", f"umask 0; exec {sys.executable} {links[0]} install open").returncode == 0
+    assert stat.S_IMODE((world.directory / "open").stat().st_mode) == 0o755
 
 
+WRAPPER = "#!/bin/sh\n# coder_sync of our own\nexec /opt/coder_sync.py serve\n"
 DAMAGED = "#!/bin/sh\necho damaged >&2; exit 1\n"
 TROUBLES: dict[str, tuple[list[str], str, Callable[[Path], Any]]] = {
     "directory": (["there"], "a directory is there", os.mkdir),
     "fifo": (["there"], "no regular file is there", os.mkfifo),
     "no directory": (["/nowhere/coder"], "No such file or directory; nothing was changed", lambda path: None),
-    "full disk": (["there"], "File too large; nothing was changed", lambda path: path.write_text("old coder_sync")),
+    "full disk": (
+        ["there"],
+        "File too large; nothing was changed",
+        lambda path: path.write_bytes(installed().read_bytes()[:5000]),
+    ),
     "another program": (["there"], "another program is there; remove it first", lambda path: path.write_text("old")),
+    "a script that calls it": (["there"], "another program is there", lambda path: path.write_text(WRAPPER)),
     "no python": (["new", "--python", "./there"], "cannot run", lambda path: None),
     "broken python": (
         ["new", "--python", "./there"],
@@ -5870,6 +5934,21 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
     assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
+REPLACED = """
+import builtins, marshal, os
+def hook(module, name):
+    function = getattr(module, name)
+    def load_and_replace(*words):
+        half = function(*words)
+        if os.path.exists({0!r}):
+            os.rename({0!r}, {1!r})
+        return half
+    setattr(module, name, load_and_replace)
+hook(builtins, "compile")
+hook(marshal, "loads")
+"""  # the file, as soon as what is above the cut has been read
+
+
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
     source = world.directory / "longer.py"
@@ -5882,12 +5961,13 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
         where.write_bytes(copy)
         where.chmod(0o755)
 
-    replaced = f"import os\nos.rename({str(beside)!r}, {path!r})\nmain()\n"  # when a first part has been loaded
-    for copy in (longer, of_another_python):
-        put(now, Path(path))
-        put(copy)
-        done = command(world, *PYTHON, coder_sync.LAUNCHER.replace("main()\n", replaced), path, "--version")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "coder_sync 0.1.0\n", "")
+    for copy in (longer, of_another_python, FILE.read_bytes()):
+        for form in (now, FILE.read_bytes()):
+            put(form, Path(path))
+            put(copy)
+            done = command(world, *PYTHON, REPLACED.format(str(beside), path) + LAUNCH, path, "--version")
+            assert (done.returncode, done.stdout, done.stderr) == (0, f"coder_sync {coder_sync.__version__}\n", "")
+            assert not beside.exists()
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
     calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
     for copy in itertools.cycle([longer, now]):
@@ -5898,7 +5978,7 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
             break
     for process in calls:
         done = finish(process)
-        assert (done.returncode, done.stderr, done.stdout) == (0, "", "coder_sync 0.1.0\n" * 8)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", f"coder_sync {coder_sync.__version__}\n" * 8)
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
@@ -5911,7 +5991,7 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    defined["load_more"] = lambda: pytest.fail("it needs the rest")
+    defined["load_below"] = lambda: pytest.fail("it needs the rest")
     call.main = defined["main"]
     play(
         call,
@@ -6218,7 +6298,7 @@ time.time = set_back
 
 
 def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> None:
-    argv = [*PYTHON, CLOCK_SET_BACK + coder_sync.LAUNCHER, str(installed()), "serve"]
+    argv = [*PYTHON, CLOCK_SET_BACK + LAUNCH, str(installed()), "serve"]
     answering(world, argv, stderr=subprocess.DEVNULL)
     world.ok("start", "a")
     waits = world.popen("start", "b", "--want", "a", "--timeout", "20s")
@@ -6314,6 +6394,7 @@ STARTUPS = {
         unit("shell", 10, None, None, ["db"], ready=20, locks=["port"], blocked_by={"port": "ide"}),
         unit("web", 0, 100, reason="not ready yet: tcp:80", probe="tcp:80", probe_error="no route", tries=[156.0]),
         unit("site", 0, None, None, ["web"], waits_for=["web"]),
+        unit("up", 0, 90, probe="file:up"),
     ),
     "edges": startup_of(  # bounds of what is shown, and a start a second after the first sign
         10,
@@ -6448,13 +6529,14 @@ started); critical path: base 10s -> web 20s (100% of it)
   proxy     ██────────────────                       9.0s died at 1m20s
 * apt-tools ▒▒▒▒▒▒▒▒▒█████                            20s completed
 * tools     ░░░░░░░░░░░░░███████│██                   40s completed
+  up        ░░░░░░░░░░░░░░░░░░░░█████████████████   1m10s probing
 * ide       ░░░░░░░░░░░░░░░░░░░░░░░██████████████   1m00s running
   web       ░░░░░░░░░░░░░░░░░░░░░░░█████████████│   1m00s probing
   site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
   shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
-2m40s in all (3 failed, 3 still running, 2 not started); critical path:
+2m40s in all (3 failed, 4 still running, 2 not started); critical path:
 apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
 ? timeline: nothing: 40
 no units yet
@@ -6621,6 +6703,7 @@ complete.
 "proxy" failed 1m20s ago after running 1m19s: died 1m10s after it was ready: exit code 1; started after waiting 1.0s.
 "q" failed 1m10s ago after running 1m30s: lost: the boot that ran process 43 ended; that process may still run (it \
 does); started by process (pid 43) at once.
+"up" started 1m10s ago, after waiting 1m30s; it is probing file:up for 1m10s.
 "cache" failed 1m00s ago after running 1m40s: stopped; started at once.
 ? list: wide names
 UNIT   STATUS   READY  AGE   WAITS FOR  REASON
@@ -6645,6 +6728,7 @@ ide        started    true   1m00s
 shell      pending    true   2m30s
 web        started    true   1m00s             probing tcp:80 for 4.0s (no route)
 site       pending    true   2m40s  web
+up         started    true   1m10s             probing file:up for 1m10s
 ? list: wide names: reason,waits_for, Unit
 REASON   WAITS FOR  UNIT
                     环境
@@ -6842,6 +6926,9 @@ def test_the_svg_says_of_each_unit_what_it_did() -> None:
             assert classes.count("t") == len(u.tries)
             assert group.findtext("text") == u.unit_name or coder_sync.wide(u.unit_name) > 60
             assert u.reason in (group.findtext("title") or "") or u.probe
+            outcome = group.findall("text")[-1].text or ""
+            word = u.status if u.status in coder_sync.ENDED and not u.running_on else coder_sync.standing(u)
+            assert outcome.startswith(word) and coder_sync.wide(outcome) <= 60
 
 
 def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
