@@ -1,6 +1,8 @@
 #!/bin/sh
 """:"
-exec python3 -IS "$0" "$@"
+exec python3 -IS -c \
+    'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
+    "$0" "$@"
 """
 
 from __future__ import annotations
@@ -47,17 +49,84 @@ rooms above it:
     Command line    the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
-start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`, `threading`
-and `typing` each cost more than everything the call does.
+system with a `sh`. The file is cut at the banner of Processes: want, start, complete and fail need only what is
+above, so `launch` compiles no more for them, and `install` writes a copy that is not compiled at all. A client call is
+mostly interpreter start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`,
+`argparse`, `threading` and `typing` each cost more than everything the call does.
 """
 
+#:
+# Up to the next such line: what the first lines run by itself, as `python3 COPY` does. An old Python must read it.
 import errno
 import posix  # what os is made of
 import sys
 import time
 
-(NEEDED := "Python 3.8 or later")  # an older one stops here, and shows this line
+
+def source_in(data):  # type: (bytes) -> bytes
+    """Return the source text in the bytes of this file, or of an installed copy."""
+    return data[data.rfind(b'#!/bin/sh\n"""') :].partition(b"PK\1\2")[0]
+
+
+def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
+    """Return what stands above the cut and what is below, with its line numbers. Raises ValueError if damaged."""
+    above, cut, below = source.partition(b"\n# Processes. ")
+    if not below.endswith(b"main()\n"):
+        raise ValueError
+    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+
+
+def half_of(path, below):  # type: (str, bool) -> Any
+    """Return the code above the cut, or below it, and the identity of the file. Raises OSError, or if it is damaged.
+
+    It is bytecode of an installed copy, if there is some for this Python; else it is compiled.
+    """
+    from _frozen_importlib_external import MAGIC_NUMBER
+    from _imp import source_hash
+    from marshal import loads
+
+    mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    with open(path, "rb", 0) as file:
+        found = posix.fstat(file.fileno())
+        end = 0
+        for size in (1 << 17, 1 << 19)[: below + 1]:  # what is above the cut, and behind it what is below
+            file.seek(end)
+            data = file.read(size)
+            start = data.find(mark) + 16
+            code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
+            end += start + len(code)
+        if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+            half = loads(code)
+        else:
+            file.seek(0)
+            half = compile(halves(source_in(file.read()))[below], path, "exec")
+    return half, (found.st_ino, found.st_mtime_ns)
+
+
+def launch():  # type: () -> None
+    """Run what is above the cut, which runs main() at the cut."""
+    global LAUNCHED
+    if sys.version_info < (3, 8):  # noqa: UP036
+        sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
+    import _signal as signal  # type: ignore[import-not-found]
+    import gc
+
+    vars(sys).pop("tracebacklimit", None)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    gc.disable()  # all that comes now stays
+    del sys.argv[: sys.argv[0] == "-c"]
+    path = sys.argv[0]
+    globals().update(__name__="coder_sync", __file__=path)
+    try:
+        code, LAUNCHED = half_of(path, False)
+    except (SyntaxError, ValueError):
+        sys.exit("error: " + path + " is damaged: copy or install it again")
+    exec(code, globals())
+
+
+#:
+(NEEDED := "Python 3.8 or later")  # SyntaxError on an older one shows this text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,6 +170,8 @@ __all__ = [
     "Unreachable",
     "UsageError",
 ]
+INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
+LAUNCHED: tuple[int, int] | None = globals().get("LAUNCHED")  # the file of which `launch` runs what is above the cut
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -374,6 +445,7 @@ class Answer(Record):
     dependencies: list[str] = []  # noqa: RUF012
     units: list[str] = []  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
 class Graph(Record):
@@ -1545,42 +1617,32 @@ def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, rest
 
 
-def load_more() -> bool:
-    """Have more commands, those of the next part of an installed copy (see Install); False if there are no more."""
-    if "rest" not in globals():
-        return False
-    import gc
-    from _frozen_importlib_external import MAGIC_NUMBER
-    from marshal import loads
-
-    gc.disable()  # all that comes now stays
-    place, was = globals().pop("rest")
-    with open(FILE, "rb", 0) as file:
-        now = posix.fstat(file.fileno())
-        if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
-            file.seek(place - 8)
-            size = int.from_bytes(file.read(8), "little")
-            data = file.read(size + 32)  # with the head of the next part
-            end = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]), size)
-            if end >= 0:
-                globals()["rest"] = place + end + 16, was
-            code = loads(data)
-        else:  # the file was replaced just now
-            from zipfile import ZipFile
-
-            code = compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec")
+def load_below() -> None:
+    """Run what is below the cut, where only what is above was run. Raises SyncError."""
+    global LAUNCHED
+    try:
+        code, found = half_of(FILE, True)
+    except OSError as error:
+        raise SyncError(f"cannot read {FILE}: {error.strerror}") from None
+    except (SyntaxError, ValueError):
+        raise SyncError(f"{FILE} is damaged: copy or install it again") from None
+    if LAUNCHED not in (None, found):
+        launch()  # the file was replaced: begin again with the new one
     exec(code, globals())
-    if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
-        gc.freeze()
-    gc.enable()
-    return True
+    if LAUNCHED:
+        import gc
+
+        LAUNCHED = None
+        if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
+            gc.freeze()
+        gc.enable()
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
     options, words = command_line(argv)
-    while (not words or words[0] not in COMMANDS) and load_more():
-        pass
+    if LAUNCHED and (not words or words[0] not in COMMANDS):
+        load_below()
     if not words:
         raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
     name, rest = words[0], words[1:]
@@ -1603,9 +1665,19 @@ def dispatch(argv: Sequence[str]) -> int:
     return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
+def name_process() -> None:
+    """Have ps(1) and top(1) show our name instead of python3, where the system lets us."""
+    try:
+        fd = posix.open("/proc/self/comm", posix.O_WRONLY)
+        posix.write(fd, b"coder_sync")
+        posix.close(fd)
+    except OSError:
+        pass
+
+
 def end_on_signals() -> None:
     """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
-    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+    import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
     posix.set_blocking(write, False)
@@ -1617,8 +1689,12 @@ def end_on_signals() -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
+    import _signal as signal
+
     code = 0
     try:
+        if LAUNCHED and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
@@ -1628,6 +1704,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
             end_on_signals()
+        name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1649,6 +1726,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         except (OSError, ValueError, AttributeError):
             pass
     posix._exit(code)
+
+
+if LAUNCHED:
+    main()
+elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
+    load_below()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1693,8 +1776,16 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    with open(f"/proc/{pid}/{name}", "rb") as f:
-        return f.read(1 << 16).decode(errors="replace")
+    return read_proc(f"/proc/{pid}/{name}")
+
+
+def read_proc(path: str) -> str:
+    """Return the text of a file in /proc, at most 64 KiB of it. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 1 << 16).decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 def stat_of(pid: int) -> list[str]:
@@ -1784,6 +1875,92 @@ def heeded(names: Iterable[str]) -> list[int]:
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
+class Processes:
+    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen."""
+
+    def __init__(self) -> None:
+        self.births: dict[int, str] = {}  # pid -> when it began, which tells it from a later one with the same pid
+        self.near: dict[int, list[int]] = {}  # a pid -> those of which it is the parent, the group or the session
+        self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
+        if not has_proc():
+            raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            try:
+                state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                continue
+            if state in "ZX":
+                self.dead_groups.add(int(group))
+                continue
+            self.births[pid] = more[15]
+            for number in {int(parent), int(group), int(session)}:
+                self.near.setdefault(number, []).append(pid)
+
+
+class Family:
+    """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
+
+    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
+    process and its group are known. No pid is signalled that may have become another process's.
+    """
+
+    def __init__(self, pid: int, own: bool) -> None:
+        self.pid, self.own = pid, own  # of the first process; whether it leads a session or group
+        self.first = True  # it has not ended
+        self._known: dict[int, str] = {}  # pid -> birth, at the last look
+        self._told: set[int] = set()  # those of the others that were told to end
+
+    def look(self, loop: Loop) -> bool:
+        """Find out who is left; return False only if it is certain that nobody is."""
+        if not self.first and not self.own and not self._known:
+            return False
+        try:
+            alive = loop.processes()
+        except OSError:  # no /proc, no descriptor
+            return self.first or bool(self._known) or self.has_group()
+        self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
+        todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
+        todo += [self.pid] * (self.first or self.own)
+        found: set[int] = set()
+        while todo:
+            pid = todo.pop()
+            if pid not in found:
+                found.add(pid)
+                todo += alive.near.get(pid, ())
+        self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
+        missed = self.has_group() and self.pid not in alive.dead_groups
+        return self.first or bool(self._known) or missed
+
+    def has_group(self) -> bool:
+        """Return whether its own group has members, dead or alive."""
+        return self.own and signal_to(-self.pid, 0)
+
+    def signal(self, number: int) -> None:
+        """Signal the first process."""
+        if self.first:
+            signal_to(self.pid, number)
+
+    def left(self) -> list[int]:
+        """Return the pids of all who are known to be left, the first process before the others."""
+        others = [pid for pid in self._known if pid != self.pid or not self.first]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
+
+    def tell_others(self) -> None:
+        """Tell the others to end, each once."""
+        import _signal as signal
+
+        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
+        self._told |= others
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            for pid in others:
+                signal_to(pid, number)
+
+    def kill(self) -> None:
+        """Kill all of them; those of its group at once, so that none is begun meanwhile."""
+        for pid in [-self.pid] * self.own + self.left():
+            signal_to(pid, 9)
+
+
 class Loop:
     """What a process waits for, in its main thread: signals, the ends of its children, descriptors and a time.
 
@@ -1798,6 +1975,7 @@ class Loop:
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
+        self._processes: Processes | None = None
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -1813,7 +1991,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came = b""
+        came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -1822,6 +2000,11 @@ class Loop:
         if signal.SIGCHLD in came:
             self._reap()
         return [n for n in came if n in self.numbers]
+
+    def processes(self) -> Processes:
+        """Return all processes, seen once for all who ask between two turns. Raises OSError."""
+        self._processes = self._processes or Processes()
+        return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
         """Have something called whenever a descriptor can be read, or written to."""
@@ -1845,10 +2028,11 @@ class Loop:
         import _signal as signal
         from _thread import get_ident
 
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # and what has come is handled, or Python complains
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         signal.set_wakeup_fd(self._wakeup)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         os.close(self._write)
         with open(self._came, "rb") as pipe:  # all that had come by then
             late = [n for n in pipe.read() or b"" if n in self.numbers]
@@ -1902,15 +2086,20 @@ def let_children_go() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
-def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
+def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
     """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
 
-    Raises OSError, or ValueError for an empty name.
+    Where there is no session of its own to be had, a process group is. Raises OSError, or ValueError for an empty name.
     """
     import _signal as signal
 
-    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
-    return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
+    options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
+    if own_session:
+        try:
+            return os.posix_spawnp(command[0], command, env, setsid=True, **options)
+        except NotImplementedError:  # an older C library
+            options["setpgroup"] = 0
+    return os.posix_spawnp(command[0], command, env, **options)
 
 
 def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
@@ -1969,22 +2158,6 @@ def signal_to(pid: int, number: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
-
-
-def alive_groups(groups: Iterable[int]) -> set[int]:
-    """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
-    alive = {group for group in groups if signal_to(-group, 0)}
-    if not alive or not has_proc():
-        return alive
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            status, _, group = stat_of(int(pid))[:3]
-        except OSError:
-            continue
-        if status != "Z":
-            found.add(int(group))
-    return alive & found
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -4279,7 +4452,7 @@ def connection_limit(raise_it: bool) -> int:
 # one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
 # ----------------------------------------------------------------------------------------------------------
 
-LONG = 30.0  # seconds after which `why` has a word about a unit that runs
+LONG = 30.0  # seconds after which `why` mentions a unit that runs
 
 
 def wide(text: str) -> int:
@@ -4312,7 +4485,7 @@ def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
 
 
 def json_text(value: Any) -> str:
-    """JSON for other programs and for people."""
+    """Return JSON for other programs and for people."""
     import json
 
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -4322,7 +4495,7 @@ def json_text(value: Any) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
-    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
+    """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
 
     Without it, those behind the first `always` are shown where there is anything in them.
     """
@@ -4339,7 +4512,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "
 
 
 def status_text(status: UnitStatus, columns: str = "") -> str:
-    """A unit and the table of its dependencies."""
+    """Return a unit, the table of its dependencies, and its history."""
     facts = {
         "Unit": status.unit_name,
         "Status": status.status,
@@ -4460,7 +4633,7 @@ class Startup:
         self.edges = [(d, u.unit_name, r, (d, u.unit_name) in steps) for u in graph.nodes for d, r in u.wants.items()]
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
-        """The chain of units that determined when the last one ended, each with its share in seconds.
+        """Return the chain of units that determined when the last one ended, each with its share in seconds.
 
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
@@ -4480,7 +4653,7 @@ class Startup:
         return path[::-1]
 
     def summary(self) -> str:
-        """The sentence people want; of a long critical path it names the longest steps."""
+        """Return the sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
             return "no units yet"
         statuses = [bar.unit.status for bar in self.bars.values()]
@@ -4519,13 +4692,13 @@ def described(unit: UnitStatus, word: str = "") -> str:
 
 
 def joined(*parts: str, by: str = ": ") -> str:
-    """The parts that there are, in one text."""
+    """Return the parts that are not empty, in one text."""
     return by.join(filter(None, parts))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
-    """Round numbers of seconds for an axis, at most `most` behind 0 and not many less, each with its text."""
+    """Return round numbers of seconds for an axis, at most `most` after 0 and not many less, each with its text."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
     step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
@@ -4569,7 +4742,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
-    """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
+    """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
     startup, most = Startup(graph), 25
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
@@ -4586,8 +4759,8 @@ def blame_text(graph: Graph, width: int = 100) -> str:
         rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
-    note = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
-    return text + "\n".join([*wrap(note, width), "", *wrap(startup.summary(), width)]) + "\n"
+    said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
+    return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 TIMELINE_VERSION = 2
@@ -4599,7 +4772,7 @@ SAVED = [
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
-    """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
+    """Return the timeline for programs; times are seconds since the first sign of a unit, or None."""
     startup = Startup(graph)
 
     def since(t: float | None) -> float | None:
@@ -4641,7 +4814,7 @@ def read_timeline(text: str | bytes, name: str) -> Saved:
 
 
 def compare_text(before: Saved, now: Saved) -> str:
-    """Two startups as `read_timeline` returns them: how long each unit took, what changed most first.
+    """Compare two startups as `read_timeline` returns them: how long each unit took, what changed most first.
 
     A unit that did not complete says nothing about how fast it is.
     """
@@ -4659,7 +4832,7 @@ def compare_text(before: Saved, now: Saved) -> str:
             amount, how = NEVER, ""  # these stand first
         path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
         rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
-    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)], always=4)
+    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
     verdict = change(before[0], now[0]) if complete else "not every unit completed"
     return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
@@ -4775,7 +4948,7 @@ def timeline_as(form: str, graph: Graph) -> str:
 
 # -- the graph ----------------------------------------------------------------------------------------------
 def part_of(graph: Graph, names: Sequence[str]) -> Graph:
-    """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
+    """Return the part of a graph that is some units and all they depend on. Raises NotRegistered."""
     if not names:
         return graph
     wants = {u.unit_name: u.wants for u in graph.nodes}
@@ -4788,7 +4961,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
 
 
 def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
-    """Names and those that they lead to, by way of each other, the nearest first."""
+    """Return names and those that they lead to, also through others, the nearest first."""
     found = list(names)
     seen = set(found)
     for name in found:
@@ -4799,7 +4972,7 @@ def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
 
 
 def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
-    """Dependencies under each unit; what was shown already is only named."""
+    """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
     fork, last, bar = "|-- ", "`-- ", "|   "
@@ -4807,9 +4980,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
     lines: list[str] = []
     shown: set[str] = set()
-    todo = [(name, "", "", 0) for name in reversed(roots or [name for name in nodes if name not in wanted])]
-    while todo:
-        name, lead, below, level = todo.pop()
+
+    def show(name: str, lead: str = "", below: str = "", level: int = 0) -> None:
         wants, more = list(nodes[name].wants), f" ({described(nodes[name])})"
         if wants and name in shown:
             wants, more = [], " (see above)"
@@ -4817,8 +4989,12 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
         shown.update([name] if wants else [])
-        for i, child in enumerate(reversed(wants)):
-            todo.append((child, below + (fork if i else last), below + (bar if i else "    "), level + 1))
+        for child in wants:
+            is_last = child == wants[-1]
+            show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
+
+    for name in roots or [name for name in nodes if name not in wanted]:
+        show(name)
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
@@ -4867,7 +5043,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
-    """The graph for programs."""
+    """Return the graph for programs."""
     nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
     wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
     edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
@@ -5405,125 +5581,283 @@ def exported(path: str) -> dict[str, str]:
     return values
 
 
+# -- the agent, for a supervisor ----------------------------------------------------------------------------------
+PING_AFTER = 5.0  # seconds of silence
+
+
+class Link:
+    """The connection to the agent: requests and what takes their answers, news, and whether the agent lives.
+
+    Each request is answered once, from `take` or `keep_time`, never from `ask`: by the agent, or by an Unreachable when
+    there is no agent any more, of which `gone` is told first, once. `news` gets the notifications, with their method.
+    """
+
+    def __init__(
+        self, loop: Loop, news: Callable[[str, Answer], None], gone: Callable[[Unreachable], None], pings: bool
+    ) -> None:
+        self._loop, self._news, self._gone, self._pings = loop, news, gone, pings
+        self._channel: Channel | None = None  # while there is an agent
+        self._broken: Unreachable | None = None
+        self._asked: dict[int, Callable[[Object], object]] = {}  # by the id of the request
+        self._since = 0.0  # when the agent last said something, or was asked after it had said all
+        self.opened = False
+        self.lost = ""  # why there is no agent any more
+
+    def open(self, channel: Channel) -> None:
+        """Begin to talk to an agent."""
+        self._channel, self._broken, self.opened, self.lost = channel, None, True, ""
+        self._asked, self._since = {}, time.monotonic()
+        self._loop.watch(channel.fileno(), self.take)
+
+    def close(self) -> None:
+        """Talk no more."""
+        if self._channel:
+            self._loop.forget(self._channel.fileno())
+            self._channel = None
+
+    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; `answered` gets the message with its result or error."""
+        request = -1 - len(self._asked)
+        if not self._asked:
+            self._since = time.monotonic()
+        if self._channel and not self._broken:
+            try:
+                request = self._channel.request(method, **params)
+            except Unreachable as error:
+                self._broken = error
+        self._asked[request] = answered
+
+    def waits(self) -> bool:
+        """Return whether some requests are not answered."""
+        return bool(self._asked)
+
+    def take(self) -> None:
+        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
+        try:
+            while self._channel and (message := self._channel.receive(0)) is not None:
+                self._since = time.monotonic()
+                if "method" in message:
+                    self._news(str(message["method"]), self._channel.news(message.get("params")))
+                elif message.get("id") in self._asked:
+                    self._asked.pop(message["id"])(message)
+        except Unreachable as error:
+            self._broken = error
+
+    def keep_time(self, now: float, patience: float) -> float:
+        """Handle what has come, and take an agent that has not answered for `patience` seconds for gone.
+
+        A silent one is asked whether it lives, if it is to be. Returns when to look again.
+        """
+        if self._channel and self._channel.more():
+            self.take()
+        due = self._since + (patience if self._asked else PING_AFTER if self._pings else NEVER)
+        if self._channel and now >= due and self._asked:
+            path = self._channel.path
+            self.take()  # it may be we who slept
+            if self._asked and self._since + patience <= now:
+                silent = f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"
+                self._broken = self._broken or Unreachable(silent)
+        elif self._channel and now >= due:
+            self.ask("ping")
+        if self._broken:
+            self._lose(self._broken)
+        return due if self._channel else NEVER
+
+    def _lose(self, error: Unreachable) -> None:
+        if self._channel:
+            self.close()
+            self.lost = str(error)
+            self._gone(error)
+        while self._asked:
+            self._asked.pop(next(iter(self._asked)))(error_message(None, error))
+
+
 # -- a unit's command -------------------------------------------------------------------------------------------
-LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
+LOOK_EVERY = 5.0  # seconds, at what a command that has ended well leaves behind
+LOOK_OFTEN = 0.05  # seconds, at what is being ended
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
+LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
+
+WAITING = "waiting"  # for its turn, or its next try
+CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
+RUNNING = "running"
+READY = "ready"  # the unit has completed; something of the command may run on
+ENDING = "ending"  # what is left of it is being ended
+GONE = "gone"  # nothing is left, and nothing will be tried again
+FOLLOW = {  # the state of a command -> what may follow it
+    WAITING: (WAITING, CHECKING, RUNNING, GONE),
+    CHECKING: (WAITING, RUNNING, GONE),
+    RUNNING: (READY, ENDING),
+    READY: (ENDING, GONE),
+    ENDING: (WAITING, GONE),
+    GONE: (),
+}
+
+
+def cannot_probe(error: Exception) -> CommandError:
+    """Return the error for a probe that there is no descriptor, thread or directory for."""
+    return CommandError(f"cannot be probed: {trouble_of(error)}", 125)
+
+
+class Limits(Record):
+    """How a command is run. Times are in seconds, 0 for no limit."""
+
+    ready: str = ""  # the probe
+    ready_timeout: float = 300.0
+    timeout: float = 0.0
+    retries: int = 0
+    delay: float = 1.0  # before the next try; it doubles
 
 
 class Task:
-    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
+    """A unit's command on its way: its tries, whether it is ready, how long it may take, its end, and what comes of it.
 
-    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
-    of it goes to `report`, as a request to the agent.
+    It is always in one state; what is due in it, and when, is in `due`, and goes with the state. `begin` begins a try.
+    Its end and readiness come from the Loop, and `keep_time` does what is due. What has come of it is reported once.
     """
 
-    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
-    grace = 10.0  # seconds from TERM to KILL
+    own_session = False  # whether a try has a session of its own
+    grace = 8.0  # seconds from TERM to KILL
 
-    def __init__(
-        self,
-        loop: Loop,
-        unit: str,
-        command: list[str],
-        ready: str,
-        ready_timeout: float,
-        timeout: float,
-        retries: int,
-        delay: float,
-    ) -> None:
-        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
-        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
+    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits | Script) -> None:
+        self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
-        self.pid = 0  # of the process or group of the latest try, until it is gone
-        self.running = False  # the process; the group may live on
-        self.running_on = False  # the agent knows that it is a service
-        self.code = 0  # with which it ended
+        self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
+        self.family = Family(0, False)  # the processes of the latest try
+        self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
-        self.stopped = False  # nothing is tried again
-        self.killed = False
+        self.delay = limits.delay
         self.prober: Prober | Notified | None = None  # while it is not ready
         self.notified: Notified | None = None  # until it has ended
-        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
-        self.why = ""  # we end it
-        self.reason = ""  # how the latest try ended, or the unit
-        self.reported = ""  # "complete" or "fail"
+        self.why = ""  # what was wrong with the latest try
+        self.stopped = ""  # why nothing is tried again
+        self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
+        self.runs_on = False  # the agent is to be told when nothing of it is left, although the unit has its outcome
 
-    # What is for others to say: how it is run, and who is told.
+    # -- hooks for subclasses
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
         """Start the process; return its pid. Raises OSError or ValueError."""
         return spawn(self.command, env)
 
+    def cannot_begin(self, error: Exception) -> CommandError:
+        """Return the error for a command that could not be started."""
+        return cannot_run(self.command[0], error)
+
     def begun(self, detail: str) -> None:
-        """A try has begun, which `detail` says if it is not the first."""
+        """A try has begun; `detail` says which, and why, if it is not the first."""
         if detail:
             self.report("retry", detail=detail)
-
-    def not_begun(self, error: Exception) -> None:
-        """A try could not begin."""
-        raise NotImplementedError
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         """There will be another try."""
 
-    def report(self, method: str, **params: Any) -> None:
-        """Tell the agent."""
+    def doubt(self, what: str) -> None:
+        """Its probe may say nothing about it."""
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Take the answer to a report."""
         raise NotImplementedError
 
-    def exited(self) -> None:
-        """The process of a unit that has completed has ended."""
-        if self.code and not self.running_on:
-            self.report("running")
-        self.report("exited", reason=ending(self.code))
+    # -- life cycle
 
-    # The way.
+    def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
+        """Go on to another state, with what is due in it, and when."""
+        if state not in FOLLOW[self.state]:
+            raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
+        self.state, self.due = state, due
+
+    def keep_time(self, now: float) -> None:
+        """Do what is due."""
+        for action in [action for action, when in self.due.items() if now >= when]:
+            if self.due.get(action, NEVER) <= now:  # unless another one has changed that
+                del self.due[action]
+                action()
+
+    def next_due(self) -> float:
+        """Return when something is next due."""
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
         if self.tries:
             clear(self.left)
-        if self.ready == "notify":
-            added["NOTIFY_SOCKET"] = self.notify_path
-        env = environment(self.env, **added)
-        detail, self.why = self.next_try() if self.tries else "", ""
-        try:
-            self.probe(env)
-            self.pid = self.spawn(env)
-        except (CommandError, OSError, ValueError) as error:
-            self.close_prober()
-            self.not_begun(error)
+        if not self.limits.ready or self.limits.ready == "notify":
+            self.run(None)
             return
-        self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed = time.monotonic(), True, False
+        try:
+            self.enter(CHECKING, {})
+            self.prober = Prober(self.limits.ready, self.environment()).begin(once=True)
+            self.loop.watch(self.prober.fileno(), self.checked)
+        except (OSError, RuntimeError) as error:
+            self.not_begun(cannot_probe(error), error)
+
+    def checked(self) -> None:
+        """Run the command, unless its probe succeeds already."""
+        before = self.prober
+        self.close_prober()
+        if isinstance(before, Prober) and before.objection:
+            self.not_begun(CommandError(before.objection, 125), None)
+        elif isinstance(before, Prober):
+            if before.doubt:
+                self.doubt(before.doubt)
+            self.run(before)
+
+    def run(self, before: Prober | None) -> None:
+        """Run the command, and begin to probe it; `before` has the try that was made before."""
+        detail, env = self.next_try() if self.tries else "", self.environment()
+        wrong = cannot_probe
+        try:
+            self.probe(env, before)
+            wrong = self.cannot_begin
+            pid = self.spawn(env)
+        except (OSError, RuntimeError, ValueError) as error:
+            self.not_begun(wrong(error), error)
+            return
+        self.loop.children[pid] = self.process_ended
+        self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
         self.tries += 1
-        self.stop_at = self.began + self.timeout if self.timeout else NEVER
-        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+        limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
+        self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
         self.begun(detail)
 
-    def probe(self, env: dict[bytes, bytes]) -> None:
-        """Begin to ask whether it is ready. Raises CommandError."""
-        if not self.ready:
-            return
-        try:
-            if self.ready == "notify" and not self.notify_path:
-                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            if self.ready == "notify":
-                self.prober = self.notified = Notified(self.notify_path)
-            else:
-                self.prober = Prober(self.ready, env).begin()
+    def environment(self) -> dict[bytes, bytes]:
+        """Return what a try has in its environment."""
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.limits.ready == "notify":
+            added["NOTIFY_SOCKET"] = self.notify_path
+        return environment(self.env, **added)
+
+    def not_begun(self, wrong: CommandError, cause: Exception | None) -> None:
+        """Try again soon if there was no room, and something of ours will make some; else that was a try."""
+        self.close_prober()
+        self.why, self.code = str(wrong), wrong.exit_code
+        if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
+            self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
+        else:
+            self.tries += 1
+            self.tried()
+
+    def probe(self, env: dict[bytes, bytes], before: Prober | None) -> None:
+        """Begin to ask whether it is ready. Raises OSError, RuntimeError."""
+        if self.limits.ready == "notify" and not self.notify_path:
+            raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+        if self.limits.ready == "notify":
+            self.prober = self.notified = Notified(self.notify_path)
+        elif self.limits.ready:
+            self.prober = Prober(self.limits.ready, env, before).begin()
+        if self.prober:
             self.loop.watch(self.prober.fileno(), self.probed)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
 
     def probed(self) -> None:
         """The prober has something to say."""
         prober = self.prober or self.notified
         if prober and prober.ready() and self.prober:
             self.close_prober(ended=False)
-            self.ready_by = NEVER
             self.complete()
 
     def close_prober(self, ended: bool = True) -> None:
@@ -5535,93 +5869,153 @@ class Task:
             self.loop.forget(prober.fileno())
             prober.close()
 
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.ready_by:
-            lacks = self.prober.error if self.prober else ""
-            self.end(f"not ready after {span(self.ready_timeout)}: {shown_probe(self.ready)} ({lacks})")
-        if now >= self.stop_at:
-            self.end(f"timed out after {span(self.timeout)}")
-        if now >= self.kill_at:
-            self.kill()
-        if now >= self.again_at and not self.pid:
-            self.again_at = NEVER
-            self.begin()
-        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group is looked at
+    def not_ready(self) -> None:
+        """The time to become ready is over."""
+        lacks = self.prober.error if self.prober else ""
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({lacks})")
 
-    def end(self, why: str) -> None:
-        """End it: TERM, and KILL after the grace."""
-        self.why = self.why or why
-        self.stop_at = self.ready_by = NEVER
-        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.close_prober(ended=False)
-        self.signal(15)
-
-    def kill(self) -> None:
-        """End it for good, or give up what is left of its group."""
-        if self.killed and not self.running:
-            self.gone()
-        else:
-            self.killed, self.kill_at = True, time.monotonic() + 1
-            self.signal(9)
-
-    def signal(self, number: int) -> None:
-        """Signal the process, or its group."""
-        signal_to(-self.pid if self.own_group else self.pid, number)
-
-    def gone(self) -> None:
-        """Forget the number of the process, or of its group, before it is another one's."""
-        self.pid, self.kill_at = 0, NEVER
+    def time_is_up(self) -> None:
+        """The time for a try is over."""
+        self.end(f"timed out after {span(self.limits.timeout)}")
 
     def process_ended(self, code: int) -> None:
-        """The process has ended, with this exit status, -N for signal N."""
-        self.running, self.code = False, code
-        self.stop_at = self.ready_by = NEVER
-        if not self.own_group or not alive_groups([self.pid]):
-            self.gone()
-        self.probed()  # it may have become ready with the last that it did
+        """The first process has ended, with this exit status, -N for signal N."""
+        self.family.first, self.code = False, code
+        self.probed()  # the last chance to be ready
         early = self.prober is not None
         self.close_prober()
-        if self.reported == "complete":
-            self.exited()
-        elif not self.reported:
-            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
-            if early and code == 0 and self.ready != "notify":
-                how += TO_BACKGROUND
-            self.tried(self.why or how, code)
-        else:  # somebody else has ended the unit
-            self.report("exited", reason=ending(code), code=shell_status(code))
-
-    def tried(self, how: str, code: int) -> None:
-        """A try has ended, without success unless there is nothing to say how."""
-        if not how:
+        if self.state == ENDING:
+            self.due[self.look] = 0.0
+        elif code or early or self.reported == FAILED:
+            hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
+            self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
+        elif self.state == RUNNING:
             self.complete()
-        elif self.tries <= self.retries and not self.stopped:
-            self.reason, delay = how, self.delay
-            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
-            self.again_at = time.monotonic() + delay
+        else:
+            self.due[self.look] = 0.0
+
+    def end(self, why: str, by: float = NEVER) -> None:
+        """End what is left of it, at the latest at a time; sooner if it is being ended already.
+
+        TERM goes to the first process; when that has ended, or after half of the time, to the others; then KILL to all.
+        """
+        import _signal as signal
+
+        now = time.monotonic()
+        by = min(by, now + self.grace)
+        if self.state != ENDING:
+            self.why = why
+            self.enter(ENDING, {self.look: now, self.tell_others: (now + by) / 2, self.kill: by})
+            self.close_prober(ended=False)
+            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            self.family.signal(signal.SIGTERM)
+            self.family.signal(signal.SIGCONT)
+        elif by < self.due.get(self.kill, 0.0):
+            self.due[self.kill] = by
+
+    def tell_others(self) -> None:
+        """Half of the time is over: the first process may not be enough."""
+        self.family.tell_others()
+
+    def kill(self) -> None:
+        """The time to end is over."""
+        self.due.pop(self.tell_others, None)
+        self.due[self.give_up] = time.monotonic() + LAST_WAIT
+        self.due[self.look] = 0.0
+
+    def give_up(self) -> None:
+        """What is left survives even KILL."""
+        left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+        self.why += f"; cannot be killed: {names_of(left or [str(self.family.pid)])}"
+        self.gone()
+
+    def look(self) -> None:
+        """See whether something is left of it, and go on ending that."""
+        now = time.monotonic()
+        if not self.family.look(self.loop):
+            self.gone()
+        elif self.state == ENDING:
+            if self.give_up in self.due:
+                self.family.kill()
+            elif not self.family.first or self.tell_others not in self.due:
+                self.family.tell_others()
+            self.due[self.look] = now + LOOK_OFTEN
+        elif not self.family.first:
+            self.due[self.look] = now + LOOK_EVERY
+
+    def gone(self) -> None:
+        """Nothing is left of a try."""
+        if not self.reported:
+            self.tried()
+            return
+        self.enter(GONE, {})
+        if self.runs_on:
+            self.exited()
+
+    def exited(self) -> None:
+        """Report the end of the command of a unit that has its outcome."""
+        self.report("exited", reason=self.why, code=shell_status(self.code) or 143 * bool(self.why))
+
+    def tried(self) -> None:
+        """A try has ended without success."""
+        if self.tries <= self.limits.retries and not self.stopped:
+            delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
+            self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
-            self.fail(how, code)
+            self.enter(GONE, {})
+            self.fail(self.why)
 
     def next_try(self) -> str:
-        """Which try is next, and why."""
-        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
+        """Return which try is next, and why."""
+        return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
+
+    def stop(self, why: str, by: float = NEVER) -> None:
+        """End it, at the latest at a time, and try nothing again."""
+        self.stopped = why
+        if self.state in (WAITING, CHECKING):
+            self.close_prober()
+            self.enter(GONE, {})
+            self.fail(why)
+        elif self.state != GONE:
+            self.end(why, by)
+
+    # -- reports
 
     def complete(self) -> None:
-        """Report that it is done, or ready, and what it leaves to others."""
+        """Report that the unit is done, or ready, and what it leaves to others."""
         try:
             env = exported(self.left)
         except Refused as error:
-            self.fail(str(error))
-        else:
-            self.reported = "complete"
-            self.report("complete", env=env)
+            self.end(str(error))
+            return
+        self.settle(COMPLETED)
+        self.runs_on = self.family.first or self.family.has_group() or self.code != 0
+        self.report("complete", env=env, running=self.runs_on)
 
-    def fail(self, reason: str, code: int = 0) -> None:
-        """Report that the unit has failed."""
-        self.reported, self.reason, self.again_at = "fail", reason, NEVER
-        self.report("fail", reason=reason, exit_code=shell_status(code))
+    def fail(self, reason: str) -> None:
+        """Report that the unit has failed; nothing of its command is left."""
+        self.reported = FAILED
+        self.report("fail", reason=reason, exit_code=shell_status(self.code))
+
+    def settle(self, outcome: str) -> None:
+        """Have the unit's outcome, whoever reports it; a command that goes on although it has failed may tidy up."""
+        self.reported, self.runs_on = outcome, True
+        now = time.monotonic()
+        if self.state in (WAITING, CHECKING):
+            self.close_prober()
+            self.why = ""
+            self.gone()
+        elif self.state == RUNNING and outcome == COMPLETED:
+            end_by = self.due.get(self.time_is_up, NEVER)
+            look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
+            self.enter(READY, {self.time_is_up: end_by, self.look: look})
+        elif self.state in (RUNNING, READY):
+            self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent."""
+        self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5651,119 +6045,116 @@ def cmd_run(args: Args) -> int:
         return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    return Run(args, start).to_its_end()
+    with start.channel:
+        return Run(args, start).to_its_end()
 
 
 class Run(Task):
     """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
     def __init__(self, args: Args, start: Start) -> None:
-        limits = (args.ready_timeout, 0.0, args.retry, args.retry_delay)
-        super().__init__(Loop(), args.unit, args.command, args.ready or "", *limits)
-        self.env, self.channel = environment(**start.environment), start.channel
-        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
+        loop = Loop()
+        link = Link(loop, self.news, lambda error: None, pings=False)
+        limits = Limits(args.ready or "", args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        super().__init__(loop, link, args.unit, args.command, limits)
+        link.open(start.channel)
+        self.env, self.quiet = environment(**start.environment), args.quiet
         self.status = 0  # to return
-        self.quiet, self.report_at = args.quiet, NEVER
+        self.unreported: list[str] = []
         self.left = private_file()
-        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
+        self.directory = private_directory() if limits.ready == "notify" or not self.left else ""
         self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
         if not self.left:
             put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
-        """Run it, at most `retries` times again if it fails; return its exit status."""
+        """Run it, and again if it fails and may be; return its exit status when the agent knows of its end."""
         try:
-            try:
-                self.begin()
-                while True:
-                    due = self.keep_time(time.monotonic())
-                    if not self.running and self.again_at == NEVER:
-                        break
-                    for number in self.loop.turn(due):
+            self.begin()
+            while True:
+                state, now = self.state, time.monotonic()
+                self.keep_time(now)
+                patience = NEVER if self.state != GONE else STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
+                due = self.link.keep_time(now, patience)
+                if self.unreported:
+                    self.not_reported(names_of(self.unreported), self.link.lost)
+                    self.unreported.clear()
+                if self.state == GONE and not self.link.waits():
+                    return self.status
+                if self.state == state:
+                    for number in self.loop.turn(min(due, self.next_due())):
                         self.signalled(number)
-            finally:
-                self.loop.give_back()
-            while self.asked:  # signals have their effect again, should the agent not answer
-                self.answered(STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT)
-            return self.status
         finally:
+            self.loop.give_back()
             remove_directory(self.directory)
 
     def signalled(self, number: int) -> None:
         """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
-        self.stopped = True
-        if self.running:
-            if not sent_by_key(number):
-                self.signal(number)
-        elif self.again_at < NEVER:
-            self.fail(f"stopped between two tries; {self.reason}")
+        self.stopped = "stopped"
+        if self.state in (WAITING, CHECKING):
+            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
+            self.status = 128 + number
+        elif self.state == GONE:
             sys.exit(128 + number)
+        elif self.family.first:
+            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            if not sent_by_key(number):
+                self.family.signal(number)
+        else:  # it has ended, and what it has left is being ended
+            self.end("", by=0.0)
+
+    def news(self, method: str, news: Answer) -> None:
+        """Do what the agent says."""
+        if method == "stop" and news.unit == self.unit:
+            self.stop("stopped", time.monotonic() + news.grace)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
-        if self.ready:
-            self.report("owner", ready=shown_probe(self.ready))
-            self.report_at = self.began + FIRST_REPORT
+        if self.prober:
+            self.report("owner", ready=shown_probe(self.limits.ready))
+            self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
-    def keep_time(self, now: float) -> float:
-        if self.prober and now >= self.report_at:
-            self.report_at = now + REPORT_EVERY
-            lacks = f"{shown_probe(self.ready)} ({self.prober.error})"
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {lacks}"
-            say(text, 2, self.quiet)
-        return min(super().keep_time(now), self.report_at if self.prober else NEVER)
+    def say_not_ready(self) -> None:
+        """Say what keeps it from being ready."""
+        if self.prober:
+            now = time.monotonic()
+            self.due[self.say_not_ready] = now + REPORT_EVERY
+            lacks = f"{shown_probe(self.limits.ready)} ({self.prober.error})"
+            say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
 
-    def not_begun(self, error: Exception) -> None:
-        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
-        self.tries += 1
-        self.tried(str(wrong), wrong.exit_code)
+    def not_ready(self) -> None:
+        self.status = TimedOut.exit_code
+        super().not_ready()
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
+        self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
-    def complete(self) -> None:
-        super().complete()
-        if self.running and self.reported == "complete":
-            self.running_on = True
-            self.report("running")
-            self.loop.watch(self.channel.fileno(), self.answered)
+    def doubt(self, what: str) -> None:
+        put(f"warning: {self.unit}: {what}\n", 2)
 
     def exited(self) -> None:
         self.status = shell_status(self.code)
         super().exited()
 
-    def fail(self, reason: str, code: int = 0) -> None:
-        self.status = TimedOut.exit_code if self.why else shell_status(code) or 1  # we end it only when it is late
-        if reason != ending(code):  # else the exit status says it
+    def fail(self, reason: str) -> None:
+        self.status = self.status or shell_status(self.code) or 1
+        if reason != ending(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
-        super().fail(reason, code)
+        super().fail(reason)
 
-    def report(self, method: str, **params: Any) -> None:
+    def answered(self, method: str, params: Object, message: Object) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
+        others = {"owner": "what says that it is ready", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
-        if self.asked and can_be_read(self.channel.fileno(), 0):
-            self.answered()  # an agent takes no requests while its answers are not taken
         try:
-            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
+            result_of(message)
+        except Unreachable:  # nothing else will be answered either
+            self.unreported.append(what)
         except SyncError as error:
-            self.not_reported(what, error)
+            self.not_reported(what, str(error))
 
-    def answered(self, timeout: float = REPLY_TIMEOUT) -> None:
-        """Take an answer to what was reported; without the agent the command goes on all the same."""
-        if not self.asked:  # it has hung up
-            self.loop.forget(self.channel.fileno())
-            return
-        request, what = self.asked.pop(0)
-        try:
-            self.channel.answer(request, timeout)
-        except Unreachable as error:  # nothing else will be answered either
-            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
-            self.asked.clear()
-        except SyncError as error:
-            self.not_reported(what, error)
-
-    def not_reported(self, what: str, error: SyncError) -> None:
+    def not_reported(self, what: str, error: str) -> None:
         """Say that the agent may not know something."""
         put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
@@ -5831,9 +6222,6 @@ HEADER_LINES = 50  # that may have headers, also below code; more if all above a
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
-PING_AFTER = 5.0  # seconds of silence from the agent
-LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # the system may have some when others have ended
 MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
 # The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
@@ -6170,82 +6558,80 @@ class BootOptions(Record):
 
 
 class Job(Task):
-    """A script on its way: a Task in a process group of its own, whose output is read."""
+    """A script on its way: a Task in a session of its own, whose output is read."""
 
-    own_group = True
+    own_session = True
 
     def __init__(self, script: Script, boot: Boot) -> None:
-        limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
-        super().__init__(boot.loop, script.unit, [script.path], script.ready, *limits)
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
         self.stream = Stream(script.unit)
-        self.signalled = False  # by `stop`
-        self.outcome = ""  # the unit's, as the agent has it
-        self.died = False  # its process, badly, after its unit had completed
+        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.died = False  # its command, after its unit had completed
+
+    def lives(self) -> bool:
+        """Whether something of it may run."""
+        return self.state in (RUNNING, READY, ENDING)
+
+    def running(self) -> bool:
+        """Whether its first process runs."""
+        return self.lives() and self.family.first
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
-        return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
+        return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
         write = self.boot.streams.open(self.stream)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
-            return spawn(self.command, env, file_actions=streams, setpgroup=0)
+            return spawn(self.command, env, own_session=True, file_actions=streams)
         except OSError:
             self.boot.streams.close(self.stream)
             raise
         finally:
             os.close(write)
 
-    def not_begun(self, error: Exception) -> None:
-        if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
-            self.again_at = time.monotonic() + 0.05
-            self.boot.active[self.unit] = self
-        else:
-            self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
+    def cannot_begin(self, error: Exception) -> CommandError:
+        return CommandError(f"cannot be run: {trouble_of(error)}", super().cannot_begin(error).exit_code)
 
     def begun(self, detail: str) -> None:
-        self.boot.active[self.unit] = self
         self.boot.streams.log(self.stream, more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.pid, command=command, log=log, ready=shown_probe(self.ready))
+        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
         super().begun(detail)
         if detail:
             self.boot.streams.take(self.stream, f"{detail}\n".encode())
 
-    def report(self, method: str, **params: Any) -> None:
-        def answered(message: Object) -> None:
-            try:
-                result_of(message)
-            except SyncError as error:
-                if method == "fail" and self.outcome != FAILED:
-                    self.exited()
-                elif method == "complete" and not self.outcome:
-                    self.fail(str(error))
-
-        self.boot.link.ask(method, answered, unit=self.unit, **params)
-        if self.boot.link.lost:
-            self.boot.settle(self)
+    def doubt(self, what: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {what}")
 
     def process_ended(self, code: int) -> None:
         self.boot.streams.drain(self.stream)
         super().process_ended(code)
-        if self.pid:
-            self.boot.look_now()
-            if self.reported != "complete":
-                self.end("")  # what a failure leaves behind ends with it
-        if self.boot.stopping:
-            self.boot.signal_in_order()
+
+    def fail(self, reason: str) -> None:
+        self.reason = reason
+        super().fail(reason)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        try:
+            result_of(message)
+        except SyncError as error:  # its outcome is known by now, or it has none but this
+            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
+                self.fail(str(error))
+            elif method in ("complete", "fail") and not self.outcome:
+                self.boot.ended(self, self.reported, self.reason)
+            elif method == "fail" and self.outcome == COMPLETED:
+                self.reported = self.outcome
+                self.exited()
 
     def exited(self) -> None:
         super().exited()
-        if (self.code or self.why) and not self.stopped:
-            how = self.why or ending(self.code)  # its time was up, or it has ended by itself
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({how})")
-        if self.code and not self.why:
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
             self.died = True
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
             self.boot.another("ended")
 
 
@@ -6455,76 +6841,6 @@ class Streams:
             stream.log = -1
 
 
-class Link:
-    """The connection to the agent: requests and what takes their answers, news of units, and whether the agent lives.
-
-    `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
-    """
-
-    def __init__(self, loop: Loop, news: Callable[[Answer], None], gone: Callable[[Unreachable], None]) -> None:
-        self._loop, self._news, self._gone = loop, news, gone
-        self._channel: Channel | None = None  # while there is an agent
-        self.opened = False
-        self.lost = ""  # why there is no agent any more
-        self._asked: dict[int, Callable[[Object], object]] = {}
-        self._heard, self._pinged = 0.0, False  # when it last said something; whether it was asked to since
-
-    def open(self, channel: Channel) -> None:
-        """Begin to talk to an agent."""
-        self._channel, self.opened, self.lost = channel, True, ""
-        self._asked, self._heard, self._pinged = {}, time.monotonic(), False
-        self._loop.watch(channel.fileno(), self.take)
-
-    def close(self) -> None:
-        """Talk no more."""
-        if self._channel:
-            self._loop.forget(self._channel.fileno())
-            self._channel = None
-
-    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
-        """Send a request; `answered` gets the message with its result or error. Without an agent nothing happens."""
-        if self._channel:
-            try:
-                self._asked[self._channel.request(method, **params)] = answered
-            except Unreachable as error:
-                self._lose(error)
-
-    def take(self) -> None:
-        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
-        try:
-            while self._channel and (message := self._channel.receive(0)) is not None:
-                self._heard, self._pinged = time.monotonic(), False
-                if message.get("method") == "unit":
-                    self._news(self._channel.news(message.get("params")))
-                elif message.get("id") in self._asked:
-                    self._asked.pop(message["id"])(message)
-        except Unreachable as error:
-            self._lose(error)
-
-    def keep_time(self, now: float, patience: float) -> float:
-        """Handle what has come; ask a silent agent whether it lives, and take it for gone if it does not answer.
-
-        `patience` is how many seconds it may take to answer. Returns when to look again.
-        """
-        if self._channel and self._channel.more():
-            self.take()
-        if self._channel and now >= self._heard + PING_AFTER and not self._pinged:
-            self._pinged, self._heard = True, now
-            self.ask("ping")
-        elif self._channel and self._pinged and now >= self._heard + patience:
-            path = self._channel.path
-            self.take()  # it may be we who slept
-            if self._pinged:
-                self._lose(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
-        return self._heard + (patience if self._pinged else PING_AFTER) if self._channel else NEVER
-
-    def _lose(self, error: Unreachable) -> None:
-        if self._channel:
-            self.close()
-            self.lost = str(error)
-            self._gone(error)
-
-
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
@@ -6532,16 +6848,15 @@ class Boot:
         self.options, self.loop = options, loop
         self.out = Output([script.unit for script in scripts], options.quiet)
         self.streams = Streams(loop, self.out, options.log_dir)
-        self.link = Link(loop, self.changed, self.agent_gone)
+        self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.look_at = NEVER  # when to look which of them have gone
         self.claimed = False
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
-        self.stopping = 0  # the signal that ends everything
+        self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
@@ -6598,7 +6913,7 @@ class Boot:
             self.streams.pause(len(self.out.pending[1]) >= FULL)
             for number in self.out.turn(self.loop, due):
                 again, self.signal = self.signal, number
-                self.stop(9 if again else number, f"stopped: boot got signal {number}")
+                self.stop(f"stopped: boot got signal {number}", 0 if again else self.options.grace)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
@@ -6609,23 +6924,21 @@ class Boot:
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
             self.link.ask("graph", self.told_graph)
-            if self.link.lost:
-                self.say_progress(Graph(0.0, []))
-        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
-        if now >= self.look_at:
-            self.forget_groups()
         for job in list(self.active.values()):
-            due = min(due, job.keep_time(now))
-            if not job.pid and job.again_at == NEVER:
+            job.keep_time(now)
+            if job.state == GONE:
                 del self.active[job.unit]
-        return min(due, self.look_at)
+        if self.stopping:
+            self.stop_in_order(now)
+        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
         limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
-        limit -= 3 * sum(bool(job.ready) for job in self.jobs.values())
+        limit -= 3 * sum(bool(job.limits.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
         rows: list[dict[str, Any]] = []
         size = 0
@@ -6646,13 +6959,16 @@ class Boot:
         self.claimed = True
         self.when_claimed()
 
-    def changed(self, news: Answer) -> None:
-        """Handle what the agent says about a unit: it may start, or it has ended."""
+    def news(self, method: str, news: Answer) -> None:
+        """Handle what the agent says about a unit: it may start, it has ended, or is to."""
         job, status = self.jobs.get(news.unit), news.status
-        if job is None or job.outcome:
+        if job and method == "stop":
+            job.stop("stopped", time.monotonic() + news.grace)
+        if job is None or job.outcome or method != "unit":
             return
         if status == STARTED and not (job.tries or job.reported):
             job.env = environment(self.env, **news.env)
+            self.active[job.unit] = job
             job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, status, news.reason)
@@ -6663,92 +6979,62 @@ class Boot:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
-            job.stopped = True
-            self.settle(job)
-
-    def settle(self, job: Job) -> None:
-        """Without the agent, a unit's outcome is what it was, or was to be, told."""
-        if job.reported:
-            self.ended(job, COMPLETED if job.reported == "complete" else FAILED, job.reason)
-        elif job.again_at < NEVER and job.began:
-            self.ended(job, FAILED, job.reason)
-        elif not job.running:
-            self.ended(job, PENDING, "the agent went away")
+            job.stopped = str(error)
+            if job.reported:
+                self.ended(job, job.reported, job.reason)
+            elif job.state in (WAITING, CHECKING):
+                self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
         """A unit has its outcome."""
         if job.outcome:
             return
-        job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
-        if job.tries and not (job.running or job.reported):  # somebody else has ended it between two tries
-            self.link.ask("exited", unit=job.unit)
-        job.reported = "complete" if status == COMPLETED else "fail"
+        job.outcome, job.reason = status, reason or job.why or job.reason
         self.unfinished -= 1
-        if status == COMPLETED and job.running:
-            job.running_on = True
-            self.link.ask("running", unit=job.unit)
-        elif job.running:  # it says so itself, or somebody else: it may tidy up
-            job.stop_at = time.monotonic() + self.options.grace
+        if not job.reported:
+            job.settle(status)
+            if status == COMPLETED and job.running():
+                job.report("running")
         if status != COMPLETED:
             self.another("failed")
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
         if self.options.fail_fast and not self.stopping:
-            self.stop(15, f"stopped: another unit {what}")
+            self.stop(f"stopped: another unit {what}", self.options.grace)
 
     # -- ends ---------------------------------------------------------------------------------------------
 
-    def groups(self) -> list[Job]:
-        """Those whose process group may have members."""
-        return [job for job in self.active.values() if job.pid]
-
-    def look_now(self) -> None:
-        """Look in the next turn which process groups have gone."""
-        self.look_at = 0.0
-
-    def forget_groups(self) -> None:
-        """Forget process groups that are gone, before their numbers are those of others."""
+    def stop(self, why: str, grace: float) -> None:
+        """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
         now = time.monotonic()
-        left = [job for job in self.groups() if not job.running]
-        alive = alive_groups(job.pid for job in left)
-        for job in left:
-            if job.pid not in alive:
-                job.gone()
-        left = [job for job in left if job.pid]
-        urgent = any(job.ending() for job in left)
-        self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
-        if self.stopping:
-            self.signal_in_order()
-
-    def stop(self, number: int, why: str) -> None:
-        """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
-        self.forget_groups()
-        self.stopping = number
-        latest = time.monotonic() + (0 if number == 9 else self.options.grace)
-        for job in self.groups():
-            job.why = job.why or why
-            job.stop_at = job.ready_by = NEVER
-            job.kill_at = min(job.kill_at, latest)
+        self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
-            job.stopped = True
-            if not (job.outcome or job.running or job.reported):
-                job.why = job.why or why
-                job.fail(why)
-        self.forget_groups()
+            job.stopped = why
+            if job.state in (WAITING, CHECKING) and not job.outcome:
+                job.stop(why)
+            elif job.state == ENDING:
+                job.end(why, self.stop_by)
+        self.look()
+        self.stop_in_order(now)
 
-    def signal_in_order(self) -> None:
-        """Pass the signal on to those that run, and that nothing wants which does, also through others."""
+    def look(self) -> None:
+        """See of which commands something is left."""
+        for job in self.active.values():
+            if job.lives():
+                job.look()
+
+    def stop_in_order(self, now: float) -> None:
+        """End what runs, and nothing wants that does, also through others; at the end all."""
         wanted: set[str] = set()
-        todo = self.groups()
+        todo = [job for job in self.active.values() if job.lives() and now < self.stop_by - self.options.grace / 2]
         while todo:
             new = {edge.dependency for edge in todo.pop().script.wants} - wanted
             wanted |= new
             todo += [self.jobs[name] for name in new if name in self.jobs]
-        for job in self.groups():
-            if job.unit not in wanted and not job.signalled:
-                job.signalled = True
-                job.signal(self.stopping)
+        for job in self.active.values():
+            if job.state in (RUNNING, READY) and job.unit not in wanted:
+                job.end(self.stopping, self.stop_by)
 
     def relay(self) -> None:
         """Have a child of ours print what services go on printing, until they end."""
@@ -6786,15 +7072,18 @@ class Boot:
         """What runs and has not ended, for how long, and what a service lacks."""
         shown = []
         for job in self.active.values():
-            if job.running and not job.outcome:
-                more = [f"try {job.tries} of {job.retries + 1}"] if job.tries > 1 else []
+            if job.running() and not job.outcome:
+                more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
                 more += [f"not ready: {job.prober.error}"] if job.prober else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
     def told_graph(self, answer: Object) -> None:
         """Take the answer to a question about all units: for a report on the way, or the one at the end."""
-        graph = record(Graph, result_of(answer))
+        try:
+            graph = record(Graph, result_of(answer))
+        except Unreachable:
+            graph = Graph(0.0, [])
         if self.unfinished:
             self.say_progress(graph)
         else:
@@ -6814,9 +7103,9 @@ class Boot:
         waiting = []
         for unit, job in self.jobs.items():
             row = rows.get(unit)
-            if job.again_at < NEVER and job.tries:
-                waiting.append(f"{unit} to try again after {job.reason}")
-            elif not job.outcome and not job.running and row:
+            if job.state == WAITING and job.due:
+                waiting.append(f"{unit} to try again after {job.why}")
+            elif not job.outcome and not job.running() and row:
                 waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
@@ -6830,10 +7119,10 @@ class Boot:
                 self.streams.close(job.stream)
         lost = self.link.lost
         self.link.ask("graph", self.told_graph)
-        self.until(lambda: bool(self.graph or self.link.lost))
+        self.until(lambda: self.graph is not None)
         self.out.clear()
         self.out.flush()
-        self.forget_groups()
+        self.look()
         graph = self.graph or Graph(0.0, [])
         self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
@@ -6848,16 +7137,16 @@ class Boot:
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
-            if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
-                how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
+            if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
+                how = f"completed, then ended: {job.why}" if job.died else job.reason
                 text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
                 text += f"skipped: {job.unit}: {job.reason}\n"
-            elif job.outcome == PENDING or (job.outcome == FAILED and job.why and not job.tries):
+            elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
                 text += f"not started: {job.unit}: {job.reason}\n"
-        going_on = [job.unit for job in self.groups()]
+        going_on = [job.unit for job in self.active.values() if job.lives()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
         lines = [Startup(graph).summary()] if graph.nodes else []
         if os.isatty(2):
@@ -6907,89 +7196,27 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 
 # ----------------------------------------------------------------------------------------------------------
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
-# that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
-# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
-# LOADER with two parts, cut at the banner of Processes; `load_more` reads the second where it needs it.
-# Each has its length where a .pyc has the hash of its source, which is not looked at in one of this kind (PEP 552).
+# bytecode, behind the lines of sh that make it executable. Its __main__ is `launch`, and what is imported from it is a
+# .pyc of what is above the cut, which loads the other of what is below. Both have their length and the half of their
+# hash where another .pyc has the hash of its source.
 # ----------------------------------------------------------------------------------------------------------
 
-HEAD = """\
-#!/bin/sh
-# coder_sync {version}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`) and its bytecode
-exec {python} -IS -c '{start}' "$0" "$@"
-"""
-
-LAUNCHER = """\
-import gc
+COMPILE = f"""\
 import sys
-
-if sys.version_info < (3, 8):
-    sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-
-from _frozen_importlib_external import MAGIC_NUMBER
-from marshal import loads
-from posix import fstat
-
-if sys.argv[0] == "-c":
-    del sys.argv[0]
-__file__, __name__ = sys.argv[0], "coder_sync"
-gc.disable()  # all that comes now stays
-with open(__file__, "rb", 0) as file:
-    data, found = file.read(1 << 17), fstat(file.fileno())
-parts = data.split(MAGIC_NUMBER + bytes([1, 0, 0, 0]), 3)  # of a .pyc that is not to be compared with its source
-if len(parts) > 3:
-    rest = len(data) - len(parts[3]) + 8, found
-    exec(loads(parts[2][8:]))
-else:  # it was made for another Python
-    from zipfile import ZipFile
-
-    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"))
-    gc.enable()
-main()
-"""
-
-PLACE = 2048  # bytes for the first lines, and for LAUNCHER
-
-LOADER = """\
-from marshal import loads
-
-for part in {parts!r}:
-    exec(loads(part[16:]))
-"""
-
-COMPILE = """\
-import __future__
-import sys
+from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-
-
-def compiled(text):  # a flag does what an import of __future__ would
-    code = dumps(compile(text, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True))
-    return MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(8, "little") + code
-
-
-rest = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
-parts = []
-banner = b"\\n# Processes. "
-rest, _, below = rest.partition(banner)
-parts.append(compiled(b"\\n" * rest.count(b"\\n") + banner + below))  # with its line numbers
-sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(rest), *parts))))
+code = dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec"))
+head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
+sys.stdout.buffer.write(head + code)
 """
 # No columns in tracebacks: what is not there need not be read.
-COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE, LOADER)
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
-    """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
-    from _frozen_importlib_external import MAGIC_NUMBER
-
-    try:
-        with open(FILE, "rb") as file:
-            if MAGIC_NUMBER + bytes([1, 0, 0, 0]) in file.read():
-                return ""
-    except OSError:
+    """Return what `serve` says in its log if each call compiles the source: a plain file, or another Python's copy."""
+    if slowness.__code__.co_filename == INSTALLED:
         return ""
     python = ".".join(map(str, sys.version_info[:2]))
     return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
@@ -7012,25 +7239,37 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 
 def application(python: str) -> bytes:
-    """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
+    """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
     import io
     import shlex
     import zipfile
 
     with open(FILE, "rb") as file:
-        source = file.read()
-    if zipfile.is_zipfile(FILE):
-        source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
-    bytecode = ask_python(python or sys.executable, *COMPILING, data=source)
-    head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
-    data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
+        source = source_in(file.read())
+    call = (
+        source.split(b"\n", 2)[2].partition(b'"""')[0].replace(b"python3", shlex.quote(python or "python3").encode(), 1)
+    )
+    about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
+    data = io.BytesIO(b"#!/bin/sh\n" + about.encode() + call + b"\n")
+    above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
+    members = {
+        "__main__.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\nlaunch()\n",
+        "coder_sync.pyc": above,
+        "below.pyc": below,
+        "coder_sync.py": source,
+    }
     with zipfile.ZipFile(data, "a") as archive:
-        launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
-        for name, part in (("__main__.py", launcher), ("coder_sync.pyc", bytecode), ("coder_sync.py", source)):
+        for name, member in members.items():
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
-            archive.writestr(entry, part)
+            archive.writestr(entry, member)
     return data.getvalue()
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether a file is this program, plain or installed, of whatever version; a damaged one may be replaced too."""
+    plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
+    return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
@@ -7044,7 +7283,7 @@ def install(path: str, python: str) -> str:
         if os.path.exists(path):
             with open(path, "rb") as there:
                 old = there.read()
-            if old and b"coder_sync" not in old:
+            if old and not is_ours(old):
                 raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
         with open(beside, "xb") as file:
@@ -7052,7 +7291,7 @@ def install(path: str, python: str) -> str:
             file.flush()
             like = os.stat(path if os.path.exists(path) else beside)
             os.chown(beside, like.st_uid, like.st_gid)
-            os.chmod(beside, like.st_mode & 0o777 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            os.chmod(beside, like.st_mode & 0o755 | (like.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
         if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
@@ -7379,7 +7618,7 @@ def cmd_timeline(args: Args) -> None:
         try:
             with open(open_file(args.compare), "rb") as f:
                 os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
-                before = read_timeline(f.read(), args.compare)
+                before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = client_of(args).graph()
