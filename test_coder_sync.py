@@ -2610,7 +2610,7 @@ def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
     modules = (
         "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
     )
-    modules += ", tempfile, threading"
+    modules += ", tempfile, threading, logging.handlers"
     become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
     return altered(become + changes, *argv)
 
