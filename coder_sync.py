@@ -2612,7 +2612,11 @@ class Units:
         claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
-        claim.unit.facts.probe = ready
+        claim.unit.facts.probe, claim.unit.facts.probe_error = ready, ""
+
+    def lack(self, claim: Claim, error: str) -> None:
+        """Note what the last try of the probe of a unit lacked."""
+        claim.unit.facts.probe_error = error
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
@@ -3888,6 +3892,11 @@ class Agent:
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
         self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
+        return {"unit": unit}
+
+    def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
+        """The last try of the probe of a unit lacked something."""
+        self.units.lack(self._held(request, unit), one_line(error))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -5676,6 +5685,7 @@ class Link:
 LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
 LOOK_EVERY = 5.0  # seconds, at what a command that has ended well leaves behind
 LOOK_OFTEN = 0.05  # seconds, at what is being ended
+TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
@@ -5733,6 +5743,7 @@ class Task:
         self.delay = limits.delay
         self.prober: Prober | Notified | None = None  # while it is not ready
         self.notified: Notified | None = None  # until it has ended
+        self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # what was wrong with the latest try
         self.stopped = ""  # why nothing is tried again
         self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
@@ -5823,6 +5834,9 @@ class Task:
         self.tries += 1
         limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
+        self.told = ""
+        if self.prober:
+            self.due[self.tell_error] = self.began + TELL_EVERY
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
@@ -5868,6 +5882,14 @@ class Task:
             self.notified = None
             self.loop.forget(prober.fileno())
             prober.close()
+
+    def tell_error(self) -> None:
+        """Tell the agent what the probe lacks, if that has changed."""
+        if self.prober:
+            self.due[self.tell_error] = time.monotonic() + TELL_EVERY
+            if self.prober.error not in ("", self.told):
+                self.told = self.prober.error
+                self.link.ask("probing", unit=self.unit, error=self.told)
 
     def not_ready(self) -> None:
         """The time to become ready is over."""

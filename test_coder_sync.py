@@ -8284,10 +8284,19 @@ def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would
         (row,) = peer.read()["params"]["missing"]
         assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
         assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        assert f"; it is probing {probe} for " in call.ok(agent, "why", name)
+        until(lambda: re.search(rf"; it is probing {probe} for \S+ \(no such file\)", call.ok(agent, "why", name)))  # noqa: B023
     up.touch()
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
+
+
+def test_the_agent_knows_what_a_probe_lacks_now(agent: World) -> None:
+    code = agent.directory / "code"
+    for n in (3, 4):
+        code.write_text(f"exit {n}")
+        if n == 3:
+            agent.popen("run", "a", "--ready", f". {code}", "--", "sleep", "60")
+        until(lambda: f"exit code {n}" in agent.client.status("a").probe_error)  # noqa: B023
 
 
 # Says each of its words, then what systemd-notify(1) does: fails unless the descriptor that it sends is taken.
