@@ -2357,7 +2357,7 @@ def test_a_shell_completes_commands_units_and_files(agent: World, shell: str) ->
         assert (done.returncode, done.stderr) == (0, "")
         return sorted(word.rstrip("/") for word in done.stdout.split("\n") if word)
 
-    assert complete("st") == ["start", "status"]
+    assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == ["a b", "a$(touch oops)"]
     assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == [name.rstrip("/") for name in files]
