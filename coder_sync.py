@@ -624,7 +624,9 @@ def typed(value: Any, annotation: str) -> Any:
         return {printable(key): each for key, each in value.items()}
     if name in RECORDS:
         return record(RECORDS[name], value)
-    if type(value).__name__ == name or (name == "float" and type(value) is int):
+    if name == "float" and type(value) in (int, float) and -1e15 < value < 1e15:
+        return value
+    if type(value).__name__ == name and name != "float":
         return value
     raise TypeError
 
@@ -1156,7 +1158,13 @@ class Client:
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        return record(Graph, self._call("graph"))
+        graph = record(Graph, self._call("graph"))
+        names = {u.unit_name for u in graph.nodes}
+        for u in graph.nodes:
+            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not words or not u.wants.keys() <= names:
+                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
+        return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
         """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
@@ -4844,6 +4852,8 @@ def hover_text(bar: Bar) -> str:
 
 def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
+    from html import escape as xml  # what is printable needs no more
+
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
     units = [bar.unit for bar in bars]
@@ -4904,13 +4914,6 @@ def timeline_svg(graph: Graph) -> str:
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
-
-
-def xml(text: str) -> str:
-    """Return text for XML, in which control characters have no place."""
-    from html import escape
-
-    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
 def timeline_as(form: str, graph: Graph) -> str:

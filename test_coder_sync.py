@@ -6939,10 +6939,6 @@ def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
     assert number(bars[2], "x") + 2 == number(bars[1], "x") + 760
 
 
-def test_what_xml_cannot_hold_is_replaced() -> None:
-    assert coder_sync.xml("\x00\x1b\ud800\uffff\n<\u2028'\"&") == "\ufffd" * 4 + "\n&lt;\ufffd&#x27;&quot;&amp;"
-
-
 def edges_of(graph: Graph) -> list[tuple[str, ...]]:
     return [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
 
@@ -7227,6 +7223,24 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
     table = call.ok(little, "status", "c").split("\n\n")[-1].splitlines()
     assert [" ".join(line.split()[1:]) for line in table] == ["EVENT DETAIL", "registered", "wants b", "waiting b"]
     assert re.fullmatch(r"\+[\d.]+m?s", table[-1].split()[0])
+
+
+def test_a_graph_that_no_agent_of_ours_has_is_refused_in_a_line(world: World, call: Call) -> None:
+    odd: list[Any] = [
+        {"status": "mad"},
+        {"wants": {"b": "success"}},
+        {"wants": {"a": 'start", URL="x'}},
+        {"tries": ["1"]},
+    ]
+    odd += [{key: value} for key in ("started", "ended") for value in (1e308 * 10, -1e308, 10**400, "1", True)]
+    commands = ("why", "timeline", "timeline --blame", "timeline -o svg", "graph", "graph -o dot", "graph -o mermaid")
+    for change, line in zip(odd, itertools.cycle(commands)):
+        nodes = [{"unit_name": "a", "status": "started", "is_ready": True, **change}]
+        answer = json.dumps({"jsonrpc": "2.0", "id": 1, "result": {"now": 9.0, "nodes": nodes}})
+        with impostor(world, answer.replace("Infinity", "1e999").encode() + b"\n"):
+            done = call(world, *line.split())
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1), (change, line)
+        assert "; are agent and client of one version?" in done.stderr
 
 
 def test_a_saved_timeline_is_compared_with_the_present(little: World, call: Call, tmp_path: Path) -> None:
