@@ -1644,6 +1644,29 @@ def close_others(keep: Iterable[int]) -> None:
         os.closerange(before + 1, after)
 
 
+def in_background(keep: Iterable[int] = ()) -> tuple[int, int]:
+    """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
+
+    The background process has a session of its own, and of what was open only standard output and error and `keep`.
+    Raises Refused.
+    """
+    from _socket import socketpair
+
+    try:
+        ours, theirs = socketpair()
+        pid = os.fork()
+    except OSError as error:
+        raise Refused(f"cannot go to the background: {trouble_of(error)}") from None
+    if pid:
+        theirs.close()
+        return pid, ours.detach()
+    os.setsid()
+    nothing = null()
+    os.dup2(nothing, 0)
+    close_others([theirs.fileno(), *keep])
+    return 0, theirs.detach()
+
+
 # -- signals, and a command's run -----------------------------------------------------------------------------
 STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
@@ -2925,7 +2948,6 @@ class Agent:
         self.began = time.monotonic()
         self.stopping = False
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
-        self.lives_for: list[Claim] = []  # those of the boot with which we end
         # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
         self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
         self._owners_wake = WakeUp()
@@ -3257,7 +3279,7 @@ class Agent:
         if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
             connection.members = members
         else:
-            if self.lives_for and all(map(self.units.is_over, self.lives_for)):
+            if self.stopping:
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
             connection.claims.update(dict.fromkeys(claims))
@@ -3395,10 +3417,12 @@ class Agent:
         with self.lock:
             return self.units.graph()
 
-    def live_for_claims(self) -> None:
-        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
+    def retire(self) -> bool:
+        """Take no more claims, unless a boot of somebody else has some; return whether none has."""
         with self.lock:
-            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
+            claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
+            self.stopping = all(map(self.units.is_over, claims))
+            return self.stopping
 
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
@@ -3626,31 +3650,24 @@ def notify(state: str) -> None:
             pass
 
 
-def detach() -> int:
-    """Go on in a child of its own session; return there a pipe that wants a byte when the child is ready.
+def detach(keep: Iterable[int]) -> int:
+    """Go on in a background process; return there a descriptor that wants a byte when it is ready.
 
-    The parent ends here: well when the child is ready, else as the child does, which has said why.
+    The process that was called ends here: well when the other is ready, else as that does, which has said why.
     """
-    import signal
+    import _signal as signal
 
-    read, write = os.pipe()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
-    child = os.fork()
+    child, link = in_background(keep)
     if child:
-        os.close(write)
-        code = 0 if os.read(read, 1) else exit_code_of(os.waitpid(child, 0)[1])
+        code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
         if code < 0:
             put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
         sys.exit(shell_status(code))
-    os.close(read)
-    os.setsid()
     os.chdir("/")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    nothing = null()
-    for fd in (0, 1):
-        os.dup2(nothing, fd)
-    os.close(nothing)
-    return write
+    os.dup2(0, 1)
+    return link
 
 
 def serve(
@@ -3678,8 +3695,7 @@ def serve(
 
     path, sock, ready = os.path.abspath(path), None if body else inherited_socket(), -1
     if background:
-        close_others([sock.fileno()] if sock else [])
-        ready = detach()
+        ready = detach([sock.fileno()] if sock else [])
     with ExitStack() as at_end:
         sock = sock or listen(at_end, path, mode, group, replace)
         path = sock.getsockname()
@@ -5492,6 +5508,9 @@ class BootOptions(Record):
     fail_fast: bool
     stay: bool
     quiet: bool
+    always: bool
+    timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
+    command: str  # that comes after the startup, if any
 
 
 class Job(Task):
@@ -5582,10 +5601,12 @@ class Output:
     On output are the lines of scripts, and on a terminal the live line under them; on error is what we say ourselves.
     """
 
+    patient = True  # else what is too much is lost
+
     def __init__(self, units: Iterable[str], quiet: bool) -> None:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
-        self.fds = {fd: opened_again(fd) for fd in self.pending}
+        self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units)))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
@@ -5594,7 +5615,7 @@ class Output:
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
-        if not self.quiet:
+        if not self.quiet and (self.patient or not self.is_full()):
             name = fit(unit, self._width, self._dots)
             if self._colour:  # red is for failures
                 name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
@@ -5604,17 +5625,35 @@ class Output:
     def say(self, text: str) -> None:
         """Print a line of ours on standard error."""
         self.clear()
-        self.pending[2] += encoded(text + "\n", 2)
+        if len(self.pending[2]) < FULL:
+            self.pending[2] += encoded(text + "\n", 2)
+
+    def is_full(self) -> bool:
+        """Return whether there is much that standard output does not take."""
+        return len(self.pending[1]) >= FULL
+
+    def is_pipe(self, fd: int) -> bool:
+        """Return whether somebody may read until the end of standard output or error."""
+        import stat
+
+        mode = os.fstat(fd).st_mode
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+    def let_go(self) -> None:
+        """Print nothing any more to whoever may wait for the end of it."""
+        for fd in filter(self.is_pipe, self.pending):
+            nothing = null()
+            os.dup2(nothing, fd)
+            os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
-        waiting = [fd for fd, data in self.pending.items() if data]
-        for fd in waiting:
-            loop.watch(self.fds[fd], self.writer(fd), for_writing=True)
+        for fd in filter(self.pending.get, self.pending):
+            loop.watch(self._fds[fd], self.writer(fd), for_writing=True)
         try:
             return loop.turn(due)
         finally:
-            loop.forget(*(self.fds[fd] for fd in waiting))
+            loop.forget(*self._fds.values())
 
     def writer(self, fd: int) -> Callable[[], None]:
         """Return what passes on what is to be printed."""
@@ -5622,7 +5661,7 @@ class Output:
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], self.fds[fd], patience)
+        self.pending[fd] = write_some(self.pending[fd], self._fds[fd], patience)
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
@@ -5855,10 +5894,15 @@ class Link:
 
 
 class Boot:
-    """Runs scripts in the order of their graph, as an agent's client."""
+    """Runs scripts in the order of their graph, as an agent's client, in a background process.
 
-    def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.options, self.loop = options, loop
+    `front` is a descriptor that leads to the process that was called: see Front.
+    """
+
+    def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
+        loop = Loop((*STOPS, "SIGQUIT"))
+        self.options, self.loop, self.front = options, loop, front
+        loop.watch(front, self.hear_front)
         self.out = Output([script.unit for script in scripts], options.quiet)
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.changed, self.agent_gone)
@@ -5871,15 +5915,22 @@ class Boot:
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
         self.stopping = 0  # the signal that ends everything
+        self.over = False  # the startup
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel, when_claimed: Callable[[], None] = lambda: None) -> int:
-        """Boot against an agent; return the exit status. Calls `when_claimed` when it has let us.
+    def run(
+        self,
+        channel: Channel,
+        when_claimed: Callable[[], None] = lambda: None,
+        may_end: Callable[[], bool] = lambda: True,
+    ) -> int:
+        """Boot against an agent, and look after what runs on; return the exit status.
 
-        Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
+        Calls `when_claimed` when the agent has let us, and ends when `may_end`. Raises Refused if the agent does not,
+        and Unreachable; then it may be called again, for another agent.
         """
-        self.when_claimed = when_claimed
+        self.when_claimed, self.may_end = when_claimed, may_end
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
@@ -5889,24 +5940,83 @@ class Boot:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
             self.until(lambda: not self.unfinished and self.said())
-            code = self.finish()
-            if self.options.stay and not self.signal:
-                notify("READY=1")
-                if not self.options.quiet:
-                    self.out.say("boot: staying until a signal")
-                self.report_at = NEVER
-                self.until(lambda: bool(self.signal or self.link.lost))
-                code = 128 + self.signal if self.signal else 3
-            self.out.flush()
-            if any(self.jobs[s.unit].outcome == COMPLETED for s in self.streams.by_fd.values()) and not self.signal:
-                self.relay()
-            return code
+            return self.look_after(self.finish())
+        except BaseException:
+            self.abandon()
+            raise
         finally:
             self.out.flush()
             self.link.close()
             self.loop.forget(*self.streams.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
+
+    def look_after(self, code: int) -> int:
+        """Have the front go on after the startup, and be the parent of what still runs; return the exit status."""
+        self.over, self.report_at, self.out.live_at = True, NEVER, NEVER
+        if self.options.stay and not self.signal:
+            if not self.options.quiet:
+                self.out.say("boot: staying until a signal")
+            self.tell_front(code, STAYS)
+            self.until(lambda: bool(self.stopping or self.link.lost))
+            code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
+        elif self.options.command and code and not self.signal and not self.options.always:
+            how = "is not run, since not all went well; --always would"
+            self.out.say(f"boot: {self.options.command} {how}") if not self.options.quiet else None
+        if self.runs() and not self.signal:
+            self.out.patient = False
+            if not self.options.command:
+                self.say_let_go()
+            self.until(self.said)
+            self.out.flush()
+            self.tell_front(code, RUNS)
+            os.chdir("/")
+            self.until(lambda: not self.runs())
+        else:
+            self.out.flush()
+            self.tell_front(code, GONE)
+        return 128 + self.signal if self.signal else code
+
+    def runs(self) -> bool:
+        """Return whether something runs, or prints, or whether another boot needs the agent that we are."""
+        return bool(self.groups() or (self.streams.by_fd and not self.stopping)) or not self.may_end()
+
+    def tell_front(self, code: int, what: int) -> None:
+        """Tell the front how the startup went, and what comes next."""
+        try:
+            os.write(self.front, bytes([code, what]))
+        except OSError:  # it has gone
+            pass
+
+    def hear_front(self) -> None:
+        """Take what the front says: the signals that it got, 0 when its COMMAND has ended. Its end is a hang-up."""
+        try:
+            numbers = os.read(self.front, 100)
+        except OSError:
+            numbers = b""
+        for number in numbers:
+            self.told(number)
+        if not numbers:
+            self.loop.forget(self.front)
+            if self.over and not (self.options.stay or self.options.command):
+                self.out.let_go()
+            elif not self.stopping:
+                self.told(1)
+
+    def told(self, number: int) -> None:
+        """End everything, because of a signal, or because COMMAND has ended (0). Twice: at once."""
+        again, self.signal = self.signal, number or 15
+        why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
+        self.stop(9 if again else number or 15, f"stopped: {why}")
+
+    def abandon(self) -> None:
+        """End what runs on an unexpected way out."""
+        for number, patience in ((15, self.options.grace), (9, 2.0)):
+            deadline = time.monotonic() + patience
+            for job in self.groups():
+                job.signal(number)
+            while alive_groups(job.pid for job in self.groups()) and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
@@ -5922,10 +6032,9 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.streams.pause(len(self.out.pending[1]) >= FULL)
+            self.streams.pause(self.out.patient and self.out.is_full())
             for number in self.out.turn(self.loop, due):
-                again, self.signal = self.signal, number
-                self.stop(9 if again else number, f"stopped: boot got signal {number}")
+                self.told(number)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
@@ -6019,7 +6128,9 @@ class Boot:
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
-        if self.options.fail_fast and not self.stopping:
+        if self.options.fail_fast and self.over and self.options.command:
+            self.tell_front(1, RUNS)  # it ends COMMAND first
+        elif self.options.fail_fast and not self.stopping:
             self.stop(15, f"stopped: another unit {what}")
 
     # -- ends ---------------------------------------------------------------------------------------------
@@ -6074,36 +6185,6 @@ class Boot:
             if job.unit not in wanted and not job.signalled:
                 job.signalled = True
                 job.signal(self.stopping)
-
-    def relay(self) -> None:
-        """Have a child of ours print what services go on printing, until they end."""
-        import _signal as signal
-        import select
-        import warnings
-
-        warnings.simplefilter("ignore")  # of a fork beside threads: the child uses nothing that they may hold
-        if os.fork():
-            return
-        try:
-            for fd in (0, 1, 2) if self.out.quiet else (0, 2):
-                os.dup2(self.null, fd)
-            self.out.fds[1] = 1  # it may block here; the other one is closed now
-            # What else we have open, its peers wait for the end of: the agent's clients, say.
-            close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
-            signal.set_wakeup_fd(-1)
-            for number in self.loop.numbers:
-                signal.signal(number, signal.SIG_DFL)
-            ready = select.poll()
-            for fd in self.streams.by_fd:
-                ready.register(fd, select.POLLIN)
-            while self.streams.by_fd:
-                for fd, _ in ready.poll():
-                    self.streams.read(self.streams.by_fd[fd])
-                    self.out.write(1, patience=1e6)
-                    if fd not in self.streams.by_fd:
-                        ready.unregister(fd)
-        finally:  # and never into the parent's ways out
-            os._exit(0)
 
     # -- reports ------------------------------------------------------------------------------------------
 
@@ -6165,6 +6246,8 @@ class Boot:
         if bad or not self.options.quiet:
             self.out.say(self.summary(self.graph).rstrip("\n"))
             self.until(self.said)
+        if self.options.timeline:
+            self.options.timeline(self.graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
@@ -6188,6 +6271,120 @@ class Boot:
         if os.isatty(2):
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
         return text + "".join(line + "\n" for line in lines)
+
+    def say_let_go(self) -> None:
+        """Say what becomes of the output of services, if standard output is let go when boot returns."""
+        names = sorted({stream.unit for stream in self.streams.by_fd.values()})
+        if names and not self.out.quiet and self.out.is_pipe(1):
+            kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
+            self.out.say(f"boot: standard output is a pipe: what {names_of(names)} will print is {kept}")
+
+
+GONE, RUNS, STAYS = range(3)  # what comes after the startup: nothing, the look after what still runs, --stay
+
+
+class Front:
+    """The process that was called: it keeps its caller's terminal, session, descriptors, and becomes or runs COMMAND.
+
+    It passes the signals that it gets on to the background process, which ends everything. When that says that the
+    startup is over, it ends, or stays, or has COMMAND take its place, as a child if something still runs.
+    """
+
+    def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
+        self.loop, self.link, self.command, self.grace = loop, link, command, grace
+        self.said: list[tuple[int, int]] = []  # by the background process: a status, and what comes next
+        self.ended: list[int] = []  # its exit status
+        self.signal = 0
+        os.set_blocking(link, False)
+        loop.children[pid] = self.background_ended
+        loop.watch(link, self.hear)
+
+    def background_ended(self, code: int) -> None:
+        """Take the end of the background process, after what it has said."""
+        self.hear()
+        self.ended.append(code)
+
+    def hear(self) -> None:
+        """Take what the background process says."""
+        try:
+            data = os.read(self.link, 100)
+        except OSError:
+            data = b""
+        self.said += zip(data[::2], data[1::2])
+        if not data:
+            self.loop.forget(self.link)
+
+    def tell(self, number: int) -> None:
+        """Tell the background process of a signal, or, by 0, that COMMAND has ended."""
+        try:
+            os.write(self.link, bytes([number]))
+        except OSError:  # it has ended
+            pass
+
+    def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
+        """Pass signals on until something has happened, or for so many seconds."""
+        deadline = time.monotonic() + patience
+        while not over() and time.monotonic() < deadline:
+            for number in self.loop.turn(deadline):
+                self.signal = number
+                self.tell(number)
+
+    def run(self, always: bool) -> int:
+        """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
+        self.until(lambda: self.said or self.ended)
+        if self.said and self.said[-1][1] == STAYS:
+            notify("READY=1")
+            self.until(lambda: self.ended or len(self.said) > 1)
+        if self.said and self.said[-1][1] == GONE:
+            self.until(lambda: self.ended)
+        if self.signal:
+            self.until(lambda: self.ended, self.grace + 5)
+            return 128 + self.signal
+        if not self.said or (self.ended and self.ended[0] < 0):  # it has said why, unless it was killed
+            code = self.ended[0]
+            if code < 0:
+                put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+            return shell_status(code)
+        code = self.ended[0] if self.ended else self.said[-1][0]
+        wanted = self.command and (code == 0 or always)
+        if self.command and not self.ended:
+            try:
+                return self.run_command() if wanted else code
+            finally:
+                self.tell(0)
+                self.until(lambda: self.ended, self.grace + 5)
+        self.loop.give_back()
+        if wanted:
+            import _signal as signal
+
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            try:
+                os.execvp(self.command[0], self.command)
+            except (OSError, ValueError) as error:
+                raise cannot_run(self.command[0], error) from None
+        return code
+
+    def run_command(self) -> int:
+        """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
+        command = self.command
+        if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
+            command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
+        try:
+            pid = spawn(command, environment())
+        except (OSError, ValueError) as error:
+            raise cannot_run(command[0], error) from None
+        codes: list[int] = []
+        self.loop.children[pid] = codes.append
+        heard = len(self.said)
+        while not codes:
+            for number in self.loop.turn():
+                if not codes and not sent_by_key(number):  # what keys send has reached it already
+                    signal_to(pid, number)
+            if len(self.said) > heard and not codes:  # a service has died, with --fail-fast
+                signal_to(pid, 15)
+                heard = len(self.said)
+        return shell_status(codes[0])
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
@@ -6545,27 +6742,28 @@ def cmd_boot(args: Args) -> int:
         put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
         return 0
     if args.stay and args.command:
-        say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
-    write = timeline_writer(args.timeline) if args.timeline else None
-    loop = Loop((*STOPS, "SIGQUIT"))
-    options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
-    boot = Boot(scripts, options, loop)
+        raise UsageError(
+            "boot: --stay and -- COMMAND exclude each other: with a COMMAND boot stays as long as that runs"
+        )
+    options = BootOptions(
+        args.jobs,
+        args.grace,
+        args.log_dir,
+        args.fail_fast,
+        args.stay,
+        args.quiet,
+        args.always,
+        timeline_writer(args.timeline) if args.timeline else None,
+        args.command[0] if args.command else "",
+    )
+    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    child, link = in_background()
+    if child:
+        return Front(loop, child, link, args.command, args.grace).run(args.always)
+    boot = Boot(scripts, options, link)
     code = boot_at(path, boot)
-    if write and boot.graph:
-        write(boot.graph)
-    loop.give_back()
-    if args.command and not boot.signal and (code == 0 or args.always):
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(args.command[0], args.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(args.command[0], error) from None
-    if args.command and not boot.signal:
-        say(f"boot: {args.command[0]} is not run, since not all went well; --always would", 2, args.quiet)
-    return 128 + boot.signal if boot.signal else code
+    boot.loop.give_back()
+    return code
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -6597,14 +6795,9 @@ def boot_at_own(path: str, boot: Boot, agent: Agent, server: Any, accept: Callab
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
 
-    def claimed() -> None:
-        if not boot.options.stay:
-            agent.live_for_claims()
-        accept()
-
     ours, theirs = socketpair()
     server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(path, sock=ours), claimed)
+    return boot.run(Channel(path, sock=ours), accept, agent.retire)
 
 
 def completed_at(path: str) -> set[str]:

@@ -141,6 +141,7 @@ class World:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("CODER_", "LISTEN_", "NOTIFY_"))}
         self.env.update([MARK.split("=")], CODER_AGENT_SOCKET_PATH=self.path)
         self.processes: list[subprocess.Popen[str]] = []
+        self.boots: list[str] = []  # what marks what they have started
 
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
         """Start `coder_sync.py ARGV...`; stdout and stderr are pipes unless said otherwise."""
@@ -222,6 +223,9 @@ class World:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # each is the leader of its session
             process.communicate(timeout=PATIENCE)
+        for pid in (pid for mark in self.boots for pid in marked(mark)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -6674,7 +6678,9 @@ class Boot:
         load = LOAD.replace(main, patch + "\n" + main)
         argv = [*under, sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
         self.out = self.told = ""
-        self.process = world.spawn(argv, **popen)
+        self.mark = f"BOOT={os.urandom(8).hex()}"
+        world.boots.append(self.mark)
+        self.process = world.spawn(argv, env={**world.env, **dict([self.mark.split("=")])}, **popen)
 
     def prints(self, text: str) -> str:
         """The line, once it has printed one with this text."""
@@ -6688,7 +6694,18 @@ class Boot:
         self.process.send_signal(number)
 
     def left(self) -> list[int]:
-        return session(self.process)
+        """What runs of all that it has started."""
+        return [pid for pid in marked(self.mark) if pid != self.process.pid]
+
+    def background(self) -> int:
+        """Its background process, once there is one."""
+        pid = self.process.pid
+        return int(until(Path(f"/proc/{pid}/task/{pid}/children").read_text).split()[0])
+
+    def scripts(self) -> list[int]:
+        """What runs of all that its scripts have started."""
+        background = self.background() if self.process.poll() is None else 0
+        return [pid for pid in self.left() if pid != background]
 
     def ends(self, code: int = 0, out: str | None = None, *told: str, leaves: bool = False) -> str:
         """Wait for its end: with this status, this output, this said among more, and nothing left running.
@@ -6763,13 +6780,12 @@ def gate(world: World) -> Gate:
     return Gate(world)
 
 
-def session(process: subprocess.Popen[str]) -> list[int]:
-    """What still runs of all that a process started: the members of its session, but itself."""
+def marked(mark: str) -> list[int]:
+    """The processes that have NAME=VALUE in their environment; a zombie has none."""
     found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
+    for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            state, _, _, sid = file.read_text().rpartition(")")[2].split()[:4]
-            if int(sid) == process.pid and state != "Z" and int(file.parent.name) != process.pid:
+            if mark.encode() in file.read_bytes().split(b"\0"):
                 found.append(int(file.parent.name))
     return found
 
@@ -7739,7 +7755,7 @@ def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(wor
     boot = world.spawn([*program(), "boot", path], stdout=terminal, stderr=terminal)
     os.close(terminal)
     gate.reached()
-    assert stopped(boot).returncode == 143 and session(boot) == []
+    assert stopped(boot).returncode == 143
     os.close(master)
 
 
