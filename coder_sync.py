@@ -1,6 +1,8 @@
 #!/bin/sh
 """:"
-exec python3 -IS "$0" "$@"
+exec python3 -IS -c \
+    'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
+    "$0" "$@"
 """
 
 from __future__ import annotations
@@ -47,25 +49,92 @@ rooms above it:
     Command line    the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`; `install` writes a copy that is not compiled at each call. A client call is mostly interpreter
-start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`, `threading`
-and `typing` each cost more than everything the call does.
+system with a `sh`. The file is cut at the banner of Processes: want, start, complete and fail need only what is
+above, so `launch` compiles no more for them, and `install` writes a copy that is not compiled at all. A client call is
+mostly interpreter start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`,
+`argparse`, `threading` and `typing` each cost more than everything the call does.
 """
 
+#:
+# Up to the next such line: what the first lines run by itself, as `python3 COPY` does. An old Python must read it.
 import errno
 import posix  # what os is made of
 import sys
 import time
 
-(NEEDED := "Python 3.8 or later")  # an older one stops here, and shows this line
+
+def source_in(data):  # type: (bytes) -> bytes
+    """Return the source text in the bytes of this file, or of an installed copy."""
+    return data[data.rfind(b'#!/bin/sh\n"""') :].partition(b"PK\1\2")[0]
+
+
+def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
+    """Return what stands above the cut and what is below, with its line numbers. Raises ValueError if damaged."""
+    above, cut, below = source.partition(b"\n# Processes. ")
+    if not below.endswith(b"main()\n"):
+        raise ValueError
+    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+
+
+def half_of(path, below):  # type: (str, bool) -> Any
+    """Return the code above the cut, or below it, and the identity of the file. Raises OSError, or if it is damaged.
+
+    It is bytecode of an installed copy, if there is some for this Python; else it is compiled.
+    """
+    from _frozen_importlib_external import MAGIC_NUMBER
+    from _imp import source_hash
+    from marshal import loads
+
+    mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    with open(path, "rb", 0) as file:
+        found = posix.fstat(file.fileno())
+        end = 0
+        for size in (1 << 17, 1 << 19)[: below + 1]:  # what is above the cut, and behind it what is below
+            file.seek(end)
+            data = file.read(size)
+            start = data.find(mark) + 16
+            code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
+            end += start + len(code)
+        if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+            half = loads(code)
+        else:
+            file.seek(0)
+            half = compile(halves(source_in(file.read()))[below], path, "exec")
+    return half, (found.st_ino, found.st_mtime_ns)
+
+
+def launch():  # type: () -> None
+    """Run what is above the cut, which runs main() at the cut."""
+    global LAUNCHED
+    if sys.version_info < (3, 8):  # noqa: UP036
+        sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
+    import _signal as signal  # type: ignore[import-not-found]
+    import gc
+
+    vars(sys).pop("tracebacklimit", None)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    gc.disable()  # all that comes now stays
+    del sys.argv[: sys.argv[0] == "-c"]
+    path = sys.argv[0]
+    globals().update(__name__="coder_sync", __file__=path)
+    try:
+        code, LAUNCHED = half_of(path, False)
+    except (SyntaxError, ValueError):
+        sys.exit("error: " + path + " is damaged: copy or install it again")
+    exec(code, globals())
+
+
+#:
+(NEEDED := "Python 3.8 or later")  # SyntaxError on an older one shows this text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
-    from typing import Any, ClassVar, Literal, NoReturn, Union
+    from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
     from typing_extensions import dataclass_transform
 
@@ -73,6 +142,7 @@ if TYPE_CHECKING:
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
     Object = dict[str, Any]
+    R = TypeVar("R", bound="Record")
     Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
 
     @dataclass_transform()
@@ -100,6 +170,8 @@ __all__ = [
     "Unreachable",
     "UsageError",
 ]
+INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
+LAUNCHED: tuple[int, int] | None = globals().get("LAUNCHED")  # the file of which `launch` runs what is above the cut
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -108,6 +180,7 @@ CONNECT_TIMEOUT = 3.0
 REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
+GRACE = 8.0  # seconds that a command has to end; docker kills after ten
 NEVER = float("inf")  # a time
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
@@ -166,6 +239,10 @@ class Unreachable(SyncError, code=-32005, exit_code=3):
     """No agent could be reached, or it went away, or what answers is not one."""
 
 
+class Foreign(Unreachable):
+    """What answers at the shared default path belongs to another user than us and root."""
+
+
 class TimedOut(SyncError, code=-32006, exit_code=124):
     """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
 
@@ -216,6 +293,8 @@ COMPLETED = "completed"
 FAILED = "failed"
 SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
 ENDED = (COMPLETED, FAILED, SKIPPED)
+STOPPED = "stopped"  # how the process of a service ended, else its exit status: by `stop`
+LOST = "lost"  # with its supervisor; it may still run
 
 SUCCESS: Requirement = "success"
 COMPLETION: Requirement = "completion"
@@ -224,6 +303,9 @@ REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
 
 MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
+
+
+RECORDS: dict[str, type[Record]] = {}  # by their names
 
 
 class Record(Fields):
@@ -239,6 +321,7 @@ class Record(Fields):
     def __init_subclass__(cls) -> None:
         cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
         cls._required = cls._fields.keys() - vars(cls).keys()
+        RECORDS[cls.__name__] = cls
 
     def __init__(self, *args: Any, **named: Any) -> None:
         given = dict(zip(self._fields, args), **named)
@@ -324,15 +407,44 @@ class UnitStatus(Record):
     locks: list[str] = []  # noqa: RUF012
     blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
     tries: list[float] = []  # noqa: RUF012  (when each further try began)
-    running_on: bool = False  # it completed, and its process goes on: a service
-    exited: float | None = None  # when the process of a service ended
+    running_on: bool = False  # it completed, and its command runs on: a service
+    stopping: bool = False  # its supervisor is to end it, or was told to
+    exited: float | None = None  # when the command of a service ended
     exit_reason: str = ""
+    probe: str = ""  # what says that a service is ready, while it is not
+    probe_error: str = ""  # what the last try of it lacked
     log: str = ""  # the file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
     environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
     dependencies: list[Dependency] = []  # noqa: RUF012
     did_you_mean: str = ""
     history: list[Event] = []  # noqa: RUF012
+
+
+class Waiting(Record):
+    """What a start or a wait lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
+
+    missing: list[Dependency]
+    waited: float
+
+
+class Pong(Record):
+    """The agent's answer to `ping`; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+
+
+class Answer(Record):
+    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+
+    unit: str = ""
+    status: str = ""
+    reason: str = ""
+    dependencies: list[str] = []  # noqa: RUF012
+    units: list[str] = []  # noqa: RUF012
+    env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
 
 
 class Graph(Record):
@@ -360,6 +472,11 @@ def check_requirement(requires: str) -> str:
     if requires not in REQUIREMENTS:
         raise Refused(f"no such requirement: {one_line(requires)[:40]}; use one of {', '.join(REQUIREMENTS)}")
     return requires
+
+
+def printable(text: str) -> str:
+    """Return a text in which whatever cannot be printed is written as an escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
@@ -401,7 +518,7 @@ MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a smal
 class _Scanner:
     """What json.decoder.JSONDecoder would tell the C scanner."""
 
-    strict, object_hook, object_pairs_hook = True, None, None
+    strict, object_hook, object_pairs_hook, array_hook = True, None, None, None
     parse_float, parse_int = float, int
 
     @staticmethod
@@ -477,23 +594,38 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if hasattr(value, "__annotations__"):  # a record
+    if isinstance(value, Record):
         return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
     return value
 
 
-def record(kind: type[Any], data: dict[str, Any]) -> Any:
-    """Return a record from JSON; keys of a newer agent are ignored."""
+def record(kind: type[R], data: Any) -> R:
+    """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
     try:
-        known = {k: data[k] for k in kind.__annotations__ if k in data}
-        if known.get("owner"):
-            known["owner"] = record(Owner, known["owner"])
-        for field, inner in (("dependencies", Dependency), ("history", Event), ("nodes", UnitStatus)):
-            if field in known:
-                known[field] = [record(inner, row) for row in known[field]]
-        return kind(**known)
-    except (AttributeError, TypeError):
+        return kind(
+            **{name: typed(data[name], kind.__annotations__[name]) for name in kind.__annotations__ if name in data}
+        )
+    except (KeyError, TypeError):
         raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
+
+
+def typed(value: Any, annotation: str) -> Any:
+    """Return a value from JSON as an annotation has it, a text printable. Raises TypeError."""
+    kind, optional, _ = annotation.partition(" | None")
+    name, _, inner = kind.rstrip("]").partition("[")
+    if optional and value is None:
+        return None
+    if name == "str" and isinstance(value, str):
+        return printable(value)
+    if name == "list" and isinstance(value, list):
+        return [typed(each, inner) for each in value]
+    if name == "dict" and isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+        return {printable(key): each for key, each in value.items()}
+    if name in RECORDS:
+        return record(RECORDS[name], value)
+    if type(value).__name__ == name or (name == "float" and type(value) is int):
+        return value
+    raise TypeError
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -588,7 +720,9 @@ def user_name(uid: int) -> str:
 
 LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # an agent that boots passes through these
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
+UNSHARED = 0.2  # seconds for which a starting agent may not have shared its socket yet
+NAMED_AFTER = 5.0  # seconds of silence after which an agent is named, before it is taken for gone after REPLY_TIMEOUT
 COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
 
 
@@ -624,33 +758,25 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
 
         `sock` is a socket that leads to the agent already.
         """
-        from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
-
         self.path = path
         self._next = 0
         self._buffer = bytearray()
         self._messages: list[Any] = []
-        deadline, pause = time.monotonic() + connect_timeout, 0.005
-        self.sock: Any = sock
-        while not sock:
-            self.sock = socket(AF_UNIX, SOCK_STREAM)
-            try:
-                if posix.geteuid() and (wrong := foreign(path)):  # root accepts any
-                    raise Unreachable(wrong)
-                self.sock.settimeout(REPLY_TIMEOUT)
-                self.sock.connect(path)
-                return
-            except OSError as error:
-                self.sock.close()
-                if time.monotonic() >= deadline or error.errno not in RETRIED:
-                    raise Unreachable(explain(path, error)) from None
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+        self.sock: Any = sock or connected(path, connect_timeout)
+        self.pid, self.uid = peer_of(self.sock)
+        self._foreign = self.uid not in (0, posix.geteuid())
+        self._withheld = False  # it has been said that variables were not taken
+        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
+            self.close()
+            who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
+            raise Foreign(f"{who}; choose another --socket-path")
 
     def request(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
@@ -683,15 +809,43 @@ class Channel:
         message: dict[str, Any] = self._messages.pop(0)
         return message
 
-    def messages(self, timeout: float = NEVER) -> Iterator[dict[str, Any]]:
-        """Iterate over the messages that come within `timeout` seconds. Raises Unreachable."""
-        deadline = time.monotonic() + timeout
-        while message := self.receive(deadline - time.monotonic()):
-            yield message
+    def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
+        """Return the next message, or None if none comes until the time `end`.
+
+        Silence is normal for `quiet` seconds. NAMED_AFTER later a warning names the agent; REPLY_TIMEOUT later it is
+        taken for gone: raises Unreachable.
+        """
+        since = time.monotonic() + quiet
+        for silent in (NAMED_AFTER, REPLY_TIMEOUT):
+            message = self.receive(min(end, since + silent) - time.monotonic())
+            if message or time.monotonic() >= end:
+                return message
+            if silent == NAMED_AFTER:
+                say(f"warning: {self._silence(silent)}", 2)
+        raise Unreachable(self._silence(REPLY_TIMEOUT))
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Iterate over all messages; after a while without any, ask whether the agent is still there."""
+        while True:
+            message = self.receive(REPORT_EVERY)
+            if message is None:
+                self.request("ping")
+                message = self.hear()
+            if message:
+                yield message
 
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
-        self.sock.settimeout(min(max(timeout, 0.0), LONGEST_POLL))
+        timeout = min(max(timeout, 0.0), LONGEST_POLL)
+        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+            import select
+
+            awaited = select.poll()
+            for fd in (self.signals, self.fileno()):
+                awaited.register(fd, select.POLLIN)
+            awaited.poll(1000 * timeout)
+            timeout = 0.0
+        self.sock.settimeout(timeout)
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
@@ -719,14 +873,28 @@ class Channel:
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
         """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        for message in self.messages(timeout):
+        end = time.monotonic() + timeout
+        while message := self.hear(end=end):
             if is_answer(message, request):
                 return result_of(message)
-        raise Unreachable(f"the agent at {self.path} has not answered for {timeout:.0f} s; is it stopped?")
+        raise Unreachable(self._silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
+
+    def news(self, data: Any) -> Answer:
+        """Return what the agent says of a unit. Raises Unreachable.
+
+        Environment variables are code, so root takes none from an agent of another user, and says so once.
+        """
+        answer = record(Answer, data)
+        if answer.env and self._foreign and posix.geteuid() == 0:
+            if not self._withheld:
+                whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
+                say(f"warning: root takes no environment variables from {whose}", 2)
+            self._withheld, answer.env = True, {}
+        return answer
 
     def more(self) -> bool:
         """Whether a message has come that was not received yet."""
@@ -746,8 +914,49 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _silence(self, seconds: float) -> str:
+        who = f" (pid {self.pid})" if self.pid else ""
+        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
+
+
+def connected(path: str, connect_timeout: float) -> Any:
+    """Return a socket that leads to the agent at a path, tried again for so many seconds. Raises Unreachable."""
+    from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
+
+    began, pause = time.monotonic(), 0.005
+    while True:
+        sock = socket(AF_UNIX, SOCK_STREAM)
+        try:
+            sock.settimeout(REPLY_TIMEOUT)
+            sock.connect(path)
+            return sock
+        except OSError as error:
+            sock.close()
+            patience = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
+            if error.errno not in RETRIED or not time.monotonic() < began + patience:
+                raise Unreachable(explain(path, error)) from None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def peer_of(sock: Any) -> tuple[int, int]:
+    """Return the process and the user at the other end of a connection, 0 and -1 if the system does not say.
+
+    A client sees who listens there, as of when that began.
+    """
+    import _socket
+
+    try:
+        if hasattr(_socket, "SO_PEERCRED"):  # pid, uid and gid
+            data = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+        else:  # macOS: LOCAL_PEERPID, and LOCAL_PEERCRED, in which a version number stands before the uid
+            data = sock.getsockopt(0, 2, 4) + sock.getsockopt(0, 1, 76)[4:]
+    except OSError:
+        return 0, -1
+    return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
@@ -764,46 +973,19 @@ def result_of(message: dict[str, Any]) -> Any:
         raise Unreachable("the agent's answer has an error that is none")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
-    raise kind(str(error.get("message")), records(Dependency, data) if kind is TimedOut else data)
+    raise kind(printable(str(error.get("message"))), records(Dependency, data) if kind is TimedOut else data)
 
 
-def expect(kind: type[Any], answer: Any) -> Any:
-    """Return an answer that is of the kind it should be: a list of objects, or an object. Raises Unreachable."""
-    rows = answer if isinstance(answer, list) else [answer]
-    if not isinstance(answer, kind) or not all(isinstance(row, dict) for row in rows):
-        raise Unreachable(f"the agent's answer is not one of ours: {one_line(ascii(answer))[:60]}; one version?")
-    return answer
-
-
-def records(kind: type[Any], rows: Any) -> list[Any]:
+def records(kind: type[R], rows: Any) -> list[R]:
     """Return the records that an answer has a list of. Raises Unreachable."""
-    return [record(kind, row) for row in expect(list, rows)]
-
-
-def texts(values: Any) -> list[str]:
-    """Return the names that an answer has a list of, if any."""
-    return [str(value) for value in values] if isinstance(values, list) else []
-
-
-def variables_in(answer: Any) -> dict[str, str]:
-    """Return the environment variables in an answer, if any. Raises Unreachable."""
-    return {str(name): str(value) for name, value in expect(dict, answer.get("env") or {}).items()}
+    if not isinstance(rows, list):
+        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
+    return [record(kind, row) for row in rows]
 
 
 def socket_path_of(given: str) -> str:
     """Where the agent listens: as given, else by the environment, else at the default path."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
-
-
-def foreign(path: str) -> str:
-    """What is wrong with a socket at the shared default path that is neither ours nor root's: anybody may make one.
-
-    Raises OSError if there is none.
-    """
-    uid = posix.lstat(path).st_uid if path == DEFAULT_SOCKET else 0
-    if uid in (0, posix.geteuid()):
-        return ""
-    return f"{path} belongs to {user_name(uid)}, not to you or root; choose another --socket-path"
 
 
 def explain(path: str, error: OSError) -> str:
@@ -833,30 +1015,20 @@ def explain(path: str, error: OSError) -> str:
     return f"cannot reach an agent at {path}: {why}"
 
 
-def check_names(names: object, what: str = "unit") -> None:
-    """Refuse what cannot be meant, before anything is registered. Raises TypeError or Refused."""
-    if not isinstance(names, (list, tuple)):
+def name_list(names: Iterable[str]) -> list[str]:
+    """Return names as a list. Raises TypeError for a single text, which is taken for a list of letters easily."""
+    if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"a name must be a str, not {type(name).__name__}")
-        check_name(name, what)
-
-
-def check_timeout(timeout: object) -> None:
-    """Refuse what is no number of seconds. Raises TypeError or ValueError."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"a timeout is a number of seconds, not {type(timeout).__name__}")
-    if not 0 <= timeout < 1e9:
-        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+    return list(names)
 
 
 def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
     """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
     with Channel(path, connect_timeout) as channel:
         channel.answer(channel.request("shutdown"), timeout)
+        end = time.monotonic() + timeout
         try:
-            for _ in channel.messages(timeout):
+            while channel.receive(end - time.monotonic()):
                 pass
         except Unreachable:
             return
@@ -866,22 +1038,17 @@ def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TI
 class Client:
     """Talk to an agent. All times in seconds.
 
-    Every call may raise Unreachable (no agent, or it went away), Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it), and TypeError or ValueError for an argument that cannot be
-    meant. `exit_code` of an error is the command line's.
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Calls try for `connect_timeout` to reach an agent that may still be booting. Default is
+        Calls try for `connect_timeout` to reach an agent that may still be starting. Default is
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
         connected yet.
         """
-        if not isinstance(socket_path, str) or not isinstance(connect_timeout, (int, float, type(None))):
-            raise TypeError(
-                f"socket_path is a str and connect_timeout a number, not {socket_path!r}, {connect_timeout!r}"
-            )
         self.socket_path = socket_path_of(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
@@ -891,24 +1058,27 @@ class Client:
         self.connect_timeout = CONNECT_TIMEOUT if given is None else given
         self._question_timeout = 0.0 if given is None else given
 
-    def _call(self, kind: type[Any], method: str, **params: Any) -> Any:
+    def _channel(self, method: str) -> Channel:
         patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        with Channel(self.socket_path, patience) as channel:
-            return expect(kind, channel.call(method, **params))
+        return Channel(self.socket_path, patience)
+
+    def _call(self, method: str, **params: Any) -> Any:
+        with self._channel(method) as channel:
+            return channel.call(method, **params)
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
         with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
-            return dict(expect(dict, channel.call("ping")))
+            return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
-        return texts(self.declare(unit, *dependencies, requires=requires).get("dependencies"))
+        return list(self.declare(unit, *dependencies, requires=requires)["dependencies"])
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """As `want`, but return the `dependencies` and the `status` of the unit."""
-        check_names([unit, *dependencies])
-        return dict(self._call(dict, "want", unit=unit, dependencies=list(dependencies), requires=requires))
+        answer = record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
+        return {"unit": answer.unit, "dependencies": answer.dependencies, "status": answer.status}
 
     def start(
         self,
@@ -941,37 +1111,35 @@ class Client:
     ) -> float:
         """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
-        check_names(units)
-        check_timeout(timeout)
-        with Channel(self.socket_path, self.connect_timeout) as channel:
+        with self._channel("wait") as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
         return time.monotonic() - began
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call(dict, "fail", unit=unit, exit_code=exit_code)
+            self._call("fail", unit=unit, exit_code=exit_code)
         else:
-            self._call(dict, "complete", unit=unit)
+            self._call("complete", unit=unit)
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call(dict, "fail", unit=unit, reason=one_line(reason))
+        self._call("fail", unit=unit, reason=one_line(reason))
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
 
         Returns their names. Raises NotRegistered, or Refused while one of them is started.
         """
-        check_names(units)
-        return texts(self._call(dict, "reset", units=list(units)).get("units"))
+        return record(Answer, self._call("reset", units=list(units))).units
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that `unit` would start with: what its dependencies have left.
 
         Raises NotRegistered.
         """
-        return variables_in(self._call(dict, "env", unit=unit))
+        with self._channel("env") as channel:
+            return channel.news(channel.call("env", unit=unit)).env
 
     def shutdown(self) -> None:
         """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
@@ -979,17 +1147,15 @@ class Client:
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
-        status: UnitStatus = record(UnitStatus, self._call(dict, "status", unit=unit))
-        return status
+        return record(UnitStatus, self._call("status", unit=unit))
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
         """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return records(UnitStatus, self._call(list, "list", all=everything))
+        return records(UnitStatus, self._call("list", all=everything))
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        graph: Graph = record(Graph, self._call(dict, "graph"))
-        return graph
+        return record(Graph, self._call("graph"))
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
         """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
@@ -997,11 +1163,11 @@ class Client:
         The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
         with Unreachable, as it does when the agent ends.
         """
-        with Channel(self.socket_path, self._question_timeout) as channel:
+        with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
             for message in channel.messages() if follow else ():
                 if message.get("method") == "event":
-                    yield record(Event, expect(dict, message.get("params")))
+                    yield record(Event, message.get("params"))
 
     def unit(
         self,
@@ -1026,15 +1192,8 @@ class Start:
         self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are those that the agent's method `start` has besides."""
-        check_names([unit])
-        check_timeout(timeout)
-        for names, what in (("dependencies", "unit"), ("locks", "lock")):
-            params[names] = params[names] if isinstance(params[names], str) else list(params[names])
-            check_names(params[names], what)
-        if type(params.get("pid", 0)) is not int or not (on_wait is None or callable(on_wait)):
-            pid = params.get("pid")
-            raise TypeError(f"pid must be an int and on_wait a function or None, not {pid!r} and {on_wait!r}")
-        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, unit, timeout, on_wait, hold
+        params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
+        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
@@ -1044,15 +1203,15 @@ class Start:
 
     def __enter__(self) -> Start:
         began = time.monotonic()
-        self.channel = Channel(self.client.socket_path, self.client.connect_timeout)
+        self.channel = self.client._channel("start")
         try:
             result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            names = texts(expect(dict, result).get("dependencies"))
-            self.environment = variables_in(result)
+            answer = self.channel.news(result)
+            self.environment = answer.env
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, names, time.monotonic() - began)
+        self.result = Started(self.unit, answer.dependencies, time.monotonic() - began)
         return self
 
     def confirm(self) -> None:
@@ -1082,18 +1241,22 @@ def wait_for(
     """Send a request that may wait; report what is missing now and then; return its result.
 
     The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
-    is only for one that no longer answers. Raises TimedOut, and what the agent answers.
+    is only for one that no longer answers. Raises TimedOut, ValueError, and what the agent answers.
     """
+    if not 0 <= timeout < 1e9:
+        raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
+    end = time.monotonic() + timeout + LATE if timeout else NEVER
     request = channel.request(method, timeout=timeout, progress=True, **params)
     missing: list[Dependency] = []
-    for message in channel.messages(timeout + LATE if timeout else NEVER):
+    quiet = 0.0  # that the wait has begun is said at once
+    while message := channel.hear(quiet, end):
         if is_answer(message, request):
             return result_of(message)
-        about = expect(dict, message.get("params")) if message.get("method") == "waiting" else {}
-        if about.get("id") == request:
-            missing = records(Dependency, about.get("missing"))
+        if message.get("method") == "waiting":
+            waiting = record(Waiting, message.get("params"))
+            missing, quiet = waiting.missing, REPORT_EVERY
             if on_wait:
-                on_wait(missing, float(about.get("waited") or 0.0))
+                on_wait(missing, waiting.waited)
     on = "dependencies of " if method == "start" else ""
     raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
 
@@ -1453,42 +1616,32 @@ def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, rest
 
 
-def load_more() -> bool:
-    """Have more commands, those of the next part of an installed copy (see Install); False if there are no more."""
-    if "rest" not in globals():
-        return False
-    import gc
-    from _frozen_importlib_external import MAGIC_NUMBER
-    from marshal import loads
-
-    gc.disable()  # all that comes now stays
-    place, was = globals().pop("rest")
-    with open(FILE, "rb", 0) as file:
-        now = posix.fstat(file.fileno())
-        if (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns):
-            file.seek(place - 8)
-            size = int.from_bytes(file.read(8), "little")
-            data = file.read(size + 32)  # with the head of the next part
-            end = data.find(MAGIC_NUMBER + bytes([1, 0, 0, 0]), size)
-            if end >= 0:
-                globals()["rest"] = place + end + 16, was
-            code = loads(data)
-        else:  # the file was replaced just now
-            from zipfile import ZipFile
-
-            code = compile(ZipFile(FILE).read("coder_sync.py"), FILE, "exec")
+def load_below() -> None:
+    """Run what is below the cut, where only what is above was run. Raises SyncError."""
+    global LAUNCHED
+    try:
+        code, found = half_of(FILE, True)
+    except OSError as error:
+        raise SyncError(f"cannot read {FILE}: {error.strerror}") from None
+    except (SyntaxError, ValueError):
+        raise SyncError(f"{FILE} is damaged: copy or install it again") from None
+    if LAUNCHED not in (None, found):
+        launch()  # the file was replaced: begin again with the new one
     exec(code, globals())
-    if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
-        gc.freeze()
-    gc.enable()
-    return True
+    if LAUNCHED:
+        import gc
+
+        LAUNCHED = None
+        if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
+            gc.freeze()
+        gc.enable()
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
     options, words = command_line(argv)
-    while (not words or words[0] not in COMMANDS) and load_more():
-        pass
+    if LAUNCHED and (not words or words[0] not in COMMANDS):
+        load_below()
     if not words:
         raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
     name, rest = words[0], words[1:]
@@ -1511,15 +1664,46 @@ def dispatch(argv: Sequence[str]) -> int:
     return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
 
 
+def name_process() -> None:
+    """Have ps(1) and top(1) show our name instead of python3, where the system lets us."""
+    try:
+        fd = posix.open("/proc/self/comm", posix.O_WRONLY)
+        posix.write(fd, b"coder_sync")
+        posix.close(fd)
+    except OSError:
+        pass
+
+
+def end_on_signals() -> None:
+    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+    import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
+
+    Channel.signals, write = posix.pipe()
+    posix.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
+    import _signal as signal
+
     code = 0
     try:
+        if LAUNCHED and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
             except OSError:  # closed: no socket of ours must take its place
                 null()
+        if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
+            posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
+        if posix.getpid() == 1:
+            end_on_signals()
+        name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
@@ -1541,6 +1725,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         except (OSError, ValueError, AttributeError):
             pass
     posix._exit(code)
+
+
+if LAUNCHED:
+    main()
+elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
+    load_below()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1624,11 +1814,30 @@ def command_of(pid: int) -> str:
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(" ".join(args)) or proc_line(pid, "Name")
+    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name")
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def without_password(text: str) -> str:
+    """Return a command line or a URL without the user and password in the first URL that there is."""
+    scheme, found, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    return f"{scheme}{found}***@{host}{slash}{path}" if at else text
+
+
 # -- descriptors --------------------------------------------------------------------------------------------
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+def open_file(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
+
+    Raises OSError.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+
+
 def open_files() -> int:
     """How many descriptors this process may have."""
     import resource
@@ -1644,12 +1853,13 @@ def close_others(keep: Iterable[int]) -> None:
         os.closerange(before + 1, after)
 
 
-def in_background(keep: Iterable[int] = ()) -> tuple[int, int]:
+def in_background() -> tuple[int, int]:
     """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
 
-    The background process has a session of its own, and of what was open only standard output and error and `keep`.
+    The background process has a session of its own, and of what was open only standard output and error.
     Raises Refused.
     """
+    import _signal as signal
     from _socket import socketpair
 
     try:
@@ -1660,10 +1870,11 @@ def in_background(keep: Iterable[int] = ()) -> tuple[int, int]:
     if pid:
         theirs.close()
         return pid, ours.detach()
+    signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
-    close_others([theirs.fileno(), *keep])
+    close_others([theirs.fileno()])
     return 0, theirs.detach()
 
 
@@ -1674,7 +1885,7 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 def heeded(names: Iterable[str]) -> list[int]:
     """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
-    import _signal as signal  # type: ignore[import-not-found]  # the package module wraps each number in an enum, which costs as much as a call
+    import _signal as signal
 
     numbers = [int(getattr(signal, name)) for name in names]
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
@@ -1904,8 +2115,10 @@ def is_variable(name: str) -> bool:
 #
 # A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
 # `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
+# That of a supervisor lasts until the unit and its command have ended: a service has completed and runs on.
 # Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
-# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started.
+# of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
+# failed and its claim lasts; who runs on has a holder; what is in `stopping` has one, a supervisor.
 # ----------------------------------------------------------------------------------------------------------
 
 MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
@@ -1919,6 +2132,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
@@ -1930,7 +2144,7 @@ class Facts(UnitStatus):
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait`."""
+    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -1943,7 +2157,9 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.locks: tuple[Lock, ...] = ()  # that it has while it is started
+        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.locks: tuple[Lock, ...] = ()  # that it was started with
+        self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
@@ -1966,15 +2182,46 @@ class Lock:
 
 
 class Claim:
-    """A request to start a unit, or to wait. A held one lasts until the unit ends, any other until it is answered."""
+    """A request to start a unit, or to wait.
+
+    A plain one lasts until it is answered, a held one until its unit has ended, and that of a supervisor until the
+    unit's command has ended too.
+    """
+
+    boot = False  # it is answered with every status of the unit, not once
+    runs = False  # its owner is the command itself, as its supervisor has said
+    delivered = False  # its answer has arrived
+    lost = False  # it ended without a word of what becomes of the command
+    deadline = NEVER
 
     def __init__(
-        self, unit: Unit, ticket: Any, owner: Owner | None, held: bool, locks: tuple[Lock, ...], boot: bool
+        self,
+        unit: Unit,
+        ticket: Any,
+        owner: Owner | None = None,
+        held: bool = False,
+        supervisor: bool = False,
+        locks: tuple[Lock, ...] = (),
     ) -> None:
-        self.unit, self.ticket, self.owner, self.held, self.locks = unit, ticket, owner, held, locks
-        self.boot = boot  # it is answered with every status of the unit, not once
-        self.deadline = NEVER
-        self.delivered = False  # its answer has arrived
+        self.unit, self.ticket, self.owner, self.locks = unit, ticket, owner, locks
+        self.held, self.supervisor = held or supervisor, supervisor
+
+
+class Stopping(Record):
+    """What a supervisor is told: to end the command of a unit within so many seconds."""
+
+    unit: str
+    grace: float
+
+
+class Stop(Claim):
+    """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
+
+    def __init__(self, ticket: Any, deadline: float, cannot: list[dict[str, Any]]) -> None:
+        super().__init__(Unit(""), ticket)
+        self.units: dict[Unit, None] = {}  # that are to end
+        self.end_by = deadline + STOP_PATIENCE
+        self.answer: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
 
 
 class Units:
@@ -2001,6 +2248,8 @@ class Units:
         self.locks: dict[str, Lock] = {}
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
+        self.stopping: dict[Unit, None] = {}  # that supervisors are to end
+        self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
         self._answers: list[tuple[Claim, Any]] = []
@@ -2027,40 +2276,59 @@ class Units:
         held: bool = False,
         locks: Iterable[str] = (),
         timeout: float = 0.0,
+        supervisor: bool = False,
     ) -> Claim:
         """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
         Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
-        wants = dict.fromkeys(dependencies, check_requirement(requires))
-        return self._claim([(check_name(name), wants, locks)], ticket, owner, held, timeout)[0]
+        members = [(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), locks)]
+        return self._claim(members, timeout, ticket=ticket, owner=owner, held=held, supervisor=supervisor)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
         wants = dict.fromkeys(names, check_requirement(requires))
         # Held, so that one that ends before its time has failed, and is forgotten.
-        return self._claim([("", wants, ())], ticket, None, True, timeout)[0]
+        return self._claim([("", wants, ())], timeout, ticket=ticket, held=True)[0]
 
-    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0) -> list[Claim]:
+    def boot(
+        self,
+        members: Sequence[Member],
+        ticket: Any,
+        owner: Owner | None = None,
+        jobs: int = 0,
+        resume: bool = False,
+    ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
-        At most `jobs` of them are started at once (0: no limit). The dependencies of a unit that had ended are
-        replaced. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
-        Raises Refused, and nothing has changed, while one of them is started or claimed by somebody who lives.
+        At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
+        others. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
+        With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and nothing has
+        changed, while one of the others is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
+        done = set()
         for name, wants, _ in members:
             for requires in wants.values():
                 check_requirement(requires)
-            if name not in self.units:
-                continue
-            unit = self.units[name]
-            started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
-            if claim or (started and (by is None or self.alive(by) is not False)):
-                how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
-                raise Refused(f'unit "{name}" is {how}; nothing was run: end that first')
-        return self._claim(members, ticket, owner, True, places=(Lock("", jobs),) if jobs else (), boot=True)
+            unit = self.units.get(name)
+            if unit and resume and unit.status == COMPLETED:
+                done.add(name)
+            elif unit:
+                self._check_free(unit)
+        places = (Lock("", jobs),) if jobs else ()
+        return self._claim(members, 0.0, places, done, boot=True, ticket=ticket, owner=owner, supervisor=True)
+
+    def _check_free(self, unit: Unit) -> None:
+        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+        if unit.holder and not started:
+            earlier = " from an earlier boot" if unit.holder.boot else ""
+            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+        if claim or (started and (by is None or self.alive(by) is not False)):
+            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
+            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def delivered(self, claim: Claim) -> None:
         """The answer to a claim has arrived: those who stood behind it in line are answered too."""
@@ -2070,39 +2338,53 @@ class Units:
             unit.refused += [other.owner for other in unit.line if other.owner][:100]
             self._answer_line(unit, self._already_started(unit))
             if not claim.held:
-                unit.holder = None
+                self._close(unit)
 
-    def end_claims(self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None) -> None:
+    def end_claims(
+        self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None, reason: str = ""
+    ) -> None:
         """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
 
         `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
-        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is
-        none, the unit of a held claim has failed, and that of any other is pending.
+        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is none,
+        the unit of a held claim has failed, with `reason` if it is given, unless it had ended and does not run on, and
+        that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, bool]] = {}  # the reason, and whether a held claim is among them
+        ended: dict[Unit, tuple[str, Claim]] = {}  # the reason, and the claim: a held one, if there is one
         for claim in [claim for claim in claims if not self.is_over(claim)]:
             unit, who = claim.unit, self._who(claim.owner)
-            by = "the boot that ran " if claim.boot else ""
-            reason = f"lost: {by}{who or 'the process that held it'} ended without completing"
             if claim in unit.line:
                 missing = ", ".join(self._waits_for(unit, registered=False))
-                reason = f"lost: {who or 'its start'} waited for {missing}, and {why}"
+                lost = f"lost: {who or 'its start'} waited for {missing}, and {why}"
                 if error is TimedOut:
-                    reason = f"timed out waiting for {missing}"
+                    lost = f"timed out waiting for {missing}"
                     what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
                     late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
                     self._answers.append((claim, late))
-                elif error:
+                elif error and not claim.boot:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
                 self._record(unit, "gave up", f"{why}; still missing: {missing}")
                 del unit.line[claim]
                 self.waits -= 1
             else:
-                unit.holder = None
-            ended[unit] = (reason, claim.held or ended.get(unit, ("", False))[1])
-        for unit, (reason, held) in ended.items():
-            if held and not unit.first():
-                self._set(unit, FAILED, one_line(reason))
+                by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
+                lost = f"lost: {by}{who or 'the process that held it'} ended"
+                if unit.facts.running_on:
+                    lost += f"; {'that process' if claim.runs else 'its command'} may still run"
+                else:
+                    lost += " without completing"
+                self._close(unit, lost=True)
+            if claim.held or unit not in ended:
+                ended[unit] = (lost, claim)
+        for unit, (lost, claim) in ended.items():
+            if unit.status in ENDED and not unit.facts.running_on:
+                continue
+            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
+                continue  # for now: a boot does not stay with its services yet
+            if claim.held and not unit.first():
+                if unit.facts.running_on:
+                    unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
+                self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
                 self._set(unit, PENDING, "the client that asked for its start was gone")
@@ -2115,19 +2397,111 @@ class Units:
         late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
         self.end_claims(late, "timed out", TimedOut)
 
-    def complete(self, name: str, by: Owner | None = None, env: dict[str, str] | None = None) -> None:
-        """End `name` with success; `env` is for those that depend on it.
+    def complete(
+        self,
+        name: str,
+        by: Owner | None = None,
+        env: dict[str, str] | None = None,
+        claim: Claim | None = None,
+        running: bool = False,
+    ) -> str:
+        """End `name` with success; `env` is for those that depend on it. Return its status.
 
-        Raises NotRegistered; Refused if it has ended otherwise, or if the start of `by` was refused.
+        `claim` is the reporter's on the unit, if it has one; `running` says that the command runs on. Raises
+        NotRegistered; Refused if it has ended otherwise, is being stopped, or if the start of `by` was refused.
         """
         left = [env, *(unit.facts.environment for unit in self.units.values() if unit.name != name)] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        self._end(name, COMPLETED, by, "", 0, env)
+        return self._end(name, COMPLETED, by, claim, running, "", 0, env)
 
-    def fail(self, name: str, reason: str = "", exit_code: int | None = None, by: Owner | None = None) -> None:
-        """End `name` without success: what requires it is skipped. Raises as `complete` does."""
-        self._end(name, FAILED, by, one_line(reason), exit_code)
+    def fail(
+        self,
+        name: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        by: Owner | None = None,
+        claim: Claim | None = None,
+    ) -> str:
+        """End `name` without success: what requires it is skipped. Return its status. Raises as `complete` does."""
+        return self._end(name, FAILED, by, claim, False, one_line(reason), exit_code)
+
+    def exit(self, claim: Claim, reason: str = "", code: int = 0) -> None:
+        """End a supervisor's claim: the command of its unit has ended, with all its processes.
+
+        If it ran on, and has ended by itself, otherwise than with 0, the unit has failed: it died.
+        """
+        unit = claim.unit
+        if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
+            return
+        facts, reason = unit.facts, one_line(reason)
+        if unit in self.stopping:
+            self._end_stopped(unit)
+        elif facts.running_on:
+            facts.running_on, facts.exited, facts.exit_reason = False, self._now(), reason
+            self._close(unit)
+            if code:
+                ran = span(facts.exited - (facts.ended or 0.0))
+                self._set(unit, FAILED, f"died {ran} after it was ready: {reason}", code, event="died")
+            else:
+                self._record(unit, "exited", reason)
+        else:
+            self._close(unit)
+        self._settle_all()
+
+    def run_on(self, claim: Claim) -> None:
+        """The command of a unit that has completed runs on: so does the claim of its supervisor."""
+        unit = claim.unit
+        if unit.status == COMPLETED and unit.last is claim and claim.held:
+            claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
+
+    def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
+        """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
+
+        What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
+        first, and at the latest when half of the time is over. The answer has three lists: the names of those that
+        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor.
+        Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        """
+        named = dict.fromkeys(self._registered(name) for name in names)
+        named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
+        affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
+        plain = [u for u in affected if u.status == STARTED and not (u.holder and u.holder.supervisor)]
+        deadline = self.clock() + grace
+        stop = Stop(ticket, deadline, [{"unit": unit.name, "owner": self._owner(unit)} for unit in plain])
+        stop.unit.line[stop] = None
+        self.waits += 1
+        for unit in affected:
+            if unit.holder and unit.holder.supervisor:
+                self.stopping[unit] = stop.units[unit] = None
+                unit.stop_by, unit.tell_by = min(unit.stop_by, deadline), min(unit.tell_by, deadline - grace / 2)
+        waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
+        self.end_claims(waiting, "stopped", Refused, reason="stopped")
+        failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
+        stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
+        self.stops.append(stop)
+        self.keep_time()
+        return stop
+
+    def keep_time(self) -> float:
+        """Go on with stops; return when something of them is due next, on the clock."""
+        now = self.clock()
+        if self.stopping:
+            below = self._reached(self.stopping, "wants")
+            for unit in self.stopping:
+                holder = unit.holder
+                if holder and unit.stop_by < unit.told and (unit not in below or unit.tell_by <= now):
+                    unit.told = unit.stop_by
+                    self._answers.append((holder, Stopping(unit.name, round(max(0.0, unit.stop_by - now), 3))))
+        for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
+            self.stops.remove(stop)
+            stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
+            if not self.is_over(stop):  # else who asked has gone
+                del stop.unit.line[stop]
+                self.waits -= 1
+                self._answers.append((stop, stop.answer))
+        times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
+        return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended pending again, with those skipped because of them; all if none is named.
@@ -2140,6 +2514,8 @@ class Units:
             if unit.status == STARTED:
                 by = owner_text(unit.facts.owner, " by ")
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+            if unit.holder:
+                raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
         again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
         for unit in again:
             self._set(unit, PENDING)
@@ -2153,26 +2529,16 @@ class Units:
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
         """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
+        claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
+        claim.unit.facts.probe = ready
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
         unit = self._registered(name)
         unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
-
-    def run_on(self, name: str) -> None:
-        """The process of a completed unit, a service, goes on."""
-        self._registered(name).facts.running_on = True
-
-    def exit(self, name: str, reason: str) -> None:
-        """The process of a completed unit has ended."""
-        unit = self._registered(name)
-        if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited = False, self._now()
-            unit.facts.exit_reason = one_line(reason)
-            self._record(unit, "exited", unit.facts.exit_reason)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -2222,17 +2588,21 @@ class Units:
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Snapshots by name; `everything` includes names that were only ever wanted. Owners are as they were."""
+        """Return snapshots by name; `everything` includes names that were only ever wanted."""
         shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return [self._snapshot(u) for u in sorted(shown, key=lambda u: u.name)]
+        return self._snapshots(sorted(shown, key=lambda u: u.name))
 
     def graph(self) -> Graph:
         """Everything, for pictures, in the order in which it became known; also names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
-        rows = {unit: self._snapshot(unit) for unit in (*self.units.values(), *refused)}
-        for unit in [unit for unit in rows if unit.status == STARTED][:500]:  # to look at more would take too long
+        return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
+
+    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
+        """Return snapshots of units, in their order."""
+        rows = {unit: self._snapshot(unit) for unit in units}
+        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
             rows[unit].owner = self._owner(unit)
-        return Graph(self._now(), [*rows.values()])
+        return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
         """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
@@ -2251,12 +2621,7 @@ class Units:
 
     def dependents(self, unit: Unit) -> set[str]:
         """The names of all that depend on a unit, also through others, and its own."""
-        found, todo = {unit.name}, [unit]
-        for one in todo:
-            new = [u for u in one.wanted_by if u.name not in found]
-            found.update(u.name for u in new)
-            todo += new
-        return found
+        return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
 
     # -- the rules ----------------------------------------------------------------------------------------
 
@@ -2307,7 +2672,8 @@ class Units:
             lock.taken[unit] = None
         del unit.line[claim]
         self.waits -= 1
-        unit.locks, unit.holder, facts.owner, unit.refused = claim.locks, claim, claim.owner, []
+        unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
+        unit.holder = unit.last = claim if unit.name else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -2332,6 +2698,8 @@ class Units:
         for unit, because in self._affected:  # which grows; no recursion, since chains may be long
             self._settle(unit, because)
         self._affected.clear()
+        if self.stops or self.stopping:
+            self.keep_time()
 
     def _set(
         self,
@@ -2340,25 +2708,26 @@ class Units:
         reason: str = "",
         exit_code: int | None = None,
         env: dict[str, str] | None = None,
+        event: str = "",
+        boot: Claim | None = None,
     ) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
-        old, unit.status, unit.since, claim = unit.status, status, self._now(), unit.first()
-        if old == STARTED:
-            for lock in unit.locks:
-                del lock.taken[unit]
-                self._freed.append((lock, unit))
+        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true.
+
+        `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
+        """
+        old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
+        if status in (PENDING, COMPLETED):
+            self._unlock(unit)
         if status == PENDING:  # forget the run before
             unit.facts = Facts(unit.since)
-            unit.root, unit.locks = "", ()
+            unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
-        else:
+        elif unit.facts.ended is None:  # else it completed, and ran on
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = reason, exit_code
         if env:
             unit.facts.environment, self.left_environment = env, True
-        if status != STARTED or not unit.name:
-            unit.holder = None
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
@@ -2367,35 +2736,97 @@ class Units:
         if claim and claim.boot and status != PENDING:
             answer = {"unit": unit.name, "status": status, "reason": reason}
             self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        self._record(unit, "registered" if old == NOT_REGISTERED else status, reason)
+        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, reason)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
                 self._forget(other)
 
-    def _end(self, name: str, status: str, by: Owner | None, *outcome: Any) -> None:
-        """End a unit as its caller tells; `outcome` is what `_set` takes."""
+    def _end(self, name: str, status: str, by: Owner | None, claim: Claim | None, running: bool, *outcome: Any) -> str:
+        """End a unit as its caller tells, and its claim unless that is a supervisor's whose command may still run.
+
+        `outcome` is what `_set` takes.
+        """
         unit = self._registered(name)
+        holds = claim is not None and claim is unit.holder
+        running = running and holds and claim is not None and claim.held
+        if not holds:
+            self._check_report(unit, by)
+        if unit in self.stopping and (holds or unit.status == STARTED):
+            if holds and not running:
+                self._end_stopped(unit)
+                self._settle_all()
+            elif not holds and status == COMPLETED:
+                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+            return unit.status
+        if holds and claim and unit.facts.running_on and not running:  # a report of its command's end
+            self.exit(claim, outcome[0], int(status == FAILED and (outcome[1] or 1)))
+            return unit.status
+        wrong = unit.status in ENDED and unit.status != status
+        why = f" ({unit.facts.reason})" if unit.facts.reason else ""
+        if unit.status not in ENDED:
+            if running:
+                self._record(unit, "ready", "")
+            self._set(unit, status, *outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+        if holds and claim and running:
+            self.run_on(claim)
+        elif holds or not (unit.holder and unit.holder.supervisor):
+            self._close(unit)
+        self._settle_all()
+        if wrong:
+            hint = "others may have acted on that; start it again first"
+            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
+        return unit.status
+
+    def _check_report(self, unit: Unit, by: Owner | None) -> None:
+        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
             raise Refused(
-                f'unit "{name}": a report of {self._who(by)} does not count: its start was refused, because the unit '
-                f"was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from another shell"
+                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
+                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
+                "another shell"
             )
-        if unit.status in ENDED and unit.status != status:
-            why = f" ({unit.facts.reason})" if unit.facts.reason else ""
-            hint = "others may have acted on that; start it again first"
-            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        if unit.status != status:
-            self._set(unit, status, *outcome)
-            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            self._settle_all()
+
+    def _end_stopped(self, unit: Unit) -> None:
+        """The command of a unit that was to be stopped has ended."""
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
+        if unit.status != FAILED:
+            self._set(unit, FAILED, "stopped", event="stopped")
+            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        self._close(unit)
+
+    def _close(self, unit: Unit, lost: bool = False) -> None:
+        """The claim that was granted is over; what a supervisor that is lost has left was not stopped."""
+        claim, unit.holder = unit.holder, None
+        if claim:
+            claim.lost = lost
+        if unit.status != STARTED or (claim and claim.held):
+            self._unlock(unit)
+        if unit in self.stopping:
+            del self.stopping[unit]
+            unit.stop_by = unit.tell_by = unit.told = NEVER
+            for stop in [stop for stop in self.stops if unit in stop.units]:
+                del stop.units[unit]
+                if lost:
+                    stop.answer["left"].append({"unit": unit.name, "owner": self._owner(unit)})
+                else:
+                    stop.answer["stopped"].append(unit.name)
+
+    def _unlock(self, unit: Unit) -> None:
+        """Pass on the locks that a unit has."""
+        for lock in unit.locks:
+            if unit in lock.taken:
+                del lock.taken[unit]
+                self._freed.append((lock, unit))
 
     # -- small parts --------------------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
-        """Register units and link them to what they want, all or none; `anew` drops the edges of those that ended.
+        """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
@@ -2414,7 +2845,7 @@ class Units:
 
         try:
             units = [known(name) if name else self._unknown(name) for name, _, _ in members]
-            for unit in [unit for unit in units if anew and unit.status in ENDED]:
+            for unit in units if anew else ():
                 for other, requires in reversed(list(unit.wants.items())):
                     self._cut(unit, other)
                     undo.append((self._link, unit, other, requires))
@@ -2452,29 +2883,36 @@ class Units:
     def _claim(
         self,
         members: Sequence[Member],
-        ticket: Any,
-        owner: Owner | None,
-        held: bool,
-        timeout: float = 0.0,
+        timeout: float,
         places: tuple[Lock, ...] = (),
+        done: Container[str] = (),
         boot: bool = False,
+        **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each, and see how far that leads: every start, wait and boot."""
+        """Declare units, stand in the line of each but those that are done, and see how far that leads.
+
+        Every start, wait and boot. `asked` is what Claim takes.
+        """
         if self.waits + len(members) > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
         claims = []
         for unit, its in zip(units, locks):
-            if unit.status == STARTED and not boot and (unit.holder is None or unit.holder.delivered):
-                if owner:
-                    unit.refused = [*unit.refused[-99:], owner]
-                raise self._already_started(unit)
+            if unit.name in done:
+                continue
+            on = unit.holder
+            answered = unit.status == STARTED and (on is None or on.delivered)
+            if not boot and (answered or (on and unit.status in ENDED)):
+                if asked["owner"]:
+                    unit.refused = [*unit.refused[-99:], asked["owner"]]
+                raise self._already_started(unit, asked["owner"])
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, PENDING)
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
-            claim = Claim(unit, ticket, owner, held, its + places, boot)
+            claim = Claim(unit, locks=its + places, **asked)
+            claim.boot = boot
             if timeout:
                 claim.deadline = self.clock() + timeout
             if unit.first() is None:
@@ -2565,6 +3003,17 @@ class Units:
         return []
 
     @staticmethod
+    def _reached(units: Iterable[Unit], edges: str) -> dict[Unit, None]:
+        """Return what units lead to, also through others, by way of `wants` or `wanted_by`."""
+        found: dict[Unit, None] = {}
+        todo = [*units]
+        while todo:
+            new = [other for other in getattr(todo.pop(), edges) if other not in found]
+            found.update(dict.fromkeys(new))
+            todo += new
+        return found
+
+    @staticmethod
     def _before(unit: Unit) -> list[Unit]:
         """All that a unit depends on, also through others, dependencies before their dependents."""
         order: list[Unit] = []
@@ -2612,7 +3061,20 @@ class Units:
         self.waits -= len(unit.line)
         unit.line.clear()
 
-    def _already_started(self, unit: Unit) -> AlreadyStarted:
+    @staticmethod
+    def _runs_on(unit: Unit) -> str:
+        """Say that the command of a unit that has ended still runs."""
+        owner = unit.facts.owner
+        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
+        """Return the error for a start that is one too many; `by` is who asked for it."""
+        owner, holder = unit.facts.owner, unit.holder
+        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+            hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
+            return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
+        if unit.status in ENDED:
+            return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
@@ -2625,7 +3087,7 @@ class Units:
         return unit
 
     def _snapshot(self, unit: Unit) -> UnitStatus:
-        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts))
+        row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts), stopping=unit in self.stopping)
         row.age = round(self._now() - unit.since, 3)
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
@@ -2639,9 +3101,15 @@ class Units:
 
     def _owner(self, unit: Unit) -> Owner | None:
         owner = unit.facts.owner
-        if owner is None or unit.status != STARTED:
+        if owner is None or not self._may_run(unit):
             return owner
         return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+
+    @staticmethod
+    def _may_run(unit: Unit) -> bool:
+        """Whether the process of a unit may run, as far as is known: it was not seen to end."""
+        last = unit.last
+        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
@@ -2675,9 +3143,12 @@ class Units:
 MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
-REPLACE_TIMEOUT = 10.0  # seconds
+REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
 MAX_PENDING = 10_000  # requests of one connection that wait
-SEND_TIMEOUT = 10  # seconds
+MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
+ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
+SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
+LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
 PAUSE = 0.02  # seconds for which a follower's thread gathers events
@@ -2687,6 +3158,7 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
+    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -2813,19 +3285,13 @@ class Request:
     """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
 
     id: Any = None
+    size = 0  # bytes
     answered = confirm = False  # confirm: the client says itself that the answer has arrived
     report_at = NEVER  # when to say next what the claim lacks
     arrived_at = NEVER  # when the answer counts as arrived, should the client not say so before
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.since = connection, time.monotonic()
-
-
-class Waiting(Record):
-    """What a claim lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
-
-    missing: list[Dependency]
-    waited: float
 
 
 class WakeUp:
@@ -2879,8 +3345,8 @@ class Connection:
         self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
         self.claims: dict[Claim, None] = {}  # all that may not be over
         self.members: list[Any] = []  # the units of a boot, of which more are to come
-        self.services: dict[str, None] = {}  # units whose process runs on
         self.following = -1  # the number of the last event that it has, if it follows them
+        self.parts = 0  # bytes of `members`
         self.idle_at = time.monotonic() + IDLE_TIMEOUT
         self.gone = False  # the peer is, or what it sends is not read any more
 
@@ -2893,11 +3359,21 @@ class Connection:
         return min(times)
 
     def send(self, data: bytes) -> None:
-        """Send, within SEND_TIMEOUT; a peer that does not read is hung up on."""
+        """Send; a peer that reads nothing for SEND_TIMEOUT is hung up on."""
+        left = memoryview(data)
         try:
-            self.sock.sendall(data)
-        except OSError:
+            while left:
+                left = left[self.sock.send(left) :]
+        except OSError as error:
             self.hang_up()
+            if not of_peer(error):
+                raise
+
+    def post(self, content: Any, claim: Claim | None = None) -> None:
+        """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
+        if not self.gone:
+            self.outbox.append((claim, content))
+            self.wake_up.wake()
 
     def hang_up(self) -> None:
         """Send nothing any more, and find the end of what the peer has sent."""
@@ -2909,23 +3385,16 @@ class Connection:
         except OSError:
             pass
 
-    def peer(self) -> int:
-        """The process id at the other end, 0 if the system does not say or it is in another namespace."""
-        import socket
-
-        try:
-            if hasattr(socket, "SO_PEERCRED"):  # a pid, and two more numbers
-                data = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4]
-            else:  # macOS: SOL_LOCAL, LOCAL_PEERPID
-                data = self.sock.getsockopt(0, 2, 4)
-            return int.from_bytes(data, sys.byteorder, signed=True)
-        except OSError:
-            return 0
-
     def caller(self, hold: bool) -> Owner | None:
         """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
-        pid = self.peer()
+        pid = peer_of(self.sock)[0]
         return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+
+
+def of_peer(error: BaseException | None) -> bool:
+    """Return whether an error of a socket is its peer's, which has gone or does not read, and not our own."""
+    late = isinstance(error, OSError) and error.errno is None  # Python 3.8: socket.timeout
+    return late or isinstance(error, (ConnectionError, TimeoutError, BlockingIOError))
 
 
 def process(pid: int, command: str = "") -> Owner | None:
@@ -2938,83 +3407,56 @@ class Agent:
 
     def __init__(self, log: Log) -> None:
         from threading import Lock, Thread
-        from weakref import WeakSet
 
         self.lock = Lock()
         self.log = log
         self.units = Units(time.monotonic, time.time, self._alive, self._event)
-        self.connections: WeakSet[Connection] = WeakSet()  # one whose thread could not begin drops out by itself
+        self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
-        self.stopping = False
+        self.leaving = False  # nothing begins any more, since the agent is about to end
+        self.stopping = False  # no claim ends any more
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
-        # of `start --pid`, and of services whose boot is over: owner and its pidfd, if any
-        self.owners: dict[Claim | Unit, tuple[Owner, FileIO | None]] = {}
+        self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
-    def room(self, most: int) -> bool:
-        """Whether there are fewer than `most` connections."""
-        from weakref import WeakSet
-
-        with self.lock:
-            if len(self.connections) >= most:
-                self.connections = WeakSet(self.connections)  # without those whose end there was no memory for
-            return len(self.connections) < most
-
     def no_room(self, error: BaseException | None) -> None:
-        """Say once that there are no descriptors or no memory left for another connection."""
+        """Say once that there are no descriptors or threads left for another connection."""
         if not self.exhausted:
             self.exhausted = True
             why = error.strerror if isinstance(error, OSError) else "no memory for another one"
             self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """The body of a thread that goes on whatever goes wrong, even if there is no memory for a line about it."""
+        """The body of a thread that goes on whatever goes wrong."""
         while True:
             try:
                 step()
             except Exception as error:
-                try:
-                    self.log.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
-                except MemoryError:
-                    self.log.lost += 1
+                self.log.say(f"trouble while {doing}: {one_line(repr(error))}; trying again", 0)
                 time.sleep(0.2)
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def end(self, connection: Connection) -> bool:
-        """The peer of a connection is gone, so its claims end. False if there is no memory to do that."""
-        try:
-            with self.lock:
-                self.connections.discard(connection)
-                self.followers.discard(connection)
-                if not self.stopping:
-                    self.units.end_claims(list(connection.claims), "its caller went away")
-                    for name in connection.services:
-                        unit = self.units.units[name]
-                        owner = unit.facts.owner
-                        if owner and self._alive(owner):  # it outlives whoever ran it, such as a boot
-                            self._watch(unit, owner)
-                        else:
-                            self.units.exit(name, "not known: the process that ran it is gone")
-                    self._distribute()
-                connection.open.clear()
-                connection.claims.clear()
-                connection.wake_up.close()
-                connection.gone = True
-        except MemoryError:
-            return False
+    def end(self, connection: Connection) -> None:
+        """The peer of a connection is gone, so its claims end."""
+        with self.lock:
+            connection.gone = True
+            self.connections.discard(connection)
+            self.followers.discard(connection)
+            if not self.stopping:
+                self.units.end_claims(list(connection.claims), "its caller went away")
+                self._distribute()
+            connection.open.clear()
+            connection.claims.clear()
+            connection.wake_up.close()
         connection.sock.close()
-        return True
 
     def converse(self, connection: Connection) -> None:
         """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
-        import socket
-        from array import array
-
         sock, buffer = connection.sock, b""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, array("l", [SEND_TIMEOUT, 0]))
+        sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
             pause = self._attend(connection)
@@ -3045,7 +3487,7 @@ class Agent:
                     elif claim.ticket.report_at <= now:
                         self._still_waiting(claim)
                 if connection.idle_at <= now:
-                    idle = not (connection.claims or connection.services or connection.following >= 0)
+                    idle = not (connection.claims or connection.following >= 0)
                     connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
         if idle:
@@ -3057,6 +3499,7 @@ class Agent:
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
         request, trusted = Request(connection), True
+        request.size = len(line)
         try:
             if len(line) > MAX_LINE:
                 raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
@@ -3066,14 +3509,14 @@ class Agent:
                 self._suggest([own, *result.dependencies], result.unit_name)
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
-                connection.outbox.append((None, {"id": request.id, "result": plain(result)}))
+                connection.post({"id": request.id, "result": plain(result)})
         except SyncError as error:
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
                 error.args = (error.args[0] + meant(unknown.did_you_mean),)
             self.log.say(f"refused: {one_line(str(error))}")
-            connection.outbox.append((None, error_message(request.id, error)))
+            connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
         self.exhausted = False
         self._flush(connection)
@@ -3100,6 +3543,8 @@ class Agent:
             taken = "is in use by a request that still waits for its answer, or is to be confirmed"
             raise InvalidRequest(f"id {one_line(ascii(request.id))[:60]} {taken}")
         params = check_params(method, message.get("params", {}))
+        if request.connection.gone and name in QUESTIONS:
+            return None
         if self.log.level > 1:
             shown = {name: value for name, value in params.items() if name != "env"}
             self.log.say(f"request: {name} {one_line(ascii(shown))[:200]}", 2)
@@ -3149,7 +3594,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": content}
+        return (
+            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
+        )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
@@ -3165,15 +3612,17 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            self._answer(claim, answer)
+            if isinstance(answer, Stopping):
+                claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
+            else:
+                self._answer(claim, answer)
 
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
         if not request.answered:
             request.answered, request.report_at = not claim.boot, NEVER
-            request.connection.outbox.append((claim, answer))
-            request.connection.wake_up.wake()
+            request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
         detail = f": {event.detail}" if event.detail else ""
@@ -3186,7 +3635,7 @@ class Agent:
         request = claim.ticket
         request.report_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
-        request.connection.outbox.append((claim, Waiting(missing, round(time.monotonic() - request.since, 3))))
+        request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
@@ -3195,7 +3644,7 @@ class Agent:
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
         holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds or (claim.boot and self.units.is_over(claim)):
+        if not holds:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3220,11 +3669,20 @@ class Agent:
         progress: bool = False,
         locks: Sequence[str] = (),
         confirm: bool = False,
+        supervisor: bool = False,
     ) -> None:
+        """Claim a unit.
+
+        With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
+        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
+        """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold)
-        claim = self.units.start(unit, request, dependencies, requires, owner, hold or pid != 0, locks, timeout)
+        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
+        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        claim = self.units.start(
+            unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
+        )
         self._expect(claim)
         if pid and owner:
             self._watch(claim, owner)
@@ -3251,13 +3709,16 @@ class Agent:
 
     def _may_wait(self, request: Request, progress: bool) -> None:
         if request.id is None:
-            raise InvalidRequest('start and wait need an "id"')
-        if self.stopping:
-            raise Unreachable("the agent is shutting down")
+            raise InvalidRequest('start, wait and stop need an "id"')
+        self._may_begin()
         if len(request.connection.open) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
             request.report_at = request.since  # at once
+
+    def _may_begin(self) -> None:
+        if self.leaving:
+            raise Unreachable("the agent is shutting down")
 
     def _expect(self, claim: Claim) -> None:
         """A request has become a claim, which is answered later or has just been."""
@@ -3267,47 +3728,64 @@ class Agent:
         if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
-    def do_boot(self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False) -> Any:
+    def do_boot(
+        self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
+    ) -> Any:
+        """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
+        self._may_begin()
         connection = request.connection
         members, connection.members = connection.members, []  # after a refusal none of them is left
+        connection.parts = request.size + (connection.parts if members else 0)
+        if connection.parts > MAX_BOOT:
+            raise Refused(f"a boot of more than {MAX_BOOT >> 20} MiB is too large")
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
             good = isinstance(wants, dict) and isinstance(locks, list) and not row.keys() - {"unit", "wants", "locks"}
             if not good or not all(isinstance(requires, str) for requires in wants.values()):
                 raise InvalidParams('a unit of a boot is {"unit": NAME, "wants": {NAME: REQUIREMENT}, "locks": [NAME]}')
             members.append((name, wants, locks))
-        if more and len(members) <= MAX_UNITS and sum(len(wants) for _, wants, _ in members) <= MAX_EDGES:
+        if more:
             connection.members = members
         else:
-            if self.stopping:
+            if self.leaving:
                 raise Unreachable("the agent is shutting down")
-            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs))
-            connection.claims.update(dict.fromkeys(claims))
+            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
+            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
+            connection.claims = dict.fromkeys([*still, *claims])
+            if resume:
+                claimed = {claim.unit.name for claim in claims}
+                done = [name for name, _, _ in members if name not in claimed]
+                return {"units": len(members), "done": done}
         return {"units": len(members)}
 
-    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT) -> Any:
-        self.units.complete(unit, self._reporter(request, unit), check_environment(env))
-        return {"unit": unit, "status": COMPLETED}
+    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
+        """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        self.units.fail(unit, reason, exit_code or None, self._reporter(request, unit))
-        return {"unit": unit, "status": FAILED}
+        by, claim = self._reporter(request, unit)
+        return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> Owner | None:
-        """Return who reports the end of a unit if it matters: a start of it was refused, and another holds it."""
+    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
+        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
         known, connection = self.units.units.get(unit), request.connection
-        if not known or not known.refused or known.holder in connection.claims:
-            return None
-        return connection.caller(hold=False)
+        if not known or known.last in connection.claims:
+            return None, known.last if known else None
+        return connection.caller(hold=False) if known.refused else None, None
+
+    def _held(self, request: Request, unit: str) -> Claim:
+        """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
+        known = self.units.units.get(unit)
+        if not known or not known.last or known.last not in request.connection.claims:
+            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
+        return known.last
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
-        known = self.units.units.get(unit)
-        if not known or not known.holder or known.holder not in request.connection.claims:
-            raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        self.units.own(known.holder, process(pid, one_line(command)), one_line(log), one_line(ready))
+        self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -3315,14 +3793,20 @@ class Agent:
         return {"unit": unit}
 
     def do_running(self, request: Request, unit: str) -> Any:
-        self.units.run_on(unit)
-        request.connection.services[unit] = None
+        self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(self, request: Request, unit: str, reason: str = "") -> Any:
-        self.units.exit(unit, reason)
-        request.connection.services.pop(unit, None)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
+        """The command of a unit has ended, with all its processes. Without `code`, an empty reason means 0."""
+        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
+        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
         return {"unit": unit}
+
+    def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
+        """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
+        self._may_wait(request, progress=False)
+        self._expect(self.units.stop(units, request, grace))
+        self._owners_wake.wake()  # who keeps time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
         return {"units": self.units.reset(units)}
@@ -3350,15 +3834,17 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         import _signal as signal
 
-        self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
-        os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+        if not self.leaving:  # a second signal would leave services no time
+            self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+            self.leaving = True
         return {}
 
     # -- owners -------------------------------------------------------------------------------------------
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """The process that is to own a unit. Raises Refused if there is none."""
-        peer = connection.peer()
+        peer = peer_of(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -3372,43 +3858,38 @@ class Agent:
             return None if now is None else False
         return now == owner.born if owner.born else None
 
-    def _watch(self, what: Claim | Unit, owner: Owner) -> None:
-        """Have the owners' thread notice when the process of a claim or of a service ends. Called under the lock."""
+    def _watch(self, claim: Claim, owner: Owner) -> None:
+        """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
         from io import FileIO
 
-        fd: FileIO | None = None  # it closes itself where a service that was started again takes its place
+        fd: FileIO | None = None
         try:
             fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
-        self.owners[what] = (owner, fd)
+        self.owners[claim] = (owner, fd)
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """A step of the owners' thread: asleep until an owner ends; where there is no pidfd it looks every second."""
+        """A step of the owners' thread: asleep until an owner ends, or a stop is due to go on.
+
+        Where there is no pidfd it looks every second.
+        """
         self._owners_wake.awake = False
         with self.lock:
-            for what in [w for w in self.owners if self._is_over(w)]:
-                fd = self.owners.pop(what)[1]
+            for claim in [claim for claim in self.owners if self.units.is_over(claim)]:
+                fd = self.owners.pop(claim)[1]
                 if fd:
                     fd.close()
             owners = dict(self.owners)
-        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, 1 if -1 in fds else NEVER)
-        gone = [w for w, (o, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(o) is False)]
-        with self.lock:
-            claims = [claim for claim in gone if isinstance(claim, Claim)]
-            self.units.end_claims(claims, "the process that was to own it has ended", Refused)
-            for unit in gone:
-                if isinstance(unit, Unit) and self.owners[unit] is owners[unit] and not self._is_over(unit):
-                    self.units.exit(unit.name, "not known: the process that ran it is gone")
+            pause = self.units.keep_time() - time.monotonic()
             self._distribute()
-
-    def _is_over(self, what: Claim | Unit) -> bool:
-        """Whether there is no need any more to watch an owner."""
-        if isinstance(what, Claim):
-            return self.units.is_over(what)
-        return not what.facts.running_on or what.facts.owner != self.owners[what][0]
+        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
+        ready = self._owners_wake.sleep(fds - {-1}, min(pause, 1 if -1 in fds else NEVER))
+        gone = [c for c, (owner, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(owner) is False)]
+        with self.lock:
+            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
@@ -3421,28 +3902,48 @@ class Agent:
         """Take no more claims, unless a boot of somebody else has some; return whether none has."""
         with self.lock:
             claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
-            self.stopping = all(map(self.units.is_over, claims))
-            return self.stopping
+            self.leaving = self.leaving or all(map(self.units.is_over, claims))
+            return self.leaving
+
+    def stop_units(self, everything: bool, grace: float) -> Stop | None:
+        """Begin to stop what runs on, or all that supervisors run; let nothing else begin. None if nothing runs."""
+        with self.lock:
+            self._turn_away()
+            nodes = self.units.units.values()
+            names = [u.name for u in nodes if u.facts.running_on or (everything and u.holder and u.holder.supervisor)]
+            if not names:
+                return None
+            stop = self.units.stop([] if everything else names, None, grace)
+            self.units.end_claims([stop], "")  # nobody is to be answered
+            self._distribute()
+        self._owners_wake.wake()
+        return stop
+
+    def _turn_away(self) -> None:
+        """Answer everybody who waits that the agent is about to end. Called under the lock."""
+        self.leaving = True
+        for claim in [claim for connection in self.connections for claim in connection.open.values()]:
+            self._answer(claim, Unreachable("the agent is shutting down"))
 
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
         with self.lock:
             self.stopping = True
+            self._turn_away()
             connections = list(self.connections)
-            for claim in [claim for connection in connections for claim in connection.open.values()]:
-                self._answer(claim, Unreachable("the agent is shutting down"))
         deadline = time.monotonic() + 0.5
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
 METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
+QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # which change nothing
 
 
-def make_server(agent: Agent, sock: Any, most: int) -> Any:
+def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
     """Return a socketserver on a listening socket: each connection has a thread, and at most `most` are open at once.
 
-    What socketserver calls a request is a Connection here.
+    What socketserver calls a request is a Connection here. `look` is called now and then, and after each of them.
     """
     import _thread
     import socketserver
@@ -3453,19 +3954,22 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
 
     class Server(socketserver.ThreadingUnixStreamServer):
         def accept(self) -> None:
-            self.serve_forever(None)  # type: ignore[arg-type]  # no need to look up now and then
+            self.serve_forever(LOOK_AGAIN)
+
+        def service_actions(self) -> None:
+            look()
 
         def get_request(self) -> Any:
             try:
                 wake_up = WakeUp()
                 return Connection(sock.accept()[0], wake_up), ""
-            except (OSError, MemoryError) as error:
+            except OSError as error:
                 agent.no_room(error)
                 time.sleep(0.05)  # do not spin
                 raise OSError from None  # for which socketserver looks again
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            if agent.room(most):
+            if len(agent.connections) < most:
                 return True
             limit = Unreachable(f"the agent has reached its limit of {most} connections")
             request.sock.setblocking(False)
@@ -3480,14 +3984,13 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
-            while not agent.end(request):
-                time.sleep(0.05)
+            agent.end(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             _, error, trace = sys.exc_info()
             if isinstance(error, MemoryError) or "start new thread" in str(error):
                 agent.no_room(error)
-            elif not isinstance(error, OSError):  # else the peer vanished
+            elif not of_peer(error):
                 while trace and trace.tb_next:
                     trace = trace.tb_next
                 where = f"line {trace.tb_lineno}" if trace else "an unknown line"
@@ -3499,12 +4002,8 @@ def make_server(agent: Agent, sock: Any, most: int) -> Any:
     return server
 
 
-def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], None] | None) -> Any:
-    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused.
-
-    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group.
-    """
+def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None) -> Any:
+    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused."""
     lock = path + ".lock"
     if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
         raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
@@ -3516,19 +4015,34 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
         held = hold_lock(lock, path, replace)
         at_end.callback(os.close, held)
         at_end.callback(remove, lock, os.fstat(held))
-        doing = f"listen at {path}"
-        sock = bind(path, replace is not None)
+    except OSError as error:
+        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
+    finally:
+        os.umask(before)
+    return share(at_end, path, mode, group, replace is not None)
+
+
+def share(at_end: ExitStack, path: str, mode: int, group: int, replace: bool = False) -> Any:
+    """Return a socket that listens at `path`, and is removed at the end. Raises Refused.
+
+    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
+    until the socket gets its mode and, unless it is -1, its group.
+    """
+    doing, before = "listen at", os.umask(0o077)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        sock = bind(path, replace)
         at_end.callback(remove, path, os.lstat(path))
-        doing = f"share {path}"
+        doing = "share"
         if group != -1:
             os.chown(path, -1, group)
         os.chmod(path, mode)
         sock.listen(4096)
         return sock
     except OSError as error:
-        if doing == f"share {path}" and isinstance(error, PermissionError):
+        if doing == "share" and isinstance(error, PermissionError):
             raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing} {path}: {error.strerror or error}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -3537,16 +4051,16 @@ END_IT = "end it with `shutdown`, take its place with `serve --replace`,"
 
 
 def in_the_way(what: str, do: str = "remove it") -> Refused:
-    """The error for what is at a path already."""
+    """Return the error for what is at a path already."""
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None) -> int:
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None) -> int:
     """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
     file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
-    now; then it begins again.
+    now; then it begins again. What others may have put there is not written to.
     """
     import fcntl
     import stat
@@ -3555,7 +4069,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
     while True:
         late = time.monotonic() > deadline
         if replace and not late:
-            replace(path)
+            late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         found = os.fstat(fd)
@@ -3564,8 +4078,11 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
                 raise in_the_way(f"{lock}{owner_of(lock)} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                if found.st_uid != os.geteuid():
+                    raise in_the_way(f"{lock}{owner_of(lock)} is not ours")
+                if found.st_nlink > 1:
+                    raise in_the_way(f"{lock} has another name, too, so that it may be any file")
+                write_pid(fd, lock)
                 return os.dup(fd)  # which is locked as well
         except BlockingIOError:
             if replace is None:
@@ -3584,8 +4101,18 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], None] | None = None
             os.close(fd)
 
 
+def write_pid(fd: int, path: str) -> None:
+    """Write our process id to a file that is ours, and remove it if there is no room for that. Raises OSError."""
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    except OSError:
+        remove(path, os.fstat(fd))
+        raise
+
+
 def owner_of(path: str) -> str:
-    """Whose a file is, for a message, if it is neither ours nor root's."""
+    """Return whose a file is, for a message, if it is neither ours nor root's."""
     try:
         uid = os.lstat(path).st_uid
     except OSError:
@@ -3617,25 +4144,6 @@ def bind(path: str, replace: bool = False) -> Any:
     return sock
 
 
-def inherited_socket() -> Any:
-    """The listening socket that a supervisor handed over, or None; the protocol is that of sd_listen_fds(3)."""
-    import socket
-
-    pid, count, _ = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
-    if pid != str(os.getpid()) or not count.isdigit() or count == "0":
-        return None
-    try:
-        sock = socket.socket(fileno=3)
-        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise Refused(f"LISTEN_FDS is set, but descriptor 3 is no socket: {error.strerror}") from None
-    if count != "1" or sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
-        raise Refused("LISTEN_FDS must hand over one listening Unix stream socket, at descriptor 3")
-    sock.set_inheritable(False)
-    sock.setblocking(True)
-    return sock
-
-
 def notify(state: str) -> None:
     """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
     import socket
@@ -3650,7 +4158,7 @@ def notify(state: str) -> None:
             pass
 
 
-def detach(keep: Iterable[int]) -> int:
+def detach() -> int:
     """Go on in a background process; return there a descriptor that wants a byte when it is ready.
 
     The process that was called ends here: well when the other is ready, else as that does, which has said why.
@@ -3658,7 +4166,7 @@ def detach(keep: Iterable[int]) -> int:
     import _signal as signal
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
-    child, link = in_background(keep)
+    child, link = in_background()
     if child:
         code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
         if code < 0:
@@ -3670,95 +4178,163 @@ def detach(keep: Iterable[int]) -> int:
     return link
 
 
-def serve(
-    path: str,
-    *,
-    mode: int = 0o600,
-    group: int = -1,
-    level: int = 1,  # of the log: 0 quiet, 1, 2 verbose
-    log_file: str = "",
-    pid_file: str = "",
-    background: bool = False,
-    command: Sequence[str] = (),
-    body: Callable[[Agent, Any, Callable[[], None]], int] | None = None,
-    timeline: Callable[[Graph], None] | None = None,
-    replace: Callable[[str], None] | None = None,
-    advice: str = "",  # goes to the log
-) -> int:
-    """Be the agent at `path` until a signal, or for the life of `command` or `body`; return the exit status.
+class Host:
+    """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
 
-    `body` is called with the agent, its server and what begins to take connections, `timeline` with the graph at the
-    end, `replace` with the path as long as there is another agent, to end it. Raises Refused.
-    """
-    import threading
-    from contextlib import ExitStack
+    def __init__(
+        self,
+        path: str,
+        mode: int = 0o600,
+        group: int = -1,
+        level: int = 0,  # of the log: 0 quiet, 1, 2 verbose
+        log_file: str = "",
+        pid_file: str = "",
+        replace: Callable[[str], bool] | None = None,
+        timeline: Callable[[Graph], None] | None = None,
+        alone: bool = False,
+        advice: str = "",
+    ) -> None:
+        """`replace` is called with the path while there is another agent, `timeline` with the graph at the end.
 
-    path, sock, ready = os.path.abspath(path), None if body else inherited_socket(), -1
+        With `alone` the process is nothing but the agent, so that its limit of descriptors may be raised. `advice`
+        goes to the log.
+        """
+        self.path, self.mode, self.group, self.replace = os.path.abspath(path), mode, group, replace
+        self.level, self.log_file, self.pid_file, self.advice = level, log_file, pid_file, advice
+        self.timeline, self.alone = timeline, alone
+        self._look_at = NEVER
+
+    def __enter__(self) -> Host:
+        """Listen. Raises Refused."""
+        import threading
+        from contextlib import ExitStack
+
+        with ExitStack() as at_end:
+            self.sock = listen(at_end, self.path, self.mode, self.group, self.replace)
+            at_end.callback(self.sock.close)
+            threading.stack_size(STACK)
+            try:
+                log = Log(self.level, self.log_file)
+                at_end.callback(log.close)
+                if self.pid_file:
+                    with open(open_file(self.pid_file, WRITE), "w", encoding="ascii") as file:
+                        if os.path.isfile(self.pid_file):  # and no device
+                            at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
+                        file.write(f"{os.getpid()}\n")
+            except OSError as error:
+                file_name = error.filename or self.pid_file or self.log_file
+                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
+            try:
+                self.agent = Agent(log)
+                self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
+                self._accepting = threading.Event()
+                threading.Thread(target=self._accept, daemon=True).start()
+            except RuntimeError as error:
+                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            self._at_end = at_end.pop_all()
+        log.say(f"listening at {self.path} (pid {os.getpid()})")
+        if self.advice:
+            log.say(self.advice)
+        return self
+
+    def accept(self) -> None:
+        """Begin to take connections."""
+        self._look_at = time.monotonic() + LOOK_AGAIN
+        self._accepting.set()
+
+    def _accept(self) -> None:
+        self._accepting.wait()
+        self.agent.for_ever("accepting connections", self.server.accept)
+
+    def look(self) -> None:
+        """Listen anew if the socket's file was removed: nobody could reach us."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_AGAIN
+        if not os.path.lexists(self.path):
+            try:
+                with share(self._at_end, self.path, self.mode, self.group) as new:
+                    os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
+                self.agent.log.say(f"{self.path} was removed: listening there again")
+            except (Refused, OSError) as error:
+                self.agent.log.say(f"{self.path} was removed: {error}", 0)
+
+    def stop_units(self, loop: Loop, everything: bool) -> None:
+        """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
+        stop = self.agent.stop_units(everything, GRACE)
+        if not stop:
+            return
+        self.agent.log.say(f"stopping {names_of([unit.name for unit in stop.units])}")
+        while stop in self.agent.units.stops:
+            if loop.turn(time.monotonic() + 0.05):
+                self.agent.stop_units(everything, 0.0)
+        left = [unit["unit"] for unit in stop.answer["left"]]
+        if left:
+            self.agent.log.say(f"still running: {names_of(left)}", 0)
+
+    def __exit__(self, *error: object) -> None:
+        """Tell who waits that it is over; remove the files."""
+        self.agent.stop()
+        if self.timeline:
+            self.timeline(self.agent.graph())
+        self._at_end.close()
+
+
+def serve(host: Host, background: bool = False) -> None:
+    """Be an agent until a signal. Raises Refused."""
+    ready = -1
     if background:
-        ready = detach([sock.fileno()] if sock else [])
-    with ExitStack() as at_end:
-        sock = sock or listen(at_end, path, mode, group, replace)
-        path = sock.getsockname()
-        at_end.callback(sock.close)
-        loop = None if body else Loop(PASSED_ON if command else STOPS)  # for all threads to come; a body has its own
-        threading.stack_size(STACK)
-        try:
-            log = Log(level if log_file or not background else -1, log_file)
-            at_end.callback(log.close)
-            if pid_file:
-                with open(pid_file, "w", encoding="ascii") as file:
-                    if os.path.isfile(pid_file):  # and no device
-                        at_end.callback(remove, pid_file, os.fstat(file.fileno()))
-                    file.write(f"{os.getpid()}\n")
-        except OSError as error:
-            raise Refused(f"cannot write {error.filename or pid_file or log_file}: {error.strerror}") from None
-        agent = Agent(log)
-        most = connection_limit(raise_it=not (command or body))
-        log.say(f"listening at {path} (pid {os.getpid()})")
-        if advice:
-            log.say(advice)
-        server = make_server(agent, sock, most)
-        forever = ("accepting connections", server.accept)
-        accepting = threading.Thread(target=agent.for_ever, args=forever, daemon=True)
-        if not body:  # a boot's supervisor waits for its COMMAND, not for the agent that it has meanwhile
-            accepting.start()
-            notify(f"READY=1\nMAINPID={os.getpid()}")
+        ready = detach()
+    with host:
+        loop = Loop(STOPS)
+        host.accept()
+        notify(f"READY=1\nMAINPID={os.getpid()}")
         if background:
             os.dup2(0, 2)
             os.write(ready, b"!")
             os.close(ready)
-        try:
-            if body:
-                return body(agent, server, accepting.start)
-            if command or not loop:
-                return shell_status(supervise([*command], environment(CODER_AGENT_SOCKET_PATH=path), loop))
+        came = loop.turn()
+        while not came:
             came = loop.turn()
-            while not came:
-                came = loop.turn()
-            from signal import Signals
+        from signal import Signals
 
-            log.say(f"stopping: got {Signals(came[0]).name}")
-            return 0
+        host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
+        notify("STOPPING=1")
+        host.stop_units(loop, everything=os.getpid() == 1)
+
+
+def serve_command(host: Host, command: list[str]) -> int:
+    """Be an agent for the life of a command, then end what its units have left; return its exit status.
+
+    Raises Refused, CommandError.
+    """
+    with host:
+        loop = Loop(PASSED_ON)
+        host.accept()
+        notify(f"READY=1\nMAINPID={os.getpid()}")
+        try:
+            return shell_status(supervise(command, environment(CODER_AGENT_SOCKET_PATH=host.path), loop))
         finally:
-            if not body:
-                notify("STOPPING=1")
-            agent.stop()
-            if timeline:
-                timeline(agent.graph())
+            notify("STOPPING=1")
+            loop = Loop(STOPS)
+            host.stop_units(loop, everything=True)
+            loop.give_back()
 
 
 def connection_limit(raise_it: bool) -> int:
-    """How many connections the descriptor limit leaves room for; the limit is raised if only we are to have it."""
+    """Return how many connections the limit of descriptors leaves room for; raise it first if nobody else is here."""
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
     wanted = each * MAX_CONNECTIONS + 64
-    if raise_it and open_files() < wanted:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for most in (wanted, 10_240):  # the bound that macOS has of its own
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if not raise_it or open_files() >= soft:
+            break
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        except (ValueError, OSError):  # macOS has a bound of its own
+        except (ValueError, OSError):
             pass
     return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
 
@@ -3768,11 +4344,11 @@ def connection_limit(raise_it: bool) -> int:
 # one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
 # ----------------------------------------------------------------------------------------------------------
 
-LONG = 30.0  # seconds after which `why` has a word about a unit that runs
+LONG = 30.0  # seconds after which `why` mentions a unit that runs
 
 
 def wide(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width
@@ -3781,7 +4357,7 @@ def wide(text: str) -> int:
 
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
-    """The text in exactly `width` columns; what is too long loses its middle, since names differ at both ends."""
+    """Return the text in exactly `width` columns; a long one loses its middle, since names differ at both ends."""
     if wide(text) > width:
         head, tail = text[: len(text) // 2], text[len(text) // 2 :]
         while wide(head) + wide(tail) > width - len(dots):
@@ -3791,7 +4367,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 
 
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
-    """The text in lines of at most `width` columns."""
+    """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
@@ -3801,7 +4377,7 @@ def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
 
 
 def json_text(value: Any) -> str:
-    """JSON for other programs and for people."""
+    """Return JSON for other programs and for people."""
     import json
 
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -3811,7 +4387,7 @@ def json_text(value: Any) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
-    """Rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
+    """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
 
     Without it, those behind the first `always` are shown where there is anything in them.
     """
@@ -3828,16 +4404,14 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "
 
 
 def status_text(status: UnitStatus, columns: str = "") -> str:
-    """A unit and the table of its dependencies."""
+    """Return a unit, the table of its dependencies, and its history."""
     facts = {
         "Unit": status.unit_name,
         "Status": status.status,
         "Ready": str(status.is_ready).lower(),
-        "Reason": status.reason,
+        "Reason": note(status),
         "Started by": owner_text(status.owner),
         "Tries": str(len(status.tries) + 1) if status.tries else "",
-        "Runs on": "yes" if status.running_on else "",
-        "Ended since": status.exit_reason,
         "Locks": ", ".join(status.locks),
         "Waits for": ", ".join(status.waits_for) if status.is_waiting else "",
         "Output": status.log,
@@ -3858,75 +4432,91 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
-def note_of(unit: UnitStatus) -> str:
-    """The reason of a status, or what has become of a service."""
-    return unit.reason or ("its process runs on" if unit.running_on else unit.exit_reason)
+def note(unit: UnitStatus) -> str:
+    """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
+    if unit.stopping:
+        return "being stopped"
+    if unit.status == STARTED and unit.probe:
+        since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
+        lacks = f" ({unit.probe_error})" if unit.probe_error else ""
+        return f"probing {unit.probe} for {span(unit.age - since)}{lacks}"
+    if unit.running_on:
+        return "runs on" + owner_text(unit.owner, " as ")
+    if unit.exit_reason == LOST and unit.owner and unit.owner.alive is not None:
+        return unit.reason + (" (it does)" if unit.owner.alive else " (it has ended)")
+    ended = "its process has ended" if unit.status == COMPLETED and unit.exited is not None else ""
+    return unit.reason or unit.exit_reason or ended
 
 
 def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
-    """The table of all units; what they wait for and reasons have a column where there are any."""
+    """Return the table of all units; what they wait for and reasons have a column where there are any."""
     rows = [
-        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note_of(u)] for u in units
+        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
     ]
     text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
     return text if units else "no units yet\n"
 
 
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
-    """All units for programs."""
-    keys = ("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for")
+    """Return all units for programs."""
+    keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
+    keys += ["running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"]
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
-class Bar:
-    """A unit, and when it was asked for, lacked at most a lock, started, ended, and its process ended, in this order.
+PHASES = {  # of a unit: its sign, the same in ASCII; class ("": the status), top and height in SVG
+    "runs on as a service": ("\u2500-", "", 9, 3),
+    "waits": ("\u2591.", "w", 7, 6),
+    "waits for a lock": ("\u2592:", "l", 7, 6),
+    "runs": ("\u2588#", "", 4, 12),
+    "another try": ("\u2502|", "t", 2, 16),
+}  # where two meet in one place, the later one is drawn
+COLOURS = {  # of a status: on a terminal, and in a graph
+    NOT_REGISTERED: ("2", "#eeeeee"),
+    PENDING: ("2", "#ffffff"),
+    STARTED: ("36", "#b9d8f5"),
+    COMPLETED: ("32", "#bfe8c8"),
+    FAILED: ("31", "#f4b0b0"),
+    SKIPPED: ("33", "#f3e2a0"),
+}
 
-    What has not been comes with what follows it.
-    """
+
+class Bar:
+    """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
+        def known(time: float | None, otherwise: float) -> float:
+            return otherwise if time is None else time
+
         self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
-        self.ended = last if unit.ended is None else max(unit.started or 0.0, unit.ended)
-        self.started = self.ended if unit.started is None else unit.started
-        self.asked = self.started if unit.waiting is None else min(unit.waiting, self.started)
-        self.ready = self.started if unit.ready is None else min(max(unit.ready, self.asked), self.started)
-        self.exited = max(self.ended, last if unit.running_on else min(unit.exited or 0.0, last))
-        self.ran = self.ended - self.started if self.has_run else 0.0
+        self.ended = known(unit.ended, last)
+        self.started = known(unit.started, self.ended)
+        self.asked = known(unit.waiting, self.started)
+        self.ready = known(unit.ready, self.started)
+        self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-
-    def phases(self) -> list[tuple[str, float, float]]:
-        """What the unit did, from when to when: waiting (for units), locked out, running, running on (as a service)."""
-        found = [
-            ("waiting", self.asked, self.ready),
-            ("locked out", self.ready, self.started),
-            ("running", self.started, self.ended),
-            ("running on", self.ended, self.exited),
-        ]
-        if not self.has_run:  # then its wait is shown even if it took no time
-            return [p for p in found[:2] if p[2] > p[1]] or found[: int(self.unit.waiting is not None)]
-        return [p for p in found if p[2] > p[1] or p[0] == "running"]
+        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
+        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
+        self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
+        self.phases += [("another try", time, time) for time in unit.tries]
 
 
 class Startup:
-    """A graph, and what its pictures have in common."""
+    """A graph, and what its pictures have in common: the axis of time, the units in order, the critical path."""
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        moments = {u.unit_name: (u.registered, u.waiting, u.started, u.ended) for u in known}
-        signs = {name: min((t for t in times if t is not None), default=0.0) for name, times in moments.items()}
-        self.first = min(signs.values(), default=0.0)
-        self.last = max((t for times in moments.values() for t in times[1:] if t is not None), default=0.0)
+        self.first = min((u.registered or 0.0 for u in known), default=0.0)
+        moments = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         over = any(u.ended is not None for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
-        if known and not over:
-            self.last = max(self.last, graph.now)
+        self.last = max([self.first, *moments] if over or not known else [self.first, *moments, graph.now])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(
-            key=lambda u: (u.started is None, signs[u.unit_name] if u.started is None else u.started, u.unit_name)
-        )
-        self.rows = [self.bars[u.unit_name] for u in known]  # in the order they started; the others behind
+        rows = [self.bars[u.unit_name] for u in known]
+        self.rows = sorted(rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered, b.name))
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -3935,7 +4525,7 @@ class Startup:
         self.edges = [(d, u.unit_name, r, (d, u.unit_name) in steps) for u in graph.nodes for d, r in u.wants.items()]
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
-        """The chain of units that determined when the last one ended, each with its share in seconds.
+        """Return the chain of units that determined when the last one ended, each with its share in seconds.
 
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
@@ -3955,7 +4545,7 @@ class Startup:
         return path[::-1]
 
     def summary(self) -> str:
-        """The sentence people want; of a long critical path it names the longest steps."""
+        """Return the sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
             return "no units yet"
         statuses = [bar.unit.status for bar in self.bars.values()]
@@ -3975,28 +4565,32 @@ class Startup:
         return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
-def standing(unit: UnitStatus) -> str:
-    """The status in a word for pictures, which show what is on its way."""
+def standing(unit: UnitStatus, first: float | None = None) -> str:
+    """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
     if unit.status == PENDING:
         return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.status == COMPLETED and (unit.running_on or unit.exited is not None):
-        return "running on" if unit.running_on else "exited"
-    return "running" if unit.status == STARTED else unit.status
+    if unit.running_on or unit.stopping:
+        return "stopping" if unit.stopping else "running on"
+    if unit.exited is not None:
+        word = "exited" if unit.status == COMPLETED else "died"
+        word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
+        return word if first is None else f"{word} at {span(unit.exited - first)}"
+    return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
 
 
 def described(unit: UnitStatus, word: str = "") -> str:
-    """The status, or another word for it, and the reason."""
-    return joined(word or unit.status, unit.reason or unit.exit_reason)
+    """Return the status, or another word for it, and what else there is to say."""
+    return joined(word or unit.status, note(unit))
 
 
 def joined(*parts: str, by: str = ": ") -> str:
-    """The parts that there are, in one text."""
+    """Return the parts that are not empty, in one text."""
     return by.join(filter(None, parts))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
-    """Round numbers of seconds for an axis, at most `most` behind 0 and not many less, each with its text."""
+    """Return round numbers of seconds for an axis, at most `most` after 0 and not many less, each with its text."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
     step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
@@ -4005,28 +4599,17 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
     return [(t, exact.get(t, span(t)) if t else "0") for t in times]
 
 
-COLOURS = {COMPLETED: "32", FAILED: "31", SKIPPED: "33", STARTED: "36", PENDING: "2"}
-SHADES = {  # where two meet in one place, the later one is drawn
-    "running on": "\u2500-",
-    "waiting": "\u2591.",
-    "locked out": "\u2592:",
-    "running": "\u2588#",
-    "another try": "\u2502|",
-}
-MEANINGS = {"another try": "another try", "running on": "runs on as a service", "locked out": "waits for a lock"}
-
-
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """Every unit on one time axis: waiting, running, outcome; a star for those on the critical path."""
-    mark = {kind: both[not unicode] for kind, both in SHADES.items()}
-    dots = "\u2026" if unicode else "~"
-    startup = Startup(graph)
+    """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
+    signs = {words: both[not unicode] for words, (both, *_) in PHASES.items()}
+    startup, dots = Startup(graph), "\u2026" if unicode else "~"
     said = wrap(startup.summary(), width, dots)
     if not startup.rows:
         return "\n".join(said) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
     names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
-    cells = max(10, width - names - 22)
+    outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
+    cells = width - names - 12 - max(10, *map(len, outcomes))
     scale = cells / startup.length if startup.length > 0 else 0.0
     axis = " " * (names + 3)
     for tick, text in ticks(startup.length, cells // 10):
@@ -4034,25 +4617,24 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
         if at + len(text) <= cells:
             axis = axis.ljust(names + 3 + at) + text
     lines, drawn = [axis], set()
-    for bar, label in zip(startup.rows, labels):
+    for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
-        phases = [*bar.phases(), *(("another try", t, t) for t in bar.unit.tries if bar.has_run)]
-        for kind, since, upto in sorted(phases, key=lambda phase: list(SHADES).index(phase[0])):
-            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
+        for words, since, upto in bar.phases:
+            first = min(cells - 1, int((since - startup.first) * scale))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
-            row[first : first + size] = mark[kind] * size
+            row[first : first + size] = signs[words] * size
         drawn.update(row)
         name, text = fit(label, names, dots), "".join(row)
         if colour:
             name = f"\033[1m{name}\033[0m" if critical else name
-            text = f"\033[{COLOURS[bar.unit.status]}m{text}\033[0m"
-        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {standing(bar.unit)}")
-    legend = ", ".join(f"{mark[kind]} {meaning}" for kind, meaning in MEANINGS.items() if mark[kind] in drawn)
-    return "\n".join([*lines, "", *(wrap(legend, width, dots) if legend else []), *said]) + "\n"
+            text = f"\033[{COLOURS[bar.unit.status][0]}m{text}\033[0m"
+        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {outcome}")
+    legend = [f"{sign} {words}" for words, sign in signs.items() if sign in drawn and words not in ("waits", "runs")]
+    return "\n".join([*lines, "", *(wrap(", ".join(legend), width) if legend else []), *said]) + "\n"
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
-    """Units by how long they ran, and by how long others waited for them while they did not wait themselves."""
+    """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
     startup, most = Startup(graph), 25
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
@@ -4069,8 +4651,8 @@ def blame_text(graph: Graph, width: int = 100) -> str:
         rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
         more = f"and {len(best) - most} more\n" if len(best) > most else ""
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
-    note = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
-    return text + "\n".join([*wrap(note, width), "", *wrap(startup.summary(), width)]) + "\n"
+    said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
+    return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 TIMELINE_VERSION = 2
@@ -4082,7 +4664,7 @@ SAVED = [
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
-    """The timeline for programs; times in seconds since the first sign of a unit, null for what has not been."""
+    """Return the timeline for programs; times are seconds since the first sign of a unit, or None."""
     startup = Startup(graph)
 
     def since(t: float | None) -> float | None:
@@ -4124,7 +4706,7 @@ def read_timeline(text: str | bytes, name: str) -> Saved:
 
 
 def compare_text(before: Saved, now: Saved) -> str:
-    """Two startups as `read_timeline` returns them: how long each unit took, what changed most first.
+    """Compare two startups as `read_timeline` returns them: how long each unit took, what changed most first.
 
     A unit that did not complete says nothing about how fast it is.
     """
@@ -4142,146 +4724,123 @@ def compare_text(before: Saved, now: Saved) -> str:
             amount, how = NEVER, ""  # these stand first
         path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
         rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
-    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)], always=4)
+    text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
     verdict = change(before[0], now[0]) if complete else "not every unit completed"
     return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
 
 
-def xml(text: str) -> str:
-    """Text for XML; what XML cannot hold is replaced."""
-    import re
-
-    text = re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{stroke:#fff;stroke-width:2}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
 .y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
 .c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
-.completed{fill:#4fb37a}.failed{fill:#e26060}.t{stroke:#16181d}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
+.completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
-LEGEND = (
-    ("waiting", PENDING, "waits"),
-    ("locked out", PENDING, MEANINGS["locked out"]),
-    ("waiting", SKIPPED, "skipped"),
-    ("running", STARTED, "runs"),
-    ("running", COMPLETED, "completed"),
-    ("running", FAILED, "failed"),
-    ("running", COMPLETED, MEANINGS["another try"]),
-    ("running on", COMPLETED, MEANINGS["running on"]),
-    ("running", COMPLETED + " k", "on the critical path"),
-)
+LEGEND = [(words, words, STARTED) for words in PHASES]  # what it says, and the phase and the status that are drawn
+LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in (COMPLETED, FAILED))]
+LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
 def hover_text(bar: Bar) -> str:
-    """What the picture says of a unit when it is pointed at."""
-    unit, locked_out = bar.unit, bar.started - bar.ready
-    reason, last = f" ({unit.reason})" * bool(unit.reason), f", last for {unit.released_by}" * bool(unit.released_by)
-    tries = f" in {len(unit.tries) + 1} tries" * bool(unit.tries)
-    lines = [
-        f"{bar.name}: {unit.status}{reason}",
-        f"waited {span(bar.started - bar.asked)}{last}",
-        f"of it {span(locked_out)} for a lock" if locked_out >= 0.001 else "",
-        f"ran {span(bar.ran)}{tries}" if bar.has_run else "",
-        "its process runs on" if unit.running_on else "",
-        ""
-        if unit.exited is None
-        else joined(f"its process ended {span(bar.exited - bar.ended)} later", unit.exit_reason),
-        f"depends on {names_of(list(unit.wants))}" if unit.wants else "",
-        f"locks: {names_of(unit.locks)}" if unit.locks else "",
-    ]
-    return joined(*lines, by="\n")
-
-
-def svg_text(x: float, y: float, content: str, more: str = ' class="m"') -> str:
-    """A text in the picture."""
-    return f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(content)}</text>'
-
-
-def svg_phase(kind: str, words: str, x: float, y: float, size: float) -> str:
-    """A phase of a unit in its row, which begins at y; `words` are its status, and k on the critical path.
-
-    Or the row itself: then `words` are its class in STYLE.
-    """
-    if kind == "another try":
-        return f'<path class="t" d="M{x:.1f} {y + 4}v12"/>'
-    outcome = words.partition(" ")[0]
-    waits = (outcome if outcome == SKIPPED else "w", 7, 6)
-    shapes = {
-        "locked out": ("l", 7, 6),
-        "running": (words, 4, 12),
-        "running on": (outcome, 9, 3),
-        "row": (words, 0, 20),
+    """Return what the picture says of a unit when it is pointed at."""
+    u = bar.unit
+    lists: dict[str, list[str]] = {
+        "last for": [u.released_by],
+        "depends on": list(u.wants),
+        "locks:": u.locks,
+        "output:": [u.log],
     }
-    look, below, height = shapes.get(kind, waits)
-    return f'<rect class="{look}" x="{x:.1f}" y="{y + below:.0f}" width="{size:.1f}" height="{height}"/>'
+    lines = [f"{bar.name}: {described(u)}"]
+    phases = sorted(bar.phases, key=lambda phase: phase[1:])
+    lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
+    lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
+    return "\n".join(lines + [f"{words} {names_of(names)}" for words, names in lists.items() if any(names)])
 
 
 def timeline_svg(graph: Graph) -> str:
-    """The timeline as one self-contained picture."""
-    startup = Startup(graph)
-    rows, column, high, scale_width = startup.rows, 7.4, 20, 760.0
-    outcomes = [fit(described(bar.unit, standing(bar.unit)), 60).rstrip() for bar in rows]
-    left = 16 + column * min(max((wide(bar.name) for bar in rows), default=0), 60)
-    right = left + scale_width + 70
+    """Draw the timeline as one self-contained picture."""
+    startup, body = Startup(graph), []
+    bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
+    units = [bar.unit for bar in bars]
+    said = [standing(u) if u.running_on else described(u, "" if u.status in ENDED else standing(u)) for u in units]
+    outcomes = [fit(text, 60).rstrip() for text in said]
+    left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
+    right = left + axis + 70
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-    scale = scale_width / startup.length if startup.length > 0 else 0.0
+    scale = axis / startup.length if startup.length > 0 else 0.0
 
-    def at(t: float) -> float:
-        return left + (t - startup.first) * scale
+    def at(time: float) -> float:
+        return left + (time - startup.first) * scale
+
+    def write(x: float, y: float, text: str, more: str = ' class="m"') -> None:
+        body.append(f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(text)}</text>')
+
+    def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
+        body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
+
+    def phase(words: str, status: str, x: float, y: float, size: float) -> None:
+        _, look, top, height = PHASES[words]
+        rectangle(status if (words, status) == ("waits", SKIPPED) else look or status, x, y + top, size, height)
 
     said = wrap(startup.summary(), int((width - 16) / column))
-    body = [svg_text(8, 20 + 18 * i, line, ' class="h"') for i, line in enumerate(said)]
+    for i, line in enumerate(said):
+        write(8, 20 + 18 * i, line, ' class="h"')
     top = 18 * len(said) + 44
-    foot = top + high * len(rows)
-    for tick, text in ticks(startup.length, 10) if rows else ():
+    foot = top + high * len(bars)
+    for tick, label in ticks(startup.length, 10) if bars else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(rows) > 30)]:
-            body.append(svg_text(x, y, text, ' class="m" text-anchor="middle"'))
-    tops = {bar.name: top + high * i for i, bar in enumerate(rows)}
-    for i, (bar, outcome) in enumerate(zip(rows, outcomes)):
-        u, y, critical = bar.unit, tops[bar.name], bar.name in startup.critical
+        for y in (top - 14, foot + 14)[: 1 + (len(bars) > 30)]:
+            write(x, y, label, ' class="m" text-anchor="middle"')
+    tops = {bar.name: top + high * i for i, bar in enumerate(bars)}
+    for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
+        status, y, critical = bar.unit.status, tops[bar.name], bar.name in startup.critical
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
-        body.append(svg_phase("row", "z" if i % 2 else "y", 0, y, width))
-        body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else ""))
-        for kind, since, upto in bar.phases():
-            size = max((upto - since) * scale, 2.0 if kind == "running" or not bar.has_run else 0.0)
+        rectangle("yz"[i % 2], 0, y, width, high)
+        write(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else "")
+        for words, since, upto in bar.phases:
+            always = words in ("runs", "another try") or not bar.has_run
+            size = max((upto - since) * scale, 2.0 if always else 0.0)
+            k = " k" if critical and words == "runs" else ""
             if size >= 0.5:
-                x = min(at(since), left + scale_width - size)
-                body.append(svg_phase(kind, u.status + " k" * critical, x, y, size))
-        body += [svg_phase("another try", "", at(t), y, 0) for t in u.tries if bar.has_run]
-        body.append(svg_text(right - 8, y + 14, bar.took, ' text-anchor="end"'))
-        body.append(svg_text(right, y + 14, outcome, f' class="{FAILED if u.status == FAILED else "m"}"') + "\n</g>")
+                phase(words, status + k, min(at(since), left + axis - size), y, size)
+        write(right - 8, y + 14, bar.took, ' text-anchor="end"')
+        write(right, y + 14, outcome, f' class="{FAILED if status == FAILED else "m"}"')
+        body.append("</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
         body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
-    x, y = 8.0, foot + 32 - 20 * (not rows)
-    for kind, status, meaning in LEGEND if rows else ():
+    x, y = 8.0, foot + 32 - high * (not bars)
+    for meaning, words, status in LEGEND if bars else ():
         if x + 30 + column * len(meaning) > width:
             x, y = 8.0, y + high
-        body += [svg_phase(kind, status, x, y, 24), svg_text(x + 30, y + 14, meaning)]
-        body += [svg_phase(meaning, "", x + 12, y, 0)] if meaning == "another try" else []
+        phase(words, status, x, y, 2 if words == "another try" else 24)
+        write(x + 30, y + 14, meaning)
         x += 30 + column * (len(meaning) + 2)
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
 
+def xml(text: str) -> str:
+    """Return text for XML, in which control characters have no place."""
+    from html import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+
+
 def timeline_as(form: str, graph: Graph) -> str:
-    """The timeline in one of its forms for files."""
-    forms: dict[str, Callable[[Graph], Any]] = {"svg": timeline_svg, "json": timeline_data}
-    made = forms.get(form, timeline_text)(graph)
-    return made if isinstance(made, str) else json_text(made)
+    """Return the timeline in one of its forms for files."""
+    if form == "json":
+        return json_text(timeline_data(graph))
+    return timeline_svg(graph) if form == "svg" else timeline_text(graph)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
 def part_of(graph: Graph, names: Sequence[str]) -> Graph:
-    """The part of a graph that consists of some units and all they depend on. Raises NotRegistered."""
+    """Return the part of a graph that is some units and all they depend on. Raises NotRegistered."""
     if not names:
         return graph
     wants = {u.unit_name: u.wants for u in graph.nodes}
@@ -4294,7 +4853,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
 
 
 def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
-    """Names and those that they lead to, by way of each other, the nearest first."""
+    """Return names and those that they lead to, also through others, the nearest first."""
     found = list(names)
     seen = set(found)
     for name in found:
@@ -4305,7 +4864,7 @@ def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
 
 
 def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
-    """Dependencies under each unit; what was shown already is only named."""
+    """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
     fork, last, bar = "|-- ", "`-- ", "|   "
@@ -4313,9 +4872,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
     lines: list[str] = []
     shown: set[str] = set()
-    todo = [(name, "", "", 0) for name in reversed(roots or [name for name in nodes if name not in wanted])]
-    while todo:
-        name, lead, below, level = todo.pop()
+
+    def show(name: str, lead: str = "", below: str = "", level: int = 0) -> None:
         wants, more = list(nodes[name].wants), f" ({described(nodes[name])})"
         if wants and name in shown:
             wants, more = [], " (see above)"
@@ -4323,47 +4881,53 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
         shown.update([name] if wants else [])
-        for i, child in enumerate(reversed(wants)):
-            todo.append((child, below + (fork if i else last), below + (bar if i else "    "), level + 1))
+        for child in wants:
+            is_last = child == wants[-1]
+            show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
+
+    for name in roots or [name for name in nodes if name not in wanted]:
+        show(name)
     return "\n".join(lines) + "\n" if lines else "no units yet\n"
 
 
 def graph_dot(graph: Graph) -> str:
-    """The graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    """Return the graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    import json
 
     def quote(text: str) -> str:
-        return '"' + "".join(c if c >= " " else " " for c in text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(text, ensure_ascii=False)
 
-    fill = {COMPLETED: "palegreen", FAILED: "salmon", SKIPPED: "khaki", STARTED: "lightblue"}
     startup, bold = Startup(graph), ["color=orangered", "penwidth=3"]
-    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled, fillcolor=white];"]
+    lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled];"]
     for u in graph.nodes:
-        words = [f"style={'dashed' if u.status == NOT_REGISTERED else 'filled'}"]
-        words += [f"fillcolor={fill.get(u.status, 'white')}", f"tooltip={quote(described(u))}"]
+        words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(described(u))}"]
+        words += ["style=dashed"] if u.status == NOT_REGISTERED else ["peripheries=2"] if u.running_on else []
         words += bold if u.unit_name in startup.critical else []
         lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
     for name, dependent, requirement, on_path in startup.edges:
-        words = [] if requirement == SUCCESS else [f"label={quote(requirement)}"]
+        words = [] if requirement == SUCCESS else [f"label={requirement}"]
         words += bold if on_path else []
         lines.append(f"  {quote(name)} -> {quote(dependent)}" + (f" [{', '.join(words)}];" if words else ";"))
     return "\n".join(lines) + "\n}\n"
 
 
 def graph_mermaid(graph: Graph) -> str:
-    """The same for Mermaid; names become entity codes wherever they could mean something."""
+    """Return the graph for Mermaid; names become entity codes wherever they could mean something."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
     startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
-    fill = {COMPLETED: "#bfe8c8", FAILED: "#f4b0b0", SKIPPED: "#f3e2a0", STARTED: "#b9d8f5", "not_registered": "#eee"}
     lines = ["flowchart LR"]
-    lines += [f"  {ids[u.unit_name]}[{quote(u.unit_name)}]:::{u.status.replace(' ', '_')}" for u in graph.nodes]
+    for u in graph.nodes:
+        box = f"([{quote(u.unit_name)}])" if u.running_on else f"[{quote(u.unit_name)}]"
+        lines.append(f"  {ids[u.unit_name]}{box}:::{u.status.replace(' ', '_')}")
     for name, dependent, requirement, _ in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
         lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
-    lines += [f"  classDef {status} fill:{colour},color:#222" for status, colour in fill.items()]
+    for status, (_, colour) in COLOURS.items():
+        lines.append(f"  classDef {status.replace(' ', '_')} fill:{colour},color:#222")
     lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
     numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
     lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
@@ -4371,8 +4935,8 @@ def graph_mermaid(graph: Graph) -> str:
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
-    """The graph for programs."""
-    nodes = [{"unit_name": u.unit_name, "status": u.status, "reason": u.reason} for u in graph.nodes]
+    """Return the graph for programs."""
+    nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
     wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
     edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
     return {"units": nodes, "edges": edges}
@@ -4380,9 +4944,9 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
 # -- why ----------------------------------------------------------------------------------------------------
 def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
-    """What keeps each unit from starting, or kept it, or made it skipped. The one place that says so of a graph.
+    """Return what keeps each unit from starting, or kept it, or made it skipped: the one place that says so of a graph.
 
-    Units, each in the words of a message: a dependency, or who has the lock that alone is missing.
+    That is, units, each in the words of a message: a dependency, or who has the lock that alone is missing.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
     found: dict[str, dict[str, str]] = {}
@@ -4399,73 +4963,78 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     return found
 
 
-def why_text(graph: Graph, name: str) -> str:
-    """Why a unit stands where it stands, in sentences: what holds it up, and at the end the root causes."""
+def inverted(onward: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Return the same edges, seen from their other end."""
+    back: dict[str, list[str]] = {}
+    for name, others in onward.items():
+        for other in others:
+            back.setdefault(other, []).append(name)
+    return back
+
+
+def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
+    """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
+
+    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    """
+    found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    asked = units.get(name) or UnitStatus(name, NOT_REGISTERED, True)
-    found = obstacles(graph)
-    those = [units.get(each, asked) for each in reached([name], found)]
-    lines = stories(8, [u for u in those if found.get(u.unit_name)], graph, found)
-    lines += stories(20, [u for u in those if not found.get(u.unit_name)], graph, found)
-    wanted = [u.unit_name for u in graph.nodes if name in u.wants and asked.status == NOT_REGISTERED]
-    return "\n".join(lines + ([f"It is wanted by {names_of(wanted)}."] if wanted else [])) + "\n"
+    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    held_up = inverted(stuck)  # by each unit, without others in between
+    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
+    wanted_by = inverted({name: u.wants for name, u in units.items()})
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
 
+    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
+        """Tell of the first of some units, and how many more there are."""
+        lines = []
+        for u in some[:most]:
+            line = story(u, graph.now, names_of(list(found.get(u.unit_name, {}).values())))
+            guess = ""
+            if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
+                behind = reached([u.unit_name], wanted_by)
+                line += f"; it is wanted by {names_of(wanted_by[u.unit_name])}" if behind[1:] else ""
+                guess = resembling(u.unit_name, known - set(behind))
+            lines.append(line + meant(guess, "."))
+        return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
 
-def why_all_text(graph: Graph) -> str:
-    """All that waits, runs long or was skipped, under what causes it; that which holds up most comes first."""
-    found = obstacles(graph)
-    stuck = {u.unit_name: u for u in graph.nodes if u.is_waiting or u.status == SKIPPED}
-    directly: dict[str, list[str]] = {}  # who is held up by a unit, without others in between
-    for name in stuck:
-        for cause in found[name]:
-            directly.setdefault(cause, []).append(name)
-    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # roots that hold up the same units belong together
-    for u in graph.nodes:
-        name, runs = u.unit_name, elapsed(u.started, graph.now) if u.status == STARTED else 0.0
+    def is_cause(name: str) -> bool:
+        u = units[name]
+        if name in stuck:
+            return not stuck[name]
         gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
-        gave_up = standing(u) in ("gave up", FAILED, "exited")
-        if not found[name] if name in stuck else name in directly or gone or gave_up or runs >= LONG:
-            groups.setdefault(tuple(directly.get(name, ())), []).append(u)
-    parts: list[tuple[int, float, str]] = []
-    for above, roots in groups.items():
-        held = reached(above, directly)
-        roots.sort(key=lambda u: -u.age)
-        lines = stories(5 if held else 20, roots, graph, found)
+        runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
+        return name in held_up or gone or runs_long or u.status == FAILED or standing(u) in ("gave up", "exited")
+
+    asked = reached(names, found)
+    groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
+    for name in (name for name in asked or units if (not found.get(name) if names else is_cause(name))):
+        groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
+    parts: list[tuple[list[str], list[UnitStatus]]] = []
+    for directly, causes in groups.items():
+        parts.append((reached(directly, held_up), sorted(causes, key=lambda u: -u.age)))
+    parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
+    texts = []
+    for held, causes in parts[:50]:
+        lines = stories(5 if held else 20, causes)
         for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (stuck[name].status == SKIPPED) == skipped]
+            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
             lines += [f"    {word}: {names_of(those)}"] if those else []
-        parts.append((-len(held), -roots[0].age, "\n".join(lines)))
-    parts.sort(key=lambda part: part[:2])
+        texts.append("\n".join(lines))
+    texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return ("\n\n".join(text for *_, text in parts) or nothing) + "\n"
+    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def elapsed(since: float | None, now: float | None) -> float:
-    """Return the seconds from one time to another, 0 if either has not been."""
-    return 0.0 if since is None or now is None else now - since
-
-
-def stories(most: int, units: list[UnitStatus], graph: Graph, found: dict[str, dict[str, str]]) -> list[str]:
-    """A sentence on each of the first units, and how many more there are; one not registered may be misspelt."""
-    lines = []
-    wanted_by: dict[str, list[str]] = {}
-    for n in graph.nodes:
-        for name in n.wants:
-            wanted_by.setdefault(name, []).append(n.unit_name)
-    for u in units[:most]:
-        guess = ""
-        if u.status == NOT_REGISTERED:
-            behind = set(reached([u.unit_name], wanted_by))  # what waits for it is not what was meant
-            known = (n.unit_name for n in graph.nodes if n.status != NOT_REGISTERED and n.unit_name not in behind)
-            guess = resembling(u.unit_name, known)
-        what = names_of(list(found.get(u.unit_name, {}).values()))
-        lines.append(story(u, graph.now, what) + meant(guess, "."))
-    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
+def elapsed(since: float | None, until: float | None) -> float:
+    """Return the seconds between two times of a unit; 0 if one of them has not been."""
+    return 0.0 if since is None or until is None else max(0.0, until - since)
 
 
 def story(unit: UnitStatus, now: float, what: str) -> str:
-    """One unit in one sentence without its full stop; `what` keeps or kept it from starting."""
-    name, reason = f'"{unit.unit_name}"', f": {unit.reason}" if unit.reason else ""
+    """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
+    name, reason = f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
@@ -4485,19 +5054,18 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else f"it is {unit.reason or 'still running'}"
+        still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
-    ago = f"{name} {unit.status} {span(elapsed(unit.ended, now))} ago"
+    ago = f"{name} {unit.status} {span(unit.age)} ago"
     if unit.started is None:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
-    after = "; its process runs on" if unit.running_on else ""
-    if unit.exited is not None:
+    after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
+    if unit.status == COMPLETED and unit.exited is not None:
         after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
-    return (
-        f"{ago} after running {span(elapsed(unit.started, unit.ended))}{tries}{reason}; started{by} {how}{after}{log}"
-    )
+    ran = span(now - unit.age - unit.started)
+    return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4505,39 +5073,80 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
-PROBE_TIMEOUT = 5.0  # for one try
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
+CHECK_TIMEOUT = 1.0  # seconds for the one before the command
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """The host, empty for this machine, and the port in `[HOST:]PORT`, or with a default port `HOST[:PORT]`.
+    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
 
-    Raises UsageError.
+    Raises UsageError for what no host and no port can be.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
         host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65536 or (port and not host):
+    if host[:1] == "[" and host[-1:] == "]":
+        host = host[1:-1]
+    labels = host.rstrip(".").split(".")
+    is_host = host.isprintable() and not set(host) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
+    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
+    if not is_port or not (is_host or (not host and not port)):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
-    return host.strip("[]"), int(number)
+    return host, int(number)
 
 
-def check_probe(text: str) -> None:
-    """Raises UsageError for a probe that can be known to be wrong without a try."""
-    kind, colon, rest = text.partition(":")
-    if kind == "tcp" and colon:
-        address_of(rest)
-    elif text.startswith("http://"):
-        address_of(text[7:].partition("/")[0], 80)
-    elif (colon and kind in ("unix", "file") and not rest) or not text:
-        raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-    elif (colon or kind.isdecimal()) and kind.isalnum() and kind not in ("unix", "file") and " " not in text:
-        raise UsageError(f"{ascii(text)[:60]} is no probe; use tcp:, unix:, http://, file:, notify or a command")
+def shown_probe(text: str) -> str:
+    """Return a probe as a message may have it, in short."""
+    text = one_line(without_password(text))
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+class Probe:
+    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+
+    def __init__(self, text: str) -> None:
+        kind, colon, rest = text.partition(":")
+        self.text, self.shown = text, shown_probe(text)
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
+        self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
+        self.address, self.path, self.header = ("", 0), rest, ""
+        if self.kind == "tcp":
+            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
+            self.address = address_of(self.plain(rest))
+        elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
+            authority, _, path = rest[2:].partition("/")
+            who, _, host = authority.rpartition("@")
+            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+        elif self.kind in ("unix", "file") and rest:
+            self.plain(rest)
+        elif self.kind in ("unix", "file") or not text:
+            raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
+        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+            hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
+            hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
+            raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
+
+    def plain(self, text: str) -> str:
+        """Return a part in which nothing is left to a shell. Raises UsageError."""
+        if text[:1] == "~" or set(text) & set("$`*"):
+            raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
+        return text
+
+
+def basic(who: str) -> str:
+    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
+    from binascii import b2a_base64
+    from urllib.parse import unquote_to_bytes
+
+    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
 def connect(host: str, port: int, timeout: float) -> Any:
-    """A connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
     import socket
 
     if host:
@@ -4551,12 +5160,11 @@ def connect(host: str, port: int, timeout: float) -> Any:
             raise error from None
 
 
-def http_status(text: str, timeout: float) -> int:
-    """The status with which an http:// address answers. Raises OSError."""
-    where, _, path = text[7:].partition("/")
+def http_status(probe: Probe, timeout: float) -> int:
+    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline = time.monotonic() + timeout
-    with connect(*address_of(where, 80), timeout) as sock:
-        sock.sendall(f"GET /{path} HTTP/1.0\r\nHost: {where}\r\nConnection: close\r\n\r\n".encode())
+    with connect(*probe.address, timeout) as sock:
+        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
         line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -4567,7 +5175,40 @@ def http_status(text: str, timeout: float) -> int:
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
-    return int(words[1])
+    return int(words[1][:4])
+
+
+LOCAL = ("", "localhost", "127.0.0.1", "::1")
+
+
+def unix_listener(path: str, timeout: float) -> int:
+    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        if not hasattr(socket, "SO_PEERCRED"):
+            return 0
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def listener(port: int) -> int:
+    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    found = set()
+    for name in ("net/tcp", "net/tcp6"):
+        try:
+            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
+        except OSError:
+            continue
+        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
+        try:
+            if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
+                return int(pid)
+        except OSError:  # it has gone, or is not ours to look at
+            pass
+    return 0
 
 
 def can_be_read(fd: int, timeout: float) -> bool:
@@ -4582,81 +5223,99 @@ def can_be_read(fd: int, timeout: float) -> bool:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
+    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
+    goes on until the command is ready, gets the first: a file counts if it has changed since.
+
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
     Loop. `error` is what the last try lacked, in a few words.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes]) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
         import threading
 
         self.error = "its first try has not ended"
-        self._text, self._env = text, env
-        self._group = 0  # of a command that is being tried
+        self.objection = self.doubt = ""
+        self.file: tuple[int, ...] = ()  # as it was at the latest try
+        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self.shown = self._probe.shown
+        self._peer = self._group = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
 
-    def begin(self) -> Prober:
-        """Begin to try. Not done at once, so that whoever a signal interrupts meanwhile has what to close."""
+    def begin(self, once: bool = False) -> Prober:
+        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, args=(once,), daemon=True).start()
         return self
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._ready
 
     def ready(self) -> bool:
-        """Whether a try has succeeded."""
+        """Return whether a try has succeeded."""
         return not self.error
 
     def close(self) -> None:
-        """No more tries; a command that is being tried is killed."""
+        """Make no more tries, and kill a command that is being tried."""
         self._closed.set()
         with self._lock:
             if self._group:
                 signal_to(-self._group, 9)
         os.close(self._ready)
 
-    def _run(self) -> None:
+    def _run(self, once: bool) -> None:
         pause = 0.1
         try:
             while not self._closed.is_set():
-                self.error = self._try()
-                if not self.error:
+                self.error = self._try(once)
+                if once and not self.error:
+                    self._object()
+                if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
         finally:
             os.close(self._done)
 
-    def _try(self) -> str:
-        """Try once; return what is lacking."""
-        kind, colon, rest = self._text.partition(":")
-        try:
-            if kind == "file" and colon:
-                return "" if os.path.exists(rest) else "no such file"
-            if kind == "tcp" and colon:
-                connect(*address_of(rest), PROBE_TIMEOUT).close()
-                return ""
-            if kind == "unix" and colon:
-                from _socket import AF_UNIX, SOCK_STREAM, socket
+    def _object(self) -> None:
+        """Say what a try that succeeds before the command is run means."""
+        probe = self._probe
+        if probe.kind == "command":
+            self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
+        elif probe.kind != "file":
+            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            answers = f"{probe.shown} answers already, before the command was run"
+            self.objection = f"{answers}: end what listens there{who} first"
 
-                sock = socket(AF_UNIX, SOCK_STREAM)
-                try:
-                    sock.settimeout(PROBE_TIMEOUT)
-                    sock.connect(rest)
-                finally:
-                    sock.close()
-                return ""
-            if self._text.startswith("http://"):
-                status = http_status(self._text, PROBE_TIMEOUT)
+    def _try(self, once: bool) -> str:
+        """Try once; return what is lacking."""
+        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        try:
+            if probe.kind == "file":
+                if not os.path.exists(probe.path):
+                    return "no such file"
+                file = os.stat(probe.path)
+                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
+                return "" if self.file != self._old else "it is as it was before the command was run"
+            if probe.kind == "http":
+                status = http_status(probe, timeout)
                 return "" if status < 400 else f"HTTP status {status}"
-            return self._command()
-        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            if probe.kind == "tcp":
+                connect(*probe.address, timeout).close()
+            elif probe.kind == "unix":
+                self._peer = unix_listener(probe.path, timeout)
+            else:
+                return self._command(CHECK_TIMEOUT if once else NEVER)
+            return ""
+        except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self) -> str:
+    def _command(self, timeout: float) -> str:
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
         read, write = os.pipe()
         nothing = null()
         try:
@@ -4664,14 +5323,14 @@ class Prober:
                 if self._closed.is_set():
                     return "no more tries"
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3', "sh", self._text]
+                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
                 streams.append((os.POSIX_SPAWN_DUP2, write, 3))
                 self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
             os.close(write)
             write = -1
-            if not can_be_read(read, PROBE_TIMEOUT):
+            if not can_be_read(read, timeout):
                 signal_to(-self._group, 9)
-                return f"no end within {PROBE_TIMEOUT:.0f}s"
+                return f"no end within {span(timeout)}"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
         finally:
@@ -4709,13 +5368,15 @@ class Notified:
 
     def ready(self) -> bool:
         """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
+        slowly = not self.error  # a sender without end is slowed down, not followed
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
-            time.sleep(0.001)  # a sender without end is slowed down, not followed
         except OSError:
             pass
+        if slowly:
+            time.sleep(0.005)
         return not self.error
 
     def close(self) -> None:
@@ -4726,31 +5387,35 @@ class Notified:
 
 # -- what a command leaves to others ----------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
+NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
-def private_file() -> tuple[int, str]:
-    """An empty file without a name: its descriptor, and a path by which a command may open it; else -1 and "".
+def private_file() -> str:
+    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
 
-    Unlike one in a directory it is gone when we are, however we end.
+    It stays open: later on, the path would be that of another file.
     """
     if hasattr(os, "memfd_create") and has_proc():
         try:
-            file = os.memfd_create("coder-sync")
-            return file, f"/proc/{os.getpid()}/fd/{file}"
+            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
         except OSError:
             pass
-    return -1, ""
+    return ""
 
 
 def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
-    try:
-        path = os.path.join(os.path.abspath(getenv("TMPDIR") or "/tmp"), f"coder-sync-{os.urandom(8).hex()}")
-        os.mkdir(path, 0o711)
-        os.chmod(path, 0o711)  # whatever our umask
-    except OSError:
-        return ""
-    return path
+    for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
+        path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
+        if len(os.fsencode(path)) > 80:  # no socket could be in it
+            continue
+        try:
+            os.mkdir(path)
+            os.chmod(path, 0o711)
+        except OSError:
+            continue
+        return path
+    return ""
 
 
 def private_path(directory: str) -> str:
@@ -4758,29 +5423,39 @@ def private_path(directory: str) -> str:
     return directory and os.path.join(directory, os.urandom(8).hex())
 
 
+def clear(path: str) -> None:
+    """Empty a file in a private directory, or without a name."""
+    remove(path)
+    try:
+        os.truncate(path, 0)
+    except OSError:
+        pass
+
+
 def remove_directory(path: str) -> None:
     """Remove a private directory with all that a command may have left in it, if it is still there."""
-    for directory, _, files in os.walk(path, topdown=False):
-        try:
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
-        except OSError:
-            pass
+    try:
+        os.rmdir(path)
+    except OSError:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     if not path:
         return {}
+    too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a fifo, nobody would ever write
-        with open(fd, "rb") as file:
+        with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
+    if len(data) > MAX_ENV:
+        raise too_large
     values: dict[str, str] = {}
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
         name, found, value = line.partition("=")
@@ -4793,13 +5468,14 @@ def exported(path: str) -> dict[str, str]:
         except UnicodeEncodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
         values[name] = value
-    if len(data) > MAX_ENV or len(encode(values)) > MAX_ENV:
-        raise Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
+    if len(encode(values)) > MAX_ENV:
+        raise too_large
     return values
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 
 
 class Task:
@@ -4874,9 +5550,9 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit}
-        if self.left:
-            added["CODER_SYNC_ENV"] = self.left
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.tries:
+            clear(self.left)
         if self.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         env = environment(self.env, **added)
@@ -4930,7 +5606,8 @@ class Task:
     def keep_time(self, now: float) -> float:
         """Do what is due; return when something is next."""
         if now >= self.ready_by:
-            self.end(f"not ready after {span(self.ready_timeout)} ({self.prober.error if self.prober else ''})")
+            lacks = self.prober.error if self.prober else ""
+            self.end(f"not ready after {span(self.ready_timeout)}: {shown_probe(self.ready)} ({lacks})")
         if now >= self.stop_at:
             self.end(f"timed out after {span(self.timeout)}")
         if now >= self.kill_at:
@@ -4977,7 +5654,11 @@ class Task:
             self.exited()
         elif not self.reported:
             how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
+            if early and code == 0 and self.ready != "notify":
+                how += TO_BACKGROUND
             self.tried(self.why or how, code)
+        else:  # somebody else has ended the unit
+            self.report("exited", reason=ending(code), code=shell_status(code))
 
     def tried(self, how: str, code: int) -> None:
         """A try has ended, without success unless there is nothing to say how."""
@@ -5026,10 +5707,9 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True)
+    start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
-        check_probe(args.ready)
-    end_on("SIGTERM")
+        Probe(args.ready)
     try:
         start.__enter__()
     except Unreachable as error:
@@ -5052,9 +5732,11 @@ class Run(Task):
         self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
         self.status = 0  # to return
         self.quiet, self.report_at = args.quiet, NEVER
-        self.file, self.left = private_file()
+        self.left = private_file()
         self.directory = private_directory() if args.ready == "notify" or not self.left else ""
         self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
+        if not self.left:
+            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
         """Run it, at most `retries` times again if it fails; return its exit status."""
@@ -5085,23 +5767,17 @@ class Run(Task):
             self.fail(f"stopped between two tries; {self.reason}")
             sys.exit(128 + number)
 
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.file >= 0:
-            os.ftruncate(self.file, 0)
-        else:
-            remove(self.left)
-        return super().spawn(env)
-
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.ready:
-            self.report("owner", ready=self.ready)
+            self.report("owner", ready=shown_probe(self.ready))
             self.report_at = self.began + FIRST_REPORT
 
     def keep_time(self, now: float) -> float:
         if self.prober and now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {self.ready} ({self.prober.error})"
+            lacks = f"{shown_probe(self.ready)} ({self.prober.error})"
+            text = f"{self.unit}: not ready after {span(now - self.began)}: {lacks}"
             say(text, 2, self.quiet)
         return min(super().keep_time(now), self.report_at if self.prober else NEVER)
 
@@ -5173,24 +5849,24 @@ def cmd_wait(args: Args) -> int:
     if not args.units and not args.ready:
         raise UsageError("wait: name a unit, or what is to be --ready")
     for probe in args.ready:
-        check_probe(probe)
+        Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.ready:
         let_children_go()
         end_on("SIGTERM", "SIGHUP", "SIGQUIT")
-    probers = {probe: Prober(probe, environment()) for probe in args.ready}
+    probers = [Prober(probe, environment()) for probe in args.ready]
     try:
-        for prober in probers.values():
+        for prober in probers:
             prober.begin()
         if args.units:
             client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
         end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers.values():
+        for prober in probers:
             while prober.error:
                 over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {probe: one.error for probe, one in probers.items() if one.error}
+                lacks = {one.shown: one.error for one in probers if one.error}
                 if not prober.error:
                     break
                 if over or time.monotonic() >= end:
@@ -5201,11 +5877,11 @@ def cmd_wait(args: Args) -> int:
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
                 say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
     finally:  # what is being tried does not outlive us
-        for prober in probers.values():
+        for prober in probers:
             prober.close()
     took = time.monotonic() - began
     waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *args.ready])}: done{waited}", quiet=args.quiet)
+    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
     return 0
 
 
@@ -5219,27 +5895,18 @@ def cmd_wait(args: Args) -> int:
 # bounded a line, and read only while our own standard output takes it.
 # ----------------------------------------------------------------------------------------------------------
 
-HEADER_LINES = 50
+HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
 PING_AFTER = 5.0  # seconds of silence from the agent
 LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # the system may have some when others have ended
+MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
-BACKUPS = ("~", ".bak", ".orig", ".rej", ".swp", ".old", ".dpkg-old", ".dpkg-dist", ".rpmsave", ".rpmnew")
-HEADERS = {
-    "unit": "NAME",
-    "want": "NAME... [--requires REQUIREMENT]",
-    "after": "NAME...",
-    "before": "NAME...",
-    "extern": "NAME...",
-    "lock": "NAME...",
-    "timeout": "DURATION",
-    "ready": "PROBE",
-    "ready-timeout": "DURATION",
-    "retry": "N [DELAY]",
-}
+# The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
+NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
+PACKAGED = (".dpkg-", ".ucf-", ".rpm")
 
 
 class Edge(Record):
@@ -5268,22 +5935,79 @@ class Script(Record):
     delay: float = 1.0
 
 
+def header_names(words: list[str]) -> list[str]:
+    """Return the names in a header. Raises UsageError, Refused."""
+    for word in words:
+        if word[:1] == "-" or word[-1:] == ",":
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{word}" is neither {known} nor a name; blanks separate names')
+    return [check_name(word) for word in words]
+
+
+def edges(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
+    """Return the edges that a header asks for. Raises UsageError, Refused."""
+    return [Edge(name, requires, place) for name in header_names(words)]
+
+
+def wanted(words: list[str], place: str) -> list[Edge]:
+    """Return the edges of a header `want`. Raises UsageError, Refused."""
+    requires: str = SUCCESS
+    words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
+    if "--requires" in words:
+        at = words.index("--requires")
+        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
+        if requires not in REQUIREMENTS:
+            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
+    if not words:
+        raise UsageError("want: a name is missing")
+    return edges(words, place, requires)
+
+
+def retries(words: list[str]) -> dict[str, Any]:
+    """Return what a header `retry` sets. Raises UsageError."""
+    if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
+        raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
+    return {"retries": int(words[0]), **({"delay": duration(words[1])} if words[1:] else {})}
+
+
+# Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
+HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
+    "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
+    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wanted(words, place)}),
+    "after": ("NAME...", MANY, lambda words, place: {"after": edges(words, place, COMPLETION)}),
+    "before": ("NAME...", MANY, lambda words, place: {"before": edges(words, place)}),
+    "extern": ("NAME...", MANY, lambda words, _: {"externs": header_names(words)}),
+    "lock": ("NAME...", MANY, lambda words, _: {"locks": header_names(words)}),
+    "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
+    "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
+    "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
+    "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
+}
+
+
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
-    """A script from the start of its file; mistakes are added with file and line."""
-    name = os.path.basename(path)
-    digits = len(name) - len(name.lstrip("0123456789"))
-    if digits and name[digits : digits + 1] in ("-", "_"):
-        name = name[digits + 1 :]
-    script = Script(path, name.rpartition(".")[0] or name, f"{path}:1", [], [], [], [], [])
-    for number, line in enumerate(text.decode(errors="replace").splitlines()[:HEADER_LINES], 1):
+    """Return a script from the start of its file; mistakes are added with file and line."""
+    file = printable(path)
+    script = Script(path, unit_of(os.path.basename(path)), f"{file}:1", [], [], [], [], [])
+    said: dict[str, int] = {}  # the line of each header that there may be once
+    lines = text.decode(errors="replace").splitlines()
+    comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
+    for number, line in enumerate(lines, 1):
         mark, found, rest = line.partition("coder-sync:")
+        is_header = bool(found) and mark.strip() in MARKS
+        if number > max(HEADER_LINES, comments):
+            if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
+                say(f"warning: {file}:{number}: not read as a header: too far down; move it up", 2)
+            continue
         try:
-            if found and mark.strip() in MARKS:
-                read_header(script, rest.strip(), f"{path}:{number}")
+            if is_header:
+                read_header(script, rest.strip(), number, said)
             elif looks_like_header(line.strip()):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
-            mistakes.append(f"{path}:{number}: {error}")
+            mistakes.append(f"{file}:{number}: {error}")
+    if "ready-timeout" in said and "ready" not in said:
+        mistakes.append(f"{file}:{said['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -5291,71 +6015,56 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     return script
 
 
+def unit_of(name: str) -> str:
+    """Return the unit that a file is by its name: without a number in front, and without its ending."""
+    digits = len(name) - len(name.lstrip("0123456789"))
+    if digits and name[digits : digits + 1] in ("-", "_"):
+        name = name[digits + 1 :]
+    return name.rpartition(".")[0] or name
+
+
 def looks_like_header(line: str) -> bool:
-    """Whether a comment was meant to be a header, and is not only about us."""
+    """Return whether a comment was meant to be a header, and is not only about us."""
     text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-    words = text.replace(":", " ").replace("\uff1a", " ").split()  # the colon of a Chinese keyboard
+    words = text.replace(":", " ").split()
     return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
-def read_header(script: Script, text: str, place: str) -> None:
-    """Take what a header says. Raises UsageError, Refused or ValueError."""
-    verb, rest = (*text.split(None, 1), "", "")[:2]
-    if verb == "ready":
-        check_probe(rest)
-        script.ready = rest
-        return
+def read_header(script: Script, text: str, number: int, said: dict[str, int]) -> None:
+    """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
+    word, rest = (*text.split(None, 1), "", "")[:2]
+    if word not in HEADERS:
+        known = ", ".join(f"{name} {form}" for name, (form, _, _) in HEADERS.items())
+        raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
+    form, most, read = HEADERS[word]
     words = rest.split()
-    if '"' in rest or "'" in rest or "\\" in rest:
+    if word == "ready":  # for a shell, or nobody
+        words = [rest]
+    elif '"' in rest or "'" in rest or "\\" in rest:
         import shlex
 
         words = shlex.split(rest)
-    count = {"unit": (1,), "timeout": (1,), "ready-timeout": (1,), "retry": (1, 2)}.get(verb)
-    if verb not in HEADERS or (count and len(words) not in count):
-        known = ", ".join(f"{name} {what}" for name, what in HEADERS.items())
-        raise UsageError(f'"{text}" is not a header; use {known}')
-    requires: str = SUCCESS
-    if verb == "want":  # --requires=REQUIREMENT is two words
-        words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
-    if verb == "want" and "--requires" in words:
-        at = words.index("--requires")
-        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
-        if requires not in REQUIREMENTS:
-            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
     if not words:
-        raise UsageError(f"{verb}: a name is missing")
-    if verb == "timeout":
-        script.timeout = duration(words[0])
-    elif verb == "ready-timeout":
-        script.ready_timeout = duration(words[0])
-    elif verb == "retry":
-        if not words[0].isdecimal() or int(words[0]) > 1000:
-            raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
-        script.retries, script.delay = int(words[0]), duration(words[1]) if words[1:] else script.delay
-    else:
-        odd = [w for w in words if w[:1] == "-" or w[-1:] == ","]
-        if odd and verb != "unit":
-            known = "an option (only want has one, --requires)"
-            raise UsageError(f'"{odd[0]}" is neither {known} nor a name; blanks separate names')
-        read_names(script, verb, [check_name(name) for name in words], requires, place)
+        raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
+    if len(words) > most:
+        hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
+        raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
+    for name, value in read(words, f"{printable(script.path)}:{number}").items():
+        if isinstance(value, list):
+            getattr(script, name).extend(value)
+        elif said.setdefault(word, number) != number:
+            raise UsageError(f"{word}: line {said[word]} says so already")
+        else:
+            setattr(script, name, value)
 
 
-def read_names(script: Script, verb: str, names: list[str], requires: str, place: str) -> None:
-    """Take the names that a header has."""
-    if verb == "unit":
-        script.unit, script.place = names[0], place
-    elif verb in ("extern", "lock"):
-        (script.externs if verb == "extern" else script.locks).extend(names)
-    else:
-        edges = {"want": script.wants, "after": script.after, "before": script.before}[verb]
-        edges += [Edge(name, COMPLETION if verb == "after" else requires, place) for name in names]
-
-
-def check_interpreter(path: str, text: bytes) -> str:
-    """What keeps a file from being run, or nothing."""
+def check_program(path: str, text: bytes) -> str:
+    """Return what keeps a file from being run, or nothing."""
     if not os.access(path, os.X_OK):
-        return f"not executable; chmod +x {path}"
+        return not_executable(path)
     first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
+    if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
@@ -5366,13 +6075,22 @@ def check_interpreter(path: str, text: bytes) -> str:
         import shutil
 
         program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
+        return "" if program and shutil.which(program) else f"its interpreter {printable(program)} is not in PATH"
     good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    return "" if good else f"its interpreter {printable(program)} does not exist or cannot be run"
+
+
+def not_executable(path: str) -> str:
+    """Return why a file cannot be run that is no program, and what to do about it."""
+    import shlex
+
+    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return "not executable: its file system is mounted noexec"
+    return f"not executable; chmod +x {shlex.quote(printable(path))}"
 
 
 def program_of_env(words: list[str]) -> str:
-    """The program in the arguments of env(1)."""
+    """Return the program in the arguments of env(1)."""
     rest = iter(words)
     for word in rest:
         if word[:2] == "-S" and word[2:]:
@@ -5384,10 +6102,10 @@ def program_of_env(words: list[str]) -> str:
     return ""
 
 
-def plan(paths: Sequence[str]) -> list[Script]:
-    """Read and check everything. Raises UsageError with every mistake, a line each."""
+def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
+    """Read and check everything; return the scripts. Raises UsageError with every mistake, a line each."""
     mistakes: list[str] = []
-    left_out: dict[str, str] = {}  # unit -> a file that is no script because it is not executable
+    left_out: dict[str, str] = {}  # unit -> the file that would provide it, and why it does not
     scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
@@ -5399,9 +6117,10 @@ def plan(paths: Sequence[str]) -> list[Script]:
         for edge in script.wants:
             name = edge.dependency
             if name not in by_name and name not in externs:
-                hint = meant(resembling(name, list(by_name)), f"; if it comes from outside, add: extern {name}")
-                if name in left_out:
-                    hint = f"; {left_out[name]} would, but is not executable"
+                import shlex
+
+                outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
+                hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
                 mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for script in scripts:
         for edge in script.before:
@@ -5416,40 +6135,45 @@ def plan(paths: Sequence[str]) -> list[Script]:
             if hint:
                 say(f'warning: {edge.place}: no file provides "{edge.dependency}"{hint}', 2)
     check_edges(scripts, mistakes)
-    if not scripts and not mistakes:
-        others = f"; not executable: {names_of([*left_out.values()])}" if left_out else ""
-        mistakes.append(f"{' '.join(paths)}: no executable files{others}")
+    if not scripts and not mistakes and not may_be_empty:
+        mistakes.append(f"{printable(' '.join(paths))}: no executable files")
     if mistakes:
         raise UsageError("\n".join(mistakes))
     return scripts
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """The scripts of a directory, or one file."""
+    """Return the scripts of a directory, or one file."""
     files = [given]
     try:
         if os.path.isdir(given):
-            names = sorted(n for n in os.listdir(given) if n[0] not in ".#" and not n.endswith(BACKUPS))
-            files = [f for f in (os.path.join(given, n) for n in names) if os.path.isfile(f)]
+            files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
+            files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
         elif not os.path.isfile(given):  # a pipe, say, which would block
-            raise OSError(0, "no such file or directory")
+            raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
+        mistakes.append(f"{printable(given) or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
+        name, ending = os.path.splitext(os.path.basename(path))
+        if path != given and (ending in NOT_RUN or ending.startswith(PACKAGED)):
+            left_out[unit_of(name)] = f"{printable(path)} would, but {ending} is not run"
+            continue
         try:
-            with open(path, "rb") as f:
-                text = f.read(65536)
+            with open(open_file(path), "rb") as f:
+                text = f.read(65536) or b""
         except OSError as error:
-            mistakes.append(f"{path}: cannot be read: {error.strerror}")
+            mistakes.append(f"{printable(path)}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-            left_out[read_script(path, b"", []).unit] = path
+            left_out[unit_of(name + ending)] = f"{printable(path)} would, but is not executable"
+            if text.startswith(b"#!"):
+                say(f"warning: {printable(path)}: not run: {not_executable(path)}", 2)
             continue
         script = read_script(os.path.abspath(path), text, mistakes)
-        wrong = check_interpreter(path, text)
+        wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{script.path}:1: {wrong}")
+            mistakes.append(f"{printable(script.path)}:1: {wrong}")
         yield script
 
 
@@ -5459,8 +6183,8 @@ def add_edge(script: Script, edge: Edge) -> None:
         script.wants.append(edge)
 
 
-def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
-    """The graph of the scripts; what its rules forbid is a mistake."""
+def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
+    """Add what the rules of the graph forbid to the mistakes."""
     units = Units(time.monotonic, time.time)
     places: dict[tuple[str, str], str] = {}
     for script in scripts:
@@ -5478,25 +6202,28 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> Units:
                 mistakes.append(f"{edge.place}: {error} ({told})")
             except SyncError as error:
                 mistakes.append(f"{edge.place}: {error}")
-    return units
 
 
-def selected(scripts: list[Script], only: Sequence[str], done: set[str]) -> list[Script]:
-    """Those scripts, and what they want, also through others, that is not done yet. Raises UsageError."""
+def plan_text(scripts: list[Script]) -> str:
+    """Return scripts without mistakes as a table, each below what it wants of the others."""
     by_name = {script.unit: script for script in scripts}
-    for name in only:
-        if name not in by_name:
-            raise UsageError(f'--only: no file provides "{name}"{meant(resembling(name, list(by_name)))}')
-    taken, rest = set(only), list(only)
-    while rest:
-        script = by_name[rest.pop()]
-        new = {e.dependency for e in script.wants if e not in script.after} - taken - done
-        new &= set(by_name)
-        taken |= new
-        rest += new
-    for script in scripts:
-        script.wants = [e for e in script.wants if e not in script.after or e.dependency in taken]
-    return [script for script in scripts if script.unit in taken]
+    missing = {unit: {edge.dependency for edge in script.wants} & {*by_name} for unit, script in by_name.items()}
+    users: dict[str, list[str]] = {unit: [] for unit in by_name}
+    for unit, names in missing.items():
+        for name in names:
+            users[name].append(unit)
+    order = [unit for unit, names in missing.items() if not names]
+    for unit in order:  # which grows
+        for user in users[unit]:
+            missing[user].remove(unit)
+            if not missing[user]:
+                order.append(user)
+    rows = []
+    for script in map(by_name.__getitem__, order):
+        wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.wants)
+        rows.append([script.unit, ", ".join(wants), ", ".join(script.locks), shown_probe(script.ready)])
+    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows, always=1) if rows else ""
+    return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
 class BootOptions(Record):
@@ -5532,8 +6259,6 @@ class Job(Task):
         return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        if self.tries:
-            remove(self.left)
         write = self.boot.streams.open(self.stream)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
@@ -5556,7 +6281,7 @@ class Job(Task):
         self.boot.streams.log(self.stream, more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.pid, command=command, log=log, ready=self.ready)
+        self.report("owner", pid=self.pid, command=command, log=log, ready=shown_probe(self.ready))
         super().begun(detail)
         if detail:
             self.boot.streams.take(self.stream, f"{detail}\n".encode())
@@ -5607,7 +6332,7 @@ class Output:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
-        self._width = min(24, max(map(wide, units)))
+        self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
         self._live = False  # whether the live line stands there
@@ -5739,17 +6464,15 @@ class Streams:
         """Open a unit's file; a further try adds to it."""
         if not self.log_dir:
             return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # were it a fifo, nobody might ever read
-        flags |= os.O_APPEND if more else os.O_TRUNC
         try:
-            stream.log = os.open(stream.log_path, flags, 0o644)
+            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
         except OSError as error:
             self._no_log(error)
 
     def _no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
         if self.log_dir:
-            self._out.say(f"warning: no more logs in {self.log_dir}: {error.strerror}")
+            self._out.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
         self.log_dir = ""
         for stream in self.by_fd.values():
             if stream.log >= 0:
@@ -5829,7 +6552,7 @@ class Link:
     `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
     """
 
-    def __init__(self, loop: Loop, news: Callable[[Object], None], gone: Callable[[Unreachable], None]) -> None:
+    def __init__(self, loop: Loop, news: Callable[[Answer], None], gone: Callable[[Unreachable], None]) -> None:
         self._loop, self._news, self._gone = loop, news, gone
         self._channel: Channel | None = None  # while there is an agent
         self.opened = False
@@ -5863,7 +6586,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._heard, self._pinged = time.monotonic(), False
                 if message.get("method") == "unit":
-                    self._news(expect(dict, message.get("params")))
+                    self._news(self._channel.news(message.get("params")))
                 elif message.get("id") in self._asked:
                     self._asked.pop(message["id"])(message)
         except Unreachable as error:
@@ -5916,6 +6639,7 @@ class Boot:
         self.signal = 0  # that told us to stop
         self.stopping = 0  # the signal that ends everything
         self.over = False  # the startup
+        self.may_end: Callable[[], bool] = lambda: True  # nobody else needs us
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
@@ -5923,18 +6647,20 @@ class Boot:
         self,
         channel: Channel,
         when_claimed: Callable[[], None] = lambda: None,
-        may_end: Callable[[], bool] = lambda: True,
+        may_end: Callable[[], bool] | None = None,
     ) -> int:
         """Boot against an agent, and look after what runs on; return the exit status.
 
         Calls `when_claimed` when the agent has let us, and ends when `may_end`. Raises Refused if the agent does not,
         and Unreachable; then it may be called again, for another agent.
         """
-        self.when_claimed, self.may_end = when_claimed, may_end
+        self.when_claimed, self.may_end = when_claimed, may_end or self.may_end
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
             job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
+        if not self.directory:
+            self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
         try:
             self.streams.make_logs(job.stream for job in self.jobs.values())
@@ -6082,16 +6808,16 @@ class Boot:
         self.claimed = True
         self.when_claimed()
 
-    def changed(self, news: Object) -> None:
+    def changed(self, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, or it has ended."""
-        job, status = self.jobs.get(str(news.get("unit"))), news.get("status")
+        job, status = self.jobs.get(news.unit), news.status
         if job is None or job.outcome:
             return
         if status == STARTED and not (job.tries or job.reported):
-            job.env = environment(self.env, **variables_in(news))
+            job.env = environment(self.env, **news.env)
             job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
-            self.ended(job, str(status), str(news.get("reason") or ""))
+            self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
         """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
@@ -6116,6 +6842,8 @@ class Boot:
         if job.outcome:
             return
         job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
+        if job.tries and not (job.running or job.reported):  # somebody else has ended it between two tries
+            self.link.ask("exited", unit=job.unit)
         job.reported = "complete" if status == COMPLETED else "fail"
         self.unfinished -= 1
         if status == COMPLETED and job.running:
@@ -6258,7 +6986,7 @@ class Boot:
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
                 how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
-                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {job.script.path}\n"
+                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
@@ -6429,89 +7157,27 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 
 # ----------------------------------------------------------------------------------------------------------
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode behind the lines of sh that make it executable. However it is called, LAUNCHER runs: a call
-# that is made while the file is replaced runs all of the old one, or goes on with all of the new one. `python3 PATH`
-# looks for LAUNCHER where it was a moment before, so it has its place and its size in every copy. The bytecode is a
-# LOADER with two parts, cut at the banner of Processes; `load_more` reads the second where it needs it.
-# Each has its length where a .pyc has the hash of its source, which is not looked at in one of this kind (PEP 552).
+# bytecode, behind the lines of sh that make it executable. Its __main__ is `launch`, and what is imported from it is a
+# .pyc of what is above the cut, which loads the other of what is below. Both have their length and the half of their
+# hash where another .pyc has the hash of its source.
 # ----------------------------------------------------------------------------------------------------------
 
-HEAD = """\
-#!/bin/sh
-# coder_sync {version}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`) and its bytecode
-exec {python} -IS -c '{start}' "$0" "$@"
-"""
-
-LAUNCHER = """\
-import gc
+COMPILE = f"""\
 import sys
-
-if sys.version_info < (3, 8):
-    sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-
-from _frozen_importlib_external import MAGIC_NUMBER
-from marshal import loads
-from posix import fstat
-
-if sys.argv[0] == "-c":
-    del sys.argv[0]
-__file__, __name__ = sys.argv[0], "coder_sync"
-gc.disable()  # all that comes now stays
-with open(__file__, "rb", 0) as file:
-    data, found = file.read(1 << 17), fstat(file.fileno())
-parts = data.split(MAGIC_NUMBER + bytes([1, 0, 0, 0]), 3)  # of a .pyc that is not to be compared with its source
-if len(parts) > 3:
-    rest = len(data) - len(parts[3]) + 8, found
-    exec(loads(parts[2][8:]))
-else:  # it was made for another Python
-    from zipfile import ZipFile
-
-    exec(compile(ZipFile(__file__).read("coder_sync.py"), __file__, "exec"))
-    gc.enable()
-main()
-"""
-
-PLACE = 2048  # bytes for the first lines, and for LAUNCHER
-
-LOADER = """\
-from marshal import loads
-
-for part in {parts!r}:
-    exec(loads(part[16:]))
-"""
-
-COMPILE = """\
-import __future__
-import sys
+from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-
-
-def compiled(text):  # a flag does what an import of __future__ would
-    code = dumps(compile(text, "coder_sync.py", "exec", __future__.annotations.compiler_flag, dont_inherit=True))
-    return MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(8, "little") + code
-
-
-rest = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)
-parts = []
-banner = b"\\n# Processes. "
-rest, _, below = rest.partition(banner)
-parts.append(compiled(b"\\n" * rest.count(b"\\n") + banner + below))  # with its line numbers
-sys.stdout.buffer.write(compiled(sys.argv[1].format(parts=(compiled(rest), *parts))))
+code = dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec"))
+head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
+sys.stdout.buffer.write(head + code)
 """
 # No columns in tracebacks: what is not there need not be read.
-COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE, LOADER)
+COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
-    """What `serve` says in its log if each call compiles the source: the plain file, or not for this Python."""
-    from _frozen_importlib_external import MAGIC_NUMBER
-
-    try:
-        with open(FILE, "rb") as file:
-            if MAGIC_NUMBER + bytes([1, 0, 0, 0]) in file.read():
-                return ""
-    except OSError:
+    """Return what `serve` says in its log if each call compiles the source: a plain file, or another Python's copy."""
+    if slowness.__code__.co_filename == INSTALLED:
         return ""
     python = ".".join(map(str, sys.version_info[:2]))
     return f"{PROGRAM} has no bytecode for Python {python}: `{PROGRAM} install` would make every call faster"
@@ -6534,25 +7200,37 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 
 def application(python: str) -> bytes:
-    """The copy to install, with the bytecode of this interpreter. Raises Refused, OSError."""
+    """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
     import io
     import shlex
     import zipfile
 
     with open(FILE, "rb") as file:
-        source = file.read()
-    if zipfile.is_zipfile(FILE):
-        source = zipfile.ZipFile(io.BytesIO(source)).read("coder_sync.py")
-    bytecode = ask_python(python or sys.executable, *COMPILING, data=source)
-    head = HEAD.format(version=__version__, python=shlex.quote(python or "python3"), start=LAUNCHER)
-    data = io.BytesIO(head.encode().ljust(PLACE, b"\n"))
+        source = source_in(file.read())
+    call = (
+        source.split(b"\n", 2)[2].partition(b'"""')[0].replace(b"python3", shlex.quote(python or "python3").encode(), 1)
+    )
+    about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
+    data = io.BytesIO(b"#!/bin/sh\n" + about.encode() + call + b"\n")
+    above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
+    members = {
+        "__main__.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\nlaunch()\n",
+        "coder_sync.pyc": above,
+        "below.pyc": below,
+        "coder_sync.py": source,
+    }
     with zipfile.ZipFile(data, "a") as archive:
-        launcher = LAUNCHER.encode().ljust(PLACE, b"\n")
-        for name, part in (("__main__.py", launcher), ("coder_sync.pyc", bytecode), ("coder_sync.py", source)):
+        for name, member in members.items():
             entry = zipfile.ZipInfo(name)  # of 1980: the same input gives the same bytes
             entry.external_attr = 0o644 << 16
-            archive.writestr(entry, part)
+            archive.writestr(entry, member)
     return data.getvalue()
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether a file is this program, plain or installed, of whatever version; a damaged one may be replaced too."""
+    plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
+    return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
@@ -6566,7 +7244,7 @@ def install(path: str, python: str) -> str:
         if os.path.exists(path):
             with open(path, "rb") as there:
                 old = there.read()
-            if old and b"coder_sync" not in old:
+            if old and not is_ours(old):
                 raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
         with open(beside, "xb") as file:
@@ -6574,7 +7252,7 @@ def install(path: str, python: str) -> str:
             file.flush()
             like = os.stat(path if os.path.exists(path) else beside)
             os.chown(beside, like.st_uid, like.st_gid)
-            os.chmod(beside, like.st_mode & 0o777 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            os.chmod(beside, like.st_mode & 0o755 | (like.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
         if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
@@ -6648,39 +7326,49 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
+    level = 2 * args.verbose or int(not args.quiet)
+    if args.command and not args.socket_path:
+        level = 2 * args.verbose  # the command's output is what matters
+    elif args.detach and not args.log_file:
+        level = -1
     options: dict[str, Any] = {
         "mode": args.mode or (0o660 if args.group else 0o600),
         "group": group_id(args.group) if args.group else -1,
-        "level": 2 * args.verbose or int(not args.quiet),
+        "level": level,
         "log_file": args.log_file and os.path.abspath(args.log_file),
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "background": args.detach,
         "timeline": timeline_writer(args.timeline) if args.timeline else None,
-        "advice": slowness(),
         "replace": make_room if args.replace else None,
+        "advice": slowness(),
     }
     if not args.command:
-        return serve(socket_path_of(args.socket_path), **options)
+        serve(Host(socket_path_of(args.socket_path), alone=True, **options), args.detach)
+        return 0
     import tempfile
 
     try:
         if args.socket_path:
-            return serve(args.socket_path, command=args.command, **options)
-        with tempfile.TemporaryDirectory(prefix="coder-sync-") as private:
-            options["level"] = 2 * args.verbose  # the command's output is what matters here
-            return serve(os.path.join(private, "agent.sock"), command=args.command, **options)
+            return serve_command(Host(args.socket_path, **options), args.command)
+        with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
+            return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
         raise CommandError(str(error), 125) from None
 
 
-def make_room(path: str) -> None:
-    """Have the agent at a path end, if there is one; one that does not is replaced all the same."""
+def make_room(path: str) -> bool:
+    """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
+    began = time.monotonic()
     try:
-        end_agent(path, timeout=3.0)
+        with Channel(path) as channel:
+            channel.answer(channel.request("shutdown"), ANSWER_TIMEOUT)
+            channel.receive(REPLACE_TIMEOUT)  # until it hangs up
+    except Unreachable:  # it has ended, or has not answered
+        return time.monotonic() - began < ANSWER_TIMEOUT
     except SyncError:
         pass
+    return True
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
@@ -6692,10 +7380,10 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 
     def write(graph: Graph) -> None:
         try:
-            with open(path, "w", encoding="utf-8") as f:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
                 f.write(timeline_as(form, graph))
         except OSError as error:
-            put(f"warning: cannot write the timeline to {path}: {error.strerror}\n", 2)
+            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
 
     return write
 
@@ -6706,19 +7394,15 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
     client = client_of(args)
-    answer = client.ping(args.wait)
-    up = answer.get("uptime")
-    age = f", up {span(up)}" if isinstance(up, (int, float)) else ""
-    put(f"agent at {client.socket_path}: pid {answer.get('pid')}, version {answer.get('version')}{age}\n")
+    pong = client.ping(args.wait)
+    put(f"agent at {client.socket_path}: pid {pong['pid']}, version {pong['version']}, up {span(pong['uptime'])}\n")
 
 
 @Command(
     "boot /etc/startup.d --timeline startup.svg -- sleep infinity",
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
-    flag("--check", help="only check the headers"),
-    flag("--dry-run", help="only show the order"),
-    Argument("--only", action="append", metavar="UNIT", help="run this unit and what it wants; may be repeated"),
+    flag("--check", help="only check the headers, and show the order"),
     flag("--fail-fast", help="stop everything at the first failure"),
     Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
@@ -6732,19 +7416,15 @@ def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for; then become COMMAND."""
     path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
     try:
-        scripts = plan(args.paths)
-        scripts = selected(scripts, args.only, completed_at(path)) if args.only else scripts
+        scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
         put(f"error: nothing was run:\n{error}\n", 2)
         return error.exit_code
-    if args.check or args.dry_run:
-        checked = f"{len(scripts)} script{'s' * (len(scripts) != 1)}, no mistakes\n"
-        put(graph_tree(check_edges(scripts, []).graph(), (), terminal()[2]) if args.dry_run else checked)
+    if args.check:
+        put(plan_text(scripts))
         return 0
     if args.stay and args.command:
-        raise UsageError(
-            "boot: --stay and -- COMMAND exclude each other: with a COMMAND boot stays as long as that runs"
-        )
+        raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     options = BootOptions(
         args.jobs,
         args.grace,
@@ -6761,22 +7441,23 @@ def cmd_boot(args: Args) -> int:
     if child:
         return Front(loop, child, link, args.command, args.grace).run(args.always)
     boot = Boot(scripts, options, link)
-    code = boot_at(path, boot)
+    code = boot_at(path, boot) if scripts else boot.look_after(0)
     boot.loop.give_back()
     return code
 
 
 def boot_at(path: str, boot: Boot) -> int:
     """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    if os.path.lexists(path) and (wrong := foreign(path)):
-        raise Refused(wrong)
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
             channel = Channel(path)
+        except Foreign:
+            raise
         except Unreachable:
             try:
-                return serve(path, level=0, body=lambda *own: boot_at_own(path, boot, *own))
+                with Host(path) as host:
+                    return boot_at_own(boot, host)
             except Refused:  # another agent was faster, or is about to go
                 if boot.link.opened or time.monotonic() >= deadline:
                     raise
@@ -6791,21 +7472,13 @@ def boot_at(path: str, boot: Boot) -> int:
         time.sleep(0.02)
 
 
-def boot_at_own(path: str, boot: Boot, agent: Agent, server: Any, accept: Callable[[], None]) -> int:
+def boot_at_own(boot: Boot, host: Host) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
 
     ours, theirs = socketpair()
-    server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(path, sock=ours), accept, agent.retire)
-
-
-def completed_at(path: str) -> set[str]:
-    """The units that the agent at a path, if there is one, has as completed."""
-    try:
-        return {unit.unit_name for unit in Client(path, 0).list() if unit.status == COMPLETED}
-    except Unreachable:
-        return set()
+    host.server.process_request(Connection(theirs, WakeUp()), "")
+    return boot.run(Channel(host.path, sock=ours), host.accept, host.agent.retire)
 
 
 @Command(
@@ -6884,7 +7557,7 @@ def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
     graph = client_of(args).graph()
-    put("\n".join(why_text(graph, name) for name in names) if names else why_all_text(graph))
+    put(why_text(graph, names))
 
 
 @Command(
@@ -6899,8 +7572,9 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
-                before = read_timeline(f.read(), args.compare)
+            with open(open_file(args.compare), "rb") as f:
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
+                before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = client_of(args).graph()
