@@ -615,8 +615,21 @@ the next goes on when it ends, however:
     start a #1 lock=k held; start b #2 lock=k; start c #3 lock=k; lose #1; fail b
     => #1 ok, #2 ok, #3 ok | a:failed b:failed c:started
 all locks are taken in one step:
-    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l; complete a
-    => #1 ok, #3 ok | a:completed b:pending c:started
+    start a #1 lock=k; start b #2 lock=k,l; start c #3; complete a
+    => #1 ok, #3 ok, #2 ok | a:completed b:started c:started
+who waits for two goes before those that came later for one:
+    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l; complete a; complete b
+    => #1 ok, #2 ok, #3 ok | a:completed b:completed c:started
+also while one of them comes after the other:
+    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l; start d #4 lock=k; complete a; start e #5 lock=l;
+    complete b
+    => #1 ok, #2 ok, #4 ok, #3 ok | a:completed b:completed c:started d:started e:pending
+but not if it gives up, or has to wait for something else:
+    start a #1 lock=k; want w; complete w; start b #2 lock=k,l within=5; start c #3 lock=l; start d #4 w lock=k,m;
+    start e #5 lock=m; sleep 5; start w #6
+    => #1 ok, #2 TimedOut, #3 ok, #6 ok, #5 ok | a:started b:pending c:started d:pending e:started w:started
+a place of a boot goes to the first that can use it:
+    start x #1 lock=k; boot #b a@k b jobs=1 => #1 ok, #b b started | a:pending b:started x:started
 and given back in one:
     start b #1 lock=k,l; start a #2 lock=k; start c #3 lock=l; complete b
     => #1 ok, #2 ok, #3 ok | a:started b:completed c:started
@@ -683,9 +696,9 @@ nor is an unknown one: reset ghost => !NotRegistered |
 a start or a wait without a time waits on: start b #1 a; wait #2 a; sleep 99999 => | a:not-registered b:pending
 a unit of a boot may be ended while it waits:
     boot #b a b:a; complete b => #b a started, #b b completed | a:started b:completed
-what is behind an answer that finds nobody goes before others that wait for its lock:
+the lock of an answer that finds nobody goes to who has waited for it longest:
     start a #1 lock=k late; start b #2 lock=k; start a #3 lock=k; lose #1
-    => #1 ok, #3 ok | a:started b:pending
+    => #1 ok, #2 ok | a:pending b:started
 a unit whose dependency is pending again is left behind by the lock:
     start x #1 lock=k; want d; complete d; start a #2 d lock=k; start d #3; complete x; complete d
     => #1 ok, #3 ok, #2 ok | a:started d:completed x:completed
@@ -832,8 +845,8 @@ MAX_UNITS 3: want a b; want c d; want b c d; boot #b x y; want c a b => !Refused
 MAX_UNITS 2: want a b; wait #1 a b; wait #2 a c => !Refused
 MAX_EDGES 3: want a b c; want d e f; boot #b d:e,f; want d a => !Refused, !Refused
 MAX_EDGES 2: want a b; wait #1 a b; wait #2 a; lose #2; want b c => !Refused
-MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x; lose #2; start c #5 a
-    => !Refused, !Refused, !Refused
+MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x y:x z:y; lose #2; start c #5 a
+    => !Refused, !Refused, #b x started
 MAX_LOCKS 1: start a #1 lock=k; start b #2 lock=l; start c #3 lock=k => #1 ok, !Refused
 """)
 def test_a_number_is_bounded(
@@ -1376,6 +1389,8 @@ class Model:
         self.asking: set[str] = set()  # tickets of stops that are to be answered
         self.told_to_stop: dict[str, float] = {}  # unit -> by when
         self.locks: dict[str, list[str]] = {}  # unit that is started, or has failed and runs -> the locks it has
+        self.lines: dict[str, list[str]] = {}  # lock -> the units in its line
+        self.claimed: dict[str, list[str]] = {}  # of these, the ticket of who was to be started
         self.told: dict[str, Any] = {}  # ticket of a start -> its answer: dependencies or a class of error
         self.may_tell: dict[str, list[Any]] = {}  # ticket of a wait -> answers that were right at some moment
         self.may_become: dict[str, str] = {}  # unit -> the status that this operation itself gives it
@@ -1406,7 +1421,29 @@ class Model:
         return [t for t in self.line if self.starts[t][0] == unit]
 
     def blocked(self, ticket: str) -> bool:
-        return any(lock in locks for lock in self.starts[ticket][2] for locks in self.locks.values())
+        unit, _, locks = self.starts[ticket]
+        taken = any(lock in theirs for lock in locks for theirs in self.locks.values())
+        return taken or any(self.queues(other, lock) for lock in locks for other in self.before(unit, lock))
+
+    def before(self, unit: str, lock: str) -> list[str]:
+        """Who was in the line of a lock before a unit."""
+        line = self.lines.get(lock, [])
+        return line[: line.index(unit)] if unit in line else line
+
+    def queues(self, unit: str, lock: str) -> bool:
+        """Whether a unit waits for a lock, and for nothing but locks."""
+        line = self.line_of(unit)
+        waits = self.status(unit) == "pending" and line and not self.unmet(self.needs(unit))
+        return bool(waits) and lock in self.starts[line[0]][2]
+
+    def queue(self, lines: dict[str, list[str]]) -> None:
+        """Take over the lines of locks; who was in one and still is has kept its place."""
+        for lock, line in lines.items():
+            stayed = [u for u in self.lines.get(lock, []) if u in line and self.claimed.get(u) == self.line_of(u)[:1]]
+            assert [u for u in line if u in stayed] == stayed
+            assert {*line} == {unit for unit in self.statuses if self.queues(unit, lock)}
+        self.lines = lines
+        self.claimed = {unit: self.line_of(unit)[:1] for line in lines.values() for unit in line}
 
     def is_over(self, ticket: str) -> bool:
         unit = self.starts[ticket][0] if ticket in self.starts else ""
@@ -1802,10 +1839,11 @@ class Play:
         assert ends == model.ends_of_stops()
         assert {unit.name for unit in units.stopping} == {*model.stopping}
         assert {name for name, unit in units.units.items() if unit.facts.running_on} == model.running
+        model.queue({name: [unit.name for unit in lock.line] for name, lock in units.locks.items()})
         model.settled()
         assert {name: unit.status for name, unit in units.units.items()} == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
-        assert units.waits == len(model.line) + len(model.waits) + len(model.asking)
+        assert units.waits == sum("." not in ticket for ticket in model.line) + len(model.waits) + len(model.asking)
         assert not units._freed
         assert not units._affected
         for name, unit in units.units.items():
@@ -1815,6 +1853,8 @@ class Play:
             assert {lock.name for lock in unit.locks if unit in lock.taken} == set(model.locks.get(name, []))
         for ticket, claim in self.rules.claims.items():
             assert units.is_over(claim) == model.is_over(ticket), ticket
+        for lock in units.locks.values():
+            assert all(lock in unit.queued for unit in lock.line)
 
     def check_cycle(self, cycle: list[str], step: Step) -> None:
         """What the error names is a cycle that the new edges would close."""
@@ -2570,7 +2610,7 @@ def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
     modules = (
         "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
     )
-    modules += ", tempfile, threading"
+    modules += ", tempfile, threading, logging.handlers"
     become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
     return altered(become + changes, *argv)
 
@@ -3110,8 +3150,13 @@ def test_a_boot_in_many_parts_is_bounded(world: World) -> None:
 def test_an_error_that_is_not_the_peers_goes_to_the_log(world: World) -> None:
     broken = "def send(self, data): raise OSError(22, 'Invalid argument')\ncoder_sync.Connection.send = send"
     agent = world.spawn(altered(broken, "serve"))
-    until(lambda: os.path.exists(world.path))
-    peer = world.connect()
+
+    def connection() -> Peer | None:
+        with contextlib.suppress(OSError):
+            return world.connect()
+        return None
+
+    peer = until(connection)
     peer.request("ping")
     assert peer.read() is None
     said = stopped(agent).stderr
@@ -3152,29 +3197,23 @@ def test_an_agent_out_of_descriptors_says_so_serves_who_is_connected_and_recover
     assert (found["status"], found["reason"], found["owner"]["alive"]) == ("started", "", True)
 
 
-NO_MEMORY = """
+NO_THREADS = """
 import _thread, os
-start, say = _thread.start_new_thread, coder_sync.Log.say
+start = _thread.start_new_thread
 def start_new_thread(*args):
     if os.path.exists("no thread"):
         raise RuntimeError("can't start new thread")
     return start(*args)
-def short_say(self, *args):
-    if os.path.exists("no line"):
-        raise MemoryError
-    say(self, *args)
-_thread.start_new_thread, coder_sync.Log.say = start_new_thread, short_say
+_thread.start_new_thread = start_new_thread
 """
 
 
-def test_an_agent_without_memory_for_threads_and_lines_says_so_and_recovers(world: World) -> None:
-    agent = answering(world, altered(NO_MEMORY, "serve"))
-    for lack in ("no thread", "no line"):
-        (world.directory / lack).touch()
-        for _ in range(5):
-            assert world.connect().read() is None
-    for lack in ("no thread", "no line"):
-        (world.directory / lack).unlink()
+def test_an_agent_without_threads_says_so_and_recovers(world: World) -> None:
+    agent = answering(world, altered(NO_THREADS, "serve"))
+    (world.directory / "no thread").touch()
+    for _ in range(5):
+        assert world.connect().read() is None
+    (world.directory / "no thread").unlink()
     served(world)
     said = [re.sub(STAMP, "", line) for line in stopped(agent).stderr.splitlines()]
     assert said.count("cannot accept connections: no memory for another one; trying again until it works") == 1
@@ -3336,7 +3375,7 @@ LOGS: dict[str, tuple[bool, Callable[[Path], Any]]] = {  # whether it can have a
     "a link": (True, lambda log: log.symlink_to("target")),
     "a pipe": (False, lambda log: (os.mkfifo(log), os.open(log, os.O_RDONLY | os.O_NONBLOCK))[1]),
     "a device": (False, lambda log: os.mknod(log, stat.S_IFCHR | 0o666, os.makedev(1, 3))),
-    "a file that can have none": (False, lambda log: (log.touch(0o600), Path(f"{log}.new").mkdir())[1]),
+    "a file that can have none": (False, lambda log: (log.touch(0o600), Path(f"{log}.1").mkdir())[1]),
 }
 
 
@@ -3352,44 +3391,59 @@ def test_a_log_file_that_is_full_gets_a_successor_if_it_can_have_one(
         log.say(f"line {i}")
     log.close(PATIENCE)
     assert log.lost == 0
-    assert os.path.samestat(os.fstat(log.fd), os.stat(path)) and not os.get_inheritable(log.fd)
     name = os.path.basename(os.path.realpath(path))
     if successor:
         texts = [(tmp_path / file).read_text() for file in (name + ".1", name)]
         assert files_of(tmp_path).keys() == {*before, name, name + ".1"}
         assert re.fullmatch(rf"({STAMP}line \d+\n)+", "".join(texts)) and texts[1].endswith("line 59\n")
         assert all(len(text) < 1100 for text in texts)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     else:
         assert files_of(tmp_path) == before
         text = os.read(reader, 65536) if reader else path.read_bytes() if path.is_file() else b"\n" * 60
         assert text.count(b"\n") == 60
     assert before.items() <= files_of(tmp_path).items()
-    for number in filter(None, (log.fd, reader)):
-        os.close(number)
+    if reader:
+        os.close(reader)
 
 
-def test_the_log_outlives_any_exception_takes_what_it_has_room_for_and_counts_what_it_lost(
+def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
     log = coder_sync.Log(1, str(tmp_path / "log"))
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "localtime", lambda when: {}["no memory"])
-        log.say("one")
-        log.say("two")
-        until(lambda: log.lost == 2)
+    os.close(reader)
+    log.say("one")
+    log.say("two")
+    until(lambda: log.lost == 2)
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
     log.say("three")
-    log.close(PATIENCE)
+    lines = until(lambda: read_now(reader))
+    assert re.fullmatch(f"{STAMP}\\(2 lines lost here\\) three\n", lines)
 
     monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
-    room, run = threading.Event(), coder_sync.Log._run
-    monkeypatch.setattr(coder_sync.Log, "_run", lambda log: (room.wait(), run(log)))
-    log = coder_sync.Log(1, str(tmp_path / "log"))
-    for text in "abcde":
-        log.say(text)
-    room.set()
-    log.close(PATIENCE)
-    said = "(2 lines lost here) three\n(2 lines lost here) a\nb\nc\n"
-    assert re.sub(STAMP, "", (tmp_path / "log").read_text()) == said
+    for _ in range(30):  # more than a pipe takes
+        log.say("x" * 3000)
+    began = time.monotonic()
+    log.close(0.1)  # whose thread stands there
+    assert log.lost > 0 and time.monotonic() - began < 10
+    until(lambda: (read_now(reader), log._listener._thread is None)[1])
+    os.close(reader)
+
+
+@LINUX
+def test_an_agent_whose_disk_is_full_goes_on(world: World) -> None:
+    agent = world.serve("--log-file", "/dev/full")
+    served(world)
+    assert stopped(agent).returncode == 0
+
+
+def read_now(fd: int) -> str:
+    """What there is to read."""
+    with contextlib.suppress(BlockingIOError):
+        return os.read(fd, 1 << 20).decode()
+    return ""
 
 
 # -- the background -------------------------------------------------------------------------------------------
@@ -8237,10 +8291,19 @@ def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would
         (row,) = peer.read()["params"]["missing"]
         assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
         assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        assert f"; it is probing {probe} for " in call.ok(agent, "why", name)
+        until(lambda: re.search(rf"; it is probing {probe} for \S+ \(no such file\)", call.ok(agent, "why", name)))  # noqa: B023
     up.touch()
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
+
+
+def test_the_agent_knows_what_a_probe_lacks_now(agent: World) -> None:
+    code = agent.directory / "code"
+    for n in (3, 4):
+        code.write_text(f"exit {n}")
+        if n == 3:
+            agent.popen("run", "a", "--ready", f". {code}", "--", "sleep", "60")
+        until(lambda: f"exit code {n}" in agent.client.status("a").probe_error)  # noqa: B023
 
 
 # Says each of its words, then what systemd-notify(1) does: fails unless the descriptor that it sends is taken.
