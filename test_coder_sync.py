@@ -2282,7 +2282,7 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
 UNITS_THERE = ["apt", "it's $(exit)", "my unit", "pip"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "status"],
+    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
     "--socket-path=PATH exp sync want a p": ["pip"],
