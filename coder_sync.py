@@ -1196,6 +1196,8 @@ class Start:
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        if sys.platform != "linux":  # where an agent cannot find out which script has called us
+            self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -2202,13 +2204,6 @@ STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for wha
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
-class Facts(UnitStatus):
-    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
-
-    def __init__(self, registered: float | None = None) -> None:
-        self.registered = registered
-
-
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
@@ -2216,7 +2211,7 @@ class Unit:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = 0.0  # of the status
-        self.facts = Facts()
+        self.begin_anew(None)
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2230,8 +2225,13 @@ class Unit:
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
+    def begin_anew(self, registered: float | None) -> None:
+        """Forget what is known of the run before."""
+        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
+        self.facts.registered = registered
+
     def first(self) -> Claim | None:
-        """The claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
 
 
@@ -2307,10 +2307,11 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
 
-    `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell` gets every
-    event as it happens.
+    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
+    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
+    gets every event as it happens.
     """
 
     def __init__(
@@ -2808,7 +2809,7 @@ class Units:
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
-            unit.facts = Facts(unit.since)
+            unit.begin_anew(unit.since)
             unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -3490,10 +3491,15 @@ class Connection:
         except OSError:
             pass
 
-    def caller(self, hold: bool) -> Owner | None:
-        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+    def caller(self, hold: bool, parent: int = 0) -> Owner | None:
+        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+
+        `parent` is the script as the peer says, for systems on which we cannot find out.
+        """
         pid = peer_of(self.sock)[0]
-        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+        return process(pid)
 
 
 def of_peer(error: BaseException | None) -> bool:
@@ -3616,11 +3622,12 @@ class Agent:
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
-        except SyncError as error:
+        except SyncError as problem:
+            error = problem
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
-                error.args = (error.args[0] + meant(unknown.did_you_mean),)
+                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3776,6 +3783,7 @@ class Agent:
         locks: Sequence[str] = (),
         confirm: bool = False,
         supervisor: bool = False,
+        caller: int = 0,
     ) -> None:
         """Claim a unit.
 
@@ -3784,8 +3792,8 @@ class Agent:
         """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
-        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
+        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         claim = self.units.start(
             unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
         )
@@ -3866,27 +3874,30 @@ class Agent:
 
     def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
-        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
-        known, connection = self.units.units.get(unit), request.connection
-        if not known or known.last in connection.claims:
-            return None, known.last if known else None
-        return connection.caller(hold=False) if known.refused else None, None
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def _claim_of(self, request: Request, unit: str) -> Claim | None:
+        """Return the claim on a unit that was granted last, if it is the connection's."""
+        known = self.units.units.get(unit)
+        return known.last if known and known.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
         """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        known = self.units.units.get(unit)
-        if not known or not known.last or known.last not in request.connection.claims:
+        claim = self._claim_of(request, unit)
+        if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        return known.last
+        return claim
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -4180,7 +4191,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         if replace and not late:
             late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -4192,7 +4203,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
-                return os.dup(fd)  # which is locked as well
+                ours = True
+                return fd
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -4207,7 +4219,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         except FileNotFoundError:
             pass
         finally:
-            os.close(fd)
+            if not ours:
+                os.close(fd)
 
 
 def write_pid(fd: int, path: str) -> None:
@@ -4337,16 +4350,17 @@ class Host:
                         if os.path.isfile(self.pid_file):  # and no device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
-            except OSError as error:
-                file_name = error.filename or self.pid_file or self.log_file
-                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
-            try:
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except RuntimeError as error:
-                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            except OSError as error:
+                what = f"write {error.filename or self.pid_file or self.log_file}"
+                raise Refused(
+                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
+                ) from None
+            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
+                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
