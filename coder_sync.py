@@ -1876,14 +1876,19 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Processes:
-    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen."""
+    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen.
 
-    def __init__(self) -> None:
-        self.births: dict[int, str] = {}  # pid -> when it began, which tells it from a later one with the same pid
-        self.near: dict[int, list[int]] = {}  # a pid -> those of which it is the parent, the group or the session
+    `before` is an earlier look: who was seen then is not asked again for its mark.
+    """
+
+    def __init__(self, before: Processes | None = None) -> None:
+        self.births: dict[int, int] = {}  # pid -> when it began, which tells it from a later one with the same pid
+        self.near: dict[int | str, list[int]] = {}  # a pid -> those of which it is the parent, group or session
         self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
+        self._marks: dict[int, str] = {}  # what $CODER_SYNC_ENV is in those that are younger than we; also in `near`
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+        ours = int(stat_of(os.getpid())[19])
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             try:
                 state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
@@ -1892,28 +1897,40 @@ class Processes:
             if state in "ZX":
                 self.dead_groups.add(int(group))
                 continue
-            self.births[pid] = more[15]
-            for number in {int(parent), int(group), int(session)}:
-                self.near.setdefault(number, []).append(pid)
+            born = self.births[pid] = int(more[15])
+            if before and before.births.get(pid) == born:
+                self._marks[pid] = before._marks.get(pid, "")
+            elif born >= ours:
+                self._marks[pid] = mark_of(pid)
+            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+            for key in keys:
+                self.near.setdefault(key, []).append(pid)
+
+
+def mark_of(pid: int) -> str:
+    """Return the $CODER_SYNC_ENV that a process began with, which no two units have; empty if it cannot be told."""
+    try:
+        words = read_proc(f"/proc/{pid}/environ").split("\0")
+    except OSError:  # it is another user's, or has ended
+        return ""
+    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
     """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
 
-    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
-    process and its group are known. No pid is signalled that may have become another process's.
+    Who was seen once is known by pid and birth, also when its parent has gone; a daemon that nobody has seen before is,
+    by `mark`, its $CODER_SYNC_ENV. Without a /proc of ours only the first process and its group are known. No pid is
+    signalled that may have become another process's.
     """
 
-    def __init__(self, pid: int, own: bool) -> None:
-        self.pid, self.own = pid, own  # of the first process; whether it leads a session or group
+    def __init__(self, pid: int, own: bool, mark: str) -> None:
+        self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
         self.first = True  # it has not ended
-        self._known: dict[int, str] = {}  # pid -> birth, at the last look
-        self._told: set[int] = set()  # those of the others that were told to end
+        self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, loop: Loop) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
-        if not self.first and not self.own and not self._known:
-            return False
         try:
             alive = loop.processes()
         except OSError:  # no /proc, no descriptor
@@ -1921,6 +1938,7 @@ class Family:
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
+        todo += alive.near.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
@@ -1943,14 +1961,13 @@ class Family:
     def left(self) -> list[int]:
         """Return the pids of all who are known to be left, the first process before the others."""
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
-        """Tell the others to end, each once."""
+        """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
-        self._told |= others
+        others = self.left()[self.first :] or [-self.pid] * self.has_group()
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -1976,6 +1993,7 @@ class Loop:
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None
+        self._looked = False  # since the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -1991,7 +2009,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._processes = b"", None
+        came, self._looked = b"", False
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -2003,7 +2021,8 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all processes, seen once for all who ask between two turns. Raises OSError."""
-        self._processes = self._processes or Processes()
+        if not self._processes or not self._looked:
+            self._processes, self._looked = Processes(self._processes), True
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -5691,7 +5710,7 @@ class Task:
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
-        self.family = Family(0, False)  # the processes of the latest try
+        self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
@@ -5784,7 +5803,7 @@ class Task:
             self.not_begun(wrong(error), error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
+        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
         self.tries += 1
         limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
@@ -5851,6 +5870,8 @@ class Task:
         self.close_prober()
         if self.state == ENDING:
             self.due[self.look] = 0.0
+            if self.tell_others in self.due:
+                self.due[self.tell_others] = 0.0
         elif code or early or self.reported == FAILED:
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
@@ -5870,7 +5891,8 @@ class Task:
         by = min(by, now + self.grace)
         if self.state != ENDING:
             self.why = why
-            self.enter(ENDING, {self.look: now, self.tell_others: (now + by) / 2, self.kill: by})
+            others_at = (now + by) / 2 if self.family.first else now
+            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
             self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
             self.family.signal(signal.SIGTERM)
@@ -5879,7 +5901,8 @@ class Task:
             self.due[self.kill] = by
 
     def tell_others(self) -> None:
-        """Half of the time is over: the first process may not be enough."""
+        """Tell the others to end: the first process has, or half of the time is over."""
+        self.family.look(self.loop)
         self.family.tell_others()
 
     def kill(self) -> None:
@@ -5902,11 +5925,12 @@ class Task:
         elif self.state == ENDING:
             if self.give_up in self.due:
                 self.family.kill()
-            elif not self.family.first or self.tell_others not in self.due:
-                self.family.tell_others()
             self.due[self.look] = now + LOOK_OFTEN
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
+            if not self.runs_on:
+                self.runs_on = True
+                self.report("running")
 
     def gone(self) -> None:
         """Nothing is left of a try."""
@@ -5973,8 +5997,9 @@ class Task:
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
             end_by = self.due.get(self.time_is_up, NEVER)
-            look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
-            self.enter(READY, {self.time_is_up: end_by, self.look: look})
+            self.enter(READY, {self.time_is_up: end_by})
+            if not self.family.first:
+                self.due = {self.look: now + LOOK_EVERY} if self.own_session else {self.gone: now}
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 

@@ -8588,6 +8588,110 @@ def test_red_is_left_to_failures() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Ends of commands: of all their processes, and only then a lock passes on, the next try begins, it is reported.
+# ---------------------------------------------------------------------------------------------------------
+
+ESCAPES = {
+    "timeout": "timeout 9 sleep 8.5",  # makes a process group of its own
+    "session": "setsid -w sleep 9",
+    "orphan": "(setsid sleep 9 &); sleep 8",
+    "deaf": "trap '' TERM; sleep 9; sleep 8",
+    "stopped": "sleep 9 & kill -STOP $!; kill -STOP $$; sleep 8",
+    "forks": "trap '' TERM; f() { (sleep 0.02; f) & }; f; wait; sleep 9",
+    "failed": "(setsid sleep 9 &); sleep 9 & exit 3",
+}
+
+
+@needs_proc
+def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session(world: World) -> None:
+    files = {name: f"@timeout 400ms\n@retry 1 0\necho {name}\n{script}" for name, script in ESCAPES.items()}
+    boot = Boot(world, files, "--grace", "1s")
+    boot.ends(1)
+    assert {unit: lines.count(unit) for unit, lines in boot.said().items()} == dict.fromkeys(ESCAPES, 2)
+    reasons = {reason.partition(";")[0] for reason in boot.unsuccessful().values()}
+    assert reasons == {"failed: timed out after 400ms", "failed: exit code 3"}
+
+
+@needs_proc
+@pytest.mark.parametrize("script", ["sleep 7; true", *ESCAPES.values()])
+def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, script: str) -> None:
+    mark = f"RUN={os.urandom(8).hex()}"
+    late = ["--ready", "notify", "--ready-timeout", "400ms", "--retry", "1", "--retry-delay", "0"]
+    count = f'{sys.executable} -IS -c "{COUNT_SLEEPERS}" {mark}'
+    argv = altered("coder_sync.Task.grace = 1.0", "run", "a", *late, "--", "sh", "-c", f"{count}\n{script}")
+    done = finish(agent.spawn(argv, env={**agent.env, **dict([mark.split("=")])}))
+    assert done.returncode == (3 if "exit 3" in script else 124) and done.stdout == "0\n0\n", done
+    assert marked(mark) == []
+
+
+COUNT_SLEEPERS = """
+import os, sys
+def name(pid):
+    try:
+        if sys.argv[1].encode() in open(f'/proc/{pid}/environ', 'rb').read():
+            return open(f'/proc/{pid}/comm').read()
+    except OSError:
+        pass
+print(sum(name(pid) == 'sleep\\n' for pid in os.listdir('/proc') if pid.isdigit()), flush=True)
+"""
+
+
+def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World) -> None:
+    late = "@lock apt\n@timeout 300ms\nsh -c \"trap 'sleep 1; echo wound up; exit' TERM; sleep 60 & wait\""
+    boot = Boot(world, {"a": f"{late}\necho never", "b": "@lock apt\necho b"})
+    boot.ends(1, "a | wound up\nb | b\n", "failed: a (timed out after 300ms)")
+
+
+def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: World, gate: Gate) -> None:
+    master = "trap 'cat gate; echo master ends; exit' TERM; sh -c \"trap 'echo worker ends; exit' TERM; {0}\" & {0}"
+    boot = Boot(world, {"a": f"@timeout 500ms\n{master.format('sleep 60 & wait')}"}, "--grace", "10m")
+    gate.open()
+    boot.ends(1, "a | master ends\na | worker ends\n")
+
+
+def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
+    script = "@timeout 200ms\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
+    boot = Boot(world, {"a": script.format("sleep 60 & wait")}, "--grace", "1s")
+    boot.ends(1, "a | worker ends\n")
+
+
+@needs_proc
+def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> None:
+    other = world.spawn(["sleep", "60"])
+    for own in (True, False):
+        family = coder_sync.Family(other.pid, own, "")
+        family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
+        family.first = False
+        family.look(types.SimpleNamespace(processes=coder_sync.Processes))
+        assert family.left() == []
+        family.tell_others(), family.kill()
+    assert other.poll() is None
+
+
+@NAMESPACES
+def test_what_a_process_1_does_not_reap_counts_as_gone(world: World) -> None:
+    lazy = [
+        *PYTHON,
+        "import subprocess, sys, time; subprocess.call(sys.argv[1:]); print('end', flush=True); time.sleep(60)",
+    ]
+    began = time.monotonic()
+    boot = Boot(world, {"a": "sleep 0.3 & exit 3"}, "--grace", "10m", under=[*UNSHARE, *lazy])
+    boot.prints("end")
+    assert time.monotonic() - began < PATIENCE
+    boot.process.kill()
+
+
+@NAMESPACES
+def test_without_proc_the_processes_of_a_command_are_those_of_its_group(world: World) -> None:
+    files = {
+        "a": "@timeout 300ms\n@retry 1 0\n(trap '' TERM; sleep 60; sleep 50) & sleep 60",
+        "b": "sleep 0.2 & exit 3",
+    }
+    boot = Boot(world, files, "--grace", "300ms", under=without("/proc"))
+    boot.ends(1, None, "failed: a (timed out after 300ms)", "failed: b (exit code 3)")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Boot: output.
 # ---------------------------------------------------------------------------------------------------------
 
