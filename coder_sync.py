@@ -445,6 +445,7 @@ class Answer(Record):
     dependencies: list[str] = []  # noqa: RUF012
     units: list[str] = []  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
 class Graph(Record):
@@ -1679,8 +1680,16 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    with open(f"/proc/{pid}/{name}", "rb") as f:
-        return f.read(1 << 16).decode(errors="replace")
+    return read_proc(f"/proc/{pid}/{name}")
+
+
+def read_proc(path: str) -> str:
+    """Return the text of a file in /proc, at most 64 KiB of it. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 1 << 16).decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 def stat_of(pid: int) -> list[str]:
@@ -1770,6 +1779,92 @@ def heeded(names: Iterable[str]) -> list[int]:
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
+class Processes:
+    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen."""
+
+    def __init__(self) -> None:
+        self.births: dict[int, str] = {}  # pid -> when it began, which tells it from a later one with the same pid
+        self.near: dict[int, list[int]] = {}  # a pid -> those of which it is the parent, the group or the session
+        self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
+        if not has_proc():
+            raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            try:
+                state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                continue
+            if state in "ZX":
+                self.dead_groups.add(int(group))
+                continue
+            self.births[pid] = more[15]
+            for number in {int(parent), int(group), int(session)}:
+                self.near.setdefault(number, []).append(pid)
+
+
+class Family:
+    """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
+
+    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
+    process and its group are known. No pid is signalled that may have become another process's.
+    """
+
+    def __init__(self, pid: int, own: bool) -> None:
+        self.pid, self.own = pid, own  # of the first process; whether it leads a session or group
+        self.first = True  # it has not ended
+        self._known: dict[int, str] = {}  # pid -> birth, at the last look
+        self._told: set[int] = set()  # those of the others that were told to end
+
+    def look(self, loop: Loop) -> bool:
+        """Find out who is left; return False only if it is certain that nobody is."""
+        if not self.first and not self.own and not self._known:
+            return False
+        try:
+            alive = loop.processes()
+        except OSError:  # no /proc, no descriptor
+            return self.first or bool(self._known) or self.has_group()
+        self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
+        todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
+        todo += [self.pid] * (self.first or self.own)
+        found: set[int] = set()
+        while todo:
+            pid = todo.pop()
+            if pid not in found:
+                found.add(pid)
+                todo += alive.near.get(pid, ())
+        self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
+        missed = self.has_group() and self.pid not in alive.dead_groups
+        return self.first or bool(self._known) or missed
+
+    def has_group(self) -> bool:
+        """Return whether its own group has members, dead or alive."""
+        return self.own and signal_to(-self.pid, 0)
+
+    def signal(self, number: int) -> None:
+        """Signal the first process."""
+        if self.first:
+            signal_to(self.pid, number)
+
+    def left(self) -> list[int]:
+        """Return the pids of all who are known to be left, the first process before the others."""
+        others = [pid for pid in self._known if pid != self.pid or not self.first]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
+
+    def tell_others(self) -> None:
+        """Tell the others to end, each once."""
+        import _signal as signal
+
+        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
+        self._told |= others
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            for pid in others:
+                signal_to(pid, number)
+
+    def kill(self) -> None:
+        """Kill all of them; those of its group at once, so that none is begun meanwhile."""
+        for pid in [-self.pid] * self.own + self.left():
+            signal_to(pid, 9)
+
+
 class Loop:
     """What a process waits for, in its main thread: signals, the ends of its children, descriptors and a time.
 
@@ -1784,6 +1879,7 @@ class Loop:
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
+        self._processes: Processes | None = None
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -1799,7 +1895,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came = b""
+        came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -1808,6 +1904,11 @@ class Loop:
         if signal.SIGCHLD in came:
             self._reap()
         return [n for n in came if n in self.numbers]
+
+    def processes(self) -> Processes:
+        """Return all processes, seen once for all who ask between two turns. Raises OSError."""
+        self._processes = self._processes or Processes()
+        return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
         """Have something called whenever a descriptor can be read, or written to."""
@@ -1831,10 +1932,11 @@ class Loop:
         import _signal as signal
         from _thread import get_ident
 
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # and what has come is handled, or Python complains
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         signal.set_wakeup_fd(self._wakeup)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         os.close(self._write)
         with open(self._came, "rb") as pipe:  # all that had come by then
             late = [n for n in pipe.read() or b"" if n in self.numbers]
@@ -1888,15 +1990,20 @@ def let_children_go() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
-def spawn(command: list[str], env: dict[bytes, bytes], **options: Any) -> int:
+def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
     """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
 
-    Raises OSError, or ValueError for an empty name.
+    Where there is no session of its own to be had, a process group is. Raises OSError, or ValueError for an empty name.
     """
     import _signal as signal
 
-    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
-    return os.posix_spawnp(command[0], command, env, setsigmask=[], setsigdef=defaults, **options)
+    options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
+    if own_session:
+        try:
+            return os.posix_spawnp(command[0], command, env, setsid=True, **options)
+        except NotImplementedError:  # an older C library
+            options["setpgroup"] = 0
+    return os.posix_spawnp(command[0], command, env, **options)
 
 
 def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
@@ -1955,22 +2062,6 @@ def signal_to(pid: int, number: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
-
-
-def alive_groups(groups: Iterable[int]) -> set[int]:
-    """Those process groups that have members; a zombie, which a poor process 1 does not reap, is none."""
-    alive = {group for group in groups if signal_to(-group, 0)}
-    if not alive or not has_proc():
-        return alive
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            status, _, group = stat_of(int(pid))[:3]
-        except OSError:
-            continue
-        if status != "Z":
-            found.add(int(group))
-    return alive & found
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2038,6 +2129,7 @@ class Unit:
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it was started with
+        self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
         self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
@@ -2048,16 +2140,31 @@ class Unit:
 
 
 class Lock:
-    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name)."""
+    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name).
+
+    A lock goes to who has stood in its line longest, also if that waits for another lock, so that nobody waits for ever
+    behind those that need one lock only. A place of a boot goes to the first in line that lacks nothing else.
+    """
 
     def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
         self.taken: dict[Unit, None] = {}
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
+    def before(self, unit: Unit) -> Unit | None:
+        """Return who keeps a unit from having it: a unit that has it, or, of a lock, is first in line."""
+        if len(self.taken) >= self.limit:
+            return next(iter(self.taken))
+        first = next(iter(self.line), unit) if self.name else unit
+        return None if first is unit else first
+
     def label(self) -> str:
-        """What it is called in messages."""
+        """Return what it is called in messages."""
         return f"lock {self.name}" if self.name else f"one of {self.limit} places to run"
+
+    def use(self, unit: Unit) -> str:
+        """Return what a unit that is before others does with it, for messages."""
+        return f"{unit.name} has" if unit in self.taken else f"{unit.name} is to have first"
 
 
 class Claim:
@@ -2121,7 +2228,7 @@ class Units:
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
-        self.waits = 0  # claims in line
+        self.waits = 0  # claims in line, but those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0
         self.locks: dict[str, Lock] = {}
@@ -2243,8 +2350,7 @@ class Units:
                 elif error and not claim.boot:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
                 self._record(unit, "gave up", f"{why}; still missing: {missing}")
-                del unit.line[claim]
-                self.waits -= 1
+                self._leave(claim)
             else:
                 by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
                 lost = f"lost: {by}{who or 'the process that held it'} ended"
@@ -2376,8 +2482,7 @@ class Units:
             self.stops.remove(stop)
             stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
             if not self.is_over(stop):  # else who asked has gone
-                del stop.unit.line[stop]
-                self.waits -= 1
+                self._leave(stop)
                 self._answers.append((stop, stop.answer))
         times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
@@ -2411,7 +2516,11 @@ class Units:
         claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
-        claim.unit.facts.probe = ready
+        claim.unit.facts.probe, claim.unit.facts.probe_error = ready, ""
+
+    def lack(self, claim: Claim, error: str) -> None:
+        """Note what the last try of the probe of a unit lacked."""
+        claim.unit.facts.probe_error = error
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
@@ -2440,7 +2549,8 @@ class Units:
         for other, need in needs:
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
-                row = Dependency(need.label(), "free", "taken", False, "lock", age, f"{other.name} has it")
+                has = f"{other.name} has it" if other in need.taken else f"{other.name} is before it in line"
+                row = Dependency(need.label(), "free", "taken", False, "lock", age, has)
             elif other is unit:
                 row = Dependency(unit.name, "free", STARTED, False, "start", age)
             else:
@@ -2513,6 +2623,8 @@ class Units:
         """
         if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
             return
+        if unit.unmet or not unit.line:
+            self._unqueue(unit)
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2542,15 +2654,18 @@ class Units:
         if facts.ready is None:
             facts.ready = self._now()
             facts.released_by = because.name if because else facts.released_by
+        if unit.queued != claim.locks:
+            self._unqueue(unit)
         if any(self._lacks(unit)):
+            unit.queued = claim.locks
             for lock in claim.locks:
                 lock.line.setdefault(unit)
             return
         for lock in claim.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
-        del unit.line[claim]
-        self.waits -= 1
+        unit.queued = ()
+        self._leave(claim)
         unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
         unit.holder = unit.last = claim if unit.name else None
         if not claim.boot:
@@ -2563,20 +2678,18 @@ class Units:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
         for unit in units:
             self._settle(unit)
-        for lock, before in self._freed:
-            for waiting in list(lock.line):
-                if len(lock.taken) >= lock.limit:
-                    break
-                if not waiting.line or waiting.unmet:
-                    del lock.line[waiting]
-                else:
+        while self._freed or self._affected:  # no recursion, since chains may be long
+            freed, self._freed = self._freed, []
+            for lock, before in freed:
+                for waiting in [*lock.line]:
+                    if len(lock.taken) >= lock.limit:
+                        break
                     self._settle(waiting)
                     if waiting.status == STARTED:
                         waiting.facts.released_by = before.name
-        self._freed.clear()
-        for unit, because in self._affected:  # which grows; no recursion, since chains may be long
-            self._settle(unit, because)
-        self._affected.clear()
+            affected, self._affected = self._affected, []
+            for unit, because in affected:
+                self._settle(unit, because)
         if self.stops or self.stopping:
             self.keep_time()
 
@@ -2595,6 +2708,7 @@ class Units:
         `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
         """
         old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
+        self._unqueue(unit)
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
@@ -2695,6 +2809,13 @@ class Units:
                 else:
                     stop.answer["stopped"].append(unit.name)
 
+    def _unqueue(self, unit: Unit) -> None:
+        """Take a unit out of the lines of locks, so that those behind it may go on."""
+        for lock in unit.queued:
+            del lock.line[unit]
+            self._freed.append((lock, unit))
+        unit.queued = ()
+
     def _unlock(self, unit: Unit) -> None:
         """Pass on the locks that a unit has."""
         for lock in unit.locks:
@@ -2772,7 +2893,7 @@ class Units:
 
         Every start, wait and boot. `asked` is what Claim takes.
         """
-        if self.waits + len(members) > MAX_WAITS:
+        if not boot and self.waits + len(members) > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
@@ -2797,7 +2918,7 @@ class Units:
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             unit.line[claim] = None
-            self.waits += 1
+            self.waits += not boot
             claims.append(claim)
         self._settle_all(*units)
         for claim in claims:
@@ -2912,13 +3033,14 @@ class Units:
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
         """What a unit lacks: dependencies and the requirement that each does not meet.
 
-        If it lacks none, the locks that the first in line needs and which have no place, and a unit that has each.
+        If it lacks none, the locks that the first in line needs and cannot have, and the unit that is before it.
         """
         if unit.unmet:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
         for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
-            if len(lock.taken) >= lock.limit:
-                yield next(iter(lock.taken)), lock
+            before = lock.before(unit)
+            if before:
+                yield before, lock
 
     def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
         """What a unit lacks, in words, five of them at most.
@@ -2931,14 +3053,19 @@ class Units:
         for other, need in islice(self._lacks(unit), 5):
             unknown = other.status == NOT_REGISTERED and not registered
             name = other.name + (" (not registered)" if unknown else "")
-            words.append(f"{need.label()}, which {name} has" if isinstance(need, Lock) else name)
+            words.append(f"{need.label()}, which {need.use(other)}" if isinstance(need, Lock) else name)
         return words
+
+    def _leave(self, claim: Claim) -> None:
+        """Take a claim out of the line of its unit."""
+        del claim.unit.line[claim]
+        self.waits -= not claim.boot
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
         """Answer all claims that still wait in line; a boot is notified of the status itself."""
         self._answers += [(claim, error) for claim in unit.line if not claim.boot]
-        self.waits -= len(unit.line)
-        unit.line.clear()
+        for claim in [*unit.line]:
+            self._leave(claim)
 
     @staticmethod
     def _runs_on(unit: Unit) -> str:
@@ -3088,76 +3215,79 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
 
-    Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
+    What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
-        from _queue import SimpleQueue
-        from threading import Thread
-
-        self.level, self.path = level, path
-        self.fd = self._open(path) if path else 2
-        self.lost = 0
-        self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, daemon=True)
-        self._thread.start()
+        """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
+        self.level, self.path, self.lost = level, path, 0
+        self._rotates = path != "" and (os.path.isfile(path) or not os.path.exists(path))  # a pipe or a device does not
+        self._listener: Any = None
+        if level > 0 or path:  # else it may never be needed, and logging is a costly import
+            self._begin()
 
     def say(self, text: str, level: int = 1, wall: float = 0.0) -> None:
         """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
         if level > self.level:
             return
-        if self._queue.qsize() < MAX_QUEUE:
-            self._queue.put((wall or time.time(), text))
-        else:
+        try:
+            if not self._listener:
+                self._begin()
+            if self._listener.queue.qsize() >= MAX_QUEUE:
+                raise BlockingIOError
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
             self.lost += 1
+            return
+        from logging import makeLogRecord
+
+        lost, self.lost, wall = self.lost, 0, wall or time.time()
+        line = (f"({lost} lines lost here) " if lost else "") + text
+        what = {"msg": line[:3900], "created": wall, "msecs": wall % 1 * 1000, "lost": lost}  # a pipe takes 4096 bytes
+        self._listener.queue.put(makeLogRecord(what))
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        self._queue.put(None)
-        self._thread.join(patience)
+        from threading import Thread
 
-    def _run(self) -> None:
-        while True:
-            try:
-                line = self._queue.get()
-                if line is None:
-                    return
-                self._write(*line)
-            except Exception:  # no reader, no room on the disk, no memory: the agent goes on, and so does its log
-                self.lost += 1
-
-    def _write(self, wall: float, text: str) -> None:
-        from select import POLLOUT, poll
-
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall)) + f".{int(wall % 1 * 1000):03d} "
-        lost = f"({self.lost} lines lost here) " if self.lost else ""
-        line = (stamp + lost + text + "\n").encode(errors="backslashreplace")[:4000]  # a pipe takes 4096 or says no
-        ready = poll()
-        ready.register(self.fd, POLLOUT)
-        if not ready.poll(0 if self.lost else 200):
-            raise BlockingIOError
-        os.write(self.fd, line)
-        self.lost = 0
-        if self.path and os.path.isfile(self.fd) and os.fstat(self.fd).st_size > MAX_LOG:
-            self._rotate(os.path.realpath(self.path))
-
-    @staticmethod
-    def _open(path: str, more: int = 0) -> int:
-        # O_NONBLOCK: a pipe without a reader is an error, and no wait
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | more, 0o600)
-
-    def _rotate(self, path: str) -> None:
-        """Let the file, which is full, be FILE.1, and begin a new one; if there can be none, the old one goes on."""
-        remove(path + ".new")
         try:
-            with open(self._open(path + ".new", os.O_EXCL), "ab") as new:
-                os.replace(path, path + ".1")
-                os.replace(path + ".new", path)
-                os.dup2(new.fileno(), self.fd, inheritable=False)
-        except OSError:
+            if self._listener:
+                ending = Thread(target=self._listener.stop, daemon=True)
+                ending.start()
+                ending.join(patience)
+        except RuntimeError:  # no thread is left
             pass
+
+    def _begin(self) -> None:
+        import io
+        import logging.handlers
+        from queue import SimpleQueue
+
+        log = self
+
+        class Handler(logging.handlers.RotatingFileHandler):
+            def _open(self) -> Any:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe without a reader is an error
+                file = io.FileIO(2, "w", closefd=False)
+                if log.path:
+                    file = io.FileIO(os.open(log.path, flags, 0o600), "w")
+                    os.set_blocking(file.fileno(), True)
+                return io.TextIOWrapper(file, errors="backslashreplace", write_through=True)
+
+            def doRollover(self) -> None:
+                try:
+                    super().doRollover()
+                except OSError:  # it can have no successor, and goes on
+                    pass
+
+            def handleError(self, record: Any) -> None:
+                log.lost += 1 + record.lost
+
+        handler = Handler(os.path.realpath(self.path), maxBytes=MAX_LOG if self._rotates else 0, backupCount=1)
+        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._listener = logging.handlers.QueueListener(SimpleQueue(), handler)
+        self._listener.start()
 
 
 class Request:
@@ -3666,6 +3796,11 @@ class Agent:
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
         self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
+        return {"unit": unit}
+
+    def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
+        """The last try of the probe of a unit lacked something."""
+        self.units.lack(self._held(request, unit), one_line(error))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -5359,125 +5494,288 @@ def exported(path: str) -> dict[str, str]:
     return values
 
 
+# -- the agent, for a supervisor ----------------------------------------------------------------------------------
+PING_AFTER = 5.0  # seconds of silence
+
+
+class Link:
+    """The connection to the agent: requests and what takes their answers, news, and whether the agent lives.
+
+    Each request is answered once, from `take` or `keep_time`, never from `ask`: by the agent, or by an Unreachable when
+    there is no agent any more, of which `gone` is told first, once. `news` gets the notifications, with their method.
+    """
+
+    def __init__(
+        self, loop: Loop, news: Callable[[str, Answer], None], gone: Callable[[Unreachable], None], pings: bool
+    ) -> None:
+        self._loop, self._news, self._gone, self._pings = loop, news, gone, pings
+        self._channel: Channel | None = None  # while there is an agent
+        self._broken: Unreachable | None = None
+        self._asked: dict[int, Callable[[Object], object]] = {}  # by the id of the request
+        self._since = 0.0  # when the agent last said something, or was asked after it had said all
+        self.opened = False
+        self.lost = ""  # why there is no agent any more
+
+    def open(self, channel: Channel) -> None:
+        """Begin to talk to an agent."""
+        self._channel, self._broken, self.opened, self.lost = channel, None, True, ""
+        self._asked, self._since = {}, time.monotonic()
+        self._loop.watch(channel.fileno(), self.take)
+
+    def close(self) -> None:
+        """Talk no more."""
+        if self._channel:
+            self._loop.forget(self._channel.fileno())
+            self._channel = None
+
+    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; `answered` gets the message with its result or error."""
+        request = -1 - len(self._asked)
+        if not self._asked:
+            self._since = time.monotonic()
+        if self._channel and not self._broken:
+            try:
+                request = self._channel.request(method, **params)
+            except Unreachable as error:
+                self._broken = error
+        self._asked[request] = answered
+
+    def waits(self) -> bool:
+        """Return whether some requests are not answered."""
+        return bool(self._asked)
+
+    def take(self) -> None:
+        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
+        try:
+            while self._channel and (message := self._channel.receive(0)) is not None:
+                self._since = time.monotonic()
+                if "method" in message:
+                    self._news(str(message["method"]), self._channel.news(message.get("params")))
+                elif message.get("id") in self._asked:
+                    self._asked.pop(message["id"])(message)
+        except Unreachable as error:
+            self._broken = error
+
+    def keep_time(self, now: float, patience: float) -> float:
+        """Handle what has come, and take an agent that has not answered for `patience` seconds for gone.
+
+        A silent one is asked whether it lives, if it is to be. Returns when to look again.
+        """
+        if self._channel and self._channel.more():
+            self.take()
+        due = self._since + (patience if self._asked else PING_AFTER if self._pings else NEVER)
+        if self._channel and now >= due and self._asked:
+            path = self._channel.path
+            self.take()  # it may be we who slept
+            if self._asked and self._since + patience <= now:
+                silent = f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"
+                self._broken = self._broken or Unreachable(silent)
+        elif self._channel and now >= due:
+            self.ask("ping")
+        if self._broken:
+            self._lose(self._broken)
+        return due if self._channel else NEVER
+
+    def _lose(self, error: Unreachable) -> None:
+        if self._channel:
+            self.close()
+            self.lost = str(error)
+            self._gone(error)
+        while self._asked:
+            self._asked.pop(next(iter(self._asked)))(error_message(None, error))
+
+
 # -- a unit's command -------------------------------------------------------------------------------------------
-LONGEST_DELAY = 30.0  # between two tries, unless a longer one was asked for
+LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
+LOOK_EVERY = 5.0  # seconds, at what a command that has ended well leaves behind
+LOOK_OFTEN = 0.05  # seconds, at what is being ended
+TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
+LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
+
+WAITING = "waiting"  # for its turn, or its next try
+CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
+RUNNING = "running"
+READY = "ready"  # the unit has completed; something of the command may run on
+ENDING = "ending"  # what is left of it is being ended
+GONE = "gone"  # nothing is left, and nothing will be tried again
+FOLLOW = {  # the state of a command -> what may follow it
+    WAITING: (WAITING, CHECKING, RUNNING, GONE),
+    CHECKING: (WAITING, RUNNING, GONE),
+    RUNNING: (READY, ENDING),
+    READY: (ENDING, GONE),
+    ENDING: (WAITING, GONE),
+    GONE: (),
+}
+
+
+def cannot_probe(error: Exception) -> CommandError:
+    """Return the error for a probe that there is no descriptor, thread or directory for."""
+    return CommandError(f"cannot be probed: {trouble_of(error)}", 125)
+
+
+class Limits(Record):
+    """How a command is run. Times are in seconds, 0 for no limit."""
+
+    ready: str = ""  # the probe
+    ready_timeout: float = 300.0
+    timeout: float = 0.0
+    retries: int = 0
+    delay: float = 1.0  # before the next try; it doubles
 
 
 class Task:
-    """A unit's command on its way: its tries, whether it is ready, how long it may take, what comes of it.
+    """A unit's command on its way: its tries, whether it is ready, how long it may take, its end, and what comes of it.
 
-    `begin` begins a try. Its end and its readiness come from the Loop, and `keep_time` does what is due. What has come
-    of it goes to `report`, as a request to the agent.
+    It is always in one state; what is due in it, and when, is in `due`, and goes with the state. `begin` begins a try.
+    Its end and readiness come from the Loop, and `keep_time` does what is due. What has come of it is reported once.
     """
 
-    own_group = False  # whether a try has a process group of its own, which is signalled, and ends, as a whole
-    grace = 10.0  # seconds from TERM to KILL
+    own_session = False  # whether a try has a session of its own
+    grace = 8.0  # seconds from TERM to KILL
 
-    def __init__(
-        self,
-        loop: Loop,
-        unit: str,
-        command: list[str],
-        ready: str,
-        ready_timeout: float,
-        timeout: float,
-        retries: int,
-        delay: float,
-    ) -> None:
-        self.loop, self.unit, self.command, self.ready = loop, unit, command, ready
-        self.ready_timeout, self.timeout, self.retries, self.delay = ready_timeout, timeout, retries, delay
+    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits | Script) -> None:
+        self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
-        self.pid = 0  # of the process or group of the latest try, until it is gone
-        self.running = False  # the process; the group may live on
-        self.running_on = False  # the agent knows that it is a service
-        self.code = 0  # with which it ended
+        self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
+        self.family = Family(0, False)  # the processes of the latest try
+        self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
-        self.stopped = False  # nothing is tried again
-        self.killed = False
+        self.delay = limits.delay
         self.prober: Prober | Notified | None = None  # while it is not ready
         self.notified: Notified | None = None  # until it has ended
-        self.stop_at = self.ready_by = self.kill_at = self.again_at = NEVER
-        self.why = ""  # we end it
-        self.reason = ""  # how the latest try ended, or the unit
-        self.reported = ""  # "complete" or "fail"
+        self.told = ""  # what the agent knows that its probe lacks
+        self.why = ""  # what was wrong with the latest try
+        self.stopped = ""  # why nothing is tried again
+        self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
+        self.runs_on = False  # the agent is to be told when nothing of it is left, although the unit has its outcome
 
-    # What is for others to say: how it is run, and who is told.
+    # -- hooks for subclasses
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
         """Start the process; return its pid. Raises OSError or ValueError."""
         return spawn(self.command, env)
 
+    def cannot_begin(self, error: Exception) -> CommandError:
+        """Return the error for a command that could not be started."""
+        return cannot_run(self.command[0], error)
+
     def begun(self, detail: str) -> None:
-        """A try has begun, which `detail` says if it is not the first."""
+        """A try has begun; `detail` says which, and why, if it is not the first."""
         if detail:
             self.report("retry", detail=detail)
-
-    def not_begun(self, error: Exception) -> None:
-        """A try could not begin."""
-        raise NotImplementedError
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         """There will be another try."""
 
-    def report(self, method: str, **params: Any) -> None:
-        """Tell the agent."""
+    def doubt(self, what: str) -> None:
+        """Its probe may say nothing about it."""
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Take the answer to a report."""
         raise NotImplementedError
 
-    def exited(self) -> None:
-        """The process of a unit that has completed has ended."""
-        if self.code and not self.running_on:
-            self.report("running")
-        self.report("exited", reason=ending(self.code))
+    # -- life cycle
 
-    # The way.
+    def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
+        """Go on to another state, with what is due in it, and when."""
+        if state not in FOLLOW[self.state]:
+            raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
+        self.state, self.due = state, due
+
+    def keep_time(self, now: float) -> None:
+        """Do what is due."""
+        for action in [action for action, when in self.due.items() if now >= when]:
+            if self.due.get(action, NEVER) <= now:  # unless another one has changed that
+                del self.due[action]
+                action()
+
+    def next_due(self) -> float:
+        """Return when something is next due."""
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try."""
-        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
         if self.tries:
             clear(self.left)
-        if self.ready == "notify":
-            added["NOTIFY_SOCKET"] = self.notify_path
-        env = environment(self.env, **added)
-        detail, self.why = self.next_try() if self.tries else "", ""
-        try:
-            self.probe(env)
-            self.pid = self.spawn(env)
-        except (CommandError, OSError, ValueError) as error:
-            self.close_prober()
-            self.not_begun(error)
+        if not self.limits.ready or self.limits.ready == "notify":
+            self.run(None)
             return
-        self.loop.children[self.pid] = self.process_ended
-        self.began, self.running, self.killed = time.monotonic(), True, False
+        try:
+            self.enter(CHECKING, {})
+            self.prober = Prober(self.limits.ready, self.environment()).begin(once=True)
+            self.loop.watch(self.prober.fileno(), self.checked)
+        except (OSError, RuntimeError) as error:
+            self.not_begun(cannot_probe(error), error)
+
+    def checked(self) -> None:
+        """Run the command, unless its probe succeeds already."""
+        before = self.prober
+        self.close_prober()
+        if isinstance(before, Prober) and before.objection:
+            self.not_begun(CommandError(before.objection, 125), None)
+        elif isinstance(before, Prober):
+            if before.doubt:
+                self.doubt(before.doubt)
+            self.run(before)
+
+    def run(self, before: Prober | None) -> None:
+        """Run the command, and begin to probe it; `before` has the try that was made before."""
+        detail, env = self.next_try() if self.tries else "", self.environment()
+        wrong = cannot_probe
+        try:
+            self.probe(env, before)
+            wrong = self.cannot_begin
+            pid = self.spawn(env)
+        except (OSError, RuntimeError, ValueError) as error:
+            self.not_begun(wrong(error), error)
+            return
+        self.loop.children[pid] = self.process_ended
+        self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
         self.tries += 1
-        self.stop_at = self.began + self.timeout if self.timeout else NEVER
-        self.ready_by = self.began + self.ready_timeout if self.ready and self.ready_timeout else NEVER
+        limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
+        self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
+        self.told = ""
+        if self.prober:
+            self.due[self.tell_error] = self.began + TELL_EVERY
         self.begun(detail)
 
-    def probe(self, env: dict[bytes, bytes]) -> None:
-        """Begin to ask whether it is ready. Raises CommandError."""
-        if not self.ready:
-            return
-        try:
-            if self.ready == "notify" and not self.notify_path:
-                raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-            if self.ready == "notify":
-                self.prober = self.notified = Notified(self.notify_path)
-            else:
-                self.prober = Prober(self.ready, env).begin()
+    def environment(self) -> dict[bytes, bytes]:
+        """Return what a try has in its environment."""
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        if self.limits.ready == "notify":
+            added["NOTIFY_SOCKET"] = self.notify_path
+        return environment(self.env, **added)
+
+    def not_begun(self, wrong: CommandError, cause: Exception | None) -> None:
+        """Try again soon if there was no room, and something of ours will make some; else that was a try."""
+        self.close_prober()
+        self.why, self.code = str(wrong), wrong.exit_code
+        if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
+            self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
+        else:
+            self.tries += 1
+            self.tried()
+
+    def probe(self, env: dict[bytes, bytes], before: Prober | None) -> None:
+        """Begin to ask whether it is ready. Raises OSError, RuntimeError."""
+        if self.limits.ready == "notify" and not self.notify_path:
+            raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+        if self.limits.ready == "notify":
+            self.prober = self.notified = Notified(self.notify_path)
+        elif self.limits.ready:
+            self.prober = Prober(self.limits.ready, env, before).begin()
+        if self.prober:
             self.loop.watch(self.prober.fileno(), self.probed)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from None
 
     def probed(self) -> None:
         """The prober has something to say."""
         prober = self.prober or self.notified
         if prober and prober.ready() and self.prober:
             self.close_prober(ended=False)
-            self.ready_by = NEVER
             self.complete()
 
     def close_prober(self, ended: bool = True) -> None:
@@ -5489,93 +5787,161 @@ class Task:
             self.loop.forget(prober.fileno())
             prober.close()
 
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.ready_by:
-            lacks = self.prober.error if self.prober else ""
-            self.end(f"not ready after {span(self.ready_timeout)}: {shown_probe(self.ready)} ({lacks})")
-        if now >= self.stop_at:
-            self.end(f"timed out after {span(self.timeout)}")
-        if now >= self.kill_at:
-            self.kill()
-        if now >= self.again_at and not self.pid:
-            self.again_at = NEVER
-            self.begin()
-        return min(self.ready_by, self.stop_at, self.kill_at, max(self.again_at, now + 0.02))  # its group is looked at
+    def tell_error(self) -> None:
+        """Tell the agent what the probe lacks, if that has changed."""
+        if self.prober:
+            self.due[self.tell_error] = time.monotonic() + TELL_EVERY
+            if self.prober.error not in ("", self.told):
+                self.told = self.prober.error
+                self.link.ask("probing", unit=self.unit, error=self.told)
 
-    def end(self, why: str) -> None:
-        """End it: TERM, and KILL after the grace."""
-        self.why = self.why or why
-        self.stop_at = self.ready_by = NEVER
-        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.close_prober(ended=False)
-        self.signal(15)
+    def not_ready(self) -> None:
+        """The time to become ready is over."""
+        lacks = self.prober.error if self.prober else ""
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({lacks})")
 
-    def kill(self) -> None:
-        """End it for good, or give up what is left of its group."""
-        if self.killed and not self.running:
-            self.gone()
-        else:
-            self.killed, self.kill_at = True, time.monotonic() + 1
-            self.signal(9)
-
-    def signal(self, number: int) -> None:
-        """Signal the process, or its group."""
-        signal_to(-self.pid if self.own_group else self.pid, number)
-
-    def gone(self) -> None:
-        """Forget the number of the process, or of its group, before it is another one's."""
-        self.pid, self.kill_at = 0, NEVER
+    def time_is_up(self) -> None:
+        """The time for a try is over."""
+        self.end(f"timed out after {span(self.limits.timeout)}")
 
     def process_ended(self, code: int) -> None:
-        """The process has ended, with this exit status, -N for signal N."""
-        self.running, self.code = False, code
-        self.stop_at = self.ready_by = NEVER
-        if not self.own_group or not alive_groups([self.pid]):
-            self.gone()
-        self.probed()  # it may have become ready with the last that it did
+        """The first process has ended, with this exit status, -N for signal N."""
+        self.family.first, self.code = False, code
+        self.probed()  # the last chance to be ready
         early = self.prober is not None
         self.close_prober()
-        if self.reported == "complete":
-            self.exited()
-        elif not self.reported:
-            how = f"ended before it was ready ({ending(code)})" if early else ending(code) if code else ""
-            if early and code == 0 and self.ready != "notify":
-                how += TO_BACKGROUND
-            self.tried(self.why or how, code)
-        else:  # somebody else has ended the unit
-            self.report("exited", reason=ending(code), code=shell_status(code))
-
-    def tried(self, how: str, code: int) -> None:
-        """A try has ended, without success unless there is nothing to say how."""
-        if not how:
+        if self.state == ENDING:
+            self.due[self.look] = 0.0
+        elif code or early or self.reported == FAILED:
+            hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
+            self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
+        elif self.state == RUNNING:
             self.complete()
-        elif self.tries <= self.retries and not self.stopped:
-            self.reason, delay = how, self.delay
-            self.delay = min(2 * delay, max(delay, LONGEST_DELAY))
-            self.again_at = time.monotonic() + delay
+        else:
+            self.due[self.look] = 0.0
+
+    def end(self, why: str, by: float = NEVER) -> None:
+        """End what is left of it, at the latest at a time; sooner if it is being ended already.
+
+        TERM goes to the first process; when that has ended, or after half of the time, to the others; then KILL to all.
+        """
+        import _signal as signal
+
+        now = time.monotonic()
+        by = min(by, now + self.grace)
+        if self.state != ENDING:
+            self.why = why
+            self.enter(ENDING, {self.look: now, self.tell_others: (now + by) / 2, self.kill: by})
+            self.close_prober(ended=False)
+            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            self.family.signal(signal.SIGTERM)
+            self.family.signal(signal.SIGCONT)
+        elif by < self.due.get(self.kill, 0.0):
+            self.due[self.kill] = by
+
+    def tell_others(self) -> None:
+        """Half of the time is over: the first process may not be enough."""
+        self.family.tell_others()
+
+    def kill(self) -> None:
+        """The time to end is over."""
+        self.due.pop(self.tell_others, None)
+        self.due[self.give_up] = time.monotonic() + LAST_WAIT
+        self.due[self.look] = 0.0
+
+    def give_up(self) -> None:
+        """What is left survives even KILL."""
+        left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+        self.why += f"; cannot be killed: {names_of(left or [str(self.family.pid)])}"
+        self.gone()
+
+    def look(self) -> None:
+        """See whether something is left of it, and go on ending that."""
+        now = time.monotonic()
+        if not self.family.look(self.loop):
+            self.gone()
+        elif self.state == ENDING:
+            if self.give_up in self.due:
+                self.family.kill()
+            elif not self.family.first or self.tell_others not in self.due:
+                self.family.tell_others()
+            self.due[self.look] = now + LOOK_OFTEN
+        elif not self.family.first:
+            self.due[self.look] = now + LOOK_EVERY
+
+    def gone(self) -> None:
+        """Nothing is left of a try."""
+        if not self.reported:
+            self.tried()
+            return
+        self.enter(GONE, {})
+        if self.runs_on:
+            self.exited()
+
+    def exited(self) -> None:
+        """Report the end of the command of a unit that has its outcome."""
+        self.report("exited", reason=self.why, code=shell_status(self.code) or 143 * bool(self.why))
+
+    def tried(self) -> None:
+        """A try has ended without success."""
+        if self.tries <= self.limits.retries and not self.stopped:
+            delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
+            self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
-            self.fail(how, code)
+            self.enter(GONE, {})
+            self.fail(self.why)
 
     def next_try(self) -> str:
-        """Which try is next, and why."""
-        return f"try {self.tries + 1} of {self.retries + 1} after {self.reason}"
+        """Return which try is next, and why."""
+        return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
+
+    def stop(self, why: str, by: float = NEVER) -> None:
+        """End it, at the latest at a time, and try nothing again."""
+        self.stopped = why
+        if self.state in (WAITING, CHECKING):
+            self.close_prober()
+            self.enter(GONE, {})
+            self.fail(why)
+        elif self.state != GONE:
+            self.end(why, by)
+
+    # -- reports
 
     def complete(self) -> None:
-        """Report that it is done, or ready, and what it leaves to others."""
+        """Report that the unit is done, or ready, and what it leaves to others."""
         try:
             env = exported(self.left)
         except Refused as error:
-            self.fail(str(error))
-        else:
-            self.reported = "complete"
-            self.report("complete", env=env)
+            self.end(str(error))
+            return
+        self.settle(COMPLETED)
+        self.runs_on = self.family.first or self.family.has_group() or self.code != 0
+        self.report("complete", env=env, running=self.runs_on)
 
-    def fail(self, reason: str, code: int = 0) -> None:
-        """Report that the unit has failed."""
-        self.reported, self.reason, self.again_at = "fail", reason, NEVER
-        self.report("fail", reason=reason, exit_code=shell_status(code))
+    def fail(self, reason: str) -> None:
+        """Report that the unit has failed; nothing of its command is left."""
+        self.reported = FAILED
+        self.report("fail", reason=reason, exit_code=shell_status(self.code))
+
+    def settle(self, outcome: str) -> None:
+        """Have the unit's outcome, whoever reports it; a command that goes on although it has failed may tidy up."""
+        self.reported, self.runs_on = outcome, True
+        now = time.monotonic()
+        if self.state in (WAITING, CHECKING):
+            self.close_prober()
+            self.why = ""
+            self.gone()
+        elif self.state == RUNNING and outcome == COMPLETED:
+            end_by = self.due.get(self.time_is_up, NEVER)
+            look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
+            self.enter(READY, {self.time_is_up: end_by, self.look: look})
+        elif self.state in (RUNNING, READY):
+            self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
+
+    def report(self, method: str, **params: Any) -> None:
+        """Tell the agent."""
+        self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5605,119 +5971,116 @@ def cmd_run(args: Args) -> int:
         return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
-    return Run(args, start).to_its_end()
+    with start.channel:
+        return Run(args, start).to_its_end()
 
 
 class Run(Task):
     """The command of a started unit, in the foreground, reported on the connection that has the unit."""
 
     def __init__(self, args: Args, start: Start) -> None:
-        limits = (args.ready_timeout, 0.0, args.retry, args.retry_delay)
-        super().__init__(Loop(), args.unit, args.command, args.ready or "", *limits)
-        self.env, self.channel = environment(**start.environment), start.channel
-        self.asked: list[tuple[int, str]] = []  # ids of requests that are not answered, and what they were about
+        loop = Loop()
+        link = Link(loop, self.news, lambda error: None, pings=False)
+        limits = Limits(args.ready or "", args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        super().__init__(loop, link, args.unit, args.command, limits)
+        link.open(start.channel)
+        self.env, self.quiet = environment(**start.environment), args.quiet
         self.status = 0  # to return
-        self.quiet, self.report_at = args.quiet, NEVER
+        self.unreported: list[str] = []
         self.left = private_file()
-        self.directory = private_directory() if args.ready == "notify" or not self.left else ""
+        self.directory = private_directory() if limits.ready == "notify" or not self.left else ""
         self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
         if not self.left:
             put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
-        """Run it, at most `retries` times again if it fails; return its exit status."""
+        """Run it, and again if it fails and may be; return its exit status when the agent knows of its end."""
         try:
-            try:
-                self.begin()
-                while True:
-                    due = self.keep_time(time.monotonic())
-                    if not self.running and self.again_at == NEVER:
-                        break
-                    for number in self.loop.turn(due):
+            self.begin()
+            while True:
+                state, now = self.state, time.monotonic()
+                self.keep_time(now)
+                patience = NEVER if self.state != GONE else STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
+                due = self.link.keep_time(now, patience)
+                if self.unreported:
+                    self.not_reported(names_of(self.unreported), self.link.lost)
+                    self.unreported.clear()
+                if self.state == GONE and not self.link.waits():
+                    return self.status
+                if self.state == state:
+                    for number in self.loop.turn(min(due, self.next_due())):
                         self.signalled(number)
-            finally:
-                self.loop.give_back()
-            while self.asked:  # signals have their effect again, should the agent not answer
-                self.answered(STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT)
-            return self.status
         finally:
+            self.loop.give_back()
             remove_directory(self.directory)
 
     def signalled(self, number: int) -> None:
         """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
-        self.stopped = True
-        if self.running:
-            if not sent_by_key(number):
-                self.signal(number)
-        elif self.again_at < NEVER:
-            self.fail(f"stopped between two tries; {self.reason}")
+        self.stopped = "stopped"
+        if self.state in (WAITING, CHECKING):
+            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
+            self.status = 128 + number
+        elif self.state == GONE:
             sys.exit(128 + number)
+        elif self.family.first:
+            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            if not sent_by_key(number):
+                self.family.signal(number)
+        else:  # it has ended, and what it has left is being ended
+            self.end("", by=0.0)
+
+    def news(self, method: str, news: Answer) -> None:
+        """Do what the agent says."""
+        if method == "stop" and news.unit == self.unit:
+            self.stop("stopped", time.monotonic() + news.grace)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
-        if self.ready:
-            self.report("owner", ready=shown_probe(self.ready))
-            self.report_at = self.began + FIRST_REPORT
+        if self.prober:
+            self.report("owner", ready=shown_probe(self.limits.ready))
+            self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
-    def keep_time(self, now: float) -> float:
-        if self.prober and now >= self.report_at:
-            self.report_at = now + REPORT_EVERY
-            lacks = f"{shown_probe(self.ready)} ({self.prober.error})"
-            text = f"{self.unit}: not ready after {span(now - self.began)}: {lacks}"
-            say(text, 2, self.quiet)
-        return min(super().keep_time(now), self.report_at if self.prober else NEVER)
+    def say_not_ready(self) -> None:
+        """Say what keeps it from being ready."""
+        if self.prober:
+            now = time.monotonic()
+            self.due[self.say_not_ready] = now + REPORT_EVERY
+            lacks = f"{shown_probe(self.limits.ready)} ({self.prober.error})"
+            say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
 
-    def not_begun(self, error: Exception) -> None:
-        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
-        self.tries += 1
-        self.tried(str(wrong), wrong.exit_code)
+    def not_ready(self) -> None:
+        self.status = TimedOut.exit_code
+        super().not_ready()
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
+        self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
-    def complete(self) -> None:
-        super().complete()
-        if self.running and self.reported == "complete":
-            self.running_on = True
-            self.report("running")
-            self.loop.watch(self.channel.fileno(), self.answered)
+    def doubt(self, what: str) -> None:
+        put(f"warning: {self.unit}: {what}\n", 2)
 
     def exited(self) -> None:
         self.status = shell_status(self.code)
         super().exited()
 
-    def fail(self, reason: str, code: int = 0) -> None:
-        self.status = TimedOut.exit_code if self.why else shell_status(code) or 1  # we end it only when it is late
-        if reason != ending(code):  # else the exit status says it
+    def fail(self, reason: str) -> None:
+        self.status = self.status or shell_status(self.code) or 1
+        if reason != ending(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
-        super().fail(reason, code)
+        super().fail(reason)
 
-    def report(self, method: str, **params: Any) -> None:
+    def answered(self, method: str, params: Object, message: Object) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "what says that it is ready", "running": "that it runs on", "exited": "its end"}
+        others = {"owner": "what says that it is ready", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
-        if self.asked and can_be_read(self.channel.fileno(), 0):
-            self.answered()  # an agent takes no requests while its answers are not taken
         try:
-            self.asked.append((self.channel.request(method, unit=self.unit, **params), what))
+            result_of(message)
+        except Unreachable:  # nothing else will be answered either
+            self.unreported.append(what)
         except SyncError as error:
-            self.not_reported(what, error)
+            self.not_reported(what, str(error))
 
-    def answered(self, timeout: float = REPLY_TIMEOUT) -> None:
-        """Take an answer to what was reported; without the agent the command goes on all the same."""
-        if not self.asked:  # it has hung up
-            self.loop.forget(self.channel.fileno())
-            return
-        request, what = self.asked.pop(0)
-        try:
-            self.channel.answer(request, timeout)
-        except Unreachable as error:  # nothing else will be answered either
-            self.not_reported(names_of([what, *(about for _, about in self.asked)]), error)
-            self.asked.clear()
-        except SyncError as error:
-            self.not_reported(what, error)
-
-    def not_reported(self, what: str, error: SyncError) -> None:
+    def not_reported(self, what: str, error: str) -> None:
         """Say that the agent may not know something."""
         put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
@@ -5785,9 +6148,6 @@ HEADER_LINES = 50  # that may have headers, also below code; more if all above a
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
-PING_AFTER = 5.0  # seconds of silence from the agent
-LOOK_EVERY = 5.0  # seconds, at process groups that completed units left behind
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # the system may have some when others have ended
 MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
 # The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
@@ -6124,82 +6484,80 @@ class BootOptions(Record):
 
 
 class Job(Task):
-    """A script on its way: a Task in a process group of its own, whose output is read."""
+    """A script on its way: a Task in a session of its own, whose output is read."""
 
-    own_group = True
+    own_session = True
 
     def __init__(self, script: Script, boot: Boot) -> None:
-        limits = (script.ready_timeout, script.timeout, script.retries, script.delay)
-        super().__init__(boot.loop, script.unit, [script.path], script.ready, *limits)
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
         self.stream = Stream(script.unit)
-        self.signalled = False  # by `stop`
-        self.outcome = ""  # the unit's, as the agent has it
-        self.died = False  # its process, badly, after its unit had completed
+        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.died = False  # its command, after its unit had completed
+
+    def lives(self) -> bool:
+        """Whether something of it may run."""
+        return self.state in (RUNNING, READY, ENDING)
+
+    def running(self) -> bool:
+        """Whether its first process runs."""
+        return self.lives() and self.family.first
 
     def ending(self) -> bool:
         """Whether its processes are to end."""
-        return self.kill_at < NEVER or (self.running and self.outcome == FAILED)
+        return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
         write = self.boot.streams.open(self.stream)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
-            return spawn(self.command, env, file_actions=streams, setpgroup=0)
+            return spawn(self.command, env, own_session=True, file_actions=streams)
         except OSError:
             self.boot.streams.close(self.stream)
             raise
         finally:
             os.close(write)
 
-    def not_begun(self, error: Exception) -> None:
-        if self.loop.children and getattr(error, "errno", 0) in NO_ROOM:
-            self.again_at = time.monotonic() + 0.05
-            self.boot.active[self.unit] = self
-        else:
-            self.fail(f"cannot be run: {error.strerror}" if isinstance(error, OSError) else str(error))
+    def cannot_begin(self, error: Exception) -> CommandError:
+        return CommandError(f"cannot be run: {trouble_of(error)}", super().cannot_begin(error).exit_code)
 
     def begun(self, detail: str) -> None:
-        self.boot.active[self.unit] = self
         self.boot.streams.log(self.stream, more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.pid, command=command, log=log, ready=shown_probe(self.ready))
+        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
         super().begun(detail)
         if detail:
             self.boot.streams.take(self.stream, f"{detail}\n".encode())
 
-    def report(self, method: str, **params: Any) -> None:
-        def answered(message: Object) -> None:
-            try:
-                result_of(message)
-            except SyncError as error:
-                if method == "fail" and self.outcome != FAILED:
-                    self.exited()
-                elif method == "complete" and not self.outcome:
-                    self.fail(str(error))
-
-        self.boot.link.ask(method, answered, unit=self.unit, **params)
-        if self.boot.link.lost:
-            self.boot.settle(self)
+    def doubt(self, what: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {what}")
 
     def process_ended(self, code: int) -> None:
         self.boot.streams.drain(self.stream)
         super().process_ended(code)
-        if self.pid:
-            self.boot.look_now()
-            if self.reported != "complete":
-                self.end("")  # what a failure leaves behind ends with it
-        if self.boot.stopping:
-            self.boot.signal_in_order()
+
+    def fail(self, reason: str) -> None:
+        self.reason = reason
+        super().fail(reason)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        try:
+            result_of(message)
+        except SyncError as error:  # its outcome is known by now, or it has none but this
+            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
+                self.fail(str(error))
+            elif method in ("complete", "fail") and not self.outcome:
+                self.boot.ended(self, self.reported, self.reason)
+            elif method == "fail" and self.outcome == COMPLETED:
+                self.reported = self.outcome
+                self.exited()
 
     def exited(self) -> None:
         super().exited()
-        if (self.code or self.why) and not self.stopped:
-            how = self.why or ending(self.code)  # its time was up, or it has ended by itself
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({how})")
-        if self.code and not self.why:
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
             self.died = True
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
             self.boot.another("ended")
 
 
@@ -6409,76 +6767,6 @@ class Streams:
             stream.log = -1
 
 
-class Link:
-    """The connection to the agent: requests and what takes their answers, news of units, and whether the agent lives.
-
-    `news` gets what the agent says of a unit. `gone` gets the error, once, when there is no agent any more.
-    """
-
-    def __init__(self, loop: Loop, news: Callable[[Answer], None], gone: Callable[[Unreachable], None]) -> None:
-        self._loop, self._news, self._gone = loop, news, gone
-        self._channel: Channel | None = None  # while there is an agent
-        self.opened = False
-        self.lost = ""  # why there is no agent any more
-        self._asked: dict[int, Callable[[Object], object]] = {}
-        self._heard, self._pinged = 0.0, False  # when it last said something; whether it was asked to since
-
-    def open(self, channel: Channel) -> None:
-        """Begin to talk to an agent."""
-        self._channel, self.opened, self.lost = channel, True, ""
-        self._asked, self._heard, self._pinged = {}, time.monotonic(), False
-        self._loop.watch(channel.fileno(), self.take)
-
-    def close(self) -> None:
-        """Talk no more."""
-        if self._channel:
-            self._loop.forget(self._channel.fileno())
-            self._channel = None
-
-    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
-        """Send a request; `answered` gets the message with its result or error. Without an agent nothing happens."""
-        if self._channel:
-            try:
-                self._asked[self._channel.request(method, **params)] = answered
-            except Unreachable as error:
-                self._lose(error)
-
-    def take(self) -> None:
-        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
-        try:
-            while self._channel and (message := self._channel.receive(0)) is not None:
-                self._heard, self._pinged = time.monotonic(), False
-                if message.get("method") == "unit":
-                    self._news(self._channel.news(message.get("params")))
-                elif message.get("id") in self._asked:
-                    self._asked.pop(message["id"])(message)
-        except Unreachable as error:
-            self._lose(error)
-
-    def keep_time(self, now: float, patience: float) -> float:
-        """Handle what has come; ask a silent agent whether it lives, and take it for gone if it does not answer.
-
-        `patience` is how many seconds it may take to answer. Returns when to look again.
-        """
-        if self._channel and self._channel.more():
-            self.take()
-        if self._channel and now >= self._heard + PING_AFTER and not self._pinged:
-            self._pinged, self._heard = True, now
-            self.ask("ping")
-        elif self._channel and self._pinged and now >= self._heard + patience:
-            path = self._channel.path
-            self.take()  # it may be we who slept
-            if self._pinged:
-                self._lose(Unreachable(f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"))
-        return self._heard + (patience if self._pinged else PING_AFTER) if self._channel else NEVER
-
-    def _lose(self, error: Unreachable) -> None:
-        if self._channel:
-            self.close()
-            self.lost = str(error)
-            self._gone(error)
-
-
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client."""
 
@@ -6486,16 +6774,15 @@ class Boot:
         self.options, self.loop = options, loop
         self.out = Output([script.unit for script in scripts], options.quiet)
         self.streams = Streams(loop, self.out, options.log_dir)
-        self.link = Link(loop, self.changed, self.agent_gone)
+        self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.look_at = NEVER  # when to look which of them have gone
         self.claimed = False
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
-        self.stopping = 0  # the signal that ends everything
+        self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
@@ -6552,7 +6839,7 @@ class Boot:
             self.streams.pause(len(self.out.pending[1]) >= FULL)
             for number in self.out.turn(self.loop, due):
                 again, self.signal = self.signal, number
-                self.stop(9 if again else number, f"stopped: boot got signal {number}")
+                self.stop(f"stopped: boot got signal {number}", 0 if again else self.options.grace)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
@@ -6563,23 +6850,21 @@ class Boot:
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
             self.link.ask("graph", self.told_graph)
-            if self.link.lost:
-                self.say_progress(Graph(0.0, []))
-        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
-        if now >= self.look_at:
-            self.forget_groups()
         for job in list(self.active.values()):
-            due = min(due, job.keep_time(now))
-            if not job.pid and job.again_at == NEVER:
+            job.keep_time(now)
+            if job.state == GONE:
                 del self.active[job.unit]
-        return min(due, self.look_at)
+        if self.stopping:
+            self.stop_in_order(now)
+        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
         limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
-        limit -= 3 * sum(bool(job.ready) for job in self.jobs.values())
+        limit -= 3 * sum(bool(job.limits.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
         rows: list[dict[str, Any]] = []
         size = 0
@@ -6600,13 +6885,16 @@ class Boot:
         self.claimed = True
         self.when_claimed()
 
-    def changed(self, news: Answer) -> None:
-        """Handle what the agent says about a unit: it may start, or it has ended."""
+    def news(self, method: str, news: Answer) -> None:
+        """Handle what the agent says about a unit: it may start, it has ended, or is to."""
         job, status = self.jobs.get(news.unit), news.status
-        if job is None or job.outcome:
+        if job and method == "stop":
+            job.stop("stopped", time.monotonic() + news.grace)
+        if job is None or job.outcome or method != "unit":
             return
         if status == STARTED and not (job.tries or job.reported):
             job.env = environment(self.env, **news.env)
+            self.active[job.unit] = job
             job.begin()
         elif status in (COMPLETED, FAILED, SKIPPED):
             self.ended(job, status, news.reason)
@@ -6617,92 +6905,62 @@ class Boot:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
-            job.stopped = True
-            self.settle(job)
-
-    def settle(self, job: Job) -> None:
-        """Without the agent, a unit's outcome is what it was, or was to be, told."""
-        if job.reported:
-            self.ended(job, COMPLETED if job.reported == "complete" else FAILED, job.reason)
-        elif job.again_at < NEVER and job.began:
-            self.ended(job, FAILED, job.reason)
-        elif not job.running:
-            self.ended(job, PENDING, "the agent went away")
+            job.stopped = str(error)
+            if job.reported:
+                self.ended(job, job.reported, job.reason)
+            elif job.state in (WAITING, CHECKING):
+                self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
         """A unit has its outcome."""
         if job.outcome:
             return
-        job.outcome, job.reason, job.again_at = status, reason or job.why or job.reason, NEVER
-        if job.tries and not (job.running or job.reported):  # somebody else has ended it between two tries
-            self.link.ask("exited", unit=job.unit)
-        job.reported = "complete" if status == COMPLETED else "fail"
+        job.outcome, job.reason = status, reason or job.why or job.reason
         self.unfinished -= 1
-        if status == COMPLETED and job.running:
-            job.running_on = True
-            self.link.ask("running", unit=job.unit)
-        elif job.running:  # it says so itself, or somebody else: it may tidy up
-            job.stop_at = time.monotonic() + self.options.grace
+        if not job.reported:
+            job.settle(status)
+            if status == COMPLETED and job.running():
+                job.report("running")
         if status != COMPLETED:
             self.another("failed")
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
         if self.options.fail_fast and not self.stopping:
-            self.stop(15, f"stopped: another unit {what}")
+            self.stop(f"stopped: another unit {what}", self.options.grace)
 
     # -- ends ---------------------------------------------------------------------------------------------
 
-    def groups(self) -> list[Job]:
-        """Those whose process group may have members."""
-        return [job for job in self.active.values() if job.pid]
-
-    def look_now(self) -> None:
-        """Look in the next turn which process groups have gone."""
-        self.look_at = 0.0
-
-    def forget_groups(self) -> None:
-        """Forget process groups that are gone, before their numbers are those of others."""
+    def stop(self, why: str, grace: float) -> None:
+        """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
         now = time.monotonic()
-        left = [job for job in self.groups() if not job.running]
-        alive = alive_groups(job.pid for job in left)
-        for job in left:
-            if job.pid not in alive:
-                job.gone()
-        left = [job for job in left if job.pid]
-        urgent = any(job.ending() for job in left)
-        self.look_at = now + (0.05 if urgent else LOOK_EVERY) if left else NEVER
-        if self.stopping:
-            self.signal_in_order()
-
-    def stop(self, number: int, why: str) -> None:
-        """End everything that runs, what is wanted after what wants it, within --grace. Nothing new starts."""
-        self.forget_groups()
-        self.stopping = number
-        latest = time.monotonic() + (0 if number == 9 else self.options.grace)
-        for job in self.groups():
-            job.why = job.why or why
-            job.stop_at = job.ready_by = NEVER
-            job.kill_at = min(job.kill_at, latest)
+        self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
-            job.stopped = True
-            if not (job.outcome or job.running or job.reported):
-                job.why = job.why or why
-                job.fail(why)
-        self.forget_groups()
+            job.stopped = why
+            if job.state in (WAITING, CHECKING) and not job.outcome:
+                job.stop(why)
+            elif job.state == ENDING:
+                job.end(why, self.stop_by)
+        self.look()
+        self.stop_in_order(now)
 
-    def signal_in_order(self) -> None:
-        """Pass the signal on to those that run, and that nothing wants which does, also through others."""
+    def look(self) -> None:
+        """See of which commands something is left."""
+        for job in self.active.values():
+            if job.lives():
+                job.look()
+
+    def stop_in_order(self, now: float) -> None:
+        """End what runs, and nothing wants that does, also through others; at the end all."""
         wanted: set[str] = set()
-        todo = self.groups()
+        todo = [job for job in self.active.values() if job.lives() and now < self.stop_by - self.options.grace / 2]
         while todo:
             new = {edge.dependency for edge in todo.pop().script.wants} - wanted
             wanted |= new
             todo += [self.jobs[name] for name in new if name in self.jobs]
-        for job in self.groups():
-            if job.unit not in wanted and not job.signalled:
-                job.signalled = True
-                job.signal(self.stopping)
+        for job in self.active.values():
+            if job.state in (RUNNING, READY) and job.unit not in wanted:
+                job.end(self.stopping, self.stop_by)
 
     def relay(self) -> None:
         """Have a child of ours print what services go on printing, until they end."""
@@ -6740,15 +6998,18 @@ class Boot:
         """What runs and has not ended, for how long, and what a service lacks."""
         shown = []
         for job in self.active.values():
-            if job.running and not job.outcome:
-                more = [f"try {job.tries} of {job.retries + 1}"] if job.tries > 1 else []
+            if job.running() and not job.outcome:
+                more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
                 more += [f"not ready: {job.prober.error}"] if job.prober else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
     def told_graph(self, answer: Object) -> None:
         """Take the answer to a question about all units: for a report on the way, or the one at the end."""
-        graph = record(Graph, result_of(answer))
+        try:
+            graph = record(Graph, result_of(answer))
+        except Unreachable:
+            graph = Graph(0.0, [])
         if self.unfinished:
             self.say_progress(graph)
         else:
@@ -6768,9 +7029,9 @@ class Boot:
         waiting = []
         for unit, job in self.jobs.items():
             row = rows.get(unit)
-            if job.again_at < NEVER and job.tries:
-                waiting.append(f"{unit} to try again after {job.reason}")
-            elif not job.outcome and not job.running and row:
+            if job.state == WAITING and job.due:
+                waiting.append(f"{unit} to try again after {job.why}")
+            elif not job.outcome and not job.running() and row:
                 waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
@@ -6784,10 +7045,10 @@ class Boot:
                 self.streams.close(job.stream)
         lost = self.link.lost
         self.link.ask("graph", self.told_graph)
-        self.until(lambda: bool(self.graph or self.link.lost))
+        self.until(lambda: self.graph is not None)
         self.out.clear()
         self.out.flush()
-        self.forget_groups()
+        self.look()
         graph = self.graph or Graph(0.0, [])
         self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
@@ -6802,16 +7063,16 @@ class Boot:
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
-            if job.died or (job.outcome == FAILED and (job.tries or not job.why)):
-                how = f"completed, then ended: {ending(job.code)}" if job.died else job.reason
+            if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
+                how = f"completed, then ended: {job.why}" if job.died else job.reason
                 text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
                 text += f"skipped: {job.unit}: {job.reason}\n"
-            elif job.outcome == PENDING or (job.outcome == FAILED and job.why and not job.tries):
+            elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
                 text += f"not started: {job.unit}: {job.reason}\n"
-        going_on = [job.unit for job in self.groups()]
+        going_on = [job.unit for job in self.active.values() if job.lives()]
         text += f"still running: {names_of(going_on)}\n" if going_on else ""
         lines = [Startup(graph).summary()] if graph.nodes else []
         if os.isatty(2):
@@ -7160,16 +7421,15 @@ def cmd_serve(args: Args) -> int:
 
 def make_room(path: str) -> bool:
     """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
-    began = time.monotonic()
+    answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
             channel.answer(channel.request("shutdown"), ANSWER_TIMEOUT)
+            answered = True
             channel.receive(REPLACE_TIMEOUT)  # until it hangs up
-    except Unreachable:  # it has ended, or has not answered
-        return time.monotonic() - began < ANSWER_TIMEOUT
     except SyncError:
         pass
-    return True
+    return answered or time.monotonic() - began < ANSWER_TIMEOUT
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
