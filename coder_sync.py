@@ -624,7 +624,9 @@ def typed(value: Any, annotation: str) -> Any:
         return {printable(key): each for key, each in value.items()}
     if name in RECORDS:
         return record(RECORDS[name], value)
-    if type(value).__name__ == name or (name == "float" and type(value) is int):
+    if name == "float" and type(value) in (int, float) and -1e15 < value < 1e15:
+        return value
+    if type(value).__name__ == name and name != "float":
         return value
     raise TypeError
 
@@ -1156,7 +1158,13 @@ class Client:
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        return record(Graph, self._call("graph"))
+        graph = record(Graph, self._call("graph"))
+        names = {u.unit_name for u in graph.nodes}
+        for u in graph.nodes:
+            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not words or not u.wants.keys() <= names:
+                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
+        return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
         """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
@@ -1764,6 +1772,31 @@ def close_others(keep: Iterable[int]) -> None:
     kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
     for before, after in zip(kept, kept[1:]):
         os.closerange(before + 1, after)
+
+
+def in_background() -> tuple[int, int]:
+    """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
+
+    The background process has a session of its own, and of what was open only standard output and error.
+    Raises Refused.
+    """
+    import _signal as signal
+    from _socket import socketpair
+
+    try:
+        ours, theirs = socketpair()
+        pid = os.fork()
+    except OSError as error:
+        raise Refused(f"cannot go to the background: {trouble_of(error)}") from None
+    if pid:
+        theirs.close()
+        return pid, ours.detach()
+    signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
+    os.setsid()
+    nothing = null()
+    os.dup2(nothing, 0)
+    close_others([theirs.fileno()])
+    return 0, theirs.detach()
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
@@ -3426,7 +3459,6 @@ class Agent:
         self.leaving = False  # nothing begins any more, since the agent is about to end
         self.stopping = False  # no claim ends any more
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
-        self.lives_for: list[Claim] = []  # those of the boot with which we end
         self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
@@ -3757,7 +3789,7 @@ class Agent:
         if more:
             connection.members = members
         else:
-            if self.lives_for and all(claim.unit.status in ENDED for claim in self.lives_for):
+            if self.leaving:
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
             still = [claim for claim in connection.claims if not self.units.is_over(claim)]
@@ -3913,10 +3945,12 @@ class Agent:
         with self.lock:
             return self.units.graph()
 
-    def live_for_claims(self) -> None:
-        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
+    def retire(self) -> bool:
+        """Take no more claims, unless a boot of somebody else has some; return whether none has."""
         with self.lock:
-            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
+            claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
+            self.leaving = self.leaving or all(map(self.units.is_over, claims))
+            return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
         """Begin to stop what runs on, or all that supervisors run; let nothing else begin. None if nothing runs."""
@@ -4172,30 +4206,23 @@ def notify(state: str) -> None:
 
 
 def detach() -> int:
-    """Go on in a child of its own session; return there a pipe that wants a byte when the child is ready.
+    """Go on in a background process; return there a descriptor that wants a byte when it is ready.
 
-    The parent ends here: well when the child is ready, else as the child does, which has said why.
+    The process that was called ends here: well when the other is ready, else as that does, which has said why.
     """
-    import signal
+    import _signal as signal
 
-    read, write = os.pipe()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
-    child = os.fork()
+    child, link = in_background()
     if child:
-        os.close(write)
-        code = 0 if os.read(read, 1) else exit_code_of(os.waitpid(child, 0)[1])
+        code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
         if code < 0:
             put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
         sys.exit(shell_status(code))
-    os.close(read)
-    os.setsid()
     os.chdir("/")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    nothing = null()
-    for fd in (0, 1):
-        os.dup2(nothing, fd)
-    os.close(nothing)
-    return write
+    os.dup2(0, 1)
+    return link
 
 
 class Host:
@@ -4304,7 +4331,6 @@ def serve(host: Host, background: bool = False) -> None:
     """Be an agent until a signal. Raises Refused."""
     ready = -1
     if background:
-        close_others([])
         ready = detach()
     with host:
         loop = Loop(STOPS)
@@ -4783,6 +4809,8 @@ def hover_text(bar: Bar) -> str:
 
 def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
+    from html import escape as xml  # what is printable needs no more
+
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
     units = [bar.unit for bar in bars]
@@ -4843,13 +4871,6 @@ def timeline_svg(graph: Graph) -> str:
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
-
-
-def xml(text: str) -> str:
-    """Return text for XML, in which control characters have no place."""
-    from html import escape
-
-    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
 def timeline_as(form: str, graph: Graph) -> str:
@@ -6481,6 +6502,9 @@ class BootOptions(Record):
     fail_fast: bool
     stay: bool
     quiet: bool
+    always: bool
+    timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
+    command: str  # that comes after the startup, if any
 
 
 class Job(Task):
@@ -6567,10 +6591,12 @@ class Output:
     On output are the lines of scripts, and on a terminal the live line under them; on error is what we say ourselves.
     """
 
+    patient = True  # else what is too much is lost
+
     def __init__(self, units: Iterable[str], quiet: bool) -> None:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
-        self.fds = {fd: opened_again(fd) for fd in self.pending}
+        self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
@@ -6579,7 +6605,7 @@ class Output:
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
-        if not self.quiet:
+        if not self.quiet and (self.patient or not self.is_full()):
             name = fit(unit, self._width, self._dots)
             if self._colour:  # red is for failures
                 name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
@@ -6589,17 +6615,35 @@ class Output:
     def say(self, text: str) -> None:
         """Print a line of ours on standard error."""
         self.clear()
-        self.pending[2] += encoded(text + "\n", 2)
+        if len(self.pending[2]) < FULL:
+            self.pending[2] += encoded(text + "\n", 2)
+
+    def is_full(self) -> bool:
+        """Return whether there is much that standard output does not take."""
+        return len(self.pending[1]) >= FULL
+
+    def is_pipe(self, fd: int) -> bool:
+        """Return whether somebody may read until the end of standard output or error."""
+        import stat
+
+        mode = os.fstat(fd).st_mode
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+    def let_go(self) -> None:
+        """Print nothing any more to whoever may wait for the end of it."""
+        for fd in filter(self.is_pipe, self.pending):
+            nothing = null()
+            os.dup2(nothing, fd)
+            os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
-        waiting = [fd for fd, data in self.pending.items() if data]
-        for fd in waiting:
-            loop.watch(self.fds[fd], self.writer(fd), for_writing=True)
+        for fd in filter(self.pending.get, self.pending):
+            loop.watch(self._fds[fd], self.writer(fd), for_writing=True)
         try:
             return loop.turn(due)
         finally:
-            loop.forget(*(self.fds[fd] for fd in waiting))
+            loop.forget(*self._fds.values())
 
     def writer(self, fd: int) -> Callable[[], None]:
         """Return what passes on what is to be printed."""
@@ -6607,7 +6651,7 @@ class Output:
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], self.fds[fd], patience)
+        self.pending[fd] = write_some(self.pending[fd], self._fds[fd], patience)
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
@@ -6768,10 +6812,15 @@ class Streams:
 
 
 class Boot:
-    """Runs scripts in the order of their graph, as an agent's client."""
+    """Runs scripts in the order of their graph, as an agent's client, in a background process.
 
-    def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.options, self.loop = options, loop
+    `front` is a descriptor that leads to the process that was called: see Front.
+    """
+
+    def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
+        loop = Loop((*STOPS, "SIGQUIT"))
+        self.options, self.loop, self.front = options, loop, front
+        loop.watch(front, self.hear_front)
         self.out = Output([script.unit for script in scripts], options.quiet)
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
@@ -6783,15 +6832,23 @@ class Boot:
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
+        self.over = False  # the startup
+        self.may_end: Callable[[], bool] = lambda: True  # nobody else needs us
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel, when_claimed: Callable[[], None] = lambda: None) -> int:
-        """Boot against an agent; return the exit status. Calls `when_claimed` when it has let us.
+    def run(
+        self,
+        channel: Channel,
+        when_claimed: Callable[[], None] = lambda: None,
+        may_end: Callable[[], bool] | None = None,
+    ) -> int:
+        """Boot against an agent, and look after what runs on; return the exit status.
 
-        Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
+        Calls `when_claimed` when the agent has let us, and ends when `may_end`. Raises Refused if the agent does not,
+        and Unreachable; then it may be called again, for another agent.
         """
-        self.when_claimed = when_claimed
+        self.when_claimed, self.may_end = when_claimed, may_end or self.may_end
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
@@ -6803,24 +6860,86 @@ class Boot:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
             self.until(lambda: not self.unfinished and self.said())
-            code = self.finish()
-            if self.options.stay and not self.signal:
-                notify("READY=1")
-                if not self.options.quiet:
-                    self.out.say("boot: staying until a signal")
-                self.report_at = NEVER
-                self.until(lambda: bool(self.signal or self.link.lost))
-                code = 128 + self.signal if self.signal else 3
-            self.out.flush()
-            if any(self.jobs[s.unit].outcome == COMPLETED for s in self.streams.by_fd.values()) and not self.signal:
-                self.relay()
-            return code
+            return self.look_after(self.finish())
+        except BaseException:
+            self.abandon()
+            raise
         finally:
             self.out.flush()
             self.link.close()
             self.loop.forget(*self.streams.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
+
+    def look_after(self, code: int) -> int:
+        """Have the front go on after the startup, and be the parent of what still runs; return the exit status."""
+        self.over, self.report_at, self.out.live_at = True, NEVER, NEVER
+        if self.options.stay and not self.signal:
+            if not self.options.quiet:
+                self.out.say("boot: staying until a signal")
+            self.tell_front(code, STAYS)
+            self.until(lambda: bool(self.stopping or self.link.lost))
+            code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
+        elif self.options.command and code and not self.signal and not self.options.always:
+            how = "is not run, since not all went well; --always would"
+            self.out.say(f"boot: {self.options.command} {how}") if not self.options.quiet else None
+        if self.runs() and not self.signal:
+            self.out.patient = False
+            if not self.options.command:
+                self.say_let_go()
+            self.until(self.said)
+            self.out.flush()
+            self.tell_front(code, RUNS)
+            os.chdir("/")
+            self.until(lambda: not self.runs())
+        else:
+            self.out.flush()
+            self.tell_front(code, ENDS)
+        return 128 + self.signal if self.signal else code
+
+    def runs(self) -> bool:
+        """Return whether something runs, or prints, or whether another boot needs the agent that we are."""
+        lives = any(job.lives() for job in self.active.values())
+        return lives or bool(self.streams.by_fd and not self.stopping) or not self.may_end()
+
+    def tell_front(self, code: int, what: int) -> None:
+        """Tell the front how the startup went, and what comes next."""
+        try:
+            os.write(self.front, bytes([code, what]))
+        except OSError:  # it has gone
+            pass
+
+    def hear_front(self) -> None:
+        """Take what the front says: the signals that it got, 0 when its COMMAND has ended. Its end is a hang-up."""
+        try:
+            numbers = os.read(self.front, 100)
+        except OSError:
+            numbers = b""
+        for number in numbers:
+            self.told(number)
+        if not numbers:
+            self.loop.forget(self.front)
+            if self.over and not (self.options.stay or self.options.command):
+                self.out.let_go()
+            elif not self.stopping:
+                self.told(1)
+
+    def told(self, number: int) -> None:
+        """End everything, because of a signal, or because COMMAND has ended (0). Twice: at once."""
+        again, self.signal = self.signal, number or 15
+        why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
+        self.stop(f"stopped: {why}", 0 if again else self.options.grace)
+
+    def abandon(self) -> None:
+        """End what runs on an unexpected way out."""
+        families = [job.family for job in self.active.values() if job.lives()]
+        deadline = time.monotonic() + self.options.grace
+        while families:
+            families = [family for family in families if family.look(self.loop)]
+            for family in families:
+                family.kill() if time.monotonic() > deadline else family.tell_others()
+                family.signal(15)
+            self.loop.turn(time.monotonic() + LOOK_OFTEN)
 
     def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
@@ -6836,10 +6955,9 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.streams.pause(len(self.out.pending[1]) >= FULL)
+            self.streams.pause(self.out.patient and self.out.is_full())
             for number in self.out.turn(self.loop, due):
-                again, self.signal = self.signal, number
-                self.stop(f"stopped: boot got signal {number}", 0 if again else self.options.grace)
+                self.told(number)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
@@ -6926,7 +7044,9 @@ class Boot:
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
-        if self.options.fail_fast and not self.stopping:
+        if self.options.fail_fast and self.over and self.options.command:
+            self.tell_front(1, RUNS)  # it ends COMMAND first
+        elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
     # -- ends ---------------------------------------------------------------------------------------------
@@ -6961,36 +7081,6 @@ class Boot:
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
-
-    def relay(self) -> None:
-        """Have a child of ours print what services go on printing, until they end."""
-        import _signal as signal
-        import select
-        import warnings
-
-        warnings.simplefilter("ignore")  # of a fork beside threads: the child uses nothing that they may hold
-        if os.fork():
-            return
-        try:
-            for fd in (0, 1, 2) if self.out.quiet else (0, 2):
-                os.dup2(self.null, fd)
-            self.out.fds[1] = 1  # it may block here; the other one is closed now
-            # What else we have open, its peers wait for the end of: the agent's clients, say.
-            close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
-            signal.set_wakeup_fd(-1)
-            for number in self.loop.numbers:
-                signal.signal(number, signal.SIG_DFL)
-            ready = select.poll()
-            for fd in self.streams.by_fd:
-                ready.register(fd, select.POLLIN)
-            while self.streams.by_fd:
-                for fd, _ in ready.poll():
-                    self.streams.read(self.streams.by_fd[fd])
-                    self.out.write(1, patience=1e6)
-                    if fd not in self.streams.by_fd:
-                        ready.unregister(fd)
-        finally:  # and never into the parent's ways out
-            os._exit(0)
 
     # -- reports ------------------------------------------------------------------------------------------
 
@@ -7055,6 +7145,8 @@ class Boot:
         if bad or not self.options.quiet:
             self.out.say(self.summary(self.graph).rstrip("\n"))
             self.until(self.said)
+        if self.options.timeline:
+            self.options.timeline(self.graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
@@ -7078,6 +7170,120 @@ class Boot:
         if os.isatty(2):
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
         return text + "".join(line + "\n" for line in lines)
+
+    def say_let_go(self) -> None:
+        """Say what becomes of the output of services, if standard output is let go when boot returns."""
+        names = sorted({stream.unit for stream in self.streams.by_fd.values()})
+        if names and not self.out.quiet and self.out.is_pipe(1):
+            kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
+            self.out.say(f"boot: standard output is a pipe: what {names_of(names)} will print is {kept}")
+
+
+ENDS, RUNS, STAYS = range(3)  # what comes after the startup: nothing, the look after what still runs, --stay
+
+
+class Front:
+    """The process that was called: it keeps its caller's terminal, session, descriptors, and becomes or runs COMMAND.
+
+    It passes the signals that it gets on to the background process, which ends everything. When that says that the
+    startup is over, it ends, or stays, or has COMMAND take its place, as a child if something still runs.
+    """
+
+    def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
+        self.loop, self.link, self.command, self.grace = loop, link, command, grace
+        self.said: list[tuple[int, int]] = []  # by the background process: a status, and what comes next
+        self.ended: list[int] = []  # its exit status
+        self.signal = 0
+        os.set_blocking(link, False)
+        loop.children[pid] = self.background_ended
+        loop.watch(link, self.hear)
+
+    def background_ended(self, code: int) -> None:
+        """Take the end of the background process, after what it has said."""
+        self.hear()
+        self.ended.append(code)
+
+    def hear(self) -> None:
+        """Take what the background process says."""
+        try:
+            data = os.read(self.link, 100)
+        except OSError:
+            data = b""
+        self.said += zip(data[::2], data[1::2])
+        if not data:
+            self.loop.forget(self.link)
+
+    def tell(self, number: int) -> None:
+        """Tell the background process of a signal, or, by 0, that COMMAND has ended."""
+        try:
+            os.write(self.link, bytes([number]))
+        except OSError:  # it has ended
+            pass
+
+    def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
+        """Pass signals on until something has happened, or for so many seconds."""
+        deadline = time.monotonic() + patience
+        while not over() and time.monotonic() < deadline:
+            for number in self.loop.turn(deadline):
+                self.signal = number
+                self.tell(number)
+
+    def run(self, always: bool) -> int:
+        """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
+        self.until(lambda: self.said or self.ended)
+        if self.said and self.said[-1][1] == STAYS:
+            notify("READY=1")
+            self.until(lambda: self.ended or len(self.said) > 1)
+        if self.said and self.said[-1][1] == ENDS:
+            self.until(lambda: self.ended)
+        if self.signal:
+            self.until(lambda: self.ended, self.grace + 5)
+            return 128 + self.signal
+        if not self.said or (self.ended and self.ended[0] < 0):  # it has said why, unless it was killed
+            code = self.ended[0]
+            if code < 0:
+                put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+            return shell_status(code)
+        code = self.ended[0] if self.ended else self.said[-1][0]
+        wanted = self.command and (code == 0 or always)
+        if self.command and not self.ended:
+            try:
+                return self.run_command() if wanted else code
+            finally:
+                self.tell(0)
+                self.until(lambda: self.ended, self.grace + 5)
+        self.loop.give_back()
+        if wanted:
+            import _signal as signal
+
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            try:
+                os.execvp(self.command[0], self.command)
+            except (OSError, ValueError) as error:
+                raise cannot_run(self.command[0], error) from None
+        return code
+
+    def run_command(self) -> int:
+        """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
+        command = self.command
+        if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
+            command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
+        try:
+            pid = spawn(command, environment())
+        except (OSError, ValueError) as error:
+            raise cannot_run(command[0], error) from None
+        codes: list[int] = []
+        self.loop.children[pid] = codes.append
+        heard = len(self.said)
+        while not codes:
+            for number in self.loop.turn():
+                if not codes and not sent_by_key(number):  # what keys send has reached it already
+                    signal_to(pid, number)
+            if len(self.said) > heard and not codes:  # a service has died, with --fail-fast
+                signal_to(pid, 15)
+                heard = len(self.said)
+        return shell_status(codes[0])
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
@@ -7487,27 +7693,26 @@ def cmd_boot(args: Args) -> int:
         put(plan_text(scripts))
         return 0
     if args.stay and args.command:
-        say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
-    write = timeline_writer(args.timeline) if args.timeline else None
-    loop = Loop((*STOPS, "SIGQUIT"))
-    options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
-    boot = Boot(scripts, options, loop)
-    code = boot_at(path, boot) if scripts else 0
-    if write and boot.graph:
-        write(boot.graph)
-    loop.give_back()
-    if args.command and not boot.signal and (code == 0 or args.always):
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(args.command[0], args.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(args.command[0], error) from None
-    if args.command and not boot.signal:
-        say(f"boot: {args.command[0]} is not run, since not all went well; --always would", 2, args.quiet)
-    return 128 + boot.signal if boot.signal else code
+        raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
+    options = BootOptions(
+        args.jobs,
+        args.grace,
+        args.log_dir,
+        args.fail_fast,
+        args.stay,
+        args.quiet,
+        args.always,
+        timeline_writer(args.timeline) if args.timeline else None,
+        args.command[0] if args.command else "",
+    )
+    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    child, link = in_background()
+    if child:
+        return Front(loop, child, link, args.command, args.grace).run(args.always)
+    boot = Boot(scripts, options, link)
+    code = boot_at(path, boot) if scripts else boot.look_after(0)
+    boot.loop.give_back()
+    return code
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7540,14 +7745,9 @@ def boot_at_own(boot: Boot, host: Host) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
 
-    def claimed() -> None:
-        if not boot.options.stay:
-            host.agent.live_for_claims()
-        host.accept()
-
     ours, theirs = socketpair()
     host.server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(host.path, sock=ours), claimed)
+    return boot.run(Channel(host.path, sock=ours), host.accept, host.agent.retire)
 
 
 @Command(
