@@ -1204,6 +1204,8 @@ class Start:
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        if sys.platform != "linux":  # where an agent cannot find out which script has called us
+            self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -1305,6 +1307,7 @@ class Args:
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 def client_of(args: Args) -> Client:
@@ -1343,7 +1346,7 @@ class Argument:
     @property
     def dest(self) -> str:
         """The attribute of Args that has its value."""
-        return self.words.get("dest") or self.names[-1].lstrip("-").replace("-", "_")
+        return self.names[-1].lstrip("-").replace("-", "_")
 
     @property
     def default(self) -> Any:
@@ -1351,10 +1354,9 @@ class Argument:
         return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """The value of a text. Raises UsageError."""
-        choices = self.words.get("choices")
-        if choices and text not in choices:
-            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
+        """Return the value of a text. Raises UsageError."""
+        if text not in self.words.get("choices", [text]):
+            raise UsageError("invalid choice")
         return self.words.get("type", str)(text)
 
 
@@ -1371,15 +1373,22 @@ class Command:
     exit status, None for 0.
     """
 
+    parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # by argparse; it stands below the cut
+
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
         self.positionals = [argument for argument in arguments if not argument.is_option]
 
     def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
-        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
-        COMMANDS[run.__name__[len("cmd_") :]] = self
+        self.name, self.run, self.help = run.__name__[len("cmd_") :], run, about[:1].lower() + about[1:].rstrip(".")
+        COMMANDS[self.name] = self
         return run
+
+    @property
+    def options(self) -> dict[str, Argument]:
+        """The options by each of their names."""
+        return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
 
 COMMON = (
@@ -1492,137 +1501,51 @@ def cmd_fail(args: Args) -> None:
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
-def usage_of(name: str) -> str:
-    """The usage line of a command."""
-    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    positionals = [argument.words for argument in COMMANDS[name].positionals]
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in positionals]
-    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].tail]
-    return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
+def split_tail(command: Command, words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Return the words for us, and those behind `--` of a command that is to be run; None if it is missing."""
+    end = words.index("--") if command.tail and "--" in words else len(words)
+    tail = list(words[end + 1 :])
+    return list(words[:end]), None if not tail and (end < len(words) or command.tail == "+") else tail
 
 
-def argparse_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
-    import argparse
+def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
+    """Read a plain command line, `COMMAND NAME... --option VALUE -q`, with `exp sync` in front or not.
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    parser = argparse.ArgumentParser(None, usage_of(name), COMMANDS[name].help, formatter_class=form, add_help=False)
-    parser.epilog, parser.allow_abbrev = f"example: {PROGRAM} {COMMANDS[name].example}", False
-    for argument in COMMANDS[name].arguments:
-        text = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
-        parser.add_argument(*argument.names, **{**argument.words, "default": argument.default, "help": text})
-    return parser
-
-
-def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
-    """The options by each of their names."""
-    return {name: argument for argument in arguments if argument.is_option for name in argument.names}
-
-
-def parse(name: str, words: Sequence[str]) -> Args:
-    """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
-    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
-    cut = words.index("--") if "--" in words else len(words)
-    after, values = list(words[cut + 1 :]), vars(args)
-    for argument in command.arguments:
-        default = argument.default
-        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+    Return None for any other, also for one with a mistake: it is argparse's, whose import costs more than a call.
+    """
+    words = list(argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv)
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
+        return None
+    args, names, options = Args(), [], command.options
+    values = vars(args)
+    words, values["command"] = split_tail(command, words[1:])
+    if values["command"] is None:
+        return None
     try:
-        rest = parse_options(name, words[:cut], values)
-        if not command.tail:
-            rest += after
-        elif after or (cut == len(words) and command.tail == "*"):
-            values["command"] = after
-        else:
-            raise UsageError(f"a command must follow --; {usage}")
+        for argument in command.arguments:
+            default = argument.default
+            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+        while words:
+            word = words.pop(0)
+            option = options.get(word)
+            if word[:1] != "-":
+                names.append(word)
+            elif option and option.takes_value and words[0][:1] != "-":
+                value = option.read(words.pop(0))
+                values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
+            elif option and option.words.get("action") == "store_true":
+                values[option.dest] = True
+            else:
+                return None
         for argument in command.positionals:
-            if not rest and argument.words.get("nargs") != "*":
-                raise UsageError(f"too few arguments; {usage}")
-            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
-            values[argument.dest] = value
-        if rest:
-            hint = " did you forget -- before the command?;" if command.tail else ""
-            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
-    return args
-
-
-def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
-    while todo:
-        word = todo.pop(0)
-        given, text = option_in(word, options)
-        option = options.get(given)
-        if not given:
-            rest.append(word)
-        elif option is None:
-            hint = meant(resembling(given, list(options)), f"; see `{PROGRAM} {name} --help`")
-            raise UsageError(f"no such option: {ascii(given)[:40]}{hint}")
-        elif option.takes_value:
-            if text is None and (not todo or option_in(todo[0], options)[0]):
-                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
-            try:
-                value = option.read(todo.pop(0) if text is None else text)
-            except UsageError as error:
-                raise UsageError(f"{given}: {error}") from None
-            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        elif option.words["action"] == "help":
-            put(argparse_of(name).format_help())
-            raise SystemExit(0)
-        else:
-            values[option.dest] = True
-            if text is not None and (given[:2] == "--" or "-" + text[:1] not in options):
-                raise UsageError(f"{given} takes no value")
-            if text is not None:  # -qv is -q -v
-                todo.insert(0, "-" + text)
-    return rest
-
-
-def option_in(word: str, options: Iterable[str]) -> tuple[str, str | None]:
-    """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
-    given, equals, text = word.partition("=")
-    if given in options:
-        return given, text if equals else None
-    if word[:2] in options and "-" + given not in options:
-        return word[:2], word[2:]
-    is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
-    return given if is_option else "", None
-
-
-def overview() -> str:
-    """The page that --help prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
-    return f"""usage: {PROGRAM} COMMAND [ARG]...
-
-Startup coordination for scripts that run in parallel. A unit is a named phase of work,
-usually one script; it starts when the units it depends on are done.
-
-{chr(10).join(lines)}
-
-`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
-`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
-"""
-
-
-def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options before the command; the command and what follows it, without the words `exp sync` in front."""
-    options: list[str] = []
-    rest, front, known = list(words), ["exp", "sync"], ("--socket-path", "--connect-timeout")
-    while rest:
-        given, text = option_in(rest[0], known)
-        if given in known:
-            end = 2 if text is None else 1
-            options += rest[:end]
-            del rest[:end]
-        elif rest[:2] == front:
-            del rest[:2]
-            front = []
-        else:
-            break
-    return options, rest
+            if argument.words.get("nargs") != "*" and not names:
+                return None
+            values[argument.dest] = names if argument.is_repeated else argument.read(names[0])
+            names = [] if argument.is_repeated else names[1:]
+    except (UsageError, IndexError):
+        return None
+    return None if names else (command, args)
 
 
 def load_below() -> None:
@@ -1648,29 +1571,12 @@ def load_below() -> None:
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
-    options, words = command_line(argv)
-    if LAUNCHED and (not words or words[0] not in COMMANDS):
+    found = quick(argv)
+    if LAUNCHED and not found:
         load_below()
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    name, rest = words[0], words[1:]
-    if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
-    if name in ("-h", "--help", "help"):
-        put(overview())
-        return 0
-    if name in ("--version", "version"):
-        put(f"coder_sync {__version__}\n")
-        return 0
-    if name not in COMMANDS:
-        if name == "exp":
-            raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-        if name[0:1] == "-":
-            which = "which command? Options other than --socket-path and --connect-timeout follow the command"
-            raise UsageError(f"{ascii(name)[:60]}: {which}")
-        hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
-        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
-    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
+        found = quick(argv)
+    command, args = found or Command.parse(argv)
+    return command.run(args) or 0
 
 
 def name_process() -> None:
@@ -1909,14 +1815,19 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Processes:
-    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen."""
+    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen.
 
-    def __init__(self) -> None:
-        self.births: dict[int, str] = {}  # pid -> when it began, which tells it from a later one with the same pid
-        self.near: dict[int, list[int]] = {}  # a pid -> those of which it is the parent, the group or the session
+    `before` is an earlier look: who was seen then is not asked again for its mark.
+    """
+
+    def __init__(self, before: Processes | None = None) -> None:
+        self.births: dict[int, int] = {}  # pid -> when it began, which tells it from a later one with the same pid
+        self.near: dict[int | str, list[int]] = {}  # a pid -> those of which it is the parent, group or session
         self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
+        self._marks: dict[int, str] = {}  # what $CODER_SYNC_ENV is in those that are younger than we; also in `near`
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+        ours = int(stat_of(os.getpid())[19])
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             try:
                 state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
@@ -1925,28 +1836,40 @@ class Processes:
             if state in "ZX":
                 self.dead_groups.add(int(group))
                 continue
-            self.births[pid] = more[15]
-            for number in {int(parent), int(group), int(session)}:
-                self.near.setdefault(number, []).append(pid)
+            born = self.births[pid] = int(more[15])
+            if before and before.births.get(pid) == born:
+                self._marks[pid] = before._marks.get(pid, "")
+            elif born >= ours:
+                self._marks[pid] = mark_of(pid)
+            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+            for key in keys:
+                self.near.setdefault(key, []).append(pid)
+
+
+def mark_of(pid: int) -> str:
+    """Return the $CODER_SYNC_ENV that a process began with, which no two units have; empty if it cannot be told."""
+    try:
+        words = read_proc(f"/proc/{pid}/environ").split("\0")
+    except OSError:  # it is another user's, or has ended
+        return ""
+    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
     """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
 
-    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
-    process and its group are known. No pid is signalled that may have become another process's.
+    Who was seen once is known by pid and birth, also when its parent has gone; a daemon that nobody has seen before is,
+    by `mark`, its $CODER_SYNC_ENV. Without a /proc of ours only the first process and its group are known. No pid is
+    signalled that may have become another process's.
     """
 
-    def __init__(self, pid: int, own: bool) -> None:
-        self.pid, self.own = pid, own  # of the first process; whether it leads a session or group
+    def __init__(self, pid: int, own: bool, mark: str) -> None:
+        self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
         self.first = True  # it has not ended
-        self._known: dict[int, str] = {}  # pid -> birth, at the last look
-        self._told: set[int] = set()  # those of the others that were told to end
+        self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, loop: Loop) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
-        if not self.first and not self.own and not self._known:
-            return False
         try:
             alive = loop.processes()
         except OSError:  # no /proc, no descriptor
@@ -1954,6 +1877,7 @@ class Family:
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
+        todo += alive.near.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
@@ -1976,14 +1900,13 @@ class Family:
     def left(self) -> list[int]:
         """Return the pids of all who are known to be left, the first process before the others."""
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
-        """Tell the others to end, each once."""
+        """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
-        self._told |= others
+        others = self.left()[self.first :] or [-self.pid] * self.has_group()
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -2009,6 +1932,7 @@ class Loop:
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None
+        self._looked = False  # since the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -2024,7 +1948,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._processes = b"", None
+        came, self._looked = b"", False
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -2036,7 +1960,8 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all processes, seen once for all who ask between two turns. Raises OSError."""
-        self._processes = self._processes or Processes()
+        if not self._processes or not self._looked:
+            self._processes, self._looked = Processes(self._processes), True
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -2235,13 +2160,6 @@ STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for wha
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
-class Facts(UnitStatus):
-    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
-
-    def __init__(self, registered: float | None = None) -> None:
-        self.registered = registered
-
-
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
@@ -2249,7 +2167,7 @@ class Unit:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = 0.0  # of the status
-        self.facts = Facts()
+        self.begin_anew(None)
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2263,8 +2181,13 @@ class Unit:
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
+    def begin_anew(self, registered: float | None) -> None:
+        """Forget what is known of the run before."""
+        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
+        self.facts.registered = registered
+
     def first(self) -> Claim | None:
-        """The claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
 
 
@@ -2340,10 +2263,11 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
 
-    `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell` gets every
-    event as it happens.
+    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
+    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
+    gets every event as it happens.
     """
 
     def __init__(
@@ -2841,7 +2765,7 @@ class Units:
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
-            unit.facts = Facts(unit.since)
+            unit.begin_anew(unit.since)
             unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -3523,10 +3447,15 @@ class Connection:
         except OSError:
             pass
 
-    def caller(self, hold: bool) -> Owner | None:
-        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+    def caller(self, hold: bool, parent: int = 0) -> Owner | None:
+        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+
+        `parent` is the script as the peer says, for systems on which we cannot find out.
+        """
         pid = peer_of(self.sock)[0]
-        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+        return process(pid)
 
 
 def of_peer(error: BaseException | None) -> bool:
@@ -3648,11 +3577,12 @@ class Agent:
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
-        except SyncError as error:
+        except SyncError as problem:
+            error = problem
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
-                error.args = (error.args[0] + meant(unknown.did_you_mean),)
+                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3808,6 +3738,7 @@ class Agent:
         locks: Sequence[str] = (),
         confirm: bool = False,
         supervisor: bool = False,
+        caller: int = 0,
     ) -> None:
         """Claim a unit.
 
@@ -3816,8 +3747,8 @@ class Agent:
         """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
-        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
+        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         claim = self.units.start(
             unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
         )
@@ -3898,27 +3829,30 @@ class Agent:
 
     def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
-        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
-        known, connection = self.units.units.get(unit), request.connection
-        if not known or known.last in connection.claims:
-            return None, known.last if known else None
-        return connection.caller(hold=False) if known.refused else None, None
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def _claim_of(self, request: Request, unit: str) -> Claim | None:
+        """Return the claim on a unit that was granted last, if it is the connection's."""
+        known = self.units.units.get(unit)
+        return known.last if known and known.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
         """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        known = self.units.units.get(unit)
-        if not known or not known.last or known.last not in request.connection.claims:
+        claim = self._claim_of(request, unit)
+        if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        return known.last
+        return claim
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -4214,7 +4148,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         if replace and not late:
             late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -4226,7 +4160,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
-                return os.dup(fd)  # which is locked as well
+                ours = True
+                return fd
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -4241,7 +4176,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         except FileNotFoundError:
             pass
         finally:
-            os.close(fd)
+            if not ours:
+                os.close(fd)
 
 
 def write_pid(fd: int, path: str) -> None:
@@ -4364,16 +4300,17 @@ class Host:
                         if os.path.isfile(self.pid_file):  # and no device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
-            except OSError as error:
-                file_name = error.filename or self.pid_file or self.log_file
-                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
-            try:
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except RuntimeError as error:
-                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            except OSError as error:
+                what = f"write {error.filename or self.pid_file or self.log_file}"
+                raise Refused(
+                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
+                ) from None
+            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
+                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -5757,7 +5694,7 @@ class Task:
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
-        self.family = Family(0, False)  # the processes of the latest try
+        self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
@@ -5851,7 +5788,7 @@ class Task:
             self.not_begun(wrong(error), error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
+        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
         self.tries += 1
         limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
@@ -5929,6 +5866,8 @@ class Task:
         self.close_prober()
         if self.state == ENDING:
             self.due[self.look] = 0.0
+            if self.tell_others in self.due:
+                self.due[self.tell_others] = 0.0
         elif code or early or self.reported == FAILED:
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
@@ -5948,7 +5887,8 @@ class Task:
         by = min(by, now + self.grace)
         if self.state != ENDING:
             self.why = why
-            self.enter(ENDING, {self.look: now, self.tell_others: (now + by) / 2, self.kill: by})
+            others_at = (now + by) / 2 if self.family.first else now
+            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
             self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
             self.family.signal(signal.SIGTERM)
@@ -5957,7 +5897,8 @@ class Task:
             self.due[self.kill] = by
 
     def tell_others(self) -> None:
-        """Half of the time is over: the first process may not be enough."""
+        """Tell the others to end: the first process has, or half of the time is over."""
+        self.family.look(self.loop)
         self.family.tell_others()
 
     def kill(self) -> None:
@@ -5980,11 +5921,12 @@ class Task:
         elif self.state == ENDING:
             if self.give_up in self.due:
                 self.family.kill()
-            elif not self.family.first or self.tell_others not in self.due:
-                self.family.tell_others()
             self.due[self.look] = now + LOOK_OFTEN
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
+            if not self.runs_on:
+                self.runs_on = True
+                self.report("running")
 
     def gone(self) -> None:
         """Nothing is left of a try."""
@@ -6051,8 +5993,9 @@ class Task:
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
             end_by = self.due.get(self.time_is_up, NEVER)
-            look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
-            self.enter(READY, {self.time_is_up: end_by, self.look: look})
+            self.enter(READY, {self.time_is_up: end_by})
+            if not self.family.first:
+                self.due = {self.look: now + LOOK_EVERY} if self.own_session else {self.gone: now}
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 
@@ -7532,8 +7475,105 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. The other commands.
+# Command line. What `quick` does not read is parsed by argparse here; then the other commands.
 # ----------------------------------------------------------------------------------------------------------
+
+
+def usage_of(command: Command) -> str:
+    """Return the usage line of a command."""
+    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
+    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
+    return " ".join([PROGRAM, command.name, *shown, "[OPTION]..."]) + tail
+
+
+def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argparse.ArgumentParser:
+    """Return argparse's parser for arguments. It raises UsageError."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+        def print_help(self, file: Any = None) -> None:  # another one's: this one hides positionals for a while
+            put(parser_of(usage, arguments, **words).format_help())
+
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    usage_text = usage.replace("%", "%%")
+    parser = Parser(PROGRAM, usage_text, formatter_class=form, add_help=False, allow_abbrev=False, **words)
+    for argument in arguments:
+
+        def read(text: str, argument: Argument = argument) -> Any:
+            try:
+                return argument.words.get("type", str)(text.lstrip("\0"))
+            except UsageError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        more: dict[str, Any] = {"default": argument.default, "type": read} if argument.takes_value else {}
+        more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
+        parser.add_argument(*argument.names, **{**argument.words, **more})
+    return parser
+
+
+def parser_for(command: Command) -> argparse.ArgumentParser:
+    """Return argparse's parser for what follows the name of a command."""
+    example = f"example: {PROGRAM} {command.example}"
+    return parser_of(usage_of(command), command.arguments, description=command.help, epilog=example)
+
+
+def front_of(words: Sequence[str], into: Args | None = None) -> tuple[Args, list[str]]:
+    """Return the options in front of a command, and the command with what follows. Raises UsageError."""
+    options = (*COMMON[:2], flag("-h", "--help", help=""), flag("--version", help=""))
+    parser = parser_of("", (*options, Argument("words", nargs="...", help="")))
+    args, others = parser.parse_known_args(words, into or Args())
+    if others:
+        which = "which command? Options other than --socket-path and --connect-timeout follow the command"
+        raise UsageError(f"{ascii(others[0])[:60]}: {which}")
+    rest, wants_help, wants_version = (vars(args).pop(name) for name in ("words", "help", "version"))
+    if wants_help or wants_version:
+        return args, ["help" if wants_help else "version"]
+    return front_of(rest[2:] or ["help"], args) if rest[:2] == ["exp", "sync"] else (args, rest)
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, Args]:
+    """Parse a command line. Ends the process for --help. Raises UsageError."""
+    args, words = front_of(argv)
+    if not words:
+        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
+    command = command_named(words[0])
+    try:
+        words, args.command = split_tail(command, words[1:])
+        if "--" in words:  # what follows are names: no option begins with what is put in front of them here
+            words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
+        _, others = parser_for(command).parse_known_intermixed_args(words, args)
+        if others:
+            raise UsageError(surplus(command, others[0].lstrip("\0")))
+        if args.command is None:
+            raise UsageError("a command must follow --")
+    except UsageError as error:
+        raise UsageError(f"{command.name}: {error} (usage: {usage_of(command)})") from None
+    return command, args
+
+
+Command.parse = parse
+
+
+def command_named(name: str) -> Command:
+    """Return the command with this name. Raises UsageError."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    if name == "exp":
+        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
+    hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
+    raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
+
+
+def surplus(command: Command, word: str) -> str:
+    """Return what is wrong with a word that is one too many."""
+    if word[:1] == "-":
+        given = word.partition("=")[0]
+        return f"no such option: {ascii(given)[:40]}{meant(resembling(given, list(command.options)))}"
+    return f"unexpected {ascii(word)[:60]}" + ("; did you forget -- before the command?" if command.tail else "")
 
 
 def mode_bits(text: str) -> int:
@@ -7684,7 +7724,9 @@ def cmd_boot(args: Args) -> int:
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
-        put(f"error: nothing was run:\n{error}\n", 2)
+        forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
+        hint = "did you forget -- before the command?\n" if forgotten else ""
+        put(f"error: nothing was run:\n{error}\n{hint}", 2)
         return error.exit_code
     if args.check:
         put(plan_text(scripts))
@@ -7874,17 +7916,36 @@ def cmd_events(args: Args) -> None:
             return
 
 
+@Command(
+    "help start", Argument("topics", nargs="*", metavar="COMMAND", help="what it is about (default: all commands)")
+)
+def cmd_help(args: Args) -> None:
+    """Say what there is, or more about COMMAND."""
+    for command in [command_named(topic) for topic in args.topics]:
+        return parser_for(command).print_help()
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    put(f"""usage: {PROGRAM} COMMAND [ARG]...
+
+Startup coordination for scripts that run in parallel. A unit is a named phase of work,
+usually one script; it starts when the units it depends on are done.
+
+{chr(10).join(lines)}
+
+`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
+""")
+
+
+@Command("version")
+def cmd_version(args: Args) -> None:
+    """Print the version."""
+    put(f"coder_sync {__version__}\n")
+
+
 SHELL_SCRIPTS = {
     "bash": """\
-_coder_sync() {
-    local word
-    COMPREPLY=()
-    while IFS= read -r word; do
-        printf -v word %q "$word"
-        COMPREPLY+=("$word")
-    done < <("$1" completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
-}
-complete -o default -F _coder_sync PROGRAM
+complete -o default -C 'FILE completion bash -- 2>/dev/null' PROGRAM
 """,
     "zsh": """\
 _coder_sync() {
@@ -7892,60 +7953,76 @@ _coder_sync() {
     found=(${(f)"$(${(Q)words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
     if (( $#found )); then compadd -a found; else _files; fi
 }
-compdef _coder_sync PROGRAM
-""",
-    "fish": """\
-function __coder_sync
-    set -l words (commandline -opc) (commandline -ct)
-    set -l found ($words[1] completion fish -- $words[2..-1] 2>/dev/null)
-    if set -q found[1]
-        printf '%s\\n' $found
-    else
-        __fish_complete_path $words[-1]
-    end
-end
-complete -c PROGRAM -f -a '(__coder_sync)'
+(( ! $+functions[compdef] )) || compdef _coder_sync PROGRAM
 """,
 }
 
 
 @Command(
     "completion bash >> ~/.bashrc",
-    Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),
+    Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash or zsh"),
     tail="*",
 )
 def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
+    import shlex
+
     if args.command:
-        put("".join(word + "\n" for word in candidates(args.command)))
-    else:
-        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
+        line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
+        if args.shell == "bash" and point.isdecimal():
+            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+        else:
+            found = candidates(args.command)
+        put("".join(word + "\n" for word in found))
+        return
+    path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
+    put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def candidates(line: Sequence[str]) -> list[str]:
-    """What the last word of a command line may become; nothing where it is a file, or is not ours to know."""
-    # One word for --output and one for json, as bash has it, which makes three of --output=json.
-    parts = (word.split("=", 1) if word[:2] == "--" else [word] for word in line[:-1])
-    words = [part for both in parts for part in both if part not in ("", "=")]
-    last = line[-1].strip("'\"=").replace("\\", "")
-    _, rest = command_line(words)
-    if "--" in words or (rest and rest[0] not in COMMANDS):
+def bash_candidates(line: bytes, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+    import re
+    import shlex
+
+    text = line.decode(errors="surrogateescape").rstrip("\\")
+    for quote in ("", "'", '"'):  # the one that is still open
+        try:
+            words = shlex.split(text + quote)
+        except ValueError:
+            continue
+        if not quote and text[-1:].isspace():
+            words.append("")
+        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
+        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
+        change = r"'\\''" if quote == "'" else r"\\\1"
+        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
+    return []
+
+
+def candidates(words: Sequence[str]) -> list[str]:
+    """Return what the last word of a command line may become; nothing where it is a file, or not ours to know."""
+    before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
+    before += [option] * bool(equals)
+    try:
+        _, rest = front_of([*before, "the last"])
+    except UsageError:
         return []
-    arguments = COMMANDS[rest[0]].arguments if rest else COMMON
-    options = options_in(arguments)
-    given, equals, _ = last.partition("=")
-    asked, prefix, found = COMMANDS[rest[0]].positionals if rest else [], "", [] if rest else [*COMMANDS]
-    if words and words[-1] in options and options[words[-1]].takes_value:
-        asked, found = [options[words[-1]]], []
-    elif equals and given in options:
-        asked, prefix, found = [options[given]], given + "=", []
-    elif last[:1] == "-":
-        asked, found = [], [*options]
+    if "--" in before or (rest[1:] and rest[0] not in COMMANDS):
+        return []
+    command = COMMANDS[rest[0]] if rest[1:] else Command("")
+    asked = command.positionals
+    if before and before[-1] in command.options and command.options[before[-1]].takes_value:
+        asked = [command.options[before[-1]]]
+    found: list[str] = [] if asked or rest[1:] or not rest else [*COMMANDS]
+    if last[:1] == "-":
+        asked, found = [], [*command.options]
     for argument in asked:
         found += argument.words.get("choices") or ()
+        found += [*COMMANDS] if argument.words.get("metavar") == "COMMAND" else ()
     if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
-        found += known_units(words)
-    return [prefix + word for word in found if (prefix + word).startswith(last)]
+        found += known_units(before)
+    return [option + equals + word for word in found if word.startswith(last)]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
