@@ -110,7 +110,7 @@ def exit_on_signals():  # type: () -> None
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda got, frame: sys.exit(128 + got))
+            signal.signal(number, lambda got, frame: posix._exit(128 + got))  # an exception may be lost in a callback
 
 
 def launch():  # type: () -> None
@@ -836,8 +836,7 @@ class Channel:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._messages:
-            left = deadline - time.monotonic()
-            if not self._read(left) and left <= LONGEST_POLL:
+            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
         message: dict[str, Any] = self._messages.pop(0)
         return message
@@ -876,7 +875,8 @@ class Channel:
             awaited = select.poll()
             for fd in (self.signals, self.fileno()):
                 awaited.register(fd, select.POLLIN)
-            awaited.poll(1000 * timeout)
+            if self.signals in dict(awaited.poll(1000 * timeout)):  # whose handler has done its part
+                posix.read(self.signals, 64)
             timeout = 0.0
         self.sock.settimeout(timeout)
         try:
@@ -1642,7 +1642,7 @@ def name_process() -> None:
 
 
 def notice_signals() -> None:
-    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
+    """Have a wait for the agent run the handler of a signal at once, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
