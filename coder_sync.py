@@ -22,6 +22,7 @@ let others go on:
     coder_sync.py wait UNIT...           wait for units, or probes, without being one
     coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
     coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
 
@@ -103,17 +104,28 @@ def half_of(path, below):  # type: (str, bool) -> Any
     return half, (found.st_ino, found.st_mtime_ns)
 
 
+def exit_on_signals():  # type: () -> None
+    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    import _signal as signal  # type: ignore[import-not-found]
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, frame: sys.exit(128 + got))
+
+
 def launch():  # type: () -> None
     """Run what is above the cut, which runs main() at the cut."""
     global LAUNCHED
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal  # type: ignore[import-not-found]
+    import _signal as signal
     import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    if posix.getpid() == 1:
+        exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     path = sys.argv[0]
@@ -181,6 +193,7 @@ REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
 GRACE = 8.0  # seconds that a command has to end; docker kills after ten
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 NEVER = float("inf")  # a time
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
@@ -437,8 +450,15 @@ class Pong(Record):
     uptime: float
 
 
+class Running(Record):
+    """A unit whose command still runs."""
+
+    unit: str
+    owner: Owner | None = None
+
+
 class Answer(Record):
-    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+    """What the agent says of units: its answer to who starts, stops or resets them, and what becomes of a boot's."""
 
     unit: str = ""
     status: str = ""
@@ -446,6 +466,9 @@ class Answer(Record):
     dependencies: list[str] = []  # noqa: RUF012
     units: list[str] = []  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    stopped: list[str] = []  # noqa: RUF012  (in the order in which they ended)
+    left: list[Running] = []  # noqa: RUF012
+    cannot: list[Running] = []  # noqa: RUF012  (be stopped: a script called `start` itself)
     grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
@@ -454,6 +477,13 @@ class Graph(Record):
 
     now: float
     nodes: list[UnitStatus]
+
+
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def check_name(name: object, what: str = "unit") -> str:
@@ -762,7 +792,7 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `notice_signals`
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
@@ -841,7 +871,7 @@ class Channel:
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+        if self.signals >= 0:
             import select
 
             awaited = select.poll()
@@ -875,10 +905,13 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
-        """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        end = time.monotonic() + timeout
-        while message := self.hear(end=end):
+    def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
+        """Return the result of a request. Raises what the agent answered.
+
+        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        """
+        end = time.monotonic() + quiet + timeout
+        while message := self.hear(quiet, end):
             if is_answer(message, request):
                 return result_of(message)
         raise Unreachable(self._silence(timeout))
@@ -918,9 +951,13 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def agent(self) -> str:
+        """The agent, for a message."""
+        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
+
     def _silence(self, seconds: float) -> str:
-        who = f" (pid {self.pid})" if self.pid else ""
-        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+        return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -1024,19 +1061,6 @@ def name_list(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
-
-
-def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
-    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
-    with Channel(path, connect_timeout) as channel:
-        channel.answer(channel.request("shutdown"), timeout)
-        end = time.monotonic() + timeout
-        try:
-            while channel.receive(end - time.monotonic()):
-                pass
-        except Unreachable:
-            return
-    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -1145,9 +1169,34 @@ class Client:
         with self._channel("env") as channel:
             return channel.news(channel.call("env", unit=unit)).env
 
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped when all have ended, which takes `grace` seconds at most, and
+        some more for what ignores TERM. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what has `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
     def shutdown(self) -> None:
-        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        end_agent(self.socket_path, self._question_timeout)
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
@@ -1205,6 +1254,8 @@ class Start:
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        if sys.platform != "linux":  # where an agent cannot find out which script has called us
+            self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -1245,6 +1296,16 @@ class Start:
             self.channel.close()
 
 
+def still_running(answer: Answer) -> str:
+    """What a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    own = ", which called `start` itself: end that"
+    texts += [
+        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
+    ]
+    return "; ".join(texts)
+
+
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
@@ -1277,13 +1338,6 @@ def wait_for(
 # because importing argparse costs more than a call; by argparse for the help pages; and by completion.
 # Up to here the file is all that such a call needs: an installed copy loads what follows only for other commands.
 # ----------------------------------------------------------------------------------------------------------
-
-
-def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def dependency_text(row: Dependency) -> str:
@@ -1588,16 +1642,13 @@ def name_process() -> None:
         pass
 
 
-def end_on_signals() -> None:
-    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+def notice_signals() -> None:
+    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
     posix.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -1616,7 +1667,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
-            end_on_signals()
+            exit_on_signals()
+            notice_signals()
         name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -2036,7 +2088,7 @@ def end_on(*names: str) -> None:
     import _signal as signal
 
     for number in heeded(names):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
 
 
 def let_children_go() -> None:
@@ -2170,15 +2222,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
-STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
-
-
-class Facts(UnitStatus):
-    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
-
-    def __init__(self, registered: float | None = None) -> None:
-        self.registered = registered
 
 
 class Unit:
@@ -2188,7 +2232,7 @@ class Unit:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = 0.0  # of the status
-        self.facts = Facts()
+        self.begin_anew(None)
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2202,8 +2246,13 @@ class Unit:
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
+    def begin_anew(self, registered: float | None) -> None:
+        """Forget what is known of the run before."""
+        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
+        self.facts.registered = registered
+
     def first(self) -> Claim | None:
-        """The claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
 
 
@@ -2279,10 +2328,11 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
 
-    `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell` gets every
-    event as it happens.
+    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
+    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
+    gets every event as it happens.
     """
 
     def __init__(
@@ -2780,7 +2830,7 @@ class Units:
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
-            unit.facts = Facts(unit.since)
+            unit.begin_anew(unit.since)
             unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -3462,10 +3512,15 @@ class Connection:
         except OSError:
             pass
 
-    def caller(self, hold: bool) -> Owner | None:
-        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+    def caller(self, hold: bool, parent: int = 0) -> Owner | None:
+        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+
+        `parent` is the script as the peer says, for systems on which we cannot find out.
+        """
         pid = peer_of(self.sock)[0]
-        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+        return process(pid)
 
 
 def of_peer(error: BaseException | None) -> bool:
@@ -3587,11 +3642,12 @@ class Agent:
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
-        except SyncError as error:
+        except SyncError as problem:
+            error = problem
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
-                error.args = (error.args[0] + meant(unknown.did_you_mean),)
+                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3747,6 +3803,7 @@ class Agent:
         locks: Sequence[str] = (),
         confirm: bool = False,
         supervisor: bool = False,
+        caller: int = 0,
     ) -> None:
         """Claim a unit.
 
@@ -3755,8 +3812,8 @@ class Agent:
         """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
-        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
+        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         claim = self.units.start(
             unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
         )
@@ -3837,27 +3894,30 @@ class Agent:
 
     def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
-        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
-        known, connection = self.units.units.get(unit), request.connection
-        if not known or known.last in connection.claims:
-            return None, known.last if known else None
-        return connection.caller(hold=False) if known.refused else None, None
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def _claim_of(self, request: Request, unit: str) -> Claim | None:
+        """Return the claim on a unit that was granted last, if it is the connection's."""
+        known = self.units.units.get(unit)
+        return known.last if known and known.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
         """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        known = self.units.units.get(unit)
-        if not known or not known.last or known.last not in request.connection.claims:
+        claim = self._claim_of(request, unit)
+        if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        return known.last
+        return claim
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -4153,7 +4213,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         if replace and not late:
             late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -4165,7 +4225,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
-                return os.dup(fd)  # which is locked as well
+                ours = True
+                return fd
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -4180,7 +4241,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         except FileNotFoundError:
             pass
         finally:
-            os.close(fd)
+            if not ours:
+                os.close(fd)
 
 
 def write_pid(fd: int, path: str) -> None:
@@ -4303,16 +4365,17 @@ class Host:
                         if os.path.isfile(self.pid_file):  # and no device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
-            except OSError as error:
-                file_name = error.filename or self.pid_file or self.log_file
-                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
-            try:
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except RuntimeError as error:
-                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            except OSError as error:
+                what = f"write {error.filename or self.pid_file or self.log_file}"
+                raise Refused(
+                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
+                ) from None
+            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
+                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -7825,6 +7888,23 @@ def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+
+
+@Command(
+    "stop db --grace 30s",
+    units_or("all"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
+    QUIET,
+)
+def cmd_stop(args: Args) -> None:
+    """End the commands of UNIT and of what depends on it, dependents first."""
+    answer = client_of(args).halt(*args.units, grace=args.grace)
+    if answer.stopped:
+        say(f"stopped: {names_of(answer.stopped)}", quiet=args.quiet)
+    if answer.left or answer.cannot:
+        raise Refused(still_running(answer))
+    if not answer.stopped:
+        say("nothing runs", quiet=args.quiet)
 
 
 @Command("shutdown", QUIET)

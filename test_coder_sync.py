@@ -10,6 +10,7 @@ import builtins
 import concurrent.futures
 import contextlib
 import dis
+import errno
 import fcntl
 import functools
 import grp
@@ -2279,7 +2280,7 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "status"],
+    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
     "exp sync ": [*coder_sync.COMMANDS],
@@ -2345,7 +2346,7 @@ def test_zsh_completes_commands_units_and_files(agent: World, tool_there: str) -
         assert (done.returncode, done.stderr) == (0, "")
         return sorted(word for word in done.stdout.split("\n") if word)
 
-    assert complete("st") == ["start", "status"]
+    assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == sorted([*UNITS_THERE, "a$(touch oops)"])
     assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == sorted(p.name for p in agent.directory.iterdir())
@@ -3205,7 +3206,7 @@ def test_an_agent_out_of_descriptors_says_so_serves_who_is_connected_and_recover
         assert "result" in peer.call("start", unit=name, pid=pid)
     peers = use_up(world, agent.pid)
     log = world.directory / "log"
-    until(lambda: "cannot accept connections: Too many open files" in log.read_text(), "a word in the log")
+    until(lambda: f"cannot accept connections: {os.strerror(errno.EMFILE)}" in log.read_text(), "a word in the log")
     assert "result" in peer.call("want", unit="a", dependencies=["b"])
     for method, unit in (("start", "c"), ("complete", "a"), ("fail", "a"), ("status", "a")):
         assert peer.call(method, unit=unit)["id"] == 1
@@ -3237,6 +3238,14 @@ def start_new_thread(*args):
     return start(*args)
 _thread.start_new_thread = start_new_thread
 """
+
+
+def test_an_agent_that_can_have_no_thread_or_descriptor_says_so_and_leaves_nothing(world: World) -> None:
+    no_thread = "def start(self): raise RuntimeError('no thread')\nimport threading; threading.Thread.start = start"
+    for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (4, 5, 6))):
+        done = finish(world.spawn(argv))
+        assert done.returncode == 1 and re.fullmatch("error: cannot .*\n", done.stderr), done
+        assert os.listdir(world.directory) == []
 
 
 def test_an_agent_without_threads_says_so_and_recovers(world: World) -> None:
@@ -3570,7 +3579,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a dangling link": (lambda d: (d / "agent.sock").symlink_to("elsewhere"), [], NO_SOCKET),
     "a file, to be replaced": (lambda d: (d / "agent.sock").write_text("precious"), ["--replace"], NO_SOCKET),
     "a pipe for a lock": (lambda d: os.mkfifo(d / "agent.sock.lock"), [], NO_LOCK),
-    "a link for a lock": (lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"), [], OPEN + "Too many .*"),
+    "a link for a lock": (
+        lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"),
+        [],
+        OPEN + f"{os.strerror(errno.ELOOP)}; .*",
+    ),
     "a directory for a lock": (lambda d: (d / "agent.sock.lock").mkdir(), [], OPEN + "Is a directory; .*"),
     "a lock with another name": (
         lambda d: os.link((d / "precious").write_text("1") and d / "precious", d / "agent.sock.lock"),
@@ -4144,7 +4157,8 @@ def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
     name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
     script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
     done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
-    assert done.returncode == 125 and f"error: {name}: cannot be probed: Address already in use\n" in done.stderr
+    assert done.returncode == 125
+    assert f"error: {name}: cannot be probed: {os.strerror(errno.EADDRINUSE)}\n" in done.stderr
 
 
 def test_a_command_that_leaves_no_variables_but_junk_has_failed_and_run_says_so(shared: World) -> None:
@@ -5360,6 +5374,16 @@ def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: Wor
         assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
+def test_where_an_agent_cannot_find_out_who_called_a_client_says_it(world: World) -> None:
+    answering(world, altered("coder_sync.has_proc = lambda: False", "serve", "-q"))
+    for unit, params, pid in (("a", {"caller": 4242}, 4242), ("b", {"caller": 4242, "hold": True}, os.getpid())):
+        assert "result" in world.connect().call("start", unit=unit, **params)
+        owner = world.client.status(unit).owner
+        assert owner and owner.pid == pid
+    assert "result" in world.connect().call("start", unit="c")
+    assert world.client.status("c").owner is None
+
+
 def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
     gone, zombie = mixed.spawn(["true"]), mixed.spawn(["true"])
     finish(gone)
@@ -5468,6 +5492,42 @@ def test_stop_tells_all_at_half_time_says_what_is_left_and_goes_on_without_who_a
     app.ended("app")
     db.ended("db")
     assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
+
+
+def test_the_command_stop_says_what_it_has_ended(agent: World) -> None:
+    db, app = Supervisor(agent, "db"), Supervisor(agent, "app", dependencies=["db"])
+    stopping = agent.popen("stop", "db")
+    for one, unit in ((app, "app"), (db, "db")):
+        assert one.told()["unit"] == unit
+        one.ended(unit)
+    done = finish(stopping)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped: app, db\n", "")
+    assert agent.ok("stop") == "nothing runs\n"
+    assert agent.ok("stop", "-q") == ""
+    assert agent.run("stop", "dv").stderr == 'error: unit "dv" is not registered; call want, start or run on it first\n'
+
+
+def test_a_stop_names_what_it_could_not_end(world: World) -> None:
+    answering(world, altered("coder_sync.STOP_PATIENCE = 0.1", "serve", "-q"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    world.client.start("script")
+    stopping = world.popen("stop", "--grace", "0.2s")
+    app.told()
+    app.ended("app")
+    db.told()
+    done = finish(stopping)
+    assert (done.returncode, done.stdout) == (1, "stopped: app\n")
+    still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
+    cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which called `start` itself: end that'
+    assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
+    with pytest.raises(Refused, match=f"^{cannot}$"):
+        world.client.stop("script")
+    with pytest.raises(NotRegistered):
+        world.client.stop("nobody")
+    with pytest.raises(Refused, match=f"^{still}$"):
+        world.client.stop("db", grace=0.1)
+    db.ended("db")
+    assert world.client.stop("db", "app") == []
 
 
 @pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"])
