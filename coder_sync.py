@@ -195,6 +195,7 @@ REPORT_EVERY = 30.0
 GRACE = 8.0  # seconds that a command has to end; docker kills after ten
 STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 NEVER = float("inf")  # a time
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1679,8 +1680,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
-    except Exception as error:  # a defect of ours; no traceback reaches a user
-        put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
+    except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
+        lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
+        lack = next((text for text in lacks if text in str(error)), "")
+        defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
+        put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
@@ -2102,12 +2106,24 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
     import _signal as signal
 
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
+    program = in_path(command[0], env.get(b"PATH"))
     if own_session:
         try:
-            return os.posix_spawnp(command[0], command, env, setsid=True, **options)
+            return os.posix_spawnp(program, command, env, setsid=True, **options)
         except NotImplementedError:  # an older C library
             options["setpgroup"] = 0
-    return os.posix_spawnp(command[0], command, env, **options)
+    return os.posix_spawnp(program, command, env, **options)
+
+
+def in_path(program: str, path: bytes | None) -> str:
+    """Return where a program is in a PATH, if that is not ours, which the system looks in. Raises OSError."""
+    if path == os.environb.get(b"PATH") or not program or "/" in program:
+        return program
+    places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
+    files = [place for place in places if os.path.isfile(place)]
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no such command")
+    return next((file for file in files if os.access(file, os.X_OK)), files[0])
 
 
 def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
@@ -5371,7 +5387,11 @@ class Prober:
         """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        except RuntimeError:
+            os.close(self._done)
+            raise
         return self
 
     def fileno(self) -> int:
@@ -5695,7 +5715,6 @@ LOOK_OFTEN = 0.05  # seconds, at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 
 WAITING = "waiting"  # for its turn, or its next try
 CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
@@ -5809,7 +5828,8 @@ class Task:
             return
         try:
             self.enter(CHECKING, {})
-            self.prober = Prober(self.limits.ready, self.environment()).begin(once=True)
+            self.prober = Prober(self.limits.ready, self.environment())
+            self.prober.begin(once=True)
             self.loop.watch(self.prober.fileno(), self.checked)
         except (OSError, RuntimeError) as error:
             self.not_begun(cannot_probe(error), error)
@@ -5870,7 +5890,8 @@ class Task:
         if self.limits.ready == "notify":
             self.prober = self.notified = Notified(self.notify_path)
         elif self.limits.ready:
-            self.prober = Prober(self.limits.ready, env, before).begin()
+            self.prober = Prober(self.limits.ready, env, before)
+            self.prober.begin()
         if self.prober:
             self.loop.watch(self.prober.fileno(), self.probed)
 
@@ -6077,7 +6098,9 @@ def cmd_run(args: Args) -> int:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
+        path = os.path.abspath(socket_path_of(args.socket_path))
+        env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
+        return shell_status(supervise(args.command, env))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     with start.channel:
@@ -6093,7 +6116,8 @@ class Run(Task):
         limits = Limits(args.ready or "", args.ready_timeout, 0.0, args.retry, args.retry_delay)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env, self.quiet = environment(**start.environment), args.quiet
+        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
+        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
         self.status = 0  # to return
         self.unreported: list[str] = []
         self.left = private_file()
