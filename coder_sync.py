@@ -1828,6 +1828,7 @@ def close_others(keep: Iterable[int]) -> None:
     kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
     for before, after in zip(kept, kept[1:]):
         os.closerange(before + 1, after)
+    Channel.signals = -1
 
 
 def in_background() -> tuple[int, int]:
