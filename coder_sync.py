@@ -89,7 +89,7 @@ def half_of(path, below):  # type: (str, bool) -> Any
     with open(path, "rb", 0) as file:
         found = posix.fstat(file.fileno())
         end = 0
-        for size in (1 << 17, 1 << 19)[: below + 1]:  # what is above the cut, and behind it what is below
+        for size in (1 << 18, 1 << 20)[: below + 1]:  # what is above the cut, and behind it what is below
             file.seek(end)
             data = file.read(size)
             start = data.find(mark) + 16
@@ -7334,11 +7334,13 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # ----------------------------------------------------------------------------------------------------------
 
 COMPILE = f"""\
+import __future__
 import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-code = dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec"))
+text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
 """
