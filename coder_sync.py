@@ -1862,6 +1862,31 @@ def close_others(keep: Iterable[int]) -> None:
         os.closerange(before + 1, after)
 
 
+def in_background() -> tuple[int, int]:
+    """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
+
+    The background process has a session of its own, and of what was open only standard output and error.
+    Raises Refused.
+    """
+    import _signal as signal
+    from _socket import socketpair
+
+    try:
+        ours, theirs = socketpair()
+        pid = os.fork()
+    except OSError as error:
+        raise Refused(f"cannot go to the background: {trouble_of(error)}") from None
+    if pid:
+        theirs.close()
+        return pid, ours.detach()
+    signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
+    os.setsid()
+    nothing = null()
+    os.dup2(nothing, 0)
+    close_others([theirs.fileno()])
+    return 0, theirs.detach()
+
+
 # -- signals, and a command's run -----------------------------------------------------------------------------
 STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
 PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
@@ -2225,6 +2250,7 @@ class Unit:
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it was started with
+        self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
         self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
@@ -2235,16 +2261,31 @@ class Unit:
 
 
 class Lock:
-    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name)."""
+    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name).
+
+    A lock goes to who has stood in its line longest, also if that waits for another lock, so that nobody waits for ever
+    behind those that need one lock only. A place of a boot goes to the first in line that lacks nothing else.
+    """
 
     def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
         self.taken: dict[Unit, None] = {}
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
+    def before(self, unit: Unit) -> Unit | None:
+        """Return who keeps a unit from having it: a unit that has it, or, of a lock, is first in line."""
+        if len(self.taken) >= self.limit:
+            return next(iter(self.taken))
+        first = next(iter(self.line), unit) if self.name else unit
+        return None if first is unit else first
+
     def label(self) -> str:
-        """What it is called in messages."""
+        """Return what it is called in messages."""
         return f"lock {self.name}" if self.name else f"one of {self.limit} places to run"
+
+    def use(self, unit: Unit) -> str:
+        """Return what a unit that is before others does with it, for messages."""
+        return f"{unit.name} has" if unit in self.taken else f"{unit.name} is to have first"
 
 
 class Claim:
@@ -2308,7 +2349,7 @@ class Units:
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
-        self.waits = 0  # claims in line
+        self.waits = 0  # claims in line, but those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0
         self.locks: dict[str, Lock] = {}
@@ -2430,8 +2471,7 @@ class Units:
                 elif error and not claim.boot:
                     self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
                 self._record(unit, "gave up", f"{why}; still missing: {missing}")
-                del unit.line[claim]
-                self.waits -= 1
+                self._leave(claim)
             else:
                 by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
                 lost = f"lost: {by}{who or 'the process that held it'} ended"
@@ -2563,8 +2603,7 @@ class Units:
             self.stops.remove(stop)
             stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
             if not self.is_over(stop):  # else who asked has gone
-                del stop.unit.line[stop]
-                self.waits -= 1
+                self._leave(stop)
                 self._answers.append((stop, stop.answer))
         times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
@@ -2598,7 +2637,11 @@ class Units:
         claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
         claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
-        claim.unit.facts.probe = ready
+        claim.unit.facts.probe, claim.unit.facts.probe_error = ready, ""
+
+    def lack(self, claim: Claim, error: str) -> None:
+        """Note what the last try of the probe of a unit lacked."""
+        claim.unit.facts.probe_error = error
 
     def retry(self, name: str, detail: str) -> None:
         """One more try of a started unit begins."""
@@ -2627,7 +2670,8 @@ class Units:
         for other, need in needs:
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
-                row = Dependency(need.label(), "free", "taken", False, "lock", age, f"{other.name} has it")
+                has = f"{other.name} has it" if other in need.taken else f"{other.name} is before it in line"
+                row = Dependency(need.label(), "free", "taken", False, "lock", age, has)
             elif other is unit:
                 row = Dependency(unit.name, "free", STARTED, False, "start", age)
             else:
@@ -2700,6 +2744,8 @@ class Units:
         """
         if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
             return
+        if unit.unmet or not unit.line:
+            self._unqueue(unit)
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2729,15 +2775,18 @@ class Units:
         if facts.ready is None:
             facts.ready = self._now()
             facts.released_by = because.name if because else facts.released_by
+        if unit.queued != claim.locks:
+            self._unqueue(unit)
         if any(self._lacks(unit)):
+            unit.queued = claim.locks
             for lock in claim.locks:
                 lock.line.setdefault(unit)
             return
         for lock in claim.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
-        del unit.line[claim]
-        self.waits -= 1
+        unit.queued = ()
+        self._leave(claim)
         unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
         unit.holder = unit.last = claim if unit.name else None
         if not claim.boot:
@@ -2750,20 +2799,18 @@ class Units:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
         for unit in units:
             self._settle(unit)
-        for lock, before in self._freed:
-            for waiting in list(lock.line):
-                if len(lock.taken) >= lock.limit:
-                    break
-                if not waiting.line or waiting.unmet:
-                    del lock.line[waiting]
-                else:
+        while self._freed or self._affected:  # no recursion, since chains may be long
+            freed, self._freed = self._freed, []
+            for lock, before in freed:
+                for waiting in [*lock.line]:
+                    if len(lock.taken) >= lock.limit:
+                        break
                     self._settle(waiting)
                     if waiting.status == STARTED:
                         waiting.facts.released_by = before.name
-        self._freed.clear()
-        for unit, because in self._affected:  # which grows; no recursion, since chains may be long
-            self._settle(unit, because)
-        self._affected.clear()
+            affected, self._affected = self._affected, []
+            for unit, because in affected:
+                self._settle(unit, because)
         if self.stops or self.stopping:
             self.keep_time()
 
@@ -2782,6 +2829,7 @@ class Units:
         `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
         """
         old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
+        self._unqueue(unit)
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
@@ -2882,6 +2930,13 @@ class Units:
                 else:
                     stop.answer["stopped"].append(unit.name)
 
+    def _unqueue(self, unit: Unit) -> None:
+        """Take a unit out of the lines of locks, so that those behind it may go on."""
+        for lock in unit.queued:
+            del lock.line[unit]
+            self._freed.append((lock, unit))
+        unit.queued = ()
+
     def _unlock(self, unit: Unit) -> None:
         """Pass on the locks that a unit has."""
         for lock in unit.locks:
@@ -2959,7 +3014,7 @@ class Units:
 
         Every start, wait and boot. `asked` is what Claim takes.
         """
-        if self.waits + len(members) > MAX_WAITS:
+        if not boot and self.waits + len(members) > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
@@ -2984,7 +3039,7 @@ class Units:
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             unit.line[claim] = None
-            self.waits += 1
+            self.waits += not boot
             claims.append(claim)
         self._settle_all(*units)
         for claim in claims:
@@ -3099,13 +3154,14 @@ class Units:
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
         """What a unit lacks: dependencies and the requirement that each does not meet.
 
-        If it lacks none, the locks that the first in line needs and which have no place, and a unit that has each.
+        If it lacks none, the locks that the first in line needs and cannot have, and the unit that is before it.
         """
         if unit.unmet:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
         for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
-            if len(lock.taken) >= lock.limit:
-                yield next(iter(lock.taken)), lock
+            before = lock.before(unit)
+            if before:
+                yield before, lock
 
     def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
         """What a unit lacks, in words, five of them at most.
@@ -3118,14 +3174,19 @@ class Units:
         for other, need in islice(self._lacks(unit), 5):
             unknown = other.status == NOT_REGISTERED and not registered
             name = other.name + (" (not registered)" if unknown else "")
-            words.append(f"{need.label()}, which {name} has" if isinstance(need, Lock) else name)
+            words.append(f"{need.label()}, which {need.use(other)}" if isinstance(need, Lock) else name)
         return words
+
+    def _leave(self, claim: Claim) -> None:
+        """Take a claim out of the line of its unit."""
+        del claim.unit.line[claim]
+        self.waits -= not claim.boot
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
         """Answer all claims that still wait in line; a boot is notified of the status itself."""
         self._answers += [(claim, error) for claim in unit.line if not claim.boot]
-        self.waits -= len(unit.line)
-        unit.line.clear()
+        for claim in [*unit.line]:
+            self._leave(claim)
 
     @staticmethod
     def _runs_on(unit: Unit) -> str:
@@ -3275,76 +3336,79 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
 
-    Nothing that goes wrong with a line ends it: what cannot be written is counted, and the next line says so.
+    What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
-        from _queue import SimpleQueue
-        from threading import Thread
-
-        self.level, self.path = level, path
-        self.fd = self._open(path) if path else 2
-        self.lost = 0
-        self._queue: SimpleQueue[tuple[float, str] | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, daemon=True)
-        self._thread.start()
+        """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
+        self.level, self.path, self.lost = level, path, 0
+        self._rotates = path != "" and (os.path.isfile(path) or not os.path.exists(path))  # a pipe or a device does not
+        self._listener: Any = None
+        if level > 0 or path:  # else it may never be needed, and logging is a costly import
+            self._begin()
 
     def say(self, text: str, level: int = 1, wall: float = 0.0) -> None:
         """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
         if level > self.level:
             return
-        if self._queue.qsize() < MAX_QUEUE:
-            self._queue.put((wall or time.time(), text))
-        else:
+        try:
+            if not self._listener:
+                self._begin()
+            if self._listener.queue.qsize() >= MAX_QUEUE:
+                raise BlockingIOError
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
             self.lost += 1
+            return
+        from logging import makeLogRecord
+
+        lost, self.lost, wall = self.lost, 0, wall or time.time()
+        line = (f"({lost} lines lost here) " if lost else "") + text
+        what = {"msg": line[:3900], "created": wall, "msecs": wall % 1 * 1000, "lost": lost}  # a pipe takes 4096 bytes
+        self._listener.queue.put(makeLogRecord(what))
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        self._queue.put(None)
-        self._thread.join(patience)
+        from threading import Thread
 
-    def _run(self) -> None:
-        while True:
-            try:
-                line = self._queue.get()
-                if line is None:
-                    return
-                self._write(*line)
-            except Exception:  # no reader, no room on the disk, no memory: the agent goes on, and so does its log
-                self.lost += 1
-
-    def _write(self, wall: float, text: str) -> None:
-        from select import POLLOUT, poll
-
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall)) + f".{int(wall % 1 * 1000):03d} "
-        lost = f"({self.lost} lines lost here) " if self.lost else ""
-        line = (stamp + lost + text + "\n").encode(errors="backslashreplace")[:4000]  # a pipe takes 4096 or says no
-        ready = poll()
-        ready.register(self.fd, POLLOUT)
-        if not ready.poll(0 if self.lost else 200):
-            raise BlockingIOError
-        os.write(self.fd, line)
-        self.lost = 0
-        if self.path and os.path.isfile(self.fd) and os.fstat(self.fd).st_size > MAX_LOG:
-            self._rotate(os.path.realpath(self.path))
-
-    @staticmethod
-    def _open(path: str, more: int = 0) -> int:
-        # O_NONBLOCK: a pipe without a reader is an error, and no wait
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | more, 0o600)
-
-    def _rotate(self, path: str) -> None:
-        """Let the file, which is full, be FILE.1, and begin a new one; if there can be none, the old one goes on."""
-        remove(path + ".new")
         try:
-            with open(self._open(path + ".new", os.O_EXCL), "ab") as new:
-                os.replace(path, path + ".1")
-                os.replace(path + ".new", path)
-                os.dup2(new.fileno(), self.fd, inheritable=False)
-        except OSError:
+            if self._listener:
+                ending = Thread(target=self._listener.stop, daemon=True)
+                ending.start()
+                ending.join(patience)
+        except RuntimeError:  # no thread is left
             pass
+
+    def _begin(self) -> None:
+        import io
+        import logging.handlers
+        from queue import SimpleQueue
+
+        log = self
+
+        class Handler(logging.handlers.RotatingFileHandler):
+            def _open(self) -> Any:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe without a reader is an error
+                file = io.FileIO(2, "w", closefd=False)
+                if log.path:
+                    file = io.FileIO(os.open(log.path, flags, 0o600), "w")
+                    os.set_blocking(file.fileno(), True)
+                return io.TextIOWrapper(file, errors="backslashreplace", write_through=True)
+
+            def doRollover(self) -> None:
+                try:
+                    super().doRollover()
+                except OSError:  # it can have no successor, and goes on
+                    pass
+
+            def handleError(self, record: Any) -> None:
+                log.lost += 1 + record.lost
+
+        handler = Handler(os.path.realpath(self.path), maxBytes=MAX_LOG if self._rotates else 0, backupCount=1)
+        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._listener = logging.handlers.QueueListener(SimpleQueue(), handler)
+        self._listener.start()
 
 
 class Request:
@@ -3483,7 +3547,6 @@ class Agent:
         self.leaving = False  # nothing begins any more, since the agent is about to end
         self.stopping = False  # no claim ends any more
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
-        self.lives_for: list[Claim] = []  # those of the boot with which we end
         self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
@@ -3814,7 +3877,7 @@ class Agent:
         if more:
             connection.members = members
         else:
-            if self.lives_for and all(claim.unit.status in ENDED for claim in self.lives_for):
+            if self.leaving:
                 raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
             still = [claim for claim in connection.claims if not self.units.is_over(claim)]
@@ -3853,6 +3916,11 @@ class Agent:
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
         self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
+        return {"unit": unit}
+
+    def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
+        """The last try of the probe of a unit lacked something."""
+        self.units.lack(self._held(request, unit), one_line(error))
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -3965,10 +4033,12 @@ class Agent:
         with self.lock:
             return self.units.graph()
 
-    def live_for_claims(self) -> None:
-        """No boot may begin here when the claims that there are now have ended: then the agent is about to end."""
+    def retire(self) -> bool:
+        """Take no more claims, unless a boot of somebody else has some; return whether none has."""
         with self.lock:
-            self.lives_for = [claim for connection in self.connections for claim in connection.claims]
+            claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
+            self.leaving = self.leaving or all(map(self.units.is_over, claims))
+            return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
         """Begin to stop what runs on, or all that supervisors run; let nothing else begin. None if nothing runs."""
@@ -4224,30 +4294,23 @@ def notify(state: str) -> None:
 
 
 def detach() -> int:
-    """Go on in a child of its own session; return there a pipe that wants a byte when the child is ready.
+    """Go on in a background process; return there a descriptor that wants a byte when it is ready.
 
-    The parent ends here: well when the child is ready, else as the child does, which has said why.
+    The process that was called ends here: well when the other is ready, else as that does, which has said why.
     """
-    import signal
+    import _signal as signal
 
-    read, write = os.pipe()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
-    child = os.fork()
+    child, link = in_background()
     if child:
-        os.close(write)
-        code = 0 if os.read(read, 1) else exit_code_of(os.waitpid(child, 0)[1])
+        code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
         if code < 0:
             put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
         sys.exit(shell_status(code))
-    os.close(read)
-    os.setsid()
     os.chdir("/")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    nothing = null()
-    for fd in (0, 1):
-        os.dup2(nothing, fd)
-    os.close(nothing)
-    return write
+    os.dup2(0, 1)
+    return link
 
 
 class Host:
@@ -4356,7 +4419,6 @@ def serve(host: Host, background: bool = False) -> None:
     """Be an agent until a signal. Raises Refused."""
     ready = -1
     if background:
-        close_others([])
         ready = detach()
     with host:
         loop = Loop(STOPS)
@@ -5647,6 +5709,7 @@ class Link:
 LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
 LOOK_EVERY = 5.0  # seconds, at what a command that has ended well leaves behind
 LOOK_OFTEN = 0.05  # seconds, at what is being ended
+TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
@@ -5704,6 +5767,7 @@ class Task:
         self.delay = limits.delay
         self.prober: Prober | Notified | None = None  # while it is not ready
         self.notified: Notified | None = None  # until it has ended
+        self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # what was wrong with the latest try
         self.stopped = ""  # why nothing is tried again
         self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
@@ -5796,6 +5860,9 @@ class Task:
         self.tries += 1
         limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
+        self.told = ""
+        if self.prober:
+            self.due[self.tell_error] = self.began + TELL_EVERY
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
@@ -5841,6 +5908,14 @@ class Task:
             self.notified = None
             self.loop.forget(prober.fileno())
             prober.close()
+
+    def tell_error(self) -> None:
+        """Tell the agent what the probe lacks, if that has changed."""
+        if self.prober:
+            self.due[self.tell_error] = time.monotonic() + TELL_EVERY
+            if self.prober.error not in ("", self.told):
+                self.told = self.prober.error
+                self.link.ask("probing", unit=self.unit, error=self.told)
 
     def not_ready(self) -> None:
         """The time to become ready is over."""
@@ -6538,6 +6613,9 @@ class BootOptions(Record):
     fail_fast: bool
     stay: bool
     quiet: bool
+    always: bool
+    timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
+    command: str  # that comes after the startup, if any
 
 
 class Job(Task):
@@ -6624,10 +6702,12 @@ class Output:
     On output are the lines of scripts, and on a terminal the live line under them; on error is what we say ourselves.
     """
 
+    patient = True  # else what is too much is lost
+
     def __init__(self, units: Iterable[str], quiet: bool) -> None:
         self.quiet = quiet
         self.pending = {1: b"", 2: b""}
-        self.fds = {fd: opened_again(fd) for fd in self.pending}
+        self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
@@ -6636,7 +6716,7 @@ class Output:
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
-        if not self.quiet:
+        if not self.quiet and (self.patient or not self.is_full()):
             name = fit(unit, self._width, self._dots)
             if self._colour:  # red is for failures
                 name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
@@ -6646,17 +6726,35 @@ class Output:
     def say(self, text: str) -> None:
         """Print a line of ours on standard error."""
         self.clear()
-        self.pending[2] += encoded(text + "\n", 2)
+        if len(self.pending[2]) < FULL:
+            self.pending[2] += encoded(text + "\n", 2)
+
+    def is_full(self) -> bool:
+        """Return whether there is much that standard output does not take."""
+        return len(self.pending[1]) >= FULL
+
+    def is_pipe(self, fd: int) -> bool:
+        """Return whether somebody may read until the end of standard output or error."""
+        import stat
+
+        mode = os.fstat(fd).st_mode
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+    def let_go(self) -> None:
+        """Print nothing any more to whoever may wait for the end of it."""
+        for fd in filter(self.is_pipe, self.pending):
+            nothing = null()
+            os.dup2(nothing, fd)
+            os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
-        waiting = [fd for fd, data in self.pending.items() if data]
-        for fd in waiting:
-            loop.watch(self.fds[fd], self.writer(fd), for_writing=True)
+        for fd in filter(self.pending.get, self.pending):
+            loop.watch(self._fds[fd], self.writer(fd), for_writing=True)
         try:
             return loop.turn(due)
         finally:
-            loop.forget(*(self.fds[fd] for fd in waiting))
+            loop.forget(*self._fds.values())
 
     def writer(self, fd: int) -> Callable[[], None]:
         """Return what passes on what is to be printed."""
@@ -6664,7 +6762,7 @@ class Output:
 
     def write(self, fd: int, patience: float = 0) -> None:
         """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], self.fds[fd], patience)
+        self.pending[fd] = write_some(self.pending[fd], self._fds[fd], patience)
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
@@ -6825,10 +6923,15 @@ class Streams:
 
 
 class Boot:
-    """Runs scripts in the order of their graph, as an agent's client."""
+    """Runs scripts in the order of their graph, as an agent's client, in a background process.
 
-    def __init__(self, scripts: list[Script], options: BootOptions, loop: Loop) -> None:
-        self.options, self.loop = options, loop
+    `front` is a descriptor that leads to the process that was called: see Front.
+    """
+
+    def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
+        loop = Loop((*STOPS, "SIGQUIT"))
+        self.options, self.loop, self.front = options, loop, front
+        loop.watch(front, self.hear_front)
         self.out = Output([script.unit for script in scripts], options.quiet)
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
@@ -6840,15 +6943,23 @@ class Boot:
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
+        self.over = False  # the startup
+        self.may_end: Callable[[], bool] = lambda: True  # nobody else needs us
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(self, channel: Channel, when_claimed: Callable[[], None] = lambda: None) -> int:
-        """Boot against an agent; return the exit status. Calls `when_claimed` when it has let us.
+    def run(
+        self,
+        channel: Channel,
+        when_claimed: Callable[[], None] = lambda: None,
+        may_end: Callable[[], bool] | None = None,
+    ) -> int:
+        """Boot against an agent, and look after what runs on; return the exit status.
 
-        Raises Refused if it does not, and Unreachable; then it may be called again, for another agent.
+        Calls `when_claimed` when the agent has let us, and ends when `may_end`. Raises Refused if the agent does not,
+        and Unreachable; then it may be called again, for another agent.
         """
-        self.when_claimed = when_claimed
+        self.when_claimed, self.may_end = when_claimed, may_end or self.may_end
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
@@ -6860,24 +6971,86 @@ class Boot:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
             self.until(lambda: not self.unfinished and self.said())
-            code = self.finish()
-            if self.options.stay and not self.signal:
-                notify("READY=1")
-                if not self.options.quiet:
-                    self.out.say("boot: staying until a signal")
-                self.report_at = NEVER
-                self.until(lambda: bool(self.signal or self.link.lost))
-                code = 128 + self.signal if self.signal else 3
-            self.out.flush()
-            if any(self.jobs[s.unit].outcome == COMPLETED for s in self.streams.by_fd.values()) and not self.signal:
-                self.relay()
-            return code
+            return self.look_after(self.finish())
+        except BaseException:
+            self.abandon()
+            raise
         finally:
             self.out.flush()
             self.link.close()
             self.loop.forget(*self.streams.by_fd)
             remove_directory(self.directory)
             os.close(self.null)
+
+    def look_after(self, code: int) -> int:
+        """Have the front go on after the startup, and be the parent of what still runs; return the exit status."""
+        self.over, self.report_at, self.out.live_at = True, NEVER, NEVER
+        if self.options.stay and not self.signal:
+            if not self.options.quiet:
+                self.out.say("boot: staying until a signal")
+            self.tell_front(code, STAYS)
+            self.until(lambda: bool(self.stopping or self.link.lost))
+            code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
+        elif self.options.command and code and not self.signal and not self.options.always:
+            how = "is not run, since not all went well; --always would"
+            self.out.say(f"boot: {self.options.command} {how}") if not self.options.quiet else None
+        if self.runs() and not self.signal:
+            self.out.patient = False
+            if not self.options.command:
+                self.say_let_go()
+            self.until(self.said)
+            self.out.flush()
+            self.tell_front(code, RUNS)
+            os.chdir("/")
+            self.until(lambda: not self.runs())
+        else:
+            self.out.flush()
+            self.tell_front(code, ENDS)
+        return 128 + self.signal if self.signal else code
+
+    def runs(self) -> bool:
+        """Return whether something runs, or prints, or whether another boot needs the agent that we are."""
+        lives = any(job.lives() for job in self.active.values())
+        return lives or bool(self.streams.by_fd and not self.stopping) or not self.may_end()
+
+    def tell_front(self, code: int, what: int) -> None:
+        """Tell the front how the startup went, and what comes next."""
+        try:
+            os.write(self.front, bytes([code, what]))
+        except OSError:  # it has gone
+            pass
+
+    def hear_front(self) -> None:
+        """Take what the front says: the signals that it got, 0 when its COMMAND has ended. Its end is a hang-up."""
+        try:
+            numbers = os.read(self.front, 100)
+        except OSError:
+            numbers = b""
+        for number in numbers:
+            self.told(number)
+        if not numbers:
+            self.loop.forget(self.front)
+            if self.over and not (self.options.stay or self.options.command):
+                self.out.let_go()
+            elif not self.stopping:
+                self.told(1)
+
+    def told(self, number: int) -> None:
+        """End everything, because of a signal, or because COMMAND has ended (0). Twice: at once."""
+        again, self.signal = self.signal, number or 15
+        why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
+        self.stop(f"stopped: {why}", 0 if again else self.options.grace)
+
+    def abandon(self) -> None:
+        """End what runs on an unexpected way out."""
+        families = [job.family for job in self.active.values() if job.lives()]
+        deadline = time.monotonic() + self.options.grace
+        while families:
+            families = [family for family in families if family.look(self.loop)]
+            for family in families:
+                family.kill() if time.monotonic() > deadline else family.tell_others()
+                family.signal(15)
+            self.loop.turn(time.monotonic() + LOOK_OFTEN)
 
     def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
@@ -6893,10 +7066,9 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.live_at)
-            self.streams.pause(len(self.out.pending[1]) >= FULL)
+            self.streams.pause(self.out.patient and self.out.is_full())
             for number in self.out.turn(self.loop, due):
-                again, self.signal = self.signal, number
-                self.stop(f"stopped: boot got signal {number}", 0 if again else self.options.grace)
+                self.told(number)
 
     def said(self) -> bool:
         """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
@@ -6983,7 +7155,9 @@ class Boot:
 
     def another(self, what: str) -> None:
         """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
-        if self.options.fail_fast and not self.stopping:
+        if self.options.fail_fast and self.over and self.options.command:
+            self.tell_front(1, RUNS)  # it ends COMMAND first
+        elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
     # -- ends ---------------------------------------------------------------------------------------------
@@ -7018,36 +7192,6 @@ class Boot:
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
-
-    def relay(self) -> None:
-        """Have a child of ours print what services go on printing, until they end."""
-        import _signal as signal
-        import select
-        import warnings
-
-        warnings.simplefilter("ignore")  # of a fork beside threads: the child uses nothing that they may hold
-        if os.fork():
-            return
-        try:
-            for fd in (0, 1, 2) if self.out.quiet else (0, 2):
-                os.dup2(self.null, fd)
-            self.out.fds[1] = 1  # it may block here; the other one is closed now
-            # What else we have open, its peers wait for the end of: the agent's clients, say.
-            close_others([*self.streams.by_fd, *(stream.log for stream in self.streams.by_fd.values())])
-            signal.set_wakeup_fd(-1)
-            for number in self.loop.numbers:
-                signal.signal(number, signal.SIG_DFL)
-            ready = select.poll()
-            for fd in self.streams.by_fd:
-                ready.register(fd, select.POLLIN)
-            while self.streams.by_fd:
-                for fd, _ in ready.poll():
-                    self.streams.read(self.streams.by_fd[fd])
-                    self.out.write(1, patience=1e6)
-                    if fd not in self.streams.by_fd:
-                        ready.unregister(fd)
-        finally:  # and never into the parent's ways out
-            os._exit(0)
 
     # -- reports ------------------------------------------------------------------------------------------
 
@@ -7112,6 +7256,8 @@ class Boot:
         if bad or not self.options.quiet:
             self.out.say(self.summary(self.graph).rstrip("\n"))
             self.until(self.said)
+        if self.options.timeline:
+            self.options.timeline(self.graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
@@ -7135,6 +7281,120 @@ class Boot:
         if os.isatty(2):
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
         return text + "".join(line + "\n" for line in lines)
+
+    def say_let_go(self) -> None:
+        """Say what becomes of the output of services, if standard output is let go when boot returns."""
+        names = sorted({stream.unit for stream in self.streams.by_fd.values()})
+        if names and not self.out.quiet and self.out.is_pipe(1):
+            kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
+            self.out.say(f"boot: standard output is a pipe: what {names_of(names)} will print is {kept}")
+
+
+ENDS, RUNS, STAYS = range(3)  # what comes after the startup: nothing, the look after what still runs, --stay
+
+
+class Front:
+    """The process that was called: it keeps its caller's terminal, session, descriptors, and becomes or runs COMMAND.
+
+    It passes the signals that it gets on to the background process, which ends everything. When that says that the
+    startup is over, it ends, or stays, or has COMMAND take its place, as a child if something still runs.
+    """
+
+    def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
+        self.loop, self.link, self.command, self.grace = loop, link, command, grace
+        self.said: list[tuple[int, int]] = []  # by the background process: a status, and what comes next
+        self.ended: list[int] = []  # its exit status
+        self.signal = 0
+        os.set_blocking(link, False)
+        loop.children[pid] = self.background_ended
+        loop.watch(link, self.hear)
+
+    def background_ended(self, code: int) -> None:
+        """Take the end of the background process, after what it has said."""
+        self.hear()
+        self.ended.append(code)
+
+    def hear(self) -> None:
+        """Take what the background process says."""
+        try:
+            data = os.read(self.link, 100)
+        except OSError:
+            data = b""
+        self.said += zip(data[::2], data[1::2])
+        if not data:
+            self.loop.forget(self.link)
+
+    def tell(self, number: int) -> None:
+        """Tell the background process of a signal, or, by 0, that COMMAND has ended."""
+        try:
+            os.write(self.link, bytes([number]))
+        except OSError:  # it has ended
+            pass
+
+    def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
+        """Pass signals on until something has happened, or for so many seconds."""
+        deadline = time.monotonic() + patience
+        while not over() and time.monotonic() < deadline:
+            for number in self.loop.turn(deadline):
+                self.signal = number
+                self.tell(number)
+
+    def run(self, always: bool) -> int:
+        """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
+        self.until(lambda: self.said or self.ended)
+        if self.said and self.said[-1][1] == STAYS:
+            notify("READY=1")
+            self.until(lambda: self.ended or len(self.said) > 1)
+        if self.said and self.said[-1][1] == ENDS:
+            self.until(lambda: self.ended)
+        if self.signal:
+            self.until(lambda: self.ended, self.grace + 5)
+            return 128 + self.signal
+        if not self.said or (self.ended and self.ended[0] < 0):  # it has said why, unless it was killed
+            code = self.ended[0]
+            if code < 0:
+                put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+            return shell_status(code)
+        code = self.ended[0] if self.ended else self.said[-1][0]
+        wanted = self.command and (code == 0 or always)
+        if self.command and not self.ended:
+            try:
+                return self.run_command() if wanted else code
+            finally:
+                self.tell(0)
+                self.until(lambda: self.ended, self.grace + 5)
+        self.loop.give_back()
+        if wanted:
+            import _signal as signal
+
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            try:
+                os.execvp(self.command[0], self.command)
+            except (OSError, ValueError) as error:
+                raise cannot_run(self.command[0], error) from None
+        return code
+
+    def run_command(self) -> int:
+        """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
+        command = self.command
+        if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
+            command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
+        try:
+            pid = spawn(command, environment())
+        except (OSError, ValueError) as error:
+            raise cannot_run(command[0], error) from None
+        codes: list[int] = []
+        self.loop.children[pid] = codes.append
+        heard = len(self.said)
+        while not codes:
+            for number in self.loop.turn():
+                if not codes and not sent_by_key(number):  # what keys send has reached it already
+                    signal_to(pid, number)
+            if len(self.said) > heard and not codes:  # a service has died, with --fail-fast
+                signal_to(pid, 15)
+                heard = len(self.said)
+        return shell_status(codes[0])
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
@@ -7381,16 +7641,15 @@ def cmd_serve(args: Args) -> int:
 
 def make_room(path: str) -> bool:
     """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
-    began = time.monotonic()
+    answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
             channel.answer(channel.request("shutdown"), ANSWER_TIMEOUT)
+            answered = True
             channel.receive(REPLACE_TIMEOUT)  # until it hangs up
-    except Unreachable:  # it has ended, or has not answered
-        return time.monotonic() - began < ANSWER_TIMEOUT
     except SyncError:
         pass
-    return True
+    return answered or time.monotonic() - began < ANSWER_TIMEOUT
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
@@ -7446,27 +7705,26 @@ def cmd_boot(args: Args) -> int:
         put(plan_text(scripts))
         return 0
     if args.stay and args.command:
-        say(f"boot: {args.command[0]} will not be run: --stay serves instead", 2, args.quiet)
-    write = timeline_writer(args.timeline) if args.timeline else None
-    loop = Loop((*STOPS, "SIGQUIT"))
-    options = BootOptions(args.jobs, args.grace, args.log_dir, args.fail_fast, args.stay, args.quiet)
-    boot = Boot(scripts, options, loop)
-    code = boot_at(path, boot) if scripts else 0
-    if write and boot.graph:
-        write(boot.graph)
-    loop.give_back()
-    if args.command and not boot.signal and (code == 0 or args.always):
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(args.command[0], args.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(args.command[0], error) from None
-    if args.command and not boot.signal:
-        say(f"boot: {args.command[0]} is not run, since not all went well; --always would", 2, args.quiet)
-    return 128 + boot.signal if boot.signal else code
+        raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
+    options = BootOptions(
+        args.jobs,
+        args.grace,
+        args.log_dir,
+        args.fail_fast,
+        args.stay,
+        args.quiet,
+        args.always,
+        timeline_writer(args.timeline) if args.timeline else None,
+        args.command[0] if args.command else "",
+    )
+    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    child, link = in_background()
+    if child:
+        return Front(loop, child, link, args.command, args.grace).run(args.always)
+    boot = Boot(scripts, options, link)
+    code = boot_at(path, boot) if scripts else boot.look_after(0)
+    boot.loop.give_back()
+    return code
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7499,14 +7757,9 @@ def boot_at_own(boot: Boot, host: Host) -> int:
     """Boot against our own agent, which takes other connections when all units are claimed."""
     from socket import socketpair
 
-    def claimed() -> None:
-        if not boot.options.stay:
-            host.agent.live_for_claims()
-        host.accept()
-
     ours, theirs = socketpair()
     host.server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(host.path, sock=ours), claimed)
+    return boot.run(Channel(host.path, sock=ours), host.accept, host.agent.retire)
 
 
 @Command(
