@@ -624,7 +624,9 @@ def typed(value: Any, annotation: str) -> Any:
         return {printable(key): each for key, each in value.items()}
     if name in RECORDS:
         return record(RECORDS[name], value)
-    if type(value).__name__ == name or (name == "float" and type(value) is int):
+    if name == "float" and type(value) in (int, float) and -1e15 < value < 1e15:
+        return value
+    if type(value).__name__ == name and name != "float":
         return value
     raise TypeError
 
@@ -1156,7 +1158,13 @@ class Client:
 
     def graph(self) -> Graph:
         """Return all units with their edges and times."""
-        return record(Graph, self._call("graph"))
+        graph = record(Graph, self._call("graph"))
+        names = {u.unit_name for u in graph.nodes}
+        for u in graph.nodes:
+            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not words or not u.wants.keys() <= names:
+                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
+        return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
         """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
@@ -1297,6 +1305,7 @@ class Args:
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 def client_of(args: Args) -> Client:
@@ -1335,7 +1344,7 @@ class Argument:
     @property
     def dest(self) -> str:
         """The attribute of Args that has its value."""
-        return self.words.get("dest") or self.names[-1].lstrip("-").replace("-", "_")
+        return self.names[-1].lstrip("-").replace("-", "_")
 
     @property
     def default(self) -> Any:
@@ -1343,10 +1352,9 @@ class Argument:
         return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """The value of a text. Raises UsageError."""
-        choices = self.words.get("choices")
-        if choices and text not in choices:
-            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
+        """Return the value of a text. Raises UsageError."""
+        if text not in self.words.get("choices", [text]):
+            raise UsageError("invalid choice")
         return self.words.get("type", str)(text)
 
 
@@ -1363,15 +1371,22 @@ class Command:
     exit status, None for 0.
     """
 
+    parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # by argparse; it stands below the cut
+
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
         self.positionals = [argument for argument in arguments if not argument.is_option]
 
     def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
-        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
-        COMMANDS[run.__name__[len("cmd_") :]] = self
+        self.name, self.run, self.help = run.__name__[len("cmd_") :], run, about[:1].lower() + about[1:].rstrip(".")
+        COMMANDS[self.name] = self
         return run
+
+    @property
+    def options(self) -> dict[str, Argument]:
+        """The options by each of their names."""
+        return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
 
 COMMON = (
@@ -1484,137 +1499,51 @@ def cmd_fail(args: Args) -> None:
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
-def usage_of(name: str) -> str:
-    """The usage line of a command."""
-    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    positionals = [argument.words for argument in COMMANDS[name].positionals]
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in positionals]
-    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].tail]
-    return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
+def split_tail(command: Command, words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Return the words for us, and those behind `--` of a command that is to be run; None if it is missing."""
+    end = words.index("--") if command.tail and "--" in words else len(words)
+    tail = list(words[end + 1 :])
+    return list(words[:end]), None if not tail and (end < len(words) or command.tail == "+") else tail
 
 
-def argparse_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
-    import argparse
+def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
+    """Read a plain command line, `COMMAND NAME... --option VALUE -q`, with `exp sync` in front or not.
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    parser = argparse.ArgumentParser(None, usage_of(name), COMMANDS[name].help, formatter_class=form, add_help=False)
-    parser.epilog, parser.allow_abbrev = f"example: {PROGRAM} {COMMANDS[name].example}", False
-    for argument in COMMANDS[name].arguments:
-        text = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
-        parser.add_argument(*argument.names, **{**argument.words, "default": argument.default, "help": text})
-    return parser
-
-
-def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
-    """The options by each of their names."""
-    return {name: argument for argument in arguments if argument.is_option for name in argument.names}
-
-
-def parse(name: str, words: Sequence[str]) -> Args:
-    """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
-    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
-    cut = words.index("--") if "--" in words else len(words)
-    after, values = list(words[cut + 1 :]), vars(args)
-    for argument in command.arguments:
-        default = argument.default
-        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+    Return None for any other, also for one with a mistake: it is argparse's, whose import costs more than a call.
+    """
+    words = list(argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv)
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
+        return None
+    args, names, options = Args(), [], command.options
+    values = vars(args)
+    words, values["command"] = split_tail(command, words[1:])
+    if values["command"] is None:
+        return None
     try:
-        rest = parse_options(name, words[:cut], values)
-        if not command.tail:
-            rest += after
-        elif after or (cut == len(words) and command.tail == "*"):
-            values["command"] = after
-        else:
-            raise UsageError(f"a command must follow --; {usage}")
+        for argument in command.arguments:
+            default = argument.default
+            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+        while words:
+            word = words.pop(0)
+            option = options.get(word)
+            if word[:1] != "-":
+                names.append(word)
+            elif option and option.takes_value and words[0][:1] != "-":
+                value = option.read(words.pop(0))
+                values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
+            elif option and option.words.get("action") == "store_true":
+                values[option.dest] = True
+            else:
+                return None
         for argument in command.positionals:
-            if not rest and argument.words.get("nargs") != "*":
-                raise UsageError(f"too few arguments; {usage}")
-            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
-            values[argument.dest] = value
-        if rest:
-            hint = " did you forget -- before the command?;" if command.tail else ""
-            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
-    return args
-
-
-def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
-    while todo:
-        word = todo.pop(0)
-        given, text = option_in(word, options)
-        option = options.get(given)
-        if not given:
-            rest.append(word)
-        elif option is None:
-            hint = meant(resembling(given, list(options)), f"; see `{PROGRAM} {name} --help`")
-            raise UsageError(f"no such option: {ascii(given)[:40]}{hint}")
-        elif option.takes_value:
-            if text is None and (not todo or option_in(todo[0], options)[0]):
-                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
-            try:
-                value = option.read(todo.pop(0) if text is None else text)
-            except UsageError as error:
-                raise UsageError(f"{given}: {error}") from None
-            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        elif option.words["action"] == "help":
-            put(argparse_of(name).format_help())
-            raise SystemExit(0)
-        else:
-            values[option.dest] = True
-            if text is not None and (given[:2] == "--" or "-" + text[:1] not in options):
-                raise UsageError(f"{given} takes no value")
-            if text is not None:  # -qv is -q -v
-                todo.insert(0, "-" + text)
-    return rest
-
-
-def option_in(word: str, options: Iterable[str]) -> tuple[str, str | None]:
-    """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
-    given, equals, text = word.partition("=")
-    if given in options:
-        return given, text if equals else None
-    if word[:2] in options and "-" + given not in options:
-        return word[:2], word[2:]
-    is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
-    return given if is_option else "", None
-
-
-def overview() -> str:
-    """The page that --help prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
-    return f"""usage: {PROGRAM} COMMAND [ARG]...
-
-Startup coordination for scripts that run in parallel. A unit is a named phase of work,
-usually one script; it starts when the units it depends on are done.
-
-{chr(10).join(lines)}
-
-`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
-`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
-"""
-
-
-def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options before the command; the command and what follows it, without the words `exp sync` in front."""
-    options: list[str] = []
-    rest, front, known = list(words), ["exp", "sync"], ("--socket-path", "--connect-timeout")
-    while rest:
-        given, text = option_in(rest[0], known)
-        if given in known:
-            end = 2 if text is None else 1
-            options += rest[:end]
-            del rest[:end]
-        elif rest[:2] == front:
-            del rest[:2]
-            front = []
-        else:
-            break
-    return options, rest
+            if argument.words.get("nargs") != "*" and not names:
+                return None
+            values[argument.dest] = names if argument.is_repeated else argument.read(names[0])
+            names = [] if argument.is_repeated else names[1:]
+    except (UsageError, IndexError):
+        return None
+    return None if names else (command, args)
 
 
 def load_below() -> None:
@@ -1640,29 +1569,12 @@ def load_below() -> None:
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
-    options, words = command_line(argv)
-    if LAUNCHED and (not words or words[0] not in COMMANDS):
+    found = quick(argv)
+    if LAUNCHED and not found:
         load_below()
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    name, rest = words[0], words[1:]
-    if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
-    if name in ("-h", "--help", "help"):
-        put(overview())
-        return 0
-    if name in ("--version", "version"):
-        put(f"coder_sync {__version__}\n")
-        return 0
-    if name not in COMMANDS:
-        if name == "exp":
-            raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-        if name[0:1] == "-":
-            which = "which command? Options other than --socket-path and --connect-timeout follow the command"
-            raise UsageError(f"{ascii(name)[:60]}: {which}")
-        hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
-        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
-    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
+        found = quick(argv)
+    command, args = found or Command.parse(argv)
+    return command.run(args) or 0
 
 
 def name_process() -> None:
@@ -4897,6 +4809,8 @@ def hover_text(bar: Bar) -> str:
 
 def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
+    from html import escape as xml  # what is printable needs no more
+
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
     units = [bar.unit for bar in bars]
@@ -4957,13 +4871,6 @@ def timeline_svg(graph: Graph) -> str:
     sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
-
-
-def xml(text: str) -> str:
-    """Return text for XML, in which control characters have no place."""
-    from html import escape
-
-    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
 def timeline_as(form: str, graph: Graph) -> str:
@@ -7547,8 +7454,105 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. The other commands.
+# Command line. What `quick` does not read is parsed by argparse here; then the other commands.
 # ----------------------------------------------------------------------------------------------------------
+
+
+def usage_of(command: Command) -> str:
+    """Return the usage line of a command."""
+    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
+    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
+    return " ".join([PROGRAM, command.name, *shown, "[OPTION]..."]) + tail
+
+
+def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argparse.ArgumentParser:
+    """Return argparse's parser for arguments. It raises UsageError."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+        def print_help(self, file: Any = None) -> None:  # another one's: this one hides positionals for a while
+            put(parser_of(usage, arguments, **words).format_help())
+
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    usage_text = usage.replace("%", "%%")
+    parser = Parser(PROGRAM, usage_text, formatter_class=form, add_help=False, allow_abbrev=False, **words)
+    for argument in arguments:
+
+        def read(text: str, argument: Argument = argument) -> Any:
+            try:
+                return argument.words.get("type", str)(text.lstrip("\0"))
+            except UsageError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        more: dict[str, Any] = {"default": argument.default, "type": read} if argument.takes_value else {}
+        more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
+        parser.add_argument(*argument.names, **{**argument.words, **more})
+    return parser
+
+
+def parser_for(command: Command) -> argparse.ArgumentParser:
+    """Return argparse's parser for what follows the name of a command."""
+    example = f"example: {PROGRAM} {command.example}"
+    return parser_of(usage_of(command), command.arguments, description=command.help, epilog=example)
+
+
+def front_of(words: Sequence[str], into: Args | None = None) -> tuple[Args, list[str]]:
+    """Return the options in front of a command, and the command with what follows. Raises UsageError."""
+    options = (*COMMON[:2], flag("-h", "--help", help=""), flag("--version", help=""))
+    parser = parser_of("", (*options, Argument("words", nargs="...", help="")))
+    args, others = parser.parse_known_args(words, into or Args())
+    if others:
+        which = "which command? Options other than --socket-path and --connect-timeout follow the command"
+        raise UsageError(f"{ascii(others[0])[:60]}: {which}")
+    rest, wants_help, wants_version = (vars(args).pop(name) for name in ("words", "help", "version"))
+    if wants_help or wants_version:
+        return args, ["help" if wants_help else "version"]
+    return front_of(rest[2:] or ["help"], args) if rest[:2] == ["exp", "sync"] else (args, rest)
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, Args]:
+    """Parse a command line. Ends the process for --help. Raises UsageError."""
+    args, words = front_of(argv)
+    if not words:
+        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
+    command = command_named(words[0])
+    try:
+        words, args.command = split_tail(command, words[1:])
+        if "--" in words:  # what follows are names: no option begins with what is put in front of them here
+            words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
+        _, others = parser_for(command).parse_known_intermixed_args(words, args)
+        if others:
+            raise UsageError(surplus(command, others[0].lstrip("\0")))
+        if args.command is None:
+            raise UsageError("a command must follow --")
+    except UsageError as error:
+        raise UsageError(f"{command.name}: {error} (usage: {usage_of(command)})") from None
+    return command, args
+
+
+Command.parse = parse
+
+
+def command_named(name: str) -> Command:
+    """Return the command with this name. Raises UsageError."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    if name == "exp":
+        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
+    hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
+    raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
+
+
+def surplus(command: Command, word: str) -> str:
+    """Return what is wrong with a word that is one too many."""
+    if word[:1] == "-":
+        given = word.partition("=")[0]
+        return f"no such option: {ascii(given)[:40]}{meant(resembling(given, list(command.options)))}"
+    return f"unexpected {ascii(word)[:60]}" + ("; did you forget -- before the command?" if command.tail else "")
 
 
 def mode_bits(text: str) -> int:
@@ -7699,7 +7703,9 @@ def cmd_boot(args: Args) -> int:
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
-        put(f"error: nothing was run:\n{error}\n", 2)
+        forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
+        hint = "did you forget -- before the command?\n" if forgotten else ""
+        put(f"error: nothing was run:\n{error}\n{hint}", 2)
         return error.exit_code
     if args.check:
         put(plan_text(scripts))
@@ -7889,17 +7895,36 @@ def cmd_events(args: Args) -> None:
             return
 
 
+@Command(
+    "help start", Argument("topics", nargs="*", metavar="COMMAND", help="what it is about (default: all commands)")
+)
+def cmd_help(args: Args) -> None:
+    """Say what there is, or more about COMMAND."""
+    for command in [command_named(topic) for topic in args.topics]:
+        return parser_for(command).print_help()
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    put(f"""usage: {PROGRAM} COMMAND [ARG]...
+
+Startup coordination for scripts that run in parallel. A unit is a named phase of work,
+usually one script; it starts when the units it depends on are done.
+
+{chr(10).join(lines)}
+
+`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
+""")
+
+
+@Command("version")
+def cmd_version(args: Args) -> None:
+    """Print the version."""
+    put(f"coder_sync {__version__}\n")
+
+
 SHELL_SCRIPTS = {
     "bash": """\
-_coder_sync() {
-    local word
-    COMPREPLY=()
-    while IFS= read -r word; do
-        printf -v word %q "$word"
-        COMPREPLY+=("$word")
-    done < <("$1" completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
-}
-complete -o default -F _coder_sync PROGRAM
+complete -o default -C 'FILE completion bash -- 2>/dev/null' PROGRAM
 """,
     "zsh": """\
 _coder_sync() {
@@ -7907,60 +7932,76 @@ _coder_sync() {
     found=(${(f)"$(${(Q)words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
     if (( $#found )); then compadd -a found; else _files; fi
 }
-compdef _coder_sync PROGRAM
-""",
-    "fish": """\
-function __coder_sync
-    set -l words (commandline -opc) (commandline -ct)
-    set -l found ($words[1] completion fish -- $words[2..-1] 2>/dev/null)
-    if set -q found[1]
-        printf '%s\\n' $found
-    else
-        __fish_complete_path $words[-1]
-    end
-end
-complete -c PROGRAM -f -a '(__coder_sync)'
+(( ! $+functions[compdef] )) || compdef _coder_sync PROGRAM
 """,
 }
 
 
 @Command(
     "completion bash >> ~/.bashrc",
-    Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),
+    Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash or zsh"),
     tail="*",
 )
 def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
+    import shlex
+
     if args.command:
-        put("".join(word + "\n" for word in candidates(args.command)))
-    else:
-        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
+        line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
+        if args.shell == "bash" and point.isdecimal():
+            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+        else:
+            found = candidates(args.command)
+        put("".join(word + "\n" for word in found))
+        return
+    path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
+    put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def candidates(line: Sequence[str]) -> list[str]:
-    """What the last word of a command line may become; nothing where it is a file, or is not ours to know."""
-    # One word for --output and one for json, as bash has it, which makes three of --output=json.
-    parts = (word.split("=", 1) if word[:2] == "--" else [word] for word in line[:-1])
-    words = [part for both in parts for part in both if part not in ("", "=")]
-    last = line[-1].strip("'\"=").replace("\\", "")
-    _, rest = command_line(words)
-    if "--" in words or (rest and rest[0] not in COMMANDS):
+def bash_candidates(line: bytes, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+    import re
+    import shlex
+
+    text = line.decode(errors="surrogateescape").rstrip("\\")
+    for quote in ("", "'", '"'):  # the one that is still open
+        try:
+            words = shlex.split(text + quote)
+        except ValueError:
+            continue
+        if not quote and text[-1:].isspace():
+            words.append("")
+        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
+        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
+        change = r"'\\''" if quote == "'" else r"\\\1"
+        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
+    return []
+
+
+def candidates(words: Sequence[str]) -> list[str]:
+    """Return what the last word of a command line may become; nothing where it is a file, or not ours to know."""
+    before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
+    before += [option] * bool(equals)
+    try:
+        _, rest = front_of([*before, "the last"])
+    except UsageError:
         return []
-    arguments = COMMANDS[rest[0]].arguments if rest else COMMON
-    options = options_in(arguments)
-    given, equals, _ = last.partition("=")
-    asked, prefix, found = COMMANDS[rest[0]].positionals if rest else [], "", [] if rest else [*COMMANDS]
-    if words and words[-1] in options and options[words[-1]].takes_value:
-        asked, found = [options[words[-1]]], []
-    elif equals and given in options:
-        asked, prefix, found = [options[given]], given + "=", []
-    elif last[:1] == "-":
-        asked, found = [], [*options]
+    if "--" in before or (rest[1:] and rest[0] not in COMMANDS):
+        return []
+    command = COMMANDS[rest[0]] if rest[1:] else Command("")
+    asked = command.positionals
+    if before and before[-1] in command.options and command.options[before[-1]].takes_value:
+        asked = [command.options[before[-1]]]
+    found: list[str] = [] if asked or rest[1:] or not rest else [*COMMANDS]
+    if last[:1] == "-":
+        asked, found = [], [*command.options]
     for argument in asked:
         found += argument.words.get("choices") or ()
+        found += [*COMMANDS] if argument.words.get("metavar") == "COMMAND" else ()
     if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
-        found += known_units(words)
-    return [prefix + word for word in found if (prefix + word).startswith(last)]
+        found += known_units(before)
+    return [option + equals + word for word in found if word.startswith(last)]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
