@@ -1204,6 +1204,8 @@ class Start:
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        if sys.platform != "linux":  # where an agent cannot find out which script has called us
+            self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -1813,14 +1815,19 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Processes:
-    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen."""
+    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen.
 
-    def __init__(self) -> None:
-        self.births: dict[int, str] = {}  # pid -> when it began, which tells it from a later one with the same pid
-        self.near: dict[int, list[int]] = {}  # a pid -> those of which it is the parent, the group or the session
+    `before` is an earlier look: who was seen then is not asked again for its mark.
+    """
+
+    def __init__(self, before: Processes | None = None) -> None:
+        self.births: dict[int, int] = {}  # pid -> when it began, which tells it from a later one with the same pid
+        self.near: dict[int | str, list[int]] = {}  # a pid -> those of which it is the parent, group or session
         self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
+        self._marks: dict[int, str] = {}  # what $CODER_SYNC_ENV is in those that are younger than we; also in `near`
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+        ours = int(stat_of(os.getpid())[19])
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             try:
                 state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
@@ -1829,28 +1836,40 @@ class Processes:
             if state in "ZX":
                 self.dead_groups.add(int(group))
                 continue
-            self.births[pid] = more[15]
-            for number in {int(parent), int(group), int(session)}:
-                self.near.setdefault(number, []).append(pid)
+            born = self.births[pid] = int(more[15])
+            if before and before.births.get(pid) == born:
+                self._marks[pid] = before._marks.get(pid, "")
+            elif born >= ours:
+                self._marks[pid] = mark_of(pid)
+            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+            for key in keys:
+                self.near.setdefault(key, []).append(pid)
+
+
+def mark_of(pid: int) -> str:
+    """Return the $CODER_SYNC_ENV that a process began with, which no two units have; empty if it cannot be told."""
+    try:
+        words = read_proc(f"/proc/{pid}/environ").split("\0")
+    except OSError:  # it is another user's, or has ended
+        return ""
+    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
     """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
 
-    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
-    process and its group are known. No pid is signalled that may have become another process's.
+    Who was seen once is known by pid and birth, also when its parent has gone; a daemon that nobody has seen before is,
+    by `mark`, its $CODER_SYNC_ENV. Without a /proc of ours only the first process and its group are known. No pid is
+    signalled that may have become another process's.
     """
 
-    def __init__(self, pid: int, own: bool) -> None:
-        self.pid, self.own = pid, own  # of the first process; whether it leads a session or group
+    def __init__(self, pid: int, own: bool, mark: str) -> None:
+        self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
         self.first = True  # it has not ended
-        self._known: dict[int, str] = {}  # pid -> birth, at the last look
-        self._told: set[int] = set()  # those of the others that were told to end
+        self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, processes: Callable[[], Processes]) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
-        if not self.first and not self.own and not self._known:
-            return False
         try:
             alive = processes()
         except OSError:  # no /proc, no descriptor
@@ -1858,6 +1877,7 @@ class Family:
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
+        todo += alive.near.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
@@ -1880,14 +1900,13 @@ class Family:
     def left(self) -> list[int]:
         """Return the pids of all who are known to be left, the first process before the others."""
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
-        """Tell the others to end, each once."""
+        """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
-        self._told |= others
+        others = self.left()[self.first :] or [-self.pid] * self.has_group()
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -1913,6 +1932,7 @@ class Loop:
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None
+        self._looked = False  # since the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -1928,7 +1948,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._processes = b"", None
+        came, self._looked = b"", False
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -1940,7 +1960,8 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all processes, seen once for all who ask between two turns. Raises OSError."""
-        self._processes = self._processes or Processes()
+        if not self._processes or not self._looked:
+            self._processes, self._looked = Processes(self._processes), True
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -2139,13 +2160,6 @@ STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for wha
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
-class Facts(UnitStatus):
-    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
-
-    def __init__(self, registered: float | None = None) -> None:
-        self.registered = registered
-
-
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
@@ -2153,7 +2167,7 @@ class Unit:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = 0.0  # of the status
-        self.facts = Facts()
+        self.begin_anew(None)
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2167,8 +2181,13 @@ class Unit:
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
+    def begin_anew(self, registered: float | None) -> None:
+        """Forget what is known of the run before."""
+        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
+        self.facts.registered = registered
+
     def first(self) -> Claim | None:
-        """The claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
 
 
@@ -2244,10 +2263,11 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
 
-    `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell` gets every
-    event as it happens.
+    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
+    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
+    gets every event as it happens.
     """
 
     def __init__(
@@ -2745,7 +2765,7 @@ class Units:
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
-            unit.facts = Facts(unit.since)
+            unit.begin_anew(unit.since)
             unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -3427,10 +3447,15 @@ class Connection:
         except OSError:
             pass
 
-    def caller(self, hold: bool) -> Owner | None:
-        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+    def caller(self, hold: bool, parent: int = 0) -> Owner | None:
+        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+
+        `parent` is the script as the peer says, for systems on which we cannot find out.
+        """
         pid = peer_of(self.sock)[0]
-        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+        return process(pid)
 
 
 def of_peer(error: BaseException | None) -> bool:
@@ -3552,11 +3577,12 @@ class Agent:
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
-        except SyncError as error:
+        except SyncError as problem:
+            error = problem
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
-                error.args = (error.args[0] + meant(unknown.did_you_mean),)
+                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3712,6 +3738,7 @@ class Agent:
         locks: Sequence[str] = (),
         confirm: bool = False,
         supervisor: bool = False,
+        caller: int = 0,
     ) -> None:
         """Claim a unit.
 
@@ -3720,8 +3747,8 @@ class Agent:
         """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
-        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
+        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         claim = self.units.start(
             unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
         )
@@ -3802,27 +3829,30 @@ class Agent:
 
     def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
-        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
-        known, connection = self.units.units.get(unit), request.connection
-        if not known or known.last in connection.claims:
-            return None, known.last if known else None
-        return connection.caller(hold=False) if known.refused else None, None
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def _claim_of(self, request: Request, unit: str) -> Claim | None:
+        """Return the claim on a unit that was granted last, if it is the connection's."""
+        known = self.units.units.get(unit)
+        return known.last if known and known.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
         """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        known = self.units.units.get(unit)
-        if not known or not known.last or known.last not in request.connection.claims:
+        claim = self._claim_of(request, unit)
+        if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        return known.last
+        return claim
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -4118,7 +4148,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         if replace and not late:
             late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -4130,7 +4160,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
-                return os.dup(fd)  # which is locked as well
+                ours = True
+                return fd
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -4145,7 +4176,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         except FileNotFoundError:
             pass
         finally:
-            os.close(fd)
+            if not ours:
+                os.close(fd)
 
 
 def write_pid(fd: int, path: str) -> None:
@@ -4268,16 +4300,17 @@ class Host:
                         if os.path.isfile(self.pid_file):  # and no device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
-            except OSError as error:
-                file_name = error.filename or self.pid_file or self.log_file
-                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
-            try:
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except RuntimeError as error:
-                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            except OSError as error:
+                what = f"write {error.filename or self.pid_file or self.log_file}"
+                raise Refused(
+                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
+                ) from None
+            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
+                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -5667,7 +5700,7 @@ class Task:
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
-        self.family = Family(0, False)  # the processes of the latest try
+        self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
@@ -5763,7 +5796,7 @@ class Task:
             self.not_begun(wrong(error), error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
+        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
         self.tries += 1
         limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
@@ -5841,6 +5874,8 @@ class Task:
         self.close_prober()
         if self.state == ENDING:
             self.due[self.look] = 0.0
+            if self.tell_others in self.due:
+                self.due[self.tell_others] = 0.0
         elif code or early or self.reported == FAILED:
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
@@ -5860,7 +5895,8 @@ class Task:
         by = min(by, now + self.grace)
         if self.state != ENDING:
             self.why = why
-            self.enter(ENDING, {self.look: now, self.tell_others: (now + by) / 2, self.kill: by})
+            others_at = (now + by) / 2 if self.family.first else now
+            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
             self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
             self.family.signal(signal.SIGTERM)
@@ -5869,7 +5905,8 @@ class Task:
             self.due[self.kill] = by
 
     def tell_others(self) -> None:
-        """Half of the time is over: the first process may not be enough."""
+        """Tell the others to end: the first process has, or half of the time is over."""
+        self.family.look(self.loop)
         self.family.tell_others()
 
     def kill(self) -> None:
@@ -5892,11 +5929,12 @@ class Task:
         elif self.state == ENDING:
             if self.give_up in self.due:
                 self.family.kill()
-            elif not self.family.first or self.tell_others not in self.due:
-                self.family.tell_others()
             self.due[self.look] = now + LOOK_OFTEN
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
+            if not self.runs_on:
+                self.runs_on = True
+                self.report("running")
 
     def gone(self) -> None:
         """Nothing is left of a try."""
@@ -5963,8 +6001,9 @@ class Task:
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
             end_by = self.due.get(self.time_is_up, NEVER)
-            look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
-            self.enter(READY, {self.time_is_up: end_by, self.look: look})
+            self.enter(READY, {self.time_is_up: end_by})
+            if not self.family.first:
+                self.due = {self.look: now + LOOK_EVERY} if self.own_session else {self.gone: now}
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 
