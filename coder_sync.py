@@ -5417,7 +5417,7 @@ class Prober:
     def _kill(self) -> None:
         """Kill a command that is being tried, with all that it has started."""
         if self._pid:
-            family = Family(self._pid, own=True)
+            family = Family(self._pid, own=True, mark="")
             family.look(Processes)
             family.kill()
 
@@ -5906,7 +5906,7 @@ class Task:
 
     def tell_others(self) -> None:
         """Tell the others to end: the first process has, or half of the time is over."""
-        self.family.look(self.loop)
+        self.family.look(self.loop.processes)
         self.family.tell_others()
 
     def kill(self) -> None:
@@ -6992,7 +6992,7 @@ class Boot:
         families = [job.family for job in self.active.values() if job.lives()]
         deadline = time.monotonic() + self.options.grace
         while families:
-            families = [family for family in families if family.look(self.loop)]
+            families = [family for family in families if family.look(self.loop.processes)]
             for family in families:
                 family.kill() if time.monotonic() > deadline else family.tell_others()
                 family.signal(15)
