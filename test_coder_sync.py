@@ -8957,7 +8957,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(types.SimpleNamespace(processes=coder_sync.Processes))
+        family.look(coder_sync.Processes)
         assert family.left() == []
         family.tell_others(), family.kill()
     assert other.poll() is None
