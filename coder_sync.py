@@ -22,6 +22,7 @@ let others go on:
     coder_sync.py wait UNIT...           wait for units, or probes, without being one
     coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
     coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
 
@@ -103,17 +104,28 @@ def half_of(path, below):  # type: (str, bool) -> Any
     return half, (found.st_ino, found.st_mtime_ns)
 
 
+def exit_on_signals():  # type: () -> None
+    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    import _signal as signal  # type: ignore[import-not-found]
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, frame: sys.exit(128 + got))
+
+
 def launch():  # type: () -> None
     """Run what is above the cut, which runs main() at the cut."""
     global LAUNCHED
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal  # type: ignore[import-not-found]
+    import _signal as signal
     import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    if posix.getpid() == 1:
+        exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     path = sys.argv[0]
@@ -181,7 +193,9 @@ REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
 GRACE = 8.0  # seconds that a command has to end; docker kills after ten
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 NEVER = float("inf")  # a time
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
 # ----------------------------------------------------------------------------------------------------------
@@ -436,8 +450,15 @@ class Pong(Record):
     uptime: float
 
 
+class Running(Record):
+    """A unit whose command still runs."""
+
+    unit: str
+    owner: Owner | None = None
+
+
 class Answer(Record):
-    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+    """What the agent says of units: its answer to who starts, stops or resets them, and what becomes of a boot's."""
 
     unit: str = ""
     status: str = ""
@@ -445,6 +466,9 @@ class Answer(Record):
     dependencies: list[str] = []  # noqa: RUF012
     units: list[str] = []  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    stopped: list[str] = []  # noqa: RUF012  (in the order in which they ended)
+    left: list[Running] = []  # noqa: RUF012
+    cannot: list[Running] = []  # noqa: RUF012  (be stopped: a script called `start` itself)
     grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
@@ -453,6 +477,13 @@ class Graph(Record):
 
     now: float
     nodes: list[UnitStatus]
+
+
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def check_name(name: object, what: str = "unit") -> str:
@@ -761,7 +792,7 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `notice_signals`
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
@@ -840,7 +871,7 @@ class Channel:
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+        if self.signals >= 0:
             import select
 
             awaited = select.poll()
@@ -874,10 +905,13 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
-        """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        end = time.monotonic() + timeout
-        while message := self.hear(end=end):
+    def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
+        """Return the result of a request. Raises what the agent answered.
+
+        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        """
+        end = time.monotonic() + quiet + timeout
+        while message := self.hear(quiet, end):
             if is_answer(message, request):
                 return result_of(message)
         raise Unreachable(self._silence(timeout))
@@ -917,9 +951,13 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def agent(self) -> str:
+        """The agent, for a message."""
+        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
+
     def _silence(self, seconds: float) -> str:
-        who = f" (pid {self.pid})" if self.pid else ""
-        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+        return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -1023,19 +1061,6 @@ def name_list(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
-
-
-def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
-    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
-    with Channel(path, connect_timeout) as channel:
-        channel.answer(channel.request("shutdown"), timeout)
-        end = time.monotonic() + timeout
-        try:
-            while channel.receive(end - time.monotonic()):
-                pass
-        except Unreachable:
-            return
-    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -1144,9 +1169,34 @@ class Client:
         with self._channel("env") as channel:
             return channel.news(channel.call("env", unit=unit)).env
 
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped when all have ended, which takes `grace` seconds at most, and
+        some more for what ignores TERM. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what has `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
     def shutdown(self) -> None:
-        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        end_agent(self.socket_path, self._question_timeout)
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
@@ -1246,6 +1296,16 @@ class Start:
             self.channel.close()
 
 
+def still_running(answer: Answer) -> str:
+    """What a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    own = ", which called `start` itself: end that"
+    texts += [
+        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
+    ]
+    return "; ".join(texts)
+
+
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
@@ -1278,13 +1338,6 @@ def wait_for(
 # because importing argparse costs more than a call; by argparse for the help pages; and by completion.
 # Up to here the file is all that such a call needs: an installed copy loads what follows only for other commands.
 # ----------------------------------------------------------------------------------------------------------
-
-
-def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def dependency_text(row: Dependency) -> str:
@@ -1589,16 +1642,13 @@ def name_process() -> None:
         pass
 
 
-def end_on_signals() -> None:
-    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+def notice_signals() -> None:
+    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
     posix.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -1617,7 +1667,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
-            end_on_signals()
+            exit_on_signals()
+            notice_signals()
         name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -1629,8 +1680,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
-    except Exception as error:  # a defect of ours; no traceback reaches a user
-        put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
+    except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
+        lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
+        lack = next((text for text in lacks if text in str(error)), "")
+        defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
+        put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
@@ -2034,7 +2088,7 @@ def end_on(*names: str) -> None:
     import _signal as signal
 
     for number in heeded(names):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
 
 
 def let_children_go() -> None:
@@ -2052,12 +2106,24 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
     import _signal as signal
 
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
+    program = in_path(command[0], env.get(b"PATH"))
     if own_session:
         try:
-            return os.posix_spawnp(command[0], command, env, setsid=True, **options)
+            return os.posix_spawnp(program, command, env, setsid=True, **options)
         except NotImplementedError:  # an older C library
             options["setpgroup"] = 0
-    return os.posix_spawnp(command[0], command, env, **options)
+    return os.posix_spawnp(program, command, env, **options)
+
+
+def in_path(program: str, path: bytes | None) -> str:
+    """Return where a program is in a PATH, if that is not ours, which the system looks in. Raises OSError."""
+    if path == os.environb.get(b"PATH") or not program or "/" in program:
+        return program
+    places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
+    files = [place for place in places if os.path.isfile(place)]
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no such command")
+    return next((file for file in files if os.access(file, os.X_OK)), files[0])
 
 
 def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
@@ -2156,7 +2222,6 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
-STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 
 
@@ -5322,7 +5387,11 @@ class Prober:
         """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        except RuntimeError:
+            os.close(self._done)
+            raise
         return self
 
     def fileno(self) -> int:
@@ -5646,7 +5715,6 @@ LOOK_OFTEN = 0.05  # seconds, at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 
 WAITING = "waiting"  # for its turn, or its next try
 CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
@@ -5760,7 +5828,8 @@ class Task:
             return
         try:
             self.enter(CHECKING, {})
-            self.prober = Prober(self.limits.ready, self.environment()).begin(once=True)
+            self.prober = Prober(self.limits.ready, self.environment())
+            self.prober.begin(once=True)
             self.loop.watch(self.prober.fileno(), self.checked)
         except (OSError, RuntimeError) as error:
             self.not_begun(cannot_probe(error), error)
@@ -5821,7 +5890,8 @@ class Task:
         if self.limits.ready == "notify":
             self.prober = self.notified = Notified(self.notify_path)
         elif self.limits.ready:
-            self.prober = Prober(self.limits.ready, env, before).begin()
+            self.prober = Prober(self.limits.ready, env, before)
+            self.prober.begin()
         if self.prober:
             self.loop.watch(self.prober.fileno(), self.probed)
 
@@ -6028,7 +6098,9 @@ def cmd_run(args: Args) -> int:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
+        path = os.path.abspath(socket_path_of(args.socket_path))
+        env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
+        return shell_status(supervise(args.command, env))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     with start.channel:
@@ -6044,7 +6116,8 @@ class Run(Task):
         limits = Limits(args.ready or "", args.ready_timeout, 0.0, args.retry, args.retry_delay)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env, self.quiet = environment(**start.environment), args.quiet
+        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
+        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
         self.status = 0  # to return
         self.unreported: list[str] = []
         self.left = private_file()
@@ -7815,6 +7888,23 @@ def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+
+
+@Command(
+    "stop db --grace 30s",
+    units_or("all"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
+    QUIET,
+)
+def cmd_stop(args: Args) -> None:
+    """End the commands of UNIT and of what depends on it, dependents first."""
+    answer = client_of(args).halt(*args.units, grace=args.grace)
+    if answer.stopped:
+        say(f"stopped: {names_of(answer.stopped)}", quiet=args.quiet)
+    if answer.left or answer.cannot:
+        raise Refused(still_running(answer))
+    if not answer.stopped:
+        say("nothing runs", quiet=args.quiet)
 
 
 @Command("shutdown", QUIET)

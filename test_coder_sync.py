@@ -2284,7 +2284,7 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "status"],
+    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
     "exp sync ": [*coder_sync.COMMANDS],
@@ -2350,7 +2350,7 @@ def test_zsh_completes_commands_units_and_files(agent: World, tool_there: str) -
         assert (done.returncode, done.stderr) == (0, "")
         return sorted(word for word in done.stdout.split("\n") if word)
 
-    assert complete("st") == ["start", "status"]
+    assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == sorted([*UNITS_THERE, "a$(touch oops)"])
     assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == sorted(p.name for p in agent.directory.iterdir())
@@ -5449,6 +5449,42 @@ def test_stop_tells_all_at_half_time_says_what_is_left_and_goes_on_without_who_a
     assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
 
 
+def test_the_command_stop_says_what_it_has_ended(agent: World) -> None:
+    db, app = Supervisor(agent, "db"), Supervisor(agent, "app", dependencies=["db"])
+    stopping = agent.popen("stop", "db")
+    for one, unit in ((app, "app"), (db, "db")):
+        assert one.told()["unit"] == unit
+        one.ended(unit)
+    done = finish(stopping)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped: app, db\n", "")
+    assert agent.ok("stop") == "nothing runs\n"
+    assert agent.ok("stop", "-q") == ""
+    assert agent.run("stop", "dv").stderr == 'error: unit "dv" is not registered; call want, start or run on it first\n'
+
+
+def test_a_stop_names_what_it_could_not_end(world: World) -> None:
+    answering(world, altered("coder_sync.STOP_PATIENCE = 0.1", "serve", "-q"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    world.client.start("script")
+    stopping = world.popen("stop", "--grace", "0.2s")
+    app.told()
+    app.ended("app")
+    db.told()
+    done = finish(stopping)
+    assert (done.returncode, done.stdout) == (1, "stopped: app\n")
+    still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
+    cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which called `start` itself: end that'
+    assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
+    with pytest.raises(Refused, match=f"^{cannot}$"):
+        world.client.stop("script")
+    with pytest.raises(NotRegistered):
+        world.client.stop("nobody")
+    with pytest.raises(Refused, match=f"^{still}$"):
+        world.client.stop("db", grace=0.1)
+    db.ended("db")
+    assert world.client.stop("db", "app") == []
+
+
 @pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"])
 def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how: str) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
@@ -5545,6 +5581,75 @@ def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
     done, reason = stopped(run), "stopped between two tries; exit code 1"
     assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "script", "code"),
+    [
+        ("", "echo on; exec sleep 60", 143),
+        ("--ready file:never", "echo on; exec sleep 60", 143),
+        ("--ready file:up", "touch up; echo on; exec sleep 60", 143),
+        ("--retry 1 --retry-delay 10m", "echo on; exit 3", 3),
+        ("", "trap '' TERM; echo on; while :; do sleep 0.1; done", 137),
+        ("", "trap 'exit 0' TERM; echo on; while :; do sleep 0.1; done", 1),
+    ],
+    ids=["running", "not ready", "ready", "between two tries", "deaf", "ends well"],
+)
+def test_a_stop_ends_what_a_run_has_in_whatever_state(agent: World, options: str, script: str, code: int) -> None:
+    run = agent.popen("run", "a", *options.split(), "--", "sh", "-c", script)
+    assert line_of(run.stdout) == "on\n"
+    if "between" in options or "retry" in options:
+        assert "try 2 of 2" in line_of(run.stderr)
+    if "up" in options:
+        until(lambda: agent.status("a") == "completed")
+    assert agent.connect().call("stop", units=["a"], grace=1.0)["result"]["stopped"] == ["a"]
+    assert finish(run).returncode == code
+    found = agent.client.status("a")
+    assert (found.status, found.reason) == ("failed", "stopped")
+
+
+def test_a_stop_ends_what_is_being_ended_already_sooner(agent: World, gate: Gate) -> None:
+    deaf = "trap '' TERM; : > up; echo on; while :; do sleep 0.1; done"
+    late = ["--ready", "notify", "--ready-timeout", "100ms"]
+    run = agent.popen("run", "a", *late, "--", "sh", "-c", deaf)
+    assert line_of(run.stdout) == "on\n"
+    time.sleep(0.2)
+    began = time.monotonic()
+    agent.connect().call("stop", units=["a"], grace=0.2)
+    assert finish(run).returncode == 124 and time.monotonic() - began < coder_sync.Task.grace / 2
+    assert agent.client.status("a").reason == "stopped"
+
+
+def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: World) -> None:
+    tools = agent.directory / "tools"
+    tools.mkdir()
+    (tools / "tool").write_text("#!/bin/sh\necho $0 $1\n")
+    (tools / "plain").write_text("")
+    agent.ok("run", "pip", "--", "sh", "-c", f'echo "PATH={tools}:$PATH" >> "$CODER_SYNC_ENV"')
+    run = ["run", "a", "--want", "pip", "--"]
+    assert agent.run(*run, "tool", "x").returncode == 126
+    (tools / "tool").chmod(0o755)
+    assert agent.ok(*run, "tool", "x") == f"{tools}/tool x\n"
+    assert agent.ok(*run, "sh", "-c", "echo sh") == "sh\n"
+    assert [agent.run(*run, name).returncode for name in ("no-such", "plain")] == [127, 126]
+    ready = agent.popen("run", "b", "--want", "pip", "--ready", "tool x", "--", "sleep", "60")
+    until(lambda: agent.status("b") == "completed")
+    stopped(ready)
+
+
+def test_a_run_hands_its_socket_path_on_to_its_command(agent: World) -> None:
+    script = 'cd /; echo "$CODER_AGENT_SOCKET_PATH"'
+    env = {name: value for name, value in agent.env.items() if name != "CODER_AGENT_SOCKET_PATH"}
+    assert agent.ok("--socket-path", "agent.sock", "run", "a", "--", "sh", "-c", script, env=env) == f"{agent.path}\n"
+    optional = ["--socket-path", "none", "run", "a", "--optional", "--connect-timeout", "0", "--", "sh", "-c", script]
+    assert agent.ok(*optional, env=env) == f"{agent.directory}/none\n"
+
+
+@pytest.mark.parametrize("limit", ["-n 4", "-n 5", "-n 7"])
+def test_a_run_that_lacks_descriptors_says_so_in_one_line(agent: World, limit: str) -> None:
+    for ready in ([], ["--ready", "true"], ["--ready", "notify"]):
+        done = finish(agent.spawn(limited(limit, "run", "a", *ready, "--", "sh", "-c", "exec sleep 0.1")))
+        assert re.fullmatch("error: .*Too many open files\n", done.stderr) and done.returncode in (1, 125), done
 
 
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
