@@ -2847,7 +2847,8 @@ class Units:
         if claim and claim.boot and status != PENDING:
             answer = {"unit": unit.name, "status": status, "reason": reason}
             self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, reason)
+        detail = reason[len(event) :].lstrip()  # which begins with the word for the event
+        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
@@ -3881,8 +3882,6 @@ class Agent:
         if more:
             connection.members = members
         else:
-            if self.leaving:
-                raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
             still = [claim for claim in connection.claims if not self.units.is_over(claim)]
             connection.claims = dict.fromkeys([*still, *claims])
@@ -3931,6 +3930,7 @@ class Agent:
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
+        self._held(request, unit)
         self.units.retry(unit, detail)
         return {"unit": unit}
 
