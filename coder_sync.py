@@ -22,6 +22,7 @@ let others go on:
     coder_sync.py wait UNIT...           wait for units, or probes, without being one
     coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
     coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
 
@@ -103,17 +104,28 @@ def half_of(path, below):  # type: (str, bool) -> Any
     return half, (found.st_ino, found.st_mtime_ns)
 
 
+def exit_on_signals():  # type: () -> None
+    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    import _signal as signal  # type: ignore[import-not-found]
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, frame: sys.exit(128 + got))
+
+
 def launch():  # type: () -> None
     """Run what is above the cut, which runs main() at the cut."""
     global LAUNCHED
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal  # type: ignore[import-not-found]
+    import _signal as signal
     import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    if posix.getpid() == 1:
+        exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     path = sys.argv[0]
@@ -181,7 +193,9 @@ REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
 GRACE = 8.0  # seconds that a command has to end; docker kills after ten
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 NEVER = float("inf")  # a time
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
 # ----------------------------------------------------------------------------------------------------------
@@ -436,8 +450,15 @@ class Pong(Record):
     uptime: float
 
 
+class Running(Record):
+    """A unit whose command still runs."""
+
+    unit: str
+    owner: Owner | None = None
+
+
 class Answer(Record):
-    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+    """What the agent says of units: its answer to who starts, stops or resets them, and what becomes of a boot's."""
 
     unit: str = ""
     status: str = ""
@@ -445,6 +466,9 @@ class Answer(Record):
     dependencies: list[str] = []  # noqa: RUF012
     units: list[str] = []  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    stopped: list[str] = []  # noqa: RUF012  (in the order in which they ended)
+    left: list[Running] = []  # noqa: RUF012
+    cannot: list[Running] = []  # noqa: RUF012  (be stopped: a script called `start` itself)
     grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
@@ -453,6 +477,13 @@ class Graph(Record):
 
     now: float
     nodes: list[UnitStatus]
+
+
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def check_name(name: object, what: str = "unit") -> str:
@@ -761,7 +792,7 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `notice_signals`
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
@@ -840,7 +871,7 @@ class Channel:
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+        if self.signals >= 0:
             import select
 
             awaited = select.poll()
@@ -874,10 +905,13 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
-        """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        end = time.monotonic() + timeout
-        while message := self.hear(end=end):
+    def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
+        """Return the result of a request. Raises what the agent answered.
+
+        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        """
+        end = time.monotonic() + quiet + timeout
+        while message := self.hear(quiet, end):
             if is_answer(message, request):
                 return result_of(message)
         raise Unreachable(self._silence(timeout))
@@ -917,9 +951,13 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def agent(self) -> str:
+        """The agent, for a message."""
+        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
+
     def _silence(self, seconds: float) -> str:
-        who = f" (pid {self.pid})" if self.pid else ""
-        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+        return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -1023,19 +1061,6 @@ def name_list(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
-
-
-def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
-    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
-    with Channel(path, connect_timeout) as channel:
-        channel.answer(channel.request("shutdown"), timeout)
-        end = time.monotonic() + timeout
-        try:
-            while channel.receive(end - time.monotonic()):
-                pass
-        except Unreachable:
-            return
-    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -1144,9 +1169,34 @@ class Client:
         with self._channel("env") as channel:
             return channel.news(channel.call("env", unit=unit)).env
 
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped when all have ended, which takes `grace` seconds at most, and
+        some more for what ignores TERM. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what has `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
     def shutdown(self) -> None:
-        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        end_agent(self.socket_path, self._question_timeout)
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
@@ -1204,6 +1254,8 @@ class Start:
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        if sys.platform != "linux":  # where an agent cannot find out which script has called us
+            self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -1244,6 +1296,16 @@ class Start:
             self.channel.close()
 
 
+def still_running(answer: Answer) -> str:
+    """What a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    own = ", which called `start` itself: end that"
+    texts += [
+        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
+    ]
+    return "; ".join(texts)
+
+
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
@@ -1276,13 +1338,6 @@ def wait_for(
 # because importing argparse costs more than a call; by argparse for the help pages; and by completion.
 # Up to here the file is all that such a call needs: an installed copy loads what follows only for other commands.
 # ----------------------------------------------------------------------------------------------------------
-
-
-def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def dependency_text(row: Dependency) -> str:
@@ -1587,16 +1642,13 @@ def name_process() -> None:
         pass
 
 
-def end_on_signals() -> None:
-    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+def notice_signals() -> None:
+    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
     posix.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -1615,7 +1667,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
-            end_on_signals()
+            exit_on_signals()
+            notice_signals()
         name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -1627,8 +1680,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
-    except Exception as error:  # a defect of ours; no traceback reaches a user
-        put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
+    except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
+        lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
+        lack = next((text for text in lacks if text in str(error)), "")
+        defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
+        put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
@@ -1813,14 +1869,19 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Processes:
-    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen."""
+    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen.
 
-    def __init__(self) -> None:
-        self.births: dict[int, str] = {}  # pid -> when it began, which tells it from a later one with the same pid
-        self.near: dict[int, list[int]] = {}  # a pid -> those of which it is the parent, the group or the session
+    `before` is an earlier look: who was seen then is not asked again for its mark.
+    """
+
+    def __init__(self, before: Processes | None = None) -> None:
+        self.births: dict[int, int] = {}  # pid -> when it began, which tells it from a later one with the same pid
+        self.near: dict[int | str, list[int]] = {}  # a pid -> those of which it is the parent, group or session
         self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
+        self._marks: dict[int, str] = {}  # what $CODER_SYNC_ENV is in those that are younger than we; also in `near`
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+        ours = int(stat_of(os.getpid())[19])
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             try:
                 state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
@@ -1829,35 +1890,48 @@ class Processes:
             if state in "ZX":
                 self.dead_groups.add(int(group))
                 continue
-            self.births[pid] = more[15]
-            for number in {int(parent), int(group), int(session)}:
-                self.near.setdefault(number, []).append(pid)
+            born = self.births[pid] = int(more[15])
+            if before and before.births.get(pid) == born:
+                self._marks[pid] = before._marks.get(pid, "")
+            elif born >= ours:
+                self._marks[pid] = mark_of(pid)
+            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+            for key in keys:
+                self.near.setdefault(key, []).append(pid)
+
+
+def mark_of(pid: int) -> str:
+    """Return the $CODER_SYNC_ENV that a process began with, which no two units have; empty if it cannot be told."""
+    try:
+        words = read_proc(f"/proc/{pid}/environ").split("\0")
+    except OSError:  # it is another user's, or has ended
+        return ""
+    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
     """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
 
-    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
-    process and its group are known. No pid is signalled that may have become another process's.
+    Who was seen once is known by pid and birth, also when its parent has gone; a daemon that nobody has seen before is,
+    by `mark`, its $CODER_SYNC_ENV. Without a /proc of ours only the first process and its group are known. No pid is
+    signalled that may have become another process's.
     """
 
-    def __init__(self, pid: int, own: bool) -> None:
-        self.pid, self.own = pid, own  # of the first process; whether it leads a session or group
+    def __init__(self, pid: int, own: bool, mark: str) -> None:
+        self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
         self.first = True  # it has not ended
-        self._known: dict[int, str] = {}  # pid -> birth, at the last look
-        self._told: set[int] = set()  # those of the others that were told to end
+        self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
-    def look(self, loop: Loop) -> bool:
+    def look(self, processes: Callable[[], Processes]) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
-        if not self.first and not self.own and not self._known:
-            return False
         try:
-            alive = loop.processes()
+            alive = processes()
         except OSError:  # no /proc, no descriptor
             return self.first or bool(self._known) or self.has_group()
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
+        todo += alive.near.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
@@ -1880,14 +1954,13 @@ class Family:
     def left(self) -> list[int]:
         """Return the pids of all who are known to be left, the first process before the others."""
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
-        """Tell the others to end, each once."""
+        """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
-        self._told |= others
+        others = self.left()[self.first :] or [-self.pid] * self.has_group()
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -1913,6 +1986,7 @@ class Loop:
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None
+        self._looked = False  # since the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -1928,7 +2002,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._processes = b"", None
+        came, self._looked = b"", False
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -1940,7 +2014,8 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all processes, seen once for all who ask between two turns. Raises OSError."""
-        self._processes = self._processes or Processes()
+        if not self._processes or not self._looked:
+            self._processes, self._looked = Processes(self._processes), True
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -2013,7 +2088,7 @@ def end_on(*names: str) -> None:
     import _signal as signal
 
     for number in heeded(names):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
 
 
 def let_children_go() -> None:
@@ -2031,12 +2106,24 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
     import _signal as signal
 
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
+    program = in_path(command[0], env.get(b"PATH"))
     if own_session:
         try:
-            return os.posix_spawnp(command[0], command, env, setsid=True, **options)
+            return os.posix_spawnp(program, command, env, setsid=True, **options)
         except NotImplementedError:  # an older C library
             options["setpgroup"] = 0
-    return os.posix_spawnp(command[0], command, env, **options)
+    return os.posix_spawnp(program, command, env, **options)
+
+
+def in_path(program: str, path: bytes | None) -> str:
+    """Return where a program is in a PATH, if that is not ours, which the system looks in. Raises OSError."""
+    if path == os.environb.get(b"PATH") or not program or "/" in program:
+        return program
+    places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
+    files = [place for place in places if os.path.isfile(place)]
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no such command")
+    return next((file for file in files if os.access(file, os.X_OK)), files[0])
 
 
 def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
@@ -2135,15 +2222,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
-STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
-
-
-class Facts(UnitStatus):
-    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
-
-    def __init__(self, registered: float | None = None) -> None:
-        self.registered = registered
 
 
 class Unit:
@@ -2153,7 +2232,7 @@ class Unit:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = 0.0  # of the status
-        self.facts = Facts()
+        self.begin_anew(None)
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2167,8 +2246,13 @@ class Unit:
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
+    def begin_anew(self, registered: float | None) -> None:
+        """Forget what is known of the run before."""
+        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
+        self.facts.registered = registered
+
     def first(self) -> Claim | None:
-        """The claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
 
 
@@ -2244,10 +2328,11 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
 
-    `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell` gets every
-    event as it happens.
+    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
+    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
+    gets every event as it happens.
     """
 
     def __init__(
@@ -2745,7 +2830,7 @@ class Units:
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
-            unit.facts = Facts(unit.since)
+            unit.begin_anew(unit.since)
             unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -2762,7 +2847,8 @@ class Units:
         if claim and claim.boot and status != PENDING:
             answer = {"unit": unit.name, "status": status, "reason": reason}
             self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, reason)
+        detail = reason[len(event) :].lstrip()  # which begins with the word for the event
+        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
@@ -3427,10 +3513,15 @@ class Connection:
         except OSError:
             pass
 
-    def caller(self, hold: bool) -> Owner | None:
-        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+    def caller(self, hold: bool, parent: int = 0) -> Owner | None:
+        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+
+        `parent` is the script as the peer says, for systems on which we cannot find out.
+        """
         pid = peer_of(self.sock)[0]
-        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+        return process(pid)
 
 
 def of_peer(error: BaseException | None) -> bool:
@@ -3552,11 +3643,12 @@ class Agent:
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
-        except SyncError as error:
+        except SyncError as problem:
+            error = problem
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
-                error.args = (error.args[0] + meant(unknown.did_you_mean),)
+                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3712,6 +3804,7 @@ class Agent:
         locks: Sequence[str] = (),
         confirm: bool = False,
         supervisor: bool = False,
+        caller: int = 0,
     ) -> None:
         """Claim a unit.
 
@@ -3720,8 +3813,8 @@ class Agent:
         """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
-        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
+        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         claim = self.units.start(
             unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
         )
@@ -3789,8 +3882,6 @@ class Agent:
         if more:
             connection.members = members
         else:
-            if self.leaving:
-                raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
             still = [claim for claim in connection.claims if not self.units.is_over(claim)]
             connection.claims = dict.fromkeys([*still, *claims])
@@ -3802,27 +3893,30 @@ class Agent:
 
     def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
-        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
-        known, connection = self.units.units.get(unit), request.connection
-        if not known or known.last in connection.claims:
-            return None, known.last if known else None
-        return connection.caller(hold=False) if known.refused else None, None
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def _claim_of(self, request: Request, unit: str) -> Claim | None:
+        """Return the claim on a unit that was granted last, if it is the connection's."""
+        known = self.units.units.get(unit)
+        return known.last if known and known.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
         """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        known = self.units.units.get(unit)
-        if not known or not known.last or known.last not in request.connection.claims:
+        claim = self._claim_of(request, unit)
+        if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        return known.last
+        return claim
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -3836,6 +3930,7 @@ class Agent:
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
+        self._held(request, unit)
         self.units.retry(unit, detail)
         return {"unit": unit}
 
@@ -4118,7 +4213,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         if replace and not late:
             late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -4130,7 +4225,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
-                return os.dup(fd)  # which is locked as well
+                ours = True
+                return fd
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -4145,7 +4241,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         except FileNotFoundError:
             pass
         finally:
-            os.close(fd)
+            if not ours:
+                os.close(fd)
 
 
 def write_pid(fd: int, path: str) -> None:
@@ -4268,16 +4365,17 @@ class Host:
                         if os.path.isfile(self.pid_file):  # and no device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
-            except OSError as error:
-                file_name = error.filename or self.pid_file or self.log_file
-                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
-            try:
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except RuntimeError as error:
-                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            except OSError as error:
+                what = f"write {error.filename or self.pid_file or self.log_file}"
+                raise Refused(
+                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
+                ) from None
+            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
+                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -5281,7 +5379,7 @@ class Prober:
         self.file: tuple[int, ...] = ()  # as it was at the latest try
         self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
         self.shown = self._probe.shown
-        self._peer = self._group = 0  # who listens at a Unix socket; a command that is being tried
+        self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
 
@@ -5289,7 +5387,11 @@ class Prober:
         """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        except RuntimeError:
+            os.close(self._done)
+            raise
         return self
 
     def fileno(self) -> int:
@@ -5304,8 +5406,7 @@ class Prober:
         """Make no more tries, and kill a command that is being tried."""
         self._closed.set()
         with self._lock:
-            if self._group:
-                signal_to(-self._group, 9)
+            self._kill()
         os.close(self._ready)
 
     def _run(self, once: bool) -> None:
@@ -5367,20 +5468,27 @@ class Prober:
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
                 command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
                 streams.append((os.POSIX_SPAWN_DUP2, write, 3))
-                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
+                self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
             os.close(write)
             write = -1
             if not can_be_read(read, timeout):
-                signal_to(-self._group, 9)
+                self._kill()
                 return f"no end within {span(timeout)}"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
         finally:
             with self._lock:
-                self._group = 0
+                self._pid = 0
             for fd in (read, write, nothing):
                 if fd >= 0:
                     os.close(fd)
+
+    def _kill(self) -> None:
+        """Kill a command that is being tried, with all that it has started."""
+        if self._pid:
+            family = Family(self._pid, own=True, mark="")
+            family.look(Processes)
+            family.kill()
 
 
 class Notified:
@@ -5613,7 +5721,6 @@ LOOK_OFTEN = 0.05  # seconds, at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 
 WAITING = "waiting"  # for its turn, or its next try
 CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
@@ -5661,7 +5768,7 @@ class Task:
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
-        self.family = Family(0, False)  # the processes of the latest try
+        self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
@@ -5726,8 +5833,10 @@ class Task:
             self.run(None)
             return
         try:
-            self.enter(CHECKING, {})
-            self.prober = Prober(self.limits.ready, self.environment()).begin(once=True)
+            # A name may take its time to be resolved.
+            self.enter(CHECKING, {self.checked: time.monotonic() + 2 * CHECK_TIMEOUT})
+            self.prober = Prober(self.limits.ready, self.environment())
+            self.prober.begin(once=True)
             self.loop.watch(self.prober.fileno(), self.checked)
         except (OSError, RuntimeError) as error:
             self.not_begun(cannot_probe(error), error)
@@ -5755,7 +5864,7 @@ class Task:
             self.not_begun(wrong(error), error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
+        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
         self.tries += 1
         limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
@@ -5788,7 +5897,8 @@ class Task:
         if self.limits.ready == "notify":
             self.prober = self.notified = Notified(self.notify_path)
         elif self.limits.ready:
-            self.prober = Prober(self.limits.ready, env, before).begin()
+            self.prober = Prober(self.limits.ready, env, before)
+            self.prober.begin()
         if self.prober:
             self.loop.watch(self.prober.fileno(), self.probed)
 
@@ -5833,6 +5943,8 @@ class Task:
         self.close_prober()
         if self.state == ENDING:
             self.due[self.look] = 0.0
+            if self.tell_others in self.due:
+                self.due[self.tell_others] = 0.0
         elif code or early or self.reported == FAILED:
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
@@ -5852,16 +5964,18 @@ class Task:
         by = min(by, now + self.grace)
         if self.state != ENDING:
             self.why = why
-            self.enter(ENDING, {self.look: now, self.tell_others: (now + by) / 2, self.kill: by})
+            others_at = (now + by) / 2 if self.family.first else now
+            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
-            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
             self.family.signal(signal.SIGTERM)
             self.family.signal(signal.SIGCONT)
         elif by < self.due.get(self.kill, 0.0):
             self.due[self.kill] = by
 
     def tell_others(self) -> None:
-        """Half of the time is over: the first process may not be enough."""
+        """Tell the others to end: the first process has, or half of the time is over."""
+        self.family.look(self.loop.processes)
         self.family.tell_others()
 
     def kill(self) -> None:
@@ -5879,16 +5993,17 @@ class Task:
     def look(self) -> None:
         """See whether something is left of it, and go on ending that."""
         now = time.monotonic()
-        if not self.family.look(self.loop):
+        if not self.family.look(self.loop.processes):
             self.gone()
         elif self.state == ENDING:
             if self.give_up in self.due:
                 self.family.kill()
-            elif not self.family.first or self.tell_others not in self.due:
-                self.family.tell_others()
             self.due[self.look] = now + LOOK_OFTEN
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
+            if not self.runs_on:
+                self.runs_on = True
+                self.report("running")
 
     def gone(self) -> None:
         """Nothing is left of a try."""
@@ -5955,8 +6070,9 @@ class Task:
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
             end_by = self.due.get(self.time_is_up, NEVER)
-            look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
-            self.enter(READY, {self.time_is_up: end_by, self.look: look})
+            self.enter(READY, {self.time_is_up: end_by})
+            if not self.family.first:
+                self.due = {self.look: now + LOOK_EVERY} if self.own_session else {self.gone: now}
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 
@@ -5970,9 +6086,13 @@ class Task:
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-    Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+    Argument(
+        "--ready-timeout", type=duration, default=None, metavar="DURATION", help="how long to try PROBE (default: 5m)"
+    ),
     Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-    Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
+    Argument(
+        "--retry-delay", type=duration, default=None, metavar="DURATION", help="doubled after each try (default: 1s)"
+    ),
     flag("--optional", help="run COMMAND even if there is no agent"),
     QUIET,
     tail="+",
@@ -5983,13 +6103,19 @@ def cmd_run(args: Args) -> int:
     start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
+    if args.ready_timeout is not None and args.ready is None:
+        raise UsageError("run: --ready-timeout without --ready")
+    if args.retry_delay is not None and not args.retry:
+        raise UsageError("run: --retry-delay without --retry")
     try:
         start.__enter__()
     except Unreachable as error:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
+        path = os.path.abspath(socket_path_of(args.socket_path))
+        env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
+        return shell_status(supervise(args.command, env))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     with start.channel:
@@ -6002,10 +6128,13 @@ class Run(Task):
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
         link = Link(loop, self.news, lambda error: None, pings=False)
-        limits = Limits(args.ready or "", args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        given = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
+        given = {name: value for name, value in given.items() if value is not None}
+        limits = Limits(args.ready or "", retries=args.retry, **given)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env, self.quiet = environment(**start.environment), args.quiet
+        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
+        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
         self.status = 0  # to return
         self.unreported: list[str] = []
         self.left = private_file()
@@ -6044,7 +6173,7 @@ class Run(Task):
         elif self.state == GONE:
             sys.exit(128 + number)
         elif self.family.first:
-            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
             if not sent_by_key(number):
                 self.family.signal(number)
         else:  # it has ended, and what it has left is being ended
@@ -6935,7 +7064,7 @@ class Boot:
         families = [job.family for job in self.active.values() if job.lives()]
         deadline = time.monotonic() + self.options.grace
         while families:
-            families = [family for family in families if family.look(self.loop)]
+            families = [family for family in families if family.look(self.loop.processes)]
             for family in families:
                 family.kill() if time.monotonic() > deadline else family.tell_others()
                 family.signal(15)
@@ -7778,6 +7907,23 @@ def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+
+
+@Command(
+    "stop db --grace 30s",
+    units_or("all"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
+    QUIET,
+)
+def cmd_stop(args: Args) -> None:
+    """End the commands of UNIT and of what depends on it, dependents first."""
+    answer = client_of(args).halt(*args.units, grace=args.grace)
+    if answer.stopped:
+        say(f"stopped: {names_of(answer.stopped)}", quiet=args.quiet)
+    if answer.left or answer.cannot:
+        raise Refused(still_running(answer))
+    if not answer.stopped:
+        say("nothing runs", quiet=args.quiet)
 
 
 @Command("shutdown", QUIET)
