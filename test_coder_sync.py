@@ -6703,8 +6703,9 @@ started); critical path: base 10s -> web 20s (100% of it)
   shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
-2m40s in all (3 failed, 4 still running, 2 not started); critical path:
-apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
+2m40s in all (1 died, 1 stopped, 1 lost, 4 still running, 2 not started);
+critical path: apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s
+(100% of it)
 ? timeline: nothing: 40
 no units yet
 ? summary: a dependency that was only to start
