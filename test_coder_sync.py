@@ -8885,14 +8885,16 @@ def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World)
 
 
 def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: World, gate: Gate) -> None:
-    master = "trap 'cat gate; echo master ends; exit' TERM; sh -c \"trap 'echo worker ends; exit' TERM; {0}\" & {0}"
-    boot = Boot(world, {"a": f"@timeout 500ms\n{master.format('sleep 60 & wait')}"}, "--grace", "10m")
+    worker = "sh -c \"trap 'echo worker ends; exit' TERM; echo on; sleep 60 & wait\" &"
+    boot = Boot(world, {"a": f"trap 'cat gate; echo master ends; exit' TERM; {worker} wait"}, "--grace", "10m")
+    boot.prints("a | on")
+    boot.signal()
     gate.open()
-    boot.ends(1, "a | master ends\na | worker ends\n")
+    boot.ends(143, "a | master ends\na | worker ends\n")
 
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
-    script = "@timeout 200ms\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
+    script = "@timeout 1s\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
     boot = Boot(world, {"a": script.format("sleep 60 & wait")}, "--grace", "1s")
     boot.ends(1, "a | worker ends\n")
 
