@@ -4476,6 +4476,8 @@ $ list -c unit,,status -> 2: no such column: ...
 $ wait -> 2: wait: name a unit, or what is to be --ready
 $ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command of a unit that says so
 $ run a --ready '' -- true -> 2: ready: what is to be probed is missing
+$ run a --ready-timeout 5m -- true -> 2: run: --ready-timeout without --ready
+$ run a --retry-delay 1s -- true -> 2: run: --retry-delay without --retry
 $ run a --retry=-1 -- true -> 2: run: argument --retry: not a whole number from 0 on: -1 (usage: ...
 $ run a --lock '' -- true -> 1: a lock name must not be empty; was a variable unset?
 $ timeline --blame -o json; timeline --compare x -o json -> 2: --output is the form of the timeline itself; ...
@@ -8373,6 +8375,20 @@ def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(wor
     until(lambda: len(left) == 2 and not any(alive(int(pid)) for pid in left))
 
 
+@needs_proc
+@pytest.mark.parametrize("how", ["its end", "its time"])
+def test_a_try_that_hangs_ends_with_all_that_it_started(world: World, how: str) -> None:
+    probe = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
+    prober = coder_sync.Prober(f"cd {world.directory}; {probe}", coder_sync.environment()).begin(how == "its time")
+    pids = until(lambda: " ".join(read_lines(world.directory / "pids")).split())
+    if how == "its end":
+        prober.close()
+    until(lambda: not any(alive(int(pid)) for pid in pids))
+    if how == "its time":
+        assert coder_sync.can_be_read(prober.fileno(), PATIENCE) and prober.error == "no end within 1.0s"
+        prober.close()
+
+
 def checked(world: World, probe: str) -> coder_sync.Prober:
     """A probe that was tried once, as before its command."""
     prober = coder_sync.Prober(probe, coder_sync.environment()).begin(once=True)
@@ -8410,6 +8426,43 @@ def test_a_file_counts_if_it_has_changed_and_a_command_that_succeeds_before_is_d
     after.close()
     assert (before.objection, before.doubt, checked(world, "false").doubt) == ("", "", "")
     assert checked(world, "true").doubt == "true succeeds already, before the command is run: it says nothing about it"
+
+
+def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
+    name = f"old-{next(COUNT)}"
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        probe = f"tcp:{old.getsockname()[1]}"
+        why = f"{probe} answers already, before the command was run: end what listens there (pid {os.getpid()}, "
+        boot = Boot(world, {"a": f"@ready {probe}\ntouch ran", "b": "@want a\ntouch ran"})
+        boot.ends(1, "", f"failed: a ({why}", "skipped: b")
+        done = shared.run("run", name, "--ready", probe, "--", "touch", str(world.directory / "ran"))
+    assert done.returncode == 125 and done.stderr.startswith(f"error: {name}: {why}"), done
+    assert not (world.directory / "ran").exists()
+
+
+def test_each_try_of_a_command_is_preceded_by_one_of_its_probe(world: World, gate: Gate) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        probe = f"@ready tcp:{old.getsockname()[1]}\n@retry 1000 20ms"
+        serve = f"import socket; s = socket.create_server(('', {old.getsockname()[1]})); open('gate').read()"
+        boot = Boot(world, {"a": f'{probe}\nexec {sys.executable} -IS -c "{serve}"', "b": "@want a\n: > gate"})
+        for _ in range(3):
+            old.accept()
+    boot.ends(0, None, "boot: 2 completed", leaves=True)
+
+
+def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: World) -> None:
+    (world.directory / "up").touch()
+    slow = "coder_sync.CHECK_TIMEOUT = 0.1"  # a probe that hangs is no reason to wait
+    files = {
+        "a": "@ready file:up\nsleep 0.2; echo > up; cat end",
+        "b": "@ready true\ncat end",
+        "c": "@want a b\n: > end",
+    }
+    files["d"] = "@ready test -e up && sleep 0.2\n@want a\ncat end2"
+    Gate(world, "end"), Gate(world, "end2")
+    boot = Boot(world, {**files, "e": "@want c d\n: > end2"}, patch=slow)
+    boot.ends(0, "", "warning: b: true succeeds already, before the command is run: it says nothing", leaves=True)
+    assert boot.told.count("warning: ") == 1, boot.told
 
 
 def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
@@ -8867,7 +8920,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(types.SimpleNamespace(processes=coder_sync.Processes))
+        family.look(coder_sync.Processes)
         assert family.left() == []
         family.tell_others(), family.kill()
     assert other.poll() is None
