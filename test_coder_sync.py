@@ -848,6 +848,8 @@ MAX_EDGES 3: want a b c; want d e f; boot #b d:e,f; want d a => !Refused, !Refus
 MAX_EDGES 2: want a b; wait #1 a b; wait #2 a; lose #2; want b c => !Refused
 MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x y:x z:y; lose #2; start c #5 a
     => !Refused, !Refused, #b x started
+MAX_WAITS 1: start a #1 supervised; stop #2 a within=8; stop #3 a within=8; lose #2; stop #4 a within=8
+    => #1 ok, #1 stop a in 8, !Refused
 MAX_LOCKS 1: start a #1 lock=k; start b #2 lock=l; start c #3 lock=k => #1 ok, !Refused
 """)
 def test_a_number_is_bounded(
@@ -928,6 +930,10 @@ a lock is shown as what a unit waits for:
     => lock apt/free/taken/False/lock/6/a has it/script 42/-;
     b: waits_for lock apt, which a has, locks apt, blocked_by apt by a, ready 5;
     a: waits_for -, locks apt and k, blocked_by -, ready 0; a: locks apt and k; b: started 6.0004, released_by a
+so is who comes first:
+    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l by=43; sleep 1; lacks c; show c waits_for blocked_by
+    => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
+    c: waits_for lock l, which b is to have first, blocked_by l by b
 the places of a boot are no locks by name:
     boot #b a b@k jobs=1; show b locks blocked_by waits_for; sleep 1; complete a;
     show b waiting ready started released_by
@@ -1234,15 +1240,15 @@ def test_what_happens_to_services_is_told(rules: Rules) -> None:
     assert [(e.unit, e.kind, e.detail) for e in rules.heard if e.kind not in ("registered", "started")] == [
         ("a", "ready", ""),
         ("a", "completed", ""),
-        ("a", "died", "died 0ms after it was ready: oops"),
+        ("a", "died", "0ms after it was ready: oops"),
         ("b", "ready", ""),
         ("b", "completed", ""),
         ("b", "exited", ""),
-        ("c", "stopped", "stopped"),
+        ("c", "stopped", ""),
         ("d", "wants", "x"),
         ("d", "waiting", "x"),
         ("d", "gave up", "stopped; still missing: x"),
-        ("d", "stopped", "stopped"),
+        ("d", "stopped", ""),
     ]
 
 
@@ -1333,6 +1339,16 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
 # -- size --------------------------------------------------------------------------------------------------
 
 
+def test_the_environment_comes_through_many_diamonds_at_once(units: Units) -> None:
+    units.want("n0", [])
+    units.complete("n0", env={"A": "1"})
+    for i in range(60):
+        units.want(f"l{i}", [f"n{i}"])
+        units.want(f"r{i}", [f"n{i}"])
+        units.want(f"n{i + 1}", [f"l{i}", f"r{i}"])
+    assert units.environment("n60") == {"A": "1"}
+
+
 def test_a_chain_of_3000_starts_in_one_go(units: Units) -> None:
     names = chain(units, 3000, "start")
     for name in names[1:]:
@@ -1387,7 +1403,6 @@ class Model:
         self.running: set[str] = set()  # units that run on
         self.stopping: dict[str, tuple[float, float]] = {}  # unit -> when to have ended, when to be told at the latest
         self.stops: dict[str, tuple[float, dict[str, list[str]]]] = {}  # ticket -> end, and what became of its units
-        self.asking: set[str] = set()  # tickets of stops that are to be answered
         self.told_to_stop: dict[str, float] = {}  # unit -> by when
         self.locks: dict[str, list[str]] = {}  # unit that is started, or has failed and runs -> the locks it has
         self.lines: dict[str, list[str]] = {}  # lock -> the units in its line
@@ -1449,7 +1464,7 @@ class Model:
     def is_over(self, ticket: str) -> bool:
         unit = self.starts[ticket][0] if ticket in self.starts else ""
         return not (
-            ticket in self.waits or ticket in self.asking or ticket in self.line or self.holders.get(unit) == ticket
+            ticket in self.waits or ticket in self.stops or ticket in self.line or self.holders.get(unit) == ticket
         )
 
     # -- steps: each returns the kind of error it must be refused with, or None
@@ -1598,7 +1613,6 @@ class Model:
                 failed.append(unit)
         cannot = [unit for unit in affected if self.status(unit) == "started" and unit not in runs]
         answer = {"units": runs, "stopped": failed, "left": [], "cannot": cannot}
-        self.asking.update(step.tickets)
         self.stops[step.tickets[0]] = self.now + step.seconds + coder_sync.STOP_PATIENCE, answer
         return None
 
@@ -1619,8 +1633,6 @@ class Model:
         """What stops are answered."""
         over = [t for t, (end_by, answer) in self.stops.items() if end_by <= self.now or not answer["units"]]
         answers = {ticket: self.stops.pop(ticket)[1] for ticket in over}
-        answers = {ticket: answer for ticket, answer in answers.items() if ticket in self.asking}
-        self.asking -= {*answers}
         for answer in answers.values():
             answer["left"] += answer.pop("units")
         return {t: {what: sorted(units) for what, units in answer.items()} for t, answer in answers.items()}
@@ -1629,7 +1641,7 @@ class Model:
         touched: dict[str, bool] = {}
         for ticket in step.tickets:
             self.waits.pop(ticket, None)
-            self.asking.discard(ticket)
+            self.stops.pop(ticket, None)
         for ticket, (unit, held, _) in self.starts.items():
             if not self.is_over(ticket) and {ticket, ticket.partition(".")[0]} & {*step.tickets}:
                 touched[unit] = held or touched.get(unit, False)
@@ -1844,7 +1856,7 @@ class Play:
         model.settled()
         assert {name: unit.status for name, unit in units.units.items()} == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
-        assert units.waits == sum("." not in ticket for ticket in model.line) + len(model.waits) + len(model.asking)
+        assert units.waits == sum("." not in ticket for ticket in model.line) + len(model.waits) + len(model.stops)
         assert not units._freed
         assert not units._affected
         for name, unit in units.units.items():
@@ -2275,6 +2287,59 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
         out = call.ok(world, *line.split())
         assert all(f"\n  {name} " in out and about.help in out for name, about in coder_sync.COMMANDS.items())
         assert "`coder_sync.py --version`" in out
+
+
+def first_words(page: str, title: str) -> set[str]:
+    """The first word of each row of a table on a help page, without what follows it."""
+    table = page[page.index(title) :].partition("\n\n")[0]
+    return {re.split(r"[: ]", line)[0] for line in table.splitlines()[1:]}
+
+
+def readme_words(title: str) -> set[str]:
+    """The first words of the first column of a table of the README."""
+    table = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n| {title} |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {word.split()[0] for cell in cells for word in re.sub("[`]", "", cell).split(",")}
+
+
+def test_a_topic_of_the_help_and_the_readme_say_the_same(call: Call, world: World) -> None:
+    headers, probes = call.ok(world, "help", "headers"), call.ok(world, "help", "probes")
+    assert first_words(headers, "HEADER ") == {*coder_sync.HEADERS} == readme_words("header")
+    codes = {line.split()[0] for line in call.ok(world, "help", "exit-codes").splitlines()}
+    assert codes == readme_words("exit code") >= {str(kind.exit_code) for kind in coder_sync.ERRORS.values()}
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    said = readme[readme.index("\nPROBE is `tcp:") :].partition("\n\n")[0]
+    kinds = first_words(probes, "PROBE ") - {"COMMAND"}
+    assert (
+        kinds == {"tcp", "unix", "http", "file", "notify"} == set(re.findall(r"`(tcp|unix|http|file|notify)\b", said))
+    )
+    for topic in coder_sync.TOPICS:
+        assert f"`{topic}`" in readme
+        assert max(map(len, call.ok(world, "help", topic).splitlines())) <= 120
+    assert "help headers" in call.ok(world, "boot", "--help")
+
+
+def test_the_help_has_every_key_of_what_is_printed_as_json(call: Call, agent: World) -> None:
+    agent.client.want("a", "b")
+    agent.client.start("b")
+    page = call.ok(agent, "help", "json")
+    rows = [line.split(maxsplit=2) for line in page[page.index("KEY ") :].partition("\n\n")[0].splitlines()[1:]]
+    status = json.loads(call.ok(agent, "status", "a", "-o", "json"))
+    listed = json.loads(call.ok(agent, "list", "-o", "json"))
+    units = json.loads(call.ok(agent, "timeline", "-o", "json"))["units"]
+    for mark, keys in (("s", status), ("l", listed[0]), ("t", units[0])):
+        assert [key for key, where, _ in rows if mark in where] == sorted(keys, key=[*status].index)
+    event = json.loads(call.ok(agent, "events").splitlines()[0])
+    parts = re.split(r"\nKeys of .*:\n", page)[2:]
+    for part, example in zip(parts, (status["dependencies"][0], listed[1]["owner"], event)):
+        assert [line.split()[0] for line in part.splitlines() if line] == [*example]
+        assert all(len(line.split()) > 1 for line in part.splitlines() if line)
+
+
+def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, world: World) -> None:
+    page = call.ok(world, "help", "protocol")
+    assert all(re.search(rf"^  {name}\b", page, re.M) for name in coder_sync.METHODS)
+    assert all(f"  {code}  " in page for code in coder_sync.ERRORS)
 
 
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
@@ -3291,24 +3356,6 @@ def test_without_pidfd_and_eventfd_ends_of_owners_are_noticed_and_waits_answered
     assert world.client.status("owned").reason.startswith("lost: ")
 
 
-@LINUX
-def test_a_service_that_is_started_anew_beside_its_old_process_leaves_no_descriptor(world: World) -> None:
-    agent = world.serve()
-
-    def descriptors(kind: str) -> int:
-        found = Path(f"/proc/{agent.pid}/fd")
-        return sum(os.readlink(fd).startswith(kind) for fd in found.iterdir() if os.path.lexists(fd))
-
-    for _ in range(3):
-        until(lambda: descriptors("socket") == 1, "no connection any more")
-        peer = world.connect()
-        for i, method in enumerate(("start", "complete", "running")):
-            assert "result" in peer.call(method, i, unit="service", **{"hold": True} if method == "start" else {})
-        peer.close()
-    until(lambda: descriptors("socket") == 1, "no connection any more")
-    until(lambda: descriptors("anon_inode:[pidfd]") <= 1, "one process watched")
-
-
 @contextlib.contextmanager
 def impostor(world: World, answer: bytes) -> Iterator[None]:
     """Something else that listens at the socket's path, and gives everybody one answer."""
@@ -3684,40 +3731,24 @@ def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> No
     assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not a regular file; .*\n", done.stderr)
 
 
+@pytest.mark.parametrize("umask", [0, 0o077])
 def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_the_umask(
-    call: Call, monkeypatch: pytest.MonkeyPatch, world: World
+    world: World, umask: int
 ) -> None:
     gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
     world.path = str(world.directory / "run" / "user" / "agent.sock")
-
-    def modes() -> tuple[Any, ...]:
+    for options, mode, group in (
+        ([], 0o600, os.getgid()),
+        (["--mode", "0666"], 0o666, os.getgid()),
+        (["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
+        (["--group", str(gid), "--mode", "640"], 0o640, gid),
+    ):
+        agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(umask))
         found = os.stat(world.path)
-        directories = [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")]
-        return stat.S_IMODE(found.st_mode), found.st_gid, directories
-
-    def listen(host: coder_sync.Host, background: bool) -> None:
-        with contextlib.ExitStack() as end, coder_sync.listen(end, host.path, host.mode, host.group, None):
-            seen.append(modes())
-
-    seen: list[tuple[Any, ...]] = []
-    for umask, options, mode, group in [
-        (0, [], 0o600, os.getgid()),
-        (0o077, ["--mode", "660"], 0o660, os.getgid()),
-        (0o077, ["--mode", "0666"], 0o666, os.getgid()),
-        (0, ["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
-        (0, ["--group", str(gid), "--mode", "640"], 0o640, gid),
-    ]:
-        with monkeypatch.context() as patch:
-            patch.setattr(coder_sync, "serve", listen)
-            before = os.umask(umask)
-            call.ok(world, "serve", *options)
-            assert os.umask(before) == umask
-        assert seen.pop() == (mode, group, [0o700, 0o700]), options
+        assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, group), options
+        assert [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")] == [0o700, 0o700]
+        assert stopped(agent).returncode == 0
         assert os.listdir(world.directory / "run" / "user") == []
-    agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(0))
-    assert modes() == (0o640, gid, [0o700, 0o700])
-    assert stopped(agent).returncode == 0
-    assert os.listdir(world.directory / "run" / "user") == []
 
 
 NOT_SERVED = [
@@ -3819,21 +3850,6 @@ def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
     finally:
         sys.setswitchinterval(interval)
         os.umask(umask)
-
-
-def test_of_agents_that_start_at_the_same_instant_one_wins(world: World) -> None:
-    modules = "fcntl, grp, json.decoder, queue, resource, select, signal, socket, socketserver, threading"
-    gate = f"import os, {modules}; os.write(1, b'.'); os.read(0, 1)"
-    behind, ahead = os.pipe()
-    racers = [world.spawn(altered(gate, "serve"), stdin=behind) for _ in range(4)]
-    for racer in racers:
-        assert os.read(racer.stdout.fileno(), 1) == b"."  # type: ignore[union-attr]
-    os.close(ahead)
-    os.close(behind)
-    winner = world.client.ping(wait=PATIENCE)["pid"]
-    for done in [finish(racer) for racer in racers if racer.pid != winner]:
-        assert done.returncode == 1 and "already" in done.stderr
-    assert serves(world, winner)
 
 
 def test_an_agent_that_starts_while_another_ends_serves_or_says_why_not(world: World) -> None:
@@ -4513,6 +4529,8 @@ $ list -c unit,,status -> 2: no such column: ...
 $ wait -> 2: wait: name a unit, or what is to be --ready
 $ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command of a unit that says so
 $ run a --ready '' -- true -> 2: ready: what is to be probed is missing
+$ run a --ready-timeout 5m -- true -> 2: run: --ready-timeout without --ready
+$ run a --retry-delay 1s -- true -> 2: run: --retry-delay without --retry
 $ run a --retry=-1 -- true -> 2: run: argument --retry: not a whole number from 0 on: -1 (usage: ...
 $ run a --lock '' -- true -> 1: a lock name must not be empty; was a variable unset?
 $ timeline --blame -o json; timeline --compare x -o json -> 2: --output is the form of the timeline itself; ...
@@ -6764,8 +6782,9 @@ started); critical path: base 10s -> web 20s (100% of it)
   shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
-2m40s in all (3 failed, 4 still running, 2 not started); critical path:
-apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s (100% of it)
+2m40s in all (1 died, 1 stopped, 1 lost, 4 still running, 2 not started);
+critical path: apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s
+(100% of it)
 ? timeline: nothing: 40
 no units yet
 ? summary: a dependency that was only to start
@@ -8114,7 +8133,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     assert (boot.said(), boot.unsuccessful()) == (says, fails)
     failed, skipped = (sum(end.startswith(how) for end in fails.values()) for how in ("failed", "skipped"))
     assert f"boot: {len(files) - failed - skipped} completed, {failed} failed, {skipped} skipped\n" in boot.told
-    assert f"({failed + 1} failed, {skipped} skipped)" in boot.told  # and one that died
+    assert f"({failed} failed, 1 died, {skipped} skipped)" in boot.told
     assert (
         "warning: s8: ended after its unit had completed (exit code 3)\n" in boot.told and "    | oops\n" in boot.told
     )
@@ -8426,6 +8445,20 @@ def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(wor
     until(lambda: len(left) == 2 and not any(alive(int(pid)) for pid in left))
 
 
+@needs_proc
+@pytest.mark.parametrize("how", ["its end", "its time"])
+def test_a_try_that_hangs_ends_with_all_that_it_started(world: World, how: str) -> None:
+    probe = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
+    prober = coder_sync.Prober(f"cd {world.directory}; {probe}", coder_sync.environment()).begin(how == "its time")
+    pids = until(lambda: " ".join(read_lines(world.directory / "pids")).split())
+    if how == "its end":
+        prober.close()
+    until(lambda: not any(alive(int(pid)) for pid in pids))
+    if how == "its time":
+        assert coder_sync.can_be_read(prober.fileno(), PATIENCE) and prober.error == "no end within 1.0s"
+        prober.close()
+
+
 def checked(world: World, probe: str) -> coder_sync.Prober:
     """A probe that was tried once, as before its command."""
     prober = coder_sync.Prober(probe, coder_sync.environment()).begin(once=True)
@@ -8463,6 +8496,43 @@ def test_a_file_counts_if_it_has_changed_and_a_command_that_succeeds_before_is_d
     after.close()
     assert (before.objection, before.doubt, checked(world, "false").doubt) == ("", "", "")
     assert checked(world, "true").doubt == "true succeeds already, before the command is run: it says nothing about it"
+
+
+def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
+    name = f"old-{next(COUNT)}"
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        probe = f"tcp:{old.getsockname()[1]}"
+        why = f"{probe} answers already, before the command was run: end what listens there (pid {os.getpid()}, "
+        boot = Boot(world, {"a": f"@ready {probe}\ntouch ran", "b": "@want a\ntouch ran"})
+        boot.ends(1, "", f"failed: a ({why}", "skipped: b")
+        done = shared.run("run", name, "--ready", probe, "--", "touch", str(world.directory / "ran"))
+    assert done.returncode == 125 and done.stderr.startswith(f"error: {name}: {why}"), done
+    assert not (world.directory / "ran").exists()
+
+
+def test_each_try_of_a_command_is_preceded_by_one_of_its_probe(world: World, gate: Gate) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        probe = f"@ready tcp:{old.getsockname()[1]}\n@retry 1000 20ms"
+        serve = f"import socket; s = socket.create_server(('', {old.getsockname()[1]})); open('gate').read()"
+        boot = Boot(world, {"a": f'{probe}\nexec {sys.executable} -IS -c "{serve}"', "b": "@want a\n: > gate"})
+        for _ in range(3):
+            old.accept()
+    boot.ends(0, None, "boot: 2 completed", leaves=True)
+
+
+def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: World) -> None:
+    (world.directory / "up").touch()
+    slow = "coder_sync.CHECK_TIMEOUT = 0.1"  # a probe that hangs is no reason to wait
+    files = {
+        "a": "@ready file:up\nsleep 0.2; echo > up; cat end",
+        "b": "@ready true\ncat end",
+        "c": "@want a b\n: > end",
+    }
+    files["d"] = "@ready test -e up && sleep 0.2\n@want a\ncat end2"
+    Gate(world, "end"), Gate(world, "end2")
+    boot = Boot(world, {**files, "e": "@want c d\n: > end2"}, patch=slow)
+    boot.ends(0, "", "warning: b: true succeeds already, before the command is run: it says nothing", leaves=True)
+    assert boot.told.count("warning: ") == 1, boot.told
 
 
 def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
@@ -8901,14 +8971,16 @@ def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World)
 
 
 def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: World, gate: Gate) -> None:
-    master = "trap 'cat gate; echo master ends; exit' TERM; sh -c \"trap 'echo worker ends; exit' TERM; {0}\" & {0}"
-    boot = Boot(world, {"a": f"@timeout 500ms\n{master.format('sleep 60 & wait')}"}, "--grace", "10m")
+    worker = "sh -c \"trap 'echo worker ends; exit' TERM; echo on; sleep 60 & wait\" &"
+    boot = Boot(world, {"a": f"trap 'cat gate; echo master ends; exit' TERM; {worker} wait"}, "--grace", "10m")
+    boot.prints("a | on")
+    boot.signal()
     gate.open()
-    boot.ends(1, "a | master ends\na | worker ends\n")
+    boot.ends(143, "a | master ends\na | worker ends\n")
 
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
-    script = "@timeout 200ms\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
+    script = "@timeout 1s\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
     boot = Boot(world, {"a": script.format("sleep 60 & wait")}, "--grace", "1s")
     boot.ends(1, "a | worker ends\n")
 
@@ -8920,7 +8992,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(types.SimpleNamespace(processes=coder_sync.Processes))
+        family.look(coder_sync.Processes)
         assert family.left() == []
         family.tell_others(), family.kill()
     assert other.poll() is None
