@@ -1865,6 +1865,7 @@ def in_background() -> tuple[int, int]:
     if pid:
         theirs.close()
         return pid, ours.detach()
+    ours.close()
     signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
     os.setsid()
     nothing = null()
