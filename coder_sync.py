@@ -5328,9 +5328,7 @@ def unix_listener(path: str, timeout: float) -> int:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(path)
-        if not hasattr(socket, "SO_PEERCRED"):
-            return 0
-        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+        return peer_of(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -6381,10 +6379,14 @@ HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] 
 }
 
 
+def warn(text: str) -> None:
+    """Say what is odd in a file, but does not keep it from being run."""
+    say(f"warning: {printable(text)}", 2)
+
+
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     """Return a script from the start of its file; mistakes are added with file and line."""
-    file = printable(path)
-    script = Script(path, unit_of(os.path.basename(path)), f"{file}:1", [], [], [], [], [])
+    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", [], [], [], [], [])
     said: dict[str, int] = {}  # the line of each header that there may be once
     lines = text.decode(errors="replace").splitlines()
     comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
@@ -6393,7 +6395,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
         is_header = bool(found) and mark.strip() in MARKS
         if number > max(HEADER_LINES, comments):
             if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
-                say(f"warning: {file}:{number}: not read as a header: too far down; move it up", 2)
+                warn(f"{path}:{number}: not read as a header: too far down; move it up")
             continue
         try:
             if is_header:
@@ -6401,9 +6403,9 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
             elif looks_like_header(line.strip()):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
-            mistakes.append(f"{file}:{number}: {error}")
+            mistakes.append(f"{path}:{number}: {error}")
     if "ready-timeout" in said and "ready" not in said:
-        mistakes.append(f"{file}:{said['ready-timeout']}: ready-timeout without ready")
+        mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -6445,7 +6447,7 @@ def read_header(script: Script, text: str, number: int, said: dict[str, int]) ->
     if len(words) > most:
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    for name, value in read(words, f"{printable(script.path)}:{number}").items():
+    for name, value in read(words, f"{script.path}:{number}").items():
         if isinstance(value, list):
             getattr(script, name).extend(value)
         elif said.setdefault(word, number) != number:
@@ -6471,9 +6473,9 @@ def check_program(path: str, text: bytes) -> str:
         import shutil
 
         program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {printable(program)} is not in PATH"
+        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
     good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {printable(program)} does not exist or cannot be run"
+    return "" if good else f"its interpreter {program} does not exist or cannot be run"
 
 
 def not_executable(path: str) -> str:
@@ -6482,7 +6484,7 @@ def not_executable(path: str) -> str:
 
     if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
         return "not executable: its file system is mounted noexec"
-    return f"not executable; chmod +x {shlex.quote(printable(path))}"
+    return f"not executable; chmod +x {shlex.quote(path)}"
 
 
 def program_of_env(words: list[str]) -> str:
@@ -6529,12 +6531,12 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
         for edge in (*script.before, *script.after):
             hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
             if hint:
-                say(f'warning: {edge.place}: no file provides "{edge.dependency}"{hint}', 2)
+                warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
-        mistakes.append(f"{printable(' '.join(paths))}: no executable files")
+        mistakes.append(f"{' '.join(paths)}: no executable files")
     if mistakes:
-        raise UsageError("\n".join(mistakes))
+        raise UsageError("\n".join(map(printable, mistakes)))
     return scripts
 
 
@@ -6548,28 +6550,28 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         elif not os.path.isfile(given):  # a pipe, say, which would block
             raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{printable(given) or repr('')}: cannot be read: {error.strerror}")
+        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
         name, ending = os.path.splitext(os.path.basename(path))
         if path != given and (ending in NOT_RUN or ending.startswith(PACKAGED)):
-            left_out[unit_of(name)] = f"{printable(path)} would, but {ending} is not run"
+            left_out[unit_of(name)] = f"{path} would, but {ending} is not run"
             continue
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
         except OSError as error:
-            mistakes.append(f"{printable(path)}: cannot be read: {error.strerror}")
+            mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-            left_out[unit_of(name + ending)] = f"{printable(path)} would, but is not executable"
+            left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                say(f"warning: {printable(path)}: not run: {not_executable(path)}", 2)
+                warn(f"{path}: not run: {not_executable(path)}")
             continue
         script = read_script(os.path.abspath(path), text, mistakes)
         wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{printable(script.path)}:1: {wrong}")
+            mistakes.append(f"{script.path}:1: {wrong}")
         yield script
 
 
