@@ -7865,7 +7865,11 @@ def test_an_empty_directory_with_a_command_is_no_mistake_and_a_missing_one_is(wo
 def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
     names = ["a\x1b[31m\n", "b\x1b", "c\x1b.off", "d\x1b"]
     files = {names[0]: "@unit a\n@wants\n@want b\x1b\n@timeout \x1b", names[1]: "#!/no/\x1b", names[3]: ""}
-    path = startup(world, {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb -\x1b\n@want e --requires \x1b"}, "\x1b.d")
+    path = startup(
+        world,
+        {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb -\x1b\n@want e --requires \x1b"},
+        "\x1b.d",
+    )
     os.chmod(f"{path}/{names[3]}", 0o644)
     said = call(world, "boot", path, path + "\n", "--check").stderr
     assert said.count("\n") > 7 and all(line.isprintable() for line in said.splitlines()), said
