@@ -820,7 +820,7 @@ class Channel:
         self._buffer = bytearray()
         self._messages: list[Any] = []
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = peer(self.sock)
+        self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
         self._withheld = False  # it has been said that variables were not taken
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
@@ -999,7 +999,7 @@ def connected(path: str, connect_timeout: float) -> Any:
         pause = min(2 * pause, 0.05)
 
 
-def peer(sock: Any) -> tuple[int, int]:
+def who_is_at(sock: Any) -> tuple[int, int]:
     """Return the process and the user at the other end of a connection, 0 and -1 if the system does not say.
 
     A client sees who listens there, as of when that began.
@@ -3537,7 +3537,7 @@ class Connection:
 
         `parent` is the script as the peer says, for systems on which we cannot find out.
         """
-        pid = peer(self.sock)[0]
+        pid = who_is_at(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
         return process(pid)
@@ -4009,7 +4009,7 @@ class Agent:
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """The process that is to own a unit. Raises Refused if there is none."""
-        peer = peer(connection.sock)[0]
+        peer = who_is_at(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -5364,7 +5364,7 @@ def unix_listener(path: str, timeout: float) -> int:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(path)
-        return peer(sock)[0]
+        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
