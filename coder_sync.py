@@ -6372,7 +6372,7 @@ class Script(Record):
     delay: float = 1.0
 
 
-def header_names(words: list[str]) -> list[str]:
+def names_in(words: list[str]) -> list[str]:
     """Return the names in a header. Raises UsageError, Refused."""
     for word in words:
         if word[:1] == "-" or word[-1:] == ",":
@@ -6381,12 +6381,12 @@ def header_names(words: list[str]) -> list[str]:
     return [check_name(word) for word in words]
 
 
-def edges(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
+def edges_in(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
     """Return the edges that a header asks for. Raises UsageError, Refused."""
-    return [Edge(name, requires, place) for name in header_names(words)]
+    return [Edge(name, requires, place) for name in names_in(words)]
 
 
-def wanted(words: list[str], place: str) -> list[Edge]:
+def wants_in(words: list[str], place: str) -> list[Edge]:
     """Return the edges of a header `want`. Raises UsageError, Refused."""
     requires: str = SUCCESS
     words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
@@ -6397,10 +6397,10 @@ def wanted(words: list[str], place: str) -> list[Edge]:
             raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
     if not words:
         raise UsageError("want: a name is missing")
-    return edges(words, place, requires)
+    return edges_in(words, place, requires)
 
 
-def retries(words: list[str]) -> dict[str, Any]:
+def tries_in(words: list[str]) -> dict[str, Any]:
     """Return what a header `retry` sets. Raises UsageError."""
     if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
         raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
@@ -6410,15 +6410,15 @@ def retries(words: list[str]) -> dict[str, Any]:
 # Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
 HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
     "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
-    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wanted(words, place)}),
-    "after": ("NAME...", MANY, lambda words, place: {"after": edges(words, place, COMPLETION)}),
-    "before": ("NAME...", MANY, lambda words, place: {"before": edges(words, place)}),
-    "extern": ("NAME...", MANY, lambda words, _: {"externs": header_names(words)}),
-    "lock": ("NAME...", MANY, lambda words, _: {"locks": header_names(words)}),
+    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wants_in(words, place)}),
+    "after": ("NAME...", MANY, lambda words, place: {"after": edges_in(words, place, COMPLETION)}),
+    "before": ("NAME...", MANY, lambda words, place: {"before": edges_in(words, place)}),
+    "extern": ("NAME...", MANY, lambda words, _: {"externs": names_in(words)}),
+    "lock": ("NAME...", MANY, lambda words, _: {"locks": names_in(words)}),
     "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
     "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
     "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
-    "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
+    "retry": ("N [DELAY]", 2, lambda words, _: tries_in(words)),
 }
 HEADER_MEANINGS = {
     "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
