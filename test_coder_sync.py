@@ -5230,7 +5230,7 @@ def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
     )
 
 
-def owner_of(world: World) -> subprocess.Popen[str]:
+def file_owner(world: World) -> subprocess.Popen[str]:
     """A process that may own a unit, until it is killed."""
     return world.spawn(["cat"], stdin=subprocess.PIPE)
 
@@ -5386,7 +5386,7 @@ def test_a_script_that_owns_its_unit_and_dies_fails_it(agent: World) -> None:
 def test_an_owner_that_dies_loses_its_unit_or_its_turn_with_pidfd_and_without(world: World, changes: str) -> None:
     world.spawn(altered(changes, "serve", "-q"))
     world.client.ping(wait=PATIENCE)
-    owner, turn = owner_of(world), owner_of(world)
+    owner, turn = file_owner(world), file_owner(world)
     world.client.start("a", pid=owner.pid)
     waiting = world.popen("start", "b", "--want", "c", "--pid", str(turn.pid))
     world.waiting("b")
