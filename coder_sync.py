@@ -6537,8 +6537,11 @@ def not_executable(path: str) -> str:
     """Return why a file cannot be run that is no program, and what to do about it."""
     import shlex
 
-    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return "not executable: its file system is mounted noexec"
+    try:
+        if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+            return "not executable: its file system is mounted noexec"
+    except OSError:  # it has gone meanwhile
+        pass
     return f"not executable; chmod +x {shlex.quote(path)}"
 
 
