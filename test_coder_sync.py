@@ -9715,10 +9715,8 @@ def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
         assert "boot: 8 completed\n" in log and "nothing waits" in log
         assert ("clone        | try 2 of 4 after exit code 128" in log) is not again
         assert listed(shell("coder_sync.py timeline")) == listed(block("text", "apt-build")) != set()
-        for unit in ("ide", "database"):  # which go on when boot is over, until they are ended
-            owner = world.client.status(unit).owner
-            assert owner and world.client.status(unit).running_on
-            os.killpg(owner.pid, signal.SIGKILL)
+        assert {unit.unit_name for unit in world.client.list() if unit.running_on} == {"ide", "database"}
+    assert set(world.client.stop()) == {"ide", "database"}
     world.client.shutdown()
 
 
