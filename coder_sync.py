@@ -1695,6 +1695,18 @@ def end_on_signals() -> None:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
+def shortage(error: Exception) -> str:
+    """Return what the system is short of, if that is why an error came; else nothing."""
+    try:
+        posix.getcwd()
+    except OSError:
+        return "the working directory is gone"
+    text = one_line(str(getattr(error, "strerror", None) or error))
+    codes = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
+    texts = ("start new thread", *map(posix.strerror, codes))  # also of an import
+    return text if any(known in text for known in texts) else ""
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
     import _signal as signal
@@ -1723,8 +1735,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
-    except Exception as error:  # a defect of ours; no traceback reaches a user
-        put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
+    except Exception as error:
+        if lacks := shortage(error):
+            put(f"error: cannot go on: {lacks}\n", 2)
+        else:  # a defect of ours; no traceback reaches a user
+            put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
@@ -1887,7 +1902,8 @@ def in_background() -> tuple[int, int]:
     if pid:
         theirs.close()
         return pid, ours.detach()
-    signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
+    signal.set_wakeup_fd(-1)  # those of the other process
+    Channel.signals = -1
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
@@ -6599,8 +6615,15 @@ class BootOptions(Record):
     stay: bool
     quiet: bool
     always: bool
+    resume: bool
     timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
     command: str  # that comes after the startup, if any
+
+
+class Claimed(Record):
+    """The agent's answer to the claim of a boot: the units that count as done, and are not claimed."""
+
+    done: list[str] = []  # noqa: RUF012
 
 
 class Job(Task):
@@ -6922,6 +6945,7 @@ class Boot:
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.unfinished = len(scripts)
+        self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.claimed = False
         self.began = time.monotonic()
@@ -6958,6 +6982,7 @@ class Boot:
             self.until(lambda: not self.unfinished and self.said())
             return self.look_after(self.finish())
         except BaseException:
+            self.link.close()
             self.abandon()
             raise
         finally:
@@ -7027,15 +7052,22 @@ class Boot:
         self.stop(f"stopped: {why}", 0 if again else self.options.grace)
 
     def abandon(self) -> None:
-        """End what runs on an unexpected way out."""
+        """End what runs, by nothing but signals, on an unexpected way out."""
         families = [job.family for job in self.active.values() if job.lives()]
+        if families:
+            self.loop.forget(self.front, *self.streams.by_fd)
+            self.loop.children.clear()
+        for family in families:
+            family.signal(15)
+            family.tell_others()
         deadline = time.monotonic() + self.options.grace
         while families:
-            families = [family for family in families if family.look(self.loop)]
-            for family in families:
-                family.kill() if time.monotonic() > deadline else family.tell_others()
-                family.signal(15)
             self.loop.turn(time.monotonic() + LOOK_OFTEN)
+            for family in families:
+                family.first = family.first and signal_to(family.pid, 0)
+                if time.monotonic() > deadline:
+                    family.kill()
+            families = [family for family in families if family.look(self.loop)]
 
     def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
@@ -7091,11 +7123,15 @@ class Boot:
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False)
+        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
     def let(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        result_of(answer)
+        for name in record(Claimed, result_of(answer)).done:
+            if name in self.jobs:
+                del self.jobs[name]
+                self.done.append(name)
+                self.unfinished -= 1
         self.claimed = True
         self.when_claimed()
 
@@ -7249,11 +7285,13 @@ class Boot:
         """What failed with its last lines, what was skipped and why, how long it took."""
         count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
+        words += [f"{len(self.done)} done before"] if self.done else []
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
-                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
+                how = f" ({how})" if how else ""
+                text += f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
@@ -7669,8 +7707,9 @@ def cmd_ping(args: Args) -> None:
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
     flag("--check", help="only check the headers, and show the order"),
+    flag("--resume", help="do not run again what the agent has as completed"),
     flag("--fail-fast", help="stop everything at the first failure"),
-    Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
+    Argument("--grace", type=duration, default="8s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
@@ -7699,6 +7738,7 @@ def cmd_boot(args: Args) -> int:
         args.stay,
         args.quiet,
         args.always,
+        args.resume,
         timeline_writer(args.timeline) if args.timeline else None,
         args.command[0] if args.command else "",
     )
