@@ -2509,8 +2509,6 @@ class Units:
         for unit, (lost, claim) in ended.items():
             if unit.status in ENDED and not unit.facts.running_on:
                 continue
-            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
-                continue  # for now: a boot does not stay with its services yet
             if claim.held and not unit.first():
                 if unit.facts.running_on:
                     unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
@@ -6994,7 +6992,7 @@ class Boot:
 
     def look_after(self, code: int) -> int:
         """Have the front go on after the startup, and be the parent of what still runs; return the exit status."""
-        self.over, self.report_at, self.out.live_at = True, NEVER, NEVER
+        self.over, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
         if self.options.stay and not self.signal:
             if not self.options.quiet:
                 self.out.say("boot: staying until a signal")
@@ -7005,7 +7003,6 @@ class Boot:
             how = "is not run, since not all went well; --always would"
             self.out.say(f"boot: {self.options.command} {how}") if not self.options.quiet else None
         if self.runs() and not self.signal:
-            self.out.patient = False
             if not self.options.command:
                 self.say_let_go()
             self.until(self.said)
