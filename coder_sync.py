@@ -22,6 +22,7 @@ let others go on:
     coder_sync.py wait UNIT...           wait for units, or probes, without being one
     coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
     coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
 
@@ -103,17 +104,28 @@ def half_of(path, below):  # type: (str, bool) -> Any
     return half, (found.st_ino, found.st_mtime_ns)
 
 
+def exit_on_signals():  # type: () -> None
+    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    import _signal as signal  # type: ignore[import-not-found]
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, frame: sys.exit(128 + got))
+
+
 def launch():  # type: () -> None
     """Run what is above the cut, which runs main() at the cut."""
     global LAUNCHED
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal  # type: ignore[import-not-found]
+    import _signal as signal
     import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    if posix.getpid() == 1:
+        exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     path = sys.argv[0]
@@ -181,7 +193,9 @@ REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
 STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
 REPORT_EVERY = 30.0
 GRACE = 8.0  # seconds that a command has to end; docker kills after ten
+STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 NEVER = float("inf")  # a time
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
 # ----------------------------------------------------------------------------------------------------------
@@ -436,8 +450,15 @@ class Pong(Record):
     uptime: float
 
 
+class Running(Record):
+    """A unit whose command still runs."""
+
+    unit: str
+    owner: Owner | None = None
+
+
 class Answer(Record):
-    """What the agent says of units: its answer to whoever starts, ends or resets them, and what becomes of a boot's."""
+    """What the agent says of units: its answer to who starts, stops or resets them, and what becomes of a boot's."""
 
     unit: str = ""
     status: str = ""
@@ -445,6 +466,9 @@ class Answer(Record):
     dependencies: list[str] = []  # noqa: RUF012
     units: list[str] = []  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
+    stopped: list[str] = []  # noqa: RUF012  (in the order in which they ended)
+    left: list[Running] = []  # noqa: RUF012
+    cannot: list[Running] = []  # noqa: RUF012  (be stopped: a script called `start` itself)
     grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
@@ -453,6 +477,13 @@ class Graph(Record):
 
     now: float
     nodes: list[UnitStatus]
+
+
+def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
+    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    if owner is None:
+        return ""
+    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def check_name(name: object, what: str = "unit") -> str:
@@ -761,7 +792,7 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `end_on_signals`
+    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `notice_signals`
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
@@ -840,7 +871,7 @@ class Channel:
     def _read(self, timeout: float) -> bool:
         """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
         timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:  # whose handler raises an exception; one that comes right before `recv` would not end it
+        if self.signals >= 0:
             import select
 
             awaited = select.poll()
@@ -874,10 +905,13 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT) -> Any:
-        """Return the result of a request. Raises what the agent answered, or Unreachable."""
-        end = time.monotonic() + timeout
-        while message := self.hear(end=end):
+    def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
+        """Return the result of a request. Raises what the agent answered.
+
+        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        """
+        end = time.monotonic() + quiet + timeout
+        while message := self.hear(quiet, end):
             if is_answer(message, request):
                 return result_of(message)
         raise Unreachable(self._silence(timeout))
@@ -917,9 +951,13 @@ class Channel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def agent(self) -> str:
+        """The agent, for a message."""
+        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
+
     def _silence(self, seconds: float) -> str:
-        who = f" (pid {self.pid})" if self.pid else ""
-        return f"the agent at {self.path}{who} has not answered for {seconds:.0f} s; is it stopped?"
+        return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
     def _gone(self) -> Unreachable:
         return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -1023,19 +1061,6 @@ def name_list(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
-
-
-def end_agent(path: str, connect_timeout: float = 0.0, timeout: float = REPLY_TIMEOUT) -> None:
-    """Ask the agent at a path to end, and wait until it has hung up. Raises Unreachable if it does not in time."""
-    with Channel(path, connect_timeout) as channel:
-        channel.answer(channel.request("shutdown"), timeout)
-        end = time.monotonic() + timeout
-        try:
-            while channel.receive(end - time.monotonic()):
-                pass
-        except Unreachable:
-            return
-    raise Unreachable(f"the agent at {path} was told to end and has not; is it stopped?")
 
 
 class Client:
@@ -1144,9 +1169,34 @@ class Client:
         with self._channel("env") as channel:
             return channel.news(channel.call("env", unit=unit)).env
 
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped when all have ended, which takes `grace` seconds at most, and
+        some more for what ignores TERM. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what has `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
     def shutdown(self) -> None:
-        """End the agent; return when its socket is gone. Raises Unreachable if that takes over 30 seconds."""
-        end_agent(self.socket_path, self._question_timeout)
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
 
     def status(self, unit: str) -> UnitStatus:
         """Return a snapshot of one unit and its dependencies."""
@@ -1204,6 +1254,8 @@ class Start:
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        if sys.platform != "linux":  # where an agent cannot find out which script has called us
+            self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -1244,6 +1296,16 @@ class Start:
             self.channel.close()
 
 
+def still_running(answer: Answer) -> str:
+    """What a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    own = ", which called `start` itself: end that"
+    texts += [
+        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
+    ]
+    return "; ".join(texts)
+
+
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
@@ -1278,13 +1340,6 @@ def wait_for(
 # ----------------------------------------------------------------------------------------------------------
 
 
-def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
-    if owner is None:
-        return ""
-    return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
-
-
 def dependency_text(row: Dependency) -> str:
     """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
     text = f"{row.depends_on} {row.current_status}"
@@ -1305,6 +1360,7 @@ class Args:
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 def client_of(args: Args) -> Client:
@@ -1343,7 +1399,7 @@ class Argument:
     @property
     def dest(self) -> str:
         """The attribute of Args that has its value."""
-        return self.words.get("dest") or self.names[-1].lstrip("-").replace("-", "_")
+        return self.names[-1].lstrip("-").replace("-", "_")
 
     @property
     def default(self) -> Any:
@@ -1351,10 +1407,9 @@ class Argument:
         return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """The value of a text. Raises UsageError."""
-        choices = self.words.get("choices")
-        if choices and text not in choices:
-            raise UsageError(f"no such choice: {ascii(text)[:40]}; use {', '.join(choices)}")
+        """Return the value of a text. Raises UsageError."""
+        if text not in self.words.get("choices", [text]):
+            raise UsageError("invalid choice")
         return self.words.get("type", str)(text)
 
 
@@ -1371,15 +1426,22 @@ class Command:
     exit status, None for 0.
     """
 
+    parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # by argparse; it stands below the cut
+
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
         self.positionals = [argument for argument in arguments if not argument.is_option]
 
     def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
-        self.run, self.help = run, about[:1].lower() + about[1:].rstrip(".")
-        COMMANDS[run.__name__[len("cmd_") :]] = self
+        self.name, self.run, self.help = run.__name__[len("cmd_") :], run, about[:1].lower() + about[1:].rstrip(".")
+        COMMANDS[self.name] = self
         return run
+
+    @property
+    def options(self) -> dict[str, Argument]:
+        """The options by each of their names."""
+        return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
 
 COMMON = (
@@ -1492,137 +1554,51 @@ def cmd_fail(args: Args) -> None:
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
-def usage_of(name: str) -> str:
-    """The usage line of a command."""
-    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    positionals = [argument.words for argument in COMMANDS[name].positionals]
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in positionals]
-    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[COMMANDS[name].tail]
-    return " ".join([PROGRAM, name, *shown, "[OPTION]..."]) + tail
+def split_tail(command: Command, words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Return the words for us, and those behind `--` of a command that is to be run; None if it is missing."""
+    end = words.index("--") if command.tail and "--" in words else len(words)
+    tail = list(words[end + 1 :])
+    return list(words[:end]), None if not tail and (end < len(words) or command.tail == "+") else tail
 
 
-def argparse_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command as argparse has it. We need it for the help page: its import costs more than a call."""
-    import argparse
+def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
+    """Read a plain command line, `COMMAND NAME... --option VALUE -q`, with `exp sync` in front or not.
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    parser = argparse.ArgumentParser(None, usage_of(name), COMMANDS[name].help, formatter_class=form, add_help=False)
-    parser.epilog, parser.allow_abbrev = f"example: {PROGRAM} {COMMANDS[name].example}", False
-    for argument in COMMANDS[name].arguments:
-        text = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
-        parser.add_argument(*argument.names, **{**argument.words, "default": argument.default, "help": text})
-    return parser
-
-
-def options_in(arguments: Iterable[Argument]) -> dict[str, Argument]:
-    """The options by each of their names."""
-    return {name: argument for argument in arguments if argument.is_option for name in argument.names}
-
-
-def parse(name: str, words: Sequence[str]) -> Args:
-    """Parse the words after a command as argparse would. Ends the process for --help. Raises UsageError."""
-    command, args, usage = COMMANDS[name], Args(), f"usage: {usage_of(name)}"
-    cut = words.index("--") if "--" in words else len(words)
-    after, values = list(words[cut + 1 :]), vars(args)
-    for argument in command.arguments:
-        default = argument.default
-        values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+    Return None for any other, also for one with a mistake: it is argparse's, whose import costs more than a call.
+    """
+    words = list(argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv)
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
+        return None
+    args, names, options = Args(), [], command.options
+    values = vars(args)
+    words, values["command"] = split_tail(command, words[1:])
+    if values["command"] is None:
+        return None
     try:
-        rest = parse_options(name, words[:cut], values)
-        if not command.tail:
-            rest += after
-        elif after or (cut == len(words) and command.tail == "*"):
-            values["command"] = after
-        else:
-            raise UsageError(f"a command must follow --; {usage}")
+        for argument in command.arguments:
+            default = argument.default
+            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+        while words:
+            word = words.pop(0)
+            option = options.get(word)
+            if word[:1] != "-":
+                names.append(word)
+            elif option and option.takes_value and words[0][:1] != "-":
+                value = option.read(words.pop(0))
+                values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
+            elif option and option.words.get("action") == "store_true":
+                values[option.dest] = True
+            else:
+                return None
         for argument in command.positionals:
-            if not rest and argument.words.get("nargs") != "*":
-                raise UsageError(f"too few arguments; {usage}")
-            value, rest = (rest, []) if argument.is_repeated else (argument.read(rest[0]), rest[1:])
-            values[argument.dest] = value
-        if rest:
-            hint = " did you forget -- before the command?;" if command.tail else ""
-            raise UsageError(f"unexpected {ascii(rest[0])[:60]};{hint} {usage}")
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
-    return args
-
-
-def parse_options(name: str, words: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """Put the values of the options into `values`; return the other words. Raises UsageError."""
-    options, todo, rest = options_in(COMMANDS[name].arguments), list(words), []
-    while todo:
-        word = todo.pop(0)
-        given, text = option_in(word, options)
-        option = options.get(given)
-        if not given:
-            rest.append(word)
-        elif option is None:
-            hint = meant(resembling(given, list(options)), f"; see `{PROGRAM} {name} --help`")
-            raise UsageError(f"no such option: {ascii(given)[:40]}{hint}")
-        elif option.takes_value:
-            if text is None and (not todo or option_in(todo[0], options)[0]):
-                raise UsageError(f"{given} needs a value; one that begins with - is written {option.names[-1]}=-...")
-            try:
-                value = option.read(todo.pop(0) if text is None else text)
-            except UsageError as error:
-                raise UsageError(f"{given}: {error}") from None
-            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        elif option.words["action"] == "help":
-            put(argparse_of(name).format_help())
-            raise SystemExit(0)
-        else:
-            values[option.dest] = True
-            if text is not None and (given[:2] == "--" or "-" + text[:1] not in options):
-                raise UsageError(f"{given} takes no value")
-            if text is not None:  # -qv is -q -v
-                todo.insert(0, "-" + text)
-    return rest
-
-
-def option_in(word: str, options: Iterable[str]) -> tuple[str, str | None]:
-    """The option that a word is, or nothing, and the value written with it, if any: --flag=TEXT, -fTEXT."""
-    given, equals, text = word.partition("=")
-    if given in options:
-        return given, text if equals else None
-    if word[:2] in options and "-" + given not in options:
-        return word[:2], word[2:]
-    is_option = word[:1] == "-" and word != "-" and " " not in word and not word[1:].isdecimal()
-    return given if is_option else "", None
-
-
-def overview() -> str:
-    """The page that --help prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
-    return f"""usage: {PROGRAM} COMMAND [ARG]...
-
-Startup coordination for scripts that run in parallel. A unit is a named phase of work,
-usually one script; it starts when the units it depends on are done.
-
-{chr(10).join(lines)}
-
-`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
-`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
-"""
-
-
-def command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options before the command; the command and what follows it, without the words `exp sync` in front."""
-    options: list[str] = []
-    rest, front, known = list(words), ["exp", "sync"], ("--socket-path", "--connect-timeout")
-    while rest:
-        given, text = option_in(rest[0], known)
-        if given in known:
-            end = 2 if text is None else 1
-            options += rest[:end]
-            del rest[:end]
-        elif rest[:2] == front:
-            del rest[:2]
-            front = []
-        else:
-            break
-    return options, rest
+            if argument.words.get("nargs") != "*" and not names:
+                return None
+            values[argument.dest] = names if argument.is_repeated else argument.read(names[0])
+            names = [] if argument.is_repeated else names[1:]
+    except (UsageError, IndexError):
+        return None
+    return None if names else (command, args)
 
 
 def load_below() -> None:
@@ -1648,29 +1624,12 @@ def load_below() -> None:
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line; return the exit status. Raises SyncError."""
-    options, words = command_line(argv)
-    if LAUNCHED and (not words or words[0] not in COMMANDS):
+    found = quick(argv)
+    if LAUNCHED and not found:
         load_below()
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    name, rest = words[0], words[1:]
-    if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
-    if name in ("-h", "--help", "help"):
-        put(overview())
-        return 0
-    if name in ("--version", "version"):
-        put(f"coder_sync {__version__}\n")
-        return 0
-    if name not in COMMANDS:
-        if name == "exp":
-            raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-        if name[0:1] == "-":
-            which = "which command? Options other than --socket-path and --connect-timeout follow the command"
-            raise UsageError(f"{ascii(name)[:60]}: {which}")
-        hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
-        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
-    return COMMANDS[name].run(parse(name, [*options, *rest])) or 0
+        found = quick(argv)
+    command, args = found or Command.parse(argv)
+    return command.run(args) or 0
 
 
 def name_process() -> None:
@@ -1683,28 +1642,23 @@ def name_process() -> None:
         pass
 
 
-def end_on_signals() -> None:
-    """Have signals end process 1, which the system spares their usual effect. In a container that may be any call."""
+def notice_signals() -> None:
+    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
     posix.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def shortage(error: Exception) -> str:
-    """Return what the system is short of, if that is why an error came; else nothing."""
+    """Return what there is too little of, if that is why an error came; else nothing."""
     try:
         posix.getcwd()
     except OSError:
         return "the working directory is gone"
-    text = one_line(str(getattr(error, "strerror", None) or error))
-    codes = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
-    texts = ("start new thread", *map(posix.strerror, codes))  # also of an import
-    return text if any(known in text for known in texts) else ""
+    lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
+    return next((text for text in lacks if text in str(error)), "")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -1723,7 +1677,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
-            end_on_signals()
+            exit_on_signals()
+            notice_signals()
         name_process()
         code = dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -1735,11 +1690,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
-    except Exception as error:
-        if lacks := shortage(error):
-            put(f"error: cannot go on: {lacks}\n", 2)
-        else:  # a defect of ours; no traceback reaches a user
-            put(f"error: internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it\n", 2)
+    except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
+        lack = shortage(error)
+        defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
+        put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
@@ -1925,14 +1879,19 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Processes:
-    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen."""
+    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen.
 
-    def __init__(self) -> None:
-        self.births: dict[int, str] = {}  # pid -> when it began, which tells it from a later one with the same pid
-        self.near: dict[int, list[int]] = {}  # a pid -> those of which it is the parent, the group or the session
+    `before` is an earlier look: who was seen then is not asked again for its mark.
+    """
+
+    def __init__(self, before: Processes | None = None) -> None:
+        self.births: dict[int, int] = {}  # pid -> when it began, which tells it from a later one with the same pid
+        self.near: dict[int | str, list[int]] = {}  # a pid -> those of which it is the parent, group or session
         self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
+        self._marks: dict[int, str] = {}  # what $CODER_SYNC_ENV is in those that are younger than we; also in `near`
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
+        ours = int(stat_of(os.getpid())[19])
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             try:
                 state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
@@ -1941,28 +1900,40 @@ class Processes:
             if state in "ZX":
                 self.dead_groups.add(int(group))
                 continue
-            self.births[pid] = more[15]
-            for number in {int(parent), int(group), int(session)}:
-                self.near.setdefault(number, []).append(pid)
+            born = self.births[pid] = int(more[15])
+            if before and before.births.get(pid) == born:
+                self._marks[pid] = before._marks.get(pid, "")
+            elif born >= ours:
+                self._marks[pid] = mark_of(pid)
+            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+            for key in keys:
+                self.near.setdefault(key, []).append(pid)
+
+
+def mark_of(pid: int) -> str:
+    """Return the $CODER_SYNC_ENV that a process began with, which no two units have; empty if it cannot be told."""
+    try:
+        words = read_proc(f"/proc/{pid}/environ").split("\0")
+    except OSError:  # it is another user's, or has ended
+        return ""
+    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
     """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
 
-    Who was seen once is known by pid and birth, also when its parent has gone. Without a /proc of ours only the first
-    process and its group are known. No pid is signalled that may have become another process's.
+    Who was seen once is known by pid and birth, also when its parent has gone; a daemon that nobody has seen before is,
+    by `mark`, its $CODER_SYNC_ENV. Without a /proc of ours only the first process and its group are known. No pid is
+    signalled that may have become another process's.
     """
 
-    def __init__(self, pid: int, own: bool) -> None:
-        self.pid, self.own = pid, own  # of the first process; whether it leads a session or group
+    def __init__(self, pid: int, own: bool, mark: str) -> None:
+        self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
         self.first = True  # it has not ended
-        self._known: dict[int, str] = {}  # pid -> birth, at the last look
-        self._told: set[int] = set()  # those of the others that were told to end
+        self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, loop: Loop) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
-        if not self.first and not self.own and not self._known:
-            return False
         try:
             alive = loop.processes()
         except OSError:  # no /proc, no descriptor
@@ -1970,6 +1941,7 @@ class Family:
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
+        todo += alive.near.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
@@ -1992,14 +1964,13 @@ class Family:
     def left(self) -> list[int]:
         """Return the pids of all who are known to be left, the first process before the others."""
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == self._known[pid]]
+        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
-        """Tell the others to end, each once."""
+        """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = set(self.left()[self.first :] or [-self.pid] * self.has_group()) - self._told
-        self._told |= others
+        others = self.left()[self.first :] or [-self.pid] * self.has_group()
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -2025,6 +1996,7 @@ class Loop:
         self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None
+        self._looked = False  # since the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -2040,7 +2012,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._processes = b"", None
+        came, self._looked = b"", False
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -2052,7 +2024,8 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all processes, seen once for all who ask between two turns. Raises OSError."""
-        self._processes = self._processes or Processes()
+        if not self._processes or not self._looked:
+            self._processes, self._looked = Processes(self._processes), True
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -2125,7 +2098,7 @@ def end_on(*names: str) -> None:
     import _signal as signal
 
     for number in heeded(names):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
 
 
 def let_children_go() -> None:
@@ -2143,12 +2116,24 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
     import _signal as signal
 
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
+    program = in_path(command[0], env.get(b"PATH"))
     if own_session:
         try:
-            return os.posix_spawnp(command[0], command, env, setsid=True, **options)
+            return os.posix_spawnp(program, command, env, setsid=True, **options)
         except NotImplementedError:  # an older C library
             options["setpgroup"] = 0
-    return os.posix_spawnp(command[0], command, env, **options)
+    return os.posix_spawnp(program, command, env, **options)
+
+
+def in_path(program: str, path: bytes | None) -> str:
+    """Return where a program is in a PATH, if that is not ours, which the system looks in. Raises OSError."""
+    if path == os.environb.get(b"PATH") or not program or "/" in program:
+        return program
+    places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
+    files = [place for place in places if os.path.isfile(place)]
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no such command")
+    return next((file for file in files if os.access(file, os.X_OK)), files[0])
 
 
 def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
@@ -2247,15 +2232,7 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
-STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
-
-
-class Facts(UnitStatus):
-    """What has been set of the snapshot of a unit, in its present run; the rest has its default, and takes no room."""
-
-    def __init__(self, registered: float | None = None) -> None:
-        self.registered = registered
 
 
 class Unit:
@@ -2265,7 +2242,7 @@ class Unit:
         self.name = name
         self.status = NOT_REGISTERED
         self.since = 0.0  # of the status
-        self.facts = Facts()
+        self.begin_anew(None)
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2279,8 +2256,13 @@ class Unit:
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.last_event = 0
 
+    def begin_anew(self, registered: float | None) -> None:
+        """Forget what is known of the run before."""
+        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
+        self.facts.registered = registered
+
     def first(self) -> Claim | None:
-        """The claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
 
 
@@ -2356,10 +2338,11 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
 
-    `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell` gets every
-    event as it happens.
+    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
+    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
+    gets every event as it happens.
     """
 
     def __init__(
@@ -2855,7 +2838,7 @@ class Units:
         if status in (PENDING, COMPLETED):
             self._unlock(unit)
         if status == PENDING:  # forget the run before
-            unit.facts = Facts(unit.since)
+            unit.begin_anew(unit.since)
             unit.root, unit.locks, unit.last = "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -3537,10 +3520,15 @@ class Connection:
         except OSError:
             pass
 
-    def caller(self, hold: bool) -> Owner | None:
-        """Who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown."""
+    def caller(self, hold: bool, parent: int = 0) -> Owner | None:
+        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+
+        `parent` is the script as the peer says, for systems on which we cannot find out.
+        """
         pid = peer_of(self.sock)[0]
-        return process(pid if hold or not pid else int(proc_line(pid, "PPid") or 0))
+        if pid and not hold:
+            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+        return process(pid)
 
 
 def of_peer(error: BaseException | None) -> bool:
@@ -3662,11 +3650,12 @@ class Agent:
                 result.did_you_mean = own.did_you_mean
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
-        except SyncError as error:
+        except SyncError as problem:
+            error = problem
             if isinstance(error, NotRegistered):
                 unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
                 self._suggest([unknown], "")
-                error.args = (error.args[0] + meant(unknown.did_you_mean),)
+                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3822,6 +3811,7 @@ class Agent:
         locks: Sequence[str] = (),
         confirm: bool = False,
         supervisor: bool = False,
+        caller: int = 0,
     ) -> None:
         """Claim a unit.
 
@@ -3830,8 +3820,8 @@ class Agent:
         """
         self._may_wait(request, progress)
         request.confirm = confirm
-        owner = self._process(request.connection, pid) if pid else request.connection.caller(hold or supervisor)
-        held, supervisor = hold or pid != 0, supervisor and pid == 0
+        connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
+        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         claim = self.units.start(
             unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
         )
@@ -3912,27 +3902,30 @@ class Agent:
 
     def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        by, claim = self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> tuple[Owner | None, Claim | None]:
-        """Return who reports the end of a unit, if that matters, and the claim that the connection has on it."""
-        known, connection = self.units.units.get(unit), request.connection
-        if not known or known.last in connection.claims:
-            return None, known.last if known else None
-        return connection.caller(hold=False) if known.refused else None, None
+    def _reporter(self, request: Request, unit: str) -> Owner | None:
+        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+        known = self.units.units.get(unit)
+        return request.connection.caller(hold=False) if known and known.refused else None
+
+    def _claim_of(self, request: Request, unit: str) -> Claim | None:
+        """Return the claim on a unit that was granted last, if it is the connection's."""
+        known = self.units.units.get(unit)
+        return known.last if known and known.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
         """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        known = self.units.units.get(unit)
-        if not known or not known.last or known.last not in request.connection.claims:
+        claim = self._claim_of(request, unit)
+        if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
-        return known.last
+        return claim
 
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
@@ -4228,7 +4221,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         if replace and not late:
             late = not replace(path)
         # O_NONBLOCK: another user may have put a pipe there
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -4240,7 +4233,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
-                return os.dup(fd)  # which is locked as well
+                ours = True
+                return fd
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -4255,7 +4249,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         except FileNotFoundError:
             pass
         finally:
-            os.close(fd)
+            if not ours:
+                os.close(fd)
 
 
 def write_pid(fd: int, path: str) -> None:
@@ -4378,16 +4373,17 @@ class Host:
                         if os.path.isfile(self.pid_file):  # and no device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
-            except OSError as error:
-                file_name = error.filename or self.pid_file or self.log_file
-                raise Refused(f"cannot write {file_name}: {error.strerror}") from None
-            try:
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except RuntimeError as error:
-                raise Refused(f"cannot serve: {error}; is there a limit of processes?") from None
+            except OSError as error:
+                what = f"write {error.filename or self.pid_file or self.log_file}"
+                raise Refused(
+                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
+                ) from None
+            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
+                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -5399,7 +5395,11 @@ class Prober:
         """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
         import threading
 
-        threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(once,), daemon=True).start()
+        except RuntimeError:
+            os.close(self._done)
+            raise
         return self
 
     def fileno(self) -> int:
@@ -5723,7 +5723,6 @@ LOOK_OFTEN = 0.05  # seconds, at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
 
 WAITING = "waiting"  # for its turn, or its next try
 CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
@@ -5771,7 +5770,7 @@ class Task:
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
-        self.family = Family(0, False)  # the processes of the latest try
+        self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
@@ -5837,7 +5836,8 @@ class Task:
             return
         try:
             self.enter(CHECKING, {})
-            self.prober = Prober(self.limits.ready, self.environment()).begin(once=True)
+            self.prober = Prober(self.limits.ready, self.environment())
+            self.prober.begin(once=True)
             self.loop.watch(self.prober.fileno(), self.checked)
         except (OSError, RuntimeError) as error:
             self.not_begun(cannot_probe(error), error)
@@ -5865,7 +5865,7 @@ class Task:
             self.not_begun(wrong(error), error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session), "", time.monotonic()
+        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
         self.tries += 1
         limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
@@ -5898,7 +5898,8 @@ class Task:
         if self.limits.ready == "notify":
             self.prober = self.notified = Notified(self.notify_path)
         elif self.limits.ready:
-            self.prober = Prober(self.limits.ready, env, before).begin()
+            self.prober = Prober(self.limits.ready, env, before)
+            self.prober.begin()
         if self.prober:
             self.loop.watch(self.prober.fileno(), self.probed)
 
@@ -5943,6 +5944,8 @@ class Task:
         self.close_prober()
         if self.state == ENDING:
             self.due[self.look] = 0.0
+            if self.tell_others in self.due:
+                self.due[self.tell_others] = 0.0
         elif code or early or self.reported == FAILED:
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
@@ -5962,7 +5965,8 @@ class Task:
         by = min(by, now + self.grace)
         if self.state != ENDING:
             self.why = why
-            self.enter(ENDING, {self.look: now, self.tell_others: (now + by) / 2, self.kill: by})
+            others_at = (now + by) / 2 if self.family.first else now
+            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
             self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
             self.family.signal(signal.SIGTERM)
@@ -5971,7 +5975,8 @@ class Task:
             self.due[self.kill] = by
 
     def tell_others(self) -> None:
-        """Half of the time is over: the first process may not be enough."""
+        """Tell the others to end: the first process has, or half of the time is over."""
+        self.family.look(self.loop)
         self.family.tell_others()
 
     def kill(self) -> None:
@@ -5994,11 +5999,12 @@ class Task:
         elif self.state == ENDING:
             if self.give_up in self.due:
                 self.family.kill()
-            elif not self.family.first or self.tell_others not in self.due:
-                self.family.tell_others()
             self.due[self.look] = now + LOOK_OFTEN
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
+            if not self.runs_on:
+                self.runs_on = True
+                self.report("running")
 
     def gone(self) -> None:
         """Nothing is left of a try."""
@@ -6065,8 +6071,9 @@ class Task:
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
             end_by = self.due.get(self.time_is_up, NEVER)
-            look = NEVER if self.family.first else now + LOOK_EVERY if self.own_session else now
-            self.enter(READY, {self.time_is_up: end_by, self.look: look})
+            self.enter(READY, {self.time_is_up: end_by})
+            if not self.family.first:
+                self.due = {self.look: now + LOOK_EVERY} if self.own_session else {self.gone: now}
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 
@@ -6099,7 +6106,9 @@ def cmd_run(args: Args) -> int:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        return shell_status(supervise(args.command, environment(CODER_SYNC_UNIT=args.unit)))
+        path = os.path.abspath(socket_path_of(args.socket_path))
+        env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
+        return shell_status(supervise(args.command, env))
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     with start.channel:
@@ -6115,7 +6124,8 @@ class Run(Task):
         limits = Limits(args.ready or "", args.ready_timeout, 0.0, args.retry, args.retry_delay)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env, self.quiet = environment(**start.environment), args.quiet
+        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
+        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
         self.status = 0  # to return
         self.unreported: list[str] = []
         self.left = private_file()
@@ -7567,8 +7577,105 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. The other commands.
+# Command line. What `quick` does not read is parsed by argparse here; then the other commands.
 # ----------------------------------------------------------------------------------------------------------
+
+
+def usage_of(command: Command) -> str:
+    """Return the usage line of a command."""
+    forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
+    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
+    return " ".join([PROGRAM, command.name, *shown, "[OPTION]..."]) + tail
+
+
+def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argparse.ArgumentParser:
+    """Return argparse's parser for arguments. It raises UsageError."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+        def print_help(self, file: Any = None) -> None:  # another one's: this one hides positionals for a while
+            put(parser_of(usage, arguments, **words).format_help())
+
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    usage_text = usage.replace("%", "%%")
+    parser = Parser(PROGRAM, usage_text, formatter_class=form, add_help=False, allow_abbrev=False, **words)
+    for argument in arguments:
+
+        def read(text: str, argument: Argument = argument) -> Any:
+            try:
+                return argument.words.get("type", str)(text.lstrip("\0"))
+            except UsageError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        more: dict[str, Any] = {"default": argument.default, "type": read} if argument.takes_value else {}
+        more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
+        parser.add_argument(*argument.names, **{**argument.words, **more})
+    return parser
+
+
+def parser_for(command: Command) -> argparse.ArgumentParser:
+    """Return argparse's parser for what follows the name of a command."""
+    example = f"example: {PROGRAM} {command.example}"
+    return parser_of(usage_of(command), command.arguments, description=command.help, epilog=example)
+
+
+def front_of(words: Sequence[str], into: Args | None = None) -> tuple[Args, list[str]]:
+    """Return the options in front of a command, and the command with what follows. Raises UsageError."""
+    options = (*COMMON[:2], flag("-h", "--help", help=""), flag("--version", help=""))
+    parser = parser_of("", (*options, Argument("words", nargs="...", help="")))
+    args, others = parser.parse_known_args(words, into or Args())
+    if others:
+        which = "which command? Options other than --socket-path and --connect-timeout follow the command"
+        raise UsageError(f"{ascii(others[0])[:60]}: {which}")
+    rest, wants_help, wants_version = (vars(args).pop(name) for name in ("words", "help", "version"))
+    if wants_help or wants_version:
+        return args, ["help" if wants_help else "version"]
+    return front_of(rest[2:] or ["help"], args) if rest[:2] == ["exp", "sync"] else (args, rest)
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, Args]:
+    """Parse a command line. Ends the process for --help. Raises UsageError."""
+    args, words = front_of(argv)
+    if not words:
+        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
+    command = command_named(words[0])
+    try:
+        words, args.command = split_tail(command, words[1:])
+        if "--" in words:  # what follows are names: no option begins with what is put in front of them here
+            words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
+        _, others = parser_for(command).parse_known_intermixed_args(words, args)
+        if others:
+            raise UsageError(surplus(command, others[0].lstrip("\0")))
+        if args.command is None:
+            raise UsageError("a command must follow --")
+    except UsageError as error:
+        raise UsageError(f"{command.name}: {error} (usage: {usage_of(command)})") from None
+    return command, args
+
+
+Command.parse = parse
+
+
+def command_named(name: str) -> Command:
+    """Return the command with this name. Raises UsageError."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    if name == "exp":
+        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
+    hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
+    raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
+
+
+def surplus(command: Command, word: str) -> str:
+    """Return what is wrong with a word that is one too many."""
+    if word[:1] == "-":
+        given = word.partition("=")[0]
+        return f"no such option: {ascii(given)[:40]}{meant(resembling(given, list(command.options)))}"
+    return f"unexpected {ascii(word)[:60]}" + ("; did you forget -- before the command?" if command.tail else "")
 
 
 def mode_bits(text: str) -> int:
@@ -7720,7 +7827,9 @@ def cmd_boot(args: Args) -> int:
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
-        put(f"error: nothing was run:\n{error}\n", 2)
+        forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
+        hint = "did you forget -- before the command?\n" if forgotten else ""
+        put(f"error: nothing was run:\n{error}\n{hint}", 2)
         return error.exit_code
     if args.check:
         put(plan_text(scripts))
@@ -7810,6 +7919,23 @@ def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = client_of(args).reset(*args.units)
     say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+
+
+@Command(
+    "stop db --grace 30s",
+    units_or("all"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
+    QUIET,
+)
+def cmd_stop(args: Args) -> None:
+    """End the commands of UNIT and of what depends on it, dependents first."""
+    answer = client_of(args).halt(*args.units, grace=args.grace)
+    if answer.stopped:
+        say(f"stopped: {names_of(answer.stopped)}", quiet=args.quiet)
+    if answer.left or answer.cannot:
+        raise Refused(still_running(answer))
+    if not answer.stopped:
+        say("nothing runs", quiet=args.quiet)
 
 
 @Command("shutdown", QUIET)
@@ -7911,17 +8037,36 @@ def cmd_events(args: Args) -> None:
             return
 
 
+@Command(
+    "help start", Argument("topics", nargs="*", metavar="COMMAND", help="what it is about (default: all commands)")
+)
+def cmd_help(args: Args) -> None:
+    """Say what there is, or more about COMMAND."""
+    for command in [command_named(topic) for topic in args.topics]:
+        return parser_for(command).print_help()
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    put(f"""usage: {PROGRAM} COMMAND [ARG]...
+
+Startup coordination for scripts that run in parallel. A unit is a named phase of work,
+usually one script; it starts when the units it depends on are done.
+
+{chr(10).join(lines)}
+
+`{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
+""")
+
+
+@Command("version")
+def cmd_version(args: Args) -> None:
+    """Print the version."""
+    put(f"coder_sync {__version__}\n")
+
+
 SHELL_SCRIPTS = {
     "bash": """\
-_coder_sync() {
-    local word
-    COMPREPLY=()
-    while IFS= read -r word; do
-        printf -v word %q "$word"
-        COMPREPLY+=("$word")
-    done < <("$1" completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
-}
-complete -o default -F _coder_sync PROGRAM
+complete -o default -C 'FILE completion bash -- 2>/dev/null' PROGRAM
 """,
     "zsh": """\
 _coder_sync() {
@@ -7929,60 +8074,76 @@ _coder_sync() {
     found=(${(f)"$(${(Q)words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
     if (( $#found )); then compadd -a found; else _files; fi
 }
-compdef _coder_sync PROGRAM
-""",
-    "fish": """\
-function __coder_sync
-    set -l words (commandline -opc) (commandline -ct)
-    set -l found ($words[1] completion fish -- $words[2..-1] 2>/dev/null)
-    if set -q found[1]
-        printf '%s\\n' $found
-    else
-        __fish_complete_path $words[-1]
-    end
-end
-complete -c PROGRAM -f -a '(__coder_sync)'
+(( ! $+functions[compdef] )) || compdef _coder_sync PROGRAM
 """,
 }
 
 
 @Command(
     "completion bash >> ~/.bashrc",
-    Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash, zsh or fish"),
+    Argument("shell", choices=tuple(SHELL_SCRIPTS), metavar="SHELL", help="bash or zsh"),
     tail="*",
 )
 def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
+    import shlex
+
     if args.command:
-        put("".join(word + "\n" for word in candidates(args.command)))
-    else:
-        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shell_word(PROGRAM)))
+        line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
+        if args.shell == "bash" and point.isdecimal():
+            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+        else:
+            found = candidates(args.command)
+        put("".join(word + "\n" for word in found))
+        return
+    path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
+    put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def candidates(line: Sequence[str]) -> list[str]:
-    """What the last word of a command line may become; nothing where it is a file, or is not ours to know."""
-    # One word for --output and one for json, as bash has it, which makes three of --output=json.
-    parts = (word.split("=", 1) if word[:2] == "--" else [word] for word in line[:-1])
-    words = [part for both in parts for part in both if part not in ("", "=")]
-    last = line[-1].strip("'\"=").replace("\\", "")
-    _, rest = command_line(words)
-    if "--" in words or (rest and rest[0] not in COMMANDS):
+def bash_candidates(line: bytes, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+    import re
+    import shlex
+
+    text = line.decode(errors="surrogateescape").rstrip("\\")
+    for quote in ("", "'", '"'):  # the one that is still open
+        try:
+            words = shlex.split(text + quote)
+        except ValueError:
+            continue
+        if not quote and text[-1:].isspace():
+            words.append("")
+        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
+        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
+        change = r"'\\''" if quote == "'" else r"\\\1"
+        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
+    return []
+
+
+def candidates(words: Sequence[str]) -> list[str]:
+    """Return what the last word of a command line may become; nothing where it is a file, or not ours to know."""
+    before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
+    before += [option] * bool(equals)
+    try:
+        _, rest = front_of([*before, "the last"])
+    except UsageError:
         return []
-    arguments = COMMANDS[rest[0]].arguments if rest else COMMON
-    options = options_in(arguments)
-    given, equals, _ = last.partition("=")
-    asked, prefix, found = COMMANDS[rest[0]].positionals if rest else [], "", [] if rest else [*COMMANDS]
-    if words and words[-1] in options and options[words[-1]].takes_value:
-        asked, found = [options[words[-1]]], []
-    elif equals and given in options:
-        asked, prefix, found = [options[given]], given + "=", []
-    elif last[:1] == "-":
-        asked, found = [], [*options]
+    if "--" in before or (rest[1:] and rest[0] not in COMMANDS):
+        return []
+    command = COMMANDS[rest[0]] if rest[1:] else Command("")
+    asked = command.positionals
+    if before and before[-1] in command.options and command.options[before[-1]].takes_value:
+        asked = [command.options[before[-1]]]
+    found: list[str] = [] if asked or rest[1:] or not rest else [*COMMANDS]
+    if last[:1] == "-":
+        asked, found = [], [*command.options]
     for argument in asked:
         found += argument.words.get("choices") or ()
+        found += [*COMMANDS] if argument.words.get("metavar") == "COMMAND" else ()
     if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
-        found += known_units(words)
-    return [prefix + word for word in found if (prefix + word).startswith(last)]
+        found += known_units(before)
+    return [option + equals + word for word in found if word.startswith(last)]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
