@@ -1932,10 +1932,10 @@ class Family:
         self.first = True  # it has not ended
         self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
-    def look(self, loop: Loop) -> bool:
+    def look(self, processes: Callable[[], Processes]) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
         try:
-            alive = loop.processes()
+            alive = processes()
         except OSError:  # no /proc, no descriptor
             return self.first or bool(self._known) or self.has_group()
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
@@ -2855,7 +2855,8 @@ class Units:
         if claim and claim.boot and status != PENDING:
             answer = {"unit": unit.name, "status": status, "reason": reason}
             self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, reason)
+        detail = reason[len(event) :].lstrip()  # which begins with the word for the event
+        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             for other in list(unit.wants):
                 self._cut(unit, other)
@@ -3889,8 +3890,6 @@ class Agent:
         if more:
             connection.members = members
         else:
-            if self.leaving:
-                raise Unreachable("the agent is shutting down")
             claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
             still = [claim for claim in connection.claims if not self.units.is_over(claim)]
             connection.claims = dict.fromkeys([*still, *claims])
@@ -3939,6 +3938,7 @@ class Agent:
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
+        self._held(request, unit)
         self.units.retry(unit, detail)
         return {"unit": unit}
 
@@ -5387,7 +5387,7 @@ class Prober:
         self.file: tuple[int, ...] = ()  # as it was at the latest try
         self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
         self.shown = self._probe.shown
-        self._peer = self._group = 0  # who listens at a Unix socket; a command that is being tried
+        self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
 
@@ -5414,8 +5414,7 @@ class Prober:
         """Make no more tries, and kill a command that is being tried."""
         self._closed.set()
         with self._lock:
-            if self._group:
-                signal_to(-self._group, 9)
+            self._kill()
         os.close(self._ready)
 
     def _run(self, once: bool) -> None:
@@ -5477,20 +5476,27 @@ class Prober:
                 streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
                 command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
                 streams.append((os.POSIX_SPAWN_DUP2, write, 3))
-                self._group = spawn(command, self._env, file_actions=streams, setpgroup=0)
+                self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
             os.close(write)
             write = -1
             if not can_be_read(read, timeout):
-                signal_to(-self._group, 9)
+                self._kill()
                 return f"no end within {span(timeout)}"
             status = os.read(read, 16).strip()
             return "" if status == b"0" else ending(int(status)) if status else "it was killed"
         finally:
             with self._lock:
-                self._group = 0
+                self._pid = 0
             for fd in (read, write, nothing):
                 if fd >= 0:
                     os.close(fd)
+
+    def _kill(self) -> None:
+        """Kill a command that is being tried, with all that it has started."""
+        if self._pid:
+            family = Family(self._pid, own=True, mark="")
+            family.look(Processes)
+            family.kill()
 
 
 class Notified:
@@ -5835,7 +5841,8 @@ class Task:
             self.run(None)
             return
         try:
-            self.enter(CHECKING, {})
+            # A name may take its time to be resolved.
+            self.enter(CHECKING, {self.checked: time.monotonic() + 2 * CHECK_TIMEOUT})
             self.prober = Prober(self.limits.ready, self.environment())
             self.prober.begin(once=True)
             self.loop.watch(self.prober.fileno(), self.checked)
@@ -5968,7 +5975,7 @@ class Task:
             others_at = (now + by) / 2 if self.family.first else now
             self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
-            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
             self.family.signal(signal.SIGTERM)
             self.family.signal(signal.SIGCONT)
         elif by < self.due.get(self.kill, 0.0):
@@ -5976,7 +5983,7 @@ class Task:
 
     def tell_others(self) -> None:
         """Tell the others to end: the first process has, or half of the time is over."""
-        self.family.look(self.loop)
+        self.family.look(self.loop.processes)
         self.family.tell_others()
 
     def kill(self) -> None:
@@ -5994,7 +6001,7 @@ class Task:
     def look(self) -> None:
         """See whether something is left of it, and go on ending that."""
         now = time.monotonic()
-        if not self.family.look(self.loop):
+        if not self.family.look(self.loop.processes):
             self.gone()
         elif self.state == ENDING:
             if self.give_up in self.due:
@@ -6087,9 +6094,13 @@ class Task:
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-    Argument("--ready-timeout", type=duration, default="5m", metavar="DURATION", help="how long to try PROBE"),
+    Argument(
+        "--ready-timeout", type=duration, default=None, metavar="DURATION", help="how long to try PROBE (default: 5m)"
+    ),
     Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-    Argument("--retry-delay", type=duration, default="1s", metavar="DURATION", help="doubled after each try"),
+    Argument(
+        "--retry-delay", type=duration, default=None, metavar="DURATION", help="doubled after each try (default: 1s)"
+    ),
     flag("--optional", help="run COMMAND even if there is no agent"),
     QUIET,
     tail="+",
@@ -6100,6 +6111,10 @@ def cmd_run(args: Args) -> int:
     start = start_of(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
+    if args.ready_timeout is not None and args.ready is None:
+        raise UsageError("run: --ready-timeout without --ready")
+    if args.retry_delay is not None and not args.retry:
+        raise UsageError("run: --retry-delay without --retry")
     try:
         start.__enter__()
     except Unreachable as error:
@@ -6121,7 +6136,9 @@ class Run(Task):
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
         link = Link(loop, self.news, lambda error: None, pings=False)
-        limits = Limits(args.ready or "", args.ready_timeout, 0.0, args.retry, args.retry_delay)
+        given = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
+        given = {name: value for name, value in given.items() if value is not None}
+        limits = Limits(args.ready or "", retries=args.retry, **given)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
@@ -6164,7 +6181,7 @@ class Run(Task):
         elif self.state == GONE:
             sys.exit(128 + number)
         elif self.family.first:
-            self.family.look(self.loop)  # who descends from it cannot be told any more when it has gone
+            self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
             if not sent_by_key(number):
                 self.family.signal(number)
         else:  # it has ended, and what it has left is being ended
@@ -7065,6 +7082,7 @@ class Boot:
             self.loop.forget(self.front, *self.streams.by_fd)
             self.loop.children.clear()
         for family in families:
+            family.look(self.loop.processes)
             family.signal(15)
             family.tell_others()
         deadline = time.monotonic() + self.options.grace
@@ -7074,7 +7092,7 @@ class Boot:
                 family.first = family.first and signal_to(family.pid, 0)
                 if time.monotonic() > deadline:
                     family.kill()
-            families = [family for family in families if family.look(self.loop)]
+            families = [family for family in families if family.look(self.loop.processes)]
 
     def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""

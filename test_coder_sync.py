@@ -928,6 +928,10 @@ a lock is shown as what a unit waits for:
     => lock apt/free/taken/False/lock/6/a has it/script 42/-;
     b: waits_for lock apt, which a has, locks apt, blocked_by apt by a, ready 5;
     a: waits_for -, locks apt and k, blocked_by -, ready 0; a: locks apt and k; b: started 6.0004, released_by a
+so is who comes first:
+    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l by=43; sleep 1; lacks c; show c waits_for blocked_by
+    => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
+    c: waits_for lock l, which b is to have first, blocked_by l by b
 the places of a boot are no locks by name:
     boot #b a b@k jobs=1; show b locks blocked_by waits_for; sleep 1; complete a;
     show b waiting ready started released_by
@@ -1234,15 +1238,15 @@ def test_what_happens_to_services_is_told(rules: Rules) -> None:
     assert [(e.unit, e.kind, e.detail) for e in rules.heard if e.kind not in ("registered", "started")] == [
         ("a", "ready", ""),
         ("a", "completed", ""),
-        ("a", "died", "died 0ms after it was ready: oops"),
+        ("a", "died", "0ms after it was ready: oops"),
         ("b", "ready", ""),
         ("b", "completed", ""),
         ("b", "exited", ""),
-        ("c", "stopped", "stopped"),
+        ("c", "stopped", ""),
         ("d", "wants", "x"),
         ("d", "waiting", "x"),
         ("d", "gave up", "stopped; still missing: x"),
-        ("d", "stopped", "stopped"),
+        ("d", "stopped", ""),
     ]
 
 
@@ -3291,24 +3295,6 @@ def test_without_pidfd_and_eventfd_ends_of_owners_are_noticed_and_waits_answered
     assert world.client.status("owned").reason.startswith("lost: ")
 
 
-@LINUX
-def test_a_service_that_is_started_anew_beside_its_old_process_leaves_no_descriptor(world: World) -> None:
-    agent = world.serve()
-
-    def descriptors(kind: str) -> int:
-        found = Path(f"/proc/{agent.pid}/fd")
-        return sum(os.readlink(fd).startswith(kind) for fd in found.iterdir() if os.path.lexists(fd))
-
-    for _ in range(3):
-        until(lambda: descriptors("socket") == 1, "no connection any more")
-        peer = world.connect()
-        for i, method in enumerate(("start", "complete", "running")):
-            assert "result" in peer.call(method, i, unit="service", **{"hold": True} if method == "start" else {})
-        peer.close()
-    until(lambda: descriptors("socket") == 1, "no connection any more")
-    until(lambda: descriptors("anon_inode:[pidfd]") <= 1, "one process watched")
-
-
 @contextlib.contextmanager
 def impostor(world: World, answer: bytes) -> Iterator[None]:
     """Something else that listens at the socket's path, and gives everybody one answer."""
@@ -3684,40 +3670,24 @@ def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> No
     assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not a regular file; .*\n", done.stderr)
 
 
+@pytest.mark.parametrize("umask", [0, 0o077])
 def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_the_umask(
-    call: Call, monkeypatch: pytest.MonkeyPatch, world: World
+    world: World, umask: int
 ) -> None:
     gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
     world.path = str(world.directory / "run" / "user" / "agent.sock")
-
-    def modes() -> tuple[Any, ...]:
+    for options, mode, group in (
+        ([], 0o600, os.getgid()),
+        (["--mode", "0666"], 0o666, os.getgid()),
+        (["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
+        (["--group", str(gid), "--mode", "640"], 0o640, gid),
+    ):
+        agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(umask))
         found = os.stat(world.path)
-        directories = [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")]
-        return stat.S_IMODE(found.st_mode), found.st_gid, directories
-
-    def listen(host: coder_sync.Host, background: bool) -> None:
-        with contextlib.ExitStack() as end, coder_sync.listen(end, host.path, host.mode, host.group, None):
-            seen.append(modes())
-
-    seen: list[tuple[Any, ...]] = []
-    for umask, options, mode, group in [
-        (0, [], 0o600, os.getgid()),
-        (0o077, ["--mode", "660"], 0o660, os.getgid()),
-        (0o077, ["--mode", "0666"], 0o666, os.getgid()),
-        (0, ["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
-        (0, ["--group", str(gid), "--mode", "640"], 0o640, gid),
-    ]:
-        with monkeypatch.context() as patch:
-            patch.setattr(coder_sync, "serve", listen)
-            before = os.umask(umask)
-            call.ok(world, "serve", *options)
-            assert os.umask(before) == umask
-        assert seen.pop() == (mode, group, [0o700, 0o700]), options
+        assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, group), options
+        assert [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")] == [0o700, 0o700]
+        assert stopped(agent).returncode == 0
         assert os.listdir(world.directory / "run" / "user") == []
-    agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(0))
-    assert modes() == (0o640, gid, [0o700, 0o700])
-    assert stopped(agent).returncode == 0
-    assert os.listdir(world.directory / "run" / "user") == []
 
 
 NOT_SERVED = [
@@ -3819,21 +3789,6 @@ def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
     finally:
         sys.setswitchinterval(interval)
         os.umask(umask)
-
-
-def test_of_agents_that_start_at_the_same_instant_one_wins(world: World) -> None:
-    modules = "fcntl, grp, json.decoder, queue, resource, select, signal, socket, socketserver, threading"
-    gate = f"import os, {modules}; os.write(1, b'.'); os.read(0, 1)"
-    behind, ahead = os.pipe()
-    racers = [world.spawn(altered(gate, "serve"), stdin=behind) for _ in range(4)]
-    for racer in racers:
-        assert os.read(racer.stdout.fileno(), 1) == b"."  # type: ignore[union-attr]
-    os.close(ahead)
-    os.close(behind)
-    winner = world.client.ping(wait=PATIENCE)["pid"]
-    for done in [finish(racer) for racer in racers if racer.pid != winner]:
-        assert done.returncode == 1 and "already" in done.stderr
-    assert serves(world, winner)
 
 
 def test_an_agent_that_starts_while_another_ends_serves_or_says_why_not(world: World) -> None:
@@ -4513,6 +4468,8 @@ $ list -c unit,,status -> 2: no such column: ...
 $ wait -> 2: wait: name a unit, or what is to be --ready
 $ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command of a unit that says so
 $ run a --ready '' -- true -> 2: ready: what is to be probed is missing
+$ run a --ready-timeout 5m -- true -> 2: run: --ready-timeout without --ready
+$ run a --retry-delay 1s -- true -> 2: run: --retry-delay without --retry
 $ run a --retry=-1 -- true -> 2: run: argument --retry: not a whole number from 0 on: -1 (usage: ...
 $ run a --lock '' -- true -> 1: a lock name must not be empty; was a variable unset?
 $ timeline --blame -o json; timeline --compare x -o json -> 2: --output is the form of the timeline itself; ...
@@ -8416,6 +8373,20 @@ def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(wor
     until(lambda: len(left) == 2 and not any(alive(int(pid)) for pid in left))
 
 
+@needs_proc
+@pytest.mark.parametrize("how", ["its end", "its time"])
+def test_a_try_that_hangs_ends_with_all_that_it_started(world: World, how: str) -> None:
+    probe = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
+    prober = coder_sync.Prober(f"cd {world.directory}; {probe}", coder_sync.environment()).begin(how == "its time")
+    pids = until(lambda: " ".join(read_lines(world.directory / "pids")).split())
+    if how == "its end":
+        prober.close()
+    until(lambda: not any(alive(int(pid)) for pid in pids))
+    if how == "its time":
+        assert coder_sync.can_be_read(prober.fileno(), PATIENCE) and prober.error == "no end within 1.0s"
+        prober.close()
+
+
 def checked(world: World, probe: str) -> coder_sync.Prober:
     """A probe that was tried once, as before its command."""
     prober = coder_sync.Prober(probe, coder_sync.environment()).begin(once=True)
@@ -8453,6 +8424,43 @@ def test_a_file_counts_if_it_has_changed_and_a_command_that_succeeds_before_is_d
     after.close()
     assert (before.objection, before.doubt, checked(world, "false").doubt) == ("", "", "")
     assert checked(world, "true").doubt == "true succeeds already, before the command is run: it says nothing about it"
+
+
+def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
+    name = f"old-{next(COUNT)}"
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        probe = f"tcp:{old.getsockname()[1]}"
+        why = f"{probe} answers already, before the command was run: end what listens there (pid {os.getpid()}, "
+        boot = Boot(world, {"a": f"@ready {probe}\ntouch ran", "b": "@want a\ntouch ran"})
+        boot.ends(1, "", f"failed: a ({why}", "skipped: b")
+        done = shared.run("run", name, "--ready", probe, "--", "touch", str(world.directory / "ran"))
+    assert done.returncode == 125 and done.stderr.startswith(f"error: {name}: {why}"), done
+    assert not (world.directory / "ran").exists()
+
+
+def test_each_try_of_a_command_is_preceded_by_one_of_its_probe(world: World, gate: Gate) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        probe = f"@ready tcp:{old.getsockname()[1]}\n@retry 1000 20ms"
+        serve = f"import socket; s = socket.create_server(('', {old.getsockname()[1]})); open('gate').read()"
+        boot = Boot(world, {"a": f'{probe}\nexec {sys.executable} -IS -c "{serve}"', "b": "@want a\n: > gate"})
+        for _ in range(3):
+            old.accept()
+    boot.ends(0, None, "boot: 2 completed", leaves=True)
+
+
+def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: World) -> None:
+    (world.directory / "up").touch()
+    slow = "coder_sync.CHECK_TIMEOUT = 0.1"  # a probe that hangs is no reason to wait
+    files = {
+        "a": "@ready file:up\nsleep 0.2; echo > up; cat end",
+        "b": "@ready true\ncat end",
+        "c": "@want a b\n: > end",
+    }
+    files["d"] = "@ready test -e up && sleep 0.2\n@want a\ncat end2"
+    Gate(world, "end"), Gate(world, "end2")
+    boot = Boot(world, {**files, "e": "@want c d\n: > end2"}, patch=slow)
+    boot.ends(0, "", "warning: b: true succeeds already, before the command is run: it says nothing", leaves=True)
+    assert boot.told.count("warning: ") == 1, boot.told
 
 
 def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
@@ -8910,7 +8918,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(types.SimpleNamespace(processes=coder_sync.Processes))
+        family.look(coder_sync.Processes)
         assert family.left() == []
         family.tell_others(), family.kill()
     assert other.poll() is None
