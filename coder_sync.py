@@ -2574,6 +2574,7 @@ class Units:
         have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor.
         Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
         """
+        self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
         named = dict.fromkeys(self._registered(name) for name in names)
         named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
         affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
@@ -2604,12 +2605,12 @@ class Units:
                 if holder and unit.stop_by < unit.told and (unit not in below or unit.tell_by <= now):
                     unit.told = unit.stop_by
                     self._answers.append((holder, Stopping(unit.name, round(max(0.0, unit.stop_by - now), 3))))
+        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
         for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
             self.stops.remove(stop)
             stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
-            if not self.is_over(stop):  # else who asked has gone
-                self._leave(stop)
-                self._answers.append((stop, stop.answer))
+            self._leave(stop)
+            self._answers.append((stop, stop.answer))
         times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -3020,8 +3021,7 @@ class Units:
 
         Every start, wait and boot. `asked` is what Claim takes.
         """
-        if not boot and self.waits + len(members) > MAX_WAITS:
-            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
+        self._check_waits(0 if boot else len(members))
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
         claims = []
@@ -3052,6 +3052,11 @@ class Units:
             if claim in claim.unit.line:
                 self._record(claim.unit, "waiting", ", ".join(self._waits_for(claim.unit)))
         return claims
+
+    def _check_waits(self, more: int) -> None:
+        """Raise Refused if there may not be so many more claims in line."""
+        if more and self.waits + more > MAX_WAITS:
+            raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
         """The locks of each member.
@@ -3754,6 +3759,8 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
+            if claim.ticket is None:  # of a stop of our own
+                continue
             if isinstance(answer, Stopping):
                 claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
             else:
@@ -4064,7 +4071,6 @@ class Agent:
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
-            self.units.end_claims([stop], "")  # nobody is to be answered
             self._distribute()
         self._owners_wake.wake()
         return stop

@@ -848,6 +848,8 @@ MAX_EDGES 3: want a b c; want d e f; boot #b d:e,f; want d a => !Refused, !Refus
 MAX_EDGES 2: want a b; wait #1 a b; wait #2 a; lose #2; want b c => !Refused
 MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x y:x z:y; lose #2; start c #5 a
     => !Refused, !Refused, #b x started
+MAX_WAITS 1: start a #1 supervised; stop #2 a within=8; stop #3 a within=8; lose #2; stop #4 a within=8
+    => #1 ok, #1 stop a in 8, !Refused
 MAX_LOCKS 1: start a #1 lock=k; start b #2 lock=l; start c #3 lock=k => #1 ok, !Refused
 """)
 def test_a_number_is_bounded(
@@ -1337,6 +1339,16 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
 # -- size --------------------------------------------------------------------------------------------------
 
 
+def test_the_environment_comes_through_many_diamonds_at_once(units: Units) -> None:
+    units.want("n0", [])
+    units.complete("n0", env={"A": "1"})
+    for i in range(60):
+        units.want(f"l{i}", [f"n{i}"])
+        units.want(f"r{i}", [f"n{i}"])
+        units.want(f"n{i + 1}", [f"l{i}", f"r{i}"])
+    assert units.environment("n60") == {"A": "1"}
+
+
 def test_a_chain_of_3000_starts_in_one_go(units: Units) -> None:
     names = chain(units, 3000, "start")
     for name in names[1:]:
@@ -1391,7 +1403,6 @@ class Model:
         self.running: set[str] = set()  # units that run on
         self.stopping: dict[str, tuple[float, float]] = {}  # unit -> when to have ended, when to be told at the latest
         self.stops: dict[str, tuple[float, dict[str, list[str]]]] = {}  # ticket -> end, and what became of its units
-        self.asking: set[str] = set()  # tickets of stops that are to be answered
         self.told_to_stop: dict[str, float] = {}  # unit -> by when
         self.locks: dict[str, list[str]] = {}  # unit that is started, or has failed and runs -> the locks it has
         self.lines: dict[str, list[str]] = {}  # lock -> the units in its line
@@ -1453,7 +1464,7 @@ class Model:
     def is_over(self, ticket: str) -> bool:
         unit = self.starts[ticket][0] if ticket in self.starts else ""
         return not (
-            ticket in self.waits or ticket in self.asking or ticket in self.line or self.holders.get(unit) == ticket
+            ticket in self.waits or ticket in self.stops or ticket in self.line or self.holders.get(unit) == ticket
         )
 
     # -- steps: each returns the kind of error it must be refused with, or None
@@ -1602,7 +1613,6 @@ class Model:
                 failed.append(unit)
         cannot = [unit for unit in affected if self.status(unit) == "started" and unit not in runs]
         answer = {"units": runs, "stopped": failed, "left": [], "cannot": cannot}
-        self.asking.update(step.tickets)
         self.stops[step.tickets[0]] = self.now + step.seconds + coder_sync.STOP_PATIENCE, answer
         return None
 
@@ -1623,8 +1633,6 @@ class Model:
         """What stops are answered."""
         over = [t for t, (end_by, answer) in self.stops.items() if end_by <= self.now or not answer["units"]]
         answers = {ticket: self.stops.pop(ticket)[1] for ticket in over}
-        answers = {ticket: answer for ticket, answer in answers.items() if ticket in self.asking}
-        self.asking -= {*answers}
         for answer in answers.values():
             answer["left"] += answer.pop("units")
         return {t: {what: sorted(units) for what, units in answer.items()} for t, answer in answers.items()}
@@ -1633,7 +1641,7 @@ class Model:
         touched: dict[str, bool] = {}
         for ticket in step.tickets:
             self.waits.pop(ticket, None)
-            self.asking.discard(ticket)
+            self.stops.pop(ticket, None)
         for ticket, (unit, held, _) in self.starts.items():
             if not self.is_over(ticket) and {ticket, ticket.partition(".")[0]} & {*step.tickets}:
                 touched[unit] = held or touched.get(unit, False)
@@ -1848,7 +1856,7 @@ class Play:
         model.settled()
         assert {name: unit.status for name, unit in units.units.items()} == {n: model.status(n) for n in model.names()}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
-        assert units.waits == sum("." not in ticket for ticket in model.line) + len(model.waits) + len(model.asking)
+        assert units.waits == sum("." not in ticket for ticket in model.line) + len(model.waits) + len(model.stops)
         assert not units._freed
         assert not units._affected
         for name, unit in units.units.items():
