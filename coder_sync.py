@@ -7297,11 +7297,11 @@ class Boot:
             if job.outcome != COMPLETED:
                 self.streams.close(job.stream)
         lost = self.link.lost
+        self.look()
         self.link.ask("graph", self.told_graph)
         self.until(lambda: self.graph is not None)
         self.out.clear()
         self.out.flush()
-        self.look()
         graph = self.graph or Graph(0.0, [])
         self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())

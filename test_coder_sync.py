@@ -9447,23 +9447,23 @@ def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) 
     boot.ends(143)
 
 
-LAYERS = {f"x{i}-{k}": [f"x{i - 1}-{k}", f"x{i - 1}-{(k + 1) % 6}"] if i else [] for i in range(5) for k in range(6)}
+TIERS = {f"x{i}-{k}": [f"x{i - 1}-{k}", f"x{i - 1}-{(k + 1) % 6}"] if i else [] for i in range(5) for k in range(6)}
 
 
 @needs_proc
 def test_of_thirty_services_a_third_dies_and_one_stop_ends_the_rest_in_order(world: World) -> None:
-    files = {name: service(name, *wants) for name, wants in LAYERS.items()}
+    files = {name: service(name, *wants) for name, wants in TIERS.items()}
     boot = Boot(world, files, "--stay")
     boot.says("staying")
-    dead = random.sample(sorted(LAYERS), 10)
+    dead = random.sample(sorted(TIERS), 10)
     for name in dead:
         os.kill(pid_of(world, name), signal.SIGKILL)
     stopped = world.connect().call("stop", units=[], grace=8)["result"]
-    assert (sorted({*stopped["stopped"], *dead}), stopped["left"]) == (sorted(LAYERS), [])
+    assert (sorted({*stopped["stopped"], *dead}), stopped["left"]) == (sorted(TIERS), [])
     until(lambda: boot.scripts() == [])
     ends = read_lines(world.directory / "ends")
-    assert sorted([*ends, *dead]) == sorted(LAYERS)
-    assert not [name for i, name in enumerate(ends) for wanted in LAYERS[name] if wanted in ends[:i]]
+    assert sorted([*ends, *dead]) == sorted(TIERS)
+    assert not [name for i, name in enumerate(ends) for wanted in TIERS[name] if wanted in ends[:i]]
     boot.signal()
     boot.ends(143)
 
