@@ -9,8 +9,8 @@ from __future__ import annotations
 
 __doc__ = """Startup coordination for scripts that run in parallel: one file, agent and command line.
 
-An agent keeps a graph of units in memory; scripts say what they depend on, wait until they may run, and
-let others go on:
+An agent keeps a graph of units in memory; scripts say what they depend on, wait until they may run, and let others
+go on:
 
     coder_sync.py serve                  the agent; --detach to the background, -- COMMAND for one command
     coder_sync.py want UNIT DEP...       UNIT depends on DEP
@@ -20,18 +20,27 @@ let others go on:
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py boot PATH...           a directory of scripts in the order that their headers ask for
     coder_sync.py wait UNIT...           wait for units, or probes, without being one
+    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
     coder_sync.py env UNIT               the variables that UNIT would start with
-    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
+    coder_sync.py help [TOPIC]           more about a command, headers, probes, exit-codes, json, protocol
 
-Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
-was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
-or 125 (another failure of our own before it ran), 126 (not executable), 127 (not found).
+Exit codes:
 
-The file is also a module: `from coder_sync import Client`. How it reads, top to bottom; a room uses only
-rooms above it:
+    0      done
+    1      refused: a cycle, already started, not registered, a bad name, ...; of boot: a unit did not complete
+    2      wrong usage, or a mistake in a header
+    3      the agent cannot be reached, or went away
+    4      a required dependency failed or was skipped
+    124    timed out
+    125    another failure of our own before COMMAND ran; otherwise the status is that of COMMAND
+    126    COMMAND is not executable
+    127    COMMAND was not found
+    128+N  signal N ended COMMAND, or us
+
+The file is also a module: `from coder_sync import Client`. Its sections, top to bottom; each uses only those above it:
 
     Errors          one hierarchy; each knows its exit code and its JSON-RPC code
     Names and records
@@ -39,21 +48,21 @@ rooms above it:
     Protocol        newline-delimited JSON-RPC 2.0
     Terminal        standard output and error
     Client          the Python API
-    Calls           the reader of command lines; want, start, complete, fail
-    Processes       what several rooms need of the system
+    Calls           plain command lines; want, start, complete, fail
+    Processes       what several sections need of the system
     Units           the dependency graph and its rules, pure
     Agent           the daemon
     Views           data to text, pure
     Run             a unit's command; run, wait
     Boot            a directory of scripts as one graph; a client like any other
     Install         a copy with its bytecode
-    Command line    the other commands
+    Command line    all other command lines, and the other commands
 
-The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`. The file is cut at the banner of Processes: want, start, complete and fail need only what is
-above, so `launch` compiles no more for them, and `install` writes a copy that is not compiled at all. A client call is
-mostly interpreter start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`,
-`argparse`, `threading` and `typing` each cost more than everything the call does.
+The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
+a `sh`. The file is cut above Processes: want, start, complete and fail need only what is above the cut, so `launch`
+compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
+interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
+`threading` and `typing` each cost more than everything that it does.
 """
 
 #:
@@ -90,7 +99,7 @@ def half_of(path, below):  # type: (str, bool) -> Any
     with open(path, "rb", 0) as file:
         found = posix.fstat(file.fileno())
         end = 0
-        for size in (1 << 17, 1 << 19)[: below + 1]:  # what is above the cut, and behind it what is below
+        for size in (1 << 18, 1 << 20)[: below + 1]:  # what is above the cut, and behind it what is below
             file.seek(end)
             data = file.read(size)
             start = data.find(mark) + 16
@@ -360,25 +369,25 @@ class Owner(Record):
     `born` tells the process from a later one with the same pid; it stays with the agent.
     """
 
-    pid: int
-    command: str
-    alive: bool | None = None
+    pid: int  # process id
+    command: str  # its command line, shortened to 60 characters
+    alive: bool | None = None  # whether it still runs; null if unknown
     born: str | None = None
 
 
 class Dependency(Record):
     """One edge as it stands now. `age` is seconds in the current status."""
 
-    depends_on: str
-    required_status: str
-    current_status: str
-    is_satisfied: bool
-    requirement: str = SUCCESS
-    age: float = 0.0
-    reason: str = ""
-    owner: Owner | None = None
-    waits_for: list[str] = []  # noqa: RUF012  (never changed; what a pending dependency itself waits for)
-    did_you_mean: str = ""
+    depends_on: str  # name of the dependency
+    required_status: str  # what it must be: started, completed or ended
+    current_status: str  # what it is
+    is_satisfied: bool  # whether that is enough
+    requirement: str = SUCCESS  # success, completion or start
+    age: float = 0.0  # seconds in its status
+    reason: str = ""  # why it failed or was skipped
+    owner: Owner | None = None  # who started it
+    waits_for: list[str] = []  # what it lacks itself, at most five names
+    did_you_mean: str = ""  # a name that resembles this one, which is not registered
 
 
 class Event(Record):
@@ -387,12 +396,12 @@ class Event(Record):
     `before` is the number of the unit's event before; it stays with the agent.
     """
 
-    seq: int
-    time: float
-    wall: float
-    unit: str
-    kind: str
-    detail: str = ""
+    seq: int  # its number, counted from 1
+    time: float  # seconds, on the monotonic clock of the agent's system
+    wall: float  # seconds since 1970
+    unit: str  # name of the unit
+    kind: str  # what happened
+    detail: str = ""  # more about it
     before: int = 0
 
 
@@ -402,37 +411,37 @@ class UnitStatus(Record):
     `dependencies` and `history` are there only where one unit was asked for.
     """
 
-    unit_name: str
-    status: str
-    is_ready: bool
-    reason: str = ""
-    exit_code: int | None = None
-    age: float = 0.0  # seconds in the status
-    owner: Owner | None = None
-    is_waiting: bool = False  # a start of it waits
-    waits_for: list[str] = []  # noqa: RUF012  (what a waiting or pending unit lacks, at most five)
-    registered: float | None = None
+    unit_name: str  # name
+    status: str  # pending, started, completed, failed, skipped or not registered
+    is_ready: bool  # whether all dependencies meet their requirement
+    reason: str = ""  # why it failed or was skipped
+    exit_code: int | None = None  # status of its command, if that failed
+    age: float = 0.0  # seconds in its status
+    owner: Owner | None = None  # who started it
+    is_waiting: bool = False  # whether a start of it waits
+    waits_for: list[str] = []  # what it lacks while it waits, at most five names
+    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
     waiting: float | None = None  # when its start was asked for
-    ready: float | None = None  # when its dependencies were met; from then to `started` it waited for a lock
-    started: float | None = None
-    ended: float | None = None
-    released_by: str = ""  # the dependency that made it ready last
-    wants: dict[str, str] = {}  # noqa: RUF012  (dependency -> requirement)
-    locks: list[str] = []  # noqa: RUF012
-    blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
-    tries: list[float] = []  # noqa: RUF012  (when each further try began)
-    running_on: bool = False  # it completed, and its command runs on: a service
-    stopping: bool = False  # its supervisor is to end it, or was told to
+    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
+    started: float | None = None  # when it started
+    ended: float | None = None  # when it completed, failed or was skipped
+    released_by: str = ""  # the dependency that was met last
+    wants: dict[str, str] = {}  # its dependencies, each with its requirement
+    locks: list[str] = []  # names of its locks
+    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
+    tries: list[float] = []  # when each further try began
+    running_on: bool = False  # whether it completed and its command runs on, as a service
+    stopping: bool = False  # whether its command is to end, or was told to
     exited: float | None = None  # when the command of a service ended
-    exit_reason: str = ""
+    exit_reason: str = ""  # how it ended
     probe: str = ""  # what says that a service is ready, while it is not
     probe_error: str = ""  # what the last try of it lacked
-    log: str = ""  # the file that has its output
+    log: str = ""  # file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
-    environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
-    dependencies: list[Dependency] = []  # noqa: RUF012
-    did_you_mean: str = ""
-    history: list[Event] = []  # noqa: RUF012
+    environment: dict[str, str] = {}  # variables that it left for its dependents
+    dependencies: list[Dependency] = []  # one object each: see below
+    did_you_mean: str = ""  # a name that resembles this one, which is not registered
+    history: list[Event] = []  # its events, as `events` prints them
 
 
 class Waiting(Record):
@@ -463,12 +472,12 @@ class Answer(Record):
     unit: str = ""
     status: str = ""
     reason: str = ""
-    dependencies: list[str] = []  # noqa: RUF012
-    units: list[str] = []  # noqa: RUF012
-    env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
-    stopped: list[str] = []  # noqa: RUF012  (in the order in which they ended)
-    left: list[Running] = []  # noqa: RUF012
-    cannot: list[Running] = []  # noqa: RUF012  (be stopped: a script called `start` itself)
+    dependencies: list[str] = []
+    units: list[str] = []
+    env: dict[str, str] = {}  # what its dependencies have left for it
+    stopped: list[str] = []  # in the order in which they ended
+    left: list[Running] = []
+    cannot: list[Running] = []  # be stopped: a script called `start` itself
     grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
@@ -612,6 +621,9 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
+NOT_SENT = ("born", "before")  # fields that stay with the agent
+
+
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
     """An error as an answer."""
     body = {"code": error.code, "message": str(error.args[0])}
@@ -627,7 +639,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, Record):
-        return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
+        return {k: plain(v) for k, v in vars(value).items() if k not in NOT_SENT}
     return value
 
 
@@ -4616,11 +4628,15 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     return text if units else "no units yet\n"
 
 
+LISTED = [
+    *("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"),
+    *("running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"),
+]
+
+
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
     """Return all units for programs."""
-    keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
-    keys += ["running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"]
-    return [{key: plain(getattr(u, key)) for key in keys} for u in units]
+    return [{key: plain(getattr(u, key)) for key in LISTED} for u in units]
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
@@ -4707,8 +4723,10 @@ class Startup:
         """Return the sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
             return "no units yet"
-        statuses = [bar.unit.status for bar in self.bars.values()]
-        words = {FAILED: FAILED, SKIPPED: SKIPPED, STARTED: "still running", PENDING: "not started"}
+        units = [bar.unit for bar in self.bars.values()]
+        statuses = [standing(u) if u.status == FAILED else u.status for u in units]
+        words = {word: word for word in (FAILED, "died", STOPPED, LOST, SKIPPED)}
+        words.update({STARTED: "still running", PENDING: "not started"})
         rest = [f"{statuses.count(s)} {word}" for s, word in words.items() if s in statuses]
         text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
         if not self.path or self.length <= 0:
@@ -5230,6 +5248,14 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
 CHECK_TIMEOUT = 1.0  # seconds for the one before the command
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
+PROBE_FORMS = {  # when each succeeds
+    "tcp:[HOST:]PORT": "the port accepts connections",
+    "unix:PATH": "the socket accepts connections",
+    "http://...": "the answer is below 400",
+    "file:PATH": "it was made or changed since the command began",
+    "notify": "the command says READY=1 on $NOTIFY_SOCKET, as for systemd",
+    "COMMAND": "`sh -c COMMAND` exits with 0",
+}
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
@@ -5404,6 +5430,7 @@ class Prober:
         try:
             threading.Thread(target=self._run, args=(once,), daemon=True).start()
         except RuntimeError:
+            os.close(self._ready)
             os.close(self._done)
             raise
         return self
@@ -5517,6 +5544,8 @@ class Notified:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
 
         self.error = "it has not said READY=1"
+        if not path:
+            raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
         self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
         self._sock.setblocking(False)
         try:
@@ -5752,11 +5781,6 @@ FOLLOW = {  # the state of a command -> what may follow it
 }
 
 
-def cannot_probe(error: Exception) -> CommandError:
-    """Return the error for a probe that there is no descriptor, thread or directory for."""
-    return CommandError(f"cannot be probed: {trouble_of(error)}", 125)
-
-
 class Limits(Record):
     """How a command is run. Times are in seconds, 0 for no limit."""
 
@@ -5786,12 +5810,12 @@ class Task:
         self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
-        self.delay = limits.delay
+        self.retries, self.delay = limits.retries, limits.delay
         self.prober: Prober | Notified | None = None  # while it is not ready
         self.notified: Notified | None = None  # until it has ended
         self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # what was wrong with the latest try
-        self.stopped = ""  # why nothing is tried again
+        self.stopped = ""  # why it is to end
         self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
         self.runs_on = False  # the agent is to be told when nothing of it is left, although the unit has its outcome
 
@@ -5837,30 +5861,28 @@ class Task:
 
     def next_due(self) -> float:
         """Return when something is next due."""
-        return min(self.due.values(), default=NEVER)
+        return min(self.due.values()) if self.due else NEVER
 
     def begin(self) -> None:
-        """Begin a try."""
+        """Begin a try, with a look at whether its probe succeeds before its command is run."""
         if self.tries:
             clear(self.left)
-        if not self.limits.ready or self.limits.ready == "notify":
+        if self.limits.ready in ("", "notify"):
             self.run(None)
             return
         try:
             # A name may take its time to be resolved.
             self.enter(CHECKING, {self.checked: time.monotonic() + 2 * CHECK_TIMEOUT})
-            self.prober = Prober(self.limits.ready, self.environment())
-            self.prober.begin(once=True)
-            self.loop.watch(self.prober.fileno(), self.checked)
-        except (OSError, RuntimeError) as error:
-            self.not_begun(cannot_probe(error), error)
+            self.probe(lambda: Prober(self.limits.ready, self.environment()).begin(once=True), self.checked)
+        except CommandError as error:
+            self.not_begun(error)
 
     def checked(self) -> None:
         """Run the command, unless its probe succeeds already."""
         before = self.prober
         self.close_prober()
         if isinstance(before, Prober) and before.objection:
-            self.not_begun(CommandError(before.objection, 125), None)
+            self.not_begun(CommandError(before.objection, 125))
         elif isinstance(before, Prober):
             if before.doubt:
                 self.doubt(before.doubt)
@@ -5869,13 +5891,14 @@ class Task:
     def run(self, before: Prober | None) -> None:
         """Run the command, and begin to probe it; `before` has the try that was made before."""
         detail, env = self.next_try() if self.tries else "", self.environment()
-        wrong = cannot_probe
         try:
-            self.probe(env, before)
-            wrong = self.cannot_begin
+            if self.limits.ready == "notify":
+                self.probe(lambda: Notified(self.notify_path), self.probed)
+            elif self.limits.ready:
+                self.probe(lambda: Prober(self.limits.ready, env, before).begin(), self.probed)
             pid = self.spawn(env)
-        except (OSError, RuntimeError, ValueError) as error:
-            self.not_begun(wrong(error), error)
+        except (CommandError, OSError, ValueError) as error:
+            self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
         self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
@@ -5894,9 +5917,11 @@ class Task:
             added["NOTIFY_SOCKET"] = self.notify_path
         return environment(self.env, **added)
 
-    def not_begun(self, wrong: CommandError, cause: Exception | None) -> None:
+    def not_begun(self, error: Exception) -> None:
         """Try again soon if there was no room, and something of ours will make some; else that was a try."""
         self.close_prober()
+        wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
+        cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
             self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
@@ -5904,17 +5929,15 @@ class Task:
             self.tries += 1
             self.tried()
 
-    def probe(self, env: dict[bytes, bytes], before: Prober | None) -> None:
-        """Begin to ask whether it is ready. Raises OSError, RuntimeError."""
-        if self.limits.ready == "notify" and not self.notify_path:
-            raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-        if self.limits.ready == "notify":
-            self.prober = self.notified = Notified(self.notify_path)
-        elif self.limits.ready:
-            self.prober = Prober(self.limits.ready, env, before)
-            self.prober.begin()
-        if self.prober:
-            self.loop.watch(self.prober.fileno(), self.probed)
+    def probe(self, make: Callable[[], Prober | Notified], then: Callable[[], None]) -> None:
+        """Begin to ask whether it is ready. Raises CommandError."""
+        try:
+            self.prober = make()
+        except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
+            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
+        if isinstance(self.prober, Notified):
+            self.notified = self.prober
+        self.loop.watch(self.prober.fileno(), then)
 
     def probed(self) -> None:
         """The prober has something to say."""
@@ -6030,11 +6053,11 @@ class Task:
 
     def exited(self) -> None:
         """Report the end of the command of a unit that has its outcome."""
-        self.report("exited", reason=self.why, code=shell_status(self.code) or 143 * bool(self.why))
+        self.report("exited", reason=self.why, code=shell_status(self.code) or (143 if self.why else 0))
 
     def tried(self) -> None:
         """A try has ended without success."""
-        if self.tries <= self.limits.retries and not self.stopped:
+        if self.tries <= self.retries and not self.stopped:
             delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
@@ -6159,6 +6182,7 @@ class Run(Task):
 
     def to_its_end(self) -> int:
         """Run it, and again if it fails and may be; return its exit status when the agent knows of its end."""
+        late = 0  # a signal that came when only the agent's answer was missing
         try:
             self.begin()
             while True:
@@ -6170,9 +6194,10 @@ class Run(Task):
                     self.not_reported(names_of(self.unreported), self.link.lost)
                     self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
-                    return self.status
+                    return 128 + late if late and self.link.lost else self.status
                 if self.state == state:
                     for number in self.loop.turn(min(due, self.next_due())):
+                        late = number if self.state == GONE else 0
                         self.signalled(number)
         finally:
             self.loop.give_back()
@@ -6180,12 +6205,13 @@ class Run(Task):
 
     def signalled(self, number: int) -> None:
         """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
-        self.stopped = "stopped"
+        again, self.stopped = self.stopped, "stopped"
         if self.state in (WAITING, CHECKING):
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
             self.status = 128 + number
         elif self.state == GONE:
-            sys.exit(128 + number)
+            if again:
+                sys.exit(128 + number)
         elif self.family.first:
             self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
             if not sent_by_key(number):
@@ -6392,6 +6418,18 @@ HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] 
     "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
     "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
     "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
+}
+HEADER_MEANINGS = {
+    "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
+    "want": "run after these: success (the default), completion or start",
+    "after": "run after these, however they end, if they are part of this boot",
+    "before": "as if these, if they are part of this boot, wanted this one",
+    "extern": "these names are registered by somebody else",
+    "lock": "only one unit that holds this lock runs at a time",
+    "timeout": "end a script that runs longer, a service too; the unit has failed",
+    "ready": "a service: the unit completes when PROBE succeeds, and the script runs on",
+    "ready-timeout": "how long that may take (5m); then the script is ended and has failed",
+    "retry": "try up to N times more, after DELAY (1s), doubled each time up to 30s",
 }
 
 
@@ -7127,7 +7165,7 @@ class Boot:
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
             self.link.ask("graph", self.told_graph)
-        for job in list(self.active.values()):
+        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
             job.keep_time(now)
             if job.state == GONE:
                 del self.active[job.unit]
@@ -7186,7 +7224,7 @@ class Boot:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
-            job.stopped = str(error)
+            job.retries = 0
             if job.reported:
                 self.ended(job, job.reported, job.reason)
             elif job.state in (WAITING, CHECKING):
@@ -7499,11 +7537,13 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # ----------------------------------------------------------------------------------------------------------
 
 COMPILE = f"""\
+import __future__
 import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-code = dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec"))
+text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
 """
@@ -7846,7 +7886,7 @@ def cmd_ping(args: Args) -> None:
     tail="*",
 )
 def cmd_boot(args: Args) -> int:
-    """Run the scripts of a directory in the order that their headers ask for; then become COMMAND."""
+    """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
     path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -8061,13 +8101,136 @@ def cmd_events(args: Args) -> None:
             return
 
 
+def help_headers() -> str:
+    """Return the help on headers."""
+    rows = [[f"{word} {form}", HEADER_MEANINGS[word]] for word, (form, _, _) in HEADERS.items()]
+    return f"""\
+A script of `boot` says what it needs in lines of its first comment (#, //, -- or ;):
+
+    # coder-sync: want git-clone apt-install
+
+{table(["HEADER", "MEANING"], rows)}
+Of `unit`, `timeout`, `ready`, `ready-timeout` and `retry` there may be one each. A name with a blank
+is quoted: want "a b". A duration is 30 or 30s, 10m, 1h30m, 500ms. `boot --check` finds mistakes and
+shows the plan; see also `help probes`.
+
+A script inherits the directory, user, environment and umask of boot. Its input is empty, and its
+output goes line by line to that of boot. It is given the variables
+  CODER_SYNC_UNIT          its unit
+  CODER_SYNC_ENV           a file: the lines NAME=VALUE that it writes there are in the environment of
+                           all units that depend on it
+  CODER_AGENT_SOCKET_PATH  where the agent listens
+"""
+
+
+def help_probes() -> str:
+    """Return the help on probes."""
+    return f"""\
+A unit with a probe, by the header `ready PROBE` or `run --ready PROBE`, is a service: it completes
+when the probe succeeds, and its command runs on.
+
+{table(["PROBE", "SUCCEEDS WHEN"], [*map(list, PROBE_FORMS.items())])}
+It is tried at once, then less and less often, down to once a second, for the time of `ready-timeout`,
+and is given the variables of its unit. Without HOST, it is this machine, by IPv4 or IPv6. What answers
+before the command began is not the service: the unit fails then. `wait --ready PROBE` waits for any
+but notify, and needs no agent.
+"""
+
+
+def help_exit_codes() -> str:
+    """Return the help on exit codes."""
+    import textwrap
+
+    return textwrap.dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0]) + "\n"
+
+
+def help_json() -> str:
+    """Return the help on what is printed as JSON."""
+    import re
+
+    with open(FILE, "rb") as file:
+        source = source_in(file.read()).decode()
+
+    def fields(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
+        body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
+        found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
+        return {name: text for name, text in found.items() if name not in NOT_SENT}
+
+    used = {"s": [*fields(UnitStatus)], "l": LISTED, "t": SAVED}
+    units = [[key, "".join(c for c in used if key in used[c]), text] for key, text in fields(UnitStatus).items()]
+    others = [
+        "\n".join(f"  {key.ljust(17)} {text}" for key, text in fields(kind).items())
+        for kind in (Dependency, Owner, Event)
+    ]
+    return f"""\
+`list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
+form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
+Keys of a unit in status (s), list (l) and timeline (t):
+
+{table(["KEY", "IN", "MEANING"], units)}
+Times, as "started", are seconds since the agent began, in a timeline since the first sign of a unit. What has
+not been is null. Newer versions may add keys.
+
+Keys of each of "dependencies":
+{others[0]}
+Keys of "owner":
+{others[1]}
+Keys of what `events` prints, one object a line:
+{others[2]}
+"""
+
+
+def help_protocol() -> str:
+    """Return the help on the protocol."""
+    import textwrap
+
+    methods = (f"{name} {' '.join(parameters(method))}".rstrip() for name, method in METHODS.items())
+    listed = "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="      ") for line in methods)
+    errors = "\n".join(f"  {code}  {kind.__name__}" for code, kind in sorted(ERRORS.items(), reverse=True))
+    return f"""\
+One JSON-RPC 2.0 object a line, UTF-8, at most {MAX_LINE >> 10} KiB a request, over the Unix socket of the agent:
+
+  echo '{{"jsonrpc":"2.0","id":1,"method":"want","params":{{"unit":"b","dependencies":["a"]}}}}' | nc -NU SOCKET
+
+Answers may come out of order. `start`, `wait`, `stop` are answered when their time has come, and forgotten when
+their connection closes (but not `stop`). After a line that is not JSON, or too long, the agent hangs up.
+
+Methods and their parameters:
+{listed}
+
+"timeout" is in seconds, 0 for no limit, and so is "grace", 0 for KILL at once. "progress" asks for a notification
+"waiting" when the wait begins and every {REPORT_EVERY:.0f} s. With "hold" the connection holds the unit, which fails if
+it closes first. With "confirm" a start is undone if the connection closes before `confirm`. "supervisor", `boot`,
+`owner`, `probing`, `retry`, `running` and `exited` are for who runs the command of a unit, and is told by the
+notifications "stop" and, of a boot, "unit".
+
+Error codes:
+{errors}
+"""
+
+
+TOPICS: dict[str, Callable[[], str]] = {
+    "headers": help_headers,
+    "probes": help_probes,
+    "exit-codes": help_exit_codes,
+    "json": help_json,
+    "protocol": help_protocol,
+}
+
+
 @Command(
-    "help start", Argument("topics", nargs="*", metavar="COMMAND", help="what it is about (default: all commands)")
+    "help headers",
+    Argument("topics", nargs="*", metavar="TOPIC", help=f"a command, or one of {', '.join(TOPICS)} (default: all)"),
 )
 def cmd_help(args: Args) -> None:
-    """Say what there is, or more about COMMAND."""
-    for command in [command_named(topic) for topic in args.topics]:
-        return parser_for(command).print_help()
+    """Say what there is, or more about TOPIC."""
+    for topic in args.topics:
+        if topic not in TOPICS:
+            parser_for(command_named(topic)).print_help()
+        else:
+            put(TOPICS[topic]())
+    if args.topics:
+        return
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
     put(f"""usage: {PROGRAM} COMMAND [ARG]...
@@ -8078,6 +8241,7 @@ usually one script; it starts when the units it depends on are done.
 {chr(10).join(lines)}
 
 `{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} help TOPIC` tells of {", ".join(TOPICS)}.
 `{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
 """)
 
@@ -8164,7 +8328,7 @@ def candidates(words: Sequence[str]) -> list[str]:
         asked, found = [], [*command.options]
     for argument in asked:
         found += argument.words.get("choices") or ()
-        found += [*COMMANDS] if argument.words.get("metavar") == "COMMAND" else ()
+        found += [*COMMANDS, *TOPICS] if argument.words.get("metavar") == "TOPIC" else ()
     if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
         found += known_units(before)
     return [option + equals + word for word in found if word.startswith(last)]
