@@ -6692,7 +6692,7 @@ class BootOptions(Record):
 class Claimed(Record):
     """The agent's answer to the claim of a boot: the units that count as done, and are not claimed."""
 
-    done: list[str] = []  # noqa: RUF012
+    done: list[str] = []
 
 
 class Job(Task):
