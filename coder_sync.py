@@ -119,7 +119,7 @@ def exit_on_signals():  # type: () -> None
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda got, frame: sys.exit(128 + got))
+            signal.signal(number, lambda got, frame: posix._exit(128 + got))  # an exception may be lost in a callback
 
 
 def launch():  # type: () -> None
@@ -849,8 +849,7 @@ class Channel:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._messages:
-            left = deadline - time.monotonic()
-            if not self._read(left) and left <= LONGEST_POLL:
+            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
         message: dict[str, Any] = self._messages.pop(0)
         return message
@@ -889,7 +888,8 @@ class Channel:
             awaited = select.poll()
             for fd in (self.signals, self.fileno()):
                 awaited.register(fd, select.POLLIN)
-            awaited.poll(1000 * timeout)
+            if self.signals in dict(awaited.poll(1000 * timeout)):  # whose handler has done its part
+                posix.read(self.signals, 64)
             timeout = 0.0
         self.sock.settimeout(timeout)
         try:
@@ -1010,6 +1010,11 @@ def peer_of(sock: Any) -> tuple[int, int]:
     except OSError:
         return 0, -1
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
+
+
+def caller() -> dict[str, int]:
+    """Return the parameter that says who called us, if the agent cannot find that out, for want of a /proc."""
+    return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
@@ -1158,13 +1163,13 @@ class Client:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code)
+            self._call("fail", unit=unit, exit_code=exit_code, **caller())
         else:
-            self._call("complete", unit=unit)
+            self._call("complete", unit=unit, **caller())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason))
+        self._call("fail", unit=unit, reason=one_line(reason), **caller())
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1265,7 +1270,7 @@ class Start:
         """`params` are those that the agent's method `start` has besides."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
-        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        self.params = {**params, **caller(), "unit": unit, "hold": hold, "confirm": not hold}
         if sys.platform != "linux":  # where an agent cannot find out which script has called us
             self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
@@ -1655,7 +1660,7 @@ def name_process() -> None:
 
 
 def notice_signals() -> None:
-    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
+    """Have a wait for the agent run the handler of a signal at once, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
@@ -1849,6 +1854,7 @@ def close_others(keep: Iterable[int]) -> None:
     kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
     for before, after in zip(kept, kept[1:]):
         os.closerange(before + 1, after)
+    Channel.signals = -1
 
 
 def in_background() -> tuple[int, int]:
@@ -3918,20 +3924,22 @@ class Agent:
                 return {"units": len(members), "done": done}
         return {"units": len(members)}
 
-    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
+    def do_complete(
+        self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
+    ) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
-    def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
+    def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> Owner | None:
+    def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
         """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
         known = self.units.units.get(unit)
-        return request.connection.caller(hold=False) if known and known.refused else None
+        return request.connection.caller(False, caller) if known and known.refused else None
 
     def _claim_of(self, request: Request, unit: str) -> Claim | None:
         """Return the claim on a unit that was granted last, if it is the connection's."""

@@ -5068,6 +5068,22 @@ def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
 SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
+@NAMESPACES
+def test_without_proc_the_client_says_who_called_it(world: World) -> None:
+    answering(world, [*without("/proc"), *program(), "serve", "-q"])
+    tool = shlex.join(program())
+    script = f"{tool} start a -q; {tool} status a -o json; read line; {tool} complete a"
+    first = world.spawn([*without("/proc"), "/bin/sh", "-c", script], stdin=subprocess.PIPE)
+    until(lambda: world.client.list() and world.status("a") == "started")
+    assert world.client.status("a").owner == Owner(first.pid, "", None)
+    second = finish(world.spawn([*without("/proc"), "/bin/sh", "-c", f"{tool} start a; {tool} complete a -q; echo"]))
+    assert f'unit "a" is already started by process (pid {first.pid})' in second.stderr
+    assert "does not count" in second.stderr
+    assert world.status("a") == "started"
+    first.communicate("go on\n", timeout=PATIENCE)
+    assert world.status("a") == "completed"
+
+
 def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
     for number in SIGNALLED:
         for process in waiting(agent):
