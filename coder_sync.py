@@ -6810,41 +6810,56 @@ class Output:
         """Return whether there is much that standard output does not take."""
         return len(self.pending[1]) >= FULL
 
-    def is_pipe(self, fd: int) -> bool:
-        """Return whether somebody may read until the end of standard output or error."""
+    def pipes(self) -> list[int]:
+        """Return which of standard output and error somebody may read until their end."""
         import stat
 
-        mode = os.fstat(fd).st_mode
-        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
+        return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self) -> None:
-        """Print nothing any more to whoever may wait for the end of it."""
-        for fd in filter(self.is_pipe, self.pending):
-            nothing = null()
+    def let_go(self, fds: Iterable[int]) -> None:
+        """Print nothing any more on these, and hold them open no longer."""
+        nothing = null()
+        for fd in fds:
             os.dup2(nothing, fd)
-            os.close(nothing)
+            if self._fds[fd] != fd:
+                os.close(self._fds[fd])
+            self._fds[fd] = fd
+        os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
-        for fd in filter(self.pending.get, self.pending):
-            loop.watch(self._fds[fd], self.writer(fd), for_writing=True)
+        waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
+        for place, fd in waiting.items():
+            loop.watch(place, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
         try:
             return loop.turn(due)
         finally:
-            loop.forget(*self._fds.values())
+            loop.forget(*waiting)
 
-    def writer(self, fd: int) -> Callable[[], None]:
-        """Return what passes on what is to be printed."""
-        return lambda: self.write(fd)
+    def write(self, fd: int, patience: float = 0.0) -> None:
+        """Pass on what is taken without blocking: a pipe that can be written to has room for 4 KiB.
 
-    def write(self, fd: int, patience: float = 0) -> None:
-        """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], self._fds[fd], patience)
+        With patience, wait for a slow reader, and drop what it does not take within so many seconds.
+        """
+        import select
+
+        data, at, ready = self.pending[fd], 0, select.poll()
+        ready.register(self._fds[fd], select.POLLOUT)
+        try:
+            while at < len(data) and ready.poll(patience * 1000):
+                at += os.write(self._fds[fd], data[at : at + 4096])
+        except BlockingIOError:  # less room than that
+            pass
+        except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
+            at = len(data)
+            self.let_go([fd])
+        self.pending[fd] = b"" if patience else data[at:]
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
         for fd in self.pending:
-            self.write(fd, patience=1)
+            self.write(fd, patience=1.0)
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
@@ -7013,6 +7028,7 @@ class Boot:
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
+        self.wants = {s.unit: {edge.dependency for edge in s.wants} for s in scripts}
         self.unfinished = len(scripts)
         self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
@@ -7022,22 +7038,17 @@ class Boot:
         self.signal = 0  # that told us to stop
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.over = False  # the startup
-        self.may_end: Callable[[], bool] = lambda: True  # nobody else needs us
+        self.alone = False  # the front may end, and services go on
+        self.host: Host | None = None  # of our own agent
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(
-        self,
-        channel: Channel,
-        when_claimed: Callable[[], None] = lambda: None,
-        may_end: Callable[[], bool] | None = None,
-    ) -> int:
-        """Boot against an agent, and look after what runs on; return the exit status.
+    def run(self, channel: Channel, host: Host | None = None) -> int:
+        """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Calls `when_claimed` when the agent has let us, and ends when `may_end`. Raises Refused if the agent does not,
-        and Unreachable; then it may be called again, for another agent.
+        Raises Refused if the agent does not let us, and Unreachable; then it may be called again, for another agent.
         """
-        self.when_claimed, self.may_end = when_claimed, may_end or self.may_end
+        self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
@@ -7062,7 +7073,7 @@ class Boot:
             os.close(self.null)
 
     def look_after(self, code: int) -> int:
-        """Have the front go on after the startup, and be the parent of what still runs; return the exit status."""
+        """Let the front go on after the startup, and be the parent of what still runs; return the exit status."""
         self.over, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
         if self.options.stay and not self.signal:
             if not self.options.quiet:
@@ -7070,26 +7081,26 @@ class Boot:
             self.tell_front(code, STAYS)
             self.until(lambda: bool(self.stopping or self.link.lost))
             code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
-        elif self.options.command and code and not self.signal and not self.options.always:
-            how = "is not run, since not all went well; --always would"
-            self.out.say(f"boot: {self.options.command} {how}") if not self.options.quiet else None
-        if self.runs() and not self.signal:
-            if not self.options.command:
-                self.say_let_go()
-            self.until(self.said)
-            self.out.flush()
-            self.tell_front(code, RUNS)
+        elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
+            self.out.say(f"boot: {self.options.command} is not run, since not all went well; --always would")
+        runs_on = self.runs() and not self.signal
+        self.alone = runs_on and not self.options.command
+        if self.alone:
+            self.say_let_go()
+        self.until(self.said)
+        self.out.flush()
+        self.tell_front(code, RUNS if runs_on else ENDS)
+        if runs_on:
             os.chdir("/")
             self.until(lambda: not self.runs())
-        else:
-            self.out.flush()
-            self.tell_front(code, ENDS)
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether something runs, or prints, or whether another boot needs the agent that we are."""
-        lives = any(job.lives() for job in self.active.values())
-        return lives or bool(self.streams.by_fd and not self.stopping) or not self.may_end()
+        """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
+        if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
+            return True
+        needed = self.host and not self.stopping and not self.host.agent.retire()
+        return bool(needed or (self.host and self.link.waits()))
 
     def tell_front(self, code: int, what: int) -> None:
         """Tell the front how the startup went, and what comes next."""
@@ -7108,8 +7119,8 @@ class Boot:
             self.told(number)
         if not numbers:
             self.loop.forget(self.front)
-            if self.over and not (self.options.stay or self.options.command):
-                self.out.let_go()
+            if self.alone:
+                self.out.let_go(self.out.pipes())
             elif not self.stopping:
                 self.told(1)
 
@@ -7130,7 +7141,7 @@ class Boot:
             family.signal(15)
             family.tell_others()
         deadline = time.monotonic() + self.options.grace
-        while families:
+        while families and time.monotonic() < deadline + LAST_WAIT:
             self.loop.turn(time.monotonic() + LOOK_OFTEN)
             for family in families:
                 family.first = family.first and signal_to(family.pid, 0)
@@ -7171,7 +7182,8 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        latest = now + (0.2 if self.over and not self.active else 60)  # perhaps another boot needs our agent
+        due = min(latest, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------
@@ -7202,7 +7214,8 @@ class Boot:
                 self.done.append(name)
                 self.unfinished -= 1
         self.claimed = True
-        self.when_claimed()
+        if self.host:
+            self.host.accept()
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -7274,11 +7287,12 @@ class Boot:
     def stop_in_order(self, now: float) -> None:
         """End what runs, and nothing wants that does, also through others; at the end all."""
         wanted: set[str] = set()
-        todo = [job for job in self.active.values() if job.lives() and now < self.stop_by - self.options.grace / 2]
+        early = now < self.stop_by - self.options.grace / 2
+        todo = [name for name, job in self.active.items() if early and job.lives()]
         while todo:
-            new = {edge.dependency for edge in todo.pop().script.wants} - wanted
+            new = self.wants.get(todo.pop(), set()) - wanted
             wanted |= new
-            todo += [self.jobs[name] for name in new if name in self.jobs]
+            todo += new
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7377,7 +7391,7 @@ class Boot:
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
         names = sorted({stream.unit for stream in self.streams.by_fd.values()})
-        if names and not self.out.quiet and self.out.is_pipe(1):
+        if names and not self.out.quiet and 1 in self.out.pipes():
             kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
             self.out.say(f"boot: standard output is a pipe: what {names_of(names)} will print is {kept}")
 
@@ -7431,6 +7445,12 @@ class Front:
                 self.signal = number
                 self.tell(number)
 
+    def wait_for_end(self) -> None:
+        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
+        if not self.ended:
+            put("error: boot's background process has not ended; is it stopped?\n", 2)
+
     def run(self, always: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
         self.until(lambda: self.said or self.ended)
@@ -7440,7 +7460,7 @@ class Front:
         if self.said and self.said[-1][1] == ENDS:
             self.until(lambda: self.ended)
         if self.signal:
-            self.until(lambda: self.ended, self.grace + 5)
+            self.wait_for_end()
             return 128 + self.signal
         if not self.said or (self.ended and self.ended[0] < 0):  # it has said why, unless it was killed
             code = self.ended[0]
@@ -7454,7 +7474,7 @@ class Front:
                 return self.run_command() if wanted else code
             finally:
                 self.tell(0)
-                self.until(lambda: self.ended, self.grace + 5)
+                self.wait_for_end()
         self.loop.give_back()
         if wanted:
             import _signal as signal
@@ -7489,6 +7509,41 @@ class Front:
         return shell_status(codes[0])
 
 
+def boot_at(path: str, boot: Boot) -> int:
+    """Boot against the agent at a path; where there is none, be it as long as something runs."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    while True:
+        try:
+            channel = Channel(path)
+        except Foreign:
+            raise
+        except Unreachable:
+            try:
+                with Host(path) as host:
+                    return boot.run(own_channel(host), host)
+            except Refused:  # another agent was faster, or is about to go
+                if boot.link.opened or time.monotonic() >= deadline:
+                    raise
+        else:
+            with channel:
+                try:
+                    return boot.run(channel)
+                except Unreachable:  # it was about to end
+                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
+                        raise
+                    boot.link.opened = False
+        time.sleep(0.02)
+
+
+def own_channel(host: Host) -> Channel:
+    """Return a connection to our own agent, which takes others when all units are claimed."""
+    from socket import socketpair
+
+    ours, theirs = socketpair()
+    host.server.process_request(Connection(theirs, WakeUp()), "")
+    return Channel(host.path, sock=ours)
+
+
 def pieces(line: bytes) -> Iterator[bytes]:
     """A line in pieces of at most CUT bytes, cut between characters."""
     while len(line) > CUT:
@@ -7506,27 +7561,6 @@ def opened_again(fd: int) -> int:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return fd
-
-
-def write_some(data: bytes, fd: int, patience: float) -> bytes:
-    """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
-
-    Waits for a slow reader, but drops what one does not take for `patience` seconds, or ever.
-    """
-    import select
-
-    out, at = select.poll(), 0
-    out.register(fd, select.POLLOUT)
-    while at < len(data):
-        if not out.poll(patience * 1000):
-            return b"" if patience else data[at:]
-        try:
-            at += os.write(fd, data[at : at + 4096])
-        except BlockingIOError:  # less room than that
-            return b"" if patience else data[at:]
-        except OSError:  # nobody reads any more; the boot goes on
-            break
-    return b""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7901,16 +7935,16 @@ def cmd_boot(args: Args) -> int:
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     options = BootOptions(
-        args.jobs,
-        args.grace,
-        args.log_dir,
-        args.fail_fast,
-        args.stay,
-        args.quiet,
-        args.always,
-        args.resume,
-        timeline_writer(args.timeline) if args.timeline else None,
-        args.command[0] if args.command else "",
+        jobs=args.jobs,
+        grace=args.grace,
+        log_dir=args.log_dir,
+        fail_fast=args.fail_fast,
+        stay=args.stay,
+        quiet=args.quiet,
+        always=args.always,
+        resume=args.resume,
+        timeline=timeline_writer(args.timeline) if args.timeline else None,
+        command=args.command[0] if args.command else "",
     )
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
@@ -7920,41 +7954,6 @@ def cmd_boot(args: Args) -> int:
     code = boot_at(path, boot) if scripts else boot.look_after(0)
     boot.loop.give_back()
     return code
-
-
-def boot_at(path: str, boot: Boot) -> int:
-    """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT
-    while True:
-        try:
-            channel = Channel(path)
-        except Foreign:
-            raise
-        except Unreachable:
-            try:
-                with Host(path) as host:
-                    return boot_at_own(boot, host)
-            except Refused:  # another agent was faster, or is about to go
-                if boot.link.opened or time.monotonic() >= deadline:
-                    raise
-        else:
-            with channel:
-                try:
-                    return boot.run(channel)
-                except Unreachable:  # it was about to end
-                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
-                        raise
-                    boot.link.opened = False
-        time.sleep(0.02)
-
-
-def boot_at_own(boot: Boot, host: Host) -> int:
-    """Boot against our own agent, which takes other connections when all units are claimed."""
-    from socket import socketpair
-
-    ours, theirs = socketpair()
-    host.server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(host.path, sock=ours), host.accept, host.agent.retire)
 
 
 @Command(

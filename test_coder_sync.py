@@ -9083,7 +9083,9 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = "coder_sync.write_some = lambda *args, was=coder_sync.write_some: was(*args[:2], args[2] / 5)"
+    sooner = (
+        "coder_sync.Output.write = lambda *args, was=coder_sync.Output.write, patience=0.0: was(*args, patience / 5)"
+    )
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
