@@ -1982,7 +1982,7 @@ class Family:
         """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = self.left()[self.first :] or [-self.pid] * self.has_group()
+        others = self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group())
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -6325,13 +6325,19 @@ def cmd_wait(args: Args) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims
-# all units at the agent, which says, as their turn comes, which script to spawn. One thread and one poll do
-# everything: what the agent says, output, ends, probes, signals, time.
+# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims all units
+# at the agent, which says, as their turn comes, which script to run.
 #
-# What keeps it safe: a script's end is what the system reports of its process, not the end of its output,
-# which a daemon may keep open. Every group of processes is signalled until it is gone, with a bound. Output is
-# bounded a line, and read only while our own standard output takes it.
+# A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
+# and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
+# of them runs. There one thread and one poll do everything: what the agent says, output, ends, probes, signals, time.
+#
+# What keeps it safe:
+# - The two are connected by a pair of sockets, so that each learns at once how the other has ended: the background
+#   process takes the end of the front for a hang-up, unless the front was free to end.
+# - A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
+#   They are signalled until they are gone, with a bound, also on an unexpected way out.
+# - Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
 # ----------------------------------------------------------------------------------------------------------
 
 HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
@@ -6708,15 +6714,15 @@ class Job(Task):
         self.died = False  # its command, after its unit had completed
 
     def lives(self) -> bool:
-        """Whether something of it may run."""
+        """Return whether something of it may run."""
         return self.state in (RUNNING, READY, ENDING)
 
     def running(self) -> bool:
-        """Whether its first process runs."""
+        """Return whether its first process runs."""
         return self.lives() and self.family.first
 
     def ending(self) -> bool:
-        """Whether its processes are to end."""
+        """Return whether its processes are to end."""
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
@@ -6763,6 +6769,7 @@ class Job(Task):
                 self.boot.ended(self, self.reported, self.reason)
             elif method == "fail" and self.outcome == COMPLETED:
                 self.reported = self.outcome
+                self.report("running")  # or its end would not be the death of a service
                 self.exited()
 
     def exited(self) -> None:
@@ -6885,7 +6892,7 @@ class Output:
 
 
 class Stream:
-    """What one unit prints."""
+    """What one unit prints: the pipe that it is read from, the file that keeps it, and the last lines."""
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -7014,6 +7021,9 @@ class Streams:
             stream.log = -1
 
 
+ENDS, RUNS, STAYS = range(3)  # what the background process does next: it ends, has something that runs on, or stays
+
+
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client, in a background process.
 
@@ -7062,7 +7072,6 @@ class Boot:
             self.until(lambda: not self.unfinished and self.said())
             return self.look_after(self.finish())
         except BaseException:
-            self.link.close()
             self.abandon()
             raise
         finally:
@@ -7132,6 +7141,7 @@ class Boot:
 
     def abandon(self) -> None:
         """End what runs, by nothing but signals, on an unexpected way out."""
+        self.link.close()
         families = [job.family for job in self.active.values() if job.lives()]
         if families:
             self.loop.forget(self.front, *self.streams.by_fd)
@@ -7168,7 +7178,7 @@ class Boot:
                 self.told(number)
 
     def said(self) -> bool:
-        """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
+        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
     def keep_time(self, now: float) -> float:
@@ -7204,9 +7214,9 @@ class Boot:
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False, resume=self.options.resume)
+        self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
-    def let(self, answer: Object) -> None:
+    def claim_answered(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
         for name in record(Claimed, result_of(answer)).done:
             if name in self.jobs:
@@ -7232,7 +7242,7 @@ class Boot:
             self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
-        """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
+        """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
         if not self.claimed:
             raise error
         self.out.say(f"error: {error}")
@@ -7244,7 +7254,7 @@ class Boot:
                 self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
-        """A unit has its outcome."""
+        """Take the outcome of a unit."""
         if job.outcome:
             return
         job.outcome, job.reason = status, reason or job.why or job.reason
@@ -7257,7 +7267,7 @@ class Boot:
             self.another("failed")
 
     def another(self, what: str) -> None:
-        """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
+        """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
         if self.options.fail_fast and self.over and self.options.command:
             self.tell_front(1, RUNS)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
@@ -7300,7 +7310,7 @@ class Boot:
     # -- reports ------------------------------------------------------------------------------------------
 
     def running(self, now: float) -> list[str]:
-        """What runs and has not ended, for how long, and what a service lacks."""
+        """Return the units that run, for how long they have, and what a service lacks."""
         shown = []
         for job in self.active.values():
             if job.running() and not job.outcome:
@@ -7310,7 +7320,7 @@ class Boot:
         return shown
 
     def told_graph(self, answer: Object) -> None:
-        """Take the answer to a question about all units: for a report on the way, or the one at the end."""
+        """Take the graph of all units, for a report on the way, or the one at the end."""
         try:
             graph = record(Graph, result_of(answer))
         except Unreachable:
@@ -7365,7 +7375,7 @@ class Boot:
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
-        """What failed with its last lines, what was skipped and why, how long it took."""
+        """Return what failed, with its last lines, what was skipped and why, and how long it took."""
         count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
         words += [f"{len(self.done)} done before"] if self.done else []
@@ -7394,9 +7404,6 @@ class Boot:
         if names and not self.out.quiet and 1 in self.out.pipes():
             kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
             self.out.say(f"boot: standard output is a pipe: what {names_of(names)} will print is {kept}")
-
-
-ENDS, RUNS, STAYS = range(3)  # what comes after the startup: nothing, the look after what still runs, --stay
 
 
 class Front:
@@ -7462,30 +7469,32 @@ class Front:
         if self.signal:
             self.wait_for_end()
             return 128 + self.signal
-        if not self.said or (self.ended and self.ended[0] < 0):  # it has said why, unless it was killed
-            code = self.ended[0]
-            if code < 0:
-                put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
-            return shell_status(code)
         code = self.ended[0] if self.ended else self.said[-1][0]
-        wanted = self.command and (code == 0 or always)
-        if self.command and not self.ended:
-            try:
-                return self.run_command() if wanted else code
-            finally:
+        if code < 0:
+            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+        wanted = self.command and self.said and (code == 0 or (always and code > 0))  # it has said why, if nothing
+        try:
+            if wanted and not self.ended:
+                return self.run_command()
+        finally:
+            if self.command and not self.ended:
                 self.tell(0)
                 self.wait_for_end()
         self.loop.give_back()
         if wanted:
-            import _signal as signal
+            self.become_command()
+        return shell_status(code)
 
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            try:
-                os.execvp(self.command[0], self.command)
-            except (OSError, ValueError) as error:
-                raise cannot_run(self.command[0], error) from None
-        return code
+    def become_command(self) -> NoReturn:
+        """Have COMMAND take our place. Raises CommandError."""
+        import _signal as signal
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        try:
+            os.execvp(self.command[0], self.command)
+        except (OSError, ValueError) as error:
+            raise cannot_run(self.command[0], error) from None
 
     def run_command(self) -> int:
         """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
@@ -7545,7 +7554,7 @@ def own_channel(host: Host) -> Channel:
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
-    """A line in pieces of at most CUT bytes, cut between characters."""
+    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
     while len(line) > CUT:
         at = CUT
         while at > CUT - 4 and line[at] & 0xC0 == 0x80:
@@ -7556,7 +7565,7 @@ def pieces(line: bytes) -> Iterator[bytes]:
 
 
 def opened_again(fd: int) -> int:
-    """A terminal such that writing to it does not block; not that of others who have it open. Else the descriptor."""
+    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
     try:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
