@@ -1878,6 +1878,7 @@ def in_background() -> tuple[int, int]:
     if pid:
         theirs.close()
         return pid, ours.detach()
+    ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
     Channel.signals = -1
     os.setsid()
@@ -2121,13 +2122,6 @@ def end_on(*names: str) -> None:
 
     for number in heeded(names):
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
-
-
-def let_children_go() -> None:
-    """Have the system take the ends of our children, which nobody asks for."""
-    import _signal as signal
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
@@ -6302,36 +6296,43 @@ def cmd_wait(args: Args) -> int:
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
-    if args.ready:
-        let_children_go()
-        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
+    if args.units:
+        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     probers = [Prober(probe, environment()) for probe in args.ready]
+    code = probe_all(probers, began, began + (args.timeout or NEVER), args.quiet) if probers else 0
+    if not code:
+        took = time.monotonic() - began
+        waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+        say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
+    return code
+
+
+def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> int:
+    """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
+    from functools import partial
+
+    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
     try:
         for prober in probers:
-            prober.begin()
-        if args.units:
-            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-        end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers:
-            while prober.error:
-                over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {one.shown: one.error for one in probers if one.error}
-                if not prober.error:
-                    break
-                if over or time.monotonic() >= end:
-                    rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                    put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
-                    return TimedOut.exit_code
-                report_at = time.monotonic() + REPORT_EVERY
+            fd = prober.begin().fileno()
+            loop.watch(fd, partial(loop.forget, fd))
+        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+            now = time.monotonic()
+            if now >= end:
+                rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
+                put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
+                return TimedOut.exit_code
+            if now >= report_at:
+                report_at = now + REPORT_EVERY
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
-                say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
+                say(f"still waiting after {span(now - began)} for {text}", quiet=quiet)
+            for number in loop.turn(min(end, report_at)):
+                return 128 + number
+        return 0
     finally:  # what is being tried does not outlive us
         for prober in probers:
             prober.close()
-    took = time.monotonic() - began
-    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
-    return 0
+        loop.give_back()
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -5112,6 +5112,11 @@ def test_as_process_1_a_client_that_waits_ends_at_a_signal(world: World) -> None
             os.kill(child_of(process), number)
             done = finish(process)
             assert (done.returncode, done.stderr) == (128 + number, "")
+        tried = world.directory / f"tried-{number}"
+        process = world.spawn([*UNSHARE, *program(), "wait", "--timeout", "0", "--ready", f"touch {tried}; sleep 60"])
+        until(tried.exists)
+        os.kill(child_of(process), number)
+        assert process.wait(5) == 128 + number
     stop(agent)
     for line in ASKING:
         process = world.spawn([*UNSHARE, *program(), *line.split()])
