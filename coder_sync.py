@@ -3718,11 +3718,13 @@ class Agent:
     def _flush(self, connection: Connection) -> None:
         """Send what is in the outbox, and what a follower does not have yet."""
         while not connection.gone:
-            batch = [connection.outbox.popleft() for _ in range(min(len(connection.outbox), 200))]
-            batch = batch or self._unseen(connection)
+            batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
+            taken, batch = len(batch), batch or self._unseen(connection)
             if not batch:
                 return
             connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
+            for _ in range(taken):  # not before it is sent: `stop` waits for that
+                connection.outbox.popleft()
             answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
             if answers and not connection.gone:
                 with self.lock:
@@ -4103,7 +4105,7 @@ class Agent:
             self.stopping = True
             self._turn_away()
             connections = list(self.connections)
-        deadline = time.monotonic() + 0.5
+        deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 

@@ -9430,6 +9430,20 @@ def test_a_boot_is_refused_over_services_that_run_and_with_resume_runs_the_rest(
     until(lambda: first.left() == [])
 
 
+def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: World) -> None:
+    slow = """
+import time
+def send(connection, data, was=coder_sync.Connection.send):
+    time.sleep(0.8 * (b'"stopped"' in data))
+    was(connection, data)
+coder_sync.Connection.send = send
+"""
+    boot = Boot(world, STACK, patch=slow)
+    boot.ends(leaves=True)
+    assert world.connect().call("stop")["result"]["stopped"] == ["web", "api", "db"]
+    until(lambda: boot.left() == [])
+
+
 def test_an_agent_is_replaced_and_booted_at_any_number_of_times(world: World) -> None:
     for _ in range(3):
         for file in world.directory.glob("*.up"):
