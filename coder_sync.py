@@ -4699,8 +4699,10 @@ class Startup:
         """Return the sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
             return "no units yet"
-        statuses = [bar.unit.status for bar in self.bars.values()]
-        words = {FAILED: FAILED, SKIPPED: SKIPPED, STARTED: "still running", PENDING: "not started"}
+        units = [bar.unit for bar in self.bars.values()]
+        statuses = [standing(u) if u.status == FAILED else u.status for u in units]
+        words = {word: word for word in (FAILED, "died", STOPPED, LOST, SKIPPED)}
+        words.update({STARTED: "still running", PENDING: "not started"})
         rest = [f"{statuses.count(s)} {word}" for s, word in words.items() if s in statuses]
         text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
         if not self.path or self.length <= 0:
@@ -5396,6 +5398,7 @@ class Prober:
         try:
             threading.Thread(target=self._run, args=(once,), daemon=True).start()
         except RuntimeError:
+            os.close(self._ready)
             os.close(self._done)
             raise
         return self
@@ -5509,6 +5512,8 @@ class Notified:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
 
         self.error = "it has not said READY=1"
+        if not path:
+            raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
         self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
         self._sock.setblocking(False)
         try:
@@ -5744,11 +5749,6 @@ FOLLOW = {  # the state of a command -> what may follow it
 }
 
 
-def cannot_probe(error: Exception) -> CommandError:
-    """Return the error for a probe that there is no descriptor, thread or directory for."""
-    return CommandError(f"cannot be probed: {trouble_of(error)}", 125)
-
-
 class Limits(Record):
     """How a command is run. Times are in seconds, 0 for no limit."""
 
@@ -5778,12 +5778,12 @@ class Task:
         self.code = 0  # the exit status of its first process, -N for signal N
         self.tries = 0
         self.began = 0.0  # the latest try
-        self.delay = limits.delay
+        self.retries, self.delay = limits.retries, limits.delay
         self.prober: Prober | Notified | None = None  # while it is not ready
         self.notified: Notified | None = None  # until it has ended
         self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # what was wrong with the latest try
-        self.stopped = ""  # why nothing is tried again
+        self.stopped = ""  # why it is to end
         self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
         self.runs_on = False  # the agent is to be told when nothing of it is left, although the unit has its outcome
 
@@ -5829,30 +5829,28 @@ class Task:
 
     def next_due(self) -> float:
         """Return when something is next due."""
-        return min(self.due.values(), default=NEVER)
+        return min(self.due.values()) if self.due else NEVER
 
     def begin(self) -> None:
-        """Begin a try."""
+        """Begin a try, with a look at whether its probe succeeds before its command is run."""
         if self.tries:
             clear(self.left)
-        if not self.limits.ready or self.limits.ready == "notify":
+        if self.limits.ready in ("", "notify"):
             self.run(None)
             return
         try:
             # A name may take its time to be resolved.
             self.enter(CHECKING, {self.checked: time.monotonic() + 2 * CHECK_TIMEOUT})
-            self.prober = Prober(self.limits.ready, self.environment())
-            self.prober.begin(once=True)
-            self.loop.watch(self.prober.fileno(), self.checked)
-        except (OSError, RuntimeError) as error:
-            self.not_begun(cannot_probe(error), error)
+            self.probe(lambda: Prober(self.limits.ready, self.environment()).begin(once=True), self.checked)
+        except CommandError as error:
+            self.not_begun(error)
 
     def checked(self) -> None:
         """Run the command, unless its probe succeeds already."""
         before = self.prober
         self.close_prober()
         if isinstance(before, Prober) and before.objection:
-            self.not_begun(CommandError(before.objection, 125), None)
+            self.not_begun(CommandError(before.objection, 125))
         elif isinstance(before, Prober):
             if before.doubt:
                 self.doubt(before.doubt)
@@ -5861,13 +5859,14 @@ class Task:
     def run(self, before: Prober | None) -> None:
         """Run the command, and begin to probe it; `before` has the try that was made before."""
         detail, env = self.next_try() if self.tries else "", self.environment()
-        wrong = cannot_probe
         try:
-            self.probe(env, before)
-            wrong = self.cannot_begin
+            if self.limits.ready == "notify":
+                self.probe(lambda: Notified(self.notify_path), self.probed)
+            elif self.limits.ready:
+                self.probe(lambda: Prober(self.limits.ready, env, before).begin(), self.probed)
             pid = self.spawn(env)
-        except (OSError, RuntimeError, ValueError) as error:
-            self.not_begun(wrong(error), error)
+        except (CommandError, OSError, ValueError) as error:
+            self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
         self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
@@ -5886,9 +5885,11 @@ class Task:
             added["NOTIFY_SOCKET"] = self.notify_path
         return environment(self.env, **added)
 
-    def not_begun(self, wrong: CommandError, cause: Exception | None) -> None:
+    def not_begun(self, error: Exception) -> None:
         """Try again soon if there was no room, and something of ours will make some; else that was a try."""
         self.close_prober()
+        wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
+        cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
             self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
@@ -5896,17 +5897,15 @@ class Task:
             self.tries += 1
             self.tried()
 
-    def probe(self, env: dict[bytes, bytes], before: Prober | None) -> None:
-        """Begin to ask whether it is ready. Raises OSError, RuntimeError."""
-        if self.limits.ready == "notify" and not self.notify_path:
-            raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
-        if self.limits.ready == "notify":
-            self.prober = self.notified = Notified(self.notify_path)
-        elif self.limits.ready:
-            self.prober = Prober(self.limits.ready, env, before)
-            self.prober.begin()
-        if self.prober:
-            self.loop.watch(self.prober.fileno(), self.probed)
+    def probe(self, make: Callable[[], Prober | Notified], then: Callable[[], None]) -> None:
+        """Begin to ask whether it is ready. Raises CommandError."""
+        try:
+            self.prober = make()
+        except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
+            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
+        if isinstance(self.prober, Notified):
+            self.notified = self.prober
+        self.loop.watch(self.prober.fileno(), then)
 
     def probed(self) -> None:
         """The prober has something to say."""
@@ -6022,11 +6021,11 @@ class Task:
 
     def exited(self) -> None:
         """Report the end of the command of a unit that has its outcome."""
-        self.report("exited", reason=self.why, code=shell_status(self.code) or 143 * bool(self.why))
+        self.report("exited", reason=self.why, code=shell_status(self.code) or (143 if self.why else 0))
 
     def tried(self) -> None:
         """A try has ended without success."""
-        if self.tries <= self.limits.retries and not self.stopped:
+        if self.tries <= self.retries and not self.stopped:
             delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
@@ -6151,6 +6150,7 @@ class Run(Task):
 
     def to_its_end(self) -> int:
         """Run it, and again if it fails and may be; return its exit status when the agent knows of its end."""
+        late = 0  # a signal that came when only the agent's answer was missing
         try:
             self.begin()
             while True:
@@ -6162,9 +6162,10 @@ class Run(Task):
                     self.not_reported(names_of(self.unreported), self.link.lost)
                     self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
-                    return self.status
+                    return 128 + late if late and self.link.lost else self.status
                 if self.state == state:
                     for number in self.loop.turn(min(due, self.next_due())):
+                        late = number if self.state == GONE else 0
                         self.signalled(number)
         finally:
             self.loop.give_back()
@@ -6172,12 +6173,13 @@ class Run(Task):
 
     def signalled(self, number: int) -> None:
         """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
-        self.stopped = "stopped"
+        again, self.stopped = self.stopped, "stopped"
         if self.state in (WAITING, CHECKING):
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
             self.status = 128 + number
         elif self.state == GONE:
-            sys.exit(128 + number)
+            if again:
+                sys.exit(128 + number)
         elif self.family.first:
             self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
             if not sent_by_key(number):
@@ -7103,7 +7105,7 @@ class Boot:
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
             self.link.ask("graph", self.told_graph)
-        for job in list(self.active.values()):
+        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
             job.keep_time(now)
             if job.state == GONE:
                 del self.active[job.unit]
@@ -7158,7 +7160,7 @@ class Boot:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
-            job.stopped = str(error)
+            job.retries = 0
             if job.reported:
                 self.ended(job, job.reported, job.reason)
             elif job.state in (WAITING, CHECKING):
