@@ -1058,6 +1058,7 @@ def test_tries_and_what_runs_are_remembered(rules: Rules) -> None:
     units.own(rules.claims["#1"], None, "", "tcp:1")
     assert (units.status("a").owner, units.status("a").reason) == (Owner(41, "script 41"), "not ready yet: tcp:1")
     units.own(rules.claims["#1"], Owner(42, "db"), "/log")
+    assert units.status("a").reason == ""
     rules.play("sleep 1; complete a")
     a = units.status("a")
     assert (a.reason, a.tries, a.log, a.owner) == ("", [1], "/log", Owner(42, "db"))
