@@ -6710,6 +6710,7 @@ class Job(Task):
                 self.boot.ended(self, self.reported, self.reason)
             elif method == "fail" and self.outcome == COMPLETED:
                 self.reported = self.outcome
+                self.report("running")
                 self.exited()
 
     def exited(self) -> None:
