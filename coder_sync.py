@@ -4699,8 +4699,10 @@ class Startup:
         """Return the sentence people want; of a long critical path it names the longest steps."""
         if not self.bars:
             return "no units yet"
-        statuses = [bar.unit.status for bar in self.bars.values()]
-        words = {FAILED: FAILED, SKIPPED: SKIPPED, STARTED: "still running", PENDING: "not started"}
+        units = [bar.unit for bar in self.bars.values()]
+        statuses = [standing(u) if u.status == FAILED else u.status for u in units]
+        words = {word: word for word in (FAILED, "died", STOPPED, LOST, SKIPPED)}
+        words.update({STARTED: "still running", PENDING: "not started"})
         rest = [f"{statuses.count(s)} {word}" for s, word in words.items() if s in statuses]
         text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
         if not self.path or self.length <= 0:
