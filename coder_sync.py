@@ -9,8 +9,8 @@ from __future__ import annotations
 
 __doc__ = """Startup coordination for scripts that run in parallel: one file, agent and command line.
 
-An agent keeps a graph of units in memory; scripts say what they depend on, wait until they may run, and
-let others go on:
+An agent keeps a graph of units in memory; scripts say what they depend on, wait until they may run, and let others
+go on:
 
     coder_sync.py serve                  the agent; --detach to the background, -- COMMAND for one command
     coder_sync.py want UNIT DEP...       UNIT depends on DEP
@@ -20,18 +20,27 @@ let others go on:
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py boot PATH...           a directory of scripts in the order that their headers ask for
     coder_sync.py wait UNIT...           wait for units, or probes, without being one
+    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
     coder_sync.py env UNIT               the variables that UNIT would start with
-    coder_sync.py stop [UNIT...]         end what runs, dependents first
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
+    coder_sync.py help [TOPIC]           more about a command, headers, probes, exit-codes, json, protocol
 
-Exit codes: 0 done; 1 refused; 2 wrong usage; 3 agent unreachable or gone; 4 a required dependency failed or
-was skipped; 124 timed out; `run` and `serve -- COMMAND` return the command's own status (128+N for signal N),
-or 125 (another failure of our own before it ran), 126 (not executable), 127 (not found).
+Exit codes:
 
-The file is also a module: `from coder_sync import Client`. How it reads, top to bottom; a room uses only
-rooms above it:
+    0      done
+    1      refused: a cycle, already started, not registered, a bad name, ...; of boot: a unit did not complete
+    2      wrong usage, or a mistake in a header
+    3      the agent cannot be reached, or went away
+    4      a required dependency failed or was skipped
+    124    timed out
+    125    another failure of our own before COMMAND ran; otherwise the status is that of COMMAND
+    126    COMMAND is not executable
+    127    COMMAND was not found
+    128+N  signal N ended COMMAND, or us
+
+The file is also a module: `from coder_sync import Client`. Its sections, top to bottom; each uses only those above it:
 
     Errors          one hierarchy; each knows its exit code and its JSON-RPC code
     Names and records
@@ -39,21 +48,21 @@ rooms above it:
     Protocol        newline-delimited JSON-RPC 2.0
     Terminal        standard output and error
     Client          the Python API
-    Calls           the reader of command lines; want, start, complete, fail
-    Processes       what several rooms need of the system
+    Calls           plain command lines; want, start, complete, fail
+    Processes       what several sections need of the system
     Units           the dependency graph and its rules, pure
     Agent           the daemon
     Views           data to text, pure
     Run             a unit's command; run, wait
     Boot            a directory of scripts as one graph; a client like any other
     Install         a copy with its bytecode
-    Command line    the other commands
+    Command line    all other command lines, and the other commands
 
-The first lines make the file an executable that starts the interpreter isolated and without site, on any
-system with a `sh`. The file is cut at the banner of Processes: want, start, complete and fail need only what is
-above, so `launch` compiles no more for them, and `install` writes a copy that is not compiled at all. A client call is
-mostly interpreter start, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`,
-`argparse`, `threading` and `typing` each cost more than everything the call does.
+The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
+a `sh`. The file is cut above Processes: want, start, complete and fail need only what is above the cut, so `launch`
+compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
+interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
+`threading` and `typing` each cost more than everything that it does.
 """
 
 #:
@@ -90,7 +99,7 @@ def half_of(path, below):  # type: (str, bool) -> Any
     with open(path, "rb", 0) as file:
         found = posix.fstat(file.fileno())
         end = 0
-        for size in (1 << 17, 1 << 19)[: below + 1]:  # what is above the cut, and behind it what is below
+        for size in (1 << 18, 1 << 20)[: below + 1]:  # what is above the cut, and behind it what is below
             file.seek(end)
             data = file.read(size)
             start = data.find(mark) + 16
@@ -110,7 +119,7 @@ def exit_on_signals():  # type: () -> None
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda got, frame: sys.exit(128 + got))
+            signal.signal(number, lambda got, frame: posix._exit(128 + got))  # an exception may be lost in a callback
 
 
 def launch():  # type: () -> None
@@ -360,25 +369,25 @@ class Owner(Record):
     `born` tells the process from a later one with the same pid; it stays with the agent.
     """
 
-    pid: int
-    command: str
-    alive: bool | None = None
+    pid: int  # process id
+    command: str  # its command line, shortened to 60 characters
+    alive: bool | None = None  # whether it still runs; null if unknown
     born: str | None = None
 
 
 class Dependency(Record):
     """One edge as it stands now. `age` is seconds in the current status."""
 
-    depends_on: str
-    required_status: str
-    current_status: str
-    is_satisfied: bool
-    requirement: str = SUCCESS
-    age: float = 0.0
-    reason: str = ""
-    owner: Owner | None = None
-    waits_for: list[str] = []  # noqa: RUF012  (never changed; what a pending dependency itself waits for)
-    did_you_mean: str = ""
+    depends_on: str  # name of the dependency
+    required_status: str  # what it must be: started, completed or ended
+    current_status: str  # what it is
+    is_satisfied: bool  # whether that is enough
+    requirement: str = SUCCESS  # success, completion or start
+    age: float = 0.0  # seconds in its status
+    reason: str = ""  # why it failed or was skipped
+    owner: Owner | None = None  # who started it
+    waits_for: list[str] = []  # what it lacks itself, at most five names
+    did_you_mean: str = ""  # a name that resembles this one, which is not registered
 
 
 class Event(Record):
@@ -387,12 +396,12 @@ class Event(Record):
     `before` is the number of the unit's event before; it stays with the agent.
     """
 
-    seq: int
-    time: float
-    wall: float
-    unit: str
-    kind: str
-    detail: str = ""
+    seq: int  # its number, counted from 1
+    time: float  # seconds, on the monotonic clock of the agent's system
+    wall: float  # seconds since 1970
+    unit: str  # name of the unit
+    kind: str  # what happened
+    detail: str = ""  # more about it
     before: int = 0
 
 
@@ -402,37 +411,37 @@ class UnitStatus(Record):
     `dependencies` and `history` are there only where one unit was asked for.
     """
 
-    unit_name: str
-    status: str
-    is_ready: bool
-    reason: str = ""
-    exit_code: int | None = None
-    age: float = 0.0  # seconds in the status
-    owner: Owner | None = None
-    is_waiting: bool = False  # a start of it waits
-    waits_for: list[str] = []  # noqa: RUF012  (what a waiting or pending unit lacks, at most five)
-    registered: float | None = None
+    unit_name: str  # name
+    status: str  # pending, started, completed, failed, skipped or not registered
+    is_ready: bool  # whether all dependencies meet their requirement
+    reason: str = ""  # why it failed or was skipped
+    exit_code: int | None = None  # status of its command, if that failed
+    age: float = 0.0  # seconds in its status
+    owner: Owner | None = None  # who started it
+    is_waiting: bool = False  # whether a start of it waits
+    waits_for: list[str] = []  # what it lacks while it waits, at most five names
+    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
     waiting: float | None = None  # when its start was asked for
-    ready: float | None = None  # when its dependencies were met; from then to `started` it waited for a lock
-    started: float | None = None
-    ended: float | None = None
-    released_by: str = ""  # the dependency that made it ready last
-    wants: dict[str, str] = {}  # noqa: RUF012  (dependency -> requirement)
-    locks: list[str] = []  # noqa: RUF012
-    blocked_by: dict[str, str] = {}  # noqa: RUF012  (lock -> the unit that has it)
-    tries: list[float] = []  # noqa: RUF012  (when each further try began)
-    running_on: bool = False  # it completed, and its command runs on: a service
-    stopping: bool = False  # its supervisor is to end it, or was told to
+    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
+    started: float | None = None  # when it started
+    ended: float | None = None  # when it completed, failed or was skipped
+    released_by: str = ""  # the dependency that was met last
+    wants: dict[str, str] = {}  # its dependencies, each with its requirement
+    locks: list[str] = []  # names of its locks
+    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
+    tries: list[float] = []  # when each further try began
+    running_on: bool = False  # whether it completed and its command runs on, as a service
+    stopping: bool = False  # whether its command is to end, or was told to
     exited: float | None = None  # when the command of a service ended
-    exit_reason: str = ""
+    exit_reason: str = ""  # how it ended
     probe: str = ""  # what says that a service is ready, while it is not
     probe_error: str = ""  # what the last try of it lacked
-    log: str = ""  # the file that has its output
+    log: str = ""  # file that has its output
     refusal: str = ""  # why the last `want` or `start` of it was refused
-    environment: dict[str, str] = {}  # noqa: RUF012  (what its command left for those that depend on it)
-    dependencies: list[Dependency] = []  # noqa: RUF012
-    did_you_mean: str = ""
-    history: list[Event] = []  # noqa: RUF012
+    environment: dict[str, str] = {}  # variables that it left for its dependents
+    dependencies: list[Dependency] = []  # one object each: see below
+    did_you_mean: str = ""  # a name that resembles this one, which is not registered
+    history: list[Event] = []  # its events, as `events` prints them
 
 
 class Waiting(Record):
@@ -463,12 +472,12 @@ class Answer(Record):
     unit: str = ""
     status: str = ""
     reason: str = ""
-    dependencies: list[str] = []  # noqa: RUF012
-    units: list[str] = []  # noqa: RUF012
-    env: dict[str, str] = {}  # noqa: RUF012  (what its dependencies have left for it)
-    stopped: list[str] = []  # noqa: RUF012  (in the order in which they ended)
-    left: list[Running] = []  # noqa: RUF012
-    cannot: list[Running] = []  # noqa: RUF012  (be stopped: a script called `start` itself)
+    dependencies: list[str] = []
+    units: list[str] = []
+    env: dict[str, str] = {}  # what its dependencies have left for it
+    stopped: list[str] = []  # in the order in which they ended
+    left: list[Running] = []
+    cannot: list[Running] = []  # be stopped: a script called `start` itself
     grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
@@ -612,6 +621,9 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
+NOT_SENT = ("born", "before")  # fields that stay with the agent
+
+
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
     """An error as an answer."""
     body = {"code": error.code, "message": str(error.args[0])}
@@ -627,7 +639,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, Record):
-        return {k: plain(v) for k, v in vars(value).items() if k not in ("born", "before")}
+        return {k: plain(v) for k, v in vars(value).items() if k not in NOT_SENT}
     return value
 
 
@@ -837,8 +849,7 @@ class Channel:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._messages:
-            left = deadline - time.monotonic()
-            if not self._read(left) and left <= LONGEST_POLL:
+            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
         message: dict[str, Any] = self._messages.pop(0)
         return message
@@ -877,7 +888,8 @@ class Channel:
             awaited = select.poll()
             for fd in (self.signals, self.fileno()):
                 awaited.register(fd, select.POLLIN)
-            awaited.poll(1000 * timeout)
+            if self.signals in dict(awaited.poll(1000 * timeout)):  # whose handler has done its part
+                posix.read(self.signals, 64)
             timeout = 0.0
         self.sock.settimeout(timeout)
         try:
@@ -998,6 +1010,11 @@ def peer_of(sock: Any) -> tuple[int, int]:
     except OSError:
         return 0, -1
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
+
+
+def caller() -> dict[str, int]:
+    """Return the parameter that says who called us, if the agent cannot find that out, for want of a /proc."""
+    return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
@@ -1146,13 +1163,13 @@ class Client:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code)
+            self._call("fail", unit=unit, exit_code=exit_code, **caller())
         else:
-            self._call("complete", unit=unit)
+            self._call("complete", unit=unit, **caller())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason))
+        self._call("fail", unit=unit, reason=one_line(reason), **caller())
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1253,7 +1270,7 @@ class Start:
         """`params` are those that the agent's method `start` has besides."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
-        self.params = {**params, "unit": unit, "hold": hold, "confirm": not hold}
+        self.params = {**params, **caller(), "unit": unit, "hold": hold, "confirm": not hold}
         if sys.platform != "linux":  # where an agent cannot find out which script has called us
             self.params["caller"] = posix.getppid()
         self.result = Started(unit, [], 0.0)
@@ -1643,7 +1660,7 @@ def name_process() -> None:
 
 
 def notice_signals() -> None:
-    """Have a wait for the agent end at a signal whose handler raises an exception, even if it comes just before."""
+    """Have a wait for the agent run the handler of a signal at once, even if it comes just before."""
     import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
 
     Channel.signals, write = posix.pipe()
@@ -1828,6 +1845,7 @@ def close_others(keep: Iterable[int]) -> None:
     kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
     for before, after in zip(kept, kept[1:]):
         os.closerange(before + 1, after)
+    Channel.signals = -1
 
 
 def in_background() -> tuple[int, int]:
@@ -3909,20 +3927,22 @@ class Agent:
                 return {"units": len(members), "done": done}
         return {"units": len(members)}
 
-    def do_complete(self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False) -> Any:
+    def do_complete(
+        self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
+    ) -> Any:
         """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
-    def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0) -> Any:
+    def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit)
+        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
         return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
 
-    def _reporter(self, request: Request, unit: str) -> Owner | None:
+    def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
         """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
         known = self.units.units.get(unit)
-        return request.connection.caller(hold=False) if known and known.refused else None
+        return request.connection.caller(False, caller) if known and known.refused else None
 
     def _claim_of(self, request: Request, unit: str) -> Claim | None:
         """Return the claim on a unit that was granted last, if it is the connection's."""
@@ -4619,11 +4639,15 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     return text if units else "no units yet\n"
 
 
+LISTED = [
+    *("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"),
+    *("running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"),
+]
+
+
 def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
     """Return all units for programs."""
-    keys = ["unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"]
-    keys += ["running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"]
-    return [{key: plain(getattr(u, key)) for key in keys} for u in units]
+    return [{key: plain(getattr(u, key)) for key in LISTED} for u in units]
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
@@ -5235,6 +5259,14 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
 CHECK_TIMEOUT = 1.0  # seconds for the one before the command
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
+PROBE_FORMS = {  # when each succeeds
+    "tcp:[HOST:]PORT": "the port accepts connections",
+    "unix:PATH": "the socket accepts connections",
+    "http://...": "the answer is below 400",
+    "file:PATH": "it was made or changed since the command began",
+    "notify": "the command says READY=1 on $NOTIFY_SOCKET, as for systemd",
+    "COMMAND": "`sh -c COMMAND` exits with 0",
+}
 PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
 
 
@@ -6398,6 +6430,18 @@ HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] 
     "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
     "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
 }
+HEADER_MEANINGS = {
+    "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
+    "want": "run after these: success (the default), completion or start",
+    "after": "run after these, however they end, if they are part of this boot",
+    "before": "as if these, if they are part of this boot, wanted this one",
+    "extern": "these names are registered by somebody else",
+    "lock": "only one unit that holds this lock runs at a time",
+    "timeout": "end a script that runs longer, a service too; the unit has failed",
+    "ready": "a service: the unit completes when PROBE succeeds, and the script runs on",
+    "ready-timeout": "how long that may take (5m); then the script is ended and has failed",
+    "retry": "try up to N times more, after DELAY (1s), doubled each time up to 30s",
+}
 
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
@@ -7483,11 +7527,13 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 # ----------------------------------------------------------------------------------------------------------
 
 COMPILE = f"""\
+import __future__
 import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-code = dumps(compile(sys.stdin.buffer.read(), {INSTALLED!r}, "exec"))
+text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
 """
@@ -7829,7 +7875,7 @@ def cmd_ping(args: Args) -> None:
     tail="*",
 )
 def cmd_boot(args: Args) -> int:
-    """Run the scripts of a directory in the order that their headers ask for; then become COMMAND."""
+    """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
     path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -8043,13 +8089,136 @@ def cmd_events(args: Args) -> None:
             return
 
 
+def help_headers() -> str:
+    """Return the help on headers."""
+    rows = [[f"{word} {form}", HEADER_MEANINGS[word]] for word, (form, _, _) in HEADERS.items()]
+    return f"""\
+A script of `boot` says what it needs in lines of its first comment (#, //, -- or ;):
+
+    # coder-sync: want git-clone apt-install
+
+{table(["HEADER", "MEANING"], rows)}
+Of `unit`, `timeout`, `ready`, `ready-timeout` and `retry` there may be one each. A name with a blank
+is quoted: want "a b". A duration is 30 or 30s, 10m, 1h30m, 500ms. `boot --check` finds mistakes and
+shows the plan; see also `help probes`.
+
+A script inherits the directory, user, environment and umask of boot. Its input is empty, and its
+output goes line by line to that of boot. It is given the variables
+  CODER_SYNC_UNIT          its unit
+  CODER_SYNC_ENV           a file: the lines NAME=VALUE that it writes there are in the environment of
+                           all units that depend on it
+  CODER_AGENT_SOCKET_PATH  where the agent listens
+"""
+
+
+def help_probes() -> str:
+    """Return the help on probes."""
+    return f"""\
+A unit with a probe, by the header `ready PROBE` or `run --ready PROBE`, is a service: it completes
+when the probe succeeds, and its command runs on.
+
+{table(["PROBE", "SUCCEEDS WHEN"], [*map(list, PROBE_FORMS.items())])}
+It is tried at once, then less and less often, down to once a second, for the time of `ready-timeout`,
+and is given the variables of its unit. Without HOST, it is this machine, by IPv4 or IPv6. What answers
+before the command began is not the service: the unit fails then. `wait --ready PROBE` waits for any
+but notify, and needs no agent.
+"""
+
+
+def help_exit_codes() -> str:
+    """Return the help on exit codes."""
+    import textwrap
+
+    return textwrap.dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0]) + "\n"
+
+
+def help_json() -> str:
+    """Return the help on what is printed as JSON."""
+    import re
+
+    with open(FILE, "rb") as file:
+        source = source_in(file.read()).decode()
+
+    def fields(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
+        body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
+        found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
+        return {name: text for name, text in found.items() if name not in NOT_SENT}
+
+    used = {"s": [*fields(UnitStatus)], "l": LISTED, "t": SAVED}
+    units = [[key, "".join(c for c in used if key in used[c]), text] for key, text in fields(UnitStatus).items()]
+    others = [
+        "\n".join(f"  {key.ljust(17)} {text}" for key, text in fields(kind).items())
+        for kind in (Dependency, Owner, Event)
+    ]
+    return f"""\
+`list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
+form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
+Keys of a unit in status (s), list (l) and timeline (t):
+
+{table(["KEY", "IN", "MEANING"], units)}
+Times, as "started", are seconds since the agent began, in a timeline since the first sign of a unit. What has
+not been is null. Newer versions may add keys.
+
+Keys of each of "dependencies":
+{others[0]}
+Keys of "owner":
+{others[1]}
+Keys of what `events` prints, one object a line:
+{others[2]}
+"""
+
+
+def help_protocol() -> str:
+    """Return the help on the protocol."""
+    import textwrap
+
+    methods = (f"{name} {' '.join(parameters(method))}".rstrip() for name, method in METHODS.items())
+    listed = "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="      ") for line in methods)
+    errors = "\n".join(f"  {code}  {kind.__name__}" for code, kind in sorted(ERRORS.items(), reverse=True))
+    return f"""\
+One JSON-RPC 2.0 object a line, UTF-8, at most {MAX_LINE >> 10} KiB a request, over the Unix socket of the agent:
+
+  echo '{{"jsonrpc":"2.0","id":1,"method":"want","params":{{"unit":"b","dependencies":["a"]}}}}' | nc -NU SOCKET
+
+Answers may come out of order. `start`, `wait`, `stop` are answered when their time has come, and forgotten when
+their connection closes (but not `stop`). After a line that is not JSON, or too long, the agent hangs up.
+
+Methods and their parameters:
+{listed}
+
+"timeout" is in seconds, 0 for no limit, and so is "grace", 0 for KILL at once. "progress" asks for a notification
+"waiting" when the wait begins and every {REPORT_EVERY:.0f} s. With "hold" the connection holds the unit, which fails if
+it closes first. With "confirm" a start is undone if the connection closes before `confirm`. "supervisor", `boot`,
+`owner`, `probing`, `retry`, `running` and `exited` are for who runs the command of a unit, and is told by the
+notifications "stop" and, of a boot, "unit".
+
+Error codes:
+{errors}
+"""
+
+
+TOPICS: dict[str, Callable[[], str]] = {
+    "headers": help_headers,
+    "probes": help_probes,
+    "exit-codes": help_exit_codes,
+    "json": help_json,
+    "protocol": help_protocol,
+}
+
+
 @Command(
-    "help start", Argument("topics", nargs="*", metavar="COMMAND", help="what it is about (default: all commands)")
+    "help headers",
+    Argument("topics", nargs="*", metavar="TOPIC", help=f"a command, or one of {', '.join(TOPICS)} (default: all)"),
 )
 def cmd_help(args: Args) -> None:
-    """Say what there is, or more about COMMAND."""
-    for command in [command_named(topic) for topic in args.topics]:
-        return parser_for(command).print_help()
+    """Say what there is, or more about TOPIC."""
+    for topic in args.topics:
+        if topic not in TOPICS:
+            parser_for(command_named(topic)).print_help()
+        else:
+            put(TOPICS[topic]())
+    if args.topics:
+        return
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
     put(f"""usage: {PROGRAM} COMMAND [ARG]...
@@ -8060,6 +8229,7 @@ usually one script; it starts when the units it depends on are done.
 {chr(10).join(lines)}
 
 `{PROGRAM} COMMAND --help` tells more; `{PROGRAM} --version` prints the version.
+`{PROGRAM} help TOPIC` tells of {", ".join(TOPICS)}.
 `{PROGRAM} exp sync COMMAND` does the same as `{PROGRAM} COMMAND`.
 """)
 
@@ -8146,7 +8316,7 @@ def candidates(words: Sequence[str]) -> list[str]:
         asked, found = [], [*command.options]
     for argument in asked:
         found += argument.words.get("choices") or ()
-        found += [*COMMANDS] if argument.words.get("metavar") == "COMMAND" else ()
+        found += [*COMMANDS, *TOPICS] if argument.words.get("metavar") == "TOPIC" else ()
     if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
         found += known_units(before)
     return [option + equals + word for word in found if word.startswith(last)]

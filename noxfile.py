@@ -204,12 +204,17 @@ class Bench:
 
     def row_2_complete(self) -> Iterator[tuple[str, ...]]:
         imports, call = "import argparse, json, socket", ["complete", "x"]
+        questions = ("list", "status x", "ping")
         plain = shutil.copy("coder_sync.py", os.path.join(self.directory.name, "plain.py"))
         rows = [
+            ("plain file, `FILE complete`", [plain, *call], ["-IS", "-c", "pass"], "3x"),
+            ("plain file, `python3 FILE complete`", [self.python, plain, *call], ["-c", imports], "2.3x"),
             ("installed, `python3 PATH complete`", [self.python, self.file, *call], ["-c", "pass"], "1.15x"),
             ("installed, `PATH complete`", [self.file, *call], ["-IS", "-c", "pass"], "1.35x"),
-            ("installed, `PATH complete`", [self.file, *call], ["-IS", "-c", imports], "0.8x"),
-            ("plain file, `python3 FILE complete`", [self.python, plain, *call], ["-c", imports], "1.7x"),
+            *(
+                (f"installed, `PATH {ask}`", [self.file, *ask.split()], ["-IS", "-c", "pass"], "1.6x")
+                for ask in questions
+            ),
         ]
         with self.agent():
             self.connect()("want", unit="x")

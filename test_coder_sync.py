@@ -2289,6 +2289,59 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
         assert "`coder_sync.py --version`" in out
 
 
+def first_words(page: str, title: str) -> set[str]:
+    """The first word of each row of a table on a help page, without what follows it."""
+    table = page[page.index(title) :].partition("\n\n")[0]
+    return {re.split(r"[: ]", line)[0] for line in table.splitlines()[1:]}
+
+
+def readme_words(title: str) -> set[str]:
+    """The first words of the first column of a table of the README."""
+    table = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n| {title} |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {word.split()[0] for cell in cells for word in re.sub("[`]", "", cell).split(",")}
+
+
+def test_a_topic_of_the_help_and_the_readme_say_the_same(call: Call, world: World) -> None:
+    headers, probes = call.ok(world, "help", "headers"), call.ok(world, "help", "probes")
+    assert first_words(headers, "HEADER ") == {*coder_sync.HEADERS} == readme_words("header")
+    codes = {line.split()[0] for line in call.ok(world, "help", "exit-codes").splitlines()}
+    assert codes == readme_words("exit code") >= {str(kind.exit_code) for kind in coder_sync.ERRORS.values()}
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    said = readme[readme.index("\nPROBE is `tcp:") :].partition("\n\n")[0]
+    kinds = first_words(probes, "PROBE ") - {"COMMAND"}
+    assert (
+        kinds == {"tcp", "unix", "http", "file", "notify"} == set(re.findall(r"`(tcp|unix|http|file|notify)\b", said))
+    )
+    for topic in coder_sync.TOPICS:
+        assert f"`{topic}`" in readme
+        assert max(map(len, call.ok(world, "help", topic).splitlines())) <= 120
+    assert "help headers" in call.ok(world, "boot", "--help")
+
+
+def test_the_help_has_every_key_of_what_is_printed_as_json(call: Call, agent: World) -> None:
+    agent.client.want("a", "b")
+    agent.client.start("b")
+    page = call.ok(agent, "help", "json")
+    rows = [line.split(maxsplit=2) for line in page[page.index("KEY ") :].partition("\n\n")[0].splitlines()[1:]]
+    status = json.loads(call.ok(agent, "status", "a", "-o", "json"))
+    listed = json.loads(call.ok(agent, "list", "-o", "json"))
+    units = json.loads(call.ok(agent, "timeline", "-o", "json"))["units"]
+    for mark, keys in (("s", status), ("l", listed[0]), ("t", units[0])):
+        assert [key for key, where, _ in rows if mark in where] == sorted(keys, key=[*status].index)
+    event = json.loads(call.ok(agent, "events").splitlines()[0])
+    parts = re.split(r"\nKeys of .*:\n", page)[2:]
+    for part, example in zip(parts, (status["dependencies"][0], listed[1]["owner"], event)):
+        assert [line.split()[0] for line in part.splitlines() if line] == [*example]
+        assert all(len(line.split()) > 1 for line in part.splitlines() if line)
+
+
+def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, world: World) -> None:
+    page = call.ok(world, "help", "protocol")
+    assert all(re.search(rf"^  {name}\b", page, re.M) for name in coder_sync.METHODS)
+    assert all(f"  {code}  " in page for code in coder_sync.ERRORS)
+
+
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
@@ -5013,6 +5066,22 @@ def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
 
 
 SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@NAMESPACES
+def test_without_proc_the_client_says_who_called_it(world: World) -> None:
+    answering(world, [*without("/proc"), *program(), "serve", "-q"])
+    tool = shlex.join(program())
+    script = f"{tool} start a -q; {tool} status a -o json; read line; {tool} complete a"
+    first = world.spawn([*without("/proc"), "/bin/sh", "-c", script], stdin=subprocess.PIPE)
+    until(lambda: world.client.list() and world.status("a") == "started")
+    assert world.client.status("a").owner == Owner(first.pid, "", None)
+    second = finish(world.spawn([*without("/proc"), "/bin/sh", "-c", f"{tool} start a; {tool} complete a -q; echo"]))
+    assert f'unit "a" is already started by process (pid {first.pid})' in second.stderr
+    assert "does not count" in second.stderr
+    assert world.status("a") == "started"
+    first.communicate("go on\n", timeout=PATIENCE)
+    assert world.status("a") == "completed"
 
 
 def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
