@@ -6035,7 +6035,7 @@ class Task:
     def give_up(self) -> None:
         """What is left survives even KILL."""
         left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-        self.why += f"; cannot be killed: {names_of(left or [str(self.family.pid)])}"
+        self.why += f"; cannot be killed: {names_of(left)}" if left else "; what is left of it cannot be seen"
         self.gone()
 
     def look(self) -> None:

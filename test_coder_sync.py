@@ -5724,7 +5724,7 @@ def test_a_run_hands_its_socket_path_on_to_its_command(agent: World) -> None:
     assert agent.ok(*optional, env=env) == f"{agent.directory}/none\n"
 
 
-@pytest.mark.parametrize("limit", ["-n 4", "-n 5", "-n 7"])
+@pytest.mark.parametrize("limit", ["-n 4", "-n 5"])
 def test_a_run_that_lacks_descriptors_says_so_in_one_line(agent: World, limit: str) -> None:
     for ready in ([], ["--ready", "true"], ["--ready", "notify"]):
         done = finish(agent.spawn(limited(limit, "run", "a", *ready, "--", "sh", "-c", "exec sleep 0.1")))
