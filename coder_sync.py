@@ -1946,7 +1946,7 @@ class Family:
 
     def __init__(self, pid: int, own: bool, mark: str) -> None:
         self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
-        self.first = True  # it has not ended
+        self.first = pid > 0  # it has not ended
         self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, processes: Callable[[], Processes]) -> bool:
