@@ -9377,6 +9377,7 @@ def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate
         request = agent.asked("fail")
         agent.reports("completed")
         agent.answers(request, error={"code": 1, "message": "refused"})
+        agent.asked("running")
     agent.asked("exited")
     if ready:
         agent.reports("completed")
