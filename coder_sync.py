@@ -4,6 +4,9 @@ exec python3 -IS -c \
     'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
     "$0" "$@"
 """
+# /// script
+# requires-python = ">=3.8"
+# ///
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ interpreter, so nothing is imported here that a plain call does not need: `os`, 
 """
 
 #:
-# Up to the next such line: what the first lines run by itself, as `python3 COPY` does. An old Python must read it.
+# The first lines run the code from here to the next such line on its own; so does `python3 COPY`. Python 2 can read it.
 import errno
 import posix  # what os is made of
 import sys
@@ -79,7 +82,7 @@ def source_in(data):  # type: (bytes) -> bytes
 
 
 def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
-    """Return what stands above the cut and what is below, with its line numbers. Raises ValueError if damaged."""
+    """Return the source above the cut and below it, with its line numbers. Raises ValueError if some is missing."""
     above, cut, below = source.partition(b"\n# Processes. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
@@ -87,9 +90,10 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
 
 
 def half_of(path, below):  # type: (str, bool) -> Any
-    """Return the code above the cut, or below it, and the identity of the file. Raises OSError, or if it is damaged.
+    """Return the code above the cut, or below it, and what identifies the file.
 
-    It is bytecode of an installed copy, if there is some for this Python; else it is compiled.
+    An installed copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
+    Raises OSError if the file cannot be read, SyntaxError or ValueError if it is damaged.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
@@ -99,7 +103,7 @@ def half_of(path, below):  # type: (str, bool) -> Any
     with open(path, "rb", 0) as file:
         found = posix.fstat(file.fileno())
         end = 0
-        for size in (1 << 18, 1 << 20)[: below + 1]:  # what is above the cut, and behind it what is below
+        for size in (1 << 18, 1 << 20)[: below + 1]:  # the bytecode above the cut; behind it, the one below
             file.seek(end)
             data = file.read(size)
             start = data.find(mark) + 16
@@ -123,7 +127,7 @@ def exit_on_signals():  # type: () -> None
 
 
 def launch():  # type: () -> None
-    """Run what is above the cut, which runs main() at the cut."""
+    """Run the code above the cut; at the cut it calls main()."""
     global LAUNCHED
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
@@ -131,8 +135,8 @@ def launch():  # type: () -> None
     import gc
 
     vars(sys).pop("tracebacklimit", None)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was ignored, and is to be
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # main() changes that: Ctrl-C before is no traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # all that comes now stays
@@ -192,7 +196,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-LAUNCHED: tuple[int, int] | None = globals().get("LAUNCHED")  # the file of which `launch` runs what is above the cut
+LAUNCHED: tuple[int, int] | None = globals().get("LAUNCHED")  # identifies our file while only what is above the cut ran
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -1350,15 +1354,14 @@ def wait_for(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Calls. The reader of command lines, and the commands that scripts call most: `want`, `start`, `complete`, `fail`. A
-# command is a small function, above it what it takes, in argparse's own words. These are read by our own parser,
-# because importing argparse costs more than a call; by argparse for the help pages; and by completion.
-# Up to here the file is all that such a call needs: an installed copy loads what follows only for other commands.
+# Calls. What reads plain command lines, and the commands that scripts call most: `want`, `start`, `complete`, `fail`. A
+# command is a small function; above it stands what it takes, in argparse's words, for `quick`, for argparse, and for
+# completion. The file is cut below this section: up to here it is all that such a call needs.
 # ----------------------------------------------------------------------------------------------------------
 
 
 def dependency_text(row: Dependency) -> str:
-    """Where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
+    """Return where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
     text = f"{row.depends_on} {row.current_status}"
     if row.current_status == NOT_REGISTERED:
         return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
@@ -1381,19 +1384,19 @@ class Args:
 
 
 def client_of(args: Args) -> Client:
-    """The client that the common options describe."""
+    """Return the client that the common options describe."""
     return Client(args.socket_path, args.connect_timeout)
 
 
 def whole(text: str) -> int:
-    """A whole number. Raises UsageError."""
+    """Return the whole number that a text is. Raises UsageError."""
     if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
         return int(text)
     raise UsageError(f"not a whole number: {ascii(text)[:40]}")
 
 
 def number(text: str) -> int:
-    """A whole number that is not negative. Raises UsageError."""
+    """Return the whole number from 0 on that a text is. Raises UsageError."""
     value = whole(text)
     if value < 0:
         raise UsageError(f"not a whole number from 0 on: {text}")
@@ -1403,8 +1406,8 @@ def number(text: str) -> int:
 class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
-    But the default of a text is an empty one, and of what may be repeated an empty list. All are made at each call,
-    so `dest` and `default` are computed on demand.
+    Unlike there, the default is an empty text, or an empty list for what may be repeated. Every call creates all
+    arguments, so `dest` and `default` are computed on demand.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
@@ -1420,7 +1423,7 @@ class Argument:
 
     @property
     def default(self) -> Any:
-        """The value where the command line has none; a text is read as if it stood there."""
+        """The value if the command line has none; a text is read like one on the command line."""
         return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
@@ -1431,19 +1434,21 @@ class Argument:
 
 
 def flag(*names: str, help: str) -> Argument:
-    """An option without a value."""
+    """Return an option without a value."""
     return Argument(*names, action="store_true", help=help)
 
 
 class Command:
-    """Makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
+    """A decorator that makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
 
-    The last positional may be repeated; `tail` is argparse's `nargs` for the words after `--`, if these are a
-    command's and not positionals. The help pages say what the function's docstring says. The function returns the
+    The last positional may be repeated. `tail` is argparse's `nargs` for the words of a command behind `--`, where
+    these are not positionals. The docstring of the function is the text of the help page; the function returns the
     exit status, None for 0.
     """
 
-    parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # by argparse; it stands below the cut
+    parse: ClassVar[
+        Callable[[Sequence[str]], tuple[Command, Args]]
+    ]  # any command line, with argparse; set below the cut
 
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
@@ -1490,7 +1495,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 class Reporter:
-    """Says what a wait lacks; `waited` is whether there was one."""
+    """Prints what a wait lacks; `waited` tells whether there was one."""
 
     def __init__(self, args: Args, who: str, fd: int = 1) -> None:
         self.args, self.who, self.fd, self.waited = args, who, fd, False
@@ -1503,7 +1508,7 @@ class Reporter:
         say(text, self.fd, self.args.quiet)
 
     def started(self, started: Started) -> str:
-        """What a start found."""
+        """Return in words how a start went."""
         if self.waited:
             return f"started after {span(started.waited)}"
         if not started.dependencies:
@@ -1512,7 +1517,7 @@ class Reporter:
 
 
 def start_of(args: Args, report: Reporter, **more: Any) -> Start:
-    """The start that the options of `start` and `run` describe. Raises UsageError."""
+    """Return the start that the options of `start` and `run` describe. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
@@ -1572,16 +1577,16 @@ def cmd_fail(args: Args) -> None:
 
 
 def split_tail(command: Command, words: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Return the words for us, and those behind `--` of a command that is to be run; None if it is missing."""
+    """Return our words, and those of the command behind `--`, or None if that is missing."""
     end = words.index("--") if command.tail and "--" in words else len(words)
     tail = list(words[end + 1 :])
     return list(words[:end]), None if not tail and (end < len(words) or command.tail == "+") else tail
 
 
 def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
-    """Read a plain command line, `COMMAND NAME... --option VALUE -q`, with `exp sync` in front or not.
+    """Read a plain command line, `COMMAND NAME... --option VALUE -q`, with or without `exp sync` in front.
 
-    Return None for any other, also for one with a mistake: it is argparse's, whose import costs more than a call.
+    Return None for any other, also for one with a mistake: argparse reads it, whose import costs more than a call.
     """
     words = list(argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv)
     command = COMMANDS.get(words[0]) if words else None
@@ -1619,7 +1624,7 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
 
 
 def load_below() -> None:
-    """Run what is below the cut, where only what is above was run. Raises SyncError."""
+    """Run the code below the cut, if only the one above it was run. Raises SyncError."""
     global LAUNCHED
     try:
         code, found = half_of(FILE, True)
@@ -1634,8 +1639,7 @@ def load_below() -> None:
         import gc
 
         LAUNCHED = None
-        if hasattr(gc, "freeze"):  # else it would look through all of it at once; PyPy does not
-            gc.freeze()
+        gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
 
 
@@ -1669,7 +1673,7 @@ def notice_signals() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line. Ends the process at once: tidying up an interpreter takes longer than the call."""
+    """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
     import _signal as signal
 
     code = 0
@@ -1865,6 +1869,7 @@ def in_background() -> tuple[int, int]:
     if pid:
         theirs.close()
         return pid, ours.detach()
+    ours.close()
     signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
     os.setsid()
     nothing = null()
@@ -2118,13 +2123,6 @@ def end_on(*names: str) -> None:
 
     for number in heeded(names):
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
-
-
-def let_children_go() -> None:
-    """Have the system take the ends of our children, which nobody asks for."""
-    import _signal as signal
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
@@ -5267,7 +5265,7 @@ PROBE_FORMS = {  # when each succeeds
     "notify": "the command says READY=1 on $NOTIFY_SOCKET, as for systemd",
     "COMMAND": "`sh -c COMMAND` exits with 0",
 }
-PROBES = "tcp:[HOST:]PORT, unix:PATH, http://..., file:PATH, or a command for `sh -c`"
+PROBES = ", ".join([*PROBE_FORMS][:4]) + ", or a command for `sh -c`"
 
 
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
@@ -5379,9 +5377,7 @@ def unix_listener(path: str, timeout: float) -> int:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(path)
-        if not hasattr(socket, "SO_PEERCRED"):
-            return 0
-        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+        return peer_of(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -6303,36 +6299,43 @@ def cmd_wait(args: Args) -> int:
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
-    if args.ready:
-        let_children_go()
-        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
+    if args.units:
+        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     probers = [Prober(probe, environment()) for probe in args.ready]
+    code = probe_all(probers, began, began + (args.timeout or NEVER), args.quiet) if probers else 0
+    if not code:
+        took = time.monotonic() - began
+        waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+        say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
+    return code
+
+
+def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> int:
+    """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
+    from functools import partial
+
+    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
     try:
         for prober in probers:
-            prober.begin()
-        if args.units:
-            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-        end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers:
-            while prober.error:
-                over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {one.shown: one.error for one in probers if one.error}
-                if not prober.error:
-                    break
-                if over or time.monotonic() >= end:
-                    rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                    put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
-                    return TimedOut.exit_code
-                report_at = time.monotonic() + REPORT_EVERY
+            fd = prober.begin().fileno()
+            loop.watch(fd, partial(loop.forget, fd))
+        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+            now = time.monotonic()
+            if now >= end:
+                rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
+                put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
+                return TimedOut.exit_code
+            if now >= report_at:
+                report_at = now + REPORT_EVERY
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
-                say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
+                say(f"still waiting after {span(now - began)} for {text}", quiet=quiet)
+            for number in loop.turn(min(end, report_at)):
+                return 128 + number
+        return 0
     finally:  # what is being tried does not outlive us
         for prober in probers:
             prober.close()
-    took = time.monotonic() - began
-    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
-    return 0
+        loop.give_back()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6444,10 +6447,14 @@ HEADER_MEANINGS = {
 }
 
 
+def warn(text: str) -> None:
+    """Say what is odd in a file, but does not keep it from being run."""
+    say(f"warning: {printable(text)}", 2)
+
+
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     """Return a script from the start of its file; mistakes are added with file and line."""
-    file = printable(path)
-    script = Script(path, unit_of(os.path.basename(path)), f"{file}:1", [], [], [], [], [])
+    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", [], [], [], [], [])
     said: dict[str, int] = {}  # the line of each header that there may be once
     lines = text.decode(errors="replace").splitlines()
     comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
@@ -6456,7 +6463,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
         is_header = bool(found) and mark.strip() in MARKS
         if number > max(HEADER_LINES, comments):
             if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
-                say(f"warning: {file}:{number}: not read as a header: too far down; move it up", 2)
+                warn(f"{path}:{number}: not read as a header: too far down; move it up")
             continue
         try:
             if is_header:
@@ -6464,9 +6471,9 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
             elif looks_like_header(line.strip()):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
-            mistakes.append(f"{file}:{number}: {error}")
+            mistakes.append(f"{path}:{number}: {error}")
     if "ready-timeout" in said and "ready" not in said:
-        mistakes.append(f"{file}:{said['ready-timeout']}: ready-timeout without ready")
+        mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -6508,7 +6515,7 @@ def read_header(script: Script, text: str, number: int, said: dict[str, int]) ->
     if len(words) > most:
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    for name, value in read(words, f"{printable(script.path)}:{number}").items():
+    for name, value in read(words, f"{script.path}:{number}").items():
         if isinstance(value, list):
             getattr(script, name).extend(value)
         elif said.setdefault(word, number) != number:
@@ -6534,9 +6541,9 @@ def check_program(path: str, text: bytes) -> str:
         import shutil
 
         program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {printable(program)} is not in PATH"
+        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
     good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {printable(program)} does not exist or cannot be run"
+    return "" if good else f"its interpreter {program} does not exist or cannot be run"
 
 
 def not_executable(path: str) -> str:
@@ -6545,7 +6552,7 @@ def not_executable(path: str) -> str:
 
     if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
         return "not executable: its file system is mounted noexec"
-    return f"not executable; chmod +x {shlex.quote(printable(path))}"
+    return f"not executable; chmod +x {shlex.quote(path)}"
 
 
 def program_of_env(words: list[str]) -> str:
@@ -6592,12 +6599,12 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
         for edge in (*script.before, *script.after):
             hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
             if hint:
-                say(f'warning: {edge.place}: no file provides "{edge.dependency}"{hint}', 2)
+                warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
-        mistakes.append(f"{printable(' '.join(paths))}: no executable files")
+        mistakes.append(f"{' '.join(paths)}: no executable files")
     if mistakes:
-        raise UsageError("\n".join(mistakes))
+        raise UsageError("\n".join(map(printable, mistakes)))
     return scripts
 
 
@@ -6611,28 +6618,28 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         elif not os.path.isfile(given):  # a pipe, say, which would block
             raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{printable(given) or repr('')}: cannot be read: {error.strerror}")
+        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
         name, ending = os.path.splitext(os.path.basename(path))
         if path != given and (ending in NOT_RUN or ending.startswith(PACKAGED)):
-            left_out[unit_of(name)] = f"{printable(path)} would, but {ending} is not run"
+            left_out[unit_of(name)] = f"{path} would, but {ending} is not run"
             continue
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
         except OSError as error:
-            mistakes.append(f"{printable(path)}: cannot be read: {error.strerror}")
+            mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-            left_out[unit_of(name + ending)] = f"{printable(path)} would, but is not executable"
+            left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                say(f"warning: {printable(path)}: not run: {not_executable(path)}", 2)
+                warn(f"{path}: not run: {not_executable(path)}")
             continue
         script = read_script(os.path.abspath(path), text, mistakes)
         wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{printable(script.path)}:1: {wrong}")
+            mistakes.append(f"{script.path}:1: {wrong}")
         yield script
 
 
@@ -7521,9 +7528,9 @@ def write_some(data: bytes, fd: int, patience: float) -> bytes:
 
 # ----------------------------------------------------------------------------------------------------------
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode, behind the lines of sh that make it executable. Its __main__ is `launch`, and what is imported from it is a
-# .pyc of what is above the cut, which loads the other of what is below. Both have their length and the half of their
-# hash where another .pyc has the hash of its source.
+# bytecode, behind the lines of sh that make it executable. Its __main__ is `launch`. The bytecode is two .pyc files, of
+# the code above the cut and below it; the first is imported as the module, and loads the second. Where another .pyc has
+# the hash of its source, these have their length and half of their own hash.
 # ----------------------------------------------------------------------------------------------------------
 
 COMPILE = f"""\
@@ -7537,7 +7544,7 @@ code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compile
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
 """
-# No columns in tracebacks: what is not there need not be read.
+# Without columns for tracebacks there is less to load.
 COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
@@ -7550,7 +7557,7 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """What an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    """Return what an interpreter prints, in the same environment each time. Raises Refused if it fails."""
     import subprocess
 
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -7594,13 +7601,13 @@ def application(python: str) -> bytes:
 
 
 def is_ours(data: bytes) -> bool:
-    """Whether a file is this program, plain or installed, of whatever version; a damaged one may be replaced too."""
+    """Return whether a file is a version of this program, plain or installed, undamaged or not."""
     plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
     return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
-    """Write the copy beside a path, try it, rename it; return where. Raises Refused."""
+    """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
@@ -7651,7 +7658,7 @@ def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argpar
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-        def print_help(self, file: Any = None) -> None:  # another one's: this one hides positionals for a while
+        def print_help(self, file: Any = None) -> None:  # of another one: while it parses, this one has no positionals
             put(parser_of(usage, arguments, **words).format_help())
 
     form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
@@ -7699,7 +7706,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
     command = command_named(words[0])
     try:
         words, args.command = split_tail(command, words[1:])
-        if "--" in words:  # what follows are names: no option begins with what is put in front of them here
+        if "--" in words:  # names follow: mark them with what no word and no option begins with
             words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
         _, others = parser_for(command).parse_known_intermixed_args(words, args)
         if others:
@@ -7733,14 +7740,14 @@ def surplus(command: Command, word: str) -> str:
 
 
 def mode_bits(text: str) -> int:
-    """Permission bits from their octal form. Raises UsageError."""
+    """Return permission bits from their octal form. Raises UsageError."""
     if len(text) in (3, 4) and not text.strip("01234567"):
         return int(text, 8) & 0o777
     raise UsageError(f"invalid mode {ascii(text)[:20]}: write it in octal, as in 660")
 
 
 def group_id(name: str) -> int:
-    """The number of a group. Raises UsageError."""
+    """Return the number of a group. Raises UsageError."""
     import grp
 
     try:
@@ -7753,12 +7760,12 @@ def group_id(name: str) -> int:
 
 
 def output(*forms: str) -> Argument:
-    """The option that chooses one of several forms, the first by default."""
+    """Return the option that chooses one of several forms, the first by default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
 
 
 def units_or(default: str) -> Argument:
-    """Units, or what is meant if none is named."""
+    """Return the positional for any number of units; `default` says what is meant if none is named."""
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 

@@ -5112,6 +5112,11 @@ def test_as_process_1_a_client_that_waits_ends_at_a_signal(world: World) -> None
             os.kill(child_of(process), number)
             done = finish(process)
             assert (done.returncode, done.stderr) == (128 + number, "")
+        tried = world.directory / f"tried-{number}"
+        process = world.spawn([*UNSHARE, *program(), "wait", "--timeout", "0", "--ready", f"touch {tried}; sleep 60"])
+        until(tried.exists)
+        os.kill(child_of(process), number)
+        assert process.wait(5) == 128 + number
     stop(agent)
     for line in ASKING:
         process = world.spawn([*UNSHARE, *program(), *line.split()])
@@ -7926,6 +7931,7 @@ def test_on_a_file_system_that_is_mounted_noexec_no_mode_is_advised(world: World
 def test_an_empty_directory_with_a_command_is_no_mistake_and_a_missing_one_is(world: World, call: Call) -> None:
     path = startup(world, {})
     assert boots(world, {}, "--", "echo", "hello") == "hello\n"
+    assert call.ok(world, "boot", path, "--check", "--", "true") == "0 scripts, no mistakes\n"
     for words in ([path], [path + "x", "--", "true"], [path, "--check"]):
         assert call(world, "boot", *words).returncode == 2, words
 
@@ -7933,7 +7939,11 @@ def test_an_empty_directory_with_a_command_is_no_mistake_and_a_missing_one_is(wo
 def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
     names = ["a\x1b[31m\n", "b\x1b", "c\x1b.off", "d\x1b"]
     files = {names[0]: "@unit a\n@wants\n@want b\x1b\n@timeout \x1b", names[1]: "#!/no/\x1b", names[3]: ""}
-    path = startup(world, {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb"}, "\x1b.d")
+    path = startup(
+        world,
+        {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb -\x1b\n@want e --requires \x1b"},
+        "\x1b.d",
+    )
     os.chmod(f"{path}/{names[3]}", 0o644)
     said = call(world, "boot", path, path + "\n", "--check").stderr
     assert said.count("\n") > 7 and all(line.isprintable() for line in said.splitlines()), said
