@@ -1905,22 +1905,31 @@ class Processes:
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
         ours = int(stat_of(os.getpid())[19])
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            try:
-                state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-                continue
-            if state in "ZX":
-                self.dead_groups.add(int(group))
-                continue
-            born = self.births[pid] = int(more[15])
-            if before and before.births.get(pid) == born:
-                self._marks[pid] = before._marks.get(pid, "")
-            elif born >= ours:
-                self._marks[pid] = mark_of(pid)
-            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
-            for key in keys:
-                self.near.setdefault(key, []).append(pid)
+        seen: set[str] = set()
+        for _ in range(9):  # what has ended may have begun another one after it was listed
+            new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
+            if sum(self._add(int(name), before, ours) for name in new) == len(new):
+                return
+            seen |= new
+        raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be seen")
+
+    def _add(self, pid: int, before: Processes | None, ours: int) -> bool:
+        """Add a process; return False if it has ended."""
+        try:
+            state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state in "ZX":
+            self.dead_groups.add(int(group))
+            return False
+        born = self.births[pid] = int(more[15])
+        if born >= ours:
+            known = before._marks[pid] if before and before.births.get(pid) == born else ""
+            self._marks[pid] = known or mark_of(pid)
+        keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+        for key in keys:
+            self.near.setdefault(key, []).append(pid)
+        return True
 
 
 def mark_of(pid: int) -> str:
@@ -1942,15 +1951,17 @@ class Family:
 
     def __init__(self, pid: int, own: bool, mark: str) -> None:
         self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
-        self.first = True  # it has not ended
+        self.first = pid > 0  # it has not ended
         self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, processes: Callable[[], Processes]) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
         try:
             alive = processes()
-        except OSError:  # no /proc, no descriptor
-            return self.first or bool(self._known) or self.has_group()
+        except FileNotFoundError:  # no /proc of ours
+            return self.first or self.has_group()
+        except OSError:  # it is not certain: there was no descriptor, or too much begins
+            return True
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
@@ -6020,7 +6031,7 @@ class Task:
     def give_up(self) -> None:
         """What is left survives even KILL."""
         left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-        self.why += f"; cannot be killed: {names_of(left or [str(self.family.pid)])}"
+        self.why += f"; cannot be killed: {names_of(left)}" if left else "; what is left of it cannot be seen"
         self.gone()
 
     def look(self) -> None:
@@ -6763,6 +6774,7 @@ class Job(Task):
                 self.boot.ended(self, self.reported, self.reason)
             elif method == "fail" and self.outcome == COMPLETED:
                 self.reported = self.outcome
+                self.report("running")
                 self.exited()
 
     def exited(self) -> None:
