@@ -5595,6 +5595,15 @@ def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how:
         assert finish(other).returncode == 0
 
 
+def test_an_agent_that_is_to_end_tells_all_in_time_and_names_what_is_left(world: World) -> None:
+    changes = "coder_sync.GRACE, coder_sync.STOP_PATIENCE = 0.4, 0.1"
+    agent = answering(world, altered(changes, "serve"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    done = stopped(agent)
+    assert (app.told()["unit"], db.told()["unit"]) == ("app", "db")
+    assert done.returncode == 0 and done.stderr.endswith(" still running: db, app\n"), done
+
+
 def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> None:
     command = ["sh", "-c", "echo on; read x; exit 3"]
     agent = world.popen("serve", "--socket-path", world.path, "--", *command, stdin=subprocess.PIPE)
