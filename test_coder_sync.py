@@ -9434,7 +9434,7 @@ def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: Worl
     slow = """
 import time
 def send(connection, data, was=coder_sync.Connection.send):
-    time.sleep(0.8 * (b'"stopped"' in data))
+    time.sleep(0.5 * (b'"cannot"' in data))
     was(connection, data)
 coder_sync.Connection.send = send
 """
