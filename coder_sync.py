@@ -1913,22 +1913,31 @@ class Processes:
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
         ours = int(stat_of(os.getpid())[19])
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            try:
-                state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-                continue
-            if state in "ZX":
-                self.dead_groups.add(int(group))
-                continue
-            born = self.births[pid] = int(more[15])
-            if before and before.births.get(pid) == born:
-                self._marks[pid] = before._marks.get(pid, "")
-            elif born >= ours:
-                self._marks[pid] = mark_of(pid)
-            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
-            for key in keys:
-                self.near.setdefault(key, []).append(pid)
+        seen: set[str] = set()
+        for _ in range(9):  # what has ended may have begun another one after it was listed
+            new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
+            if sum(self._add(int(name), before, ours) for name in new) == len(new):
+                return
+            seen |= new
+        raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be seen")
+
+    def _add(self, pid: int, before: Processes | None, ours: int) -> bool:
+        """Add a process; return False if it has ended."""
+        try:
+            state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state in "ZX":
+            self.dead_groups.add(int(group))
+            return False
+        born = self.births[pid] = int(more[15])
+        if born >= ours:
+            known = before._marks[pid] if before and before.births.get(pid) == born else ""
+            self._marks[pid] = known or mark_of(pid)
+        keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+        for key in keys:
+            self.near.setdefault(key, []).append(pid)
+        return True
 
 
 def mark_of(pid: int) -> str:
@@ -1950,15 +1959,17 @@ class Family:
 
     def __init__(self, pid: int, own: bool, mark: str) -> None:
         self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
-        self.first = True  # it has not ended
+        self.first = pid > 0  # it has not ended
         self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, processes: Callable[[], Processes]) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
         try:
             alive = processes()
-        except OSError:  # no /proc, no descriptor
-            return self.first or bool(self._known) or self.has_group()
+        except FileNotFoundError:  # no /proc of ours
+            return self.first or self.has_group()
+        except OSError:  # it is not certain: there was no descriptor, or too much begins
+            return True
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
@@ -2459,7 +2470,7 @@ class Units:
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def delivered(self, claim: Claim) -> None:
-        """The answer to a claim has arrived: those who stood behind it in line are answered too."""
+        """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
@@ -2575,7 +2586,7 @@ class Units:
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
-        """The command of a unit that has completed runs on: so does the claim of its supervisor."""
+        """Let the claim of a supervisor last, since the command of its unit, which has completed, runs on."""
         unit = claim.unit
         if unit.status == COMPLETED and unit.last is claim and claim.held:
             claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
@@ -2652,7 +2663,7 @@ class Units:
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
-        """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
+        """Note which process a claim runs, the file with its output, and its probe, if it has one."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
         claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
@@ -2664,14 +2675,14 @@ class Units:
         claim.unit.facts.probe_error = error
 
     def retry(self, name: str, detail: str) -> None:
-        """One more try of a started unit begins."""
+        """Note that one more try of a started unit begins."""
         unit = self._registered(name)
         unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
-        """Whether a claim has ended."""
+        """Return whether a claim has ended."""
         return claim not in claim.unit.line and claim.unit.holder is not claim
 
     def take_answers(self) -> list[tuple[Claim, Any]]:
@@ -2682,7 +2693,7 @@ class Units:
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared; `unmet_only`: what it lacks, also locks."""
+        """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
         rows = []
         needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
         if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
@@ -2704,7 +2715,7 @@ class Units:
         return rows
 
     def status(self, name: str) -> UnitStatus:
-        """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
+        """Return a snapshot of a unit, or of a name that nobody knows, with its dependencies and history."""
         unit = self.units.get(check_name(name)) or self._unknown(name)
         snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
@@ -2723,7 +2734,7 @@ class Units:
         return self._snapshots(sorted(shown, key=lambda u: u.name))
 
     def graph(self) -> Graph:
-        """Everything, for pictures, in the order in which it became known; also names that were only refused."""
+        """Return all units in the order in which they became known, and names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
         return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
 
@@ -2735,7 +2746,7 @@ class Units:
         return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
+        """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
 
         Raises NotRegistered.
         """
@@ -2746,11 +2757,11 @@ class Units:
         return merged
 
     def names(self) -> list[str]:
-        """The registered names, for suggestions."""
+        """Return the registered names, for suggestions."""
         return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
 
     def dependents(self, unit: Unit) -> set[str]:
-        """The names of all that depend on a unit, also through others, and its own."""
+        """Return the names of all that depend on a unit, also through others, and its own."""
         return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
 
     # -- the rules ----------------------------------------------------------------------------------------
@@ -2926,7 +2937,7 @@ class Units:
             )
 
     def _end_stopped(self, unit: Unit) -> None:
-        """The command of a unit that was to be stopped has ended."""
+        """End a unit that was to be stopped: its command has ended."""
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
         if unit.status != FAILED:
@@ -2935,7 +2946,7 @@ class Units:
         self._close(unit)
 
     def _close(self, unit: Unit, lost: bool = False) -> None:
-        """The claim that was granted is over; what a supervisor that is lost has left was not stopped."""
+        """End the claim that was granted; what a supervisor that is `lost` ran was not stopped."""
         claim, unit.holder = unit.holder, None
         if claim:
             claim.lost = lost
@@ -3073,7 +3084,7 @@ class Units:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """The locks of each member.
+        """Return the locks of each member.
 
         At the limit, names that nobody uses are forgotten, before any is made: those of the members are not in use yet.
         """
@@ -3121,7 +3132,7 @@ class Units:
 
     @staticmethod
     def _cycle(unit: Unit, dependency: Unit) -> list[str]:
-        """The cycle that an edge from `unit` to `dependency` would close, or nothing.
+        """Return the cycle that an edge from `unit` to `dependency` would close, or nothing.
 
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
@@ -3161,7 +3172,7 @@ class Units:
 
     @staticmethod
     def _before(unit: Unit) -> list[Unit]:
-        """All that a unit depends on, also through others, dependencies before their dependents."""
+        """Return all that a unit depends on, also through others, dependencies before their dependents."""
         order: list[Unit] = []
         seen, todo = {unit}, [(unit, iter(unit.wants))]
         while todo:
@@ -3177,7 +3188,7 @@ class Units:
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """What a unit lacks: dependencies and the requirement that each does not meet.
+        """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
 
         If it lacks none, the locks that the first in line needs and cannot have, and the unit that is before it.
         """
@@ -3189,7 +3200,7 @@ class Units:
                 yield before, lock
 
     def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
-        """What a unit lacks, in words, five of them at most.
+        """Return what a unit lacks, in words, five of them at most.
 
         Unless `registered`, names that nobody has registered are marked as such.
         """
@@ -3230,7 +3241,7 @@ class Units:
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
-        """Seconds since the agent began."""
+        """Return the seconds since the agent began."""
         return round(self.clock() - self.began, 6)
 
     def _unknown(self, name: str) -> Unit:
@@ -3259,13 +3270,13 @@ class Units:
 
     @staticmethod
     def _may_run(unit: Unit) -> bool:
-        """Whether the process of a unit may run, as far as is known: it was not seen to end."""
+        """Return whether the process of a unit may run: it was not seen to end."""
         last = unit.last
         return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
-        """A process that a sentence begins with: its command, any text, stands apart."""
+        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
@@ -3321,7 +3332,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a metho
 
 
 def parameters(method: Any) -> dict[str, tuple[str, bool]]:
-    """What a method of the protocol takes, as `Agent.do_...` declares it: name -> (kind, whether it is required)."""
+    """Return the parameters that `Agent.do_...` declares for its method: name -> (kind, whether it is required)."""
     code = method.__code__
     names = code.co_varnames[2 : code.co_argcount]
     optional = names[len(names) - len(method.__defaults__ or ()) :]
@@ -3450,7 +3461,7 @@ class Request:
 
 
 class WakeUp:
-    """What wakes a thread. Raises OSError if there is no descriptor left.
+    """What wakes a thread that polls. Raises OSError if there is no descriptor left.
 
     The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
     """
@@ -3506,7 +3517,7 @@ class Connection:
         self.gone = False  # the peer is, or what it sends is not read any more
 
     def due(self) -> float:
-        """When the thread has something to do of itself, on the monotonic clock."""
+        """Return when the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
         for claim in self.open.values():
             ticket = claim.ticket
@@ -3558,7 +3569,7 @@ def of_peer(error: BaseException | None) -> bool:
 
 
 def process(pid: int, command: str = "") -> Owner | None:
-    """A process as the owner of a unit, with its command if it is known; None for no process."""
+    """Return a process as the owner of a unit, with its command if it is known; None for no process."""
     return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
@@ -3589,7 +3600,7 @@ class Agent:
             self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """The body of a thread that goes on whatever goes wrong."""
+        """Do a step again and again, whatever goes wrong: the body of a thread."""
         while True:
             try:
                 step()
@@ -3600,7 +3611,7 @@ class Agent:
     # -- a connection's thread ----------------------------------------------------------------------------
 
     def end(self, connection: Connection) -> None:
-        """The peer of a connection is gone, so its claims end."""
+        """End a connection and its claims: its peer has gone."""
         with self.lock:
             connection.gone = True
             self.connections.discard(connection)
@@ -3735,7 +3746,7 @@ class Agent:
                             self._arrived(claim)
 
     def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
-        """The next events that a follower does not have; if they are forgotten, it is too far behind to go on."""
+        """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
         if connection.following < 0:
             return []
         with self.lock:
@@ -3747,7 +3758,7 @@ class Agent:
         return [(None, {"method": "event", "params": plain(event)}) for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """What to send: an answer, an error, or a notification."""
+        """Return what to send: an answer, an error, or a notification."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3762,7 +3773,7 @@ class Agent:
         )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
+        """Note which registered name each unregistered one may mean: none that waits for it. Takes long."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             with self.lock:
                 units = [self.units.units[name] for name in (row.depends_on, asker) if name in self.units.units]
@@ -3887,7 +3898,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _expect(self, claim: Claim) -> None:
-        """A request has become a claim, which is answered later or has just been."""
+        """Keep the claim that a request has become, which is answered later or has just been."""
         connection = claim.ticket.connection
         connection.open[claim.ticket.id] = claim
         connection.claims[claim] = None
@@ -3925,7 +3936,7 @@ class Agent:
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
-        """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
+        """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
         claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
@@ -3958,7 +3969,7 @@ class Agent:
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
-        """The last try of the probe of a unit lacked something."""
+        """Note what the last try of the probe of a unit lacked."""
         self.units.lack(self._held(request, unit), one_line(error))
         return {"unit": unit}
 
@@ -3972,7 +3983,7 @@ class Agent:
         return {"unit": unit}
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
-        """The command of a unit has ended, with all its processes. Without `code`, an empty reason means 0."""
+        """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
         ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
         self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
         return {"unit": unit}
@@ -4000,7 +4011,7 @@ class Agent:
         return {"env": self.units.environment(unit)}
 
     def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
-        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        """Return what happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
         if follow:
             request.connection.following = self.units.seq
             self.followers.add(request.connection)
@@ -4018,7 +4029,7 @@ class Agent:
     # -- owners -------------------------------------------------------------------------------------------
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
-        """The process that is to own a unit. Raises Refused if there is none."""
+        """Return the process that is to own a unit. Raises Refused if there is none."""
         peer = who_is_at(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
@@ -4046,7 +4057,7 @@ class Agent:
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """A step of the owners' thread: asleep until an owner ends, or a stop is due to go on.
+        """Wait until an owner ends, or a stop is due to go on: a step of the owners' thread.
 
         Where there is no pidfd it looks every second.
         """
@@ -4069,7 +4080,7 @@ class Agent:
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
     def graph(self) -> Graph:
-        """Everything, for the picture at the end."""
+        """Return everything, for the picture at the end."""
         with self.lock:
             return self.units.graph()
 
@@ -6028,7 +6039,7 @@ class Task:
     def give_up(self) -> None:
         """What is left survives even KILL."""
         left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-        self.why += f"; cannot be killed: {some_names(left or [str(self.family.pid)])}"
+        self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
         self.gone()
 
     def look(self) -> None:
