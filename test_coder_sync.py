@@ -9146,6 +9146,14 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
     boot.ends(143, "")
 
 
+def test_another_size_of_the_terminal_ends_nothing(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate"}, "-q", "--", "echo", "hello")
+    gate.reached()
+    boot.signal(signal.SIGWINCH)
+    gate.open()
+    boot.ends(0, "hello\n")
+
+
 LATE = """
 import os
 original = {name}
