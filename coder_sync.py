@@ -747,7 +747,7 @@ def span(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def names_of(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
     """Names for a message, not too many."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
@@ -820,7 +820,7 @@ class Channel:
         self._buffer = bytearray()
         self._messages: list[Any] = []
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = peer_of(self.sock)
+        self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
         self._withheld = False  # it has been said that variables were not taken
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
@@ -929,7 +929,7 @@ class Channel:
         end = time.monotonic() + quiet + timeout
         while message := self.hear(quiet, end):
             if is_answer(message, request):
-                return result_of(message)
+                return unwrap(message)
         raise Unreachable(self._silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
@@ -999,7 +999,7 @@ def connected(path: str, connect_timeout: float) -> Any:
         pause = min(2 * pause, 0.05)
 
 
-def peer_of(sock: Any) -> tuple[int, int]:
+def who_is_at(sock: Any) -> tuple[int, int]:
     """Return the process and the user at the other end of a connection, 0 and -1 if the system does not say.
 
     A client sees who listens there, as of when that began.
@@ -1016,7 +1016,7 @@ def peer_of(sock: Any) -> tuple[int, int]:
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
-def caller() -> dict[str, int]:
+def our_caller() -> dict[str, int]:
     """Return the parameter that says who called us, if the agent cannot find that out, for want of a /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
@@ -1026,7 +1026,7 @@ def is_answer(message: dict[str, Any], request: int) -> bool:
     return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
 
 
-def result_of(message: dict[str, Any]) -> Any:
+def unwrap(message: dict[str, Any]) -> Any:
     """Return the result in an answer or raise its error as the class it was on the agent's side."""
     error = message.get("error")
     if error is None:
@@ -1045,7 +1045,7 @@ def records(kind: type[R], rows: Any) -> list[R]:
     return [record(kind, row) for row in rows]
 
 
-def socket_path_of(given: str) -> str:
+def agent_path(given: str) -> str:
     """Where the agent listens: as given, else by the environment, else at the default path."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
@@ -1098,7 +1098,7 @@ class Client:
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
         connected yet.
         """
-        self.socket_path = socket_path_of(socket_path)
+        self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
             given = duration(text) if text and connect_timeout is None else connect_timeout
@@ -1167,13 +1167,13 @@ class Client:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code, **caller())
+            self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
         else:
-            self._call("complete", unit=unit, **caller())
+            self._call("complete", unit=unit, **our_caller())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason), **caller())
+        self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1274,9 +1274,7 @@ class Start:
         """`params` are those that the agent's method `start` has besides."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
-        self.params = {**params, **caller(), "unit": unit, "hold": hold, "confirm": not hold}
-        if sys.platform != "linux":  # where an agent cannot find out which script has called us
-            self.params["caller"] = posix.getppid()
+        self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -1343,7 +1341,7 @@ def wait_for(
     quiet = 0.0  # that the wait has begun is said at once
     while message := channel.hear(quiet, end):
         if is_answer(message, request):
-            return result_of(message)
+            return unwrap(message)
         if message.get("method") == "waiting":
             waiting = record(Waiting, message.get("params"))
             missing, quiet = waiting.missing, REPORT_EVERY
@@ -1383,7 +1381,7 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def client_of(args: Args) -> Client:
+def make_client(args: Args) -> Client:
     """Return the client that the common options describe."""
     return Client(args.socket_path, args.connect_timeout)
 
@@ -1513,15 +1511,15 @@ class Reporter:
             return f"started after {span(started.waited)}"
         if not started.dependencies:
             return "started; it has no dependencies"
-        return f"started; satisfied already: {names_of(started.dependencies)}"
+        return f"started; satisfied already: {some_names(started.dependencies)}"
 
 
-def start_of(args: Args, report: Reporter, **more: Any) -> Start:
+def make_start(args: Args, report: Reporter, **more: Any) -> Start:
     """Return the start that the options of `start` and `run` describe. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(client_of(args), args.unit, args.timeout, report, **params)
+    return Start(make_client(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1533,9 +1531,9 @@ def start_of(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = make_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
-    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
+    say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
 
 @Command(
@@ -1547,7 +1545,7 @@ def cmd_want(args: Args) -> None:
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
-    with start_of(args, report, pid=args.pid) as start:
+    with make_start(args, report, pid=args.pid) as start:
         say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
         start.confirm()  # the last step: if we are killed before, the next in line has the unit
 
@@ -1560,7 +1558,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    client_of(args).complete(args.unit, args.exit_code)
+    make_client(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1572,7 +1570,7 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    client_of(args).fail(args.unit, args.reason)
+    make_client(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
@@ -3550,7 +3548,7 @@ class Connection:
 
         `parent` is the script as the peer says, for systems on which we cannot find out.
         """
-        pid = peer_of(self.sock)[0]
+        pid = who_is_at(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
         return process(pid)
@@ -4022,7 +4020,7 @@ class Agent:
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """The process that is to own a unit. Raises Refused if there is none."""
-        peer = peer_of(connection.sock)[0]
+        peer = who_is_at(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -4188,7 +4186,7 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
     before = os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        doing = f"open {lock}{owner_of(lock)}"
+        doing = f"open {lock}{file_owner(lock)}"
         held = hold_lock(lock, path, replace)
         at_end.callback(os.close, held)
         at_end.callback(remove, lock, os.fstat(held))
@@ -4252,11 +4250,11 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
-                raise in_the_way(f"{lock}{owner_of(lock)} is not a regular file")
+                raise in_the_way(f"{lock}{file_owner(lock)} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
                 if found.st_uid != os.geteuid():
-                    raise in_the_way(f"{lock}{owner_of(lock)} is not ours")
+                    raise in_the_way(f"{lock}{file_owner(lock)} is not ours")
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
@@ -4266,7 +4264,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
-                raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", END_IT) from None
+                raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
             if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
@@ -4290,7 +4288,7 @@ def write_pid(fd: int, path: str) -> None:
         raise
 
 
-def owner_of(path: str) -> str:
+def file_owner(path: str) -> str:
     """Return whose a file is, for a message, if it is neither ours nor root's."""
     try:
         uid = os.lstat(path).st_uid
@@ -4444,13 +4442,13 @@ class Host:
         stop = self.agent.stop_units(everything, GRACE)
         if not stop:
             return
-        self.agent.log.say(f"stopping {names_of([unit.name for unit in stop.units])}")
+        self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
         left = [unit["unit"] for unit in stop.answer["left"]]
         if left:
-            self.agent.log.say(f"still running: {names_of(left)}", 0)
+            self.agent.log.say(f"still running: {some_names(left)}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
@@ -4943,7 +4941,7 @@ def hover_text(bar: Bar) -> str:
     phases = sorted(bar.phases, key=lambda phase: phase[1:])
     lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
     lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
-    return "\n".join(lines + [f"{words} {names_of(names)}" for words, names in lists.items() if any(names)])
+    return "\n".join(lines + [f"{words} {some_names(names)}" for words, names in lists.items() if any(names)])
 
 
 def timeline_svg(graph: Graph) -> str:
@@ -5170,11 +5168,11 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
         """Tell of the first of some units, and how many more there are."""
         lines = []
         for u in some[:most]:
-            line = story(u, graph.now, names_of(list(found.get(u.unit_name, {}).values())))
+            line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
             guess = ""
             if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
                 behind = reached([u.unit_name], wanted_by)
-                line += f"; it is wanted by {names_of(wanted_by[u.unit_name])}" if behind[1:] else ""
+                line += f"; it is wanted by {some_names(wanted_by[u.unit_name])}" if behind[1:] else ""
                 guess = resembling(u.unit_name, known - set(behind))
             lines.append(line + meant(guess, "."))
         return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
@@ -5200,7 +5198,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
         lines = stories(5 if held else 20, causes)
         for word, skipped in (("held up", False), ("skipped", True)):
             those = [name for name in held if (units[name].status == SKIPPED) == skipped]
-            lines += [f"    {word}: {names_of(those)}"] if those else []
+            lines += [f"    {word}: {some_names(those)}"] if those else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
@@ -5377,7 +5375,7 @@ def unix_listener(path: str, timeout: float) -> int:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(path)
-        return peer_of(sock)[0]
+        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -6031,7 +6029,11 @@ class Task:
     def give_up(self) -> None:
         """What is left survives even KILL."""
         left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+<<<<<<< HEAD
         self.why += f"; cannot be killed: {names_of(left)}" if left else "; what is left of it cannot be seen"
+=======
+        self.why += f"; cannot be killed: {some_names(left or [str(self.family.pid)])}"
+>>>>>>> main
         self.gone()
 
     def look(self) -> None:
@@ -6144,7 +6146,7 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True, supervisor=True)
+    start = make_start(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -6157,7 +6159,7 @@ def cmd_run(args: Args) -> int:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        path = os.path.abspath(socket_path_of(args.socket_path))
+        path = os.path.abspath(agent_path(args.socket_path))
         env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
         return shell_status(supervise(args.command, env))
     if report.waited:
@@ -6198,7 +6200,7 @@ class Run(Task):
                 patience = NEVER if self.state != GONE else STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
                 due = self.link.keep_time(now, patience)
                 if self.unreported:
-                    self.not_reported(names_of(self.unreported), self.link.lost)
+                    self.not_reported(some_names(self.unreported), self.link.lost)
                     self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
                     return 128 + late if late and self.link.lost else self.status
@@ -6271,7 +6273,7 @@ class Run(Task):
         others = {"owner": "what says that it is ready", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
         try:
-            result_of(message)
+            unwrap(message)
         except Unreachable:  # nothing else will be answered either
             self.unreported.append(what)
         except SyncError as error:
@@ -6300,13 +6302,13 @@ def cmd_wait(args: Args) -> int:
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
     if args.units:
-        client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
+        make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     probers = [Prober(probe, environment()) for probe in args.ready]
     code = probe_all(probers, began, began + (args.timeout or NEVER), args.quiet) if probers else 0
     if not code:
         took = time.monotonic() - began
         waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-        say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
+        say(f"{some_names([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
     return code
 
 
@@ -6323,7 +6325,7 @@ def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> i
             now = time.monotonic()
             if now >= end:
                 rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
+                put(f"timeout waiting for {some_names([*lacks])}\n{rows}", 2)
                 return TimedOut.exit_code
             if now >= report_at:
                 report_at = now + REPORT_EVERY
@@ -6385,7 +6387,7 @@ class Script(Record):
     delay: float = 1.0
 
 
-def header_names(words: list[str]) -> list[str]:
+def names_in(words: list[str]) -> list[str]:
     """Return the names in a header. Raises UsageError, Refused."""
     for word in words:
         if word[:1] == "-" or word[-1:] == ",":
@@ -6394,12 +6396,12 @@ def header_names(words: list[str]) -> list[str]:
     return [check_name(word) for word in words]
 
 
-def edges(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
+def edges_in(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
     """Return the edges that a header asks for. Raises UsageError, Refused."""
-    return [Edge(name, requires, place) for name in header_names(words)]
+    return [Edge(name, requires, place) for name in names_in(words)]
 
 
-def wanted(words: list[str], place: str) -> list[Edge]:
+def wants_in(words: list[str], place: str) -> list[Edge]:
     """Return the edges of a header `want`. Raises UsageError, Refused."""
     requires: str = SUCCESS
     words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
@@ -6410,10 +6412,10 @@ def wanted(words: list[str], place: str) -> list[Edge]:
             raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
     if not words:
         raise UsageError("want: a name is missing")
-    return edges(words, place, requires)
+    return edges_in(words, place, requires)
 
 
-def retries(words: list[str]) -> dict[str, Any]:
+def tries_in(words: list[str]) -> dict[str, Any]:
     """Return what a header `retry` sets. Raises UsageError."""
     if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
         raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
@@ -6423,15 +6425,15 @@ def retries(words: list[str]) -> dict[str, Any]:
 # Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
 HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
     "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
-    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wanted(words, place)}),
-    "after": ("NAME...", MANY, lambda words, place: {"after": edges(words, place, COMPLETION)}),
-    "before": ("NAME...", MANY, lambda words, place: {"before": edges(words, place)}),
-    "extern": ("NAME...", MANY, lambda words, _: {"externs": header_names(words)}),
-    "lock": ("NAME...", MANY, lambda words, _: {"locks": header_names(words)}),
+    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wants_in(words, place)}),
+    "after": ("NAME...", MANY, lambda words, place: {"after": edges_in(words, place, COMPLETION)}),
+    "before": ("NAME...", MANY, lambda words, place: {"before": edges_in(words, place)}),
+    "extern": ("NAME...", MANY, lambda words, _: {"externs": names_in(words)}),
+    "lock": ("NAME...", MANY, lambda words, _: {"locks": names_in(words)}),
     "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
     "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
     "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
-    "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
+    "retry": ("N [DELAY]", 2, lambda words, _: tries_in(words)),
 }
 HEADER_MEANINGS = {
     "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
@@ -6550,8 +6552,11 @@ def not_executable(path: str) -> str:
     """Return why a file cannot be run that is no program, and what to do about it."""
     import shlex
 
-    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return "not executable: its file system is mounted noexec"
+    try:
+        if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+            return "not executable: its file system is mounted noexec"
+    except OSError:  # it has gone meanwhile
+        pass
     return f"not executable; chmod +x {shlex.quote(path)}"
 
 
@@ -6766,7 +6771,7 @@ class Job(Task):
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         try:
-            result_of(message)
+            unwrap(message)
         except SyncError as error:  # its outcome is known by now, or it has none but this
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
                 self.fail(str(error))
@@ -7059,7 +7064,7 @@ class Boot:
         try:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.until(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -7191,7 +7196,7 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.link.ask("boot", result_of, units=rows, jobs=jobs, more=True)
+                self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
@@ -7199,7 +7204,7 @@ class Boot:
 
     def let(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        result_of(answer)
+        unwrap(answer)
         self.claimed = True
         self.when_claimed()
 
@@ -7297,7 +7302,7 @@ class Boot:
     def told_graph(self, answer: Object) -> None:
         """Take the answer to a question about all units: for a report on the way, or the one at the end."""
         try:
-            graph = record(Graph, result_of(answer))
+            graph = record(Graph, unwrap(answer))
         except Unreachable:
             graph = Graph(0.0, [])
         if self.unfinished:
@@ -7325,8 +7330,8 @@ class Boot:
                 waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
-        text += f"; running: {names_of(running)}" if running else ""
-        self.out.say(text + (f"; waiting: {names_of(waiting)}" if waiting else ""))
+        text += f"; running: {some_names(running)}" if running else ""
+        self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
@@ -7365,7 +7370,7 @@ class Boot:
             elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
                 text += f"not started: {job.unit}: {job.reason}\n"
         going_on = [job.unit for job in self.active.values() if job.lives()]
-        text += f"still running: {names_of(going_on)}\n" if going_on else ""
+        text += f"still running: {some_names(going_on)}\n" if going_on else ""
         lines = [Startup(graph).summary()] if graph.nodes else []
         if os.isatty(2):
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
@@ -7376,7 +7381,7 @@ class Boot:
         names = sorted({stream.unit for stream in self.streams.by_fd.values()})
         if names and not self.out.quiet and self.out.is_pipe(1):
             kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
-            self.out.say(f"boot: standard output is a pipe: what {names_of(names)} will print is {kept}")
+            self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
 
 
 ENDS, RUNS, STAYS = range(3)  # what comes after the startup: nothing, the look after what still runs, --stay
@@ -7812,7 +7817,7 @@ def cmd_serve(args: Args) -> int:
         "advice": slowness(),
     }
     if not args.command:
-        serve(Host(socket_path_of(args.socket_path), alone=True, **options), args.detach)
+        serve(Host(agent_path(args.socket_path), alone=True, **options), args.detach)
         return 0
     import tempfile
 
@@ -7862,7 +7867,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 )
 def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
-    client = client_of(args)
+    client = make_client(args)
     pong = client.ping(args.wait)
     put(f"agent at {client.socket_path}: pid {pong['pid']}, version {pong['version']}, up {span(pong['uptime'])}\n")
 
@@ -7883,7 +7888,7 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
+    path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
@@ -7976,8 +7981,8 @@ def cmd_install(args: Args) -> None:
 @Command("reset pip-install", units_or("all"), QUIET)
 def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
-    names = client_of(args).reset(*args.units)
-    say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+    names = make_client(args).reset(*args.units)
+    say(f"pending again: {some_names(names)}" if names else "no unit has ended", quiet=args.quiet)
 
 
 @Command(
@@ -7988,9 +7993,9 @@ def cmd_reset(args: Args) -> None:
 )
 def cmd_stop(args: Args) -> None:
     """End the commands of UNIT and of what depends on it, dependents first."""
-    answer = client_of(args).halt(*args.units, grace=args.grace)
+    answer = make_client(args).halt(*args.units, grace=args.grace)
     if answer.stopped:
-        say(f"stopped: {names_of(answer.stopped)}", quiet=args.quiet)
+        say(f"stopped: {some_names(answer.stopped)}", quiet=args.quiet)
     if answer.left or answer.cannot:
         raise Refused(still_running(answer))
     if not answer.stopped:
@@ -8000,7 +8005,7 @@ def cmd_stop(args: Args) -> None:
 @Command("shutdown", QUIET)
 def cmd_shutdown(args: Args) -> None:
     """End the agent, and return when it has ended."""
-    client = client_of(args)
+    client = make_client(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
 
@@ -8008,7 +8013,7 @@ def cmd_shutdown(args: Args) -> None:
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
-    variables = client_of(args).env(args.unit)
+    variables = make_client(args).env(args.unit)
     for name in variables:
         if not is_variable(name):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
@@ -8024,7 +8029,7 @@ def shell_word(text: str) -> str:
 @Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
 def cmd_status(args: Args) -> None:
     """Show UNIT and its dependencies."""
-    status = client_of(args).status(args.unit)
+    status = make_client(args).status(args.unit)
     put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
 
 
@@ -8036,7 +8041,7 @@ def cmd_status(args: Args) -> None:
 )
 def cmd_list(args: Args) -> None:
     """Show all units."""
-    units = client_of(args).list(args.all)
+    units = make_client(args).list(args.all)
     put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
 
 
@@ -8044,7 +8049,7 @@ def cmd_list(args: Args) -> None:
 def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
-    graph = client_of(args).graph()
+    graph = make_client(args).graph()
     put(why_text(graph, names))
 
 
@@ -8065,7 +8070,7 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-    graph = client_of(args).graph()
+    graph = make_client(args).graph()
     if args.compare:
         put(compare_text(before, read_timeline(json_text(timeline_data(graph)), "the present")))
     elif args.blame:
@@ -8079,7 +8084,7 @@ def cmd_timeline(args: Args) -> None:
 @Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
-    graph = part_of(client_of(args).graph(), args.units)
+    graph = part_of(make_client(args).graph(), args.units)
     if args.output == "tree":
         put(graph_tree(graph, args.units, terminal()[2]))
     elif args.output == "json":
@@ -8091,7 +8096,7 @@ def cmd_graph(args: Args) -> None:
 @Command("events --follow", flag("-f", "--follow", help="go on with what happens next"))
 def cmd_events(args: Args) -> None:
     """Print what happened, one JSON object a line."""
-    for event in client_of(args).events(args.follow):
+    for event in make_client(args).events(args.follow):
         if not put(_dumps(plain(event)) + "\n"):
             return
 

@@ -5230,7 +5230,7 @@ def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
     )
 
 
-def owner_of(world: World) -> subprocess.Popen[str]:
+def file_owner(world: World) -> subprocess.Popen[str]:
     """A process that may own a unit, until it is killed."""
     return world.spawn(["cat"], stdin=subprocess.PIPE)
 
@@ -5386,7 +5386,7 @@ def test_a_script_that_owns_its_unit_and_dies_fails_it(agent: World) -> None:
 def test_an_owner_that_dies_loses_its_unit_or_its_turn_with_pidfd_and_without(world: World, changes: str) -> None:
     world.spawn(altered(changes, "serve", "-q"))
     world.client.ping(wait=PATIENCE)
-    owner, turn = owner_of(world), owner_of(world)
+    owner, turn = file_owner(world), file_owner(world)
     world.client.start("a", pid=owner.pid)
     waiting = world.popen("start", "b", "--want", "c", "--pid", str(turn.pid))
     world.waiting("b")
@@ -7758,11 +7758,8 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
         assert list(planned(startup(world, {file: ""}))) == [unit]
     for file, what in (("10-", "empty"), ("a\tb", "printed"), ("b\udcff", "printed")):
         (mistake,) = mistakes(startup(world, {file: ""}))
-        assert (
-            mistake.startswith(f"{coder_sync.printable(file)}:1: ")
-            and what in mistake
-            and mistake.endswith("or add: unit NAME")
-        )
+        assert mistake.startswith(f"{coder_sync.printable(file)}:1: ") and what in mistake
+        assert mistake.endswith("or add: unit NAME")
         assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
@@ -7992,9 +7989,7 @@ def test_every_mistake_is_told_in_one_go_and_nothing_runs(world: World, call: Ca
 def test_check_shows_the_order_and_what_each_waits_for_and_runs_nothing(world: World, call: Call) -> None:
     files = {"a": "@after c\ntouch ran", "b": "@want a\n@want d --requires start\n@extern d", "c": "@lock x y"}
     path = startup(world, {**files, "e": "@ready http://me:secret@db/\n@before a"})
-    assert (
-        call.ok(world, "boot", path, "--check")
-        == """\
+    expected = """\
 UNIT  WANTS              LOCKS  READY WHEN
 c                        x, y
 e                               http://***@db/
@@ -8002,7 +7997,7 @@ a     e, c (completion)
 b     a, d (start)
 4 scripts, no mistakes
 """
-    )
+    assert call.ok(world, "boot", path, "--check") == expected
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
@@ -8369,15 +8364,14 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
 
 
 def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_known() -> None:
-    for text, port, host in (
-        ("65535", 65535, ""),
-        ("db:1", 1, "db"),
-        ("[::1]:1", 1, "::1"),
-        ("d\u00e4.b.:1", 1, "d\u00e4.b."),
+    assert coder_sync.address_of("65535") == ("", 65535)
+    for text, host in (
+        ("db", "db"),
+        ("d\u00e4.b.", "d\u00e4.b."),
+        ("[::1]", "::1"),
+        ("[fe80::1%eth0]", "fe80::1%eth0"),
     ):
-        assert coder_sync.address_of(text) == (host, port)
-        assert not host or coder_sync.address_of(text, 80) == (host, port)
-    for text, host in (("db", "db"), ("[::1]", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")):
+        assert coder_sync.address_of(f"{text}:1") == coder_sync.address_of(f"{text}:1", 80) == (host, 1)
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
     odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "a..b:1", "a" * 64 + ":1", "[a]b:1"]
@@ -8493,21 +8487,6 @@ def test_what_answers_before_its_command_is_run_is_an_objection_that_names_it(wo
         assert checked(world, probe).objection == "", probe
 
 
-def test_a_file_counts_if_it_has_changed_and_a_command_that_succeeds_before_is_doubted(world: World) -> None:
-    path = world.directory / "up"
-    before = checked(world, f"file:{path}")
-    path.touch()
-    assert coder_sync.Prober(f"file:{path}", {}, before)._try(False) == ""
-    before = checked(world, f"file:{path}")
-    after = coder_sync.Prober(f"file:{path}", {}, before).begin()
-    until(lambda: after.error == "it is as it was before the command was run")
-    path.write_text("x")
-    assert coder_sync.can_be_read(after.fileno(), PATIENCE) and after.ready()
-    after.close()
-    assert (before.objection, before.doubt, checked(world, "false").doubt) == ("", "", "")
-    assert checked(world, "true").doubt == "true succeeds already, before the command is run: it says nothing about it"
-
-
 def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
     name = f"old-{next(COUNT)}"
     with socket.create_server(("127.0.0.1", 0)) as old:
@@ -8531,18 +8510,29 @@ def test_each_try_of_a_command_is_preceded_by_one_of_its_probe(world: World, gat
 
 
 def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: World) -> None:
-    (world.directory / "up").touch()
-    slow = "coder_sync.CHECK_TIMEOUT = 0.1"  # a probe that hangs is no reason to wait
+    for name in ("up", "old"):
+        (world.directory / name).touch()
+    Gate(world, "end"), Gate(world, "end2")
     files = {
         "a": "@ready file:up\nsleep 0.2; echo > up; cat end",
         "b": "@ready true\ncat end",
         "c": "@want a b\n: > end",
     }
-    files["d"] = "@ready test -e up && sleep 0.2\n@want a\ncat end2"
-    Gate(world, "end"), Gate(world, "end2")
-    boot = Boot(world, {**files, "e": "@want c d\n: > end2"}, patch=slow)
-    boot.ends(0, "", "warning: b: true succeeds already, before the command is run: it says nothing", leaves=True)
-    assert boot.told.count("warning: ") == 1, boot.told
+    files.update(d="@ready test -e up && sleep 0.2\n@want a\ncat end2", e="@want c d\n: > end2")
+    files.update(f="@ready file:old\n@ready-timeout 200ms\nsleep 60")
+    slow = "coder_sync.CHECK_TIMEOUT = 0.1"  # a probe that hangs is no reason to wait
+    told = Boot(world, files, patch=slow).ends(1, "", "boot: 5 completed, 1 failed", leaves=True)
+    assert "f (not ready after 200ms: file:old (it is as it was before the command was run)" in told
+    assert "warning: b: true succeeds already, before the command is run: it says nothing about it\n" in told
+    assert told.count("warning: ") == 1, told
+
+
+@needs_proc
+def test_nothing_is_probed_any_more_once_a_service_is_ready(shared: World) -> None:
+    name = f"up-{next(COUNT)}"
+    run = shared.popen("run", name, "--ready", f"test -e {name}", "--", "sh", "-c", f": > {name}; exec sleep 60")
+    until(lambda: shared.client.list() and shared.status(name) == "completed")
+    until(lambda: len(os.listdir(f"/proc/{run.pid}/task")) == 1, "no thread that probes")
 
 
 def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
