@@ -1670,6 +1670,16 @@ def notice_signals() -> None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
 
+def shortage(error: Exception) -> str:
+    """Return what there is too little of, if that is why an error came; else nothing."""
+    try:
+        posix.getcwd()
+    except OSError:
+        return "the working directory is gone"
+    lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
+    return next((text for text in lacks if text in str(error)), "")
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
     import _signal as signal
@@ -1700,8 +1710,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
     except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
-        lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
-        lack = next((text for text in lacks if text in str(error)), "")
+        lack = shortage(error)
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
@@ -1868,7 +1877,8 @@ def in_background() -> tuple[int, int]:
         theirs.close()
         return pid, ours.detach()
     ours.close()
-    signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
+    signal.set_wakeup_fd(-1)  # those of the other process
+    Channel.signals = -1
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
@@ -1992,7 +2002,7 @@ class Family:
         """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = self.left()[self.first :] or [-self.pid] * self.has_group()
+        others = self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group())
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -2460,7 +2470,7 @@ class Units:
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def delivered(self, claim: Claim) -> None:
-        """The answer to a claim has arrived: those who stood behind it in line are answered too."""
+        """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
@@ -2507,8 +2517,6 @@ class Units:
         for unit, (lost, claim) in ended.items():
             if unit.status in ENDED and not unit.facts.running_on:
                 continue
-            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
-                continue  # for now: a boot does not stay with its services yet
             if claim.held and not unit.first():
                 if unit.facts.running_on:
                     unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
@@ -2578,7 +2586,7 @@ class Units:
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
-        """The command of a unit that has completed runs on: so does the claim of its supervisor."""
+        """Let the claim of a supervisor last, since the command of its unit, which has completed, runs on."""
         unit = claim.unit
         if unit.status == COMPLETED and unit.last is claim and claim.held:
             claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
@@ -2655,7 +2663,7 @@ class Units:
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
-        """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
+        """Note which process a claim runs, the file with its output, and its probe, if it has one."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
         claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
@@ -2667,14 +2675,14 @@ class Units:
         claim.unit.facts.probe_error = error
 
     def retry(self, name: str, detail: str) -> None:
-        """One more try of a started unit begins."""
+        """Note that one more try of a started unit begins."""
         unit = self._registered(name)
         unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
-        """Whether a claim has ended."""
+        """Return whether a claim has ended."""
         return claim not in claim.unit.line and claim.unit.holder is not claim
 
     def take_answers(self) -> list[tuple[Claim, Any]]:
@@ -2685,7 +2693,7 @@ class Units:
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared; `unmet_only`: what it lacks, also locks."""
+        """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
         rows = []
         needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
         if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
@@ -2707,7 +2715,7 @@ class Units:
         return rows
 
     def status(self, name: str) -> UnitStatus:
-        """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
+        """Return a snapshot of a unit, or of a name that nobody knows, with its dependencies and history."""
         unit = self.units.get(check_name(name)) or self._unknown(name)
         snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
@@ -2726,7 +2734,7 @@ class Units:
         return self._snapshots(sorted(shown, key=lambda u: u.name))
 
     def graph(self) -> Graph:
-        """Everything, for pictures, in the order in which it became known; also names that were only refused."""
+        """Return all units in the order in which they became known, and names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
         return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
 
@@ -2738,7 +2746,7 @@ class Units:
         return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
+        """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
 
         Raises NotRegistered.
         """
@@ -2749,11 +2757,11 @@ class Units:
         return merged
 
     def names(self) -> list[str]:
-        """The registered names, for suggestions."""
+        """Return the registered names, for suggestions."""
         return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
 
     def dependents(self, unit: Unit) -> set[str]:
-        """The names of all that depend on a unit, also through others, and its own."""
+        """Return the names of all that depend on a unit, also through others, and its own."""
         return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
 
     # -- the rules ----------------------------------------------------------------------------------------
@@ -2929,7 +2937,7 @@ class Units:
             )
 
     def _end_stopped(self, unit: Unit) -> None:
-        """The command of a unit that was to be stopped has ended."""
+        """End a unit that was to be stopped: its command has ended."""
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
         if unit.status != FAILED:
@@ -2938,7 +2946,7 @@ class Units:
         self._close(unit)
 
     def _close(self, unit: Unit, lost: bool = False) -> None:
-        """The claim that was granted is over; what a supervisor that is lost has left was not stopped."""
+        """End the claim that was granted; what a supervisor that is `lost` ran was not stopped."""
         claim, unit.holder = unit.holder, None
         if claim:
             claim.lost = lost
@@ -3076,7 +3084,7 @@ class Units:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """The locks of each member.
+        """Return the locks of each member.
 
         At the limit, names that nobody uses are forgotten, before any is made: those of the members are not in use yet.
         """
@@ -3124,7 +3132,7 @@ class Units:
 
     @staticmethod
     def _cycle(unit: Unit, dependency: Unit) -> list[str]:
-        """The cycle that an edge from `unit` to `dependency` would close, or nothing.
+        """Return the cycle that an edge from `unit` to `dependency` would close, or nothing.
 
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
@@ -3164,7 +3172,7 @@ class Units:
 
     @staticmethod
     def _before(unit: Unit) -> list[Unit]:
-        """All that a unit depends on, also through others, dependencies before their dependents."""
+        """Return all that a unit depends on, also through others, dependencies before their dependents."""
         order: list[Unit] = []
         seen, todo = {unit}, [(unit, iter(unit.wants))]
         while todo:
@@ -3180,7 +3188,7 @@ class Units:
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """What a unit lacks: dependencies and the requirement that each does not meet.
+        """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
 
         If it lacks none, the locks that the first in line needs and cannot have, and the unit that is before it.
         """
@@ -3192,7 +3200,7 @@ class Units:
                 yield before, lock
 
     def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
-        """What a unit lacks, in words, five of them at most.
+        """Return what a unit lacks, in words, five of them at most.
 
         Unless `registered`, names that nobody has registered are marked as such.
         """
@@ -3233,7 +3241,7 @@ class Units:
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
-        """Seconds since the agent began."""
+        """Return the seconds since the agent began."""
         return round(self.clock() - self.began, 6)
 
     def _unknown(self, name: str) -> Unit:
@@ -3262,13 +3270,13 @@ class Units:
 
     @staticmethod
     def _may_run(unit: Unit) -> bool:
-        """Whether the process of a unit may run, as far as is known: it was not seen to end."""
+        """Return whether the process of a unit may run: it was not seen to end."""
         last = unit.last
         return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
-        """A process that a sentence begins with: its command, any text, stands apart."""
+        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
@@ -3324,7 +3332,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a metho
 
 
 def parameters(method: Any) -> dict[str, tuple[str, bool]]:
-    """What a method of the protocol takes, as `Agent.do_...` declares it: name -> (kind, whether it is required)."""
+    """Return the parameters that `Agent.do_...` declares for its method: name -> (kind, whether it is required)."""
     code = method.__code__
     names = code.co_varnames[2 : code.co_argcount]
     optional = names[len(names) - len(method.__defaults__ or ()) :]
@@ -3453,7 +3461,7 @@ class Request:
 
 
 class WakeUp:
-    """What wakes a thread. Raises OSError if there is no descriptor left.
+    """What wakes a thread that polls. Raises OSError if there is no descriptor left.
 
     The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
     """
@@ -3509,7 +3517,7 @@ class Connection:
         self.gone = False  # the peer is, or what it sends is not read any more
 
     def due(self) -> float:
-        """When the thread has something to do of itself, on the monotonic clock."""
+        """Return when the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
         for claim in self.open.values():
             ticket = claim.ticket
@@ -3561,7 +3569,7 @@ def of_peer(error: BaseException | None) -> bool:
 
 
 def process(pid: int, command: str = "") -> Owner | None:
-    """A process as the owner of a unit, with its command if it is known; None for no process."""
+    """Return a process as the owner of a unit, with its command if it is known; None for no process."""
     return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
@@ -3592,7 +3600,7 @@ class Agent:
             self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """The body of a thread that goes on whatever goes wrong."""
+        """Do a step again and again, whatever goes wrong: the body of a thread."""
         while True:
             try:
                 step()
@@ -3603,7 +3611,7 @@ class Agent:
     # -- a connection's thread ----------------------------------------------------------------------------
 
     def end(self, connection: Connection) -> None:
-        """The peer of a connection is gone, so its claims end."""
+        """End a connection and its claims: its peer has gone."""
         with self.lock:
             connection.gone = True
             self.connections.discard(connection)
@@ -3721,11 +3729,13 @@ class Agent:
     def _flush(self, connection: Connection) -> None:
         """Send what is in the outbox, and what a follower does not have yet."""
         while not connection.gone:
-            batch = [connection.outbox.popleft() for _ in range(min(len(connection.outbox), 200))]
-            batch = batch or self._unseen(connection)
+            batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
+            taken, batch = len(batch), batch or self._unseen(connection)
             if not batch:
                 return
             connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
+            for _ in range(taken):  # not before it is sent: `stop` waits for that
+                connection.outbox.popleft()
             answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
             if answers and not connection.gone:
                 with self.lock:
@@ -3736,7 +3746,7 @@ class Agent:
                             self._arrived(claim)
 
     def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
-        """The next events that a follower does not have; if they are forgotten, it is too far behind to go on."""
+        """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
         if connection.following < 0:
             return []
         with self.lock:
@@ -3748,7 +3758,7 @@ class Agent:
         return [(None, {"method": "event", "params": plain(event)}) for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """What to send: an answer, an error, or a notification."""
+        """Return what to send: an answer, an error, or a notification."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3763,7 +3773,7 @@ class Agent:
         )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
+        """Note which registered name each unregistered one may mean: none that waits for it. Takes long."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             with self.lock:
                 units = [self.units.units[name] for name in (row.depends_on, asker) if name in self.units.units]
@@ -3888,7 +3898,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _expect(self, claim: Claim) -> None:
-        """A request has become a claim, which is answered later or has just been."""
+        """Keep the claim that a request has become, which is answered later or has just been."""
         connection = claim.ticket.connection
         connection.open[claim.ticket.id] = claim
         connection.claims[claim] = None
@@ -3926,7 +3936,7 @@ class Agent:
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
-        """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
+        """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
         claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
@@ -3959,7 +3969,7 @@ class Agent:
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
-        """The last try of the probe of a unit lacked something."""
+        """Note what the last try of the probe of a unit lacked."""
         self.units.lack(self._held(request, unit), one_line(error))
         return {"unit": unit}
 
@@ -3973,7 +3983,7 @@ class Agent:
         return {"unit": unit}
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
-        """The command of a unit has ended, with all its processes. Without `code`, an empty reason means 0."""
+        """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
         ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
         self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
         return {"unit": unit}
@@ -4001,7 +4011,7 @@ class Agent:
         return {"env": self.units.environment(unit)}
 
     def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
-        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        """Return what happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
         if follow:
             request.connection.following = self.units.seq
             self.followers.add(request.connection)
@@ -4019,7 +4029,7 @@ class Agent:
     # -- owners -------------------------------------------------------------------------------------------
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
-        """The process that is to own a unit. Raises Refused if there is none."""
+        """Return the process that is to own a unit. Raises Refused if there is none."""
         peer = who_is_at(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
@@ -4047,7 +4057,7 @@ class Agent:
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """A step of the owners' thread: asleep until an owner ends, or a stop is due to go on.
+        """Wait until an owner ends, or a stop is due to go on: a step of the owners' thread.
 
         Where there is no pidfd it looks every second.
         """
@@ -4070,7 +4080,7 @@ class Agent:
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
     def graph(self) -> Graph:
-        """Everything, for the picture at the end."""
+        """Return everything, for the picture at the end."""
         with self.lock:
             return self.units.graph()
 
@@ -4106,7 +4116,7 @@ class Agent:
             self.stopping = True
             self._turn_away()
             connections = list(self.connections)
-        deadline = time.monotonic() + 0.5
+        deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
@@ -6029,11 +6039,7 @@ class Task:
     def give_up(self) -> None:
         """What is left survives even KILL."""
         left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-<<<<<<< HEAD
-        self.why += f"; cannot be killed: {names_of(left)}" if left else "; what is left of it cannot be seen"
-=======
-        self.why += f"; cannot be killed: {some_names(left or [str(self.family.pid)])}"
->>>>>>> main
+        self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
         self.gone()
 
     def look(self) -> None:
@@ -6341,13 +6347,19 @@ def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> i
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims
-# all units at the agent, which says, as their turn comes, which script to spawn. One thread and one poll do
-# everything: what the agent says, output, ends, probes, signals, time.
+# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims all units
+# at the agent, which says, as their turn comes, which script to run.
 #
-# What keeps it safe: a script's end is what the system reports of its process, not the end of its output,
-# which a daemon may keep open. Every group of processes is signalled until it is gone, with a bound. Output is
-# bounded a line, and read only while our own standard output takes it.
+# A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
+# and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
+# of them runs. There one thread and one poll do everything: what the agent says, output, ends, probes, signals, time.
+#
+# What keeps it safe:
+# - The two are connected by a pair of sockets, so that each learns at once how the other has ended: the background
+#   process takes the end of the front for a hang-up, unless the front was free to end.
+# - A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
+#   They are signalled until they are gone, with a bound, also on an unexpected way out.
+# - Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
 # ----------------------------------------------------------------------------------------------------------
 
 HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
@@ -6707,8 +6719,15 @@ class BootOptions(Record):
     stay: bool
     quiet: bool
     always: bool
+    resume: bool
     timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
     command: str  # that comes after the startup, if any
+
+
+class Claimed(Record):
+    """The agent's answer to the claim of a boot: the units that count as done, and are not claimed."""
+
+    done: list[str] = []
 
 
 class Job(Task):
@@ -6724,15 +6743,15 @@ class Job(Task):
         self.died = False  # its command, after its unit had completed
 
     def lives(self) -> bool:
-        """Whether something of it may run."""
+        """Return whether something of it may run."""
         return self.state in (RUNNING, READY, ENDING)
 
     def running(self) -> bool:
-        """Whether its first process runs."""
+        """Return whether its first process runs."""
         return self.lives() and self.family.first
 
     def ending(self) -> bool:
-        """Whether its processes are to end."""
+        """Return whether its processes are to end."""
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
@@ -6779,7 +6798,7 @@ class Job(Task):
                 self.boot.ended(self, self.reported, self.reason)
             elif method == "fail" and self.outcome == COMPLETED:
                 self.reported = self.outcome
-                self.report("running")
+                self.report("running")  # or its end would not be the death of a service
                 self.exited()
 
     def exited(self) -> None:
@@ -6827,41 +6846,56 @@ class Output:
         """Return whether there is much that standard output does not take."""
         return len(self.pending[1]) >= FULL
 
-    def is_pipe(self, fd: int) -> bool:
-        """Return whether somebody may read until the end of standard output or error."""
+    def pipes(self) -> list[int]:
+        """Return which of standard output and error somebody may read until their end."""
         import stat
 
-        mode = os.fstat(fd).st_mode
-        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
+        return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self) -> None:
-        """Print nothing any more to whoever may wait for the end of it."""
-        for fd in filter(self.is_pipe, self.pending):
-            nothing = null()
+    def let_go(self, fds: Iterable[int]) -> None:
+        """Print nothing any more on these, and hold them open no longer."""
+        nothing = null()
+        for fd in fds:
             os.dup2(nothing, fd)
-            os.close(nothing)
+            if self._fds[fd] != fd:
+                os.close(self._fds[fd])
+            self._fds[fd] = fd
+        os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
-        for fd in filter(self.pending.get, self.pending):
-            loop.watch(self._fds[fd], self.writer(fd), for_writing=True)
+        waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
+        for place, fd in waiting.items():
+            loop.watch(place, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
         try:
             return loop.turn(due)
         finally:
-            loop.forget(*self._fds.values())
+            loop.forget(*waiting)
 
-    def writer(self, fd: int) -> Callable[[], None]:
-        """Return what passes on what is to be printed."""
-        return lambda: self.write(fd)
+    def write(self, fd: int, patience: float = 0.0) -> None:
+        """Pass on what is taken without blocking: a pipe that can be written to has room for 4 KiB.
 
-    def write(self, fd: int, patience: float = 0) -> None:
-        """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], self._fds[fd], patience)
+        With patience, wait for a slow reader, and drop what it does not take within so many seconds.
+        """
+        import select
+
+        data, at, ready = self.pending[fd], 0, select.poll()
+        ready.register(self._fds[fd], select.POLLOUT)
+        try:
+            while at < len(data) and ready.poll(patience * 1000):
+                at += os.write(self._fds[fd], data[at : at + 4096])
+        except BlockingIOError:  # less room than that
+            pass
+        except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
+            at = len(data)
+            self.let_go([fd])
+        self.pending[fd] = b"" if patience else data[at:]
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
         for fd in self.pending:
-            self.write(fd, patience=1)
+            self.write(fd, patience=1.0)
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
@@ -6887,7 +6921,7 @@ class Output:
 
 
 class Stream:
-    """What one unit prints."""
+    """What one unit prints: the pipe that it is read from, the file that keeps it, and the last lines."""
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -7016,6 +7050,9 @@ class Streams:
             stream.log = -1
 
 
+ENDS, RUNS, STAYS = range(3)  # what the background process does next: it ends, has something that runs on, or stays
+
+
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client, in a background process.
 
@@ -7030,7 +7067,9 @@ class Boot:
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
+        self.wants = {s.unit: {edge.dependency for edge in s.wants} for s in scripts}
         self.unfinished = len(scripts)
+        self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.claimed = False
         self.began = time.monotonic()
@@ -7038,22 +7077,17 @@ class Boot:
         self.signal = 0  # that told us to stop
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.over = False  # the startup
-        self.may_end: Callable[[], bool] = lambda: True  # nobody else needs us
+        self.alone = False  # the front may end, and services go on
+        self.host: Host | None = None  # of our own agent
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(
-        self,
-        channel: Channel,
-        when_claimed: Callable[[], None] = lambda: None,
-        may_end: Callable[[], bool] | None = None,
-    ) -> int:
-        """Boot against an agent, and look after what runs on; return the exit status.
+    def run(self, channel: Channel, host: Host | None = None) -> int:
+        """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Calls `when_claimed` when the agent has let us, and ends when `may_end`. Raises Refused if the agent does not,
-        and Unreachable; then it may be called again, for another agent.
+        Raises Refused if the agent does not let us, and Unreachable; then it may be called again, for another agent.
         """
-        self.when_claimed, self.may_end = when_claimed, may_end or self.may_end
+        self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
@@ -7077,35 +7111,34 @@ class Boot:
             os.close(self.null)
 
     def look_after(self, code: int) -> int:
-        """Have the front go on after the startup, and be the parent of what still runs; return the exit status."""
-        self.over, self.report_at, self.out.live_at = True, NEVER, NEVER
+        """Let the front go on after the startup, and be the parent of what still runs; return the exit status."""
+        self.over, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
         if self.options.stay and not self.signal:
             if not self.options.quiet:
                 self.out.say("boot: staying until a signal")
             self.tell_front(code, STAYS)
             self.until(lambda: bool(self.stopping or self.link.lost))
             code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
-        elif self.options.command and code and not self.signal and not self.options.always:
-            how = "is not run, since not all went well; --always would"
-            self.out.say(f"boot: {self.options.command} {how}") if not self.options.quiet else None
-        if self.runs() and not self.signal:
-            self.out.patient = False
-            if not self.options.command:
-                self.say_let_go()
-            self.until(self.said)
-            self.out.flush()
-            self.tell_front(code, RUNS)
+        elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
+            self.out.say(f"boot: {self.options.command} is not run, since not all went well; --always would")
+        runs_on = self.runs() and not self.signal
+        self.alone = runs_on and not self.options.command
+        if self.alone:
+            self.say_let_go()
+        self.until(self.said)
+        self.out.flush()
+        self.tell_front(code, RUNS if runs_on else ENDS)
+        if runs_on:
             os.chdir("/")
             self.until(lambda: not self.runs())
-        else:
-            self.out.flush()
-            self.tell_front(code, ENDS)
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether something runs, or prints, or whether another boot needs the agent that we are."""
-        lives = any(job.lives() for job in self.active.values())
-        return lives or bool(self.streams.by_fd and not self.stopping) or not self.may_end()
+        """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
+        if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
+            return True
+        needed = self.host and not self.stopping and not self.host.agent.retire()
+        return bool(needed or (self.host and self.link.waits()))
 
     def tell_front(self, code: int, what: int) -> None:
         """Tell the front how the startup went, and what comes next."""
@@ -7124,8 +7157,8 @@ class Boot:
             self.told(number)
         if not numbers:
             self.loop.forget(self.front)
-            if self.over and not (self.options.stay or self.options.command):
-                self.out.let_go()
+            if self.alone:
+                self.out.let_go(self.out.pipes())
             elif not self.stopping:
                 self.told(1)
 
@@ -7136,15 +7169,24 @@ class Boot:
         self.stop(f"stopped: {why}", 0 if again else self.options.grace)
 
     def abandon(self) -> None:
-        """End what runs on an unexpected way out."""
+        """End what runs, by nothing but signals, on an unexpected way out."""
+        self.link.close()
         families = [job.family for job in self.active.values() if job.lives()]
+        if families:
+            self.loop.forget(self.front, *self.streams.by_fd)
+            self.loop.children.clear()
+        for family in families:
+            family.look(self.loop.processes)
+            family.signal(15)
+            family.tell_others()
         deadline = time.monotonic() + self.options.grace
-        while families:
-            families = [family for family in families if family.look(self.loop.processes)]
-            for family in families:
-                family.kill() if time.monotonic() > deadline else family.tell_others()
-                family.signal(15)
+        while families and time.monotonic() < deadline + LAST_WAIT:
             self.loop.turn(time.monotonic() + LOOK_OFTEN)
+            for family in families:
+                family.first = family.first and signal_to(family.pid, 0)
+                if time.monotonic() > deadline:
+                    family.kill()
+            families = [family for family in families if family.look(self.loop.processes)]
 
     def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
@@ -7165,7 +7207,7 @@ class Boot:
                 self.told(number)
 
     def said(self) -> bool:
-        """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
+        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
     def keep_time(self, now: float) -> float:
@@ -7179,7 +7221,8 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        latest = now + (0.2 if self.over and not self.active else 60)  # perhaps another boot needs our agent
+        due = min(latest, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------
@@ -7200,13 +7243,18 @@ class Boot:
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False)
+        self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
-    def let(self, answer: Object) -> None:
+    def claim_answered(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        unwrap(answer)
+        for name in record(Claimed, unwrap(answer)).done:
+            if name in self.jobs:
+                del self.jobs[name]
+                self.done.append(name)
+                self.unfinished -= 1
         self.claimed = True
-        self.when_claimed()
+        if self.host:
+            self.host.accept()
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -7223,7 +7271,7 @@ class Boot:
             self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
-        """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
+        """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
         if not self.claimed:
             raise error
         self.out.say(f"error: {error}")
@@ -7235,7 +7283,7 @@ class Boot:
                 self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
-        """A unit has its outcome."""
+        """Take the outcome of a unit."""
         if job.outcome:
             return
         job.outcome, job.reason = status, reason or job.why or job.reason
@@ -7248,7 +7296,7 @@ class Boot:
             self.another("failed")
 
     def another(self, what: str) -> None:
-        """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
+        """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
         if self.options.fail_fast and self.over and self.options.command:
             self.tell_front(1, RUNS)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
@@ -7278,11 +7326,12 @@ class Boot:
     def stop_in_order(self, now: float) -> None:
         """End what runs, and nothing wants that does, also through others; at the end all."""
         wanted: set[str] = set()
-        todo = [job for job in self.active.values() if job.lives() and now < self.stop_by - self.options.grace / 2]
+        early = now < self.stop_by - self.options.grace / 2
+        todo = [name for name, job in self.active.items() if early and job.lives()]
         while todo:
-            new = {edge.dependency for edge in todo.pop().script.wants} - wanted
+            new = self.wants.get(todo.pop(), set()) - wanted
             wanted |= new
-            todo += [self.jobs[name] for name in new if name in self.jobs]
+            todo += new
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7290,7 +7339,7 @@ class Boot:
     # -- reports ------------------------------------------------------------------------------------------
 
     def running(self, now: float) -> list[str]:
-        """What runs and has not ended, for how long, and what a service lacks."""
+        """Return the units that run, for how long they have, and what a service lacks."""
         shown = []
         for job in self.active.values():
             if job.running() and not job.outcome:
@@ -7300,7 +7349,7 @@ class Boot:
         return shown
 
     def told_graph(self, answer: Object) -> None:
-        """Take the answer to a question about all units: for a report on the way, or the one at the end."""
+        """Take the graph of all units, for a report on the way, or the one at the end."""
         try:
             graph = record(Graph, unwrap(answer))
         except Unreachable:
@@ -7339,11 +7388,11 @@ class Boot:
             if job.outcome != COMPLETED:
                 self.streams.close(job.stream)
         lost = self.link.lost
+        self.look()
         self.link.ask("graph", self.told_graph)
         self.until(lambda: self.graph is not None)
         self.out.clear()
         self.out.flush()
-        self.look()
         graph = self.graph or Graph(0.0, [])
         self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
@@ -7355,14 +7404,16 @@ class Boot:
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
-        """What failed with its last lines, what was skipped and why, how long it took."""
+        """Return what failed, with its last lines, what was skipped and why, and how long it took."""
         count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
+        words += [f"{len(self.done)} done before"] if self.done else []
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
-                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
+                how = f" ({how})" if how else ""
+                text += f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
@@ -7379,12 +7430,9 @@ class Boot:
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
         names = sorted({stream.unit for stream in self.streams.by_fd.values()})
-        if names and not self.out.quiet and self.out.is_pipe(1):
+        if names and not self.out.quiet and 1 in self.out.pipes():
             kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
             self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
-
-
-ENDS, RUNS, STAYS = range(3)  # what comes after the startup: nothing, the look after what still runs, --stay
 
 
 class Front:
@@ -7433,6 +7481,12 @@ class Front:
                 self.signal = number
                 self.tell(number)
 
+    def wait_for_end(self) -> None:
+        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
+        if not self.ended:
+            put("error: boot's background process has not ended; is it stopped?\n", 2)
+
     def run(self, always: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
         self.until(lambda: self.said or self.ended)
@@ -7442,32 +7496,34 @@ class Front:
         if self.said and self.said[-1][1] == ENDS:
             self.until(lambda: self.ended)
         if self.signal:
-            self.until(lambda: self.ended, self.grace + 5)
+            self.wait_for_end()
             return 128 + self.signal
-        if not self.said or (self.ended and self.ended[0] < 0):  # it has said why, unless it was killed
-            code = self.ended[0]
-            if code < 0:
-                put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
-            return shell_status(code)
         code = self.ended[0] if self.ended else self.said[-1][0]
-        wanted = self.command and (code == 0 or always)
-        if self.command and not self.ended:
-            try:
-                return self.run_command() if wanted else code
-            finally:
+        if code < 0:
+            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+        wanted = self.command and self.said and (code == 0 or (always and code > 0))  # it has said why, if nothing
+        try:
+            if wanted and not self.ended:
+                return self.run_command()
+        finally:
+            if self.command and not self.ended:
                 self.tell(0)
-                self.until(lambda: self.ended, self.grace + 5)
+                self.wait_for_end()
         self.loop.give_back()
         if wanted:
-            import _signal as signal
+            self.become_command()
+        return shell_status(code)
 
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            try:
-                os.execvp(self.command[0], self.command)
-            except (OSError, ValueError) as error:
-                raise cannot_run(self.command[0], error) from None
-        return code
+    def become_command(self) -> NoReturn:
+        """Have COMMAND take our place. Raises CommandError."""
+        import _signal as signal
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        try:
+            os.execvp(self.command[0], self.command)
+        except (OSError, ValueError) as error:
+            raise cannot_run(self.command[0], error) from None
 
     def run_command(self) -> int:
         """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
@@ -7491,8 +7547,43 @@ class Front:
         return shell_status(codes[0])
 
 
+def boot_at(path: str, boot: Boot) -> int:
+    """Boot against the agent at a path; where there is none, be it as long as something runs."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    while True:
+        try:
+            channel = Channel(path)
+        except Foreign:
+            raise
+        except Unreachable:
+            try:
+                with Host(path) as host:
+                    return boot.run(own_channel(host), host)
+            except Refused:  # another agent was faster, or is about to go
+                if boot.link.opened or time.monotonic() >= deadline:
+                    raise
+        else:
+            with channel:
+                try:
+                    return boot.run(channel)
+                except Unreachable:  # it was about to end
+                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
+                        raise
+                    boot.link.opened = False
+        time.sleep(0.02)
+
+
+def own_channel(host: Host) -> Channel:
+    """Return a connection to our own agent, which takes others when all units are claimed."""
+    from socket import socketpair
+
+    ours, theirs = socketpair()
+    host.server.process_request(Connection(theirs, WakeUp()), "")
+    return Channel(host.path, sock=ours)
+
+
 def pieces(line: bytes) -> Iterator[bytes]:
-    """A line in pieces of at most CUT bytes, cut between characters."""
+    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
     while len(line) > CUT:
         at = CUT
         while at > CUT - 4 and line[at] & 0xC0 == 0x80:
@@ -7503,32 +7594,11 @@ def pieces(line: bytes) -> Iterator[bytes]:
 
 
 def opened_again(fd: int) -> int:
-    """A terminal such that writing to it does not block; not that of others who have it open. Else the descriptor."""
+    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
     try:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return fd
-
-
-def write_some(data: bytes, fd: int, patience: float) -> bytes:
-    """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
-
-    Waits for a slow reader, but drops what one does not take for `patience` seconds, or ever.
-    """
-    import select
-
-    out, at = select.poll(), 0
-    out.register(fd, select.POLLOUT)
-    while at < len(data):
-        if not out.poll(patience * 1000):
-            return b"" if patience else data[at:]
-        try:
-            at += os.write(fd, data[at : at + 4096])
-        except BlockingIOError:  # less room than that
-            return b"" if patience else data[at:]
-        except OSError:  # nobody reads any more; the boot goes on
-            break
-    return b""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7877,8 +7947,9 @@ def cmd_ping(args: Args) -> None:
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
     flag("--check", help="only check the headers, and show the order"),
+    flag("--resume", help="do not run again what the agent has as completed"),
     flag("--fail-fast", help="stop everything at the first failure"),
-    Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
+    Argument("--grace", type=duration, default="8s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
@@ -7902,15 +7973,16 @@ def cmd_boot(args: Args) -> int:
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     options = BootOptions(
-        args.jobs,
-        args.grace,
-        args.log_dir,
-        args.fail_fast,
-        args.stay,
-        args.quiet,
-        args.always,
-        timeline_writer(args.timeline) if args.timeline else None,
-        args.command[0] if args.command else "",
+        jobs=args.jobs,
+        grace=args.grace,
+        log_dir=args.log_dir,
+        fail_fast=args.fail_fast,
+        stay=args.stay,
+        quiet=args.quiet,
+        always=args.always,
+        resume=args.resume,
+        timeline=timeline_writer(args.timeline) if args.timeline else None,
+        command=args.command[0] if args.command else "",
     )
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
@@ -7920,41 +7992,6 @@ def cmd_boot(args: Args) -> int:
     code = boot_at(path, boot) if scripts else boot.look_after(0)
     boot.loop.give_back()
     return code
-
-
-def boot_at(path: str, boot: Boot) -> int:
-    """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT
-    while True:
-        try:
-            channel = Channel(path)
-        except Foreign:
-            raise
-        except Unreachable:
-            try:
-                with Host(path) as host:
-                    return boot_at_own(boot, host)
-            except Refused:  # another agent was faster, or is about to go
-                if boot.link.opened or time.monotonic() >= deadline:
-                    raise
-        else:
-            with channel:
-                try:
-                    return boot.run(channel)
-                except Unreachable:  # it was about to end
-                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
-                        raise
-                    boot.link.opened = False
-        time.sleep(0.02)
-
-
-def boot_at_own(boot: Boot, host: Host) -> int:
-    """Boot against our own agent, which takes other connections when all units are claimed."""
-    from socket import socketpair
-
-    ours, theirs = socketpair()
-    host.server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(host.path, sock=ours), host.accept, host.agent.retire)
 
 
 @Command(

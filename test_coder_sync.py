@@ -1058,6 +1058,7 @@ def test_tries_and_what_runs_are_remembered(rules: Rules) -> None:
     units.own(rules.claims["#1"], None, "", "tcp:1")
     assert (units.status("a").owner, units.status("a").reason) == (Owner(41, "script 41"), "not ready yet: tcp:1")
     units.own(rules.claims["#1"], Owner(42, "db"), "/log")
+    assert units.status("a").reason == ""
     rules.play("sleep 1; complete a")
     a = units.status("a")
     assert (a.reason, a.tries, a.log, a.owner) == ("", [1], "/log", Owner(42, "db"))
@@ -7607,12 +7608,18 @@ class Boot:
 
     def background(self) -> int:
         """Its background process, once there is one."""
-        pid = self.process.pid
-        return int(until(Path(f"/proc/{pid}/task/{pid}/children").read_text).split()[0])
+
+        def leaders() -> list[int]:
+            return [pid for pid in self.left() if os.getsid(pid) == pid and ours(pid)]
+
+        def ours(pid: int) -> bool:
+            return str(FILE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+        return int(until(leaders)[0])
 
     def scripts(self) -> list[int]:
         """What runs of all that its scripts have started."""
-        background = self.background() if self.process.poll() is None else 0
+        background = self.background()
         return [pid for pid in self.left() if pid != background]
 
     def ends(self, code: int = 0, out: str | None = None, *told: str, leaves: bool = False) -> str:
@@ -7624,7 +7631,7 @@ class Boot:
         self.out, self.told = done.stdout, done.stderr
         assert done.returncode == code and out in (None, done.stdout), done
         assert [text for text in told if text not in done.stderr] == [], done.stderr
-        assert leaves or (self.left() == [] and "still running" not in (done.stderr or "")), done.stderr
+        assert leaves or self.left() == [], done.stderr
         return done.stderr
 
     def said(self) -> dict[str, list[str]]:
@@ -8941,8 +8948,9 @@ def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session
 
 
 @needs_proc
-@pytest.mark.parametrize("script", ["sleep 7; true", ESCAPES["timeout"], ESCAPES["forks"], ESCAPES["failed"]])
-def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, script: str) -> None:
+@pytest.mark.parametrize("escape", ["child", "timeout", "forks", "failed"])
+def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) -> None:
+    script = ESCAPES.get(escape, "sleep 7; true")
     mark = f"RUN={os.urandom(8).hex()}"
     count = f"for p in $(grep -lszxF {mark} /proc/[0-9]*/environ); do cat ${{p%environ}}comm; done | grep -c sleep"
     late = ["--ready", "notify", "--ready-timeout", "600ms", "--retry", "1", "--retry-delay", "0"]
@@ -9081,7 +9089,9 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = "coder_sync.write_some = lambda *args, was=coder_sync.write_some: was(*args[:2], args[2] / 5)"
+    sooner = (
+        "coder_sync.Output.write = lambda *args, was=coder_sync.Output.write, patience=0.0: was(*args, patience / 5)"
+    )
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
@@ -9129,11 +9139,6 @@ def test_it_becomes_the_command_in_the_same_process_without_an_agent_and_with_th
     assert blocked.split()[1].strip("0") == "" and int(ignored.split()[1], 16) == usual
 
 
-def test_a_failed_boot_becomes_the_command_only_if_always(world: World) -> None:
-    Boot(world, {"a": "exit 3"}, "--", "echo", "hello").ends(1, "")
-    Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "hello").ends(0, "hello\n")
-
-
 def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World, gate: Gate) -> None:
     boot = Boot(world, {"a": "cat gate"}, "--always", "--", "echo", "hello")
     gate.reached()
@@ -9165,40 +9170,481 @@ def test_a_command_that_cannot_be_run(world: World) -> None:
     Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
 
 
-def test_a_command_that_is_not_run_is_said_to_be(world: World) -> None:
+@functools.lru_cache(maxsize=None)
+def has_namespaces() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
+
+
+def as_process_one(world: World, files: Mapping[str, str], *words: str, patch: str = "") -> Boot:
+    if not has_namespaces():
+        pytest.skip("no process namespaces here")
+    return Boot(world, files, *words, patch=patch, under=UNSHARE)
+
+
+def test_a_failed_boot_becomes_the_command_only_if_always_and_says_so(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
     Boot(world, {"a": ""}, "--stay", "--", "echo", "ran").ends(2, "", "--stay and -- COMMAND exclude each other")
 
 
-@functools.lru_cache(maxsize=None)
-def has_namespaces() -> bool:
-    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
-
-
-def as_process_one(world: World, script: str, *words: str, patch: str = "") -> Boot:
-    if not has_namespaces():
-        pytest.skip("no process namespaces here")
-    return Boot(world, {"a": script}, *words, patch=patch, under=UNSHARE)
-
-
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
     orphan = "(setsid sh -c 'echo $$ > orphan' &)\nwhile ! test -s orphan; do :; done\n"
     orphan += "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo gone"
-    boot = as_process_one(world, orphan, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status")
+    boot = as_process_one(world, {"a": orphan}, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status")
     assert finish(boot.process).stdout == "a | gone\n1\n"
 
 
-def test_as_process_1_it_passes_signals_on_and_loses_none_before_the_command(world: World, gate: Gate) -> None:
-    outer = as_process_one(world, "trap 'echo told; exit' TERM; cat gate; while :; do sleep 0.01; done")
-    gate.open()
+@pytest.mark.parametrize(
+    "words", [["--stay"], ["--", "sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.01; done"]]
+)
+def test_as_process_1_it_ends_services_in_order(world: World, words: list[str]) -> None:
+    outer = as_process_one(world, STACK, *words)
+    until(lambda: len(read_lines(world.directory / "db.pid")) and world.status("web") == "completed")
+    until(lambda: len(outer.left()) > 8 or words[0] == "--stay")
     pid = outer.process.pid
     os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
-    outer.prints("a | told")
-    outer.ends(143, None, "stopped: boot got signal 15")
+    outer.ends(143)
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+def test_as_process_1_it_loses_no_signal_before_the_command(world: World) -> None:
     late = LATE.format(name="coder_sync.boot_at")
-    as_process_one(world, "", "--", "echo", "hello", patch=late).ends(143, "")
+    as_process_one(world, {"a": ""}, "--", "echo", "hello", patch=late).ends(143, "")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Boot: the life of services, once the startup is over.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def service(name: str, *wants: str, end: str = "", more: str = "") -> str:
+    """The script of a service, which says what it is told and writes down that it has ended."""
+    headers = f"@want {' '.join(wants)}\n" if wants else ""
+    trap = f"trap '{end}echo {name} >> ends; exit' TERM"
+    return f"{headers}@ready file:{name}.up\n{trap}\necho $$ > {name}.pid\n: > {name}.up\n{more}\nsleep 60 & wait"
+
+
+STACK = {"db": service("db"), "api": service("api", "db"), "web": service("web", "api")}
+
+
+def pid_of(world: World, name: str) -> int:
+    """The pid of a service."""
+    return int((world.directory / f"{name}.pid").read_text())
+
+
+def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str) -> tuple[Boot, int]:
+    """A boot that leads the session of a terminal, and the terminal's other end."""
+
+    def control() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    master, terminal = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    boot = Boot(world, files, *options, **streams, preexec_fn=control)
+    os.close(terminal)
+    return boot, master
+
+
+@needs_proc
+def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World, call: Call) -> None:
+    boot, master = boot_on_terminal(
+        world, {**STACK, "web": service("web", "api", more="while sleep 0.01; do echo x; done")}
+    )
+    assert boot.process.wait(PATIENCE) == 0
+    os.close(master)
+    time.sleep(0.1)  # for some lines that find no terminal
+    assert {coder_sync.stat_of(pid)[4] for pid in boot.left()} == {"0"}, "none has a terminal"
+    assert "db  completed" in re.sub(" +", "  ", call.ok(world, "list"))
+    call.ok(world, "shutdown")
+    until(lambda: boot.left() == [])
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+@needs_proc
+def test_a_terminal_that_hangs_up_while_it_boots_ends_everything(world: World, gate: Gate) -> None:
+    boot, master = boot_on_terminal(world, {"db": service("db"), "a": "@want db\ncat gate; echo a > ran"})
+    gate.reached()
+    os.close(master)
+    assert boot.process.wait(PATIENCE) == 129 and boot.left() == []
+    assert not (world.directory / "ran").exists()
+
+
+@needs_proc
+@pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["", "with logs"])
+def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: World, options: list[str]) -> None:
+    more = "while ! test -e go; do sleep 0.01; done; seq 1 100000; : > said"
+    boot = Boot(world, {"db": service("db", more=more)}, *options)
+    kept = "only in logs" if options else "lost; --log-dir would keep it"
+    boot.ends(0, "", f"boot: standard output is a pipe: what db will print is {kept}\n", leaves=True)
+    (world.directory / "go").touch()
+    until((world.directory / "said").exists)
+    assert not options or until(lambda: (world.directory / "logs" / "db.log").read_text().endswith("\n100000\n"))
+    world.client.shutdown()
+    until(lambda: boot.left() == [])
+
+
+@needs_proc
+def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> None:
+    lock = os.open(world.directory / "lock", os.O_CREAT)
+    os.set_inheritable(lock, True)
+    boot = Boot(world, {"db": service("db")}, "-q", pass_fds=[lock])
+    boot.ends(0, "", leaves=True)
+    background = boot.background()
+    until(lambda: {os.readlink(f"/proc/{background}/fd/{fd}") for fd in range(3)} == {"/dev/null"})
+    assert os.readlink(f"/proc/{background}/cwd") == "/"
+    held = [os.readlink(file) for file in Path(f"/proc/{background}/fd").iterdir()]
+    assert str(world.directory / "lock") not in held
+    os.close(lock)
+    os.kill(background, signal.SIGTERM)
+    until(lambda: boot.left() == [])
+
+
+@needs_proc
+def test_the_end_of_its_process_while_it_boots_is_a_hang_up(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"db": service("db"), "a": "@want db\ncat gate; echo a > ran"})
+    gate.reached()
+    boot.process.kill()
+    until(lambda: boot.left() == [])
+    assert read_lines(world.directory / "ends") == ["db"] and not (world.directory / "ran").exists()
+
+
+@needs_proc
+@pytest.mark.parametrize("over", [False, True])
+def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
+    files = {"db": service("db")} if over else {"db": service("db"), "a": "@want db\ncat gate", "b": "@want a"}
+    boot = Boot(agent, files, "--stay")
+    boot.says("staying") if over else gate.reached()
+    os.kill(boot.background(), signal.SIGKILL)
+    boot.ends(137, None, "boot's background process was killed by signal 9; what it ran may run on", leaves=True)
+    until(lambda: {unit.status for unit in agent.client.list()} == {"failed"})
+    pid, reason = pid_of(agent, "db"), agent.client.status("db").reason
+    assert re.match(rf"lost: the boot that ran .*\b{pid}\b.* may still run", reason)
+    assert over or re.fullmatch(
+        r"lost: the boot that ran process \d+ \(startup\.d/a\) ended without completing",
+        agent.client.status("a").reason,
+    )
+
+
+@needs_proc
+def test_term_to_the_background_process_stops_services_in_order(world: World) -> None:
+    boot = Boot(world, STACK)
+    boot.ends(0, leaves=True)
+    os.kill(boot.background(), signal.SIGTERM)
+    until(lambda: boot.left() == [])
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+@needs_proc
+def test_services_run_on_without_their_agent(agent: World) -> None:
+    boot = Boot(agent, STACK)
+    boot.ends(0, leaves=True)
+    agent.processes[0].kill()
+    agent.processes[0].wait()
+    os.kill(pid_of(agent, "web"), signal.SIGKILL)
+    until(lambda: not alive(pid_of(agent, "web")))
+    assert alive(pid_of(agent, "db"))
+    os.kill(boot.background(), signal.SIGTERM)
+    until(lambda: boot.left() == [])
+    assert read_lines(agent.directory / "ends") == ["api", "db"]
+
+
+@needs_proc
+def test_a_service_that_dies_is_told_at_once_and_ends_nothing_but_with_fail_fast(world: World) -> None:
+    stays = Boot(world, STACK, "--stay")
+    stays.says("staying")
+    os.kill(pid_of(world, "db"), signal.SIGKILL)
+    stays.says("warning: db: ended after its unit had completed (killed by signal 9)")
+    assert world.status("db") == "failed" and world.status("web") == "completed"
+    stays.signal()
+    stays.ends(143)
+    for file in world.directory.glob("*.up"):
+        file.unlink()
+    fails = Boot(world, STACK, "--stay", "--fail-fast")
+    fails.says("staying")
+    os.kill(pid_of(world, "db"), signal.SIGKILL)
+    fails.ends(1)
+
+
+@needs_proc
+def test_a_server_that_takes_its_time_to_end_gets_it(world: World) -> None:
+    slow = """#!PYTHON -IS
+# coder-sync: ready file:up
+import signal, sys, time
+told = []
+signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+open("up", "w").close()
+while not told:
+    time.sleep(0.01)
+time.sleep(1.2)
+open("ended", "w").write(f"{told}")
+"""
+    boot = Boot(world, {"a": slow.replace("PYTHON", sys.executable)}, "--stay", "--grace", "2s")
+    boot.says("staying")
+    boot.signal()
+    boot.ends(143)
+    assert (world.directory / "ended").read_text() == "[15]"
+
+
+def test_what_it_shares_with_others_keeps_its_flags(world: World) -> None:
+    reader, writer = os.pipe()
+    boot = Boot(world, {"db": service("db")}, "-q", stdout=writer, stderr=writer)
+    boot.ends(leaves=True)
+    assert not fcntl.fcntl(writer, fcntl.F_GETFL) & os.O_NONBLOCK
+    os.close(reader), os.close(writer)
+    world.client.shutdown()
+
+
+@needs_proc
+def test_output_that_nobody_takes_holds_up_no_service(world: World) -> None:
+    more = "while ! test -e go; do sleep 0.01; done; seq 1 200000; : > said"
+    boot = Boot(world, {"db": service("db", more=more)}, "--stay")
+    boot.says("staying")
+    (world.directory / "go").touch()
+    until((world.directory / "said").exists)
+    boot.signal()
+    boot.ends(143)
+
+
+def test_a_boot_is_refused_over_services_that_run_and_with_resume_runs_the_rest(world: World) -> None:
+    first = Boot(world, {**STACK, "job": "@want db\necho job >> ran", "bad": "exit 3"})
+    first.ends(1, leaves=True)
+    again = Boot(world, {**STACK, "bad": "echo bad >> ran"})
+    refused = f'unit "api" still runs (pid {pid_of(world, "api")}) from an earlier boot: stop it, or boot with --resume'
+    again.ends(1, "", refused, leaves=True)
+    more = {**STACK, "job": "@want db\necho job >> ran", "bad": "echo bad >> ran"}
+    resumed = Boot(world, more, "--resume")
+    resumed.ends(0, None, "boot: 1 completed, 4 done before\n", leaves=True)
+    assert read_lines(world.directory / "ran") == ["job", "bad"]
+    world.client.shutdown()
+    until(lambda: first.left() == [])
+
+
+def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: World) -> None:
+    slow = """
+import time
+def send(connection, data, was=coder_sync.Connection.send):
+    time.sleep(0.8 * (b'"stopped"' in data))
+    was(connection, data)
+coder_sync.Connection.send = send
+"""
+    boot = Boot(world, STACK, patch=slow)
+    boot.ends(leaves=True)
+    assert world.connect().call("stop")["result"]["stopped"] == ["web", "api", "db"]
+    until(lambda: boot.left() == [])
+
+
+def test_an_agent_is_replaced_and_booted_at_any_number_of_times(world: World) -> None:
+    for _ in range(3):
+        for file in world.directory.glob("*.up"):
+            file.unlink()
+        world.ok("serve", "--replace", "--detach", "-q")
+        boot = Boot(world, STACK)
+        boot.ends(0, leaves=True)
+    world.client.shutdown()
+    until(lambda: boot.left() == [])
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"] * 3
+
+
+# -- COMMAND, while services run
+
+
+@needs_proc
+def test_a_command_beside_services_runs_as_if_there_were_no_boot_and_its_end_is_theirs(world: World) -> None:
+    script = "cat; ps -o pgid=,sid= -p $$; test -e ends || echo up; exit 7"
+    boot = Boot(world, STACK, "-q", "--", "sh", "-c", script, stdin=subprocess.PIPE)
+    out, _ = boot.process.communicate("input ", timeout=PATIENCE)
+    pid = str(boot.process.pid)
+    assert (boot.process.returncode, out.split()) == (7, ["input", pid, pid, "up"])
+    assert boot.left() == [] and read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+@needs_proc
+@pytest.mark.parametrize("script", ["exit 3", "kill -9 $$", "no-such-command", ""])
+def test_services_end_however_the_command_does(world: World, script: str) -> None:
+    command = ["sh", "-c", script] if script else ["no-such-command"]
+    boot = Boot(world, STACK, "--", *command)
+    boot.ends({"exit 3": 3, "kill -9 $$": 137}.get(script, 127), "")
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+def test_services_end_when_a_failure_keeps_the_command_from_running(world: World) -> None:
+    boot = Boot(world, {**STACK, "bad": "@want web\nexit 3"}, "--", "echo", "ran")
+    boot.ends(1, "", "boot: echo is not run, since not all went well; --always would\n", leaves=True)
+    assert boot.left() == [] and read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGWINCH])
+def test_a_signal_is_passed_on_to_the_command(world: World, number: signal.Signals) -> None:
+    trap = f"trap 'echo urgent' URG; trap 'test -e ends || echo told; exit 5' {number.name[3:]}"
+    trap += "; echo on; while :; do sleep 0.01; done"
+    boot = Boot(world, STACK, "-q", "--", "bash", "-c", trap)
+    boot.prints("on")
+    boot.signal(signal.SIGURG)  # which is nobody's business
+    boot.signal(number)
+    boot.ends(5, "told\n")
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+@needs_proc
+def test_a_key_of_the_terminal_reaches_the_command_once(world: World) -> None:
+    count = "n=0; trap 'n=$((n+1)); echo got $n' INT; echo on; while ! test -e go; do sleep 0.01; done; exit $n"
+    boot, master = boot_on_terminal(world, STACK, "-q", "--", "bash", "-c", count)
+    seen = b""
+    while b"got 1" not in seen:
+        if b"on\r" in seen and b"^C" not in seen:
+            os.write(master, b"\x03")
+        seen += os.read(master, 4096)
+    time.sleep(0.2)  # for another one
+    (world.directory / "go").touch()
+    assert boot.process.wait(PATIENCE) == 1 and boot.left() == []
+    os.close(master)
+
+
+@needs_proc
+def test_a_second_signal_gives_services_no_more_time(world: World) -> None:
+    files = {"db": service("db", end=": > told; sleep 60; ")}
+    boot = Boot(world, files, "-q", "--grace", "1m", "--", "sh", "-c", "echo on; exec sleep 60")
+    boot.prints("on")
+    boot.signal()
+    until((world.directory / "told").exists)
+    boot.signal()
+    boot.ends(143)
+
+
+@needs_proc
+def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World) -> None:
+    trap = "trap 'test -e ends || echo told; exit 5' TERM; echo on; while :; do sleep 0.01; done"
+    boot = Boot(world, STACK, "--fail-fast", "--", "sh", "-c", trap)
+    boot.prints("on")
+    os.kill(pid_of(world, "api"), signal.SIGKILL)
+    boot.ends(5, "told\n", "warning: api: ended after its unit had completed (killed by signal 9)")
+    assert read_lines(world.directory / "ends") == ["web", "db"]
+
+
+@needs_proc
+def test_the_end_of_its_process_beside_a_command_ends_the_services(world: World) -> None:
+    boot = Boot(world, STACK, "-q", "--", "sh", "-c", "echo on; exec sleep 60")
+    boot.prints("on")
+    boot.process.kill()
+    until(lambda: len(boot.left()) == 1)  # COMMAND, which nobody was left to end
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+
+
+@pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside services"])
+def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
+    become = f"""#!{sys.executable} -IS
+import os, sys
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.dup2(2, 3)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+    (world.directory / "become").write_text(become)
+    (world.directory / "become").chmod(0o755)
+    script = "echo $((LISTEN_PID - $$)) $LISTEN_FDS; echo here >&3"
+    boot = Boot(world, files, "-q", "--", "sh", "-c", script, under=["./become"])
+    assert "here\n" in boot.ends(0, "0 1\n")
+
+
+def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        listener.bind(str(world.directory / "notify"))
+        listener.settimeout(PATIENCE)
+        world.env["NOTIFY_SOCKET"] = str(world.directory / "notify")
+        boot = Boot(world, STACK, "--stay")
+        told, credentials, *_ = listener.recvmsg(100, 100)
+    assert (told, struct.unpack("3i", credentials[0][2])[0]) == (b"READY=1", boot.process.pid)
+    boot.signal()
+    boot.ends(143)
+
+
+TIERS = {f"x{i}-{k}": [f"x{i - 1}-{k}", f"x{i - 1}-{(k + 1) % 6}"] if i else [] for i in range(5) for k in range(6)}
+
+
+@needs_proc
+def test_of_thirty_services_a_third_dies_and_one_stop_ends_the_rest_in_order(world: World) -> None:
+    files = {name: service(name, *wants) for name, wants in TIERS.items()}
+    boot = Boot(world, files, "--stay")
+    boot.says("staying")
+    dead = random.sample(sorted(TIERS), 10)
+    for name in dead:
+        os.kill(pid_of(world, name), signal.SIGKILL)
+    stopped = world.connect().call("stop", units=[], grace=8)["result"]
+    assert (sorted({*stopped["stopped"], *dead}), stopped["left"]) == (sorted(TIERS), [])
+    until(lambda: boot.scripts() == [])
+    ends = read_lines(world.directory / "ends")
+    assert sorted([*ends, *dead]) == sorted(TIERS)
+    assert not [name for i, name in enumerate(ends) for wanted in TIERS[name] if wanted in ends[:i]]
+    boot.signal()
+    boot.ends(143)
+
+
+# -- what it is short of, and what it does not expect
+
+
+@needs_proc
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_at_a_limit_on_processes_a_boot_works_or_says_so_and_leaves_nothing(world: World) -> None:
+    become = ["setpriv", "--reuid=61000", "--regid=61000", "--clear-groups", "bash", "-c"]
+    find = "for python in $0 /usr/bin/python3 /usr/local/bin/python3; do $python -c '' && exec echo $python; done"
+    python = subprocess.run([*become, find, sys.executable], capture_output=True, text=True).stdout.strip()
+    if not python:
+        pytest.skip("no Python that others may run")
+    ends = []
+    with tempfile.TemporaryDirectory() as theirs:
+        shutil.copytree(startup(world, {"a": "exec sleep 0", "b": "@want a\nexec sleep 0"}), f"{theirs}/startup.d")
+        shutil.copy(FILE, theirs)
+        os.chmod(theirs, 0o777)
+        for most in range(1, 10):
+            words = f"ulimit -u {most}; exec {python} -IS coder_sync.py boot startup.d --socket-path sock"
+            done = finish(world.spawn([*become, words], cwd=theirs))
+            assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
+            ends.append(done.returncode)
+            until(lambda: subprocess.run(["pgrep", "-u", "61000"], stdout=subprocess.DEVNULL).returncode)
+    assert ends[0] != 0 and ends[-1] == 0, (ends, done)
+
+
+@pytest.mark.parametrize("most", range(6, 20))
+def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, most: int) -> None:
+    limit = ["sh", "-c", f'ulimit -n {most}; exec "$@"', "-"]
+    boot = Boot(world, {"a": "exit"}, under=limit)
+    done = finish(boot.process)
+    assert boot.left() == [] and "internal error" not in done.stderr and "Traceback" not in done.stderr, done
+    assert done.returncode == 0 or "Too many open files" in done.stderr, done
+
+
+def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
+    gone = ["sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "-"]
+    for options in (["--socket-path", "s"], ["--log-dir", "logs"], ["--timeline", "t.svg"]):
+        boot = Boot(world, {"a": "exit"}, *options, under=gone)
+        boot.ends(125, "", "error: cannot go on: the working directory is gone\n")
+    Boot(world, {"a": "cd /; echo a"}, under=gone).ends(0)
+
+
+@needs_proc
+@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Streams.take", "Job.process_ended"])
+def test_an_unexpected_error_leaves_nothing_behind(world: World, where: str) -> None:
+    fails = f"""
+import os
+def fails(*args, was=coder_sync.{where}, **options):
+    if os.path.exists("now"):
+        raise KeyError("unexpected")
+    return was(*args, **options)
+coder_sync.{where} = fails
+"""
+    last = "while ! test -e db.up; do sleep 0.01; done; : > now; echo x"
+    stubborn = "" if where == "Boot.finish" else "trap '' TERM; while :; do sleep 1; done"
+    files = {"db": service("db"), "a": last, "b": stubborn}
+    boot = Boot(world, files, "--grace", "300ms", patch=fails)
+    boot.ends(125, None, "internal error in coder_sync")
+    assert read_lines(world.directory / "ends") == ["db"]
+
+
+def test_a_failure_without_a_reason_is_told_without_one(world: World) -> None:
+    told = Boot(world, {"a": "$SYNC fail a -q"}).ends(1)
+    assert re.search("^failed: a; /", told, re.M)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -9222,8 +9668,8 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
 
 
 def test_services_leave_each_other_the_descriptors_that_probes_need(world: World, gate: Gate) -> None:
-    limit = ["sh", "-c", 'ulimit -n 100; exec "$@"', "-"]
-    boot = Boot(world, {f"x{i}": "@ready file:up\nsleep 0.3; : > up; exec cat gate" for i in range(30)}, under=limit)
+    limit = ["sh", "-c", 'ulimit -n 50; exec "$@"', "-"]
+    boot = Boot(world, {f"x{i}": "@ready file:up\nsleep 0.05; : > up; exec cat gate" for i in range(12)}, under=limit)
     assert boot.process.wait(PATIENCE) == 0
     gate.keep_open(lambda: not boot.left())
     boot.ends(0, "", leaves=True)
@@ -9306,17 +9752,6 @@ def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: Worl
     boot.ends(0, f"a | UNIT\na | a\na | {world.directory}/s\n")
 
 
-def test_a_boot_that_is_killed_is_told_from_the_script_that_it_ran(agent: World) -> None:
-    gate = Gate(agent)
-    boot = Boot(agent, {"a": "cat gate"})
-    gate.reached()
-    os.kill(boot.background(), signal.SIGKILL)
-    until(lambda: agent.status("a") == "failed")
-    reason = agent.client.status("a").reason
-    assert re.fullmatch(r"lost: the boot that ran process \d+ \(startup\.d/a\) ended without completing", reason)
-    gate.open()
-
-
 class PlayedAgent:
     """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
 
@@ -9375,12 +9810,11 @@ def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate
         gate.open()
     else:
         request = agent.asked("fail")
-        agent.reports("completed")
+        agent.says(method="unit", params={"unit": "a", "status": "completed"})
         agent.answers(request, error={"code": 1, "message": "refused"})
         agent.asked("running")
     agent.asked("exited")
-    if ready:
-        agent.reports("completed")
+    agent.reports("completed")
     agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
 
 
@@ -9449,18 +9883,6 @@ def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) 
     soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 0.5"
     told = Boot(world, {"a": "echo a"}, patch=soon).ends(3, "")
     assert told.count("is it stopped?") == 1
-
-
-@needs_proc
-def test_a_boot_that_is_killed_fails_what_it_ran_and_what_waited_on_an_agent_that_lives(
-    agent: World, gate: Gate
-) -> None:
-    boot = Boot(agent, {"a": "cat gate", "b": "@want a"})
-    gate.reached()
-    os.kill(boot.background(), signal.SIGKILL)
-    until(lambda: agent.status("b") == "failed")
-    assert agent.status("a") == "failed" and "lost: " in agent.client.status("a").reason
-    gate.open()
 
 
 @pytest.mark.parametrize(("code", "report", "told"), [(0, "complete", "1 completed"), (3, "fail", "1 failed")])
