@@ -220,7 +220,7 @@ ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their c
 
 
 class SyncError(Exception):
-    """Anything that goes wrong here; `exit_code` is the command line's, `code` JSON-RPC's."""
+    """The base of all our errors; `exit_code` is the command line's, `code` is JSON-RPC's."""
 
     exit_code = 1
     code = -32000
@@ -244,13 +244,13 @@ class CycleError(Refused, code=-32001):
 
 
 class AlreadyStarted(Refused, code=-32002):
-    """Somebody else started the unit."""
+    """Somebody else has started the unit."""
 
 
 class NotRegistered(Refused, code=-32003):
     """Nobody has called `want`, `start` or `run` on the unit."""
 
-    unit = ""  # its name; it stays with the agent
+    unit = ""  # its name; not sent to clients
 
 
 class DependencyFailed(SyncError, code=-32004, exit_code=4):
@@ -263,15 +263,15 @@ class DependencyFailed(SyncError, code=-32004, exit_code=4):
 
 
 class Unreachable(SyncError, code=-32005, exit_code=3):
-    """No agent could be reached, or it went away, or what answers is not one."""
+    """No agent could be reached, it went away, or what answers is not one."""
 
 
 class Foreign(Unreachable):
-    """What answers at the shared default path belongs to another user than us and root."""
+    """What serves at the default path belongs to another user, who is not root."""
 
 
 class TimedOut(SyncError, code=-32006, exit_code=124):
-    """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
+    """The time that the caller gave is up; `data` is a list of `Dependency`: what was missing."""
 
     def __str__(self) -> str:
         missing = []
@@ -336,10 +336,10 @@ RECORDS: dict[str, type[Record]] = {}  # by their names
 
 
 class Record(Fields):
-    """A base for classes that hold data; each annotated attribute is a field, and its value in the class the default.
+    """A base for classes that hold data: each annotated attribute is a field, and its value in the class the default.
 
-    It gives them what dataclasses.dataclass does: an __init__ with positional and keyword arguments, a repr, equality.
-    The import of that module costs more than a whole client call.
+    Gives them what dataclasses.dataclass does, whose import costs more than a whole client call: an __init__ with
+    positional and keyword arguments, a repr, and equality.
     """
 
     _fields: ClassVar[dict[str, Any]]  # in their order, each with its default
@@ -370,7 +370,7 @@ class Record(Fields):
 class Owner(Record):
     """Who started a unit: a process id, its command line, and whether it still runs (None: unknown).
 
-    `born` tells the process from a later one with the same pid; it stays with the agent.
+    `born` tells the process from a later one with the same pid; not sent to clients.
     """
 
     pid: int  # process id
@@ -380,7 +380,7 @@ class Owner(Record):
 
 
 class Dependency(Record):
-    """One edge as it stands now. `age` is seconds in the current status."""
+    """One dependency of a unit as it stands now. `age` is seconds in the current status."""
 
     depends_on: str  # name of the dependency
     required_status: str  # what it must be: started, completed or ended
@@ -397,7 +397,7 @@ class Dependency(Record):
 class Event(Record):
     """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
 
-    `before` is the number of the unit's event before; it stays with the agent.
+    `before` is the number of the unit's previous event; not sent to clients.
     """
 
     seq: int  # its number, counted from 1
@@ -410,9 +410,9 @@ class Event(Record):
 
 
 class UnitStatus(Record):
-    """A snapshot of one unit. Times are seconds since the agent began, None for what has not been.
+    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
 
-    `dependencies` and `history` are there only where one unit was asked for.
+    `dependencies` and `history` are empty unless this one unit was asked for.
     """
 
     unit_name: str  # name
@@ -449,7 +449,7 @@ class UnitStatus(Record):
 
 
 class Waiting(Record):
-    """What a start or a wait lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
+    """The notification `waiting`: what a start or a wait lacks, and for how many seconds it has waited."""
 
     missing: list[Dependency]
     waited: float
@@ -471,7 +471,7 @@ class Running(Record):
 
 
 class Answer(Record):
-    """What the agent says of units: its answer to who starts, stops or resets them, and what becomes of a boot's."""
+    """What the agent says of units: the answer to most requests, and the news of a boot's units."""
 
     unit: str = ""
     status: str = ""
@@ -493,7 +493,7 @@ class Graph(Record):
 
 
 def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    """Return a process for a message, after `by`: `bash setup.sh (pid 4242)`; nothing for None."""
     if owner is None:
         return ""
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
@@ -532,7 +532,7 @@ def one_line(text: str) -> str:
 
 
 def resembling(name: str, names: Iterable[str]) -> str:
-    """The one of `names` that `name` may have been meant to be, or nothing."""
+    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
     try:
         from difflib import get_close_matches
     except (ImportError, OSError):  # no descriptor left to read it with
@@ -545,14 +545,15 @@ def resembling(name: str, names: Iterable[str]) -> str:
 
 
 def meant(guess: str, otherwise: str = "") -> str:
-    """The end of a message about a name that is not known, if it resembles one that is."""
+    """Return the end of a message about an unknown name: the one it resembles, or something else."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
-# may come out of order. Notifications: `waiting`, now and then, for `start` and `wait` with `"progress": true`; `unit`
-# for each status of a unit of a `boot`; `event` for `events` with `"follow": true`.
+# may come out of order. Notifications: `waiting`, at once and then every 30 s, for `start` and `wait` with
+# `"progress": true`; `unit` for each status of a unit of a `boot`; `stop` to who is to end a unit's command;
+# `event` for `events` with `"follow": true`.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_LINE = 65536  # bytes, of a request
@@ -615,7 +616,7 @@ def decode(line: bytes) -> Any:
 
 
 def _depth(line: bytes) -> int:
-    """How deep the brackets of a line nest, those inside strings left out."""
+    """Return how deep the brackets of a line nest, without those inside strings."""
     others = bytes(b for b in range(256) if b not in b"[]{}")
     outside = line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     depth = deepest = 0
@@ -629,7 +630,7 @@ NOT_SENT = ("born", "before")  # fields that stay with the agent
 
 
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
-    """An error as an answer."""
+    """Return an error as the answer to a request."""
     body = {"code": error.code, "message": str(error.args[0])}
     if error.data is not None:
         body["data"] = plain(error.data)
@@ -637,7 +638,7 @@ def error_message(request: Any, error: SyncError) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return records as what JSON can hold."""
+    """Return a value with its records as dicts, for JSON."""
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, dict):
@@ -650,15 +651,14 @@ def plain(value: Any) -> Any:
 def record(kind: type[R], data: Any) -> R:
     """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
     try:
-        return kind(
-            **{name: typed(data[name], kind.__annotations__[name]) for name in kind.__annotations__ if name in data}
-        )
+        fields = kind.__annotations__
+        return kind(**{name: typed(data[name], fields[name]) for name in fields if name in data})
     except (KeyError, TypeError):
         raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
 
 
 def typed(value: Any, annotation: str) -> Any:
-    """Return a value from JSON as an annotation has it, a text printable. Raises TypeError."""
+    """Return a value from JSON, made printable, if it is what an annotation says. Raises TypeError."""
     kind, optional, _ = annotation.partition(" | None")
     name, _, inner = kind.rstrip("]").partition("[")
     if optional and value is None:
@@ -679,26 +679,26 @@ def typed(value: Any, annotation: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Terminal. What is read from the environment, and said on standard output and error.
+# Terminal. Environment variables, standard output and error, and what messages are made of.
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = FILE.rpartition("/")[2]
 
 
 def encoded(text: str, fd: int) -> bytes:
-    """A text as standard output or error has it."""
+    """Return a text in the encoding of standard output or error."""
     stream = sys.stdout if fd == 1 else sys.stderr
     return text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
 
 
 def put(text: str, fd: int = 1) -> bool:
-    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
+    """Write to standard output or error; return False if the reader has gone. Raises SyncError."""
     data = encoded(text, fd)
     try:
         while data:
             try:
                 data = data[posix.write(fd, data) :]
-            except BlockingIOError:  # whoever shares it with us has made it so
+            except BlockingIOError:  # another process that shares it has set O_NONBLOCK
                 time.sleep(0.01)
     except BrokenPipeError:
         posix.dup2(null(), fd)
@@ -710,7 +710,7 @@ def put(text: str, fd: int = 1) -> bool:
 
 
 def say(text: str, fd: int = 1, quiet: bool = False) -> None:
-    """Print a line about what was done. What was done stays done if nobody can read it."""
+    """Print a line about what was done; it is no error if that cannot be written."""
     if not quiet:
         try:
             put(text + "\n", fd)
@@ -719,7 +719,7 @@ def say(text: str, fd: int = 1, quiet: bool = False) -> None:
 
 
 def null() -> int:
-    """A descriptor that reads as empty and takes what is written: /dev/null, if there is one."""
+    """Return a descriptor of /dev/null, or of something like it if there is none."""
     try:
         return posix.open("/dev/null", posix.O_RDWR)
     except OSError:
@@ -731,14 +731,14 @@ def null() -> int:
 
 
 def getenv(name: str) -> str:
-    """An environment variable, empty if unset; as a program has it that uses us, and may have changed it."""
+    """Return an environment variable, empty if unset; honours changes made through os.environ."""
     if "os" in sys.modules:
         return str(sys.modules["os"].environ.get(name, ""))
     return posix.environ.get(name.encode(), b"").decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def span(seconds: float) -> str:
-    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
+    """Return a duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 59.5:
@@ -748,12 +748,12 @@ def span(seconds: float) -> str:
 
 
 def some_names(names: Sequence[str]) -> str:
-    """Names for a message, not too many."""
+    """Return names for a message, 20 at most."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def user_name(uid: int) -> str:
-    """The name of a user, or its number."""
+    """Return the name of a user, or its number if it has none."""
     try:
         import pwd
 
@@ -763,17 +763,17 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The Python API and what the command line is made of. Every call has a connection of its own, so a
-# Client may be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the
-# agent answers when the time has come, and keeps the time. Times are in seconds.
+# Client. The Python API, on which the command line is built. Every call has a connection of its own, so a Client may
+# be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when
+# a unit may start or the time is up, and one that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
-LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
+LATE = 1.0  # seconds after a time-out within which the agent has to say so
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
-UNSHARED = 0.2  # seconds for which a starting agent may not have shared its socket yet
-NAMED_AFTER = 5.0  # seconds of silence after which an agent is named, before it is taken for gone after REPLY_TIMEOUT
-COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
+UNSHARED = 0.2  # seconds that a starting agent takes at most from making its socket to sharing it
+NAMED_AFTER = 5.0  # seconds of silence before a warning; after REPLY_TIMEOUT the agent is taken for gone
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that is starting
 
 
 def duration(text: str) -> float:
@@ -808,13 +808,10 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `notice_signals`
+    signals = -1  # if not -1, a descriptor that can be read when a signal has come; see `notice_signals`
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
-        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
-
-        `sock` is a socket that leads to the agent already.
-        """
+        """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
         self.path = path
         self._next = 0
         self._buffer = bytearray()
@@ -822,7 +819,7 @@ class Channel:
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._withheld = False  # it has been said that variables were not taken
+        self._withheld = False  # whether it was said that variables were not taken
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
@@ -859,10 +856,10 @@ class Channel:
         return message
 
     def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
-        """Return the next message, or None if none comes until the time `end`.
+        """Return the next message, or None if the time `end` comes first.
 
-        Silence is normal for `quiet` seconds. NAMED_AFTER later a warning names the agent; REPLY_TIMEOUT later it is
-        taken for gone: raises Unreachable.
+        The agent may be silent for `quiet` seconds. NAMED_AFTER later it is named in a warning, and REPLY_TIMEOUT later
+        it is taken for gone: raises Unreachable.
         """
         since = time.monotonic() + quiet
         for silent in (NAMED_AFTER, REPLY_TIMEOUT):
@@ -874,7 +871,7 @@ class Channel:
         raise Unreachable(self._silence(REPLY_TIMEOUT))
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Iterate over all messages; after a while without any, ask whether the agent is still there."""
+        """Iterate over all messages; ask a silent agent whether it is still there. Raises Unreachable."""
         while True:
             message = self.receive(REPORT_EVERY)
             if message is None:
@@ -884,7 +881,7 @@ class Channel:
                 yield message
 
     def _read(self, timeout: float) -> bool:
-        """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
+        """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
         timeout = min(max(timeout, 0.0), LONGEST_POLL)
         if self.signals >= 0:
             import select
@@ -892,7 +889,7 @@ class Channel:
             awaited = select.poll()
             for fd in (self.signals, self.fileno()):
                 awaited.register(fd, select.POLLIN)
-            if self.signals in dict(awaited.poll(1000 * timeout)):  # whose handler has done its part
+            if self.signals in dict(awaited.poll(1000 * timeout)):  # its handler has run
                 posix.read(self.signals, 64)
             timeout = 0.0
         self.sock.settimeout(timeout)
@@ -950,15 +947,15 @@ class Channel:
         return answer
 
     def more(self) -> bool:
-        """Whether a message has come that was not received yet."""
+        """Return whether a message has been read that nobody has received."""
         return bool(self._messages)
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return int(self.sock.fileno())
 
     def close(self) -> None:
-        """Hang up; the claims of the connection end."""
+        """Hang up, which ends the claims of the connection."""
         self.sock.close()
 
     def __enter__(self) -> Channel:
@@ -980,7 +977,7 @@ class Channel:
 
 
 def connected(path: str, connect_timeout: float) -> Any:
-    """Return a socket that leads to the agent at a path, tried again for so many seconds. Raises Unreachable."""
+    """Return a socket connected to the agent at a path; try for `connect_timeout` seconds. Raises Unreachable."""
     from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
 
     began, pause = time.monotonic(), 0.005
@@ -1000,16 +997,16 @@ def connected(path: str, connect_timeout: float) -> Any:
 
 
 def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return the process and the user at the other end of a connection, 0 and -1 if the system does not say.
+    """Return the pid and the uid at the other end of a connection, or 0 and -1 if the system does not tell.
 
-    A client sees who listens there, as of when that began.
+    For a client these are the process and user that called listen(2).
     """
     import _socket
 
     try:
         if hasattr(_socket, "SO_PEERCRED"):  # pid, uid and gid
             data = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
-        else:  # macOS: LOCAL_PEERPID, and LOCAL_PEERCRED, in which a version number stands before the uid
+        else:  # macOS: LOCAL_PEERPID, and LOCAL_PEERCRED, which has the uid after a version number
             data = sock.getsockopt(0, 2, 4) + sock.getsockopt(0, 1, 76)[4:]
     except OSError:
         return 0, -1
@@ -1017,41 +1014,41 @@ def who_is_at(sock: Any) -> tuple[int, int]:
 
 
 def our_caller() -> dict[str, int]:
-    """Return the parameter that says who called us, if the agent cannot find that out, for want of a /proc."""
+    """Return the parameter that names our parent process, where the agent has no /proc to find it in."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
-    """Whether a message is the answer to a request, or an error that is about the connection."""
+    """Return whether a message is the answer to a request, or an error about the whole connection."""
     return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
 
 
 def unwrap(message: dict[str, Any]) -> Any:
-    """Return the result in an answer or raise its error as the class it was on the agent's side."""
+    """Return the result in an answer, or raise the error in it."""
     error = message.get("error")
     if error is None:
         return message.get("result")
     if not isinstance(error, dict):
-        raise Unreachable("the agent's answer has an error that is none")
+        raise Unreachable("the agent's answer has an error that is not an object")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
     raise kind(printable(str(error.get("message"))), records(Dependency, data) if kind is TimedOut else data)
 
 
 def records(kind: type[R], rows: Any) -> list[R]:
-    """Return the records that an answer has a list of. Raises Unreachable."""
+    """Return a list of records from JSON. Raises Unreachable."""
     if not isinstance(rows, list):
         raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
     return [record(kind, row) for row in rows]
 
 
 def agent_path(given: str) -> str:
-    """Where the agent listens: as given, else by the environment, else at the default path."""
+    """Return where the agent listens: as given, else as the environment says, else the default path."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
 
 def explain(path: str, error: OSError) -> str:
-    """Why an agent could not be reached, and what to do, in one line."""
+    """Return why an agent could not be reached, and what to do, in one line."""
     import os
     import stat
 
@@ -1078,7 +1075,7 @@ def explain(path: str, error: OSError) -> str:
 
 
 def name_list(names: Iterable[str]) -> list[str]:
-    """Return names as a list. Raises TypeError for a single text, which is taken for a list of letters easily."""
+    """Return names as a list. Raises TypeError for a str, which would be taken for a list of letters."""
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
@@ -1094,9 +1091,8 @@ class Client:
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Calls try for `connect_timeout` to reach an agent that may still be starting. Default is
-        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
-        connected yet.
+        Each call connects, trying for `connect_timeout` seconds if an agent may still be starting. The default is
+        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
         """
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
@@ -1116,7 +1112,7 @@ class Client:
             return channel.call(method, **params)
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
+        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
         with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
             return vars(record(Pong, channel.call("ping")))
 
@@ -1139,12 +1135,12 @@ class Client:
         on_wait: Callable[[list[Dependency], float], None] | None = None,
         locks: Iterable[str] = (),
     ) -> Started:
-        """Wait until `unit` may run and mark it started, in one step. `timeout` 0 waits without limit.
+        """Wait until `unit` may run, and mark it started, in one step. `timeout` is in seconds; 0 is no limit.
 
-        `want` adds dependencies first; `pid` names a process whose end fails the unit if it is still started
-        then; of the units with one of `locks` one is started at a time; `on_wait` is called with what is missing,
-        and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
-        DependencyFailed, TimedOut.
+        `want` adds dependencies first. If the process `pid` ends before the unit has, the unit fails. Only one of the
+        units with the same lock is started at a time. `on_wait` is called with what is missing and the seconds
+        waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed,
+        TimedOut.
         """
         params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
         with Start(self, unit, timeout, on_wait, **params) as start:
@@ -1158,14 +1154,14 @@ class Client:
         timeout: float = START_TIMEOUT,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
     ) -> float:
-        """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
         with self._channel("wait") as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
         return time.monotonic() - began
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
-        """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
+        """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
             self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
         else:
@@ -1193,8 +1189,8 @@ class Client:
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
         """End the commands of units and of what depends on them, dependents first; of all units if none is named.
 
-        Returns the names of the units that were stopped when all have ended, which takes `grace` seconds at most, and
-        some more for what ignores TERM. Raises NotRegistered, or Refused if something still runs.
+        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
+        seconds. Raises NotRegistered, or Refused if something still runs.
         """
         answer = self.halt(*units, grace=grace)
         if answer.left or answer.cannot:
@@ -1202,7 +1198,7 @@ class Client:
         return answer.stopped
 
     def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """As `stop`, but return what has `stopped`, what is `left`, and what `cannot` be stopped."""
+        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
             return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
@@ -1238,10 +1234,10 @@ class Client:
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
+        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
 
-        The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
-        with Unreachable, as it does when the agent ends.
+        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
+        does not read in time.
         """
         with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
@@ -1257,21 +1253,21 @@ class Client:
         timeout: float = START_TIMEOUT,
         locks: Iterable[str] = (),
     ) -> Start:
-        """Return a context manager that starts `unit`, and completes it at the end of its block.
+        """Return a context manager that starts `unit`, and completes it at the end of the block.
 
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the
-        process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
+        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
+        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
         """
         return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
 class Start:
-    """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
+    """A start and its connection, which holds the unit if `hold`; see Client.unit."""
 
     def __init__(
         self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        """`params` are those that the agent's method `start` has besides."""
+        """`params` are further parameters of the agent's method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
         self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
@@ -1295,7 +1291,7 @@ class Start:
         return self
 
     def confirm(self) -> None:
-        """Say that the answer has arrived; until then the agent would give the unit to the next in line."""
+        """Tell the agent that its answer has arrived; else it gives the unit to the next in line."""
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -1316,7 +1312,7 @@ class Start:
 
 
 def still_running(answer: Answer) -> str:
-    """What a stop has not ended, for a message."""
+    """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     own = ", which called `start` itself: end that"
     texts += [
@@ -1328,10 +1324,10 @@ def still_running(answer: Answer) -> str:
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
-    """Send a request that may wait; report what is missing now and then; return its result.
+    """Send a request that may wait, and return its result; call `on_wait` with what is missing now and then.
 
-    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
-    is only for one that no longer answers. Raises TimedOut, ValueError, and what the agent answers.
+    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own limit
+    is only for an agent that does not answer. Raises TimedOut, ValueError, and what the agent answers.
     """
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
@@ -1475,7 +1471,7 @@ COMMON = (
         type=duration,
         default=None,
         metavar="DURATION",
-        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
+        help="how long to try to reach an agent that is still starting (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
         "questions try once)",
     ),
     Argument("-h", "--help", action="help", help="show this help"),
@@ -1851,11 +1847,15 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: Iterable[int]) -> None:
-    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
-    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
-    for before, after in zip(kept, kept[1:]):
-        os.closerange(before + 1, after)
+def close_others(keep: int) -> None:
+    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
+    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
+    for fd in map(int, opened):
+        if fd > 2 and fd != keep:
+            try:
+                os.close(fd)
+            except OSError:  # the one that /proc was read with
+                pass
     Channel.signals = -1
 
 
@@ -1878,11 +1878,10 @@ def in_background() -> tuple[int, int]:
         return pid, ours.detach()
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
-    Channel.signals = -1
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
-    close_others([theirs.fileno()])
+    close_others(theirs.fileno())
     return 0, theirs.detach()
 
 
@@ -7098,7 +7097,7 @@ class Boot:
         try:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.until(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -7475,11 +7474,14 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
+        import _signal as signal
+
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                self.signal = number
-                self.tell(number)
+                if number != signal.SIGWINCH:  # which is for COMMAND
+                    self.signal = number
+                    self.tell(number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
