@@ -1848,11 +1848,15 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: Iterable[int]) -> None:
-    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
-    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
-    for before, after in zip(kept, kept[1:]):
-        os.closerange(before + 1, after)
+def close_others(keep: int) -> None:
+    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
+    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
+    for fd in map(int, opened):
+        if fd > 2 and fd != keep:
+            try:
+                os.close(fd)
+            except OSError:  # the one that /proc was read with
+                pass
     Channel.signals = -1
 
 
@@ -1875,11 +1879,10 @@ def in_background() -> tuple[int, int]:
         return pid, ours.detach()
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
-    Channel.signals = -1
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
-    close_others([theirs.fileno()])
+    close_others(theirs.fileno())
     return 0, theirs.detach()
 
 
@@ -7095,7 +7098,7 @@ class Boot:
         try:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.until(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -7472,11 +7475,14 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
+        import _signal as signal
+
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                self.signal = number
-                self.tell(number)
+                if number != signal.SIGWINCH:  # which is for COMMAND
+                    self.signal = number
+                    self.tell(number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""

@@ -5630,6 +5630,15 @@ def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how:
         assert finish(other).returncode == 0
 
 
+def test_an_agent_that_is_to_end_tells_all_in_time_and_names_what_is_left(world: World) -> None:
+    changes = "coder_sync.GRACE, coder_sync.STOP_PATIENCE = 0.4, 0.1"
+    agent = answering(world, altered(changes, "serve"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    done = stopped(agent)
+    assert (app.told()["unit"], db.told()["unit"]) == ("app", "db")
+    assert done.returncode == 0 and done.stderr.endswith(" still running: db, app\n"), done
+
+
 def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> None:
     command = ["sh", "-c", "echo on; read x; exit 3"]
     agent = world.popen("serve", "--socket-path", world.path, "--", *command, stdin=subprocess.PIPE)
@@ -9147,6 +9156,14 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
     boot.ends(143, "")
 
 
+def test_another_size_of_the_terminal_ends_nothing(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate"}, "-q", "--", "echo", "hello")
+    gate.reached()
+    boot.signal(signal.SIGWINCH)
+    gate.open()
+    boot.ends(0, "hello\n")
+
+
 LATE = """
 import os
 original = {name}
@@ -9425,7 +9442,7 @@ def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: Worl
     slow = """
 import time
 def send(connection, data, was=coder_sync.Connection.send):
-    time.sleep(0.8 * (b'"stopped"' in data))
+    time.sleep(0.5 * (b'"cannot"' in data))
     was(connection, data)
 coder_sync.Connection.send = send
 """
