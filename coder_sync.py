@@ -838,7 +838,7 @@ class Channel:
                 data = data[self.sock.send(data) :]
             except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
                 if time.monotonic() > deadline:
-                    raise self._gone() from None
+                    raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
             except OSError as error:
                 if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
@@ -1085,7 +1085,8 @@ class Client:
     """Talk to an agent. All times in seconds.
 
     Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
+    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
@@ -1847,11 +1848,15 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: Iterable[int]) -> None:
-    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
-    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
-    for before, after in zip(kept, kept[1:]):
-        os.closerange(before + 1, after)
+def close_others(keep: int) -> None:
+    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
+    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
+    for fd in map(int, opened):
+        if fd > 2 and fd != keep:
+            try:
+                os.close(fd)
+            except OSError:  # the one that /proc was read with
+                pass
     Channel.signals = -1
 
 
@@ -1874,11 +1879,10 @@ def in_background() -> tuple[int, int]:
         return pid, ours.detach()
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
-    Channel.signals = -1
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
-    close_others([theirs.fileno()])
+    close_others(theirs.fileno())
     return 0, theirs.detach()
 
 
@@ -7099,7 +7103,7 @@ class Boot:
         try:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.until(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -7476,11 +7480,14 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
+        import _signal as signal
+
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                self.signal = number
-                self.tell(number)
+                if number != signal.SIGWINCH:  # which is for COMMAND
+                    self.signal = number
+                    self.tell(number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""

@@ -5073,6 +5073,24 @@ def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, kind: s
             assert re.fullmatch(expected, done.stderr), line
 
 
+def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
+    agent = answering(
+        world, altered("coder_sync.METHODS['shutdown'] = lambda agent, request: {}", "serve"), env=world.env
+    )
+    done = finish(world.spawn(altered(SOON, "shutdown"), env=world.env))
+    said = f"error: the agent at {world.path} (pid {agent.pid}) was told to end 2 s ago and has not; is it stopped?\n"
+    assert (done.returncode, done.stderr) == (3, said)
+
+
+def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -> None:
+    agent = world.serve()
+    stop(agent)
+    asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
+    asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
+    said = finish(world.spawn(altered(asks))).stderr
+    assert said.endswith(f"(pid {agent.pid}) has not answered for 2 s; is it stopped?\n")
+
+
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
@@ -5613,6 +5631,15 @@ def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how:
     assert run.read() is None  # nobody has told it to stop
     if other and how == "shutdown":
         assert finish(other).returncode == 0
+
+
+def test_an_agent_that_is_to_end_tells_all_in_time_and_names_what_is_left(world: World) -> None:
+    changes = "coder_sync.GRACE, coder_sync.STOP_PATIENCE = 0.4, 0.1"
+    agent = answering(world, altered(changes, "serve"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    done = stopped(agent)
+    assert (app.told()["unit"], db.told()["unit"]) == ("app", "db")
+    assert done.returncode == 0 and done.stderr.endswith(" still running: db, app\n"), done
 
 
 def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> None:
@@ -9132,6 +9159,14 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
     boot.ends(143, "")
 
 
+def test_another_size_of_the_terminal_ends_nothing(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate"}, "-q", "--", "echo", "hello")
+    gate.reached()
+    boot.signal(signal.SIGWINCH)
+    gate.open()
+    boot.ends(0, "hello\n")
+
+
 LATE = """
 import os
 original = {name}
@@ -9413,7 +9448,7 @@ def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: Worl
     slow = """
 import time
 def send(connection, data, was=coder_sync.Connection.send):
-    time.sleep(0.8 * (b'"stopped"' in data))
+    time.sleep(0.5 * (b'"cannot"' in data))
     was(connection, data)
 coder_sync.Connection.send = send
 """
