@@ -7079,6 +7079,7 @@ class Boot:
         self.over = False  # the startup
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
+        self.ask_at = NEVER  # when to ask again whether another boot needs it
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
@@ -7138,6 +7139,7 @@ class Boot:
         if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
+        self.ask_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.waits()))
 
     def tell_front(self, code: int, what: int) -> None:
@@ -7221,8 +7223,12 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        latest = now + (0.2 if self.over and not self.active else 60)  # perhaps another boot needs our agent
-        due = min(latest, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        due = min(
+            now + 60,
+            self.report_at,
+            self.ask_at,
+            self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT),
+        )
         return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------
