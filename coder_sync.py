@@ -838,7 +838,7 @@ class Channel:
                 data = data[self.sock.send(data) :]
             except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
                 if time.monotonic() > deadline:
-                    raise self._gone() from None
+                    raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
             except OSError as error:
                 if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
@@ -1085,7 +1085,8 @@ class Client:
     """Talk to an agent. All times in seconds.
 
     Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
+    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
