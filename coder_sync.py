@@ -2274,7 +2274,7 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.last: Claim | None = None  # the held claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it was started with
         self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
         self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
@@ -2819,7 +2819,8 @@ class Units:
         unit.queued = ()
         self._leave(claim)
         unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
-        unit.holder = unit.last = claim if unit.name else None
+        unit.holder = claim if unit.name else None
+        unit.last = unit.holder if claim.held else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -3619,6 +3620,8 @@ class Agent:
             if not self.stopping:
                 self.units.end_claims(list(connection.claims), "its caller went away")
                 self._distribute()
+            for claim in connection.claims:
+                claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
             connection.open.clear()
             connection.claims.clear()
             connection.wake_up.close()
@@ -3786,7 +3789,7 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            if claim.ticket is None:  # of a stop of our own
+            if claim.ticket is None:  # of who has gone, or of a stop of our own
                 continue
             if isinstance(answer, Stopping):
                 claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
