@@ -2274,7 +2274,7 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.last: Claim | None = None  # the held claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it was started with
         self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
         self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
@@ -2821,7 +2821,8 @@ class Units:
         unit.queued = ()
         self._leave(claim)
         unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
-        unit.holder = unit.last = claim if unit.name else None
+        unit.holder = claim if unit.name else None
+        unit.last = unit.holder if claim.held else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -3621,6 +3622,8 @@ class Agent:
             if not self.stopping:
                 self.units.end_claims(list(connection.claims), "its caller went away")
                 self._distribute()
+            for claim in connection.claims:
+                claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
             connection.open.clear()
             connection.claims.clear()
             connection.wake_up.close()
@@ -3788,7 +3791,7 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            if claim.ticket is None:  # of a stop of our own
+            if claim.ticket is None:  # of who has gone, or of a stop of our own
                 continue
             if isinstance(answer, Stopping):
                 claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
@@ -7084,6 +7087,7 @@ class Boot:
         self.over = False  # the startup
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
+        self.ask_at = NEVER  # when to ask again whether another boot needs it
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
@@ -7143,6 +7147,7 @@ class Boot:
         if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
+        self.ask_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.waits()))
 
     def tell_front(self, code: int, what: int) -> None:
@@ -7226,8 +7231,12 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        latest = now + (0.2 if self.over and not self.active else 60)  # perhaps another boot needs our agent
-        due = min(latest, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        due = min(
+            now + 60,
+            self.report_at,
+            self.ask_at,
+            self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT),
+        )
         return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------

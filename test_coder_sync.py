@@ -7660,6 +7660,20 @@ class Boot:
         return {unit: f"{how}: {why}" for how, unit, why in found}
 
 
+def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str) -> tuple[Boot, int]:
+    """A boot that leads the session of a terminal of 70 columns, and the terminal's other end."""
+
+    def control() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    master, terminal = pty.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 70, 0, 0))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    boot = Boot(world, files, *options, **streams, preexec_fn=control)
+    os.close(terminal)
+    return boot, master
+
+
 def boots(world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any) -> str:
     """Boot what must succeed; return what was printed."""
     boot = Boot(world, files, *options, **popen)
@@ -8215,11 +8229,12 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
     guest.ends(3, "", "went away", leaves=True)
 
 
-def test_a_service_that_its_timeout_ends_is_said_to_have_ended(world: World) -> None:
-    boot = Boot(world, {"a": "@ready file:up\n@timeout 1s\n: > up; exec sleep 60"}, "--stay")
-    boot.says("warning: a: ended after its unit had completed (timed out after 1.0s)")
-    boot.signal()
-    boot.ends(143)
+def test_a_service_that_its_timeout_ends_has_died(world: World) -> None:
+    boot = Boot(world, {"a": "@ready file:up\n@timeout 500ms\n: > up; exec sleep 60", "b": "@want a\nsleep 1"})
+    how = "timed out after 500ms"
+    boot.ends(
+        1, "", f"warning: a: ended after its unit had completed ({how})", f"died: a (completed, then ended: {how})"
+    )
 
 
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
@@ -8868,12 +8883,10 @@ def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: 
 @needs_proc
 def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_c(world: World, gate: Gate) -> None:
     end, name = Gate(world, "end"), "a-unit-of-23-characters"
-    files = {name: f"cat {gate.path}; echo hello; exec cat {end.path}", "b": f"@want {name}"}
-    path = startup(world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}})
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
-    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 70, 0, 0))
+    files = {name: "cat gate; echo hello; exec cat end", "b": f"@want {name}"}
+    boot, master = boot_on_terminal(
+        world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}}
+    )
     seen = b""
 
     def shows(text: bytes) -> None:
@@ -8889,8 +8902,8 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
     with contextlib.suppress(OSError):  # end of file on a terminal
         while True:
             seen += os.read(master, 4096)
-    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
     os.close(master)
+    assert boot.process.wait(PATIENCE) == 130
     shown = seen.decode()
     assert re.search(rf"\r\033\[K\033\[3[2-6]m{name}\033\[0m \| hello\r\n", shown) and "not started: b" in shown
     lines = re.findall(r"\r\033\[K(\[[^\r^]*)", shown)
@@ -8903,12 +8916,10 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
 
 @needs_proc
 def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(world: World, gate: Gate) -> None:
-    path = startup(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
-    master, terminal = pty.openpty()
-    boot = world.spawn([*program(), "boot", path], stdout=terminal, stderr=terminal)
-    os.close(terminal)
+    boot, master = boot_on_terminal(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
     gate.reached()
-    assert stopped(boot).returncode == 143
+    boot.signal()
+    assert boot.process.wait(PATIENCE) == 143
     os.close(master)
 
 
@@ -9254,19 +9265,6 @@ def pid_of(world: World, name: str) -> int:
     return int((world.directory / f"{name}.pid").read_text())
 
 
-def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str) -> tuple[Boot, int]:
-    """A boot that leads the session of a terminal, and the terminal's other end."""
-
-    def control() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    master, terminal = pty.openpty()
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    boot = Boot(world, files, *options, **streams, preexec_fn=control)
-    os.close(terminal)
-    return boot, master
-
-
 @needs_proc
 def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World, call: Call) -> None:
     boot, master = boot_on_terminal(
@@ -9388,6 +9386,17 @@ def test_a_service_that_dies_is_told_at_once_and_ends_nothing_but_with_fail_fast
     fails.says("staying")
     os.kill(pid_of(world, "db"), signal.SIGKILL)
     fails.ends(1)
+
+
+@needs_proc
+def test_a_service_that_dies_later_is_told_where_boot_told_the_rest(world: World) -> None:
+    with open(world.directory / "told", "wb") as told:
+        boot = Boot(world, STACK, stderr=told)
+    boot.ends(leaves=True)
+    os.kill(pid_of(world, "api"), signal.SIGKILL)
+    died = "warning: api: ended after its unit had completed (killed by signal 9)"
+    until(lambda: died in read_lines(world.directory / "told"))
+    world.client.shutdown()
 
 
 @needs_proc
