@@ -8107,7 +8107,7 @@ s6: @ready echo sec''ret && echo sec""ret >&2 && exit 7; @ready-timeout 900ms; s
 s7: @ready sleep 60; @ready-timeout 900ms; sleep 60
     => failed: not ready after 900ms: sleep 60 (its first try has not ended)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
-s9: @want s8; while $SYNC wait s8 -q 2>&-; do :; done; echo s9 => s9
+s9: @want s8; while $SYNC wait s8 -q 2>&-; do sleep 0.3; done; echo s9 => s9
 s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms: file:up (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
