@@ -838,7 +838,7 @@ class Channel:
                 data = data[self.sock.send(data) :]
             except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
                 if time.monotonic() > deadline:
-                    raise self._gone() from None
+                    raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
             except OSError as error:
                 if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
@@ -1085,7 +1085,8 @@ class Client:
     """Talk to an agent. All times in seconds.
 
     Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
+    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
@@ -1847,11 +1848,15 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: Iterable[int]) -> None:
-    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
-    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
-    for before, after in zip(kept, kept[1:]):
-        os.closerange(before + 1, after)
+def close_others(keep: int) -> None:
+    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
+    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
+    for fd in map(int, opened):
+        if fd > 2 and fd != keep:
+            try:
+                os.close(fd)
+            except OSError:  # the one that /proc was read with
+                pass
     Channel.signals = -1
 
 
@@ -1874,11 +1879,10 @@ def in_background() -> tuple[int, int]:
         return pid, ours.detach()
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
-    Channel.signals = -1
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
-    close_others([theirs.fileno()])
+    close_others(theirs.fileno())
     return 0, theirs.detach()
 
 
@@ -2271,7 +2275,7 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.last: Claim | None = None  # the held claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it was started with
         self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
         self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
@@ -2816,7 +2820,8 @@ class Units:
         unit.queued = ()
         self._leave(claim)
         unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
-        unit.holder = unit.last = claim if unit.name else None
+        unit.holder = claim if unit.name else None
+        unit.last = unit.holder if claim.held else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -3616,6 +3621,8 @@ class Agent:
             if not self.stopping:
                 self.units.end_claims(list(connection.claims), "its caller went away")
                 self._distribute()
+            for claim in connection.claims:
+                claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
             connection.open.clear()
             connection.claims.clear()
             connection.wake_up.close()
@@ -3783,7 +3790,7 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            if claim.ticket is None:  # of a stop of our own
+            if claim.ticket is None:  # of who has gone, or of a stop of our own
                 continue
             if isinstance(answer, Stopping):
                 claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
@@ -7081,6 +7088,7 @@ class Boot:
         self.over = False  # the startup
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
+        self.ask_at = NEVER  # when to ask again whether another boot needs it
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
@@ -7140,6 +7148,7 @@ class Boot:
         if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
+        self.ask_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.waits()))
 
     def tell_front(self, code: int, what: int) -> None:
@@ -7223,8 +7232,12 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        latest = now + (0.2 if self.over and not self.active else 60)  # perhaps another boot needs our agent
-        due = min(latest, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        due = min(
+            now + 60,
+            self.report_at,
+            self.ask_at,
+            self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT),
+        )
         return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------
@@ -7477,11 +7490,14 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
+        import _signal as signal
+
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                self.signal = number
-                self.tell(number)
+                if number != signal.SIGWINCH:  # which is for COMMAND
+                    self.signal = number
+                    self.tell(number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""

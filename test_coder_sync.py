@@ -5070,6 +5070,24 @@ def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, kind: s
             assert re.fullmatch(expected, done.stderr), line
 
 
+def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
+    agent = answering(
+        world, altered("coder_sync.METHODS['shutdown'] = lambda agent, request: {}", "serve"), env=world.env
+    )
+    done = finish(world.spawn(altered(SOON, "shutdown"), env=world.env))
+    said = f"error: the agent at {world.path} (pid {agent.pid}) was told to end 2 s ago and has not; is it stopped?\n"
+    assert (done.returncode, done.stderr) == (3, said)
+
+
+def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -> None:
+    agent = world.serve()
+    stop(agent)
+    asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
+    asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
+    said = finish(world.spawn(altered(asks))).stderr
+    assert said.endswith(f"(pid {agent.pid}) has not answered for 2 s; is it stopped?\n")
+
+
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
@@ -5610,6 +5628,15 @@ def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how:
     assert run.read() is None  # nobody has told it to stop
     if other and how == "shutdown":
         assert finish(other).returncode == 0
+
+
+def test_an_agent_that_is_to_end_tells_all_in_time_and_names_what_is_left(world: World) -> None:
+    changes = "coder_sync.GRACE, coder_sync.STOP_PATIENCE = 0.4, 0.1"
+    agent = answering(world, altered(changes, "serve"))
+    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
+    done = stopped(agent)
+    assert (app.told()["unit"], db.told()["unit"]) == ("app", "db")
+    assert done.returncode == 0 and done.stderr.endswith(" still running: db, app\n"), done
 
 
 def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> None:
@@ -7630,6 +7657,20 @@ class Boot:
         return {unit: f"{how}: {why}" for how, unit, why in found}
 
 
+def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str) -> tuple[Boot, int]:
+    """A boot that leads the session of a terminal of 70 columns, and the terminal's other end."""
+
+    def control() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    master, terminal = pty.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 70, 0, 0))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    boot = Boot(world, files, *options, **streams, preexec_fn=control)
+    os.close(terminal)
+    return boot, master
+
+
 def boots(world: World, files: Mapping[str, str | bytes], *options: str, **popen: Any) -> str:
     """Boot what must succeed; return what was printed."""
     boot = Boot(world, files, *options, **popen)
@@ -8185,11 +8226,12 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
     guest.ends(3, "", "went away", leaves=True)
 
 
-def test_a_service_that_its_timeout_ends_is_said_to_have_ended(world: World) -> None:
-    boot = Boot(world, {"a": "@ready file:up\n@timeout 1s\n: > up; exec sleep 60"}, "--stay")
-    boot.says("warning: a: ended after its unit had completed (timed out after 1.0s)")
-    boot.signal()
-    boot.ends(143)
+def test_a_service_that_its_timeout_ends_has_died(world: World) -> None:
+    boot = Boot(world, {"a": "@ready file:up\n@timeout 500ms\n: > up; exec sleep 60", "b": "@want a\nsleep 1"})
+    how = "timed out after 500ms"
+    boot.ends(
+        1, "", f"warning: a: ended after its unit had completed ({how})", f"died: a (completed, then ended: {how})"
+    )
 
 
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
@@ -8838,12 +8880,10 @@ def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: 
 @needs_proc
 def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_c(world: World, gate: Gate) -> None:
     end, name = Gate(world, "end"), "a-unit-of-23-characters"
-    files = {name: f"cat {gate.path}; echo hello; exec cat {end.path}", "b": f"@want {name}"}
-    path = startup(world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}})
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, [sys.executable, "-IS", str(FILE), "boot", path], {**world.env, "TERM": "xterm"})
-    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 70, 0, 0))
+    files = {name: "cat gate; echo hello; exec cat end", "b": f"@want {name}"}
+    boot, master = boot_on_terminal(
+        world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}}
+    )
     seen = b""
 
     def shows(text: bytes) -> None:
@@ -8859,8 +8899,8 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
     with contextlib.suppress(OSError):  # end of file on a terminal
         while True:
             seen += os.read(master, 4096)
-    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
     os.close(master)
+    assert boot.process.wait(PATIENCE) == 130
     shown = seen.decode()
     assert re.search(rf"\r\033\[K\033\[3[2-6]m{name}\033\[0m \| hello\r\n", shown) and "not started: b" in shown
     lines = re.findall(r"\r\033\[K(\[[^\r^]*)", shown)
@@ -8873,12 +8913,10 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
 
 @needs_proc
 def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(world: World, gate: Gate) -> None:
-    path = startup(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
-    master, terminal = pty.openpty()
-    boot = world.spawn([*program(), "boot", path], stdout=terminal, stderr=terminal)
-    os.close(terminal)
+    boot, master = boot_on_terminal(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
     gate.reached()
-    assert stopped(boot).returncode == 143
+    boot.signal()
+    assert boot.process.wait(PATIENCE) == 143
     os.close(master)
 
 
@@ -9129,6 +9167,14 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
     boot.ends(143, "")
 
 
+def test_another_size_of_the_terminal_ends_nothing(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "cat gate"}, "-q", "--", "echo", "hello")
+    gate.reached()
+    boot.signal(signal.SIGWINCH)
+    gate.open()
+    boot.ends(0, "hello\n")
+
+
 LATE = """
 import os
 original = {name}
@@ -9214,19 +9260,6 @@ STACK = {"db": service("db"), "api": service("api", "db"), "web": service("web",
 def pid_of(world: World, name: str) -> int:
     """The pid of a service."""
     return int((world.directory / f"{name}.pid").read_text())
-
-
-def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str) -> tuple[Boot, int]:
-    """A boot that leads the session of a terminal, and the terminal's other end."""
-
-    def control() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    master, terminal = pty.openpty()
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    boot = Boot(world, files, *options, **streams, preexec_fn=control)
-    os.close(terminal)
-    return boot, master
 
 
 @needs_proc
@@ -9350,6 +9383,17 @@ def test_a_service_that_dies_is_told_at_once_and_ends_nothing_but_with_fail_fast
 
 
 @needs_proc
+def test_a_service_that_dies_later_is_told_where_boot_told_the_rest(world: World) -> None:
+    with open(world.directory / "told", "wb") as told:
+        boot = Boot(world, STACK, stderr=told)
+    boot.ends(leaves=True)
+    os.kill(pid_of(world, "api"), signal.SIGKILL)
+    died = "warning: api: ended after its unit had completed (killed by signal 9)"
+    until(lambda: died in read_lines(world.directory / "told"))
+    world.client.shutdown()
+
+
+@needs_proc
 def test_a_server_that_takes_its_time_to_end_gets_it(world: World) -> None:
     slow = """#!PYTHON -IS
 # coder-sync: ready file:up
@@ -9407,7 +9451,7 @@ def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: Worl
     slow = """
 import time
 def send(connection, data, was=coder_sync.Connection.send):
-    time.sleep(0.8 * (b'"stopped"' in data))
+    time.sleep(0.5 * (b'"cannot"' in data))
     was(connection, data)
 coder_sync.Connection.send = send
 """
