@@ -2152,7 +2152,7 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
 
 
 def in_path(program: str, path: bytes | None) -> str:
-    """Return where a program is in `path`, or its name if that is our PATH, which is searched anyway. Raises OSError."""
+    """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
     places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
