@@ -5909,28 +5909,25 @@ def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -
     (world.directory / "link").symlink_to(path)
     (world.directory / "link of a link").symlink_to("link")
     env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
-    relative = os.path.relpath(path, world.directory)
-    for argv in ([path], [python, path], ["./link of a link"], [python, "link"], [relative]):
+    for argv in (
+        [path],
+        [python, path],
+        ["./link of a link"],
+        [python, "link"],
+        [os.path.relpath(path, world.directory)],
+    ):
         done = command(world, *argv, "exp", "sync", "graph", "nobody", env=env)
+        name = os.path.basename(argv[-1])
         assert (done.returncode, done.stdout) == (1, "")
-        said = (
-            f'error: no unit "nobody"; see `{os.path.basename(argv[-1])} list --all`\n'  # by the agent, and by itself
-        )
-        assert done.stderr == said
+        assert done.stderr == f'error: no unit "nobody"; see `{name} list --all`\n'
+    for shell in filter(shutil.which, ("sh", "bash", "dash", "zsh", "busybox")):
+        words = [str(shutil.which(shell)), *["sh"] * (shell == "busybox"), path]
+        name = f"{shell} {form} a 'b' \"c\" $d `e` \\ * \u00e4"
+        done = command(world, *words, "want", name, "-q", "x", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert name in [u.unit_name for u in shared.client.list()]
+        assert command(world, *words, "ping", env={"PATH": "/nowhere"}).returncode == 127
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
-
-
-@BOTH_FORMS
-@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh", "busybox sh"])
-def test_any_shell_may_read_its_first_lines(shared: World, world: World, form: str, shell: str) -> None:
-    program, *rest = shell.split()
-    words = [shutil.which(program) or pytest.skip(f"there is no {shell}"), *rest]
-    path, env = tool(world, form), {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    name = "a 'b' \"c\" $d `e` \\ * \u00e4"
-    done = command(world, *words, path, "want", name, "-q", "x", env=env)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert name in [u.unit_name for u in shared.client.list()]
-    assert command(world, *words, path, "ping", env={"PATH": "/nowhere"}).returncode == 127
 
 
 @BOTH_FORMS
@@ -5976,22 +5973,23 @@ def test_an_error_names_its_line(world: World, form: str) -> None:
         lines[at] = "\n"
 
 
-INTERRUPTED = """
+HOOK = """
 import builtins, marshal, os, signal
 def hook(module, name):
     function = getattr(module, name)
-    def interrupted(*words):
-        os.kill(os.getpid(), signal.SIGINT)
-        return function(*words)
-    setattr(module, name, interrupted)
+    def then(*words):
+        half = function(*words)
+        {0}
+        return half
+    setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""
+"""  # does something as soon as the code above the cut has been loaded
 
 
 @BOTH_FORMS
 def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -> None:
-    argv = [*PYTHON, INTERRUPTED + LAUNCH, tool(world, form), "--version"]
+    argv = [*PYTHON, HOOK.format("os.kill(os.getpid(), signal.SIGINT)") + LAUNCH, tool(world, form), "--version"]
     done = command(world, *argv)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
     done = command(world, *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as nohup does
@@ -6180,21 +6178,6 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
     assert set(os.listdir(world.directory)) == {"python", "tried"}
 
 
-REPLACED = """
-import builtins, marshal, os
-def hook(module, name):
-    function = getattr(module, name)
-    def load_and_replace(*words):
-        half = function(*words)
-        if os.path.exists({0!r}):
-            os.rename({0!r}, {1!r})
-        return half
-    setattr(module, name, load_and_replace)
-hook(builtins, "compile")
-hook(marshal, "loads")
-"""  # the file, as soon as what is above the cut has been read
-
-
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
     source = world.directory / "longer.py"
@@ -6211,7 +6194,8 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
         for form in (now, FILE.read_bytes()):
             put(form, Path(path))
             put(copy)
-            done = command(world, *PYTHON, REPLACED.format(str(beside), path) + LAUNCH, path, "--version")
+            rename = f"os.path.exists({str(beside)!r}) and os.rename({str(beside)!r}, {path!r})"
+            done = command(world, *PYTHON, HOOK.format(rename) + LAUNCH, path, "--version")
             assert (done.returncode, done.stdout, done.stderr) == (0, f"coder_sync {coder_sync.__version__}\n", "")
             assert not beside.exists()
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
