@@ -8258,7 +8258,7 @@ def cmd_completion(args: Args) -> None:
 
     if args.command:
         line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
-        if args.shell == "bash" and point.isdecimal():
+        if args.shell == "bash" and point.isdecimal() and len(point) < 10:
             found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
         else:
             found = candidates(args.command)

@@ -4367,15 +4367,8 @@ b     completed
 c     completed
 d     pending
 e     pending
-$ wait -q b; fail -q d; reset -q; want x y -q; fail -q x; reset -q x ->
-$ list -c unit,status ->
-UNIT  STATUS
-a     pending
-b     pending
-c     pending
-d     pending
-e     pending
-x     pending
+$ wait -q b; fail -q d ->
+$ reset -> pending again: a, b, c, d, e
 $ start late --want z -t 1ms -q ->
 ! timeout waiting for dependencies of unit late
 !   z not registered
@@ -4440,16 +4433,6 @@ waiting for dome not registered, did you mean "done"?
 ! timeout waiting for dome
 !   dome not registered, did you mean "done"?
 exit 124
-$ list --all -c unit ->
-UNIT
-a
-b
-bad
-behind
-done
-on
-other
-table
 $ wait -t 1ms X1 X2 X3 X4 X5 X6 X7 X8 X9 X10 X11 X12 X13 X14 X15 X16 X17 X18 X19 X20 X21 X22 ->
 waiting for X1 not registered; ...; X20 not registered; and 2 more
 ! timeout waiting for X1, X2, ...
@@ -4465,13 +4448,8 @@ ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone s
 !   zzz not registered
 exit 124
 $ complete ide -> ide: completed
-$ run ran --want apt-instal -t 10ms -- echo ran ->
-! ran: waiting for apt-instal not registered
-! timeout waiting for dependencies of unit ran
-!   apt-instal not registered
-exit 124
-$ start apt-install --want apt-instal -t 10ms ->
-apt-install: waiting for apt-instal not registered
+$ run apt-install --want apt-instal -t 10ms -- echo ran ->
+! apt-install: waiting for apt-instal not registered
 ! timeout waiting for dependencies of unit apt-install
 !   apt-instal not registered
 exit 124
@@ -4493,7 +4471,6 @@ $ start 'a\tb' -> 1: unit name 'a\\tb' has a character that cannot be printed
 $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be printed
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
 $ complete nobody -> 1: unit "nobody" is not registered; call want, start or run on it first
-$ fail nobody --reason '- \udcff' -> 1: unit "nobody" is not registered; ...
 $ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
 $ graph dome -> 1: no unit "dome"; did you mean "done"?
 $ graph nobody -> 1: no unit "nobody"; see `coder_sync.py list --all`
@@ -4511,16 +4488,12 @@ $ wait behind -> 4: dependency "behind" was skipped: dependency "bad" failed ...
 $ run behind -- echo ran -> 4: unit "behind" skipped: ...
 $  -> 2: which command? want, start, ...; see `coder_sync.py --help`
 $ --socket-path -> 2: argument --socket-path: expected one argument
-$ frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
+$ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
 $ \udcff -> 2: no such command: '\\udcff'; there are ...
 $ X500 -> 2: no such command: 'X59; there are ...
-$ sync list -> 2: no such command: 'sync'; ...
-$ exp -> 2: after exp comes sync, as in `exp sync start UNIT`
-$ exp list -> 2: after exp comes sync, ...
+$ exp; exp list -> 2: after exp comes sync, as in `exp sync start UNIT`
 $ --quiet start a -> 2: '--quiet': which command? Options other than --socket-path and --connect-timeout ...
-$ --frobnicate list -> 2: '--frobnicate': which command? Options other than --socket-path and ...
-$ help frobnicate -> 2: no such command: 'frobnicate'; ...
 $ start a --\udcff=x -> 2: start: no such option: '--\\udcff' (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a --requires \udcff -> 2: start: argument --requires: invalid choice: '\\udcff' (choose from ...
 $ start a --requires start -> 2: --requires is about the units of --want, ...
@@ -4537,10 +4510,8 @@ $ timeline --blame -o json; timeline --compare x -o json -> 2: --output is the f
 $ serve --group 99999999999999999999 -> 2: no such group: '99999999999999999999'
 $ serve --detach -- true -> 2: --detach and -- COMMAND exclude each other: the agent ends with the command
 $ serve --timeline x.pdf -> 2: --timeline x.pdf: the name must end in .svg, .json or .txt
-$ ping --wait soon -> 2: ping: argument -w/--wait: invalid duration 'soon': ...
 $ start -> 2: start: the following arguments are required: UNIT (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a b -> 2: start: unexpected 'b' (usage: ...
-$ list X500 -> 2: list: unexpected 'X59 (usage: ...
 $ want a -> 2: want: the following arguments are required: DEP (usage: coder_sync.py want UNIT DEP... [OPTION]...)
 $ run a sh -- x; run a sh -> 2: run: unexpected 'sh'; did you forget -- before the command? (usage: ...
 $ run a; run a -- -> 2: run: a command must follow -- (usage: coder_sync.py run UNIT [OPTION]... -- COMMAND ARG...)
@@ -4551,9 +4522,7 @@ $ boot nowhere sleep 1 ->
 ! did you forget -- before the command?
 exit 2
 $ start a --timeout soon; start a -tsoon -> 2: start: argument -t/--timeout: invalid duration 'soon': write ...
-$ want a b --requires=luck -> 2: want: argument --requires: invalid choice: 'luck' (choose from ...
 $ want a b --requires X500 -> 2: want: argument --requires: invalid choice: 'xxx...
-$ status a -o xml -> 2: status: argument -o/--output: invalid choice: 'xml' (choose from ...
 $ completion ksh -> 2: completion: argument SHELL: invalid choice: 'ksh' (choose from ...
 $ complete a --exit-code; fail a --reason -x -> 2: ...: expected one argument (usage: ...
 $ complete a --exit-code \u00b2 -> 2: complete: argument --exit-code: not a whole number: '\\xb2' (usage: ...
@@ -4561,7 +4530,6 @@ $ start a --quiet=yes; start a -qx -> 2: start: ... (usage: ...
 $ start a --wants b -> 2: start: no such option: '--wants'; did you mean "--want"? (usage: ...
 $ start a --tim 5 -> 2: start: no such option: '--tim'; did you mean "--timeout"? (usage: ...
 $ list --socketpath=x -> 2: list: no such option: '--socketpath'; did you mean "--socket-path"? (usage: ...
-$ start a --frobnicate -> 2: start: no such option: '--frobnicate' (usage: ...
 $ start a --X500 -> 2: start: no such option: '--X37 (usage: ...
 """
 
@@ -5772,25 +5740,16 @@ coder_sync.Loop.watch = unless_probed"""
 # Scripts as people write them, with the file installed as `coder`.
 # ---------------------------------------------------------------------------------------------------------
 
-MY_SETUP = """#!/bin/bash
-UNIT_NAME="my-setup"
+MY_SETUP = """UNIT_NAME="my-setup"
 coder exp sync want "$UNIT_NAME" "git-clone"
 coder exp sync start "$UNIT_NAME"
 echo "Running after git-clone completes"
 coder exp sync complete "$UNIT_NAME"
 """
-MY_SETUP_OUTPUT = """\
-my-setup: depends on git-clone
-my-setup: started; satisfied already: git-clone
-Running after git-clone completes
-my-setup: completed
-"""
-
 SYNC_STARTED = """SYNC_STARTED=0
 if coder exp sync start "$UNIT_NAME"; then
   SYNC_STARTED=1
 fi
-
 cleanup_sync() {
   if [ "$SYNC_STARTED" -eq 1 ]; then
     coder exp sync complete "$UNIT_NAME"
@@ -5798,7 +5757,6 @@ cleanup_sync() {
 }
 trap cleanup_sync EXIT
 """
-
 COMMAND_V = """if command -v coder > /dev/null 2>&1; then
   coder exp sync start "$UNIT_NAME"
 else
@@ -5821,18 +5779,23 @@ def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: 
     for script in (clone, env, setup, ide):
         done = finish(script)
         assert (done.returncode, done.stderr) == (0, "")
-    order = (agent.directory / "order").read_text().split()
-    assert sorted(order) == ["env-setup", "git-clone", "ide-setup", "my-setup"]
-    assert order.index("git-clone") < order.index("my-setup")
-    assert max(order.index("git-clone"), order.index("env-setup")) < order.index("ide-setup")
-    assert {u.status for u in agent.client.list()} == {"completed"}
-    assert agent.shell(MY_SETUP, "bash").stdout == MY_SETUP_OUTPUT  # again, with nothing to wait for
+    at = {name: n for n, name in enumerate((agent.directory / "order").read_text().split())}
+    assert at["git-clone"] < at["my-setup"] and max(at["git-clone"], at["env-setup"]) < at["ide-setup"]
+    assert [(u.unit_name, u.status) for u in agent.client.list()] == [(name, "completed") for name in sorted(at)]
+    assert (
+        agent.shell(MY_SETUP, "bash").stdout
+        == """\
+my-setup: depends on git-clone
+my-setup: started; satisfied already: git-clone
+Running after git-clone completes
+my-setup: completed
+"""
+    )  # again, with nothing to wait for
 
 
 def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
     done = mixed.shell("UNIT_NAME=trap\n" + SYNC_STARTED + "set -e; false; echo not reached", "bash")
-    assert done.returncode == 1
-    assert "not reached" not in done.stdout
+    assert done.returncode == 1 and "not reached" not in done.stdout
     assert mixed.status("trap") == "completed"
     assert mixed.shell("UNIT_NAME=on\n" + SYNC_STARTED, "bash").returncode == 0
     assert mixed.status("on") == "started"  # by somebody else, and left alone
