@@ -220,7 +220,7 @@ ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their c
 
 
 class SyncError(Exception):
-    """Anything that goes wrong here; `exit_code` is the command line's, `code` JSON-RPC's."""
+    """The base of all our errors; `exit_code` is the command line's, `code` is JSON-RPC's."""
 
     exit_code = 1
     code = -32000
@@ -244,13 +244,13 @@ class CycleError(Refused, code=-32001):
 
 
 class AlreadyStarted(Refused, code=-32002):
-    """Somebody else started the unit."""
+    """Somebody else has started the unit."""
 
 
 class NotRegistered(Refused, code=-32003):
     """Nobody has called `want`, `start` or `run` on the unit."""
 
-    unit = ""  # its name; it stays with the agent
+    unit = ""  # its name; not sent to clients
 
 
 class DependencyFailed(SyncError, code=-32004, exit_code=4):
@@ -263,15 +263,15 @@ class DependencyFailed(SyncError, code=-32004, exit_code=4):
 
 
 class Unreachable(SyncError, code=-32005, exit_code=3):
-    """No agent could be reached, or it went away, or what answers is not one."""
+    """No agent could be reached, it went away, or what answers is not one."""
 
 
 class Foreign(Unreachable):
-    """What answers at the shared default path belongs to another user than us and root."""
+    """What serves at the default path belongs to another user, who is not root."""
 
 
 class TimedOut(SyncError, code=-32006, exit_code=124):
-    """The caller's own time is up; `data` is the list of `Dependency` that were missing."""
+    """The time that the caller gave is up; `data` is a list of `Dependency`: what was missing."""
 
     def __str__(self) -> str:
         missing = []
@@ -336,10 +336,10 @@ RECORDS: dict[str, type[Record]] = {}  # by their names
 
 
 class Record(Fields):
-    """A base for classes that hold data; each annotated attribute is a field, and its value in the class the default.
+    """A base for classes that hold data: each annotated attribute is a field, and its value in the class the default.
 
-    It gives them what dataclasses.dataclass does: an __init__ with positional and keyword arguments, a repr, equality.
-    The import of that module costs more than a whole client call.
+    Gives them what dataclasses.dataclass does, whose import costs more than a whole client call: an __init__ with
+    positional and keyword arguments, a repr, and equality.
     """
 
     _fields: ClassVar[dict[str, Any]]  # in their order, each with its default
@@ -370,7 +370,7 @@ class Record(Fields):
 class Owner(Record):
     """Who started a unit: a process id, its command line, and whether it still runs (None: unknown).
 
-    `born` tells the process from a later one with the same pid; it stays with the agent.
+    `born` tells the process from a later one with the same pid; not sent to clients.
     """
 
     pid: int  # process id
@@ -380,7 +380,7 @@ class Owner(Record):
 
 
 class Dependency(Record):
-    """One edge as it stands now. `age` is seconds in the current status."""
+    """One dependency of a unit as it stands now. `age` is seconds in the current status."""
 
     depends_on: str  # name of the dependency
     required_status: str  # what it must be: started, completed or ended
@@ -397,7 +397,7 @@ class Dependency(Record):
 class Event(Record):
     """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
 
-    `before` is the number of the unit's event before; it stays with the agent.
+    `before` is the number of the unit's previous event; not sent to clients.
     """
 
     seq: int  # its number, counted from 1
@@ -410,9 +410,9 @@ class Event(Record):
 
 
 class UnitStatus(Record):
-    """A snapshot of one unit. Times are seconds since the agent began, None for what has not been.
+    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
 
-    `dependencies` and `history` are there only where one unit was asked for.
+    `dependencies` and `history` are empty unless this one unit was asked for.
     """
 
     unit_name: str  # name
@@ -449,7 +449,7 @@ class UnitStatus(Record):
 
 
 class Waiting(Record):
-    """What a start or a wait lacks, and for how many seconds it has waited; sent as the notification `waiting`."""
+    """The notification `waiting`: what a start or a wait lacks, and for how many seconds it has waited."""
 
     missing: list[Dependency]
     waited: float
@@ -471,7 +471,7 @@ class Running(Record):
 
 
 class Answer(Record):
-    """What the agent says of units: its answer to who starts, stops or resets them, and what becomes of a boot's."""
+    """What the agent says of units: the answer to most requests, and the news of a boot's units."""
 
     unit: str = ""
     status: str = ""
@@ -493,7 +493,7 @@ class Graph(Record):
 
 
 def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """A process for a message, behind `by`: `bash setup.sh (pid 4242)`; the command may be unknown."""
+    """Return a process for a message, after `by`: `bash setup.sh (pid 4242)`; nothing for None."""
     if owner is None:
         return ""
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
@@ -532,7 +532,7 @@ def one_line(text: str) -> str:
 
 
 def resembling(name: str, names: Iterable[str]) -> str:
-    """The one of `names` that `name` may have been meant to be, or nothing."""
+    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
     try:
         from difflib import get_close_matches
     except (ImportError, OSError):  # no descriptor left to read it with
@@ -545,14 +545,15 @@ def resembling(name: str, names: Iterable[str]) -> str:
 
 
 def meant(guess: str, otherwise: str = "") -> str:
-    """The end of a message about a name that is not known, if it resembles one that is."""
+    """Return the end of a message about an unknown name: the one it resembles, or something else."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
-# may come out of order. Notifications: `waiting`, now and then, for `start` and `wait` with `"progress": true`; `unit`
-# for each status of a unit of a `boot`; `event` for `events` with `"follow": true`.
+# may come out of order. Notifications: `waiting`, at once and then every 30 s, for `start` and `wait` with
+# `"progress": true`; `unit` for each status of a unit of a `boot`; `stop` to who is to end a unit's command;
+# `event` for `events` with `"follow": true`.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_LINE = 65536  # bytes, of a request
@@ -615,7 +616,7 @@ def decode(line: bytes) -> Any:
 
 
 def _depth(line: bytes) -> int:
-    """How deep the brackets of a line nest, those inside strings left out."""
+    """Return how deep the brackets of a line nest, without those inside strings."""
     others = bytes(b for b in range(256) if b not in b"[]{}")
     outside = line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     depth = deepest = 0
@@ -629,7 +630,7 @@ NOT_SENT = ("born", "before")  # fields that stay with the agent
 
 
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
-    """An error as an answer."""
+    """Return an error as the answer to a request."""
     body = {"code": error.code, "message": str(error.args[0])}
     if error.data is not None:
         body["data"] = plain(error.data)
@@ -637,7 +638,7 @@ def error_message(request: Any, error: SyncError) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return records as what JSON can hold."""
+    """Return a value with its records as dicts, for JSON."""
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, dict):
@@ -650,15 +651,14 @@ def plain(value: Any) -> Any:
 def record(kind: type[R], data: Any) -> R:
     """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
     try:
-        return kind(
-            **{name: typed(data[name], kind.__annotations__[name]) for name in kind.__annotations__ if name in data}
-        )
+        fields = kind.__annotations__
+        return kind(**{name: typed(data[name], fields[name]) for name in fields if name in data})
     except (KeyError, TypeError):
         raise Unreachable(f"the answer is not a {kind.__name__}; are agent and client of one version?") from None
 
 
 def typed(value: Any, annotation: str) -> Any:
-    """Return a value from JSON as an annotation has it, a text printable. Raises TypeError."""
+    """Return a value from JSON, made printable, if it is what an annotation says. Raises TypeError."""
     kind, optional, _ = annotation.partition(" | None")
     name, _, inner = kind.rstrip("]").partition("[")
     if optional and value is None:
@@ -679,26 +679,26 @@ def typed(value: Any, annotation: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Terminal. What is read from the environment, and said on standard output and error.
+# Terminal. Environment variables, standard output and error, and what messages are made of.
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = FILE.rpartition("/")[2]
 
 
 def encoded(text: str, fd: int) -> bytes:
-    """A text as standard output or error has it."""
+    """Return a text in the encoding of standard output or error."""
     stream = sys.stdout if fd == 1 else sys.stderr
     return text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
 
 
 def put(text: str, fd: int = 1) -> bool:
-    """Write to standard output or error. A reader that has gone away is no error, and no trouble later on: False."""
+    """Write to standard output or error; return False if the reader has gone. Raises SyncError."""
     data = encoded(text, fd)
     try:
         while data:
             try:
                 data = data[posix.write(fd, data) :]
-            except BlockingIOError:  # whoever shares it with us has made it so
+            except BlockingIOError:  # another process that shares it has set O_NONBLOCK
                 time.sleep(0.01)
     except BrokenPipeError:
         posix.dup2(null(), fd)
@@ -710,7 +710,7 @@ def put(text: str, fd: int = 1) -> bool:
 
 
 def say(text: str, fd: int = 1, quiet: bool = False) -> None:
-    """Print a line about what was done. What was done stays done if nobody can read it."""
+    """Print a line about what was done; it is no error if that cannot be written."""
     if not quiet:
         try:
             put(text + "\n", fd)
@@ -719,7 +719,7 @@ def say(text: str, fd: int = 1, quiet: bool = False) -> None:
 
 
 def null() -> int:
-    """A descriptor that reads as empty and takes what is written: /dev/null, if there is one."""
+    """Return a descriptor of /dev/null, or of something like it if there is none."""
     try:
         return posix.open("/dev/null", posix.O_RDWR)
     except OSError:
@@ -731,14 +731,14 @@ def null() -> int:
 
 
 def getenv(name: str) -> str:
-    """An environment variable, empty if unset; as a program has it that uses us, and may have changed it."""
+    """Return an environment variable, empty if unset; honours changes made through os.environ."""
     if "os" in sys.modules:
         return str(sys.modules["os"].environ.get(name, ""))
     return posix.environ.get(name.encode(), b"").decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def span(seconds: float) -> str:
-    """A duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
+    """Return a duration for people: 350ms, 2.1s, 31s, 4m12s, 1h02m."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 59.5:
@@ -747,13 +747,13 @@ def span(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def names_of(names: Sequence[str]) -> str:
-    """Names for a message, not too many."""
+def some_names(names: Sequence[str]) -> str:
+    """Return names for a message, 20 at most."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def user_name(uid: int) -> str:
-    """The name of a user, or its number."""
+    """Return the name of a user, or its number if it has none."""
     try:
         import pwd
 
@@ -763,17 +763,17 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The Python API and what the command line is made of. Every call has a connection of its own, so a
-# Client may be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the
-# agent answers when the time has come, and keeps the time. Times are in seconds.
+# Client. The Python API, on which the command line is built. Every call has a connection of its own, so a Client may
+# be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when
+# a unit may start or the time is up, and one that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
-LATE = 1.0  # seconds after a time-out for which a client still waits for the agent to say so
+LATE = 1.0  # seconds after a time-out within which the agent has to say so
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
-UNSHARED = 0.2  # seconds for which a starting agent may not have shared its socket yet
-NAMED_AFTER = 5.0  # seconds of silence after which an agent is named, before it is taken for gone after REPLY_TIMEOUT
-COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that boots
+UNSHARED = 0.2  # seconds that a starting agent takes at most from making its socket to sharing it
+NAMED_AFTER = 5.0  # seconds of silence before a warning; after REPLY_TIMEOUT the agent is taken for gone
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that is starting
 
 
 def duration(text: str) -> float:
@@ -808,21 +808,18 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # a descriptor that can be read once a signal has come, if there is one; see `notice_signals`
+    signals = -1  # if not -1, a descriptor that can be read when a signal has come; see `notice_signals`
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
-        """Connect, trying again for `connect_timeout` seconds. Raises Unreachable with the reason.
-
-        `sock` is a socket that leads to the agent already.
-        """
+        """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
         self.path = path
         self._next = 0
         self._buffer = bytearray()
         self._messages: list[Any] = []
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = peer_of(self.sock)
+        self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._withheld = False  # it has been said that variables were not taken
+        self._withheld = False  # whether it was said that variables were not taken
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
@@ -859,10 +856,10 @@ class Channel:
         return message
 
     def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
-        """Return the next message, or None if none comes until the time `end`.
+        """Return the next message, or None if the time `end` comes first.
 
-        Silence is normal for `quiet` seconds. NAMED_AFTER later a warning names the agent; REPLY_TIMEOUT later it is
-        taken for gone: raises Unreachable.
+        The agent may be silent for `quiet` seconds. NAMED_AFTER later it is named in a warning, and REPLY_TIMEOUT later
+        it is taken for gone: raises Unreachable.
         """
         since = time.monotonic() + quiet
         for silent in (NAMED_AFTER, REPLY_TIMEOUT):
@@ -874,7 +871,7 @@ class Channel:
         raise Unreachable(self._silence(REPLY_TIMEOUT))
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Iterate over all messages; after a while without any, ask whether the agent is still there."""
+        """Iterate over all messages; ask a silent agent whether it is still there. Raises Unreachable."""
         while True:
             message = self.receive(REPORT_EVERY)
             if message is None:
@@ -884,7 +881,7 @@ class Channel:
                 yield message
 
     def _read(self, timeout: float) -> bool:
-        """Take what has come; False if nothing does within `timeout` seconds. Raises Unreachable."""
+        """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
         timeout = min(max(timeout, 0.0), LONGEST_POLL)
         if self.signals >= 0:
             import select
@@ -892,7 +889,7 @@ class Channel:
             awaited = select.poll()
             for fd in (self.signals, self.fileno()):
                 awaited.register(fd, select.POLLIN)
-            if self.signals in dict(awaited.poll(1000 * timeout)):  # whose handler has done its part
+            if self.signals in dict(awaited.poll(1000 * timeout)):  # its handler has run
                 posix.read(self.signals, 64)
             timeout = 0.0
         self.sock.settimeout(timeout)
@@ -929,7 +926,7 @@ class Channel:
         end = time.monotonic() + quiet + timeout
         while message := self.hear(quiet, end):
             if is_answer(message, request):
-                return result_of(message)
+                return unwrap(message)
         raise Unreachable(self._silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
@@ -950,15 +947,15 @@ class Channel:
         return answer
 
     def more(self) -> bool:
-        """Whether a message has come that was not received yet."""
+        """Return whether a message has been read that nobody has received."""
         return bool(self._messages)
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return int(self.sock.fileno())
 
     def close(self) -> None:
-        """Hang up; the claims of the connection end."""
+        """Hang up, which ends the claims of the connection."""
         self.sock.close()
 
     def __enter__(self) -> Channel:
@@ -980,7 +977,7 @@ class Channel:
 
 
 def connected(path: str, connect_timeout: float) -> Any:
-    """Return a socket that leads to the agent at a path, tried again for so many seconds. Raises Unreachable."""
+    """Return a socket connected to the agent at a path; try for `connect_timeout` seconds. Raises Unreachable."""
     from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
 
     began, pause = time.monotonic(), 0.005
@@ -999,59 +996,59 @@ def connected(path: str, connect_timeout: float) -> Any:
         pause = min(2 * pause, 0.05)
 
 
-def peer_of(sock: Any) -> tuple[int, int]:
-    """Return the process and the user at the other end of a connection, 0 and -1 if the system does not say.
+def who_is_at(sock: Any) -> tuple[int, int]:
+    """Return the pid and the uid at the other end of a connection, or 0 and -1 if the system does not tell.
 
-    A client sees who listens there, as of when that began.
+    For a client these are the process and user that called listen(2).
     """
     import _socket
 
     try:
         if hasattr(_socket, "SO_PEERCRED"):  # pid, uid and gid
             data = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
-        else:  # macOS: LOCAL_PEERPID, and LOCAL_PEERCRED, in which a version number stands before the uid
+        else:  # macOS: LOCAL_PEERPID, and LOCAL_PEERCRED, which has the uid after a version number
             data = sock.getsockopt(0, 2, 4) + sock.getsockopt(0, 1, 76)[4:]
     except OSError:
         return 0, -1
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
-def caller() -> dict[str, int]:
-    """Return the parameter that says who called us, if the agent cannot find that out, for want of a /proc."""
+def our_caller() -> dict[str, int]:
+    """Return the parameter that names our parent process, where the agent has no /proc to find it in."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
-    """Whether a message is the answer to a request, or an error that is about the connection."""
+    """Return whether a message is the answer to a request, or an error about the whole connection."""
     return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
 
 
-def result_of(message: dict[str, Any]) -> Any:
-    """Return the result in an answer or raise its error as the class it was on the agent's side."""
+def unwrap(message: dict[str, Any]) -> Any:
+    """Return the result in an answer, or raise the error in it."""
     error = message.get("error")
     if error is None:
         return message.get("result")
     if not isinstance(error, dict):
-        raise Unreachable("the agent's answer has an error that is none")
+        raise Unreachable("the agent's answer has an error that is not an object")
     code, data = error.get("code"), error.get("data")
     kind = ERRORS.get(code, Refused) if isinstance(code, int) else Refused
     raise kind(printable(str(error.get("message"))), records(Dependency, data) if kind is TimedOut else data)
 
 
 def records(kind: type[R], rows: Any) -> list[R]:
-    """Return the records that an answer has a list of. Raises Unreachable."""
+    """Return a list of records from JSON. Raises Unreachable."""
     if not isinstance(rows, list):
         raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
     return [record(kind, row) for row in rows]
 
 
-def socket_path_of(given: str) -> str:
-    """Where the agent listens: as given, else by the environment, else at the default path."""
+def agent_path(given: str) -> str:
+    """Return where the agent listens: as given, else as the environment says, else the default path."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
 
 def explain(path: str, error: OSError) -> str:
-    """Why an agent could not be reached, and what to do, in one line."""
+    """Return why an agent could not be reached, and what to do, in one line."""
     import os
     import stat
 
@@ -1078,7 +1075,7 @@ def explain(path: str, error: OSError) -> str:
 
 
 def name_list(names: Iterable[str]) -> list[str]:
-    """Return names as a list. Raises TypeError for a single text, which is taken for a list of letters easily."""
+    """Return names as a list. Raises TypeError for a str, which would be taken for a list of letters."""
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
@@ -1094,11 +1091,10 @@ class Client:
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Calls try for `connect_timeout` to reach an agent that may still be starting. Default is
-        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for those that coordinate and one try for questions. Nothing is
-        connected yet.
+        Each call connects, trying for `connect_timeout` seconds if an agent may still be starting. The default is
+        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
         """
-        self.socket_path = socket_path_of(socket_path)
+        self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
             given = duration(text) if text and connect_timeout is None else connect_timeout
@@ -1116,7 +1112,7 @@ class Client:
             return channel.call(method, **params)
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime`; keep trying for `wait` seconds."""
+        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
         with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
             return vars(record(Pong, channel.call("ping")))
 
@@ -1139,12 +1135,12 @@ class Client:
         on_wait: Callable[[list[Dependency], float], None] | None = None,
         locks: Iterable[str] = (),
     ) -> Started:
-        """Wait until `unit` may run and mark it started, in one step. `timeout` 0 waits without limit.
+        """Wait until `unit` may run, and mark it started, in one step. `timeout` is in seconds; 0 is no limit.
 
-        `want` adds dependencies first; `pid` names a process whose end fails the unit if it is still started
-        then; of the units with one of `locks` one is started at a time; `on_wait` is called with what is missing,
-        and the seconds waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError,
-        DependencyFailed, TimedOut.
+        `want` adds dependencies first. If the process `pid` ends before the unit has, the unit fails. Only one of the
+        units with the same lock is started at a time. `on_wait` is called with what is missing and the seconds
+        waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed,
+        TimedOut.
         """
         params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
         with Start(self, unit, timeout, on_wait, **params) as start:
@@ -1158,22 +1154,22 @@ class Client:
         timeout: float = START_TIMEOUT,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
     ) -> float:
-        """Wait for units without being one; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
         with self._channel("wait") as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
         return time.monotonic() - began
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
-        """End `unit`: with success, or as failed if `exit_code` is not 0. Raises NotRegistered."""
+        """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code, **caller())
+            self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
         else:
-            self._call("complete", unit=unit, **caller())
+            self._call("complete", unit=unit, **our_caller())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason), **caller())
+        self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
 
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
@@ -1193,8 +1189,8 @@ class Client:
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
         """End the commands of units and of what depends on them, dependents first; of all units if none is named.
 
-        Returns the names of the units that were stopped when all have ended, which takes `grace` seconds at most, and
-        some more for what ignores TERM. Raises NotRegistered, or Refused if something still runs.
+        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
+        seconds. Raises NotRegistered, or Refused if something still runs.
         """
         answer = self.halt(*units, grace=grace)
         if answer.left or answer.cannot:
@@ -1202,7 +1198,7 @@ class Client:
         return answer.stopped
 
     def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """As `stop`, but return what has `stopped`, what is `left`, and what `cannot` be stopped."""
+        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
             return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
@@ -1238,10 +1234,10 @@ class Client:
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over what happened after event `since`, oldest first, and with `follow` over what happens next.
+        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
 
-        The agent remembers the last 100,000 events. A follower that does not read in time is dropped; it ends
-        with Unreachable, as it does when the agent ends.
+        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
+        does not read in time.
         """
         with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
@@ -1257,26 +1253,24 @@ class Client:
         timeout: float = START_TIMEOUT,
         locks: Iterable[str] = (),
     ) -> Start:
-        """Return a context manager that starts `unit`, and completes it at the end of its block.
+        """Return a context manager that starts `unit`, and completes it at the end of the block.
 
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the
-        process. sys.exit() and sys.exit(0) complete it. Entering raises as `start` does.
+        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
+        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
         """
         return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
 class Start:
-    """A start and the connection it was asked on, which holds the unit if `hold`; see Client.unit."""
+    """A start and its connection, which holds the unit if `hold`; see Client.unit."""
 
     def __init__(
         self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        """`params` are those that the agent's method `start` has besides."""
+        """`params` are further parameters of the agent's method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
         self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
-        self.params = {**params, **caller(), "unit": unit, "hold": hold, "confirm": not hold}
-        if sys.platform != "linux":  # where an agent cannot find out which script has called us
-            self.params["caller"] = posix.getppid()
+        self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
@@ -1297,7 +1291,7 @@ class Start:
         return self
 
     def confirm(self) -> None:
-        """Say that the answer has arrived; until then the agent would give the unit to the next in line."""
+        """Tell the agent that its answer has arrived; else it gives the unit to the next in line."""
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -1318,7 +1312,7 @@ class Start:
 
 
 def still_running(answer: Answer) -> str:
-    """What a stop has not ended, for a message."""
+    """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     own = ", which called `start` itself: end that"
     texts += [
@@ -1330,10 +1324,10 @@ def still_running(answer: Answer) -> str:
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
-    """Send a request that may wait; report what is missing now and then; return its result.
+    """Send a request that may wait, and return its result; call `on_wait` with what is missing now and then.
 
-    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own bound
-    is only for one that no longer answers. Raises TimedOut, ValueError, and what the agent answers.
+    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own limit
+    is only for an agent that does not answer. Raises TimedOut, ValueError, and what the agent answers.
     """
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
@@ -1343,7 +1337,7 @@ def wait_for(
     quiet = 0.0  # that the wait has begun is said at once
     while message := channel.hear(quiet, end):
         if is_answer(message, request):
-            return result_of(message)
+            return unwrap(message)
         if message.get("method") == "waiting":
             waiting = record(Waiting, message.get("params"))
             missing, quiet = waiting.missing, REPORT_EVERY
@@ -1383,7 +1377,7 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def client_of(args: Args) -> Client:
+def make_client(args: Args) -> Client:
     """Return the client that the common options describe."""
     return Client(args.socket_path, args.connect_timeout)
 
@@ -1477,7 +1471,7 @@ COMMON = (
         type=duration,
         default=None,
         metavar="DURATION",
-        help="how long to try to reach an agent that still boots (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
+        help="how long to try to reach an agent that is still starting (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
         "questions try once)",
     ),
     Argument("-h", "--help", action="help", help="show this help"),
@@ -1513,15 +1507,15 @@ class Reporter:
             return f"started after {span(started.waited)}"
         if not started.dependencies:
             return "started; it has no dependencies"
-        return f"started; satisfied already: {names_of(started.dependencies)}"
+        return f"started; satisfied already: {some_names(started.dependencies)}"
 
 
-def start_of(args: Args, report: Reporter, **more: Any) -> Start:
+def make_start(args: Args, report: Reporter, **more: Any) -> Start:
     """Return the start that the options of `start` and `run` describe. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(client_of(args), args.unit, args.timeout, report, **params)
+    return Start(make_client(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1533,9 +1527,9 @@ def start_of(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = client_of(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = make_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
-    say(f"{args.unit}: depends on {names_of(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
+    say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
 
 @Command(
@@ -1547,7 +1541,7 @@ def cmd_want(args: Args) -> None:
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
-    with start_of(args, report, pid=args.pid) as start:
+    with make_start(args, report, pid=args.pid) as start:
         say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
         start.confirm()  # the last step: if we are killed before, the next in line has the unit
 
@@ -1560,7 +1554,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    client_of(args).complete(args.unit, args.exit_code)
+    make_client(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1572,7 +1566,7 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    client_of(args).fail(args.unit, args.reason)
+    make_client(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
@@ -1672,6 +1666,16 @@ def notice_signals() -> None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
 
+def shortage(error: Exception) -> str:
+    """Return what there is too little of, if that is why an error came; else nothing."""
+    try:
+        posix.getcwd()
+    except OSError:
+        return "the working directory is gone"
+    lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
+    return next((text for text in lacks if text in str(error)), "")
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
     import _signal as signal
@@ -1702,8 +1706,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
     except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
-        lacks = (*map(posix.strerror, NO_ROOM), "can't start new thread")
-        lack = next((text for text in lacks if text in str(error)), "")
+        lack = shortage(error)
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
@@ -1844,11 +1847,15 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: Iterable[int]) -> None:
-    """Close all descriptors but the standard streams and those to keep: what a caller left open is not ours."""
-    kept = [2, *sorted({fd for fd in keep if fd > 2}), min(open_files(), 1 << 20)]
-    for before, after in zip(kept, kept[1:]):
-        os.closerange(before + 1, after)
+def close_others(keep: int) -> None:
+    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
+    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
+    for fd in map(int, opened):
+        if fd > 2 and fd != keep:
+            try:
+                os.close(fd)
+            except OSError:  # the one that /proc was read with
+                pass
     Channel.signals = -1
 
 
@@ -1869,11 +1876,12 @@ def in_background() -> tuple[int, int]:
     if pid:
         theirs.close()
         return pid, ours.detach()
-    signal.set_wakeup_fd(-1)  # of the Loop of the process that was called
+    ours.close()
+    signal.set_wakeup_fd(-1)  # those of the other process
     os.setsid()
     nothing = null()
     os.dup2(nothing, 0)
-    close_others([theirs.fileno()])
+    close_others(theirs.fileno())
     return 0, theirs.detach()
 
 
@@ -1904,22 +1912,31 @@ class Processes:
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
         ours = int(stat_of(os.getpid())[19])
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            try:
-                state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-                continue
-            if state in "ZX":
-                self.dead_groups.add(int(group))
-                continue
-            born = self.births[pid] = int(more[15])
-            if before and before.births.get(pid) == born:
-                self._marks[pid] = before._marks.get(pid, "")
-            elif born >= ours:
-                self._marks[pid] = mark_of(pid)
-            keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
-            for key in keys:
-                self.near.setdefault(key, []).append(pid)
+        seen: set[str] = set()
+        for _ in range(9):  # what has ended may have begun another one after it was listed
+            new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
+            if sum(self._add(int(name), before, ours) for name in new) == len(new):
+                return
+            seen |= new
+        raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be seen")
+
+    def _add(self, pid: int, before: Processes | None, ours: int) -> bool:
+        """Add a process; return False if it has ended."""
+        try:
+            state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state in "ZX":
+            self.dead_groups.add(int(group))
+            return False
+        born = self.births[pid] = int(more[15])
+        if born >= ours:
+            known = before._marks[pid] if before and before.births.get(pid) == born else ""
+            self._marks[pid] = known or mark_of(pid)
+        keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
+        for key in keys:
+            self.near.setdefault(key, []).append(pid)
+        return True
 
 
 def mark_of(pid: int) -> str:
@@ -1941,15 +1958,17 @@ class Family:
 
     def __init__(self, pid: int, own: bool, mark: str) -> None:
         self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
-        self.first = True  # it has not ended
+        self.first = pid > 0  # it has not ended
         self._known: dict[int, int] = {}  # pid -> birth, at the last look
 
     def look(self, processes: Callable[[], Processes]) -> bool:
         """Find out who is left; return False only if it is certain that nobody is."""
         try:
             alive = processes()
-        except OSError:  # no /proc, no descriptor
-            return self.first or bool(self._known) or self.has_group()
+        except FileNotFoundError:  # no /proc of ours
+            return self.first or self.has_group()
+        except OSError:  # it is not certain: there was no descriptor, or too much begins
+            return True
         self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
@@ -1982,7 +2001,7 @@ class Family:
         """Tell the others to end, for good servers tell their workers themselves."""
         import _signal as signal
 
-        others = self.left()[self.first :] or [-self.pid] * self.has_group()
+        others = self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group())
         for number in (signal.SIGTERM, signal.SIGCONT):
             for pid in others:
                 signal_to(pid, number)
@@ -2111,13 +2130,6 @@ def end_on(*names: str) -> None:
 
     for number in heeded(names):
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
-
-
-def let_children_go() -> None:
-    """Have the system take the ends of our children, which nobody asks for."""
-    import _signal as signal
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
@@ -2457,7 +2469,7 @@ class Units:
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def delivered(self, claim: Claim) -> None:
-        """The answer to a claim has arrived: those who stood behind it in line are answered too."""
+        """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
@@ -2504,8 +2516,6 @@ class Units:
         for unit, (lost, claim) in ended.items():
             if unit.status in ENDED and not unit.facts.running_on:
                 continue
-            if claim.boot and unit.facts.running_on and unit.facts.owner and self.alive(unit.facts.owner):
-                continue  # for now: a boot does not stay with its services yet
             if claim.held and not unit.first():
                 if unit.facts.running_on:
                     unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
@@ -2575,7 +2585,7 @@ class Units:
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
-        """The command of a unit that has completed runs on: so does the claim of its supervisor."""
+        """Let the claim of a supervisor last, since the command of its unit, which has completed, runs on."""
         unit = claim.unit
         if unit.status == COMPLETED and unit.last is claim and claim.held:
             claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
@@ -2652,7 +2662,7 @@ class Units:
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
-        """The process that a claim runs, the file with its output, and what says that it is ready, if it must be."""
+        """Note which process a claim runs, the file with its output, and its probe, if it has one."""
         claim.owner = claim.unit.facts.owner = owner or claim.owner
         claim.runs = claim.runs or owner is not None
         claim.unit.facts.log = log
@@ -2664,14 +2674,14 @@ class Units:
         claim.unit.facts.probe_error = error
 
     def retry(self, name: str, detail: str) -> None:
-        """One more try of a started unit begins."""
+        """Note that one more try of a started unit begins."""
         unit = self._registered(name)
         unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
         self._record(unit, "retry", one_line(detail))
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
-        """Whether a claim has ended."""
+        """Return whether a claim has ended."""
         return claim not in claim.unit.line and claim.unit.holder is not claim
 
     def take_answers(self) -> list[tuple[Claim, Any]]:
@@ -2682,7 +2692,7 @@ class Units:
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """The edges of a unit, in the order they were declared; `unmet_only`: what it lacks, also locks."""
+        """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
         rows = []
         needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
         if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
@@ -2704,7 +2714,7 @@ class Units:
         return rows
 
     def status(self, name: str) -> UnitStatus:
-        """A snapshot of one unit with its dependencies and history; `not registered` for a name nobody knows."""
+        """Return a snapshot of a unit, or of a name that nobody knows, with its dependencies and history."""
         unit = self.units.get(check_name(name)) or self._unknown(name)
         snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
@@ -2723,7 +2733,7 @@ class Units:
         return self._snapshots(sorted(shown, key=lambda u: u.name))
 
     def graph(self) -> Graph:
-        """Everything, for pictures, in the order in which it became known; also names that were only refused."""
+        """Return all units in the order in which they became known, and names that were only refused."""
         refused = [self._unknown(name) for name in self.refusals if name not in self.units]
         return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
 
@@ -2735,7 +2745,7 @@ class Units:
         return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the dependencies of a unit, also through others, have left for it; the later in the graph wins.
+        """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
 
         Raises NotRegistered.
         """
@@ -2746,11 +2756,11 @@ class Units:
         return merged
 
     def names(self) -> list[str]:
-        """The registered names, for suggestions."""
+        """Return the registered names, for suggestions."""
         return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
 
     def dependents(self, unit: Unit) -> set[str]:
-        """The names of all that depend on a unit, also through others, and its own."""
+        """Return the names of all that depend on a unit, also through others, and its own."""
         return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
 
     # -- the rules ----------------------------------------------------------------------------------------
@@ -2926,7 +2936,7 @@ class Units:
             )
 
     def _end_stopped(self, unit: Unit) -> None:
-        """The command of a unit that was to be stopped has ended."""
+        """End a unit that was to be stopped: its command has ended."""
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
         if unit.status != FAILED:
@@ -2935,7 +2945,7 @@ class Units:
         self._close(unit)
 
     def _close(self, unit: Unit, lost: bool = False) -> None:
-        """The claim that was granted is over; what a supervisor that is lost has left was not stopped."""
+        """End the claim that was granted; what a supervisor that is `lost` ran was not stopped."""
         claim, unit.holder = unit.holder, None
         if claim:
             claim.lost = lost
@@ -3073,7 +3083,7 @@ class Units:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """The locks of each member.
+        """Return the locks of each member.
 
         At the limit, names that nobody uses are forgotten, before any is made: those of the members are not in use yet.
         """
@@ -3121,7 +3131,7 @@ class Units:
 
     @staticmethod
     def _cycle(unit: Unit, dependency: Unit) -> list[str]:
-        """The cycle that an edge from `unit` to `dependency` would close, or nothing.
+        """Return the cycle that an edge from `unit` to `dependency` would close, or nothing.
 
         Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
         same whichever end it is declared from.
@@ -3161,7 +3171,7 @@ class Units:
 
     @staticmethod
     def _before(unit: Unit) -> list[Unit]:
-        """All that a unit depends on, also through others, dependencies before their dependents."""
+        """Return all that a unit depends on, also through others, dependencies before their dependents."""
         order: list[Unit] = []
         seen, todo = {unit}, [(unit, iter(unit.wants))]
         while todo:
@@ -3177,7 +3187,7 @@ class Units:
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """What a unit lacks: dependencies and the requirement that each does not meet.
+        """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
 
         If it lacks none, the locks that the first in line needs and cannot have, and the unit that is before it.
         """
@@ -3189,7 +3199,7 @@ class Units:
                 yield before, lock
 
     def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
-        """What a unit lacks, in words, five of them at most.
+        """Return what a unit lacks, in words, five of them at most.
 
         Unless `registered`, names that nobody has registered are marked as such.
         """
@@ -3230,7 +3240,7 @@ class Units:
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
     def _now(self) -> float:
-        """Seconds since the agent began."""
+        """Return the seconds since the agent began."""
         return round(self.clock() - self.began, 6)
 
     def _unknown(self, name: str) -> Unit:
@@ -3259,13 +3269,13 @@ class Units:
 
     @staticmethod
     def _may_run(unit: Unit) -> bool:
-        """Whether the process of a unit may run, as far as is known: it was not seen to end."""
+        """Return whether the process of a unit may run: it was not seen to end."""
         last = unit.last
         return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     @staticmethod
     def _who(owner: Owner | None) -> str:
-        """A process that a sentence begins with: its command, any text, stands apart."""
+        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
@@ -3321,7 +3331,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a metho
 
 
 def parameters(method: Any) -> dict[str, tuple[str, bool]]:
-    """What a method of the protocol takes, as `Agent.do_...` declares it: name -> (kind, whether it is required)."""
+    """Return the parameters that `Agent.do_...` declares for its method: name -> (kind, whether it is required)."""
     code = method.__code__
     names = code.co_varnames[2 : code.co_argcount]
     optional = names[len(names) - len(method.__defaults__ or ()) :]
@@ -3450,7 +3460,7 @@ class Request:
 
 
 class WakeUp:
-    """What wakes a thread. Raises OSError if there is no descriptor left.
+    """What wakes a thread that polls. Raises OSError if there is no descriptor left.
 
     The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
     """
@@ -3506,7 +3516,7 @@ class Connection:
         self.gone = False  # the peer is, or what it sends is not read any more
 
     def due(self) -> float:
-        """When the thread has something to do of itself, on the monotonic clock."""
+        """Return when the thread has something to do of itself, on the monotonic clock."""
         times = [self.idle_at]
         for claim in self.open.values():
             ticket = claim.ticket
@@ -3545,7 +3555,7 @@ class Connection:
 
         `parent` is the script as the peer says, for systems on which we cannot find out.
         """
-        pid = peer_of(self.sock)[0]
+        pid = who_is_at(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
         return process(pid)
@@ -3558,7 +3568,7 @@ def of_peer(error: BaseException | None) -> bool:
 
 
 def process(pid: int, command: str = "") -> Owner | None:
-    """A process as the owner of a unit, with its command if it is known; None for no process."""
+    """Return a process as the owner of a unit, with its command if it is known; None for no process."""
     return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
@@ -3589,7 +3599,7 @@ class Agent:
             self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """The body of a thread that goes on whatever goes wrong."""
+        """Do a step again and again, whatever goes wrong: the body of a thread."""
         while True:
             try:
                 step()
@@ -3600,7 +3610,7 @@ class Agent:
     # -- a connection's thread ----------------------------------------------------------------------------
 
     def end(self, connection: Connection) -> None:
-        """The peer of a connection is gone, so its claims end."""
+        """End a connection and its claims: its peer has gone."""
         with self.lock:
             connection.gone = True
             self.connections.discard(connection)
@@ -3718,11 +3728,13 @@ class Agent:
     def _flush(self, connection: Connection) -> None:
         """Send what is in the outbox, and what a follower does not have yet."""
         while not connection.gone:
-            batch = [connection.outbox.popleft() for _ in range(min(len(connection.outbox), 200))]
-            batch = batch or self._unseen(connection)
+            batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
+            taken, batch = len(batch), batch or self._unseen(connection)
             if not batch:
                 return
             connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
+            for _ in range(taken):  # not before it is sent: `stop` waits for that
+                connection.outbox.popleft()
             answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
             if answers and not connection.gone:
                 with self.lock:
@@ -3733,7 +3745,7 @@ class Agent:
                             self._arrived(claim)
 
     def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
-        """The next events that a follower does not have; if they are forgotten, it is too far behind to go on."""
+        """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
         if connection.following < 0:
             return []
         with self.lock:
@@ -3745,7 +3757,7 @@ class Agent:
         return [(None, {"method": "event", "params": plain(event)}) for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """What to send: an answer, an error, or a notification."""
+        """Return what to send: an answer, an error, or a notification."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3760,7 +3772,7 @@ class Agent:
         )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Say which registered name each unregistered one may have meant: none that waits for it. Takes long."""
+        """Note which registered name each unregistered one may mean: none that waits for it. Takes long."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             with self.lock:
                 units = [self.units.units[name] for name in (row.depends_on, asker) if name in self.units.units]
@@ -3885,7 +3897,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _expect(self, claim: Claim) -> None:
-        """A request has become a claim, which is answered later or has just been."""
+        """Keep the claim that a request has become, which is answered later or has just been."""
         connection = claim.ticket.connection
         connection.open[claim.ticket.id] = claim
         connection.claims[claim] = None
@@ -3923,7 +3935,7 @@ class Agent:
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
-        """`running`: the command runs on, and its supervisor, who reports, will say by `exited` when it has ended."""
+        """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
         claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
         return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
 
@@ -3956,7 +3968,7 @@ class Agent:
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
-        """The last try of the probe of a unit lacked something."""
+        """Note what the last try of the probe of a unit lacked."""
         self.units.lack(self._held(request, unit), one_line(error))
         return {"unit": unit}
 
@@ -3970,7 +3982,7 @@ class Agent:
         return {"unit": unit}
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
-        """The command of a unit has ended, with all its processes. Without `code`, an empty reason means 0."""
+        """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
         ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
         self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
         return {"unit": unit}
@@ -3998,7 +4010,7 @@ class Agent:
         return {"env": self.units.environment(unit)}
 
     def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
-        """What happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        """Return what happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
         if follow:
             request.connection.following = self.units.seq
             self.followers.add(request.connection)
@@ -4016,8 +4028,8 @@ class Agent:
     # -- owners -------------------------------------------------------------------------------------------
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
-        """The process that is to own a unit. Raises Refused if there is none."""
-        peer = peer_of(connection.sock)[0]
+        """Return the process that is to own a unit. Raises Refused if there is none."""
+        peer = who_is_at(connection.sock)[0]
         if not peer or len(proc_line(peer, "NSpid").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -4044,7 +4056,7 @@ class Agent:
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """A step of the owners' thread: asleep until an owner ends, or a stop is due to go on.
+        """Wait until an owner ends, or a stop is due to go on: a step of the owners' thread.
 
         Where there is no pidfd it looks every second.
         """
@@ -4067,7 +4079,7 @@ class Agent:
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
     def graph(self) -> Graph:
-        """Everything, for the picture at the end."""
+        """Return everything, for the picture at the end."""
         with self.lock:
             return self.units.graph()
 
@@ -4103,7 +4115,7 @@ class Agent:
             self.stopping = True
             self._turn_away()
             connections = list(self.connections)
-        deadline = time.monotonic() + 0.5
+        deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
@@ -4183,7 +4195,7 @@ def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callabl
     before = os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        doing = f"open {lock}{owner_of(lock)}"
+        doing = f"open {lock}{file_owner(lock)}"
         held = hold_lock(lock, path, replace)
         at_end.callback(os.close, held)
         at_end.callback(remove, lock, os.fstat(held))
@@ -4247,11 +4259,11 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
-                raise in_the_way(f"{lock}{owner_of(lock)} is not a regular file")
+                raise in_the_way(f"{lock}{file_owner(lock)} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
                 if found.st_uid != os.geteuid():
-                    raise in_the_way(f"{lock}{owner_of(lock)} is not ours")
+                    raise in_the_way(f"{lock}{file_owner(lock)} is not ours")
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
                 write_pid(fd, lock)
@@ -4261,7 +4273,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
-                raise in_the_way(f"an agent{who}{owner_of(lock)} is serving {path} already", END_IT) from None
+                raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
             if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
@@ -4285,7 +4297,7 @@ def write_pid(fd: int, path: str) -> None:
         raise
 
 
-def owner_of(path: str) -> str:
+def file_owner(path: str) -> str:
     """Return whose a file is, for a message, if it is neither ours nor root's."""
     try:
         uid = os.lstat(path).st_uid
@@ -4439,13 +4451,13 @@ class Host:
         stop = self.agent.stop_units(everything, GRACE)
         if not stop:
             return
-        self.agent.log.say(f"stopping {names_of([unit.name for unit in stop.units])}")
+        self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
         left = [unit["unit"] for unit in stop.answer["left"]]
         if left:
-            self.agent.log.say(f"still running: {names_of(left)}", 0)
+            self.agent.log.say(f"still running: {some_names(left)}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
@@ -4938,7 +4950,7 @@ def hover_text(bar: Bar) -> str:
     phases = sorted(bar.phases, key=lambda phase: phase[1:])
     lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
     lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
-    return "\n".join(lines + [f"{words} {names_of(names)}" for words, names in lists.items() if any(names)])
+    return "\n".join(lines + [f"{words} {some_names(names)}" for words, names in lists.items() if any(names)])
 
 
 def timeline_svg(graph: Graph) -> str:
@@ -5165,11 +5177,11 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
         """Tell of the first of some units, and how many more there are."""
         lines = []
         for u in some[:most]:
-            line = story(u, graph.now, names_of(list(found.get(u.unit_name, {}).values())))
+            line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
             guess = ""
             if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
                 behind = reached([u.unit_name], wanted_by)
-                line += f"; it is wanted by {names_of(wanted_by[u.unit_name])}" if behind[1:] else ""
+                line += f"; it is wanted by {some_names(wanted_by[u.unit_name])}" if behind[1:] else ""
                 guess = resembling(u.unit_name, known - set(behind))
             lines.append(line + meant(guess, "."))
         return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
@@ -5195,7 +5207,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
         lines = stories(5 if held else 20, causes)
         for word, skipped in (("held up", False), ("skipped", True)):
             those = [name for name in held if (units[name].status == SKIPPED) == skipped]
-            lines += [f"    {word}: {names_of(those)}"] if those else []
+            lines += [f"    {word}: {some_names(those)}"] if those else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
@@ -5372,9 +5384,7 @@ def unix_listener(path: str, timeout: float) -> int:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(path)
-        if not hasattr(socket, "SO_PEERCRED"):
-            return 0
-        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -6028,7 +6038,7 @@ class Task:
     def give_up(self) -> None:
         """What is left survives even KILL."""
         left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-        self.why += f"; cannot be killed: {names_of(left or [str(self.family.pid)])}"
+        self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
         self.gone()
 
     def look(self) -> None:
@@ -6141,7 +6151,7 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = start_of(args, report, hold=True, supervisor=True)
+    start = make_start(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -6154,7 +6164,7 @@ def cmd_run(args: Args) -> int:
         if not args.optional:
             raise
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
-        path = os.path.abspath(socket_path_of(args.socket_path))
+        path = os.path.abspath(agent_path(args.socket_path))
         env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
         return shell_status(supervise(args.command, env))
     if report.waited:
@@ -6195,7 +6205,7 @@ class Run(Task):
                 patience = NEVER if self.state != GONE else STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
                 due = self.link.keep_time(now, patience)
                 if self.unreported:
-                    self.not_reported(names_of(self.unreported), self.link.lost)
+                    self.not_reported(some_names(self.unreported), self.link.lost)
                     self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
                     return 128 + late if late and self.link.lost else self.status
@@ -6268,7 +6278,7 @@ class Run(Task):
         others = {"owner": "what says that it is ready", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
         try:
-            result_of(message)
+            unwrap(message)
         except Unreachable:  # nothing else will be answered either
             self.unreported.append(what)
         except SyncError as error:
@@ -6296,46 +6306,59 @@ def cmd_wait(args: Args) -> int:
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
     began, report = time.monotonic(), Reporter(args, "")
-    if args.ready:
-        let_children_go()
-        end_on("SIGTERM", "SIGHUP", "SIGQUIT")
+    if args.units:
+        make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     probers = [Prober(probe, environment()) for probe in args.ready]
+    code = probe_all(probers, began, began + (args.timeout or NEVER), args.quiet) if probers else 0
+    if not code:
+        took = time.monotonic() - began
+        waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
+        say(f"{some_names([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
+    return code
+
+
+def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> int:
+    """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
+    from functools import partial
+
+    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
     try:
         for prober in probers:
-            prober.begin()
-        if args.units:
-            client_of(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-        end, report_at = began + (args.timeout or NEVER), began + FIRST_REPORT
-        for prober in probers:
-            while prober.error:
-                over = can_be_read(prober.fileno(), min(end, report_at) - time.monotonic())
-                lacks = {one.shown: one.error for one in probers if one.error}
-                if not prober.error:
-                    break
-                if over or time.monotonic() >= end:
-                    rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                    put(f"timeout waiting for {names_of([*lacks])}\n{rows}", 2)
-                    return TimedOut.exit_code
-                report_at = time.monotonic() + REPORT_EVERY
+            fd = prober.begin().fileno()
+            loop.watch(fd, partial(loop.forget, fd))
+        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+            now = time.monotonic()
+            if now >= end:
+                rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
+                put(f"timeout waiting for {some_names([*lacks])}\n{rows}", 2)
+                return TimedOut.exit_code
+            if now >= report_at:
+                report_at = now + REPORT_EVERY
                 text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
-                say(f"still waiting after {span(time.monotonic() - began)} for {text}", quiet=args.quiet)
+                say(f"still waiting after {span(now - began)} for {text}", quiet=quiet)
+            for number in loop.turn(min(end, report_at)):
+                return 128 + number
+        return 0
     finally:  # what is being tried does not outlive us
         for prober in probers:
             prober.close()
-    took = time.monotonic() - began
-    waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-    say(f"{names_of([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
-    return 0
+        loop.give_back()
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims
-# all units at the agent, which says, as their turn comes, which script to spawn. One thread and one poll do
-# everything: what the agent says, output, ends, probes, signals, time.
+# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims all units
+# at the agent, which says, as their turn comes, which script to run.
 #
-# What keeps it safe: a script's end is what the system reports of its process, not the end of its output,
-# which a daemon may keep open. Every group of processes is signalled until it is gone, with a bound. Output is
-# bounded a line, and read only while our own standard output takes it.
+# A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
+# and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
+# of them runs. There one thread and one poll do everything: what the agent says, output, ends, probes, signals, time.
+#
+# What keeps it safe:
+# - The two are connected by a pair of sockets, so that each learns at once how the other has ended: the background
+#   process takes the end of the front for a hang-up, unless the front was free to end.
+# - A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
+#   They are signalled until they are gone, with a bound, also on an unexpected way out.
+# - Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
 # ----------------------------------------------------------------------------------------------------------
 
 HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
@@ -6375,7 +6398,7 @@ class Script(Record):
     delay: float = 1.0
 
 
-def header_names(words: list[str]) -> list[str]:
+def names_in(words: list[str]) -> list[str]:
     """Return the names in a header. Raises UsageError, Refused."""
     for word in words:
         if word[:1] == "-" or word[-1:] == ",":
@@ -6384,12 +6407,12 @@ def header_names(words: list[str]) -> list[str]:
     return [check_name(word) for word in words]
 
 
-def edges(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
+def edges_in(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
     """Return the edges that a header asks for. Raises UsageError, Refused."""
-    return [Edge(name, requires, place) for name in header_names(words)]
+    return [Edge(name, requires, place) for name in names_in(words)]
 
 
-def wanted(words: list[str], place: str) -> list[Edge]:
+def wants_in(words: list[str], place: str) -> list[Edge]:
     """Return the edges of a header `want`. Raises UsageError, Refused."""
     requires: str = SUCCESS
     words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
@@ -6400,10 +6423,10 @@ def wanted(words: list[str], place: str) -> list[Edge]:
             raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
     if not words:
         raise UsageError("want: a name is missing")
-    return edges(words, place, requires)
+    return edges_in(words, place, requires)
 
 
-def retries(words: list[str]) -> dict[str, Any]:
+def tries_in(words: list[str]) -> dict[str, Any]:
     """Return what a header `retry` sets. Raises UsageError."""
     if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
         raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
@@ -6413,15 +6436,15 @@ def retries(words: list[str]) -> dict[str, Any]:
 # Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
 HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
     "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
-    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wanted(words, place)}),
-    "after": ("NAME...", MANY, lambda words, place: {"after": edges(words, place, COMPLETION)}),
-    "before": ("NAME...", MANY, lambda words, place: {"before": edges(words, place)}),
-    "extern": ("NAME...", MANY, lambda words, _: {"externs": header_names(words)}),
-    "lock": ("NAME...", MANY, lambda words, _: {"locks": header_names(words)}),
+    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wants_in(words, place)}),
+    "after": ("NAME...", MANY, lambda words, place: {"after": edges_in(words, place, COMPLETION)}),
+    "before": ("NAME...", MANY, lambda words, place: {"before": edges_in(words, place)}),
+    "extern": ("NAME...", MANY, lambda words, _: {"externs": names_in(words)}),
+    "lock": ("NAME...", MANY, lambda words, _: {"locks": names_in(words)}),
     "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
     "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
     "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
-    "retry": ("N [DELAY]", 2, lambda words, _: retries(words)),
+    "retry": ("N [DELAY]", 2, lambda words, _: tries_in(words)),
 }
 HEADER_MEANINGS = {
     "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
@@ -6437,10 +6460,14 @@ HEADER_MEANINGS = {
 }
 
 
+def warn(text: str) -> None:
+    """Say what is odd in a file, but does not keep it from being run."""
+    say(f"warning: {printable(text)}", 2)
+
+
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     """Return a script from the start of its file; mistakes are added with file and line."""
-    file = printable(path)
-    script = Script(path, unit_of(os.path.basename(path)), f"{file}:1", [], [], [], [], [])
+    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", [], [], [], [], [])
     said: dict[str, int] = {}  # the line of each header that there may be once
     lines = text.decode(errors="replace").splitlines()
     comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
@@ -6449,7 +6476,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
         is_header = bool(found) and mark.strip() in MARKS
         if number > max(HEADER_LINES, comments):
             if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
-                say(f"warning: {file}:{number}: not read as a header: too far down; move it up", 2)
+                warn(f"{path}:{number}: not read as a header: too far down; move it up")
             continue
         try:
             if is_header:
@@ -6457,9 +6484,9 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
             elif looks_like_header(line.strip()):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
-            mistakes.append(f"{file}:{number}: {error}")
+            mistakes.append(f"{path}:{number}: {error}")
     if "ready-timeout" in said and "ready" not in said:
-        mistakes.append(f"{file}:{said['ready-timeout']}: ready-timeout without ready")
+        mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -6501,7 +6528,7 @@ def read_header(script: Script, text: str, number: int, said: dict[str, int]) ->
     if len(words) > most:
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    for name, value in read(words, f"{printable(script.path)}:{number}").items():
+    for name, value in read(words, f"{script.path}:{number}").items():
         if isinstance(value, list):
             getattr(script, name).extend(value)
         elif said.setdefault(word, number) != number:
@@ -6527,18 +6554,21 @@ def check_program(path: str, text: bytes) -> str:
         import shutil
 
         program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {printable(program)} is not in PATH"
+        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
     good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {printable(program)} does not exist or cannot be run"
+    return "" if good else f"its interpreter {program} does not exist or cannot be run"
 
 
 def not_executable(path: str) -> str:
     """Return why a file cannot be run that is no program, and what to do about it."""
     import shlex
 
-    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return "not executable: its file system is mounted noexec"
-    return f"not executable; chmod +x {shlex.quote(printable(path))}"
+    try:
+        if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+            return "not executable: its file system is mounted noexec"
+    except OSError:  # it has gone meanwhile
+        pass
+    return f"not executable; chmod +x {shlex.quote(path)}"
 
 
 def program_of_env(words: list[str]) -> str:
@@ -6585,12 +6615,12 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
         for edge in (*script.before, *script.after):
             hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
             if hint:
-                say(f'warning: {edge.place}: no file provides "{edge.dependency}"{hint}', 2)
+                warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
-        mistakes.append(f"{printable(' '.join(paths))}: no executable files")
+        mistakes.append(f"{' '.join(paths)}: no executable files")
     if mistakes:
-        raise UsageError("\n".join(mistakes))
+        raise UsageError("\n".join(map(printable, mistakes)))
     return scripts
 
 
@@ -6604,28 +6634,28 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         elif not os.path.isfile(given):  # a pipe, say, which would block
             raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
     except OSError as error:
-        mistakes.append(f"{printable(given) or repr('')}: cannot be read: {error.strerror}")
+        mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
     for path in files:
         name, ending = os.path.splitext(os.path.basename(path))
         if path != given and (ending in NOT_RUN or ending.startswith(PACKAGED)):
-            left_out[unit_of(name)] = f"{printable(path)} would, but {ending} is not run"
+            left_out[unit_of(name)] = f"{path} would, but {ending} is not run"
             continue
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
         except OSError as error:
-            mistakes.append(f"{printable(path)}: cannot be read: {error.strerror}")
+            mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
-            left_out[unit_of(name + ending)] = f"{printable(path)} would, but is not executable"
+            left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                say(f"warning: {printable(path)}: not run: {not_executable(path)}", 2)
+                warn(f"{path}: not run: {not_executable(path)}")
             continue
         script = read_script(os.path.abspath(path), text, mistakes)
         wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{printable(script.path)}:1: {wrong}")
+            mistakes.append(f"{script.path}:1: {wrong}")
         yield script
 
 
@@ -6688,8 +6718,15 @@ class BootOptions(Record):
     stay: bool
     quiet: bool
     always: bool
+    resume: bool
     timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
     command: str  # that comes after the startup, if any
+
+
+class Claimed(Record):
+    """The agent's answer to the claim of a boot: the units that count as done, and are not claimed."""
+
+    done: list[str] = []
 
 
 class Job(Task):
@@ -6705,15 +6742,15 @@ class Job(Task):
         self.died = False  # its command, after its unit had completed
 
     def lives(self) -> bool:
-        """Whether something of it may run."""
+        """Return whether something of it may run."""
         return self.state in (RUNNING, READY, ENDING)
 
     def running(self) -> bool:
-        """Whether its first process runs."""
+        """Return whether its first process runs."""
         return self.lives() and self.family.first
 
     def ending(self) -> bool:
-        """Whether its processes are to end."""
+        """Return whether its processes are to end."""
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
@@ -6752,7 +6789,7 @@ class Job(Task):
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         try:
-            result_of(message)
+            unwrap(message)
         except SyncError as error:  # its outcome is known by now, or it has none but this
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
                 self.fail(str(error))
@@ -6760,6 +6797,7 @@ class Job(Task):
                 self.boot.ended(self, self.reported, self.reason)
             elif method == "fail" and self.outcome == COMPLETED:
                 self.reported = self.outcome
+                self.report("running")  # or its end would not be the death of a service
                 self.exited()
 
     def exited(self) -> None:
@@ -6807,41 +6845,56 @@ class Output:
         """Return whether there is much that standard output does not take."""
         return len(self.pending[1]) >= FULL
 
-    def is_pipe(self, fd: int) -> bool:
-        """Return whether somebody may read until the end of standard output or error."""
+    def pipes(self) -> list[int]:
+        """Return which of standard output and error somebody may read until their end."""
         import stat
 
-        mode = os.fstat(fd).st_mode
-        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
+        return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self) -> None:
-        """Print nothing any more to whoever may wait for the end of it."""
-        for fd in filter(self.is_pipe, self.pending):
-            nothing = null()
+    def let_go(self, fds: Iterable[int]) -> None:
+        """Print nothing any more on these, and hold them open no longer."""
+        nothing = null()
+        for fd in fds:
             os.dup2(nothing, fd)
-            os.close(nothing)
+            if self._fds[fd] != fd:
+                os.close(self._fds[fd])
+            self._fds[fd] = fd
+        os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
-        for fd in filter(self.pending.get, self.pending):
-            loop.watch(self._fds[fd], self.writer(fd), for_writing=True)
+        waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
+        for place, fd in waiting.items():
+            loop.watch(place, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
         try:
             return loop.turn(due)
         finally:
-            loop.forget(*self._fds.values())
+            loop.forget(*waiting)
 
-    def writer(self, fd: int) -> Callable[[], None]:
-        """Return what passes on what is to be printed."""
-        return lambda: self.write(fd)
+    def write(self, fd: int, patience: float = 0.0) -> None:
+        """Pass on what is taken without blocking: a pipe that can be written to has room for 4 KiB.
 
-    def write(self, fd: int, patience: float = 0) -> None:
-        """Pass on what is taken without blocking, or, with patience, with pauses of so many seconds."""
-        self.pending[fd] = write_some(self.pending[fd], self._fds[fd], patience)
+        With patience, wait for a slow reader, and drop what it does not take within so many seconds.
+        """
+        import select
+
+        data, at, ready = self.pending[fd], 0, select.poll()
+        ready.register(self._fds[fd], select.POLLOUT)
+        try:
+            while at < len(data) and ready.poll(patience * 1000):
+                at += os.write(self._fds[fd], data[at : at + 4096])
+        except BlockingIOError:  # less room than that
+            pass
+        except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
+            at = len(data)
+            self.let_go([fd])
+        self.pending[fd] = b"" if patience else data[at:]
 
     def flush(self) -> None:
         """Pass on all of it, but to readers that do not take it."""
         for fd in self.pending:
-            self.write(fd, patience=1)
+            self.write(fd, patience=1.0)
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
@@ -6867,7 +6920,7 @@ class Output:
 
 
 class Stream:
-    """What one unit prints."""
+    """What one unit prints: the pipe that it is read from, the file that keeps it, and the last lines."""
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -6996,6 +7049,9 @@ class Streams:
             stream.log = -1
 
 
+ENDS, RUNS, STAYS = range(3)  # what the background process does next: it ends, has something that runs on, or stays
+
+
 class Boot:
     """Runs scripts in the order of their graph, as an agent's client, in a background process.
 
@@ -7010,7 +7066,9 @@ class Boot:
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
+        self.wants = {s.unit: {edge.dependency for edge in s.wants} for s in scripts}
         self.unfinished = len(scripts)
+        self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.claimed = False
         self.began = time.monotonic()
@@ -7018,22 +7076,17 @@ class Boot:
         self.signal = 0  # that told us to stop
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.over = False  # the startup
-        self.may_end: Callable[[], bool] = lambda: True  # nobody else needs us
+        self.alone = False  # the front may end, and services go on
+        self.host: Host | None = None  # of our own agent
         self.directory = ""  # for files of commands
         self.graph: Graph | None = None
 
-    def run(
-        self,
-        channel: Channel,
-        when_claimed: Callable[[], None] = lambda: None,
-        may_end: Callable[[], bool] | None = None,
-    ) -> int:
-        """Boot against an agent, and look after what runs on; return the exit status.
+    def run(self, channel: Channel, host: Host | None = None) -> int:
+        """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Calls `when_claimed` when the agent has let us, and ends when `may_end`. Raises Refused if the agent does not,
-        and Unreachable; then it may be called again, for another agent.
+        Raises Refused if the agent does not let us, and Unreachable; then it may be called again, for another agent.
         """
-        self.when_claimed, self.may_end = when_claimed, may_end or self.may_end
+        self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, self.directory = null(), private_directory()
         for job in self.jobs.values():
@@ -7044,7 +7097,7 @@ class Boot:
         try:
             self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
-            self.until(lambda: not self.unfinished and self.said())
+            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -7057,35 +7110,34 @@ class Boot:
             os.close(self.null)
 
     def look_after(self, code: int) -> int:
-        """Have the front go on after the startup, and be the parent of what still runs; return the exit status."""
-        self.over, self.report_at, self.out.live_at = True, NEVER, NEVER
+        """Let the front go on after the startup, and be the parent of what still runs; return the exit status."""
+        self.over, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
         if self.options.stay and not self.signal:
             if not self.options.quiet:
                 self.out.say("boot: staying until a signal")
             self.tell_front(code, STAYS)
             self.until(lambda: bool(self.stopping or self.link.lost))
             code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
-        elif self.options.command and code and not self.signal and not self.options.always:
-            how = "is not run, since not all went well; --always would"
-            self.out.say(f"boot: {self.options.command} {how}") if not self.options.quiet else None
-        if self.runs() and not self.signal:
-            self.out.patient = False
-            if not self.options.command:
-                self.say_let_go()
-            self.until(self.said)
-            self.out.flush()
-            self.tell_front(code, RUNS)
+        elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
+            self.out.say(f"boot: {self.options.command} is not run, since not all went well; --always would")
+        runs_on = self.runs() and not self.signal
+        self.alone = runs_on and not self.options.command
+        if self.alone:
+            self.say_let_go()
+        self.until(self.said)
+        self.out.flush()
+        self.tell_front(code, RUNS if runs_on else ENDS)
+        if runs_on:
             os.chdir("/")
             self.until(lambda: not self.runs())
-        else:
-            self.out.flush()
-            self.tell_front(code, ENDS)
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether something runs, or prints, or whether another boot needs the agent that we are."""
-        lives = any(job.lives() for job in self.active.values())
-        return lives or bool(self.streams.by_fd and not self.stopping) or not self.may_end()
+        """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
+        if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
+            return True
+        needed = self.host and not self.stopping and not self.host.agent.retire()
+        return bool(needed or (self.host and self.link.waits()))
 
     def tell_front(self, code: int, what: int) -> None:
         """Tell the front how the startup went, and what comes next."""
@@ -7104,8 +7156,8 @@ class Boot:
             self.told(number)
         if not numbers:
             self.loop.forget(self.front)
-            if self.over and not (self.options.stay or self.options.command):
-                self.out.let_go()
+            if self.alone:
+                self.out.let_go(self.out.pipes())
             elif not self.stopping:
                 self.told(1)
 
@@ -7116,15 +7168,24 @@ class Boot:
         self.stop(f"stopped: {why}", 0 if again else self.options.grace)
 
     def abandon(self) -> None:
-        """End what runs on an unexpected way out."""
+        """End what runs, by nothing but signals, on an unexpected way out."""
+        self.link.close()
         families = [job.family for job in self.active.values() if job.lives()]
+        if families:
+            self.loop.forget(self.front, *self.streams.by_fd)
+            self.loop.children.clear()
+        for family in families:
+            family.look(self.loop.processes)
+            family.signal(15)
+            family.tell_others()
         deadline = time.monotonic() + self.options.grace
-        while families:
-            families = [family for family in families if family.look(self.loop.processes)]
-            for family in families:
-                family.kill() if time.monotonic() > deadline else family.tell_others()
-                family.signal(15)
+        while families and time.monotonic() < deadline + LAST_WAIT:
             self.loop.turn(time.monotonic() + LOOK_OFTEN)
+            for family in families:
+                family.first = family.first and signal_to(family.pid, 0)
+                if time.monotonic() > deadline:
+                    family.kill()
+            families = [family for family in families if family.look(self.loop.processes)]
 
     def until(self, over: Callable[[], bool]) -> None:
         """Handle whatever happens until it is over and nothing that is to end still runs."""
@@ -7145,7 +7206,7 @@ class Boot:
                 self.told(number)
 
     def said(self) -> bool:
-        """Whether all that was to be printed is; told to stop, we do not wait for readers that have."""
+        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
     def keep_time(self, now: float) -> float:
@@ -7159,7 +7220,8 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
+        latest = now + (0.2 if self.over and not self.active else 60)  # perhaps another boot needs our agent
+        due = min(latest, self.report_at, self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     # -- units --------------------------------------------------------------------------------------------
@@ -7176,17 +7238,22 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.link.ask("boot", result_of, units=rows, jobs=jobs, more=True)
+                self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.link.ask("boot", self.let, units=rows, jobs=jobs, more=False)
+        self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
-    def let(self, answer: Object) -> None:
+    def claim_answered(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        result_of(answer)
+        for name in record(Claimed, unwrap(answer)).done:
+            if name in self.jobs:
+                del self.jobs[name]
+                self.done.append(name)
+                self.unfinished -= 1
         self.claimed = True
-        self.when_claimed()
+        if self.host:
+            self.host.accept()
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -7203,7 +7270,7 @@ class Boot:
             self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
-        """The agent has ended: what runs may finish, nothing new starts. Raises the error if nothing was claimed."""
+        """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
         if not self.claimed:
             raise error
         self.out.say(f"error: {error}")
@@ -7215,7 +7282,7 @@ class Boot:
                 self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
     def ended(self, job: Job, status: str, reason: str) -> None:
-        """A unit has its outcome."""
+        """Take the outcome of a unit."""
         if job.outcome:
             return
         job.outcome, job.reason = status, reason or job.why or job.reason
@@ -7228,7 +7295,7 @@ class Boot:
             self.another("failed")
 
     def another(self, what: str) -> None:
-        """A unit has failed, or has ended badly after it had completed: with --fail-fast that ends the others."""
+        """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
         if self.options.fail_fast and self.over and self.options.command:
             self.tell_front(1, RUNS)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
@@ -7258,11 +7325,12 @@ class Boot:
     def stop_in_order(self, now: float) -> None:
         """End what runs, and nothing wants that does, also through others; at the end all."""
         wanted: set[str] = set()
-        todo = [job for job in self.active.values() if job.lives() and now < self.stop_by - self.options.grace / 2]
+        early = now < self.stop_by - self.options.grace / 2
+        todo = [name for name, job in self.active.items() if early and job.lives()]
         while todo:
-            new = {edge.dependency for edge in todo.pop().script.wants} - wanted
+            new = self.wants.get(todo.pop(), set()) - wanted
             wanted |= new
-            todo += [self.jobs[name] for name in new if name in self.jobs]
+            todo += new
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7270,7 +7338,7 @@ class Boot:
     # -- reports ------------------------------------------------------------------------------------------
 
     def running(self, now: float) -> list[str]:
-        """What runs and has not ended, for how long, and what a service lacks."""
+        """Return the units that run, for how long they have, and what a service lacks."""
         shown = []
         for job in self.active.values():
             if job.running() and not job.outcome:
@@ -7280,9 +7348,9 @@ class Boot:
         return shown
 
     def told_graph(self, answer: Object) -> None:
-        """Take the answer to a question about all units: for a report on the way, or the one at the end."""
+        """Take the graph of all units, for a report on the way, or the one at the end."""
         try:
-            graph = record(Graph, result_of(answer))
+            graph = record(Graph, unwrap(answer))
         except Unreachable:
             graph = Graph(0.0, [])
         if self.unfinished:
@@ -7310,8 +7378,8 @@ class Boot:
                 waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
-        text += f"; running: {names_of(running)}" if running else ""
-        self.out.say(text + (f"; waiting: {names_of(waiting)}" if waiting else ""))
+        text += f"; running: {some_names(running)}" if running else ""
+        self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
         """Say how it went; return the exit status."""
@@ -7319,11 +7387,11 @@ class Boot:
             if job.outcome != COMPLETED:
                 self.streams.close(job.stream)
         lost = self.link.lost
+        self.look()
         self.link.ask("graph", self.told_graph)
         self.until(lambda: self.graph is not None)
         self.out.clear()
         self.out.flush()
-        self.look()
         graph = self.graph or Graph(0.0, [])
         self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
@@ -7335,14 +7403,16 @@ class Boot:
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
-        """What failed with its last lines, what was skipped and why, how long it took."""
+        """Return what failed, with its last lines, what was skipped and why, and how long it took."""
         count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
         words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
+        words += [f"{len(self.done)} done before"] if self.done else []
         text = f"boot: {', '.join(words)}\n"
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
-                text += f"{'died' if job.died else 'failed'}: {job.unit} ({how}); {printable(job.script.path)}\n"
+                how = f" ({how})" if how else ""
+                text += f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}\n"
                 text += "".join(f"    | {line}\n" for line in job.stream.last)
         for job in self.jobs.values():
             if job.outcome == SKIPPED:
@@ -7350,7 +7420,7 @@ class Boot:
             elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
                 text += f"not started: {job.unit}: {job.reason}\n"
         going_on = [job.unit for job in self.active.values() if job.lives()]
-        text += f"still running: {names_of(going_on)}\n" if going_on else ""
+        text += f"still running: {some_names(going_on)}\n" if going_on else ""
         lines = [Startup(graph).summary()] if graph.nodes else []
         if os.isatty(2):
             lines = [part for line in lines for part in wrap(line, self.out.columns)]
@@ -7359,12 +7429,9 @@ class Boot:
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
         names = sorted({stream.unit for stream in self.streams.by_fd.values()})
-        if names and not self.out.quiet and self.out.is_pipe(1):
+        if names and not self.out.quiet and 1 in self.out.pipes():
             kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
-            self.out.say(f"boot: standard output is a pipe: what {names_of(names)} will print is {kept}")
-
-
-ENDS, RUNS, STAYS = range(3)  # what comes after the startup: nothing, the look after what still runs, --stay
+            self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
 
 
 class Front:
@@ -7407,11 +7474,20 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
+        import _signal as signal
+
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                self.signal = number
-                self.tell(number)
+                if number != signal.SIGWINCH:  # which is for COMMAND
+                    self.signal = number
+                    self.tell(number)
+
+    def wait_for_end(self) -> None:
+        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
+        if not self.ended:
+            put("error: boot's background process has not ended; is it stopped?\n", 2)
 
     def run(self, always: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
@@ -7422,32 +7498,34 @@ class Front:
         if self.said and self.said[-1][1] == ENDS:
             self.until(lambda: self.ended)
         if self.signal:
-            self.until(lambda: self.ended, self.grace + 5)
+            self.wait_for_end()
             return 128 + self.signal
-        if not self.said or (self.ended and self.ended[0] < 0):  # it has said why, unless it was killed
-            code = self.ended[0]
-            if code < 0:
-                put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
-            return shell_status(code)
         code = self.ended[0] if self.ended else self.said[-1][0]
-        wanted = self.command and (code == 0 or always)
-        if self.command and not self.ended:
-            try:
-                return self.run_command() if wanted else code
-            finally:
+        if code < 0:
+            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+        wanted = self.command and self.said and (code == 0 or (always and code > 0))  # it has said why, if nothing
+        try:
+            if wanted and not self.ended:
+                return self.run_command()
+        finally:
+            if self.command and not self.ended:
                 self.tell(0)
-                self.until(lambda: self.ended, self.grace + 5)
+                self.wait_for_end()
         self.loop.give_back()
         if wanted:
-            import _signal as signal
+            self.become_command()
+        return shell_status(code)
 
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            try:
-                os.execvp(self.command[0], self.command)
-            except (OSError, ValueError) as error:
-                raise cannot_run(self.command[0], error) from None
-        return code
+    def become_command(self) -> NoReturn:
+        """Have COMMAND take our place. Raises CommandError."""
+        import _signal as signal
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        try:
+            os.execvp(self.command[0], self.command)
+        except (OSError, ValueError) as error:
+            raise cannot_run(self.command[0], error) from None
 
     def run_command(self) -> int:
         """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
@@ -7471,8 +7549,43 @@ class Front:
         return shell_status(codes[0])
 
 
+def boot_at(path: str, boot: Boot) -> int:
+    """Boot against the agent at a path; where there is none, be it as long as something runs."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    while True:
+        try:
+            channel = Channel(path)
+        except Foreign:
+            raise
+        except Unreachable:
+            try:
+                with Host(path) as host:
+                    return boot.run(own_channel(host), host)
+            except Refused:  # another agent was faster, or is about to go
+                if boot.link.opened or time.monotonic() >= deadline:
+                    raise
+        else:
+            with channel:
+                try:
+                    return boot.run(channel)
+                except Unreachable:  # it was about to end
+                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
+                        raise
+                    boot.link.opened = False
+        time.sleep(0.02)
+
+
+def own_channel(host: Host) -> Channel:
+    """Return a connection to our own agent, which takes others when all units are claimed."""
+    from socket import socketpair
+
+    ours, theirs = socketpair()
+    host.server.process_request(Connection(theirs, WakeUp()), "")
+    return Channel(host.path, sock=ours)
+
+
 def pieces(line: bytes) -> Iterator[bytes]:
-    """A line in pieces of at most CUT bytes, cut between characters."""
+    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
     while len(line) > CUT:
         at = CUT
         while at > CUT - 4 and line[at] & 0xC0 == 0x80:
@@ -7483,32 +7596,11 @@ def pieces(line: bytes) -> Iterator[bytes]:
 
 
 def opened_again(fd: int) -> int:
-    """A terminal such that writing to it does not block; not that of others who have it open. Else the descriptor."""
+    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
     try:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return fd
-
-
-def write_some(data: bytes, fd: int, patience: float) -> bytes:
-    """Write what can be written without blocking: a pipe that is writable has room for 4 KiB. Return the rest.
-
-    Waits for a slow reader, but drops what one does not take for `patience` seconds, or ever.
-    """
-    import select
-
-    out, at = select.poll(), 0
-    out.register(fd, select.POLLOUT)
-    while at < len(data):
-        if not out.poll(patience * 1000):
-            return b"" if patience else data[at:]
-        try:
-            at += os.write(fd, data[at : at + 4096])
-        except BlockingIOError:  # less room than that
-            return b"" if patience else data[at:]
-        except OSError:  # nobody reads any more; the boot goes on
-            break
-    return b""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7797,7 +7889,7 @@ def cmd_serve(args: Args) -> int:
         "advice": slowness(),
     }
     if not args.command:
-        serve(Host(socket_path_of(args.socket_path), alone=True, **options), args.detach)
+        serve(Host(agent_path(args.socket_path), alone=True, **options), args.detach)
         return 0
     import tempfile
 
@@ -7847,7 +7939,7 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
 )
 def cmd_ping(args: Args) -> None:
     """Say whether an agent answers."""
-    client = client_of(args)
+    client = make_client(args)
     pong = client.ping(args.wait)
     put(f"agent at {client.socket_path}: pid {pong['pid']}, version {pong['version']}, up {span(pong['uptime'])}\n")
 
@@ -7857,8 +7949,9 @@ def cmd_ping(args: Args) -> None:
     Argument("paths", nargs="+", metavar="PATH", help="scripts, and directories of scripts"),
     Argument("-j", "--jobs", type=number, default="0", metavar="N", help="run at most N at once; 0: no limit"),
     flag("--check", help="only check the headers, and show the order"),
+    flag("--resume", help="do not run again what the agent has as completed"),
     flag("--fail-fast", help="stop everything at the first failure"),
-    Argument("--grace", type=duration, default="10s", metavar="DURATION", help="time to end when told to"),
+    Argument("--grace", type=duration, default="8s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
@@ -7868,7 +7961,7 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    path = os.path.abspath(socket_path_of(args.socket_path))  # also for scripts that go elsewhere
+    path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
@@ -7882,15 +7975,16 @@ def cmd_boot(args: Args) -> int:
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     options = BootOptions(
-        args.jobs,
-        args.grace,
-        args.log_dir,
-        args.fail_fast,
-        args.stay,
-        args.quiet,
-        args.always,
-        timeline_writer(args.timeline) if args.timeline else None,
-        args.command[0] if args.command else "",
+        jobs=args.jobs,
+        grace=args.grace,
+        log_dir=args.log_dir,
+        fail_fast=args.fail_fast,
+        stay=args.stay,
+        quiet=args.quiet,
+        always=args.always,
+        resume=args.resume,
+        timeline=timeline_writer(args.timeline) if args.timeline else None,
+        command=args.command[0] if args.command else "",
     )
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
@@ -7900,41 +7994,6 @@ def cmd_boot(args: Args) -> int:
     code = boot_at(path, boot) if scripts else boot.look_after(0)
     boot.loop.give_back()
     return code
-
-
-def boot_at(path: str, boot: Boot) -> int:
-    """Boot against the agent at a path; where there is none, be it as long as the boot takes."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT
-    while True:
-        try:
-            channel = Channel(path)
-        except Foreign:
-            raise
-        except Unreachable:
-            try:
-                with Host(path) as host:
-                    return boot_at_own(boot, host)
-            except Refused:  # another agent was faster, or is about to go
-                if boot.link.opened or time.monotonic() >= deadline:
-                    raise
-        else:
-            with channel:
-                try:
-                    return boot.run(channel)
-                except Unreachable:  # it was about to end
-                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
-                        raise
-                    boot.link.opened = False
-        time.sleep(0.02)
-
-
-def boot_at_own(boot: Boot, host: Host) -> int:
-    """Boot against our own agent, which takes other connections when all units are claimed."""
-    from socket import socketpair
-
-    ours, theirs = socketpair()
-    host.server.process_request(Connection(theirs, WakeUp()), "")
-    return boot.run(Channel(host.path, sock=ours), host.accept, host.agent.retire)
 
 
 @Command(
@@ -7961,8 +8020,8 @@ def cmd_install(args: Args) -> None:
 @Command("reset pip-install", units_or("all"), QUIET)
 def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
-    names = client_of(args).reset(*args.units)
-    say(f"pending again: {names_of(names)}" if names else "no unit has ended", quiet=args.quiet)
+    names = make_client(args).reset(*args.units)
+    say(f"pending again: {some_names(names)}" if names else "no unit has ended", quiet=args.quiet)
 
 
 @Command(
@@ -7973,9 +8032,9 @@ def cmd_reset(args: Args) -> None:
 )
 def cmd_stop(args: Args) -> None:
     """End the commands of UNIT and of what depends on it, dependents first."""
-    answer = client_of(args).halt(*args.units, grace=args.grace)
+    answer = make_client(args).halt(*args.units, grace=args.grace)
     if answer.stopped:
-        say(f"stopped: {names_of(answer.stopped)}", quiet=args.quiet)
+        say(f"stopped: {some_names(answer.stopped)}", quiet=args.quiet)
     if answer.left or answer.cannot:
         raise Refused(still_running(answer))
     if not answer.stopped:
@@ -7985,7 +8044,7 @@ def cmd_stop(args: Args) -> None:
 @Command("shutdown", QUIET)
 def cmd_shutdown(args: Args) -> None:
     """End the agent, and return when it has ended."""
-    client = client_of(args)
+    client = make_client(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
 
@@ -7993,7 +8052,7 @@ def cmd_shutdown(args: Args) -> None:
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
-    variables = client_of(args).env(args.unit)
+    variables = make_client(args).env(args.unit)
     for name in variables:
         if not is_variable(name):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
@@ -8009,7 +8068,7 @@ def shell_word(text: str) -> str:
 @Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
 def cmd_status(args: Args) -> None:
     """Show UNIT and its dependencies."""
-    status = client_of(args).status(args.unit)
+    status = make_client(args).status(args.unit)
     put(json_text(plain(status)) if args.output == "json" else status_text(status, args.column))
 
 
@@ -8021,7 +8080,7 @@ def cmd_status(args: Args) -> None:
 )
 def cmd_list(args: Args) -> None:
     """Show all units."""
-    units = client_of(args).list(args.all)
+    units = make_client(args).list(args.all)
     put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
 
 
@@ -8029,7 +8088,7 @@ def cmd_list(args: Args) -> None:
 def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
-    graph = client_of(args).graph()
+    graph = make_client(args).graph()
     put(why_text(graph, names))
 
 
@@ -8050,7 +8109,7 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-    graph = client_of(args).graph()
+    graph = make_client(args).graph()
     if args.compare:
         put(compare_text(before, read_timeline(json_text(timeline_data(graph)), "the present")))
     elif args.blame:
@@ -8064,7 +8123,7 @@ def cmd_timeline(args: Args) -> None:
 @Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
-    graph = part_of(client_of(args).graph(), args.units)
+    graph = part_of(make_client(args).graph(), args.units)
     if args.output == "tree":
         put(graph_tree(graph, args.units, terminal()[2]))
     elif args.output == "json":
@@ -8076,7 +8135,7 @@ def cmd_graph(args: Args) -> None:
 @Command("events --follow", flag("-f", "--follow", help="go on with what happens next"))
 def cmd_events(args: Args) -> None:
     """Print what happened, one JSON object a line."""
-    for event in client_of(args).events(args.follow):
+    for event in make_client(args).events(args.follow):
         if not put(_dumps(plain(event)) + "\n"):
             return
 
