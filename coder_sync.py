@@ -838,7 +838,7 @@ class Channel:
                 data = data[self.sock.send(data) :]
             except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
                 if time.monotonic() > deadline:
-                    raise self._gone() from None
+                    raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
             except OSError as error:
                 if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
@@ -1085,7 +1085,8 @@ class Client:
     """Talk to an agent. All times in seconds.
 
     Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's.
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
+    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
     """
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
@@ -2273,7 +2274,7 @@ class Unit:
         self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.last: Claim | None = None  # the claim that was granted last, in the present run
+        self.last: Claim | None = None  # the held claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it was started with
         self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
         self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
@@ -2818,7 +2819,8 @@ class Units:
         unit.queued = ()
         self._leave(claim)
         unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
-        unit.holder = unit.last = claim if unit.name else None
+        unit.holder = claim if unit.name else None
+        unit.last = unit.holder if claim.held else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
@@ -3618,6 +3620,8 @@ class Agent:
             if not self.stopping:
                 self.units.end_claims(list(connection.claims), "its caller went away")
                 self._distribute()
+            for claim in connection.claims:
+                claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
             connection.open.clear()
             connection.claims.clear()
             connection.wake_up.close()
@@ -3785,7 +3789,7 @@ class Agent:
     def _distribute(self) -> None:
         """Pass on the answers that became known."""
         for claim, answer in self.units.take_answers():
-            if claim.ticket is None:  # of a stop of our own
+            if claim.ticket is None:  # of who has gone, or of a stop of our own
                 continue
             if isinstance(answer, Stopping):
                 claim.ticket.connection.post({"method": "stop", "params": plain(answer)})

@@ -5038,6 +5038,24 @@ def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, kind: s
             assert re.fullmatch(expected, done.stderr), line
 
 
+def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
+    agent = answering(
+        world, altered("coder_sync.METHODS['shutdown'] = lambda agent, request: {}", "serve"), env=world.env
+    )
+    done = finish(world.spawn(altered(SOON, "shutdown"), env=world.env))
+    said = f"error: the agent at {world.path} (pid {agent.pid}) was told to end 2 s ago and has not; is it stopped?\n"
+    assert (done.returncode, done.stderr) == (3, said)
+
+
+def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -> None:
+    agent = world.serve()
+    stop(agent)
+    asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
+    asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
+    said = finish(world.spawn(altered(asks))).stderr
+    assert said.endswith(f"(pid {agent.pid}) has not answered for 2 s; is it stopped?\n")
+
+
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
