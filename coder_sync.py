@@ -7629,11 +7629,12 @@ def opened_again(fd: int) -> int:
 
 # ----------------------------------------------------------------------------------------------------------
 # Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode, behind the lines of sh that make it executable. Its __main__ is `launch`. The bytecode is two .pyc files, of
-# the code above the cut and below it; the first is imported as the module, and loads the second. Where another .pyc has
-# the hash of its source, these have their length and half of their own hash.
+# bytecode, behind the lines of sh that make it executable. Like these, its __main__ calls `launch`. The bytecode is two
+# .pyc files, of the code above the cut and below it; the first is imported as the module, and loads the second. Where
+# another .pyc has the hash of its source, these have their length and half of their own hash.
 # ----------------------------------------------------------------------------------------------------------
 
+PLACE = 2048  # bytes for each: `python3 PATH` looks for __main__ where it was before the file was replaced
 COMPILE = f"""\
 import __future__
 import sys
@@ -7681,14 +7682,15 @@ def application(python: str) -> bytes:
 
     with open(FILE, "rb") as file:
         source = source_in(file.read())
-    call = (
-        source.split(b"\n", 2)[2].partition(b'"""')[0].replace(b"python3", shlex.quote(python or "python3").encode(), 1)
-    )
+    call = source.split(b"\n", 2)[2].partition(b'"""')[0]
+    launcher = call.split(b"'")[1].replace(b"argv[1]", b"argv[0]")
+    call = call.replace(b"python3", shlex.quote(python or "python3").encode(), 1)
     about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
-    data = io.BytesIO(b"#!/bin/sh\n" + about.encode() + call + b"\n")
+    data = io.BytesIO((b"#!/bin/sh\n" + about.encode() + call).ljust(PLACE, b"\n"))
     above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
     members = {
-        "__main__.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\nlaunch()\n",
+        "__main__.py": launcher.ljust(PLACE, b"\n"),
+        "launch.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\n",
         "coder_sync.pyc": above,
         "below.pyc": below,
         "coder_sync.py": source,
@@ -8341,7 +8343,7 @@ def cmd_completion(args: Args) -> None:
 
     if args.command:
         line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
-        if args.shell == "bash" and point.isdecimal():
+        if args.shell == "bash" and point.isdecimal() and len(point) < 10:
             found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
         else:
             found = candidates(args.command)
