@@ -9089,7 +9089,7 @@ def test_much_output_hurts_neither_the_memory_nor_the_others(world: World) -> No
     with open(world.directory / "out", "wb") as out:
         boot = Boot(world, files, "--stay", stdout=out)
     boot.says("staying")
-    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.process.pid}/status").read_text())
+    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.background()}/status").read_text())
     assert peak and int(peak.group(1)) < 40 * 1024
     boot.signal()
     boot.ends(143)
@@ -9270,7 +9270,8 @@ def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(worl
     assert boot.process.wait(PATIENCE) == 0
     os.close(master)
     time.sleep(0.1)  # for some lines that find no terminal
-    assert {coder_sync.stat_of(pid)[4] for pid in boot.left()} == {"0"}, "none has a terminal"
+    lasting = [boot.background(), *(pid_of(world, name) for name in STACK)]
+    assert {coder_sync.stat_of(pid)[4] for pid in lasting} == {"0"}, "none has a terminal"
     assert "db  completed" in re.sub(" +", "  ", call.ok(world, "list"))
     call.ok(world, "shutdown")
     until(lambda: boot.left() == [])
