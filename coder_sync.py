@@ -1728,15 +1728,15 @@ elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Processes. What several rooms need of the system: what standard output shows, who a process is, which descriptors
-# are open, signals, a command's run and its end. It may use Linux's /proc, and makes do without.
+# Processes. What several sections need of the system: what standard output shows, who a process is, which descriptors
+# are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
 # ----------------------------------------------------------------------------------------------------------
 
 import os  # noqa: E402  (a plain call, which needs only what is above, does without)
 
 
 def terminal() -> tuple[int, bool, bool]:
-    """The width of standard output, whether it takes colour, and whether it shows more than ASCII."""
+    """Return the width of standard output, whether it takes colour, and whether it shows more than ASCII."""
     tty = os.isatty(1)
     try:
         width = os.get_terminal_size(1).columns
@@ -1749,7 +1749,7 @@ def terminal() -> tuple[int, bool, bool]:
 
 
 def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
-    """The environment for a command: ours, or what was made before, and what is added to it."""
+    """Return the environment for a command: `base`, or else ours, with some more variables."""
     added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
     return {**(os.environb if base is None else base), **added}
 
@@ -1758,7 +1758,7 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
 
 
 def has_proc() -> bool:
-    """Return whether there is a /proc of our own pid namespace: in another one's, our numbers are other processes."""
+    """Return whether /proc is that of our own pid namespace; in any other, a pid of ours is another process."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -1787,9 +1787,9 @@ def stat_of(pid: int) -> list[str]:
 
 
 def birth(pid: int) -> str | None:
-    """When a process started, as the system counts it, to tell it from a later one; empty when it is gone.
+    """Return when a process began, in the system's ticks, which tells it from a later one; empty if it has ended.
 
-    None when it cannot be told: no /proc, or no descriptor left to look.
+    None if that is not known: there is no /proc, or no descriptor left.
     """
     try:
         fields = stat_of(pid)
@@ -1808,7 +1808,7 @@ def proc_line(pid: int, what: str) -> str:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process, short enough for a message; empty if unknown."""
+    """Return the command line of a process, short enough for a message; empty if unknown."""
     try:
         args = proc_file(pid, "cmdline").rstrip("\0").split("\0")
     except OSError:
@@ -1841,7 +1841,7 @@ def open_file(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def open_files() -> int:
-    """How many descriptors this process may have."""
+    """Return how many descriptors this process may have."""
     import resource
 
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1892,7 +1892,7 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 
 def heeded(names: Iterable[str]) -> list[int]:
-    """The numbers of signals, but those that we were started to ignore, as nohup(1) wants it; TERM always counts."""
+    """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
     import _signal as signal
 
     numbers = [int(getattr(signal, name)) for name in names]
@@ -1900,26 +1900,27 @@ def heeded(names: Iterable[str]) -> list[int]:
 
 
 class Processes:
-    """All processes that are alive, as /proc shows them at one time. Raises OSError unless all could be seen.
+    """All living processes, as /proc shows them. Raises OSError unless all could be seen.
 
-    `before` is an earlier look: who was seen then is not asked again for its mark.
+    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one. `before` is an earlier
+    look, whose marks are taken over.
     """
 
     def __init__(self, before: Processes | None = None) -> None:
-        self.births: dict[int, int] = {}  # pid -> when it began, which tells it from a later one with the same pid
-        self.near: dict[int | str, list[int]] = {}  # a pid -> those of which it is the parent, group or session
-        self.dead_groups: set[int] = set()  # those with zombies, which no signal tells from the living
-        self._marks: dict[int, str] = {}  # what $CODER_SYNC_ENV is in those that are younger than we; also in `near`
+        self.births: dict[int, int] = {}  # pid -> when it began, in ticks
+        self.near: dict[int | str, list[int]] = {}  # parent, group, session or mark -> pids
+        self.dead_groups: set[int] = set()  # process groups that have zombies
+        self._marks: dict[int, str] = {}  # of those that began after us
         if not has_proc():
             raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
         ours = int(stat_of(os.getpid())[19])
         seen: set[str] = set()
-        for _ in range(9):  # what has ended may have begun another one after it was listed
+        for _ in range(9):  # a process that has ended since it was listed may have begun another one
             new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
             if sum(self._add(int(name), before, ours) for name in new) == len(new):
                 return
             seen |= new
-        raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be seen")
+        raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be listed")
 
     def _add(self, pid: int, before: Processes | None, ours: int) -> bool:
         """Add a process; return False if it has ended."""
@@ -1941,7 +1942,7 @@ class Processes:
 
 
 def mark_of(pid: int) -> str:
-    """Return the $CODER_SYNC_ENV that a process began with, which no two units have; empty if it cannot be told."""
+    """Return the mark of a process; empty if it has none, or if it is not ours to read."""
     try:
         words = read_proc(f"/proc/{pid}/environ").split("\0")
     except OSError:  # it is another user's, or has ended
@@ -1950,27 +1951,26 @@ def mark_of(pid: int) -> str:
 
 
 class Family:
-    """The processes of a command: those of its session or group, if it has its own, and all that descend from them.
+    """The processes of a command: its session or group if it has its own, its mark's, and all that descend from them.
 
-    Who was seen once is known by pid and birth, also when its parent has gone; a daemon that nobody has seen before is,
-    by `mark`, its $CODER_SYNC_ENV. Without a /proc of ours only the first process and its group are known. No pid is
-    signalled that may have become another process's.
+    Once seen, a process is known by its pid and its birth, also after its parent has ended. Without a /proc of ours,
+    only the first process and its group are known. No pid is signalled that may be another process's by now.
     """
 
     def __init__(self, pid: int, own: bool, mark: str) -> None:
-        self.pid, self.own, self.mark = pid, own, mark  # of the first process; whether it leads a session or group
-        self.first = pid > 0  # it has not ended
-        self._known: dict[int, int] = {}  # pid -> birth, at the last look
+        self.pid, self.own, self.mark = pid, own, mark  # of the first process; `own`: it leads a session or group
+        self.first = pid > 0  # the first process has not ended
+        self._known: dict[int, int] = {}  # pid -> birth, as of the last look
 
     def look(self, processes: Callable[[], Processes]) -> bool:
-        """Find out who is left; return False only if it is certain that nobody is."""
+        """Look who is left; return False only if certainly nobody is."""
         try:
             alive = processes()
         except FileNotFoundError:  # no /proc of ours
             return self.first or self.has_group()
-        except OSError:  # it is not certain: there was no descriptor, or too much begins
+        except OSError:  # no descriptor is left, or processes begin too fast
             return True
-        self.own = self.own and (self.first or self.pid not in alive.births)  # else its number is another's by now
+        self.own = self.own and (self.first or self.pid not in alive.births)  # else the pid is another process's
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first or self.own)
         todo += alive.near.get(self.mark, ()) if self.mark else ()
@@ -1985,7 +1985,7 @@ class Family:
         return self.first or bool(self._known) or missed
 
     def has_group(self) -> bool:
-        """Return whether its own group has members, dead or alive."""
+        """Return whether its own group has members, zombies included."""
         return self.own and signal_to(-self.pid, 0)
 
     def signal(self, number: int) -> None:
@@ -1994,12 +1994,12 @@ class Family:
             signal_to(self.pid, number)
 
     def left(self) -> list[int]:
-        """Return the pids of all who are known to be left, the first process before the others."""
+        """Return the pids of those known to be left, the first process first."""
         others = [pid for pid in self._known if pid != self.pid or not self.first]
         return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
-        """Tell the others to end, for good servers tell their workers themselves."""
+        """Send TERM to all but the first process."""
         import _signal as signal
 
         others = self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group())
@@ -2008,16 +2008,16 @@ class Family:
                 signal_to(pid, number)
 
     def kill(self) -> None:
-        """Kill all of them; those of its group at once, so that none is begun meanwhile."""
+        """Send KILL to all, to its own group in one step, in which no more can be begun."""
         for pid in [-self.pid] * self.own + self.left():
             signal_to(pid, 9)
 
 
 class Loop:
-    """What a process waits for, in its main thread: signals, the ends of its children, descriptors and a time.
+    """What the main thread waits for: signals, ends of children, descriptors, and a time.
 
-    The interpreter's own handler writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls
-    with all else, so none is missed between two polls. Signals have no other effect until they are given back.
+    Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with everything else:
+    so none is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
@@ -2025,7 +2025,7 @@ class Loop:
         import select
 
         self.numbers = heeded(names)
-        self.children: dict[int, Callable[[int], None]] = {}  # what takes the exit status of each
+        self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None
         self._looked = False  # since the last turn
@@ -2035,7 +2035,7 @@ class Loop:
         self._poll = select.poll()
         self._poll.register(self._came, select.POLLIN)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # A parent may have blocked some. If it ignored SIGCHLD, children would leave no exit status.
+        # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
@@ -2055,34 +2055,34 @@ class Loop:
         return [n for n in came if n in self.numbers]
 
     def processes(self) -> Processes:
-        """Return all processes, seen once for all who ask between two turns. Raises OSError."""
+        """Return all living processes; between two turns, the same look serves all who ask. Raises OSError."""
         if not self._processes or not self._looked:
             self._processes, self._looked = Processes(self._processes), True
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
-        """Have something called whenever a descriptor can be read, or written to."""
+        """Call `handler` in each turn in which a descriptor can be read, or written to."""
         import select
 
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
 
     def forget(self, *fds: int) -> None:
-        """Watch descriptors no more."""
+        """Stop watching descriptors."""
         for fd in fds:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
     def give_back(self) -> None:
-        """Let signals have their usual effect again, as before a command takes our place.
+        """Let signals have their usual effect again, as needed before exec.
 
-        Raises SystemExit(128+N) if one has come that `turn` did not return, so that none is lost, not even to process
-        1, which the system spares the usual effect. One that was blocked before is left to whoever blocked it.
+        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. A signal that was
+        blocked before the Loop was made is left pending.
         """
         import _signal as signal
         from _thread import get_ident
 
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # and what has come is handled, or Python complains
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -2097,7 +2097,7 @@ class Loop:
             sys.exit(128 + late[0])
 
     def _reap(self) -> None:
-        """Take the ends of all children, as process 1 must of every orphan. Nobody else does: it would be lost here."""
+        """Take the exit statuses of all children, and of orphans if we are process 1. No other place calls waitpid."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -2110,9 +2110,9 @@ class Loop:
 
 
 def sent_by_key(number: int) -> bool:
-    """Return whether a signal is a key's of our terminal, which sends it to the whole foreground group.
+    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group.
 
-    No signal says who sent it, so it is taken for a key's whenever it may be one's.
+    Who sent a signal is not known here: INT and QUIT to a process of the foreground group count as sent by a key.
     """
     import _signal as signal
 
@@ -2134,9 +2134,10 @@ def end_on(*names: str) -> None:
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
-    """Start a command with the usual signals, of which Python ignores some and we block some; return its pid.
+    """Start a command with default signal handling, which Python and we have changed; return its pid.
 
-    Where there is no session of its own to be had, a process group is. Raises OSError, or ValueError for an empty name.
+    `own_session` gives it a session of its own, or at least a process group. Raises OSError, and ValueError for an
+    empty name.
     """
     import _signal as signal
 
@@ -2151,7 +2152,7 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
 
 
 def in_path(program: str, path: bytes | None) -> str:
-    """Return where a program is in a PATH, if that is not ours, which the system looks in. Raises OSError."""
+    """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
     places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
@@ -2162,9 +2163,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
-    """Run a command with our own standard streams, pass signals on, return its exit status, -N for signal N.
+    """Run a command with our standard streams, pass signals on to it; return its exit status, -N for signal N.
 
-    What keys of the terminal send has reached the command already. Raises CommandError if it cannot be run.
+    The terminal itself sends it those of keys. Raises CommandError if it cannot be run.
     """
     loop, codes = loop or Loop(), []  # type: ignore[var-annotated]
     try:
@@ -2183,27 +2184,27 @@ def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = N
 
 
 def exit_code_of(status: int) -> int:
-    """The exit status in what waitpid returned, -N for signal N; os.waitstatus_to_exitcode is not in 3.8."""
+    """Return the exit status that waitpid reported, -N for signal N; Python 3.8 has no os.waitstatus_to_exitcode."""
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
 def ending(code: int) -> str:
-    """The reason for a unit whose command did not end well."""
+    """Return what to say of an exit status that is not 0, -N for signal N."""
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def shell_status(code: int) -> int:
-    """The exit status that a shell gives for a command's, where we have -N for signal N."""
+    """Return an exit status as a shell has it, 128+N for signal N."""
     return code if code >= 0 else 128 - code
 
 
 def trouble_of(error: Exception) -> str:
-    """What an error says, without its number."""
+    """Return what an error says, without its number."""
     return one_line(getattr(error, "strerror", None) or str(error))
 
 
 def cannot_run(program: str, error: Exception) -> CommandError:
-    """The error for a command that could not be started."""
+    """Return the error for a command that could not be started."""
     known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
     if isinstance(error, FileNotFoundError) and os.path.isfile(program):
         return CommandError(f"cannot run {program}: the interpreter that its first line names does not exist", 127)
@@ -2211,7 +2212,7 @@ def cannot_run(program: str, error: Exception) -> CommandError:
 
 
 def signal_to(pid: int, number: int) -> bool:
-    """Signal a process, or by a negative number a group, that may be gone or not ours; return whether it is there."""
+    """Signal a process, or a group by a negative number; return whether it is there, ours to signal or not."""
     try:
         os.kill(pid, number)
     except OSError as error:
@@ -2220,7 +2221,7 @@ def signal_to(pid: int, number: int) -> bool:
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
-    """Unlink a file that may be gone already, or, if we say which one we mean, be another one by now."""
+    """Unlink a file if it exists; with `only`, if it is still that file."""
     try:
         if only is None or os.path.samestat(os.lstat(path), only):
             os.unlink(path)
@@ -2229,7 +2230,7 @@ def remove(path: str, only: os.stat_result | None = None) -> None:
 
 
 def is_variable(name: str) -> bool:
-    """Whether a shell can have a variable of this name."""
+    """Return whether a shell can have a variable of this name."""
     return name.isidentifier() and name.isascii()
 
 
@@ -5684,15 +5685,15 @@ def exported(path: str) -> dict[str, str]:
     return values
 
 
-# -- the agent, for a supervisor ----------------------------------------------------------------------------------
+# -- a supervisor's connection to the agent ---------------------------------------------------------------------
 PING_AFTER = 5.0  # seconds of silence
 
 
 class Link:
-    """The connection to the agent: requests and what takes their answers, news, and whether the agent lives.
+    """A supervisor's connection to the agent, on which it does not wait for answers.
 
-    Each request is answered once, from `take` or `keep_time`, never from `ask`: by the agent, or by an Unreachable when
-    there is no agent any more, of which `gone` is told first, once. `news` gets the notifications, with their method.
+    Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
+    called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
     """
 
     def __init__(
@@ -5700,26 +5701,26 @@ class Link:
     ) -> None:
         self._loop, self._news, self._gone, self._pings = loop, news, gone, pings
         self._channel: Channel | None = None  # while there is an agent
-        self._broken: Unreachable | None = None
-        self._asked: dict[int, Callable[[Object], object]] = {}  # by the id of the request
-        self._since = 0.0  # when the agent last said something, or was asked after it had said all
+        self._broken: Unreachable | None = None  # why there is none
+        self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
+        self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
         self.opened = False
-        self.lost = ""  # why there is no agent any more
+        self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
-        """Begin to talk to an agent."""
+        """Start to use a connection."""
         self._channel, self._broken, self.opened, self.lost = channel, None, True, ""
         self._asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
     def close(self) -> None:
-        """Talk no more."""
+        """Stop using the connection."""
         if self._channel:
             self._loop.forget(self._channel.fileno())
             self._channel = None
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
-        """Send a request; `answered` gets the message with its result or error."""
+        """Send a request; `answered` is called with the message that has its result or error."""
         request = -1 - len(self._asked)
         if not self._asked:
             self._since = time.monotonic()
@@ -5731,11 +5732,11 @@ class Link:
         self._asked[request] = answered
 
     def waits(self) -> bool:
-        """Return whether some requests are not answered."""
+        """Return whether a request has not been answered yet."""
         return bool(self._asked)
 
     def take(self) -> None:
-        """Handle what the agent has said. Raises what takers of answers do, but Unreachable."""
+        """Handle what has been received."""
         try:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
@@ -5747,16 +5748,16 @@ class Link:
             self._broken = error
 
     def keep_time(self, now: float, patience: float) -> float:
-        """Handle what has come, and take an agent that has not answered for `patience` seconds for gone.
+        """Handle what has been received; an agent that has left a request unanswered for `patience` seconds is gone.
 
-        A silent one is asked whether it lives, if it is to be. Returns when to look again.
+        With `pings`, a silent agent is asked whether it lives. Returns when to call this again.
         """
         if self._channel and self._channel.more():
             self.take()
         due = self._since + (patience if self._asked else PING_AFTER if self._pings else NEVER)
         if self._channel and now >= due and self._asked:
             path = self._channel.path
-            self.take()  # it may be we who slept
+            self.take()  # perhaps we were stopped, not the agent
             if self._asked and self._since + patience <= now:
                 silent = f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"
                 self._broken = self._broken or Unreachable(silent)
@@ -5777,19 +5778,19 @@ class Link:
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
-LOOK_EVERY = 5.0  # seconds, at what a command that has ended well leaves behind
-LOOK_OFTEN = 0.05  # seconds, at what is being ended
+LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
+LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
 TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
-LAST_WAIT = 2.0  # seconds from KILL until what is left is given up
+LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
 
-WAITING = "waiting"  # for its turn, or its next try
-CHECKING = "checking"  # whether its probe succeeds before it is run, and so says nothing
+WAITING = "waiting"  # for its first try, or the next one
+CHECKING = "checking"  # whether the probe succeeds already, before the command is run
 RUNNING = "running"
-READY = "ready"  # the unit has completed; something of the command may run on
-ENDING = "ending"  # what is left of it is being ended
-GONE = "gone"  # nothing is left, and nothing will be tried again
-FOLLOW = {  # the state of a command -> what may follow it
+READY = "ready"  # the unit has completed; the command, or something that it has left, runs on
+ENDING = "ending"  # its processes are being ended
+GONE = "gone"  # none of its processes is left, and there will be no further try
+FOLLOW = {  # state -> states that may follow it
     WAITING: (WAITING, CHECKING, RUNNING, GONE),
     CHECKING: (WAITING, RUNNING, GONE),
     RUNNING: (READY, ENDING),
@@ -5810,13 +5811,14 @@ class Limits(Record):
 
 
 class Task:
-    """A unit's command on its way: its tries, whether it is ready, how long it may take, its end, and what comes of it.
+    """A unit's command: its tries, its probe, its deadlines, its end, and the reports about it. Base of Run and Job.
 
-    It is always in one state; what is due in it, and when, is in `due`, and goes with the state. `begin` begins a try.
-    Its end and readiness come from the Loop, and `keep_time` does what is due. What has come of it is reported once.
+    It is in one state at a time. `due` has what is to be done in this state, and when; another state has another `due`.
+    After `begin`, the Loop calls `probed` and `process_ended`, and the owner calls `keep_time`. The outcome of the unit
+    is reported once.
     """
 
-    own_session = False  # whether a try has a session of its own
+    own_session = False  # whether the command gets a session of its own
     grace = 8.0  # seconds from TERM to KILL
 
     def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits | Script) -> None:
@@ -5825,17 +5827,16 @@ class Task:
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
-        self.code = 0  # the exit status of its first process, -N for signal N
-        self.tries = 0
-        self.began = 0.0  # the latest try
+        self.code = 0  # exit status of its first process, -N for signal N
+        self.tries, self.began = 0, 0.0  # how many, and when the latest one began
         self.retries, self.delay = limits.retries, limits.delay
-        self.prober: Prober | Notified | None = None  # while it is not ready
-        self.notified: Notified | None = None  # until it has ended
+        self.prober: Prober | Notified | None = None  # until it is ready
+        self.notified: Notified | None = None  # until the command has ended
         self.told = ""  # what the agent knows that its probe lacks
-        self.why = ""  # what was wrong with the latest try
-        self.stopped = ""  # why it is to end
-        self.reported = ""  # the outcome of the unit: COMPLETED or FAILED
-        self.runs_on = False  # the agent is to be told when nothing of it is left, although the unit has its outcome
+        self.why = ""  # the latest try failed, or was ended
+        self.stopped = ""  # why there will be no further try
+        self.reported = ""  # outcome of the unit: COMPLETED or FAILED
+        self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
 
     # -- hooks for subclasses
 
@@ -5848,24 +5849,24 @@ class Task:
         return cannot_run(self.command[0], error)
 
     def begun(self, detail: str) -> None:
-        """A try has begun; `detail` says which, and why, if it is not the first."""
+        """Report that a try has begun; `detail` says which one and why, unless it is the first."""
         if detail:
             self.report("retry", detail=detail)
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
-        """There will be another try."""
+        """Say that there will be a further try."""
 
     def doubt(self, what: str) -> None:
-        """Its probe may say nothing about it."""
+        """Say why the probe may prove nothing."""
 
     def answered(self, method: str, params: Object, message: Object) -> None:
-        """Take the answer to a report."""
+        """Handle the answer to a report."""
         raise NotImplementedError
 
     # -- life cycle
 
     def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
-        """Go on to another state, with what is due in it, and when."""
+        """Change the state, and what is due."""
         if state not in FOLLOW[self.state]:
             raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
         self.state, self.due = state, due
@@ -5873,7 +5874,7 @@ class Task:
     def keep_time(self, now: float) -> None:
         """Do what is due."""
         for action in [action for action, when in self.due.items() if now >= when]:
-            if self.due.get(action, NEVER) <= now:  # unless another one has changed that
+            if self.due.get(action, NEVER) <= now:  # unless an earlier action has changed that
                 del self.due[action]
                 action()
 
@@ -5882,7 +5883,7 @@ class Task:
         return min(self.due.values()) if self.due else NEVER
 
     def begin(self) -> None:
-        """Begin a try, with a look at whether its probe succeeds before its command is run."""
+        """Begin a try: first of the probe, which must not succeed yet, then of the command."""
         if self.tries:
             clear(self.left)
         if self.limits.ready in ("", "notify"):
@@ -5896,7 +5897,7 @@ class Task:
             self.not_begun(error)
 
     def checked(self) -> None:
-        """Run the command, unless its probe succeeds already."""
+        """Run the command unless the probe has succeeded already."""
         before = self.prober
         self.close_prober()
         if isinstance(before, Prober) and before.objection:
@@ -5907,7 +5908,7 @@ class Task:
             self.run(before)
 
     def run(self, before: Prober | None) -> None:
-        """Run the command, and begin to probe it; `before` has the try that was made before."""
+        """Run the command and begin to probe it; `before` is the prober that was used for the check."""
         detail, env = self.next_try() if self.tries else "", self.environment()
         try:
             if self.limits.ready == "notify":
@@ -5929,14 +5930,14 @@ class Task:
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
-        """Return what a try has in its environment."""
+        """Return the environment of the command."""
         added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
         if self.limits.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         return environment(self.env, **added)
 
     def not_begun(self, error: Exception) -> None:
-        """Try again soon if there was no room, and something of ours will make some; else that was a try."""
+        """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
         self.close_prober()
         wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
         cause = error.__cause__ or error
@@ -5948,7 +5949,7 @@ class Task:
             self.tried()
 
     def probe(self, make: Callable[[], Prober | Notified], then: Callable[[], None]) -> None:
-        """Begin to ask whether it is ready. Raises CommandError."""
+        """Use a prober, and call `then` when it has news. Raises CommandError."""
         try:
             self.prober = make()
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
@@ -5958,14 +5959,14 @@ class Task:
         self.loop.watch(self.prober.fileno(), then)
 
     def probed(self) -> None:
-        """The prober has something to say."""
+        """Handle news of the prober."""
         prober = self.prober or self.notified
         if prober and prober.ready() and self.prober:
             self.close_prober(ended=False)
             self.complete()
 
     def close_prober(self, ended: bool = True) -> None:
-        """Probe no more; what the command says on its socket is taken until it has ended."""
+        """Stop probing; a notify socket is read until the command has `ended`."""
         prober = self.prober or self.notified
         self.prober = None
         if prober and (ended or prober is not self.notified):
@@ -5982,18 +5983,18 @@ class Task:
                 self.link.ask("probing", unit=self.unit, error=self.told)
 
     def not_ready(self) -> None:
-        """The time to become ready is over."""
+        """End the command, which is not ready in time."""
         lacks = self.prober.error if self.prober else ""
         self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({lacks})")
 
     def time_is_up(self) -> None:
-        """The time for a try is over."""
+        """End the command, which takes too long."""
         self.end(f"timed out after {span(self.limits.timeout)}")
 
     def process_ended(self, code: int) -> None:
-        """The first process has ended, with this exit status, -N for signal N."""
+        """Handle the end of the first process, with an exit status, -N for signal N."""
         self.family.first, self.code = False, code
-        self.probed()  # the last chance to be ready
+        self.probed()  # it may have become ready just before
         early = self.prober is not None
         self.close_prober()
         if self.state == ENDING:
@@ -6009,9 +6010,10 @@ class Task:
             self.due[self.look] = 0.0
 
     def end(self, why: str, by: float = NEVER) -> None:
-        """End what is left of it, at the latest at a time; sooner if it is being ended already.
+        """End all processes of the command until the time `by`, at most `grace` seconds from now.
 
-        TERM goes to the first process; when that has ended, or after half of the time, to the others; then KILL to all.
+        The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
+        end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
         """
         import _signal as signal
 
@@ -6022,31 +6024,31 @@ class Task:
             others_at = (now + by) / 2 if self.family.first else now
             self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
-            self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
+            self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
             self.family.signal(signal.SIGTERM)
             self.family.signal(signal.SIGCONT)
         elif by < self.due.get(self.kill, 0.0):
             self.due[self.kill] = by
 
     def tell_others(self) -> None:
-        """Tell the others to end: the first process has, or half of the time is over."""
+        """Send TERM to the other processes."""
         self.family.look(self.loop.processes)
         self.family.tell_others()
 
     def kill(self) -> None:
-        """The time to end is over."""
+        """Begin to send KILL."""
         self.due.pop(self.tell_others, None)
         self.due[self.give_up] = time.monotonic() + LAST_WAIT
         self.due[self.look] = 0.0
 
     def give_up(self) -> None:
-        """What is left survives even KILL."""
+        """Name the processes that KILL has not ended, and go on without them."""
         left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
         self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
         self.gone()
 
     def look(self) -> None:
-        """See whether something is left of it, and go on ending that."""
+        """Look whether any process is left, and go on accordingly."""
         now = time.monotonic()
         if not self.family.look(self.loop.processes):
             self.gone()
@@ -6061,7 +6063,7 @@ class Task:
                 self.report("running")
 
     def gone(self) -> None:
-        """Nothing is left of a try."""
+        """Go on after the last process of a try has ended."""
         if not self.reported:
             self.tried()
             return
@@ -6070,11 +6072,11 @@ class Task:
             self.exited()
 
     def exited(self) -> None:
-        """Report the end of the command of a unit that has its outcome."""
+        """Report that the command has ended, after the unit has got its outcome."""
         self.report("exited", reason=self.why, code=shell_status(self.code) or (143 if self.why else 0))
 
     def tried(self) -> None:
-        """A try has ended without success."""
+        """Try again after a failed try, or report the failure."""
         if self.tries <= self.retries and not self.stopped:
             delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
@@ -6084,11 +6086,11 @@ class Task:
             self.fail(self.why)
 
     def next_try(self) -> str:
-        """Return which try is next, and why."""
+        """Return the number of the next try, and why there is one."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
     def stop(self, why: str, by: float = NEVER) -> None:
-        """End it, at the latest at a time, and try nothing again."""
+        """End the command until the time `by`; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.close_prober()
@@ -6100,7 +6102,7 @@ class Task:
     # -- reports
 
     def complete(self) -> None:
-        """Report that the unit is done, or ready, and what it leaves to others."""
+        """Report that the unit has completed, and which variables it leaves to others."""
         try:
             env = exported(self.left)
         except Refused as error:
@@ -6111,12 +6113,12 @@ class Task:
         self.report("complete", env=env, running=self.runs_on)
 
     def fail(self, reason: str) -> None:
-        """Report that the unit has failed; nothing of its command is left."""
+        """Report that the unit has failed, and that nothing of its command is left."""
         self.reported = FAILED
         self.report("fail", reason=reason, exit_code=shell_status(self.code))
 
     def settle(self, outcome: str) -> None:
-        """Have the unit's outcome, whoever reports it; a command that goes on although it has failed may tidy up."""
+        """Take note of the outcome, whoever has reported it; a command that goes on after a failure may tidy up."""
         self.reported, self.runs_on = outcome, True
         now = time.monotonic()
         if self.state in (WAITING, CHECKING):
@@ -6178,7 +6180,7 @@ def cmd_run(args: Args) -> int:
 
 
 class Run(Task):
-    """The command of a started unit, in the foreground, reported on the connection that has the unit."""
+    """The command of `run`, in the foreground; reports go over the connection that holds the unit."""
 
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
@@ -6199,8 +6201,8 @@ class Run(Task):
             put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
 
     def to_its_end(self) -> int:
-        """Run it, and again if it fails and may be; return its exit status when the agent knows of its end."""
-        late = 0  # a signal that came when only the agent's answer was missing
+        """Run the command, with its retries; return its exit status once the agent has answered all reports."""
+        late = 0  # a signal that came when only an answer was missing
         try:
             self.begin()
             while True:
@@ -6222,7 +6224,7 @@ class Run(Task):
             remove_directory(self.directory)
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on: those of keys have reached the command already. Nothing is tried again after one."""
+        """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
         again, self.stopped = self.stopped, "stopped"
         if self.state in (WAITING, CHECKING):
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
@@ -6231,14 +6233,14 @@ class Run(Task):
             if again:
                 sys.exit(128 + number)
         elif self.family.first:
-            self.family.look(self.loop.processes)  # who descends from it cannot be told any more when it has gone
+            self.family.look(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 self.family.signal(number)
-        else:  # it has ended, and what it has left is being ended
+        else:  # its remaining processes are being ended
             self.end("", by=0.0)
 
     def news(self, method: str, news: Answer) -> None:
-        """Do what the agent says."""
+        """End the command if the agent says so."""
         if method == "stop" and news.unit == self.unit:
             self.stop("stopped", time.monotonic() + news.grace)
 
@@ -6249,7 +6251,7 @@ class Run(Task):
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
-        """Say what keeps it from being ready."""
+        """Say what the probe lacks."""
         if self.prober:
             now = time.monotonic()
             self.due[self.say_not_ready] = now + REPORT_EVERY
@@ -6283,13 +6285,13 @@ class Run(Task):
         what = params.get("detail") or others.get(method, outcome)
         try:
             unwrap(message)
-        except Unreachable:  # nothing else will be answered either
+        except Unreachable:  # said once for all reports
             self.unreported.append(what)
         except SyncError as error:
             self.not_reported(what, str(error))
 
     def not_reported(self, what: str, error: str) -> None:
-        """Say that the agent may not know something."""
+        """Warn that a report may be lost."""
         put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
 
 
@@ -6786,6 +6788,10 @@ class Job(Task):
     def process_ended(self, code: int) -> None:
         self.boot.streams.drain(self.stream)
         super().process_ended(code)
+
+    def gone(self) -> None:
+        self.boot.streams.drain(self.stream)  # also what its last process has printed
+        super().gone()
 
     def fail(self, reason: str) -> None:
         self.reason = reason

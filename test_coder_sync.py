@@ -8983,13 +8983,13 @@ def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) ->
 
 
 def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World) -> None:
-    late = "@lock apt\n@timeout 300ms\nsh -c \"trap 'sleep 1; echo wound up; exit' TERM; sleep 60 & wait\""
+    late = "@lock apt\n@timeout 300ms\nsh -c \"trap 'sleep 1; echo wound up; exit' TERM; sleep 60 & wait; sleep 1\""
     boot = Boot(world, {"a": f"{late}\necho never", "b": "@lock apt\necho b"})
     boot.ends(1, "a | wound up\nb | b\n", "failed: a (timed out after 300ms)")
 
 
 def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: World, gate: Gate) -> None:
-    worker = "sh -c \"trap 'echo worker ends; exit' TERM; echo on; sleep 60 & wait\" &"
+    worker = "sh -c \"trap 'echo worker ends; exit' TERM; echo on; sleep 60 & wait; sleep 1\" &"
     boot = Boot(world, {"a": f"trap 'cat gate; echo master ends; exit' TERM; {worker} wait"}, "--grace", "10m")
     boot.prints("a | on")
     boot.signal()
@@ -8999,7 +8999,7 @@ def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: Worl
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
     script = "@timeout 1s\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
-    boot = Boot(world, {"a": script.format("sleep 60 & wait")}, "--grace", "1s")
+    boot = Boot(world, {"a": script.format("sleep 60 & wait; sleep 1")}, "--grace", "1s")
     boot.ends(1, "a | worker ends\n")
 
 
