@@ -1315,7 +1315,7 @@ class Start:
 def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    own = ", which called `start` itself: end that"
+    own = ", which has no supervisor: end that process"
     texts += [
         f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
     ]
@@ -2563,16 +2563,17 @@ class Units:
         """End `name` without success: what requires it is skipped. Return its status. Raises as `complete` does."""
         return self._end(name, FAILED, by, claim, False, one_line(reason), exit_code)
 
-    def exit(self, claim: Claim, reason: str = "", code: int = 0) -> None:
+    def exit(self, claim: Claim, reason: str = "", code: int = 0, stopped: bool = False) -> None:
         """End a supervisor's claim: the command of its unit has ended, with all its processes.
 
-        If it ran on, and has ended by itself, otherwise than with 0, the unit has failed: it died.
+        If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
+        itself, otherwise than with 0, it died.
         """
         unit = claim.unit
         if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
             return
         facts, reason = unit.facts, one_line(reason)
-        if unit in self.stopping:
+        if unit in self.stopping or (stopped and facts.running_on):
             self._end_stopped(unit)
         elif facts.running_on:
             facts.running_on, facts.exited, facts.exit_reason = False, self._now(), reason
@@ -2597,16 +2598,17 @@ class Units:
 
         What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
         first, and at the latest when half of the time is over. The answer has three lists: the names of those that
-        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor.
-        Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor, or has
+        lost it. Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
         named = dict.fromkeys(self._registered(name) for name in names)
         named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
         affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
-        plain = [u for u in affected if u.status == STARTED and not (u.holder and u.holder.supervisor)]
+        rest = [(u, self._owner(u)) for u in affected if self._may_run(u) and not (u.holder and u.holder.supervisor)]
+        cannot = [{"unit": u.name, "owner": by} for u, by in rest if u.status == STARTED or (by and by.alive)]
         deadline = self.clock() + grace
-        stop = Stop(ticket, deadline, [{"unit": unit.name, "owner": self._owner(unit)} for unit in plain])
+        stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
         self.waits += 1
         for unit in affected:
@@ -3986,10 +3988,12 @@ class Agent:
         self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(self, request: Request, unit: str, reason: str = "", code: int | None = None) -> Any:
+    def do_exited(
+        self, request: Request, unit: str, reason: str = "", code: int | None = None, stopped: bool = False
+    ) -> Any:
         """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
         ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
-        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1)
+        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
@@ -6073,7 +6077,8 @@ class Task:
 
     def exited(self) -> None:
         """Report that the command has ended, after the unit has got its outcome."""
-        self.report("exited", reason=self.why, code=shell_status(self.code) or (143 if self.why else 0))
+        code = shell_status(self.code) or (143 if self.why else 0)
+        self.report("exited", reason=self.why, code=code, stopped=bool(self.stopped and self.why))
 
     def tried(self) -> None:
         """Try again after a failed try, or report the failure."""
@@ -7132,7 +7137,7 @@ class Boot:
         elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
             self.out.say(f"boot: {self.options.command} is not run, since not all went well; --always would")
         runs_on = self.runs() and not self.signal
-        self.alone = runs_on and not self.options.command
+        self.alone = runs_on and not self.options.command and os.getppid() != 1  # process 1 waits for services
         if self.alone:
             self.say_let_go()
         self.until(self.said)
@@ -7527,6 +7532,9 @@ class Front:
             if self.command and not self.ended:
                 self.tell(0)
                 self.wait_for_end()
+        if os.getpid() == 1 and not self.ended:  # the system would kill what still runs
+            self.until(lambda: self.ended)
+            code = 128 + self.signal if self.signal else code
         self.loop.give_back()
         if wanted:
             self.become_command()

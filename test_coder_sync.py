@@ -301,7 +301,7 @@ class Step:
     def __init__(self, text: str) -> None:
         self.text = text
         self.verb, *words = text.split()
-        self.flags = {word for word in words if word in ("held", "late", "supervised", "running", "resume")}
+        self.flags = {word for word in words if word in ("held", "late", "supervised", "running", "resume", "stopped")}
         self.tickets = [word for word in words if word.startswith("#")]
         given = dict(word.split("=") for word in words if "=" in word)
         self.locks = given["lock"].split(",") if "lock" in given else []
@@ -362,7 +362,7 @@ class Rules:
         elif step.verb == "fail":
             units.fail(names[0], " ".join(names[1:]), step.code, step.by, self.claim(step))
         elif step.verb == "exit":
-            units.exit(self.claims[tickets[0]], step.reason, step.code or 0)
+            units.exit(self.claims[tickets[0]], step.reason, step.code or 0, "stopped" in step.flags)
         elif step.verb == "running":
             units.run_on(self.claims[tickets[0]])
         elif step.verb == "own":
@@ -1101,6 +1101,9 @@ what dies has failed, and who waits is skipped:
     complete x
     => #1 ok, #2 DependencyFailed | app:skipped db:failed x:completed | says unit "app" skipped: dependency "db" failed
     (died 0ms after it was ready: exit code 1)
+what its supervisor was told to end was stopped: start db #1 supervised; complete db #1 running; exit #1 code=1 stopped;
+    start app #2 db
+    => #1 ok, #2 DependencyFailed | app:skipped db:failed | says unit "app" skipped: dependency "db" failed (stopped)
 who asks later fails: start db #1 supervised; complete db #1 running; exit #1 code=1; start app #2 db
     => #1 ok, #2 DependencyFailed | app:skipped db:failed
 who has started goes on: start app #2 db; start db #1 supervised; complete db #1 running; exit #1 code=1; complete app
@@ -5593,7 +5596,7 @@ def test_a_stop_names_what_it_could_not_end(world: World) -> None:
     done = finish(stopping)
     assert (done.returncode, done.stdout) == (1, "stopped: app\n")
     still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
-    cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which called `start` itself: end that'
+    cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which has no supervisor: end that process'
     assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
     with pytest.raises(Refused, match=f"^{cannot}$"):
         world.client.stop("script")
@@ -8104,7 +8107,7 @@ s6: @ready echo sec''ret && echo sec""ret >&2 && exit 7; @ready-timeout 900ms; s
 s7: @ready sleep 60; @ready-timeout 900ms; sleep 60
     => failed: not ready after 900ms: sleep 60 (its first try has not ended)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
-s9: @want s8; echo s9 => s9
+s9: @want s8; while $SYNC wait s8 -q 2>&-; do sleep 0.3; done; echo s9 => s9
 s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms: file:up (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
@@ -9226,12 +9229,12 @@ def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> 
 
 
 @pytest.mark.parametrize(
-    "words", [["--stay"], ["--", "sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.01; done"]]
+    "words", [[], ["--stay"], ["--", "sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.01; done"]]
 )
 def test_as_process_1_it_ends_services_in_order(world: World, words: list[str]) -> None:
     outer = as_process_one(world, STACK, *words)
     until(lambda: len(read_lines(world.directory / "db.pid")) and world.status("web") == "completed")
-    until(lambda: len(outer.left()) > 8 or words[0] == "--stay")
+    until(lambda: len(outer.left()) > 8 or "--" not in words)
     pid = outer.process.pid
     os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
     outer.ends(143)
@@ -9338,6 +9341,9 @@ def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World,
     until(lambda: {unit.status for unit in agent.client.list()} == {"failed"})
     pid, reason = pid_of(agent, "db"), agent.client.status("db").reason
     assert re.match(rf"lost: the boot that ran .*\b{pid}\b.* may still run", reason)
+    done = finish(agent.popen("stop"))
+    assert done.returncode == 1
+    assert f'unit "db" cannot be stopped: it is startup.d/db (pid {pid}), which has no supervisor' in done.stderr
     assert over or re.fullmatch(
         r"lost: the boot that ran process \d+ \(startup\.d/a\) ended without completing",
         agent.client.status("a").reason,
