@@ -8738,7 +8738,7 @@ def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None
     files = {name: f"@{want}\n@ready file:up-{name}\n{text.format(name)}" for name, want in wants.items()}
     boot = Boot(world, {**files, "e": "@want b c d"}, "--stay")
     boot.says("staying")
-    at_rest(boot.process.pid)
+    at_rest(boot.background())
     boot.signal()
     for name in "dcba":
         gates[name].open()
@@ -8809,9 +8809,10 @@ def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, ga
     boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=None))
     gate.reached()
     until(lambda: sent(world))
-    boot.signal(signal.SIGSTOP)
+    background = boot.background()
+    os.kill(background, signal.SIGSTOP)
     time.sleep(1.5)
-    boot.signal(signal.SIGCONT)
+    os.kill(background, signal.SIGCONT)
     boot.ends(1)
 
 
@@ -9039,7 +9040,7 @@ def test_much_output_hurts_neither_the_memory_nor_the_others(world: World) -> No
     with open(world.directory / "out", "wb") as out:
         boot = Boot(world, files, "--stay", stdout=out)
     boot.says("staying")
-    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.process.pid}/status").read_text())
+    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.background()}/status").read_text())
     assert peak and int(peak.group(1)) < 40 * 1024
     boot.signal()
     boot.ends(143)
@@ -9220,7 +9221,8 @@ def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(worl
     assert boot.process.wait(PATIENCE) == 0
     os.close(master)
     time.sleep(0.1)  # for some lines that find no terminal
-    assert {coder_sync.stat_of(pid)[4] for pid in boot.left()} == {"0"}, "none has a terminal"
+    lasting = [boot.background(), *(pid_of(world, name) for name in STACK)]
+    assert {coder_sync.stat_of(pid)[4] for pid in lasting} == {"0"}, "none has a terminal"
     assert "db  completed" in re.sub(" +", "  ", call.ok(world, "list"))
     call.ok(world, "shutdown")
     until(lambda: boot.left() == [])
@@ -9672,11 +9674,16 @@ os.posix_spawnp = spawn
     boot.ends(0, "late | late\n")
 
 
-def test_a_log_dir_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
+def test_a_log_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
     (world.directory / "file").touch()
-    boot = Boot(world, {"a": "echo a", "b": "@want a\necho b"}, "--log-dir", "file")
-    told = boot.ends(0, "a | a\nb | b\n", "warning: no more logs in file: File exists\n")
-    assert told.count("warning") == 1
+    os.makedirs(world.directory / "b" / "a.log")
+    os.mkdir(world.directory / "a")
+    os.mkfifo(world.directory / "a" / "a.log")
+    whys = {"file": "File exists", "a": "No such device or address", "b": "Is a directory"}
+    for logs, why in whys.items():
+        boot = Boot(world, {"a": "echo a", "b": "@want a\necho b"}, "--log-dir", logs)
+        told = boot.ends(0, "a | a\nb | b\n", f"warning: no more logs in {logs}: {why}\n")
+        assert told.count("warning") == 1
 
 
 def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: World) -> None:
@@ -9711,7 +9718,7 @@ def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: W
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
     boot.says("; running: a ")
-    at_rest(boot.process.pid)
+    at_rest(boot.background())
     gate.open()
     told = ("failed: a (exit code 2)", "not started: b: the agent went away", "failed: c (exit code 1)")
     boot.ends(3, "a | a\n", *told)
@@ -9893,13 +9900,6 @@ def test_an_agent_that_is_stopped_does_not_hold_up_a_boot_that_is_told_to_stop(w
     boot.signal()
     told = boot.ends(143, "", "failed: a (stopped: boot got signal 15)", "not started: b: stopped: boot got signal 15")
     assert "has not answered for 1 s; is it stopped?" in told
-
-
-def test_a_fifo_among_the_logs_holds_nothing_up(world: World) -> None:
-    (world.directory / "logs").mkdir()
-    os.mkfifo(world.directory / "logs" / "a.log")
-    boot = Boot(world, {"a": "echo a", "b": "echo b"}, "--log-dir", "logs")
-    boot.ends(0, None, "warning: no more logs in logs: No such device or address\n")
 
 
 @pytest.mark.parametrize("tmpdir", ["no/such/directory", "d" * 100])
