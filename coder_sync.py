@@ -121,9 +121,9 @@ def exit_on_signals():  # type: () -> None
     """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
     import _signal as signal  # type: ignore[import-not-found]
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda got, frame: posix._exit(128 + got))  # an exception may be lost in a callback
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, lambda got, frame: posix._exit(128 + got))  # an exception may be lost in a callback
 
 
 def launch():  # type: () -> None
@@ -176,7 +176,7 @@ if TYPE_CHECKING:
 else:
     Fields = object
 
-__version__ = "0.1.0"
+__version__ = "0.3.0"
 __all__ = [
     "AlreadyStarted",
     "Client",
