@@ -114,7 +114,7 @@ def half_of(path, below):  # type: (str, bool) -> Any
         else:
             file.seek(0)
             half = compile(halves(source_in(file.read()))[below], path, "exec")
-    return half, (found.st_ino, found.st_mtime_ns)
+    return half, (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def exit_on_signals():  # type: () -> None
@@ -196,7 +196,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-LAUNCHED: tuple[int, int] | None = globals().get("LAUNCHED")  # identifies our file while only what is above the cut ran
+LAUNCHED: tuple[int, ...] | None = globals().get("LAUNCHED")  # identifies our file while only what is above the cut ran
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
