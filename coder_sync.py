@@ -6226,7 +6226,8 @@ class Run(Task):
                         self.signalled(number)
         finally:
             self.loop.give_back()
-            remove_directory(self.directory)
+            if self.directory:
+                remove_directory(self.directory)
 
     def signalled(self, number: int) -> None:
         """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
