@@ -9763,6 +9763,7 @@ class PlayedAgent:
         """The next request, which must be this one."""
         request = json.loads(self.file.readline())
         while request["method"] in {"graph", "ping"} - {method}:
+            self.answers(request, result={"now": 0, "nodes": []})
             request = json.loads(self.file.readline())
         assert request["method"] == method
         return request
@@ -9793,14 +9794,15 @@ class PlayedAgent:
 def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
     agent = PlayedAgent(world, {"a": "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3"})
     if ready:
-        agent.asked("complete")  # and not answered while it ends
+        request = agent.asked("complete")  # and not answered while it ends
         gate.open()
     else:
         request = agent.asked("fail")
         agent.says(method="unit", params={"unit": "a", "status": "completed"})
         agent.answers(request, error={"code": 1, "message": "refused"})
-        agent.asked("running")
-    agent.asked("exited")
+        request = agent.asked("running")
+    agent.answers(agent.asked("exited"), result={})
+    agent.answers(request, result={})
     agent.reports("completed")
     agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
 
@@ -9822,9 +9824,11 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
 def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World, gate: Gate) -> None:
     agent = PlayedAgent(world, {"a": "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3"})
     agent.refuses("complete")
-    assert agent.asked("fail")["params"]["reason"] == "refused"
+    failed = agent.asked("fail")
+    assert failed["params"]["reason"] == "refused"
+    agent.answers(failed, result={})
     gate.open()
-    agent.asked("exited")
+    agent.answers(agent.asked("exited"), result={})
     agent.reports("failed", "refused")
     agent.boot.ends(1, "", "failed: a (refused); ")
 
@@ -9860,7 +9864,7 @@ coder_sync.Streams.read, coder_sync.PING_AFTER = read, 0.1
     agent.answers(ping, result={})
     (world.directory / "later").touch()
     stuck.open()
-    agent.asked("complete")
+    agent.answers(agent.asked("complete"), result={})
     agent.reports("completed")
     agent.boot.ends(0, "a | a\n")
 
