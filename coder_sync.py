@@ -7311,7 +7311,7 @@ class Boot:
         self.unfinished -= 1
         if not job.reported:
             job.settle(status)
-            if status == COMPLETED and job.running():
+            if status == COMPLETED and job.lives():  # also while it is being ended: or its end would not be a death
                 job.report("running")
         if status != COMPLETED:
             self.another("failed")
