@@ -4757,7 +4757,7 @@ def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None
     tries = world.directory / "tries"
     process = world.popen("wait", "--ready", "echo >> tries; false", "--timeout", "30s")
     until(lambda: tries.exists() and tries.stat().st_size > 2)
-    assert not [name for name in children_of(process.pid).values() if name.startswith("+")]
+    until(lambda: not [name for name in children_of(process.pid).values() if name.startswith("+")])
     process.kill()
 
 
@@ -7570,10 +7570,13 @@ class Boot:
         """Its background process, once there is one."""
 
         def leaders() -> list[int]:
-            return [pid for pid in self.left() if os.getsid(pid) == pid and ours(pid)]
+            return [pid for pid in self.left() if ours(pid)]
 
         def ours(pid: int) -> bool:
-            return str(FILE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+            try:
+                return os.getsid(pid) == pid and str(FILE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:  # it has gone meanwhile
+                return False
 
         return int(until(leaders)[0])
 
@@ -9326,7 +9329,8 @@ def test_a_service_that_dies_is_told_at_once_and_ends_nothing_but_with_fail_fast
     stays.says("staying")
     os.kill(pid_of(world, "db"), signal.SIGKILL)
     stays.says("warning: db: ended after its unit had completed (killed by signal 9)")
-    assert world.status("db") == "failed" and world.status("web") == "completed"
+    until(lambda: world.status("db") == "failed")
+    assert world.status("web") == "completed"
     stays.signal()
     stays.ends(143)
     for file in world.directory.glob("*.up"):
@@ -9334,7 +9338,8 @@ def test_a_service_that_dies_is_told_at_once_and_ends_nothing_but_with_fail_fast
     fails = Boot(world, STACK, "--stay", "--fail-fast")
     fails.says("staying")
     os.kill(pid_of(world, "db"), signal.SIGKILL)
-    fails.ends(1)
+    fails.ends(1, leaves=True)
+    until(lambda: fails.left() == [])
 
 
 @needs_proc
