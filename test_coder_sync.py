@@ -8952,7 +8952,7 @@ def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: Worl
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
     script = "@timeout 1s\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
-    boot = Boot(world, {"a": script.format("sleep 60 & wait; sleep 1")}, "--grace", "1s")
+    boot = Boot(world, {"a": script.format("sleep 60 & wait; sleep 1")}, "--grace", "3s")
     boot.ends(1, "a | worker ends\n")
 
 
