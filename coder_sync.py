@@ -5652,6 +5652,8 @@ def remove_directory(path: str) -> None:
     """Remove a private directory with all that a command may have left in it, if it is still there."""
     try:
         os.rmdir(path)
+    except FileNotFoundError:  # it has gone, or there was none
+        pass
     except OSError:
         import shutil
 
@@ -6226,8 +6228,7 @@ class Run(Task):
                         self.signalled(number)
         finally:
             self.loop.give_back()
-            if self.directory:
-                remove_directory(self.directory)
+            remove_directory(self.directory)
 
     def signalled(self, number: int) -> None:
         """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""

@@ -2465,20 +2465,11 @@ def test_bash_completes_also_what_is_quoted_and_what_has_a_colon(agent: World, t
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     agent.spawn(["bash", "--norc", "--noprofile", "-i"], env=env, **streams)
     os.close(terminal)
-    said = ""
-
-    def says(text: str) -> None:
-        nonlocal said
-        while text not in said:
-            assert select.select([shell], [], [], PATIENCE)[0], f"{text!r} never came after {said!r}"
-            said += os.read(shell, 4096).decode()
-        said = ""
-
     os.write(shell, b"bind 'set bell-style none'; source <(coder_sync.py completion bash); echo re''ady\n")
-    says("ready")
+    shown_on(shell, b"ready")
     for line, whole in TYPED.items():
         os.write(shell, f"coder_sync.py {line}\t#".encode())
-        says(f"coder_sync.py {whole}#")
+        shown_on(shell, f"coder_sync.py {whole}#".encode())
         os.write(shell, b"\x15")  # Ctrl-U
     os.close(shell)
 
@@ -2684,6 +2675,14 @@ SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.
 for number in SIGNALS:  # in the background of a shell, or under nohup(1), what is tested would ignore some of them
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+
+
+def shown_on(master: int, text: bytes, seen: bytes = b"") -> bytes:
+    """What was seen of a terminal before and what is shown now, up to the moment when a text is in it."""
+    while text not in seen:
+        assert select.select([master], [], [], PATIENCE)[0], f"{text!r} never came after {seen!r}"
+        seen += os.read(master, 4096)
+    return seen
 
 
 def line_of(pipe: Any) -> str:
@@ -4120,23 +4119,14 @@ def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: 
     pid, master = pty.fork()
     if pid == 0:
         os.execve(sys.executable, [sys.executable, "-IS", str(FILE), *words, "--", *PYTHON, CATCH], shared.env)
-    seen = b""
-
-    def shows(text: bytes) -> None:
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(master, 4096)
-
-    shows(b"ready")
+    shown_on(master, b"ready")
     for key, number in ((b"\x03", 2), (b"\x1c", 3)):
         os.write(master, key)
-        shows(b"got %d" % number)
+        seen = shown_on(master, b"got %d" % number)
         os.kill(pid, signal.SIGUSR1)
-        shows(b"got 10")
-        assert seen.count(b"got %d" % number) == 1
-        seen = b""
+        assert shown_on(master, b"got 10", seen).count(b"got %d" % number) == 1
     os.kill(pid, signal.SIGTERM)
-    shows(b"got 15")
+    shown_on(master, b"got 15")
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 9
     os.close(master)
 
@@ -8838,16 +8828,9 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
     boot, master = boot_on_terminal(
         world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}}
     )
-    seen = b""
-
-    def shows(text: bytes) -> None:
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(master, 4096)
-
-    shows(b", +5 more")
+    seen = shown_on(master, b", +5 more")
     gate.open()
-    shows(b"hello")
+    seen = shown_on(master, b"hello", seen)
     end.reached()  # with no shell that SIGINT might find between two commands
     os.write(master, b"\x03")
     with contextlib.suppress(OSError):  # end of file on a terminal
