@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nox
-from nox.command import CommandFailed
 
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = False
@@ -49,11 +48,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite, on every interpreter from 3.8 that is there."""
     session.install("pytest", "pytest-xdist")
-    try:
-        session.run("pytest", "-q", "-n", "3", *session.posargs)
-    except CommandFailed:
-        session.warn("what has failed beside others is tried once more, alone")
-        session.run("pytest", "-q", "--last-failed", "--last-failed-no-failures", "none", *session.posargs)
+    session.run("pytest", "-q", "-n", "3", *session.posargs)
 
 
 @nox.session
