@@ -1423,9 +1423,14 @@ class Argument:
 
     def read(self, text: str) -> Any:
         """Return the value of a text. Raises UsageError."""
-        if text not in self.words.get("choices", [text]):
-            raise UsageError("invalid choice")
-        return self.words.get("type", str)(text)
+        choices = self.words.get("choices", [text])
+        try:
+            if text not in choices:
+                raise UsageError(f"invalid choice: {ascii(text)[:40]} (choose from {', '.join(choices)})")
+            return self.words.get("type", str)(text)
+        except UsageError as error:
+            names = "/".join(self.names) if self.is_option else self.words["metavar"]
+            raise UsageError(f"argument {names}: {error}") from None
 
 
 def flag(*names: str, help: str) -> Argument:
@@ -1460,6 +1465,17 @@ class Command:
         """The options by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
+    def take(self, args: Args, names: Sequence[str]) -> None:
+        """Give names to the positionals. Raises UsageError."""
+        for argument in self.positionals:
+            if not names and argument.words.get("nargs") != "*":
+                raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
+            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            names = [] if argument.is_repeated else names[1:]
+        if names:
+            hint = "; did you forget -- before the command?" if self.tail else ""
+            raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
+
 
 COMMON = (
     Argument(
@@ -1475,7 +1491,7 @@ COMMON = (
         help="how long to try to reach an agent that is still starting (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
         "questions try once)",
     ),
-    Argument("-h", "--help", action="help", help="show this help"),
+    flag("-h", "--help", help="show this help"),
 )
 UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
 QUIET = flag("-q", "--quiet", help="say nothing but errors")
@@ -1608,14 +1624,10 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
                 values[option.dest] = True
             else:
                 return None
-        for argument in command.positionals:
-            if argument.words.get("nargs") != "*" and not names:
-                return None
-            values[argument.dest] = names if argument.is_repeated else argument.read(names[0])
-            names = [] if argument.is_repeated else names[1:]
+        command.take(args, names)
     except (UsageError, IndexError):
         return None
-    return None if names else (command, args)
+    return None if args.help else (command, args)
 
 
 def load_below() -> None:
@@ -7750,72 +7762,62 @@ def install(path: str, python: str) -> str:
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
-    return " ".join([PROGRAM, command.name, *shown, "[OPTION]..."]) + tail
+    return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
-def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments. It raises UsageError."""
+def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
+    """Return argparse's parser for arguments of a command. It raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-        def print_help(self, file: Any = None) -> None:  # of another one: while it parses, this one has no positionals
-            put(parser_of(usage, arguments, **words).format_help())
-
     form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    usage_text = usage.replace("%", "%%")
-    parser = Parser(PROGRAM, usage_text, formatter_class=form, add_help=False, allow_abbrev=False, **words)
+    usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
+    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-
-        def read(text: str, argument: Argument = argument) -> Any:
-            try:
-                return argument.words.get("type", str)(text.lstrip("\0"))
-            except UsageError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        more: dict[str, Any] = {"default": argument.default, "type": read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
 
 
-def parser_for(command: Command) -> argparse.ArgumentParser:
-    """Return argparse's parser for what follows the name of a command."""
-    example = f"example: {PROGRAM} {command.example}"
-    return parser_of(usage_of(command), command.arguments, description=command.help, epilog=example)
-
-
-def front_of(words: Sequence[str], into: Args | None = None) -> tuple[Args, list[str]]:
-    """Return the options in front of a command, and the command with what follows. Raises UsageError."""
-    options = (*COMMON[:2], flag("-h", "--help", help=""), flag("--version", help=""))
-    parser = parser_of("", (*options, Argument("words", nargs="...", help="")))
-    args, others = parser.parse_known_args(words, into or Args())
-    if others:
-        which = "which command? Options other than --socket-path and --connect-timeout follow the command"
-        raise UsageError(f"{ascii(others[0])[:60]}: {which}")
-    rest, wants_help, wants_version = (vars(args).pop(name) for name in ("words", "help", "version"))
-    if wants_help or wants_version:
-        return args, ["help" if wants_help else "version"]
-    return front_of(rest[2:] or ["help"], args) if rest[:2] == ["exp", "sync"] else (args, rest)
+def command_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    words, options = [*argv], []
+    commands = {"-h": "help", "--help": "help", "--version": "version"}
+    while words:
+        name, equals, _ = words[0].partition("=")
+        if words[:2] == ["exp", "sync"]:
+            words = words[2:] or ["help"]
+        elif name in ("--socket-path", "--connect-timeout"):
+            size = 1 if equals else 2
+            options, words = options + words[:size], words[size:]
+        elif name[:1] == "-" and name not in commands:
+            break
+        else:
+            return [commands.get(words[0], words[0]), *options, *words[1:]]
+    raise UsageError(f"which command? {', '.join(COMMANDS)}; options follow it; see `{PROGRAM} --help`")
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
     """Parse a command line. Ends the process for --help. Raises UsageError."""
-    args, words = front_of(argv)
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    command = command_named(words[0])
+    name, *words = command_first(argv)
+    command, args = command_named(name), Args()
+    words, args.command = split_tail(command, words)
+    end = words.index("--") if "--" in words else len(words)  # names follow
+    options = [argument for argument in command.arguments if argument.is_option]
     try:
-        words, args.command = split_tail(command, words[1:])
-        if "--" in words:  # names follow: mark them with what no word and no option begins with
-            words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
-        _, others = parser_for(command).parse_known_intermixed_args(words, args)
-        if others:
-            raise UsageError(surplus(command, others[0].lstrip("\0")))
+        _, names = parser_of(command, options).parse_known_args(words[:end], args)
+        if args.help:
+            put(help_page(command))
+            raise SystemExit(0)
+        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
+            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
+        command.take(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7826,22 +7828,17 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
 Command.parse = parse
 
 
+def help_page(command: Command) -> str:
+    """Return the help on a command."""
+    return parser_of(command, command.arguments).format_help()
+
+
 def command_named(name: str) -> Command:
     """Return the command with this name. Raises UsageError."""
-    if name in COMMANDS:
-        return COMMANDS[name]
-    if name == "exp":
-        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-    hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
-    raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
-
-
-def surplus(command: Command, word: str) -> str:
-    """Return what is wrong with a word that is one too many."""
-    if word[:1] == "-":
-        given = word.partition("=")[0]
-        return f"no such option: {ascii(given)[:40]}{meant(resembling(given, list(command.options)))}"
-    return f"unexpected {ascii(word)[:60]}" + ("; did you forget -- before the command?" if command.tail else "")
+    if name not in COMMANDS:
+        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
+    return COMMANDS[name]
 
 
 def mode_bits(text: str) -> int:
@@ -8293,7 +8290,7 @@ def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
         if topic not in TOPICS:
-            parser_for(command_named(topic)).print_help()
+            put(help_page(command_named(topic)))
         else:
             put(TOPICS[topic]())
     if args.topics:
@@ -8380,24 +8377,21 @@ def candidates(words: Sequence[str]) -> list[str]:
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
     before += [option] * bool(equals)
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
     try:
-        _, rest = front_of([*before, "the last"])
+        command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
-    if "--" in before or (rest[1:] and rest[0] not in COMMANDS):
+    if command is None or "--" in before:
         return []
-    command = COMMANDS[rest[0]] if rest[1:] else Command("")
     asked = command.positionals
     if before and before[-1] in command.options and command.options[before[-1]].takes_value:
         asked = [command.options[before[-1]]]
-    found: list[str] = [] if asked or rest[1:] or not rest else [*COMMANDS]
-    if last[:1] == "-":
-        asked, found = [], [*command.options]
-    for argument in asked:
-        found += argument.words.get("choices") or ()
-        found += [*COMMANDS, *TOPICS] if argument.words.get("metavar") == "TOPIC" else ()
-    if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
-        found += known_units(before)
+    found = [*command.options] if last[:1] == "-" else []
+    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in asked}
+    found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
+    found += known_units(before) if metavars & {"UNIT", "DEP"} else []
     return [option + equals + word for word in found if word.startswith(last)]
 
 
