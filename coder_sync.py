@@ -3376,79 +3376,63 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
-        self.level, self.path, self.lost = level, path, 0
-        self._rotates = path != "" and (os.path.isfile(path) or not os.path.exists(path))  # a pipe or a device does not
-        self._listener: Any = None
-        if level > 0 or path:  # else it may never be needed, and logging is a costly import
-            self._begin()
+        from queue import SimpleQueue
+        from threading import Thread
 
-    def say(self, text: str, level: int = 1, wall: float = 0.0) -> None:
+        self.level, self.path, self.lost = level, path, 0
+        self._fd = self._open() if path else 2
+        self._is_file = os.path.isfile(self.path)
+        self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
+        self._writer = Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def say(self, text: str, level: int = 1) -> None:
         """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
         if level > self.level:
             return
-        try:
-            if not self._listener:
-                self._begin()
-            if self._listener.queue.qsize() >= MAX_QUEUE:
-                raise BlockingIOError
-        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
+        if self._lines.qsize() >= MAX_QUEUE:
             self.lost += 1
             return
-        from logging import makeLogRecord
-
-        lost, self.lost, wall = self.lost, 0, wall or time.time()
-        line = (f"({lost} lines lost here) " if lost else "") + text
-        what = {"msg": line[:3900], "created": wall, "msecs": wall % 1 * 1000, "lost": lost}  # a pipe takes 4096 bytes
-        self._listener.queue.put(makeLogRecord(what))
+        lost, self.lost = self.lost, 0
+        self._lines.put((time.time(), f"({lost} lines lost here) {text}" if lost else text, lost))
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        from threading import Thread
+        self._lines.put(None)
+        self._writer.join(patience)
 
+    def _open(self) -> int:
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)  # no wait for a reader
+        os.set_blocking(fd, True)
+        return fd
+
+    def _write(self) -> None:
+        for wall, text, lost in iter(self._lines.get, None):
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
+            line = f"{stamp}.{int(wall % 1 * 1000):03d} {text}"[:3900]  # a pipe takes 4096 bytes at once
+            try:
+                if self._is_file and os.fstat(self._fd).st_size > MAX_LOG:
+                    self._begin_anew()
+                os.write(self._fd, line.encode(errors="backslashreplace") + b"\n")
+            except OSError:
+                self.lost += 1 + lost
+
+    def _begin_anew(self) -> None:
+        path = os.path.realpath(self.path)
         try:
-            if self._listener:
-                ending = Thread(target=self._listener.stop, daemon=True)
-                ending.start()
-                ending.join(patience)
-        except RuntimeError:  # no thread is left
+            os.replace(path, path + ".1")
+            new = self._open()
+            os.dup2(new, self._fd)
+            os.close(new)
+        except OSError:  # it can have no successor, and goes on
             pass
-
-    def _begin(self) -> None:
-        import io
-        import logging.handlers
-        from queue import SimpleQueue
-
-        log = self
-
-        class Handler(logging.handlers.RotatingFileHandler):
-            def _open(self) -> Any:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe without a reader is an error
-                file = io.FileIO(2, "w", closefd=False)
-                if log.path:
-                    file = io.FileIO(os.open(log.path, flags, 0o600), "w")
-                    os.set_blocking(file.fileno(), True)
-                return io.TextIOWrapper(file, errors="backslashreplace", write_through=True)
-
-            def doRollover(self) -> None:
-                try:
-                    super().doRollover()
-                except OSError:  # it can have no successor, and goes on
-                    pass
-
-            def handleError(self, record: Any) -> None:
-                log.lost += 1 + record.lost
-
-        handler = Handler(os.path.realpath(self.path), maxBytes=MAX_LOG if self._rotates else 0, backupCount=1)
-        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._listener = logging.handlers.QueueListener(SimpleQueue(), handler)
-        self._listener.start()
 
 
 class Request:
@@ -3809,7 +3793,7 @@ class Agent:
     def _event(self, event: Event) -> None:
         detail = f": {event.detail}" if event.detail else ""
         level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
-        self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
+        self.log.say(f"{event.unit}: {event.kind}{detail}", level)
         for follower in self.followers:
             follower.wake_up.wake()
 
@@ -4195,47 +4179,39 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     return server
 
 
-def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None) -> Any:
-    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused."""
-    lock = path + ".lock"
-    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-    doing = f"make the directory {os.path.dirname(path)}"
-    before = os.umask(0o077)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        doing = f"open {lock}{file_owner(lock)}"
-        held = hold_lock(lock, path, replace)
-        at_end.callback(os.close, held)
-        at_end.callback(remove, lock, os.fstat(held))
-    except OSError as error:
-        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
-    finally:
-        os.umask(before)
-    return share(at_end, path, mode, group, replace is not None)
-
-
-def share(at_end: ExitStack, path: str, mode: int, group: int, replace: bool = False) -> Any:
-    """Return a socket that listens at `path`, and is removed at the end. Raises Refused.
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None, again: bool = False
+) -> Any:
+    """Return a socket that listens at `path`; at the end it is removed, and PATH.lock. Raises Refused.
 
     It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group.
+    until the socket gets its mode and, unless it is -1, its group. `again`: we have the lock already.
     """
-    doing, before = "listen at", os.umask(0o077)
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    doing, before = f"make the directory {os.path.dirname(path)}", os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        sock = bind(path, replace)
+        if not again:
+            lock = path + ".lock"
+            doing = f"open {lock}{file_owner(lock)}"
+            held = hold_lock(lock, path, replace)
+            at_end.callback(os.close, held)
+            at_end.callback(remove, lock, os.fstat(held))
+            os.truncate(held, 0)
+            os.pwrite(held, b"%d\n" % os.getpid(), 0)
+        doing = f"listen at {path}"
+        sock = bind(path, replace is not None)
         at_end.callback(remove, path, os.lstat(path))
-        doing = "share"
-        if group != -1:
+        try:
             os.chown(path, -1, group)
+        except PermissionError:
+            raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
         os.chmod(path, mode)
         sock.listen(4096)
         return sock
     except OSError as error:
-        if doing == "share" and isinstance(error, PermissionError):
-            raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        raise Refused(f"cannot {doing} {path}: {error.strerror or error}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing}: {trouble_of(error)}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -4248,7 +4224,7 @@ def in_the_way(what: str, do: str = "remove it") -> Refused:
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None) -> int:
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> int:
     """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
@@ -4260,11 +4236,8 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
-        late = time.monotonic() > deadline
-        if replace and not late:
-            late = not replace(path)
-        # O_NONBLOCK: another user may have put a pipe there
-        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
+        late = replace and (not replace(path) or time.monotonic() > deadline)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)  # no wait for a pipe's end
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -4275,9 +4248,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
                     raise in_the_way(f"{lock}{file_owner(lock)} is not ours")
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
-                write_pid(fd, lock)
-                ours = True
-                return fd
+                return os.dup(fd)  # which has the lock, too
         except BlockingIOError:
             if replace is None:
                 pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -4292,18 +4263,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
         except FileNotFoundError:
             pass
         finally:
-            if not ours:
-                os.close(fd)
-
-
-def write_pid(fd: int, path: str) -> None:
-    """Write our process id to a file that is ours, and remove it if there is no room for that. Raises OSError."""
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    except OSError:
-        remove(path, os.fstat(fd))
-        raise
+            os.close(fd)
 
 
 def file_owner(path: str) -> str:
@@ -4315,7 +4275,7 @@ def file_owner(path: str) -> str:
     return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
 
 
-def bind(path: str, replace: bool = False) -> Any:
+def bind(path: str, replace: bool) -> Any:
     """Return a socket bound to `path`. Raises Refused, OSError.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
@@ -4373,31 +4333,19 @@ def detach() -> int:
     return link
 
 
-class Host:
+class Host(Record):
     """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
 
-    def __init__(
-        self,
-        path: str,
-        mode: int = 0o600,
-        group: int = -1,
-        level: int = 0,  # of the log: 0 quiet, 1, 2 verbose
-        log_file: str = "",
-        pid_file: str = "",
-        replace: Callable[[str], bool] | None = None,
-        timeline: Callable[[Graph], None] | None = None,
-        alone: bool = False,
-        advice: str = "",
-    ) -> None:
-        """`replace` is called with the path while there is another agent, `timeline` with the graph at the end.
-
-        With `alone` the process is nothing but the agent, so that its limit of descriptors may be raised. `advice`
-        goes to the log.
-        """
-        self.path, self.mode, self.group, self.replace = os.path.abspath(path), mode, group, replace
-        self.level, self.log_file, self.pid_file, self.advice = level, log_file, pid_file, advice
-        self.timeline, self.alone = timeline, alone
-        self._look_at = NEVER
+    path: str  # absolute
+    mode: int = 0o600
+    group: int = -1
+    level: int = 0  # of the log: 0 quiet, 1, 2 verbose
+    log_file: str = ""
+    pid_file: str = ""
+    replace: Callable[[str], bool] | None = None  # is called with the path while there is another agent
+    timeline: Callable[[Graph], None] | None = None  # is called with the graph at the end
+    alone: bool = False  # the process is nothing but the agent, so that its limit of descriptors may be raised
+    advice: str = ""  # for the log
 
     def __enter__(self) -> Host:
         """Listen. Raises Refused."""
@@ -4420,13 +4368,10 @@ class Host:
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except OSError as error:
-                what = f"write {error.filename or self.pid_file or self.log_file}"
-                raise Refused(
-                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
-                ) from None
-            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
-                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
+            except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
+                path = getattr(error, "filename", None) or self.pid_file
+                doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
+                raise Refused(f"cannot {doing}: {trouble_of(error)}{hint}") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -4435,7 +4380,6 @@ class Host:
 
     def accept(self) -> None:
         """Begin to take connections."""
-        self._look_at = time.monotonic() + LOOK_AGAIN
         self._accepting.set()
 
     def _accept(self) -> None:
@@ -4444,12 +4388,9 @@ class Host:
 
     def look(self) -> None:
         """Listen anew if the socket's file was removed: nobody could reach us."""
-        if time.monotonic() < self._look_at:
-            return
-        self._look_at = time.monotonic() + LOOK_AGAIN
-        if not os.path.lexists(self.path):
+        if self._accepting.is_set() and not os.path.lexists(self.path):
             try:
-                with share(self._at_end, self.path, self.mode, self.group) as new:
+                with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
                     os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
                 self.agent.log.say(f"{self.path} was removed: listening there again")
             except (Refused, OSError) as error:
@@ -4470,6 +4411,7 @@ class Host:
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
+        self._accepting.clear()
         self.agent.stop()
         if self.timeline:
             self.timeline(self.agent.graph())
@@ -7917,13 +7859,13 @@ def cmd_serve(args: Args) -> int:
         "advice": slowness(),
     }
     if not args.command:
-        serve(Host(agent_path(args.socket_path), alone=True, **options), args.detach)
+        serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
     import tempfile
 
     try:
         if args.socket_path:
-            return serve_command(Host(args.socket_path, **options), args.command)
+            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
         with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
             return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
     except OSError as error:

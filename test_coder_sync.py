@@ -3535,7 +3535,7 @@ def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_
     began = time.monotonic()
     log.close(0.1)  # whose thread stands there
     assert log.lost > 0 and time.monotonic() - began < 10
-    until(lambda: (read_now(reader), log._listener._thread is None)[1])
+    until(lambda: (read_now(reader), not log._writer.is_alive())[1])
     os.close(reader)
 
 
