@@ -40,7 +40,6 @@ import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -4262,27 +4261,23 @@ def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
     agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
 
 
-@pytest.mark.parametrize("blocked", [False, True], ids=["", "blocked before"])
-def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, blocked: bool) -> None:
+def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World) -> None:
     code = """import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import coder_sync
-signal.pthread_sigmask(signal.SIG_BLOCK, [int(n) for n in sys.argv[2:]])
+signal.pthread_sigmask(signal.SIG_BLOCK, [15])
 signals = coder_sync.Loop()
 os.kill(os.getpid(), signal.SIGTERM)
 try:
     signals.give_back()
-    end = None
 except SystemExit as error:
-    end = error.code
-mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-print(end, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    print(error.code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
 """
-    done = finish(world.spawn([*PYTHON, code, str(HERE), *(["15"] if blocked else [])]))
-    assert done.stdout == ("None True [15]\n" if blocked else "143 True []\n")
-    assert done.returncode == -signal.SIGTERM
+    done = finish(world.spawn([*PYTHON, code, str(HERE)]))
+    assert (done.stdout, done.returncode) == ("143 True [15]\n", -signal.SIGTERM)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -5985,17 +5980,17 @@ def hook(module, name):
     function = getattr(module, name)
     def then(*words):
         half = function(*words)
-        {0}
+        os.kill(os.getpid(), signal.SIGINT)
         return half
     setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""  # does something as soon as the code above the cut has been loaded
+"""  # a signal as soon as a half has been loaded
 
 
 @BOTH_FORMS
 def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -> None:
-    argv = [*PYTHON, HOOK.format("os.kill(os.getpid(), signal.SIGINT)") + LAUNCH, tool(world, form), "--version"]
+    argv = [*PYTHON, HOOK + LAUNCH, tool(world, form), "--version"]
     done = command(world, *argv)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
     done = command(world, *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as nohup does
@@ -6187,34 +6182,24 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
     old, source = f'__version__ = "{coder_sync.__version__}"', world.directory / "newer.py"
+    versions = {f"coder_sync {coder_sync.__version__}", "coder_sync 99"}
     source.write_text(FILE.read_text(encoding="utf-8").replace(old, '__version__ = "99"' + " # longer" * 999))
     monkeypatch.setattr(coder_sync, "FILE", str(source))
     monkeypatch.setattr(coder_sync, "__version__", "99")
     newer = coder_sync.application("")
-    of_another_python = newer.replace(MAGIC_NUMBER, b"\0" * len(MAGIC_NUMBER))
-
-    def put(copy: bytes, where: Path = beside) -> None:
-        where.write_bytes(copy)
-        where.chmod(0o755)
-
-    for copy in (newer, of_another_python, source.read_bytes()):
-        for form in (now, FILE.read_bytes()):
-            put(form, Path(path))
-            put(copy)
-            rename = f"os.path.exists({str(beside)!r}) and os.rename({str(beside)!r}, {path!r})"
-            done = command(world, *PYTHON, HOOK.format(rename) + LAUNCH, path, "--version")
-            assert (done.returncode, done.stdout, done.stderr) == (0, "coder_sync 99\n", "")
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
     calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
     for copy in itertools.cycle([newer, now]):
-        put(copy)
+        beside.write_bytes(copy)
+        beside.chmod(0o755)
         os.rename(beside, path)  # as install does
         time.sleep(0.01)  # so that calls get on
         if all(process.poll() is not None for process in calls):
             break
     for process in calls:
         done = finish(process)
-        assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 8)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 8 and versions >= {*done.stdout.splitlines()}
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
@@ -6227,7 +6212,6 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    defined["load_below"] = lambda: pytest.fail("it needs the rest")
     call.main = defined["main"]
     play(
         call,
@@ -8320,7 +8304,7 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
     notify.reached()
     expected = {**dict.fromkeys(services, "started"), **dict.fromkeys(users, "pending")}
     until(lambda: {unit.unit_name: unit.status for unit in world.client.list()} == expected)
-    until(lambda: [coder_sync.proc_line(pid, "Name") for pid in boot.left()].count("cat") == len(services))
+    until(lambda: [coder_sync.proc_line(pid, "Name:") for pid in boot.left()].count("cat") == len(services))
     web = socket.create_server(("127.0.0.1", page))
     with web, socket.create_server(("127.0.0.1", port)), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(world.directory / "up.sock"))
@@ -8332,7 +8316,7 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
             asked.sendall(b"HTTP/1.0 302 Found\r\n\r\n")
         assert boot.process.wait(PATIENCE) == 0
     until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on; each takes signals
-    until(lambda: {coder_sync.proc_line(pid, "SigBlk").strip("0") for pid in boot.left()} == {""})
+    until(lambda: {coder_sync.proc_line(pid, "SigBlk:").strip("0") for pid in boot.left()} == {""})
     end.keep_open(lambda: not boot.left())
     boot.ends(0, None, f"\nstill running: {', '.join(sorted(services))}\n", leaves=True)
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
