@@ -4098,11 +4098,10 @@ def listen(
         if not again:
             lock = path + ".lock"
             doing = f"open {lock}{file_owner(lock)}"
-            held = hold_lock(lock, path, replace)
-            at_end.callback(os.close, held)
-            at_end.callback(remove, lock, os.fstat(held))
-            os.truncate(held, 0)
-            os.pwrite(held, b"%d\n" % os.getpid(), 0)
+            held = at_end.enter_context(hold_lock(lock, path, replace))
+            at_end.callback(remove, lock, os.fstat(held.fileno()))
+            held.truncate(0)
+            held.write(b"%d\n" % os.getpid())
         doing = f"listen at {path}"
         sock = bind(path, replace is not None)
         at_end.callback(remove, path, os.lstat(path))
@@ -4127,8 +4126,8 @@ def in_the_way(what: str, do: str = "remove it") -> Refused:
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> int:
-    """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> FileIO:
+    """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
     file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
@@ -4136,25 +4135,27 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> in
     """
     import fcntl
     import stat
+    from io import FileIO
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)  # no wait for a pipe's end
-        found = os.fstat(fd)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
+        file = FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
                 raise in_the_way(f"{lock}{file_owner(lock)} is not a regular file")
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
                 if found.st_uid != os.geteuid():
                     raise in_the_way(f"{lock}{file_owner(lock)} is not ours")
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
-                return os.dup(fd)  # which has the lock, too
+                return file
         except BlockingIOError:
             if replace is None:
-                pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
+                pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
             if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
@@ -4165,8 +4166,6 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> in
             time.sleep(0.02)
         except FileNotFoundError:
             pass
-        finally:
-            os.close(fd)
 
 
 def file_owner(path: str) -> str:
