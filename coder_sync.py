@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
+    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -71,6 +71,7 @@ interpreter, so nothing is imported here that a plain call does not need: `os`, 
 #:
 # The first lines run the code from here to the next such line on its own; so does `python3 COPY`. Python 2 can read it.
 import errno
+import gc
 import posix  # what os is made of
 import sys
 import time
@@ -89,32 +90,26 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(path, below):  # type: (str, bool) -> Any
-    """Return the code above the cut, or below it, and what identifies the file.
+def half_of(data, below):  # type: (bytes, bool) -> Any
+    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
 
-    An installed copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
-    Raises OSError if the file cannot be read, SyntaxError or ValueError if it is damaged.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
-    with open(path, "rb", 0) as file:
-        found = posix.fstat(file.fileno())
-        end = 0
-        for size in (1 << 18, 1 << 20)[: below + 1]:  # the bytecode above the cut; behind it, the one below
-            file.seek(end)
-            data = file.read(size)
-            start = data.find(mark) + 16
-            code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
-            end += start + len(code)
-        if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-            half = loads(code)
-        else:
-            file.seek(0)
-            half = compile(halves(source_in(file.read()))[below], path, "exec")
-    return half, (found.st_ino, found.st_size, found.st_mtime_ns)
+    start = data.find(mark) + 16
+    if below:
+        start = data.find(mark, start) + 16
+    code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
+    if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+        return loads(code)
+    try:
+        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+    except (SyntaxError, ValueError):
+        sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
 
 def exit_on_signals():  # type: () -> None
@@ -127,12 +122,10 @@ def exit_on_signals():  # type: () -> None
 
 
 def launch():  # type: () -> None
-    """Run the code above the cut; at the cut it calls main()."""
-    global LAUNCHED
+    """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     import _signal as signal
-    import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
@@ -141,13 +134,8 @@ def launch():  # type: () -> None
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
-    path = sys.argv[0]
-    globals().update(__name__="coder_sync", __file__=path)
-    try:
-        code, LAUNCHED = half_of(path, False)
-    except (SyntaxError, ValueError):
-        sys.exit("error: " + path + " is damaged: copy or install it again")
-    exec(code, globals())
+    globals().update(__name__="coder_sync", __file__=sys.argv[0])
+    exec(half_of(DATA, False), globals())  # the first lines have read it
 
 
 #:
@@ -196,7 +184,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-LAUNCHED: tuple[int, ...] | None = globals().get("LAUNCHED")  # identifies our file while only what is above the cut ran
+DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -808,8 +796,6 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # if not -1, a descriptor that can be read when a signal has come; see `notice_signals`
-
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
         self.path = path
@@ -882,16 +868,8 @@ class Channel:
 
     def _read(self, timeout: float) -> bool:
         """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
-        timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:
-            import select
-
-            awaited = select.poll()
-            for fd in (self.signals, self.fileno()):
-                awaited.register(fd, select.POLLIN)
-            if self.signals in dict(awaited.poll(1000 * timeout)):  # its handler has run
-                posix.read(self.signals, 64)
-            timeout = 0.0
+        longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
+        timeout = min(max(timeout, 0.0), longest)
         self.sock.settimeout(timeout)
         try:
             chunk = self.sock.recv(65536)
@@ -1618,36 +1596,6 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
     return None if names else (command, args)
 
 
-def load_below() -> None:
-    """Run the code below the cut, if only the one above it was run. Raises SyncError."""
-    global LAUNCHED
-    try:
-        code, found = half_of(FILE, True)
-    except OSError as error:
-        raise SyncError(f"cannot read {FILE}: {error.strerror}") from None
-    except (SyntaxError, ValueError):
-        raise SyncError(f"{FILE} is damaged: copy or install it again") from None
-    if LAUNCHED not in (None, found):
-        launch()  # the file was replaced: begin again with the new one
-    exec(code, globals())
-    if LAUNCHED:
-        import gc
-
-        LAUNCHED = None
-        gc.freeze()  # what is loaded stays, and need not be looked through
-        gc.enable()
-
-
-def dispatch(argv: Sequence[str]) -> int:
-    """Run one command line; return the exit status. Raises SyncError."""
-    found = quick(argv)
-    if LAUNCHED and not found:
-        load_below()
-        found = quick(argv)
-    command, args = found or Command.parse(argv)
-    return command.run(args) or 0
-
-
 def name_process() -> None:
     """Have ps(1) and top(1) show our name instead of python3, where the system lets us."""
     try:
@@ -1656,15 +1604,6 @@ def name_process() -> None:
         posix.close(fd)
     except OSError:
         pass
-
-
-def notice_signals() -> None:
-    """Have a wait for the agent run the handler of a signal at once, even if it comes just before."""
-    import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
-
-    Channel.signals, write = posix.pipe()
-    posix.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
 
 def shortage(error: Exception) -> str:
@@ -1683,7 +1622,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     code = 0
     try:
-        if LAUNCHED and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
             signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
@@ -1694,9 +1633,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
             exit_on_signals()
-            notice_signals()
         name_process()
-        code = dispatch(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        command, args = quick(words) or Command.parse(words)
+        code = command.run(args) or 0
     except KeyboardInterrupt:
         code = 130
     except SystemExit as end:  # --help, and signals
@@ -1721,10 +1661,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if LAUNCHED:
+if DATA:
+    if not quick(sys.argv[1:]):
+        exec(half_of(DATA, True), globals())
+        gc.freeze()  # what is loaded stays, and need not be looked through
+        gc.enable()
+    DATA = b""
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
-    load_below()
+    exec(globals()["__loader__"].get_code("below"), globals())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1857,7 +1802,6 @@ def close_others(keep: int) -> None:
                 os.close(fd)
             except OSError:  # the one that /proc was read with
                 pass
-    Channel.signals = -1
 
 
 def in_background() -> tuple[int, int]:

@@ -40,7 +40,6 @@ import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -5985,17 +5984,17 @@ def hook(module, name):
     function = getattr(module, name)
     def then(*words):
         half = function(*words)
-        {0}
+        os.kill(os.getpid(), signal.SIGINT)
         return half
     setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""  # does something as soon as the code above the cut has been loaded
+"""  # a signal as soon as a half has been loaded
 
 
 @BOTH_FORMS
 def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -> None:
-    argv = [*PYTHON, HOOK.format("os.kill(os.getpid(), signal.SIGINT)") + LAUNCH, tool(world, form), "--version"]
+    argv = [*PYTHON, HOOK + LAUNCH, tool(world, form), "--version"]
     done = command(world, *argv)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
     done = command(world, *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as nohup does
@@ -6187,34 +6186,24 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
     old, source = f'__version__ = "{coder_sync.__version__}"', world.directory / "newer.py"
+    versions = {f"coder_sync {coder_sync.__version__}", "coder_sync 99"}
     source.write_text(FILE.read_text(encoding="utf-8").replace(old, '__version__ = "99"' + " # longer" * 999))
     monkeypatch.setattr(coder_sync, "FILE", str(source))
     monkeypatch.setattr(coder_sync, "__version__", "99")
     newer = coder_sync.application("")
-    of_another_python = newer.replace(MAGIC_NUMBER, b"\0" * len(MAGIC_NUMBER))
-
-    def put(copy: bytes, where: Path = beside) -> None:
-        where.write_bytes(copy)
-        where.chmod(0o755)
-
-    for copy in (newer, of_another_python, source.read_bytes()):
-        for form in (now, FILE.read_bytes()):
-            put(form, Path(path))
-            put(copy)
-            rename = f"os.path.exists({str(beside)!r}) and os.rename({str(beside)!r}, {path!r})"
-            done = command(world, *PYTHON, HOOK.format(rename) + LAUNCH, path, "--version")
-            assert (done.returncode, done.stdout, done.stderr) == (0, "coder_sync 99\n", "")
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
     calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
     for copy in itertools.cycle([newer, now]):
-        put(copy)
+        beside.write_bytes(copy)
+        beside.chmod(0o755)
         os.rename(beside, path)  # as install does
         time.sleep(0.01)  # so that calls get on
         if all(process.poll() is not None for process in calls):
             break
     for process in calls:
         done = finish(process)
-        assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 8)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 8 and versions >= {*done.stdout.splitlines()}
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
@@ -6227,7 +6216,6 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    defined["load_below"] = lambda: pytest.fail("it needs the rest")
     call.main = defined["main"]
     play(
         call,
