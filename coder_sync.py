@@ -1714,12 +1714,7 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    return read_proc(f"/proc/{pid}/{name}")
-
-
-def read_proc(path: str) -> str:
-    """Return the text of a file in /proc, at most 64 KiB of it. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
     try:
         return os.read(fd, 1 << 16).decode(errors="replace")
     finally:
@@ -1743,13 +1738,13 @@ def birth(pid: int) -> str | None:
         return None if signal_to(pid, 0) else ""
 
 
-def proc_line(pid: int, what: str) -> str:
-    """Return one value of /proc/PID/status, empty where there is none."""
+def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none to be read."""
     try:
-        lines = proc_file(pid, "status").splitlines()
+        lines = proc_file(pid, name).split(end)
     except OSError:
         return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(what + ":")), "")
+    return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
 
 
 def command_of(pid: int) -> str:
@@ -1761,7 +1756,7 @@ def command_of(pid: int) -> str:
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name")
+    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name:")
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -1795,13 +1790,8 @@ def open_files() -> int:
 
 def close_others(keep: int) -> None:
     """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
-    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
-    for fd in map(int, opened):
-        if fd > 2 and fd != keep:
-            try:
-                os.close(fd)
-            except OSError:  # the one that /proc was read with
-                pass
+    os.closerange(3, keep)
+    os.closerange(keep + 1, min(open_files(), 1 << 16))
 
 
 def in_background() -> tuple[int, int]:
@@ -1846,52 +1836,35 @@ def heeded(names: Iterable[str]) -> list[int]:
 class Processes:
     """All living processes, as /proc shows them. Raises OSError unless all could be seen.
 
-    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one. `before` is an earlier
-    look, whose marks are taken over.
+    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one.
     """
 
-    def __init__(self, before: Processes | None = None) -> None:
+    def __init__(self) -> None:
         self.births: dict[int, int] = {}  # pid -> when it began, in ticks
-        self.near: dict[int | str, list[int]] = {}  # parent, group, session or mark -> pids
+        self.near: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
         self.dead_groups: set[int] = set()  # process groups that have zombies
-        self._marks: dict[int, str] = {}  # of those that began after us
-        if not has_proc():
-            raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-        ours = int(stat_of(os.getpid())[19])
-        seen: set[str] = set()
+        ours, seen = int(stat_of(os.getpid())[19]), set()  # type: tuple[int, set[str]]
         for _ in range(9):  # a process that has ended since it was listed may have begun another one
             new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
-            if sum(self._add(int(name), before, ours) for name in new) == len(new):
+            if sum(self._add(int(name), ours) for name in new) == len(new):
                 return
             seen |= new
         raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be listed")
 
-    def _add(self, pid: int, before: Processes | None, ours: int) -> bool:
-        """Add a process; return False if it has ended."""
+    def _add(self, pid: int, ours: int) -> bool:
+        """Add a process, with its mark if it began after us; return False if it has ended."""
         try:
-            state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            state, parent, group, session, *more = stat_of(pid)
         except (FileNotFoundError, ProcessLookupError):
             return False
         if state in "ZX":
             self.dead_groups.add(int(group))
             return False
         born = self.births[pid] = int(more[15])
-        if born >= ours:
-            known = before._marks[pid] if before and before.births.get(pid) == born else ""
-            self._marks[pid] = known or mark_of(pid)
-        keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
-        for key in keys:
+        mark = proc_line(pid, "CODER_SYNC_ENV=", "environ", "\0") if born >= ours else ""
+        for key in {int(parent), int(group), int(session), mark}:
             self.near.setdefault(key, []).append(pid)
         return True
-
-
-def mark_of(pid: int) -> str:
-    """Return the mark of a process; empty if it has none, or if it is not ours to read."""
-    try:
-        words = read_proc(f"/proc/{pid}/environ").split("\0")
-    except OSError:  # it is another user's, or has ended
-        return ""
-    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
@@ -1971,8 +1944,7 @@ class Loop:
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._processes: Processes | None = None
-        self._looked = False  # since the last turn
+        self._processes: Processes | None = None  # unless that was before the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -1988,7 +1960,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._looked = b"", False
+        came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -2000,8 +1972,7 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all living processes; between two turns, the same look serves all who ask. Raises OSError."""
-        if not self._processes or not self._looked:
-            self._processes, self._looked = Processes(self._processes), True
+        self._processes = self._processes or Processes()
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -2020,11 +1991,9 @@ class Loop:
     def give_back(self) -> None:
         """Let signals have their usual effect again, as needed before exec.
 
-        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. A signal that was
-        blocked before the Loop was made is left pending.
+        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
         """
         import _signal as signal
-        from _thread import get_ident
 
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
@@ -2032,11 +2001,8 @@ class Loop:
         signal.set_wakeup_fd(self._wakeup)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         os.close(self._write)
-        with open(self._came, "rb") as pipe:  # all that had come by then
+        with open(self._came, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers]
-        for number in filter(self._mask.__contains__, late):
-            signal.pthread_kill(get_ident(), number)
-        late = [n for n in late if n not in self._mask]
         if late:
             sys.exit(128 + late[0])
 
@@ -2069,14 +2035,6 @@ def sent_by_key(number: int) -> bool:
         return False
 
 
-def end_on(*names: str) -> None:
-    """Have signals end us as Ctrl-C does, by an exception; process 1, too, which their usual effect would spare."""
-    import _signal as signal
-
-    for number in heeded(names):
-        signal.signal(number, lambda got, frame: sys.exit(128 + got))
-
-
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
     """Start a command with default signal handling, which Python and we have changed; return its pid.
 
@@ -2099,32 +2057,33 @@ def in_path(program: str, path: bytes | None) -> str:
     """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
-    places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
-    files = [place for place in places if os.path.isfile(place)]
-    if not files:
+    from shutil import which
+
+    places = os.fsdecode(path or os.defpath)
+    found = which(program, path=places) or which(program, os.F_OK, places)
+    if not found:
         raise FileNotFoundError(errno.ENOENT, "no such command")
-    return next((file for file in files if os.access(file, os.X_OK)), files[0])
+    return found
 
 
-def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
-    """Run a command with our standard streams, pass signals on to it; return its exit status, -N for signal N.
+def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Callable[[], Iterable[int]] = list) -> int:
+    """Run a command with our standard streams; return its exit status, as a shell has it.
 
-    The terminal itself sends it those of keys. Raises CommandError if it cannot be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself, and what `more` returns in each
+    turn is sent too. Raises CommandError if it cannot be run.
     """
-    loop, codes = loop or Loop(), []  # type: ignore[var-annotated]
     try:
-        try:
-            pid = spawn(command, env)
-        except (OSError, ValueError) as error:
-            raise cannot_run(command[0], error) from None
-        loop.children[pid] = codes.append
-        while not codes:
-            for number in loop.turn():
-                if not codes and not sent_by_key(number):
-                    signal_to(pid, number)
-    finally:
-        loop.give_back()
-    return int(codes[0])
+        pid = spawn(command, env)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
+    codes: list[int] = []
+    loop.children[pid] = codes.append
+    while not codes:
+        numbers = [number for number in loop.turn() if not sent_by_key(number)]
+        for number in [*numbers, *more()]:
+            if not codes:
+                signal_to(pid, number)
+    return shell_status(codes[0])
 
 
 def exit_code_of(status: int) -> int:
@@ -3506,7 +3465,7 @@ class Connection:
         """
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
-            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+            pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
 
 
@@ -3983,7 +3942,7 @@ class Agent:
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process that is to own a unit. Raises Refused if there is none."""
         peer = who_is_at(connection.sock)[0]
-        if not peer or len(proc_line(peer, "NSpid").split()) > 1:
+        if not peer or len(proc_line(peer, "NSpid:").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
@@ -4453,12 +4412,10 @@ def serve_command(host: Host, command: list[str]) -> int:
         host.accept()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         try:
-            return shell_status(supervise(command, environment(CODER_AGENT_SOCKET_PATH=host.path), loop))
+            return supervise(loop, command, environment(CODER_AGENT_SOCKET_PATH=host.path))
         finally:
             notify("STOPPING=1")
-            loop = Loop(STOPS)
             host.stop_units(loop, everything=True)
-            loop.give_back()
 
 
 def connection_limit(raise_it: bool) -> int:
@@ -5438,7 +5395,7 @@ class Prober:
             self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
         elif probe.kind != "file":
             pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
-            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
 
@@ -6123,7 +6080,7 @@ def cmd_run(args: Args) -> int:
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
         path = os.path.abspath(agent_path(args.socket_path))
         env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
-        return shell_status(supervise(args.command, env))
+        return supervise(Loop(), args.command, env)
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     with start.channel:
@@ -7436,21 +7393,13 @@ class Front:
         command = self.command
         if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
             command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
-        try:
-            pid = spawn(command, environment())
-        except (OSError, ValueError) as error:
-            raise cannot_run(command[0], error) from None
-        codes: list[int] = []
-        self.loop.children[pid] = codes.append
-        heard = len(self.said)
-        while not codes:
-            for number in self.loop.turn():
-                if not codes and not sent_by_key(number):  # what keys send has reached it already
-                    signal_to(pid, number)
-            if len(self.said) > heard and not codes:  # a service has died, with --fail-fast
-                signal_to(pid, 15)
-                heard = len(self.said)
-        return shell_status(codes[0])
+        self.said.clear()
+        return supervise(self.loop, command, environment(), self.died)
+
+    def died(self) -> list[int]:
+        """Return TERM for COMMAND if the background process has said that a service has died, with --fail-fast."""
+        said, self.said = self.said, []
+        return [15] if said else []
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7591,11 +7540,14 @@ def is_ours(data: bytes) -> bool:
 
 def install(path: str, python: str) -> str:
     """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
+    import _signal as signal
+
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    end_on("SIGTERM", "SIGHUP")  # by an exception, so that nothing is left beside it
+    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
             with open(path, "rb") as there:
@@ -7774,7 +7726,7 @@ def cmd_serve(args: Args) -> int:
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
         put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
-        return shell_status(supervise(args.command, environment())) if args.command else 0
+        return supervise(Loop(), args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
