@@ -5669,7 +5669,7 @@ class Task:
     own_session = False  # whether the command gets a session of its own
     grace = 8.0  # seconds from TERM to KILL
 
-    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits | Script) -> None:
+    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
@@ -6220,11 +6220,22 @@ HEADER_LINES = 50  # that may have headers, also below code; more if all above a
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
-MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
 # The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
 PACKAGED = (".dpkg-", ".ucf-", ".rpm")
+HEADERS = {  # word -> what follows it, and what it means
+    "unit": ("NAME", "another name than the file's (that is without a leading NN- or NN_, and ending)"),
+    "want": ("NAME... [--requires REQUIREMENT]", "run after these: success (the default), completion or start"),
+    "after": ("NAME...", "run after these, however they end, if they are part of this boot"),
+    "before": ("NAME...", "as if these, if they are part of this boot, wanted this one"),
+    "extern": ("NAME...", "these names are registered by somebody else"),
+    "lock": ("NAME...", "only one unit that holds this lock runs at a time"),
+    "timeout": ("DURATION", "end a script that runs longer, a service too; the unit has failed"),
+    "ready": ("PROBE", "a service: the unit completes when PROBE succeeds, and the script runs on"),
+    "ready-timeout": ("DURATION", "how long that may take (5m); then the script is ended and has failed"),
+    "retry": ("N [DELAY]", "try up to N times more, after DELAY (1s), doubled each time up to 30s"),
+}
 
 
 class Edge(Record):
@@ -6236,83 +6247,17 @@ class Edge(Record):
 
 
 class Script(Record):
-    """One file that `boot` runs, and what its headers say. Times are in seconds."""
+    """One file that `boot` runs, and what its headers say."""
 
     path: str
     unit: str
     place: str  # the file and line that name the unit
-    wants: list[Edge]
+    limits: Limits
+    want: list[Edge]
     after: list[Edge]
     before: list[Edge]
-    externs: list[str]
-    locks: list[str]
-    timeout: float = 0.0
-    ready: str = ""
-    ready_timeout: float = 300.0
-    retries: int = 0
-    delay: float = 1.0
-
-
-def names_in(words: list[str]) -> list[str]:
-    """Return the names in a header. Raises UsageError, Refused."""
-    for word in words:
-        if word[:1] == "-" or word[-1:] == ",":
-            known = "an option (only want has one, --requires)"
-            raise UsageError(f'"{word}" is neither {known} nor a name; blanks separate names')
-    return [check_name(word) for word in words]
-
-
-def edges_in(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
-    """Return the edges that a header asks for. Raises UsageError, Refused."""
-    return [Edge(name, requires, place) for name in names_in(words)]
-
-
-def wants_in(words: list[str], place: str) -> list[Edge]:
-    """Return the edges of a header `want`. Raises UsageError, Refused."""
-    requires: str = SUCCESS
-    words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
-    if "--requires" in words:
-        at = words.index("--requires")
-        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
-        if requires not in REQUIREMENTS:
-            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
-    if not words:
-        raise UsageError("want: a name is missing")
-    return edges_in(words, place, requires)
-
-
-def tries_in(words: list[str]) -> dict[str, Any]:
-    """Return what a header `retry` sets. Raises UsageError."""
-    if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
-        raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
-    return {"retries": int(words[0]), **({"delay": duration(words[1])} if words[1:] else {})}
-
-
-# Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
-HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
-    "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
-    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wants_in(words, place)}),
-    "after": ("NAME...", MANY, lambda words, place: {"after": edges_in(words, place, COMPLETION)}),
-    "before": ("NAME...", MANY, lambda words, place: {"before": edges_in(words, place)}),
-    "extern": ("NAME...", MANY, lambda words, _: {"externs": names_in(words)}),
-    "lock": ("NAME...", MANY, lambda words, _: {"locks": names_in(words)}),
-    "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
-    "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
-    "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
-    "retry": ("N [DELAY]", 2, lambda words, _: tries_in(words)),
-}
-HEADER_MEANINGS = {
-    "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
-    "want": "run after these: success (the default), completion or start",
-    "after": "run after these, however they end, if they are part of this boot",
-    "before": "as if these, if they are part of this boot, wanted this one",
-    "extern": "these names are registered by somebody else",
-    "lock": "only one unit that holds this lock runs at a time",
-    "timeout": "end a script that runs longer, a service too; the unit has failed",
-    "ready": "a service: the unit completes when PROBE succeeds, and the script runs on",
-    "ready-timeout": "how long that may take (5m); then the script is ended and has failed",
-    "retry": "try up to N times more, after DELAY (1s), doubled each time up to 30s",
-}
+    extern: list[str]
+    lock: list[str]
 
 
 def warn(text: str) -> None:
@@ -6322,24 +6267,23 @@ def warn(text: str) -> None:
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     """Return a script from the start of its file; mistakes are added with file and line."""
-    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", [], [], [], [], [])
+    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", Limits(), [], [], [], [], [])
     said: dict[str, int] = {}  # the line of each header that there may be once
     lines = text.decode(errors="replace").splitlines()
-    comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
-    for number, line in enumerate(lines, 1):
+    code = (number for number, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS))
+    last = max(HEADER_LINES, next(code, len(lines)))
+    for number, line in enumerate(lines[:last], 1):
         mark, found, rest = line.partition("coder-sync:")
-        is_header = bool(found) and mark.strip() in MARKS
-        if number > max(HEADER_LINES, comments):
-            if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
-                warn(f"{path}:{number}: not read as a header: too far down; move it up")
-            continue
         try:
-            if is_header:
+            if found and mark.strip() in MARKS:
                 read_header(script, rest.strip(), number, said)
-            elif looks_like_header(line.strip()):
+            elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
             mistakes.append(f"{path}:{number}: {error}")
+    for number, line in enumerate(lines[last:], last + 1):
+        if looks_like_header(line):
+            warn(f"{path}:{number}: not read as a header: too far down; move it up")
     if "ready-timeout" in said and "ready" not in said:
         mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
     try:
@@ -6359,84 +6303,95 @@ def unit_of(name: str) -> str:
 
 def looks_like_header(line: str) -> bool:
     """Return whether a comment was meant to be a header, and is not only about us."""
-    text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+    text = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
     words = text.replace(":", " ").split()
-    return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+    return line.strip().startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
-def read_header(script: Script, text: str, number: int, said: dict[str, int]) -> None:
+def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
     """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
-    word, rest = (*text.split(None, 1), "", "")[:2]
+    word = "".join(text.split()[:1])
     if word not in HEADERS:
-        known = ", ".join(f"{name} {form}" for name, (form, _, _) in HEADERS.items())
+        known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
         raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
-    form, most, read = HEADERS[word]
+    form, rest = HEADERS[word][0], text[len(word) :].strip()
+    if word == "want":
+        rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
     if word == "ready":  # for a shell, or nobody
         words = [rest]
-    elif '"' in rest or "'" in rest or "\\" in rest:
+    elif set(rest) & set("\"'\\"):
         import shlex
 
         words = shlex.split(rest)
     if not words:
         raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
-    if len(words) > most:
+    if "..." in form:
+        read_names(script, word, words, f"{script.path}:{line}")
+        return
+    if len(words) > len(form.split()):
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    for name, value in read(words, f"{script.path}:{number}").items():
-        if isinstance(value, list):
-            getattr(script, name).extend(value)
-        elif said.setdefault(word, number) != number:
-            raise UsageError(f"{word}: line {said[word]} says so already")
-        else:
-            setattr(script, name, value)
+    if said.setdefault(word, line) != line:
+        raise UsageError(f"{word}: line {said[word]} says so already")
+    if word == "unit":
+        script.unit, script.place = check_name(words[0]), f"{script.path}:{line}"
+    elif word == "ready":
+        script.limits.ready = Probe(rest).text
+    elif word == "retry":
+        script.limits.retries = number(words[0])
+        script.limits.delay = duration(words[1]) if words[1:] else script.limits.delay
+    else:
+        setattr(script.limits, word.replace("-", "_"), duration(words[0]))
+
+
+def read_names(script: Script, word: str, names: list[str], place: str) -> None:
+    """Take the names in a header. Raises UsageError, Refused."""
+    requires: str = COMPLETION if word == "after" else SUCCESS
+    if word == "want" and "--requires" in names:
+        at = names.index("--requires")
+        requires = check_requirement("".join(names[at + 1 : at + 2]))
+        del names[at : at + 2]
+    if not names:
+        raise UsageError(f"{word}: a name is missing")
+    for name in names:
+        if name[:1] == "-" or name[-1:] == ",":
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{name}" is neither {known} nor a name; blanks separate names')
+        check_name(name)
+    edges = [Edge(name, requires, place) for name in names]
+    getattr(script, word).extend(names if word in ("extern", "lock") else edges)
 
 
 def check_program(path: str, text: bytes) -> str:
-    """Return what keeps a file from being run, or nothing."""
+    """Return what keeps a file from being run, or nothing. Raises OSError."""
+    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
+    program, *words = first[2:].split() or [""]
     if not os.access(path, os.X_OK):
         return not_executable(path)
-    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
         return "its first line ends in a carriage return; save it with Unix line ends"
-    words = first[2:].split()
-    program = words[0] if words else ""
-    if os.path.basename(program) == "env":
-        import shutil
+    if os.path.basename(program) != "env":
+        good = os.path.isfile(program) and os.access(program, os.X_OK)
+        return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    import shutil
 
-        program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
-    good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    program = "".join(words[1:2] if words[:1] == ["-S"] else words[:1])
+    for_env = program[:1] == "-" or "=" in program  # which says itself what it cannot run
+    return "" if for_env or shutil.which(program) else f"its interpreter {program} is not in PATH"
 
 
 def not_executable(path: str) -> str:
-    """Return why a file cannot be run that is no program, and what to do about it."""
+    """Return why a file cannot be run that is no program, and what to do about it. Raises OSError."""
     import shlex
 
-    try:
-        if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-            return "not executable: its file system is mounted noexec"
-    except OSError:  # it has gone meanwhile
-        pass
+    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return "not executable: its file system is mounted noexec"
     return f"not executable; chmod +x {shlex.quote(path)}"
-
-
-def program_of_env(words: list[str]) -> str:
-    """Return the program in the arguments of env(1)."""
-    rest = iter(words)
-    for word in rest:
-        if word[:2] == "-S" and word[2:]:
-            return word[2:]
-        if word in ("--unset", "--chdir") or (word[0] == "-" and word[1:2] != "-" and word[-1] in "uC"):
-            next(rest, "")  # the option's value
-        elif word[0] != "-" and "=" not in word:
-            return word
-    return ""
 
 
 def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
@@ -6449,28 +6404,26 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
         other = by_name.setdefault(script.unit, script)
         if other is not script:
             mistakes.append(f'{script.place}: unit "{script.unit}" is {other.place} already')
-    externs = {name for script in scripts for name in script.externs}
-    for script in scripts:
-        for edge in script.wants:
-            name = edge.dependency
-            if name not in by_name and name not in externs:
-                import shlex
+    externs = {name for script in scripts for name in script.extern}
+    for edge in (edge for script in scripts for edge in script.want):
+        name = edge.dependency
+        if name not in by_name and name not in externs:
+            import shlex
 
-                outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-                hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
-                mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for script in scripts:
-        for edge in script.before:
-            if edge.dependency in by_name:
-                add_edge(by_name[edge.dependency], Edge(script.unit, SUCCESS, edge.place))
-    for script in scripts:
-        for edge in script.after:
-            if edge.dependency in by_name:
-                add_edge(script, edge)
-        for edge in (*script.before, *script.after):
-            hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-            if hint:
-                warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
+            outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
+            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
+    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
+        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
+        if hint:
+            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
+    implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
+    implied += [(script.unit, edge) for script in scripts for edge in script.after]
+    for unit, edge in implied:
+        if {unit, edge.dependency} <= by_name.keys():
+            wants = by_name[unit].want
+            if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
+                wants.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6481,13 +6434,11 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
     """Return the scripts of a directory, or one file."""
-    files = [given]
     try:
-        if os.path.isdir(given):
-            files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
-            files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
-        elif not os.path.isfile(given):  # a pipe, say, which would block
-            raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
+        files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
+        files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
+    except NotADirectoryError:
+        files = [given]
     except OSError as error:
         mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
@@ -6499,38 +6450,28 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
+            if not os.path.isfile(path):
+                raise OSError(0, "it is no file")
+            wrong = check_program(path, text)
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
             left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                warn(f"{path}: not run: {not_executable(path)}")
+                warn(f"{path}: not run: {wrong}")
             continue
-        script = read_script(os.path.abspath(path), text, mistakes)
-        wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{script.path}:1: {wrong}")
-        yield script
-
-
-def add_edge(script: Script, edge: Edge) -> None:
-    """Have a script want something, unless it says itself what it wants of it."""
-    if all(other.dependency != edge.dependency for other in script.wants):
-        script.wants.append(edge)
+            mistakes.append(f"{os.path.abspath(path)}:1: {wrong}")
+        yield read_script(os.path.abspath(path), text, mistakes)
 
 
 def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
     """Add what the rules of the graph forbid to the mistakes."""
     units = Units(time.monotonic, time.time)
-    places: dict[tuple[str, str], str] = {}
+    places = {(script.unit, edge.dependency): edge.place for script in scripts for edge in script.want}
     for script in scripts:
-        try:
-            units.want(script.unit, [])
-        except Refused:  # its name is a mistake that is known
-            continue
-        for edge in script.wants:
-            places.setdefault((script.unit, edge.dependency), edge.place)
+        for edge in script.want:
             try:
                 units.want(script.unit, [edge.dependency], edge.requires)
             except CycleError as error:
@@ -6543,22 +6484,15 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
 
 def plan_text(scripts: list[Script]) -> str:
     """Return scripts without mistakes as a table, each below what it wants of the others."""
-    by_name = {script.unit: script for script in scripts}
-    missing = {unit: {edge.dependency for edge in script.wants} & {*by_name} for unit, script in by_name.items()}
-    users: dict[str, list[str]] = {unit: [] for unit in by_name}
-    for unit, names in missing.items():
-        for name in names:
-            users[name].append(unit)
-    order = [unit for unit, names in missing.items() if not names]
-    for unit in order:  # which grows
-        for user in users[unit]:
-            missing[user].remove(unit)
-            if not missing[user]:
-                order.append(user)
-    rows = []
-    for script in map(by_name.__getitem__, order):
-        wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.wants)
-        rows.append([script.unit, ", ".join(wants), ", ".join(script.locks), shown_probe(script.ready)])
+    rows, left = [], scripts
+    while left:
+        missing = {script.unit for script in left}
+        free = [script for script in left if missing.isdisjoint(edge.dependency for edge in script.want)]
+        for script in free:
+            wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.want)
+            rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
+            missing.remove(script.unit)
+        left = [script for script in left if script.unit in missing]
     text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows, always=1) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
@@ -6590,7 +6524,7 @@ class Job(Task):
     own_session = True
 
     def __init__(self, script: Script, boot: Boot) -> None:
-        super().__init__(boot.loop, boot.link, script.unit, [script.path], script)
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
         self.stream = Stream(script.unit)
         self.outcome, self.reason = "", ""  # the unit's, as the agent has it
@@ -6925,7 +6859,7 @@ class Boot:
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
-        self.wants = {s.unit: {edge.dependency for edge in s.wants} for s in scripts}
+        self.wants = {s.unit: {edge.dependency for edge in s.want} for s in scripts}
         self.unfinished = len(scripts)
         self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
@@ -7099,8 +7033,8 @@ class Boot:
         rows: list[dict[str, Any]] = []
         size = 0
         for job in self.jobs.values():
-            wants = {edge.dependency: edge.requires for edge in job.script.wants}
-            row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
+            wants = {edge.dependency: edge.requires for edge in job.script.want}
+            row = {"unit": job.unit, "wants": wants, "locks": job.script.lock}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
                 self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
@@ -8007,7 +7941,7 @@ def cmd_events(args: Args) -> None:
 
 def help_headers() -> str:
     """Return the help on headers."""
-    rows = [[f"{word} {form}", HEADER_MEANINGS[word]] for word, (form, _, _) in HEADERS.items()]
+    rows = [[f"{word} {form}", meaning] for word, (form, meaning) in HEADERS.items()]
     return f"""\
 A script of `boot` says what it needs in lines of its first comment (#, //, -- or ;):
 
