@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
+    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -71,6 +71,7 @@ interpreter, so nothing is imported here that a plain call does not need: `os`, 
 #:
 # The first lines run the code from here to the next such line on its own; so does `python3 COPY`. Python 2 can read it.
 import errno
+import gc
 import posix  # what os is made of
 import sys
 import time
@@ -89,32 +90,26 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(path, below):  # type: (str, bool) -> Any
-    """Return the code above the cut, or below it, and what identifies the file.
+def half_of(data, below):  # type: (bytes, bool) -> Any
+    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
 
-    An installed copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
-    Raises OSError if the file cannot be read, SyntaxError or ValueError if it is damaged.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
-    with open(path, "rb", 0) as file:
-        found = posix.fstat(file.fileno())
-        end = 0
-        for size in (1 << 18, 1 << 20)[: below + 1]:  # the bytecode above the cut; behind it, the one below
-            file.seek(end)
-            data = file.read(size)
-            start = data.find(mark) + 16
-            code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
-            end += start + len(code)
-        if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-            half = loads(code)
-        else:
-            file.seek(0)
-            half = compile(halves(source_in(file.read()))[below], path, "exec")
-    return half, (found.st_ino, found.st_size, found.st_mtime_ns)
+    start = data.find(mark) + 16
+    if below:
+        start = data.find(mark, start) + 16
+    code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
+    if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+        return loads(code)
+    try:
+        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+    except (SyntaxError, ValueError):
+        sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
 
 def exit_on_signals():  # type: () -> None
@@ -127,12 +122,10 @@ def exit_on_signals():  # type: () -> None
 
 
 def launch():  # type: () -> None
-    """Run the code above the cut; at the cut it calls main()."""
-    global LAUNCHED
+    """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     import _signal as signal
-    import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
@@ -141,13 +134,8 @@ def launch():  # type: () -> None
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
-    path = sys.argv[0]
-    globals().update(__name__="coder_sync", __file__=path)
-    try:
-        code, LAUNCHED = half_of(path, False)
-    except (SyntaxError, ValueError):
-        sys.exit("error: " + path + " is damaged: copy or install it again")
-    exec(code, globals())
+    globals().update(__name__="coder_sync", __file__=sys.argv[0])
+    exec(half_of(DATA, False), globals())  # the first lines have read it
 
 
 #:
@@ -195,7 +183,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-LAUNCHED: tuple[int, ...] | None = globals().get("LAUNCHED")  # identifies our file while only what is above the cut ran
+DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -341,20 +329,16 @@ class Record(Fields):
     positional and keyword arguments, a repr, and equality.
     """
 
-    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default
-    _required: ClassVar[set[str]]
+    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default, or ... if it has none
 
     def __init_subclass__(cls) -> None:
-        cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
-        cls._required = cls._fields.keys() - vars(cls).keys()
+        cls._fields = {name: vars(cls).get(name, ...) for name in cls.__annotations__}
         RECORDS[cls.__name__] = cls
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        given = dict(zip(self._fields, args), **named)
-        values = {**self._fields, **given}
-        twice_or_too_many = len(given) < len(args) + len(named)
-        if twice_or_too_many or len(values) > len(self._fields) or not self._required <= given.keys():
-            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}, each once")
+        values = {**self._fields, **dict(zip(self._fields, args)), **named}
+        if len(values) > len(self._fields) or ... in values.values():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}")
         self.__dict__.update(values)
 
     def __repr__(self) -> str:
@@ -579,21 +563,19 @@ def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
         scan = _json.make_scanner(_Scanner)  # type: ignore[arg-type]
         options: list[Any] = [None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, False]
         write = _json.make_encoder(*options)  # the arguments that json.JSONEncoder passes
-
-        def loads(text: str) -> Any:
-            value, end = scan(text, 0)
-            if text[end:].strip():
-                raise ValueError("more than one value")
-            return value
-
-        return loads, lambda value: "".join(write(value, 0))
     except (ImportError, AttributeError, TypeError):  # another Python than CPython
-        import json
+        from json import JSONDecoder, JSONEncoder
 
-        return (
-            lambda text: json.loads(text, parse_constant=_Scanner.parse_constant),
-            lambda value: json.dumps(value, allow_nan=False),
-        )
+        decoder = JSONDecoder(parse_constant=_Scanner.parse_constant)
+        return decoder.decode, JSONEncoder(allow_nan=False).encode
+
+    def loads(text: str) -> Any:
+        value, end = scan(text, 0)
+        if text[end:].strip():
+            raise ValueError("more than one value")
+        return value
+
+    return loads, lambda value: "".join(write(value, 0))
 
 
 _loads, _dumps = _codec()
@@ -807,8 +789,6 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # if not -1, a descriptor that can be read when a signal has come; see `notice_signals`
-
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
         self.path = path
@@ -839,9 +819,7 @@ class Channel:
                 if time.monotonic() > deadline:
                     raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
-                    raise self._gone() from None
+            except OSError:  # the next read says so, but it may have said why before it hung up
                 break
         return self._next
 
@@ -869,37 +847,21 @@ class Channel:
                 say(f"warning: {self._silence(silent)}", 2)
         raise Unreachable(self._silence(REPLY_TIMEOUT))
 
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Iterate over all messages; ask a silent agent whether it is still there. Raises Unreachable."""
-        while True:
-            message = self.receive(REPORT_EVERY)
-            if message is None:
-                self.request("ping")
-                message = self.hear()
-            if message:
-                yield message
-
     def _read(self, timeout: float) -> bool:
         """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
-        timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:
-            import select
+        from _socket import timeout as socket_timeout
 
-            awaited = select.poll()
-            for fd in (self.signals, self.fileno()):
-                awaited.register(fd, select.POLLIN)
-            if self.signals in dict(awaited.poll(1000 * timeout)):  # its handler has run
-                posix.read(self.signals, 64)
-            timeout = 0.0
+        longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
+        timeout = min(max(timeout, 0.0), longest)
         self.sock.settimeout(timeout)
         try:
             chunk = self.sock.recv(65536)
-        except OSError as error:
-            if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
-                return False
-            raise self._gone() from None
+        except (BlockingIOError, socket_timeout):
+            return False
+        except OSError:
+            chunk = b""
         if not chunk:
-            raise self._gone()
+            raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
@@ -970,9 +932,6 @@ class Channel:
 
     def _silence(self, seconds: float) -> str:
         return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
-
-    def _gone(self) -> Unreachable:
-        return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
 def connected(path: str, connect_timeout: float) -> Any:
@@ -1241,7 +1200,11 @@ class Client:
         """
         with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
-            for message in channel.messages() if follow else ():
+            while follow:
+                message = channel.receive(REPORT_EVERY)
+                if message is None:  # is the agent still there?
+                    channel.request("ping")
+                    message = channel.hear() or {}
                 if message.get("method") == "event":
                     yield record(Event, message.get("params"))
 
@@ -1382,46 +1345,29 @@ def make_client(args: Args) -> Client:
     return Client(args.socket_path, args.connect_timeout)
 
 
-def whole(text: str) -> int:
-    """Return the whole number that a text is. Raises UsageError."""
-    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
-        return int(text)
-    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
-
-
 def number(text: str) -> int:
-    """Return the whole number from 0 on that a text is. Raises UsageError."""
-    value = whole(text)
-    if value < 0:
-        raise UsageError(f"not a whole number from 0 on: {text}")
-    return value
+    """Return the whole number that a text is. Raises UsageError."""
+    if text.isdecimal() and len(text) < 10:
+        return int(text)
+    raise UsageError(f"not a whole number from 0 on: {ascii(text)[:40]}")
 
 
 class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
-    Unlike there, the default is an empty text, or an empty list for what may be repeated. Every call creates all
-    arguments, so `dest` and `default` are computed on demand.
+    Unlike there, the default is an empty text, or an empty list for what may be repeated.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
         self.names, self.words = names, words
+        self.dest = names[-1].lstrip("-").replace("-", "_")  # the attribute of Args that has its value
         self.is_option = names[0][0] == "-"
         self.is_repeated = "nargs" in words or words.get("action") == "append"
         self.takes_value = self.is_repeated or "action" not in words
-
-    @property
-    def dest(self) -> str:
-        """The attribute of Args that has its value."""
-        return self.names[-1].lstrip("-").replace("-", "_")
-
-    @property
-    def default(self) -> Any:
-        """The value if the command line has none; a text is read like one on the command line."""
-        return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
+        self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """Return the value of a text. Raises UsageError."""
+        """Return the value of a text. Raises UsageError, which names the argument."""
         choices = self.words.get("choices", [text])
         try:
             if text not in choices:
@@ -1445,9 +1391,7 @@ class Command:
     exit status, None for 0.
     """
 
-    parse: ClassVar[
-        Callable[[Sequence[str]], tuple[Command, Args]]
-    ]  # any command line, with argparse; set below the cut
+    parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # with argparse; set below the cut
 
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
@@ -1551,7 +1495,7 @@ def cmd_want(args: Args) -> None:
 @Command(
     "start pip-install --want git-clone --timeout 10m",
     *STARTING,
-    Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
+    Argument("--pid", type=number, default=0, help="fail the unit if this process ends (default: none)"),
     QUIET,
 )
 def cmd_start(args: Args) -> None:
@@ -1565,7 +1509,7 @@ def cmd_start(args: Args) -> None:
 @Command(
     "complete pip-install --exit-code $?",
     UNIT,
-    Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
+    Argument("--exit-code", type=number, default="0", metavar="N", help="fail UNIT if N is not 0"),
     QUIET,
 )
 def cmd_complete(args: Args) -> None:
@@ -1598,65 +1542,28 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
 
     Return None for any other, also for one with a mistake: argparse reads it, whose import costs more than a call.
     """
-    words = list(argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv)
-    command = COMMANDS.get(words[0]) if words else None
-    if command is None:
-        return None
-    args, names, options = Args(), [], command.options
-    values = vars(args)
-    words, values["command"] = split_tail(command, words[1:])
-    if values["command"] is None:
-        return None
     try:
+        name, *words = argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv
+        command, args, names = COMMANDS[name], Args(), []
+        values, options = vars(args), command.options
+        words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
             values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
-            option = options.get(word)
             if word[:1] != "-":
                 names.append(word)
-            elif option and option.takes_value and words[0][:1] != "-":
-                value = option.read(words.pop(0))
-                values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-            elif option and option.words.get("action") == "store_true":
-                values[option.dest] = True
-            else:
+                continue
+            option = options[word]
+            if option.takes_value and words[0][:1] == "-":
                 return None
+            value = option.read(words.pop(0)) if option.takes_value else True
+            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
         command.take(args, names)
-    except (UsageError, IndexError):
+    except (UsageError, LookupError, ValueError):
         return None
-    return None if args.help else (command, args)
-
-
-def load_below() -> None:
-    """Run the code below the cut, if only the one above it was run. Raises SyncError."""
-    global LAUNCHED
-    try:
-        code, found = half_of(FILE, True)
-    except OSError as error:
-        raise SyncError(f"cannot read {FILE}: {error.strerror}") from None
-    except (SyntaxError, ValueError):
-        raise SyncError(f"{FILE} is damaged: copy or install it again") from None
-    if LAUNCHED not in (None, found):
-        launch()  # the file was replaced: begin again with the new one
-    exec(code, globals())
-    if LAUNCHED:
-        import gc
-
-        LAUNCHED = None
-        gc.freeze()  # what is loaded stays, and need not be looked through
-        gc.enable()
-
-
-def dispatch(argv: Sequence[str]) -> int:
-    """Run one command line; return the exit status. Raises SyncError."""
-    found = quick(argv)
-    if LAUNCHED and not found:
-        load_below()
-        found = quick(argv)
-    command, args = found or Command.parse(argv)
-    return command.run(args) or 0
+    return None if args.help or args.command is None else (command, args)
 
 
 def name_process() -> None:
@@ -1667,15 +1574,6 @@ def name_process() -> None:
         posix.close(fd)
     except OSError:
         pass
-
-
-def notice_signals() -> None:
-    """Have a wait for the agent run the handler of a signal at once, even if it comes just before."""
-    import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
-
-    Channel.signals, write = posix.pipe()
-    posix.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
 
 def shortage(error: Exception) -> str:
@@ -1694,7 +1592,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     code = 0
     try:
-        if LAUNCHED and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
             signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
@@ -1705,9 +1603,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
             exit_on_signals()
-            notice_signals()
         name_process()
-        code = dispatch(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        command, args = quick(words) or Command.parse(words)
+        code = command.run(args) or 0
     except KeyboardInterrupt:
         code = 130
     except SystemExit as end:  # --help, and signals
@@ -1724,18 +1623,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
     posix._exit(code)
 
 
-if LAUNCHED:
+if DATA:
+    if not quick(sys.argv[1:]):
+        exec(half_of(DATA, True), globals())
+        gc.freeze()  # what is loaded stays, and need not be looked through
+        gc.enable()
+    DATA = b""
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
-    load_below()
+    exec(globals()["__loader__"].get_code("below"), globals())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1780,12 +1679,7 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    return read_proc(f"/proc/{pid}/{name}")
-
-
-def read_proc(path: str) -> str:
-    """Return the text of a file in /proc, at most 64 KiB of it. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
     try:
         return os.read(fd, 1 << 16).decode(errors="replace")
     finally:
@@ -1809,13 +1703,13 @@ def birth(pid: int) -> str | None:
         return None if signal_to(pid, 0) else ""
 
 
-def proc_line(pid: int, what: str) -> str:
-    """Return one value of /proc/PID/status, empty where there is none."""
+def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none to be read."""
     try:
-        lines = proc_file(pid, "status").splitlines()
+        lines = proc_file(pid, name).split(end)
     except OSError:
         return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(what + ":")), "")
+    return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
 
 
 def command_of(pid: int) -> str:
@@ -1827,7 +1721,7 @@ def command_of(pid: int) -> str:
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name")
+    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name:")
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -1861,14 +1755,8 @@ def open_files() -> int:
 
 def close_others(keep: int) -> None:
     """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
-    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
-    for fd in map(int, opened):
-        if fd > 2 and fd != keep:
-            try:
-                os.close(fd)
-            except OSError:  # the one that /proc was read with
-                pass
-    Channel.signals = -1
+    os.closerange(3, keep)
+    os.closerange(keep + 1, min(open_files(), 1 << 16))
 
 
 def in_background() -> tuple[int, int]:
@@ -1913,52 +1801,35 @@ def heeded(names: Iterable[str]) -> list[int]:
 class Processes:
     """All living processes, as /proc shows them. Raises OSError unless all could be seen.
 
-    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one. `before` is an earlier
-    look, whose marks are taken over.
+    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one.
     """
 
-    def __init__(self, before: Processes | None = None) -> None:
+    def __init__(self) -> None:
         self.births: dict[int, int] = {}  # pid -> when it began, in ticks
-        self.near: dict[int | str, list[int]] = {}  # parent, group, session or mark -> pids
+        self.near: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
         self.dead_groups: set[int] = set()  # process groups that have zombies
-        self._marks: dict[int, str] = {}  # of those that began after us
-        if not has_proc():
-            raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-        ours = int(stat_of(os.getpid())[19])
-        seen: set[str] = set()
+        ours, seen = int(stat_of(os.getpid())[19]), set()  # type: tuple[int, set[str]]
         for _ in range(9):  # a process that has ended since it was listed may have begun another one
             new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
-            if sum(self._add(int(name), before, ours) for name in new) == len(new):
+            if sum(self._add(int(name), ours) for name in new) == len(new):
                 return
             seen |= new
         raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be listed")
 
-    def _add(self, pid: int, before: Processes | None, ours: int) -> bool:
-        """Add a process; return False if it has ended."""
+    def _add(self, pid: int, ours: int) -> bool:
+        """Add a process, with its mark if it began after us; return False if it has ended."""
         try:
-            state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            state, parent, group, session, *more = stat_of(pid)
         except (FileNotFoundError, ProcessLookupError):
             return False
         if state in "ZX":
             self.dead_groups.add(int(group))
             return False
         born = self.births[pid] = int(more[15])
-        if born >= ours:
-            known = before._marks[pid] if before and before.births.get(pid) == born else ""
-            self._marks[pid] = known or mark_of(pid)
-        keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
-        for key in keys:
+        mark = proc_line(pid, "CODER_SYNC_ENV=", "environ", "\0") if born >= ours else ""
+        for key in {int(parent), int(group), int(session), mark}:
             self.near.setdefault(key, []).append(pid)
         return True
-
-
-def mark_of(pid: int) -> str:
-    """Return the mark of a process; empty if it has none, or if it is not ours to read."""
-    try:
-        words = read_proc(f"/proc/{pid}/environ").split("\0")
-    except OSError:  # it is another user's, or has ended
-        return ""
-    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
@@ -2038,8 +1909,7 @@ class Loop:
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._processes: Processes | None = None
-        self._looked = False  # since the last turn
+        self._processes: Processes | None = None  # unless that was before the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -2055,7 +1925,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._looked = b"", False
+        came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -2067,8 +1937,7 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all living processes; between two turns, the same look serves all who ask. Raises OSError."""
-        if not self._processes or not self._looked:
-            self._processes, self._looked = Processes(self._processes), True
+        self._processes = self._processes or Processes()
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -2087,11 +1956,9 @@ class Loop:
     def give_back(self) -> None:
         """Let signals have their usual effect again, as needed before exec.
 
-        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. A signal that was
-        blocked before the Loop was made is left pending.
+        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
         """
         import _signal as signal
-        from _thread import get_ident
 
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
@@ -2099,11 +1966,8 @@ class Loop:
         signal.set_wakeup_fd(self._wakeup)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         os.close(self._write)
-        with open(self._came, "rb") as pipe:  # all that had come by then
+        with open(self._came, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers]
-        for number in filter(self._mask.__contains__, late):
-            signal.pthread_kill(get_ident(), number)
-        late = [n for n in late if n not in self._mask]
         if late:
             sys.exit(128 + late[0])
 
@@ -2136,14 +2000,6 @@ def sent_by_key(number: int) -> bool:
         return False
 
 
-def end_on(*names: str) -> None:
-    """Have signals end us as Ctrl-C does, by an exception; process 1, too, which their usual effect would spare."""
-    import _signal as signal
-
-    for number in heeded(names):
-        signal.signal(number, lambda got, frame: sys.exit(128 + got))
-
-
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
     """Start a command with default signal handling, which Python and we have changed; return its pid.
 
@@ -2166,32 +2022,33 @@ def in_path(program: str, path: bytes | None) -> str:
     """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
-    places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
-    files = [place for place in places if os.path.isfile(place)]
-    if not files:
+    from shutil import which
+
+    places = os.fsdecode(path or os.defpath)
+    found = which(program, path=places) or which(program, os.F_OK, places)
+    if not found:
         raise FileNotFoundError(errno.ENOENT, "no such command")
-    return next((file for file in files if os.access(file, os.X_OK)), files[0])
+    return found
 
 
-def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
-    """Run a command with our standard streams, pass signals on to it; return its exit status, -N for signal N.
+def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Callable[[], Iterable[int]] = list) -> int:
+    """Run a command with our standard streams; return its exit status, as a shell has it.
 
-    The terminal itself sends it those of keys. Raises CommandError if it cannot be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself, and what `more` returns in each
+    turn is sent too. Raises CommandError if it cannot be run.
     """
-    loop, codes = loop or Loop(), []  # type: ignore[var-annotated]
     try:
-        try:
-            pid = spawn(command, env)
-        except (OSError, ValueError) as error:
-            raise cannot_run(command[0], error) from None
-        loop.children[pid] = codes.append
-        while not codes:
-            for number in loop.turn():
-                if not codes and not sent_by_key(number):
-                    signal_to(pid, number)
-    finally:
-        loop.give_back()
-    return int(codes[0])
+        pid = spawn(command, env)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
+    codes: list[int] = []
+    loop.children[pid] = codes.append
+    while not codes:
+        numbers = [number for number in loop.turn() if not sent_by_key(number)]
+        for number in [*numbers, *more()]:
+            if not codes:
+                signal_to(pid, number)
+    return shell_status(codes[0])
 
 
 def exit_code_of(status: int) -> int:
@@ -3387,79 +3244,63 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
-        self.level, self.path, self.lost = level, path, 0
-        self._rotates = path != "" and (os.path.isfile(path) or not os.path.exists(path))  # a pipe or a device does not
-        self._listener: Any = None
-        if level > 0 or path:  # else it may never be needed, and logging is a costly import
-            self._begin()
+        from queue import SimpleQueue
+        from threading import Thread
 
-    def say(self, text: str, level: int = 1, wall: float = 0.0) -> None:
+        self.level, self.path, self.lost = level, path, 0
+        self._fd = self._open() if path else 2
+        self._is_file = os.path.isfile(self.path)
+        self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
+        self._writer = Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def say(self, text: str, level: int = 1) -> None:
         """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
         if level > self.level:
             return
-        try:
-            if not self._listener:
-                self._begin()
-            if self._listener.queue.qsize() >= MAX_QUEUE:
-                raise BlockingIOError
-        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
+        if self._lines.qsize() >= MAX_QUEUE:
             self.lost += 1
             return
-        from logging import makeLogRecord
-
-        lost, self.lost, wall = self.lost, 0, wall or time.time()
-        line = (f"({lost} lines lost here) " if lost else "") + text
-        what = {"msg": line[:3900], "created": wall, "msecs": wall % 1 * 1000, "lost": lost}  # a pipe takes 4096 bytes
-        self._listener.queue.put(makeLogRecord(what))
+        lost, self.lost = self.lost, 0
+        self._lines.put((time.time(), f"({lost} lines lost here) {text}" if lost else text, lost))
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        from threading import Thread
+        self._lines.put(None)
+        self._writer.join(patience)
 
+    def _open(self) -> int:
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)  # no wait for a reader
+        os.set_blocking(fd, True)
+        return fd
+
+    def _write(self) -> None:
+        for wall, text, lost in iter(self._lines.get, None):
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
+            line = f"{stamp}.{int(wall % 1 * 1000):03d} {text}"[:3900]  # a pipe takes 4096 bytes at once
+            try:
+                if self._is_file and os.fstat(self._fd).st_size > MAX_LOG:
+                    self._begin_anew()
+                os.write(self._fd, line.encode(errors="backslashreplace") + b"\n")
+            except OSError:
+                self.lost += 1 + lost
+
+    def _begin_anew(self) -> None:
+        path = os.path.realpath(self.path)
         try:
-            if self._listener:
-                ending = Thread(target=self._listener.stop, daemon=True)
-                ending.start()
-                ending.join(patience)
-        except RuntimeError:  # no thread is left
+            os.replace(path, path + ".1")
+            new = self._open()
+            os.dup2(new, self._fd)
+            os.close(new)
+        except OSError:  # it can have no successor, and goes on
             pass
-
-    def _begin(self) -> None:
-        import io
-        import logging.handlers
-        from queue import SimpleQueue
-
-        log = self
-
-        class Handler(logging.handlers.RotatingFileHandler):
-            def _open(self) -> Any:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe without a reader is an error
-                file = io.FileIO(2, "w", closefd=False)
-                if log.path:
-                    file = io.FileIO(os.open(log.path, flags, 0o600), "w")
-                    os.set_blocking(file.fileno(), True)
-                return io.TextIOWrapper(file, errors="backslashreplace", write_through=True)
-
-            def doRollover(self) -> None:
-                try:
-                    super().doRollover()
-                except OSError:  # it can have no successor, and goes on
-                    pass
-
-            def handleError(self, record: Any) -> None:
-                log.lost += 1 + record.lost
-
-        handler = Handler(os.path.realpath(self.path), maxBytes=MAX_LOG if self._rotates else 0, backupCount=1)
-        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._listener = logging.handlers.QueueListener(SimpleQueue(), handler)
-        self._listener.start()
 
 
 class Request:
@@ -3573,7 +3414,7 @@ class Connection:
         """
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
-            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+            pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
 
 
@@ -3820,7 +3661,7 @@ class Agent:
     def _event(self, event: Event) -> None:
         detail = f": {event.detail}" if event.detail else ""
         level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
-        self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
+        self.log.say(f"{event.unit}: {event.kind}{detail}", level)
         for follower in self.followers:
             follower.wake_up.wake()
 
@@ -4050,7 +3891,7 @@ class Agent:
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process that is to own a unit. Raises Refused if there is none."""
         peer = who_is_at(connection.sock)[0]
-        if not peer or len(proc_line(peer, "NSpid").split()) > 1:
+        if not peer or len(proc_line(peer, "NSpid:").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
@@ -4206,47 +4047,38 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     return server
 
 
-def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None) -> Any:
-    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused."""
-    lock = path + ".lock"
-    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-    doing = f"make the directory {os.path.dirname(path)}"
-    before = os.umask(0o077)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        doing = f"open {lock}{file_owner(lock)}"
-        held = hold_lock(lock, path, replace)
-        at_end.callback(os.close, held)
-        at_end.callback(remove, lock, os.fstat(held))
-    except OSError as error:
-        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
-    finally:
-        os.umask(before)
-    return share(at_end, path, mode, group, replace is not None)
-
-
-def share(at_end: ExitStack, path: str, mode: int, group: int, replace: bool = False) -> Any:
-    """Return a socket that listens at `path`, and is removed at the end. Raises Refused.
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None, again: bool = False
+) -> Any:
+    """Return a socket that listens at `path`; at the end it is removed, and PATH.lock. Raises Refused.
 
     It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group.
+    until the socket gets its mode and, unless it is -1, its group. `again`: we have the lock already.
     """
-    doing, before = "listen at", os.umask(0o077)
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    doing, before = f"make the directory {os.path.dirname(path)}", os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        sock = bind(path, replace)
+        if not again:
+            lock = path + ".lock"
+            doing = f"open {lock}{file_owner(lock)}"
+            held = at_end.enter_context(hold_lock(lock, path, replace))
+            at_end.callback(remove, lock, os.fstat(held.fileno()))
+            held.truncate(0)
+            held.write(b"%d\n" % os.getpid())
+        doing = f"listen at {path}"
+        sock = bind(path, replace is not None)
         at_end.callback(remove, path, os.lstat(path))
-        doing = "share"
-        if group != -1:
+        try:
             os.chown(path, -1, group)
+        except PermissionError:
+            raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
         os.chmod(path, mode)
         sock.listen(4096)
         return sock
     except OSError as error:
-        if doing == "share" and isinstance(error, PermissionError):
-            raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        raise Refused(f"cannot {doing} {path}: {error.strerror or error}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing}: {trouble_of(error)}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -4259,8 +4091,8 @@ def in_the_way(what: str, do: str = "remove it") -> Refused:
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None) -> int:
-    """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> FileIO:
+    """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
     file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
@@ -4268,30 +4100,27 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
     """
     import fcntl
     import stat
+    from io import FileIO
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
-        late = time.monotonic() > deadline
-        if replace and not late:
-            late = not replace(path)
-        # O_NONBLOCK: another user may have put a pipe there
-        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
-        found = os.fstat(fd)
+        late = replace and (not replace(path) or time.monotonic() > deadline)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
+        file = FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
                 raise in_the_way(f"{lock}{file_owner(lock)} is not a regular file")
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
                 if found.st_uid != os.geteuid():
                     raise in_the_way(f"{lock}{file_owner(lock)} is not ours")
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
-                write_pid(fd, lock)
-                ours = True
-                return fd
+                return file
         except BlockingIOError:
             if replace is None:
-                pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
+                pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
             if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
@@ -4302,19 +4131,6 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
             time.sleep(0.02)
         except FileNotFoundError:
             pass
-        finally:
-            if not ours:
-                os.close(fd)
-
-
-def write_pid(fd: int, path: str) -> None:
-    """Write our process id to a file that is ours, and remove it if there is no room for that. Raises OSError."""
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    except OSError:
-        remove(path, os.fstat(fd))
-        raise
 
 
 def file_owner(path: str) -> str:
@@ -4326,7 +4142,7 @@ def file_owner(path: str) -> str:
     return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
 
 
-def bind(path: str, replace: bool = False) -> Any:
+def bind(path: str, replace: bool) -> Any:
     """Return a socket bound to `path`. Raises Refused, OSError.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
@@ -4384,31 +4200,19 @@ def detach() -> int:
     return link
 
 
-class Host:
+class Host(Record):
     """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
 
-    def __init__(
-        self,
-        path: str,
-        mode: int = 0o600,
-        group: int = -1,
-        level: int = 0,  # of the log: 0 quiet, 1, 2 verbose
-        log_file: str = "",
-        pid_file: str = "",
-        replace: Callable[[str], bool] | None = None,
-        timeline: Callable[[Graph], None] | None = None,
-        alone: bool = False,
-        advice: str = "",
-    ) -> None:
-        """`replace` is called with the path while there is another agent, `timeline` with the graph at the end.
-
-        With `alone` the process is nothing but the agent, so that its limit of descriptors may be raised. `advice`
-        goes to the log.
-        """
-        self.path, self.mode, self.group, self.replace = os.path.abspath(path), mode, group, replace
-        self.level, self.log_file, self.pid_file, self.advice = level, log_file, pid_file, advice
-        self.timeline, self.alone = timeline, alone
-        self._look_at = NEVER
+    path: str  # absolute
+    mode: int = 0o600
+    group: int = -1
+    level: int = 0  # of the log: 0 quiet, 1, 2 verbose
+    log_file: str = ""
+    pid_file: str = ""
+    replace: Callable[[str], bool] | None = None  # is called with the path while there is another agent
+    timeline: Callable[[Graph], None] | None = None  # is called with the graph at the end
+    alone: bool = False  # the process is nothing but the agent, so that its limit of descriptors may be raised
+    advice: str = ""  # for the log
 
     def __enter__(self) -> Host:
         """Listen. Raises Refused."""
@@ -4431,13 +4235,10 @@ class Host:
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except OSError as error:
-                what = f"write {error.filename or self.pid_file or self.log_file}"
-                raise Refused(
-                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
-                ) from None
-            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
-                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
+            except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
+                path = getattr(error, "filename", None) or self.pid_file
+                doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
+                raise Refused(f"cannot {doing}: {trouble_of(error)}{hint}") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -4446,7 +4247,6 @@ class Host:
 
     def accept(self) -> None:
         """Begin to take connections."""
-        self._look_at = time.monotonic() + LOOK_AGAIN
         self._accepting.set()
 
     def _accept(self) -> None:
@@ -4455,12 +4255,9 @@ class Host:
 
     def look(self) -> None:
         """Listen anew if the socket's file was removed: nobody could reach us."""
-        if time.monotonic() < self._look_at:
-            return
-        self._look_at = time.monotonic() + LOOK_AGAIN
-        if not os.path.lexists(self.path):
+        if self._accepting.is_set() and not os.path.lexists(self.path):
             try:
-                with share(self._at_end, self.path, self.mode, self.group) as new:
+                with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
                     os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
                 self.agent.log.say(f"{self.path} was removed: listening there again")
             except (Refused, OSError) as error:
@@ -4481,6 +4278,7 @@ class Host:
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
+        self._accepting.clear()
         self.agent.stop()
         if self.timeline:
             self.timeline(self.agent.graph())
@@ -4520,12 +4318,10 @@ def serve_command(host: Host, command: list[str]) -> int:
         host.accept()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         try:
-            return shell_status(supervise(command, environment(CODER_AGENT_SOCKET_PATH=host.path), loop))
+            return supervise(loop, command, environment(CODER_AGENT_SOCKET_PATH=host.path))
         finally:
             notify("STOPPING=1")
-            loop = Loop(STOPS)
             host.stop_units(loop, everything=True)
-            loop.give_back()
 
 
 def connection_limit(raise_it: bool) -> int:
@@ -5471,7 +5267,7 @@ class Prober:
             self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
         elif probe.kind != "file":
             pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
-            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
 
@@ -5804,7 +5600,7 @@ class Task:
     own_session = False  # whether the command gets a session of its own
     grace = 8.0  # seconds from TERM to KILL
 
-    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits | Script) -> None:
+    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
@@ -6156,7 +5952,7 @@ def cmd_run(args: Args) -> int:
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
         path = os.path.abspath(agent_path(args.socket_path))
         env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
-        return shell_status(supervise(args.command, env))
+        return supervise(Loop(), args.command, env)
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     with start.channel:
@@ -6355,11 +6151,22 @@ HEADER_LINES = 50  # that may have headers, also below code; more if all above a
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
-MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
 # The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
 PACKAGED = (".dpkg-", ".ucf-", ".rpm")
+HEADERS = {  # word -> what follows it, and what it means
+    "unit": ("NAME", "another name than the file's (that is without a leading NN- or NN_, and ending)"),
+    "want": ("NAME... [--requires REQUIREMENT]", "run after these: success (the default), completion or start"),
+    "after": ("NAME...", "run after these, however they end, if they are part of this boot"),
+    "before": ("NAME...", "as if these, if they are part of this boot, wanted this one"),
+    "extern": ("NAME...", "these names are registered by somebody else"),
+    "lock": ("NAME...", "only one unit that holds this lock runs at a time"),
+    "timeout": ("DURATION", "end a script that runs longer, a service too; the unit has failed"),
+    "ready": ("PROBE", "a service: the unit completes when PROBE succeeds, and the script runs on"),
+    "ready-timeout": ("DURATION", "how long that may take (5m); then the script is ended and has failed"),
+    "retry": ("N [DELAY]", "try up to N times more, after DELAY (1s), doubled each time up to 30s"),
+}
 
 
 class Edge(Record):
@@ -6371,83 +6178,17 @@ class Edge(Record):
 
 
 class Script(Record):
-    """One file that `boot` runs, and what its headers say. Times are in seconds."""
+    """One file that `boot` runs, and what its headers say."""
 
     path: str
     unit: str
     place: str  # the file and line that name the unit
-    wants: list[Edge]
+    limits: Limits
+    want: list[Edge]
     after: list[Edge]
     before: list[Edge]
-    externs: list[str]
-    locks: list[str]
-    timeout: float = 0.0
-    ready: str = ""
-    ready_timeout: float = 300.0
-    retries: int = 0
-    delay: float = 1.0
-
-
-def names_in(words: list[str]) -> list[str]:
-    """Return the names in a header. Raises UsageError, Refused."""
-    for word in words:
-        if word[:1] == "-" or word[-1:] == ",":
-            known = "an option (only want has one, --requires)"
-            raise UsageError(f'"{word}" is neither {known} nor a name; blanks separate names')
-    return [check_name(word) for word in words]
-
-
-def edges_in(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
-    """Return the edges that a header asks for. Raises UsageError, Refused."""
-    return [Edge(name, requires, place) for name in names_in(words)]
-
-
-def wants_in(words: list[str], place: str) -> list[Edge]:
-    """Return the edges of a header `want`. Raises UsageError, Refused."""
-    requires: str = SUCCESS
-    words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
-    if "--requires" in words:
-        at = words.index("--requires")
-        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
-        if requires not in REQUIREMENTS:
-            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
-    if not words:
-        raise UsageError("want: a name is missing")
-    return edges_in(words, place, requires)
-
-
-def tries_in(words: list[str]) -> dict[str, Any]:
-    """Return what a header `retry` sets. Raises UsageError."""
-    if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
-        raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
-    return {"retries": int(words[0]), **({"delay": duration(words[1])} if words[1:] else {})}
-
-
-# Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
-HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
-    "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
-    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wants_in(words, place)}),
-    "after": ("NAME...", MANY, lambda words, place: {"after": edges_in(words, place, COMPLETION)}),
-    "before": ("NAME...", MANY, lambda words, place: {"before": edges_in(words, place)}),
-    "extern": ("NAME...", MANY, lambda words, _: {"externs": names_in(words)}),
-    "lock": ("NAME...", MANY, lambda words, _: {"locks": names_in(words)}),
-    "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
-    "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
-    "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
-    "retry": ("N [DELAY]", 2, lambda words, _: tries_in(words)),
-}
-HEADER_MEANINGS = {
-    "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
-    "want": "run after these: success (the default), completion or start",
-    "after": "run after these, however they end, if they are part of this boot",
-    "before": "as if these, if they are part of this boot, wanted this one",
-    "extern": "these names are registered by somebody else",
-    "lock": "only one unit that holds this lock runs at a time",
-    "timeout": "end a script that runs longer, a service too; the unit has failed",
-    "ready": "a service: the unit completes when PROBE succeeds, and the script runs on",
-    "ready-timeout": "how long that may take (5m); then the script is ended and has failed",
-    "retry": "try up to N times more, after DELAY (1s), doubled each time up to 30s",
-}
+    extern: list[str]
+    lock: list[str]
 
 
 def warn(text: str) -> None:
@@ -6457,24 +6198,23 @@ def warn(text: str) -> None:
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     """Return a script from the start of its file; mistakes are added with file and line."""
-    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", [], [], [], [], [])
+    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", Limits(), [], [], [], [], [])
     said: dict[str, int] = {}  # the line of each header that there may be once
     lines = text.decode(errors="replace").splitlines()
-    comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
-    for number, line in enumerate(lines, 1):
+    code = (number for number, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS))
+    last = max(HEADER_LINES, next(code, len(lines)))
+    for number, line in enumerate(lines[:last], 1):
         mark, found, rest = line.partition("coder-sync:")
-        is_header = bool(found) and mark.strip() in MARKS
-        if number > max(HEADER_LINES, comments):
-            if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
-                warn(f"{path}:{number}: not read as a header: too far down; move it up")
-            continue
         try:
-            if is_header:
+            if found and mark.strip() in MARKS:
                 read_header(script, rest.strip(), number, said)
-            elif looks_like_header(line.strip()):
+            elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
             mistakes.append(f"{path}:{number}: {error}")
+    for number, line in enumerate(lines[last:], last + 1):
+        if looks_like_header(line):
+            warn(f"{path}:{number}: not read as a header: too far down; move it up")
     if "ready-timeout" in said and "ready" not in said:
         mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
     try:
@@ -6494,84 +6234,95 @@ def unit_of(name: str) -> str:
 
 def looks_like_header(line: str) -> bool:
     """Return whether a comment was meant to be a header, and is not only about us."""
-    text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+    text = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
     words = text.replace(":", " ").split()
-    return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+    return line.strip().startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
-def read_header(script: Script, text: str, number: int, said: dict[str, int]) -> None:
+def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
     """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
-    word, rest = (*text.split(None, 1), "", "")[:2]
+    word = "".join(text.split()[:1])
     if word not in HEADERS:
-        known = ", ".join(f"{name} {form}" for name, (form, _, _) in HEADERS.items())
+        known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
         raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
-    form, most, read = HEADERS[word]
+    form, rest = HEADERS[word][0], text[len(word) :].strip()
+    if word == "want":
+        rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
     if word == "ready":  # for a shell, or nobody
         words = [rest]
-    elif '"' in rest or "'" in rest or "\\" in rest:
+    elif set(rest) & set("\"'\\"):
         import shlex
 
         words = shlex.split(rest)
     if not words:
         raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
-    if len(words) > most:
+    if "..." in form:
+        read_names(script, word, words, f"{script.path}:{line}")
+        return
+    if len(words) > len(form.split()):
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    for name, value in read(words, f"{script.path}:{number}").items():
-        if isinstance(value, list):
-            getattr(script, name).extend(value)
-        elif said.setdefault(word, number) != number:
-            raise UsageError(f"{word}: line {said[word]} says so already")
-        else:
-            setattr(script, name, value)
+    if said.setdefault(word, line) != line:
+        raise UsageError(f"{word}: line {said[word]} says so already")
+    if word == "unit":
+        script.unit, script.place = check_name(words[0]), f"{script.path}:{line}"
+    elif word == "ready":
+        script.limits.ready = Probe(rest).text
+    elif word == "retry":
+        script.limits.retries = number(words[0])
+        script.limits.delay = duration(words[1]) if words[1:] else script.limits.delay
+    else:
+        setattr(script.limits, word.replace("-", "_"), duration(words[0]))
+
+
+def read_names(script: Script, word: str, names: list[str], place: str) -> None:
+    """Take the names in a header. Raises UsageError, Refused."""
+    requires: str = COMPLETION if word == "after" else SUCCESS
+    if word == "want" and "--requires" in names:
+        at = names.index("--requires")
+        requires = check_requirement("".join(names[at + 1 : at + 2]))
+        del names[at : at + 2]
+    if not names:
+        raise UsageError(f"{word}: a name is missing")
+    for name in names:
+        if name[:1] == "-" or name[-1:] == ",":
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{name}" is neither {known} nor a name; blanks separate names')
+        check_name(name)
+    edges = [Edge(name, requires, place) for name in names]
+    getattr(script, word).extend(names if word in ("extern", "lock") else edges)
 
 
 def check_program(path: str, text: bytes) -> str:
-    """Return what keeps a file from being run, or nothing."""
+    """Return what keeps a file from being run, or nothing. Raises OSError."""
+    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
+    program, *words = first[2:].split() or [""]
     if not os.access(path, os.X_OK):
         return not_executable(path)
-    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
         return "its first line ends in a carriage return; save it with Unix line ends"
-    words = first[2:].split()
-    program = words[0] if words else ""
-    if os.path.basename(program) == "env":
-        import shutil
+    if os.path.basename(program) != "env":
+        good = os.path.isfile(program) and os.access(program, os.X_OK)
+        return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    import shutil
 
-        program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
-    good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    program = "".join(words[1:2] if words[:1] == ["-S"] else words[:1])
+    for_env = program[:1] == "-" or "=" in program  # which says itself what it cannot run
+    return "" if for_env or shutil.which(program) else f"its interpreter {program} is not in PATH"
 
 
 def not_executable(path: str) -> str:
-    """Return why a file cannot be run that is no program, and what to do about it."""
+    """Return why a file cannot be run that is no program, and what to do about it. Raises OSError."""
     import shlex
 
-    try:
-        if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-            return "not executable: its file system is mounted noexec"
-    except OSError:  # it has gone meanwhile
-        pass
+    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return "not executable: its file system is mounted noexec"
     return f"not executable; chmod +x {shlex.quote(path)}"
-
-
-def program_of_env(words: list[str]) -> str:
-    """Return the program in the arguments of env(1)."""
-    rest = iter(words)
-    for word in rest:
-        if word[:2] == "-S" and word[2:]:
-            return word[2:]
-        if word in ("--unset", "--chdir") or (word[0] == "-" and word[1:2] != "-" and word[-1] in "uC"):
-            next(rest, "")  # the option's value
-        elif word[0] != "-" and "=" not in word:
-            return word
-    return ""
 
 
 def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
@@ -6584,28 +6335,26 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
         other = by_name.setdefault(script.unit, script)
         if other is not script:
             mistakes.append(f'{script.place}: unit "{script.unit}" is {other.place} already')
-    externs = {name for script in scripts for name in script.externs}
-    for script in scripts:
-        for edge in script.wants:
-            name = edge.dependency
-            if name not in by_name and name not in externs:
-                import shlex
+    externs = {name for script in scripts for name in script.extern}
+    for edge in (edge for script in scripts for edge in script.want):
+        name = edge.dependency
+        if name not in by_name and name not in externs:
+            import shlex
 
-                outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-                hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
-                mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for script in scripts:
-        for edge in script.before:
-            if edge.dependency in by_name:
-                add_edge(by_name[edge.dependency], Edge(script.unit, SUCCESS, edge.place))
-    for script in scripts:
-        for edge in script.after:
-            if edge.dependency in by_name:
-                add_edge(script, edge)
-        for edge in (*script.before, *script.after):
-            hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-            if hint:
-                warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
+            outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
+            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
+    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
+        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
+        if hint:
+            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
+    implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
+    implied += [(script.unit, edge) for script in scripts for edge in script.after]
+    for unit, edge in implied:
+        if {unit, edge.dependency} <= by_name.keys():
+            wants = by_name[unit].want
+            if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
+                wants.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6616,13 +6365,11 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
     """Return the scripts of a directory, or one file."""
-    files = [given]
     try:
-        if os.path.isdir(given):
-            files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
-            files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
-        elif not os.path.isfile(given):  # a pipe, say, which would block
-            raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
+        files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
+        files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
+    except NotADirectoryError:
+        files = [given]
     except OSError as error:
         mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
@@ -6634,38 +6381,28 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
+            if not os.path.isfile(path):
+                raise OSError(0, "it is no file")
+            wrong = check_program(path, text)
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
             left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                warn(f"{path}: not run: {not_executable(path)}")
+                warn(f"{path}: not run: {wrong}")
             continue
-        script = read_script(os.path.abspath(path), text, mistakes)
-        wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{script.path}:1: {wrong}")
-        yield script
-
-
-def add_edge(script: Script, edge: Edge) -> None:
-    """Have a script want something, unless it says itself what it wants of it."""
-    if all(other.dependency != edge.dependency for other in script.wants):
-        script.wants.append(edge)
+            mistakes.append(f"{os.path.abspath(path)}:1: {wrong}")
+        yield read_script(os.path.abspath(path), text, mistakes)
 
 
 def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
     """Add what the rules of the graph forbid to the mistakes."""
     units = Units(time.monotonic, time.time)
-    places: dict[tuple[str, str], str] = {}
+    places = {(script.unit, edge.dependency): edge.place for script in scripts for edge in script.want}
     for script in scripts:
-        try:
-            units.want(script.unit, [])
-        except Refused:  # its name is a mistake that is known
-            continue
-        for edge in script.wants:
-            places.setdefault((script.unit, edge.dependency), edge.place)
+        for edge in script.want:
             try:
                 units.want(script.unit, [edge.dependency], edge.requires)
             except CycleError as error:
@@ -6678,22 +6415,15 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
 
 def plan_text(scripts: list[Script]) -> str:
     """Return scripts without mistakes as a table, each below what it wants of the others."""
-    by_name = {script.unit: script for script in scripts}
-    missing = {unit: {edge.dependency for edge in script.wants} & {*by_name} for unit, script in by_name.items()}
-    users: dict[str, list[str]] = {unit: [] for unit in by_name}
-    for unit, names in missing.items():
-        for name in names:
-            users[name].append(unit)
-    order = [unit for unit, names in missing.items() if not names]
-    for unit in order:  # which grows
-        for user in users[unit]:
-            missing[user].remove(unit)
-            if not missing[user]:
-                order.append(user)
-    rows = []
-    for script in map(by_name.__getitem__, order):
-        wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.wants)
-        rows.append([script.unit, ", ".join(wants), ", ".join(script.locks), shown_probe(script.ready)])
+    rows, left = [], scripts
+    while left:
+        missing = {script.unit for script in left}
+        free = [script for script in left if missing.isdisjoint(edge.dependency for edge in script.want)]
+        for script in free:
+            wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.want)
+            rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
+            missing.remove(script.unit)
+        left = [script for script in left if script.unit in missing]
     text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
@@ -6725,7 +6455,7 @@ class Job(Task):
     own_session = True
 
     def __init__(self, script: Script, boot: Boot) -> None:
-        super().__init__(boot.loop, boot.link, script.unit, [script.path], script)
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
         self.stream = Stream(script.unit)
         self.outcome, self.reason = "", ""  # the unit's, as the agent has it
@@ -7060,7 +6790,7 @@ class Boot:
         self.streams = Streams(loop, self.out, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
-        self.wants = {s.unit: {edge.dependency for edge in s.wants} for s in scripts}
+        self.wants = {s.unit: {edge.dependency for edge in s.want} for s in scripts}
         self.unfinished = len(scripts)
         self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
@@ -7234,8 +6964,8 @@ class Boot:
         rows: list[dict[str, Any]] = []
         size = 0
         for job in self.jobs.values():
-            wants = {edge.dependency: edge.requires for edge in job.script.wants}
-            row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
+            wants = {edge.dependency: edge.requires for edge in job.script.want}
+            row = {"unit": job.unit, "wants": wants, "locks": job.script.lock}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
                 self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
@@ -7535,21 +7265,13 @@ class Front:
         command = self.command
         if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
             command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
-        try:
-            pid = spawn(command, environment())
-        except (OSError, ValueError) as error:
-            raise cannot_run(command[0], error) from None
-        codes: list[int] = []
-        self.loop.children[pid] = codes.append
-        heard = len(self.said)
-        while not codes:
-            for number in self.loop.turn():
-                if not codes and not sent_by_key(number):  # what keys send has reached it already
-                    signal_to(pid, number)
-            if len(self.said) > heard and not codes:  # a service has died, with --fail-fast
-                signal_to(pid, 15)
-                heard = len(self.said)
-        return shell_status(codes[0])
+        self.said.clear()
+        return supervise(self.loop, command, environment(), self.died)
+
+    def died(self) -> list[int]:
+        """Return TERM for COMMAND if the background process has said that a service has died, with --fail-fast."""
+        said, self.said = self.said, []
+        return [15] if said else []
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7690,11 +7412,14 @@ def is_ours(data: bytes) -> bool:
 
 def install(path: str, python: str) -> str:
     """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
+    import _signal as signal
+
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    end_on("SIGTERM", "SIGHUP")  # by an exception, so that nothing is left beside it
+    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
             with open(path, "rb") as there:
@@ -7884,7 +7609,7 @@ def cmd_serve(args: Args) -> int:
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
         put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
-        return shell_status(supervise(args.command, environment())) if args.command else 0
+        return supervise(Loop(), args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
@@ -7905,13 +7630,13 @@ def cmd_serve(args: Args) -> int:
         "advice": slowness(),
     }
     if not args.command:
-        serve(Host(agent_path(args.socket_path), alone=True, **options), args.detach)
+        serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
     import tempfile
 
     try:
         if args.socket_path:
-            return serve_command(Host(args.socket_path, **options), args.command)
+            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
         with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
             return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
     except OSError as error:
@@ -8137,7 +7862,7 @@ def cmd_events(args: Args) -> None:
 
 def help_headers() -> str:
     """Return the help on headers."""
-    rows = [[f"{word} {form}", HEADER_MEANINGS[word]] for word, (form, _, _) in HEADERS.items()]
+    rows = [[f"{word} {form}", meaning] for word, (form, meaning) in HEADERS.items()]
     return f"""\
 A script of `boot` says what it needs in lines of its first comment (#, //, -- or ;):
 
