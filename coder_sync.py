@@ -330,20 +330,16 @@ class Record(Fields):
     positional and keyword arguments, a repr, and equality.
     """
 
-    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default
-    _required: ClassVar[set[str]]
+    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default, or ... if it has none
 
     def __init_subclass__(cls) -> None:
-        cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
-        cls._required = cls._fields.keys() - vars(cls).keys()
+        cls._fields = {name: vars(cls).get(name, ...) for name in cls.__annotations__}
         RECORDS[cls.__name__] = cls
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        given = dict(zip(self._fields, args), **named)
-        values = {**self._fields, **given}
-        twice_or_too_many = len(given) < len(args) + len(named)
-        if twice_or_too_many or len(values) > len(self._fields) or not self._required <= given.keys():
-            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}, each once")
+        values = {**self._fields, **dict(zip(self._fields, args)), **named}
+        if len(values) > len(self._fields) or ... in values.values():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}")
         self.__dict__.update(values)
 
     def __repr__(self) -> str:
@@ -568,21 +564,19 @@ def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
         scan = _json.make_scanner(_Scanner)  # type: ignore[arg-type]
         options: list[Any] = [None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, False]
         write = _json.make_encoder(*options)  # the arguments that json.JSONEncoder passes
-
-        def loads(text: str) -> Any:
-            value, end = scan(text, 0)
-            if text[end:].strip():
-                raise ValueError("more than one value")
-            return value
-
-        return loads, lambda value: "".join(write(value, 0))
     except (ImportError, AttributeError, TypeError):  # another Python than CPython
-        import json
+        from json import JSONDecoder, JSONEncoder
 
-        return (
-            lambda text: json.loads(text, parse_constant=_Scanner.parse_constant),
-            lambda value: json.dumps(value, allow_nan=False),
-        )
+        decoder = JSONDecoder(parse_constant=_Scanner.parse_constant)
+        return decoder.decode, JSONEncoder(allow_nan=False).encode
+
+    def loads(text: str) -> Any:
+        value, end = scan(text, 0)
+        if text[end:].strip():
+            raise ValueError("more than one value")
+        return value
+
+    return loads, lambda value: "".join(write(value, 0))
 
 
 _loads, _dumps = _codec()
@@ -826,9 +820,7 @@ class Channel:
                 if time.monotonic() > deadline:
                     raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
-                    raise self._gone() from None
+            except OSError:  # the next read says so, but it may have said why before it hung up
                 break
         return self._next
 
@@ -856,29 +848,21 @@ class Channel:
                 say(f"warning: {self._silence(silent)}", 2)
         raise Unreachable(self._silence(REPLY_TIMEOUT))
 
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Iterate over all messages; ask a silent agent whether it is still there. Raises Unreachable."""
-        while True:
-            message = self.receive(REPORT_EVERY)
-            if message is None:
-                self.request("ping")
-                message = self.hear()
-            if message:
-                yield message
-
     def _read(self, timeout: float) -> bool:
         """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
+        from _socket import timeout as socket_timeout
+
         longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
         timeout = min(max(timeout, 0.0), longest)
         self.sock.settimeout(timeout)
         try:
             chunk = self.sock.recv(65536)
-        except OSError as error:
-            if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
-                return False
-            raise self._gone() from None
+        except (BlockingIOError, socket_timeout):
+            return False
+        except OSError:
+            chunk = b""
         if not chunk:
-            raise self._gone()
+            raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
@@ -949,9 +933,6 @@ class Channel:
 
     def _silence(self, seconds: float) -> str:
         return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
-
-    def _gone(self) -> Unreachable:
-        return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
 def connected(path: str, connect_timeout: float) -> Any:
@@ -1220,7 +1201,11 @@ class Client:
         """
         with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
-            for message in channel.messages() if follow else ():
+            while follow:
+                message = channel.receive(REPORT_EVERY)
+                if message is None:  # is the agent still there?
+                    channel.request("ping")
+                    message = channel.hear() or {}
                 if message.get("method") == "event":
                     yield record(Event, message.get("params"))
 
@@ -1361,48 +1346,31 @@ def make_client(args: Args) -> Client:
     return Client(args.socket_path, args.connect_timeout)
 
 
-def whole(text: str) -> int:
-    """Return the whole number that a text is. Raises UsageError."""
-    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
-        return int(text)
-    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
-
-
 def number(text: str) -> int:
-    """Return the whole number from 0 on that a text is. Raises UsageError."""
-    value = whole(text)
-    if value < 0:
-        raise UsageError(f"not a whole number from 0 on: {text}")
-    return value
+    """Return the whole number that a text is. Raises UsageError."""
+    if text.isdecimal() and len(text) < 10:
+        return int(text)
+    raise UsageError(f"not a whole number from 0 on: {ascii(text)[:40]}")
 
 
 class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
-    Unlike there, the default is an empty text, or an empty list for what may be repeated. Every call creates all
-    arguments, so `dest` and `default` are computed on demand.
+    Unlike there, the default is an empty text, or an empty list for what may be repeated.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
         self.names, self.words = names, words
+        self.dest = names[-1].lstrip("-").replace("-", "_")  # the attribute of Args that has its value
         self.is_option = names[0][0] == "-"
         self.is_repeated = "nargs" in words or words.get("action") == "append"
         self.takes_value = self.is_repeated or "action" not in words
-
-    @property
-    def dest(self) -> str:
-        """The attribute of Args that has its value."""
-        return self.names[-1].lstrip("-").replace("-", "_")
-
-    @property
-    def default(self) -> Any:
-        """The value if the command line has none; a text is read like one on the command line."""
-        return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
+        self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """Return the value of a text. Raises UsageError."""
-        if text not in self.words.get("choices", [text]):
-            raise UsageError("invalid choice")
+        """Return the value of a text, for `quick`. Raises UsageError."""
+        if text[:1] == "-" or text not in self.words.get("choices", [text]):
+            raise UsageError("argparse says what is wrong with it")
         return self.words.get("type", str)(text)
 
 
@@ -1419,9 +1387,7 @@ class Command:
     exit status, None for 0.
     """
 
-    parse: ClassVar[
-        Callable[[Sequence[str]], tuple[Command, Args]]
-    ]  # any command line, with argparse; set below the cut
+    parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # with argparse; set below the cut
 
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
@@ -1514,7 +1480,7 @@ def cmd_want(args: Args) -> None:
 @Command(
     "start pip-install --want git-clone --timeout 10m",
     *STARTING,
-    Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
+    Argument("--pid", type=number, default=0, help="fail the unit if this process ends (default: none)"),
     QUIET,
 )
 def cmd_start(args: Args) -> None:
@@ -1528,7 +1494,7 @@ def cmd_start(args: Args) -> None:
 @Command(
     "complete pip-install --exit-code $?",
     UNIT,
-    Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
+    Argument("--exit-code", type=number, default="0", metavar="N", help="fail UNIT if N is not 0"),
     QUIET,
 )
 def cmd_complete(args: Args) -> None:
@@ -1561,39 +1527,32 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
 
     Return None for any other, also for one with a mistake: argparse reads it, whose import costs more than a call.
     """
-    words = list(argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv)
-    command = COMMANDS.get(words[0]) if words else None
-    if command is None:
-        return None
-    args, names, options = Args(), [], command.options
-    values = vars(args)
-    words, values["command"] = split_tail(command, words[1:])
-    if values["command"] is None:
-        return None
     try:
+        name, *words = argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv
+        command, args, names = COMMANDS[name], Args(), []
+        values, options = vars(args), command.options
+        words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
             values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
-            option = options.get(word)
             if word[:1] != "-":
                 names.append(word)
-            elif option and option.takes_value and words[0][:1] != "-":
-                value = option.read(words.pop(0))
-                values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-            elif option and option.words.get("action") == "store_true":
-                values[option.dest] = True
-            else:
-                return None
+                continue
+            option = options[word]
+            value = option.read(words.pop(0)) if option.takes_value else True
+            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
         for argument in command.positionals:
-            if argument.words.get("nargs") != "*" and not names:
+            if argument.is_repeated:
+                values[argument.dest], names = names, []
+            else:
+                values[argument.dest] = argument.read(names.pop(0))
+            if argument.words.get("nargs") == "+" and not values[argument.dest]:
                 return None
-            values[argument.dest] = names if argument.is_repeated else argument.read(names[0])
-            names = [] if argument.is_repeated else names[1:]
-    except (UsageError, IndexError):
+    except (UsageError, LookupError, ValueError):
         return None
-    return None if names else (command, args)
+    return None if names or values.pop("help") or values["command"] is None else (command, args)
 
 
 def name_process() -> None:
@@ -1653,11 +1612,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
     posix._exit(code)
 
 
