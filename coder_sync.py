@@ -3307,13 +3307,12 @@ class Request:
     """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
 
     id: Any = None
-    size = 0  # bytes
-    answered = confirm = False  # confirm: the client says itself that the answer has arrived
-    report_at = NEVER  # when to say next what the claim lacks
-    arrived_at = NEVER  # when the answer counts as arrived, should the client not say so before
+    confirm = False  # the client says itself that the answer has arrived
+    answered = False
+    look_at = NEVER  # when to say next what the claim lacks, or, once the answer was sent, to take it for arrived
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection, self.since = connection, time.monotonic()
+    def __init__(self, connection: Connection, size: int) -> None:
+        self.connection, self.size, self.since = connection, size, time.monotonic()
 
 
 class WakeUp:
@@ -3374,11 +3373,8 @@ class Connection:
 
     def due(self) -> float:
         """Return when the thread has something to do of itself, on the monotonic clock."""
-        times = [self.idle_at]
-        for claim in self.open.values():
-            ticket = claim.ticket
-            times += [ticket.report_at, ticket.arrived_at, NEVER if ticket.answered else claim.deadline]
-        return min(times)
+        idle_at = NEVER if self.claims or self.following >= 0 else self.idle_at
+        return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
 
     def send(self, data: bytes) -> None:
         """Send; a peer that reads nothing for SEND_TIMEOUT is hung up on."""
@@ -3442,9 +3438,8 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.stopping = False  # no claim ends any more
         self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
-        self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
+        self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3470,9 +3465,9 @@ class Agent:
         """End a connection and its claims: its peer has gone."""
         with self.lock:
             connection.gone = True
-            self.connections.discard(connection)
             self.followers.discard(connection)
-            if not self.stopping:
+            if connection in self.connections:  # else the agent itself is about to end
+                self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
                 self._distribute()
             for claim in connection.claims:
@@ -3488,8 +3483,8 @@ class Agent:
         sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
-            pause = self._attend(connection)
-            if not connection.wake_up.sleep([sock.fileno()], pause):
+            self._attend(connection)
+            if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
                 time.sleep(PAUSE if connection.following >= 0 else 0)
                 continue
             chunk = sock.recv(65536)
@@ -3503,48 +3498,39 @@ class Agent:
             if not chunk:
                 return
 
-    def _attend(self, connection: Connection) -> float:
-        """Do what is due, and send what there is to say; return for how many seconds nothing more will be due."""
-        now, idle = time.monotonic(), False
-        if connection.due() <= now:
+    def _attend(self, connection: Connection) -> None:
+        """Do what is due, and send what there is to say."""
+        now, due = time.monotonic(), connection.due()
+        if due <= now:
             with self.lock:
                 self.units.end_late(list(connection.open.values()))
                 self._distribute()
-                for claim in list(connection.open.values()):
-                    if claim.ticket.arrived_at <= now:
+                for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
+                    if claim.ticket.answered:
                         self._arrived(claim)
-                    elif claim.ticket.report_at <= now:
+                    else:
                         self._still_waiting(claim)
-                if connection.idle_at <= now:
-                    idle = not (connection.claims or connection.following >= 0)
-                    connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
-        if idle:
+        if due <= now and due == connection.idle_at:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
             connection.hang_up()
-        return connection.due() - now
 
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
-        request, trusted = Request(connection), True
-        request.size = len(line)
+        request, trusted = Request(connection, len(line)), True
         try:
-            if len(line) > MAX_LINE:
-                raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
-            result = self._call(request, decode(line))
+            result = self._call(request, line)
             if isinstance(result, UnitStatus):
-                own = Dependency(result.unit_name, "", result.status, False)
-                self._suggest([own, *result.dependencies], result.unit_name)
-                result.did_you_mean = own.did_you_mean
+                self._suggest(result.dependencies, result.unit_name)
+                if result.status == NOT_REGISTERED:
+                    result.did_you_mean = self._resembling(result.unit_name)
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
-                self._suggest([unknown], "")
-                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
+                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3552,7 +3538,11 @@ class Agent:
         self._flush(connection)
         return trusted
 
-    def _call(self, request: Request, message: Any) -> Any:
+    def _call(self, request: Request, line: bytes) -> Any:
+        """Return the result of a request; None if it is answered later."""
+        if len(line) > MAX_LINE:
+            raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
+        message = decode(line)
         if isinstance(message, list):
             raise InvalidRequest("batches are not supported; send one request a line")
         if not isinstance(message, dict):
@@ -3588,22 +3578,21 @@ class Agent:
         """Send what is in the outbox, and what a follower does not have yet."""
         while not connection.gone:
             batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
-            taken, batch = len(batch), batch or self._unseen(connection)
-            if not batch:
+            events = [] if batch else self._unseen(connection)
+            messages = [self._message(claim, content) for claim, content in batch] or events
+            if not messages:
                 return
-            connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
-            for _ in range(taken):  # not before it is sent: `stop` waits for that
+            connection.send(b"".join(map(encode, messages)))
+            for claim, content in batch:  # not before it is sent: `stop` waits for that
                 connection.outbox.popleft()
-            answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
-            if answers and not connection.gone:
-                with self.lock:
-                    for claim, content in answers:
+                if claim and not connection.gone and not isinstance(content, Waiting):
+                    with self.lock:
                         if claim.ticket.confirm and isinstance(content, dict):
-                            claim.ticket.arrived_at = time.monotonic() + CONFIRM_TIMEOUT
+                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
                         else:
                             self._arrived(claim)
 
-    def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
+    def _unseen(self, connection: Connection) -> list[dict[str, Any]]:
         """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
         if connection.following < 0:
             return []
@@ -3613,10 +3602,10 @@ class Agent:
         if not all(events):
             connection.hang_up()
             return []
-        return [(None, {"method": "event", "params": plain(event)}) for event in events]
+        return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """Return what to send: an answer, an error, or a notification."""
+        """Return what to send: a message as it is, or what there is to say to a claim."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3631,13 +3620,17 @@ class Agent:
         )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Note which registered name each unregistered one may mean: none that waits for it. Takes long."""
+        """Note which registered name each unregistered one may mean."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
-            with self.lock:
-                units = [self.units.units[name] for name in (row.depends_on, asker) if name in self.units.units]
-                behind = set().union(*map(self.units.dependents, units))
-                names = [name for name in self.units.names() if name not in behind]
-            row.did_you_mean = resembling(row.depends_on, names)
+            row.did_you_mean = self._resembling(row.depends_on, asker)
+
+    def _resembling(self, name: str, asker: str = "") -> str:
+        """Return the registered name that another one may mean: none that waits for it. Takes long."""
+        with self.lock:
+            units = [self.units.units[each] for each in (name, asker) if each in self.units.units]
+            behind = set().union(*map(self.units.dependents, units))
+            names = [each for each in self.units.names() if each not in behind]
+        return resembling(name, names)
 
     # -- under the lock -----------------------------------------------------------------------------------
 
@@ -3655,7 +3648,7 @@ class Agent:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
         if not request.answered:
-            request.answered, request.report_at = not claim.boot, NEVER
+            request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
@@ -3667,18 +3660,18 @@ class Agent:
 
     def _still_waiting(self, claim: Claim) -> None:
         request = claim.ticket
-        request.report_at += REPORT_EVERY
+        request.look_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
         request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
+        connection.idle_at = time.monotonic() + IDLE_TIMEOUT
         if not claim.boot:  # which was answered long ago: its id may be in use again
             connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
-        holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds:
+        if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3749,7 +3742,7 @@ class Agent:
         if len(request.connection.open) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
-            request.report_at = request.since  # at once
+            request.look_at = request.since  # at once
 
     def _may_begin(self) -> None:
         if self.leaving:
@@ -3759,7 +3752,10 @@ class Agent:
         """Keep the claim that a request has become, which is answered later or has just been."""
         connection = claim.ticket.connection
         connection.open[claim.ticket.id] = claim
-        connection.claims[claim] = None
+        self._keep(connection, [claim])
+
+    def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
+        connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
@@ -3781,15 +3777,11 @@ class Agent:
             members.append((name, wants, locks))
         if more:
             connection.members = members
-        else:
-            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
-            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
-            connection.claims = dict.fromkeys([*still, *claims])
-            if resume:
-                claimed = {claim.unit.name for claim in claims}
-                done = [name for name, _, _ in members if name not in claimed]
-                return {"units": len(members), "done": done}
-        return {"units": len(members)}
+            return {"units": len(members)}
+        claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
+        self._keep(connection, claims)
+        claimed = {claim.unit.name for claim in claims}
+        return {"units": len(members), "done": [name for name, _, _ in members if name not in claimed]}
 
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
@@ -3908,12 +3900,11 @@ class Agent:
         """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
         from io import FileIO
 
-        fd: FileIO | None = None
+        self.owners[claim] = None
         try:
-            fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
+            self.owners[claim] = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
-        self.owners[claim] = (owner, fd)
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
@@ -3923,26 +3914,19 @@ class Agent:
         """
         self._owners_wake.awake = False
         with self.lock:
-            for claim in [claim for claim in self.owners if self.units.is_over(claim)]:
-                fd = self.owners.pop(claim)[1]
-                if fd:
-                    fd.close()
+            self.owners = {claim: file for claim, file in self.owners.items() if not self.units.is_over(claim)}
             owners = dict(self.owners)
             pause = self.units.keep_time() - time.monotonic()
             self._distribute()
-        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, min(pause, 1 if -1 in fds else NEVER))
-        gone = [c for c, (owner, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(owner) is False)]
+        fds = [file.fileno() for file in owners.values() if file]
+        ready = self._owners_wake.sleep(fds, pause if len(fds) == len(owners) else min(pause, 1))
+        gone = [claim for claim, file in owners.items() if file and file.fileno() in ready]
+        gone += [c for c, file in owners.items() if not file and c.owner and self._alive(c.owner) is False]
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended", Refused)
             self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
-
-    def graph(self) -> Graph:
-        """Return everything, for the picture at the end."""
-        with self.lock:
-            return self.units.graph()
 
     def retire(self) -> bool:
         """Take no more claims, unless a boot of somebody else has some; return whether none has."""
@@ -3973,9 +3957,8 @@ class Agent:
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
         with self.lock:
-            self.stopping = True
             self._turn_away()
-            connections = list(self.connections)
+            connections, self.connections = self.connections, set()  # whose ends change nothing any more
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -4280,8 +4263,10 @@ class Host(Record):
         """Tell who waits that it is over; remove the files."""
         self._accepting.clear()
         self.agent.stop()
+        with self.agent.lock:
+            graph = self.agent.units.graph()
         if self.timeline:
-            self.timeline(self.agent.graph())
+            self.timeline(graph)
         self._at_end.close()
 
 
