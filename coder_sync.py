@@ -144,7 +144,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
@@ -156,7 +156,6 @@ if TYPE_CHECKING:
     Id = Union[str, int]
     Object = dict[str, Any]
     R = TypeVar("R", bound="Record")
-    Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
 
     @dataclass_transform()
     class Fields:
@@ -1368,10 +1367,15 @@ class Argument:
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """Return the value of a text, for `quick`. Raises UsageError."""
-        if text[:1] == "-" or text not in self.words.get("choices", [text]):
-            raise UsageError("argparse says what is wrong with it")
-        return self.words.get("type", str)(text)
+        """Return the value of a text. Raises UsageError, which names the argument."""
+        choices = self.words.get("choices", [text])
+        try:
+            if text not in choices:
+                raise UsageError(f"invalid choice: {ascii(text)[:40]} (choose from {', '.join(choices)})")
+            return self.words.get("type", str)(text)
+        except UsageError as error:
+            names = "/".join(self.names) if self.is_option else self.words["metavar"]
+            raise UsageError(f"argument {names}: {error}") from None
 
 
 def flag(*names: str, help: str) -> Argument:
@@ -1404,6 +1408,17 @@ class Command:
         """The options by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
+    def take(self, args: Args, names: Sequence[str]) -> None:
+        """Give names to the positionals. Raises UsageError."""
+        for argument in self.positionals:
+            if not names and argument.words.get("nargs") != "*":
+                raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
+            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            names = [] if argument.is_repeated else names[1:]
+        if names:
+            hint = "; did you forget -- before the command?" if self.tail else ""
+            raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
+
 
 COMMON = (
     Argument(
@@ -1419,7 +1434,7 @@ COMMON = (
         help="how long to try to reach an agent that is still starting (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
         "questions try once)",
     ),
-    Argument("-h", "--help", action="help", help="show this help"),
+    flag("-h", "--help", help="show this help"),
 )
 UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
 QUIET = flag("-q", "--quiet", help="say nothing but errors")
@@ -1541,18 +1556,14 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
                 names.append(word)
                 continue
             option = options[word]
+            if option.takes_value and words[0][:1] == "-":
+                return None
             value = option.read(words.pop(0)) if option.takes_value else True
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        for argument in command.positionals:
-            if argument.is_repeated:
-                values[argument.dest], names = names, []
-            else:
-                values[argument.dest] = argument.read(names.pop(0))
-            if argument.words.get("nargs") == "+" and not values[argument.dest]:
-                return None
+        command.take(args, names)
     except (UsageError, LookupError, ValueError):
         return None
-    return None if names or values.pop("help") or values["command"] is None else (command, args)
+    return None if args.help or args.command is None else (command, args)
 
 
 def name_process() -> None:
@@ -4336,13 +4347,13 @@ def json_text(value: Any) -> str:
 # -- one unit, and tables -----------------------------------------------------------------------------------
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
     """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
 
-    Without it, those behind the first `always` are shown where there is anything in them.
+    Without it, those are shown that have anything in them.
     """
     lower = [title.lower() for title in titles]
-    wanted = [name for i, name in enumerate(lower) if i < always or any(row[i] for row in rows)]
+    wanted = [name for i, name in enumerate(lower) if not rows or any(row[i] for row in rows)]
     if columns:
         wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")]
     for name in wanted:
@@ -4374,7 +4385,7 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         for d in status.dependencies
     ]
     titles = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED", "REASON"]
-    text += table(titles, rows, columns, 4) if rows else "No dependencies.\n"
+    text += table(titles, rows, columns) if rows else "No dependencies.\n"
     if status.history:
         first = status.history[0].time
         rows = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
@@ -4403,8 +4414,8 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     rows = [
         [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
     ]
-    text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
-    return text if units else "no units yet\n"
+    titles = ["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"]
+    return table(titles, rows, columns) if units else "no units yet\n"
 
 
 LISTED = [
@@ -4413,9 +4424,9 @@ LISTED = [
 ]
 
 
-def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
-    """Return all units for programs."""
-    return [{key: plain(getattr(u, key)) for key in LISTED} for u in units]
+def picked(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[str, Any]]:
+    """Return some facts of units for programs."""
+    return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
@@ -4470,7 +4481,9 @@ class Startup:
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
         rows = [self.bars[u.unit_name] for u in known]
-        self.rows = sorted(rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered, b.name))
+        self.rows = sorted(
+            rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
+        )
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4499,7 +4512,7 @@ class Startup:
         return path[::-1]
 
     def summary(self) -> str:
-        """Return the sentence people want; of a long critical path it names the longest steps."""
+        """Return the sentence people want; of a long critical path it names the last steps."""
         if not self.bars:
             return "no units yet"
         units = [bar.unit for bar in self.bars.values()]
@@ -4510,15 +4523,10 @@ class Startup:
         text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
         if not self.path or self.length <= 0:
             return text
-        longest = {bar.name for bar, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
-        steps: list[str] = []
-        for bar, share in self.path:
-            if bar.name in longest:
-                steps.append(f"{bar.name} {span(share)}")
-            elif steps[-1:] != ["..."]:
-                steps.append("...")
+        steps = [f"{bar.name} {span(share)}" for bar, share in self.path]
+        shown = " -> ".join(["..."] * (len(steps) > 10) + steps[-10:])
         percent = 100 * sum(share for _, share in self.path) / self.length
-        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
+        return f"{text}; critical path: {shown} ({percent:.0f}% of it)"
 
 
 def standing(unit: UnitStatus, first: float | None = None) -> str:
@@ -4534,14 +4542,9 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
 
 
-def described(unit: UnitStatus, word: str = "") -> str:
-    """Return the status, or another word for it, and what else there is to say."""
-    return joined(word or unit.status, note(unit))
-
-
-def joined(*parts: str, by: str = ": ") -> str:
-    """Return the parts that are not empty, in one text."""
-    return by.join(filter(None, parts))
+def described(unit: UnitStatus) -> str:
+    """Return the status, and what else there is to say."""
+    return ": ".join(filter(None, (unit.status, note(unit))))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -4566,7 +4569,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
     outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
     cells = width - names - 12 - max(10, *map(len, outcomes))
-    scale = cells / startup.length if startup.length > 0 else 0.0
+    scale = cells / (startup.length or 1.0)
     axis = " " * (names + 3)
     for tick, text in ticks(startup.length, cells // 10):
         at = int(tick * scale + 1e-9)
@@ -4626,7 +4629,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     def since(t: float | None) -> float | None:
         return None if t is None else round(t - startup.first, 6)
 
-    rows: list[dict[str, Any]] = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
+    rows = picked((bar.unit for bar in startup.rows), SAVED)
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
@@ -4634,35 +4637,22 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     return {**head, "critical_path": path, "units": rows}
 
 
-def read_timeline(text: str | bytes, name: str) -> Saved:
-    """Return what a `.json` timeline says: seconds in all, status and seconds of each unit, the critical path.
-
-    The text may be anything. Raises UsageError, which calls it `name`.
-    """
+def read_timeline(text: str | bytes, name: str) -> Startup:
+    """Return the startup that a `.json` timeline tells of. The text may be anything. Raises UsageError: see `name`."""
     import json
-
-    def seconds(value: Any, otherwise: float = 0.0) -> float:
-        if value is not None and not -1 <= value < 1e12:
-            raise ValueError
-        return otherwise if value is None or value < 0 else float(value)
 
     try:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        length, units = seconds(data["seconds"]), {}
-        for row in data["units"]:
-            if row["status"] not in (PENDING, STARTED, *ENDED):
-                raise ValueError
-            ended = seconds(row["ended"], length)
-            units[check_name(row["unit_name"])] = (row["status"], max(0.0, ended - seconds(row["started"], ended)))
-        return length, units, {step["unit_name"] for step in data["critical_path"]}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
+        units = [record(UnitStatus, {"is_ready": True, **row}) for row in data["units"]]
+        return Startup(Graph(typed(data["seconds"], "float"), units))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Unreachable):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
 
 
-def compare_text(before: Saved, now: Saved) -> str:
-    """Compare two startups as `read_timeline` returns them: how long each unit took, what changed most first.
+def compare_text(before: Startup, now: Startup) -> str:
+    """Compare two startups: how long each unit took, what changed most first.
 
     A unit that did not complete says nothing about how fast it is.
     """
@@ -4670,20 +4660,27 @@ def compare_text(before: Saved, now: Saved) -> str:
     def change(was: float, its: float) -> str:
         return "0" if abs(its - was) < 0.0005 else f"{'+' if its > was else '-'}{span(abs(its - was))}"
 
+    def cell(bar: Bar | None) -> str:
+        if bar is None:
+            return "-"
+        took = span(bar.ran) if bar.ran or bar.unit.status == COMPLETED else ""
+        return took if bar.unit.status == COMPLETED else f"{took} {bar.unit.status}".lstrip()
+
+    startups = {"before": before, "now": now}
+    bars = [{bar.name: bar for bar in startup.rows} for startup in startups.values()]
     rows: list[tuple[float, list[str]]] = []
-    for name in sorted({**before[1], **now[1]}):
-        both = [startup[1].get(name, ("", 0.0)) for startup in (before, now)]
-        (was, old), (its, new) = both
-        cells = [joined(span(t) if t else "", s, by=" ") if s != COMPLETED else span(t) for s, t in both]
-        amount, how = abs(new - old), "came" if not was else "went" if not its else change(old, new)
-        if {was, its} - {COMPLETED, ""}:
-            amount, how = NEVER, ""  # these stand first
-        path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
-        rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
+    for name in sorted({**bars[0], **bars[1]}):
+        was, its = both = [each.get(name) for each in bars]
+        old, new = (bar.ran if bar else 0.0 for bar in both)
+        amount, how = abs(new - old), "came" if was is None else "went" if its is None else change(old, new)
+        if any(bar and bar.unit.status != COMPLETED for bar in both):
+            amount, how = NEVER, "-"  # these stand first
+        path = " and ".join(word for word, startup in startups.items() if name in startup.critical)
+        rows.append((-amount, [name, *map(cell, both), how, path]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
-    complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
-    verdict = change(before[0], now[0]) if complete else "not every unit completed"
-    return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
+    complete = all(bar.unit.status == COMPLETED for bar in (*before.rows, *now.rows))
+    verdict = change(before.length, now.length) if complete else "not every unit completed"
+    return f"{text}\n{span(before.length)} in all before, {span(now.length)} now: {verdict}\n"
 
 
 STYLE = """
@@ -4722,19 +4719,16 @@ def timeline_svg(graph: Graph) -> str:
 
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
-    units = [bar.unit for bar in bars]
-    said = [standing(u) if u.running_on else described(u, "" if u.status in ENDED else standing(u)) for u in units]
-    outcomes = [fit(text, 60).rstrip() for text in said]
+    outcomes = []
+    for bar in bars:
+        is_over = bar.unit.status in ENDED and not bar.unit.running_on
+        outcomes.append(fit(described(bar.unit) if is_over else standing(bar.unit), 60).rstrip())
     left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
-    right = left + axis + 70
+    right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-    scale = axis / startup.length if startup.length > 0 else 0.0
 
-    def at(time: float) -> float:
-        return left + (time - startup.first) * scale
-
-    def write(x: float, y: float, text: str, more: str = ' class="m"') -> None:
-        body.append(f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(text)}</text>')
+    def write(x: float, y: float, text: str, look: str = "m", anchor: str = "start") -> None:
+        body.append(f'<text x="{x:.1f}" y="{y:.0f}" class="{look}" text-anchor="{anchor}">{xml(text)}</text>')
 
     def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
         body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
@@ -4745,39 +4739,34 @@ def timeline_svg(graph: Graph) -> str:
 
     said = wrap(startup.summary(), int((width - 16) / column))
     for i, line in enumerate(said):
-        write(8, 20 + 18 * i, line, ' class="h"')
+        write(8, 20 + 18 * i, line, "h")
     top = 18 * len(said) + 44
     foot = top + high * len(bars)
     for tick, label in ticks(startup.length, 10) if bars else ():
-        x = left + tick * scale
-        body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(bars) > 30)]:
-            write(x, y, label, ' class="m" text-anchor="middle"')
-    tops = {bar.name: top + high * i for i, bar in enumerate(bars)}
+        body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
+        write(left + tick * scale, top - 14, label, anchor="middle")
+    places: dict[str, tuple[float, int]] = {}  # of each unit: where it started
     for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
-        status, y, critical = bar.unit.status, tops[bar.name], bar.name in startup.critical
+        status, y, is_critical = bar.unit.status, top + high * i, bar.name in startup.critical
+        places[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
         rectangle("yz"[i % 2], 0, y, width, high)
-        write(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else "")
+        write(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else "")
         for words, since, upto in bar.phases:
-            always = words in ("runs", "another try") or not bar.has_run
-            size = max((upto - since) * scale, 2.0 if always else 0.0)
-            k = " k" if critical and words == "runs" else ""
-            if size >= 0.5:
-                phase(words, status + k, min(at(since), left + axis - size), y, size)
-        write(right - 8, y + 14, bar.took, ' text-anchor="end"')
-        write(right, y + 14, outcome, f' class="{FAILED if status == FAILED else "m"}"')
+            size = max((upto - since) * scale, 2.0)
+            x = left + min((since - startup.first) * scale, axis - size)
+            phase(words, status + " k" * (is_critical and words == "runs"), x, y, size)
+        write(right - 8, y + 14, bar.took, "", "end")
+        write(right, y + 14, outcome, FAILED if status == FAILED else "m")
         body.append("</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
-        body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
-    x, y = 8.0, foot + 32 - high * (not bars)
-    for meaning, words, status in LEGEND if bars else ():
-        if x + 30 + column * len(meaning) > width:
-            x, y = 8.0, y + high
+        x, y = places[b.name]
+        body.append(f'<path class="c" d="M{x:.1f} {places[a.name][1] + 16}V{y + 4}"/>')
+    for i, (meaning, words, status) in enumerate(LEGEND if bars else ()):
+        x, y = 8.0 + 184 * (i % 5), foot + 12 + high * (i // 5)
         phase(words, status, x, y, 2 if words == "another try" else 24)
         write(x + 30, y + 14, meaning)
-        x += 30 + column * (len(meaning) + 2)
-    sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
+    sides = f'width="{width:.0f}" height="{foot + 66}" viewBox="0 0 {width:.0f} {foot + 66}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
@@ -4869,28 +4858,25 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
-    lines = ["flowchart LR"]
+    startup, lines = Startup(graph), ["flowchart LR"]
     for u in graph.nodes:
         box = f"([{quote(u.unit_name)}])" if u.running_on else f"[{quote(u.unit_name)}]"
         lines.append(f"  {ids[u.unit_name]}{box}:::{u.status.replace(' ', '_')}")
-    for name, dependent, requirement, _ in startup.edges:
+    for name, dependent, requirement, on_path in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
-        lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
+        lines.append(f"  {ids[name]} {'==>' if on_path else '-->'}{label} {ids[dependent]}")
     for status, (_, colour) in COLOURS.items():
         lines.append(f"  classDef {status.replace(' ', '_')} fill:{colour},color:#222")
-    lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
-    numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
-    lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
+    lines += [f"  style {ids[bar.name]} stroke:#d2641e,stroke-width:3px" for bar, _ in startup.path]
     return "\n".join(lines) + "\n"
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """Return the graph for programs."""
-    nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
-    wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
-    edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
-    return {"units": nodes, "edges": edges}
+    edges = [
+        {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
+    ]
+    return {"units": picked(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
 # -- why ----------------------------------------------------------------------------------------------------
@@ -4914,13 +4900,12 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     return found
 
 
-def inverted(onward: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Return the same edges, seen from their other end."""
-    back: dict[str, list[str]] = {}
-    for name, others in onward.items():
-        for other in others:
-            back.setdefault(other, []).append(name)
-    return back
+def is_notable(unit: UnitStatus, now: float) -> bool:
+    """Return whether `why` tells of a unit even if nothing waits for it."""
+    if unit.status == STARTED:
+        gone = unit.owner is not None and unit.owner.alive is False
+        return gone or now - (unit.started or 0.0) >= LONG
+    return unit.status == FAILED or standing(unit) in ("gave up", "exited")
 
 
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
@@ -4931,46 +4916,42 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
     stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
-    held_up = inverted(stuck)  # by each unit, without others in between
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    for name, causes in stuck.items():
+        for cause in causes:
+            held_up.setdefault(cause, []).append(name)
     known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
-    wanted_by = inverted({name: u.wants for name, u in units.items()})
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
+    asked = reached(names, found)
+
+    def tell(u: UnitStatus) -> str:
+        line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
+        if u.status != NOT_REGISTERED:
+            return line + "."
+        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+        line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+        return line + meant(resembling(u.unit_name, known.difference(wanted_by)), ".")  # it may be misspelt
 
     def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
-        """Tell of the first of some units, and how many more there are."""
-        lines = []
-        for u in some[:most]:
-            line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
-            guess = ""
-            if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
-                behind = reached([u.unit_name], wanted_by)
-                line += f"; it is wanted by {some_names(wanted_by[u.unit_name])}" if behind[1:] else ""
-                guess = resembling(u.unit_name, known - set(behind))
-            lines.append(line + meant(guess, "."))
-        return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
+        return [tell(u) for u in some[:most]] + [f"({len(some) - most} more like these)"] * (len(some) > most)
 
     def is_cause(name: str) -> bool:
-        u = units[name]
-        if name in stuck:
-            return not stuck[name]
-        gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
-        runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
-        return name in held_up or gone or runs_long or u.status == FAILED or standing(u) in ("gave up", "exited")
+        if names or name in stuck:
+            return not found.get(name)
+        return name in held_up or is_notable(units[name], graph.now)
 
-    asked = reached(names, found)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
-    for name in (name for name in asked or units if (not found.get(name) if names else is_cause(name))):
+    for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts: list[tuple[list[str], list[UnitStatus]]] = []
-    for directly, causes in groups.items():
-        parts.append((reached(directly, held_up), sorted(causes, key=lambda u: -u.age)))
+    parts = [(reached(held, held_up), sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
-    for held, causes in parts[:50]:
-        lines = stories(5 if held else 20, causes)
-        for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
-            lines += [f"    {word}: {some_names(those)}"] if those else []
+    for held, those in parts[:50]:
+        lines = stories(5 if held else 20, those)
+        skipped = [name for name in held if units[name].status == SKIPPED]
+        waiting = [name for name in held if units[name].status != SKIPPED]
+        lines += [f"    held up: {some_names(waiting)}"] if waiting else []
+        lines += [f"    skipped: {some_names(skipped)}"] if skipped else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
@@ -4978,44 +4959,40 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def elapsed(since: float | None, until: float | None) -> float:
-    """Return the seconds between two times of a unit; 0 if one of them has not been."""
-    return 0.0 if since is None or until is None else max(0.0, until - since)
-
-
 def story(unit: UnitStatus, now: float, what: str) -> str:
     """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
-    name, reason = f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
+    bar, name, reason = Bar(unit, now), f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
     if unit.status == SKIPPED:
-        return f"{name} was skipped {span(elapsed(unit.ended, now))} ago" + (f" because of {what}" if what else reason)
+        return f"{name} was skipped {span(now - bar.ended)} ago" + (f" because of {what}" if what else reason)
+    if unit.is_waiting:
+        what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
+        return f"{name} has not started: for {span(now - bar.asked)} it has been waiting for {what}"
     if unit.status == PENDING:
-        if unit.is_waiting:
-            what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
-            return f"{name} has not started: for {span(elapsed(unit.waiting, now))} it has been waiting for {what}"
         gave_up = "its start gave up, and nobody has called start again"
         who = "nobody has called start on it" if unit.waiting is None else gave_up
         who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
     by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
-    waited = elapsed(unit.waiting, unit.started)
-    how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
-    how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
+    how, waited = "at once", bar.started - bar.asked
+    if waited >= 0.05:
+        how = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
         still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
-        return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
+        return f"{name} started {span(bar.ran)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(unit.age)} ago"
-    if unit.started is None:
+    if not bar.has_run:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
     if unit.status == COMPLETED and unit.exited is not None:
-        after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
-    ran = span(now - unit.age - unit.started)
+        after = f"; its process ended {span(now - unit.exited)} ago"
+        after += f": {unit.exit_reason}" if unit.exit_reason else ""
+    ran = span(now - unit.age - bar.started)
     return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
@@ -6405,7 +6382,7 @@ def plan_text(scripts: list[Script]) -> str:
             rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
             missing.remove(script.unit)
         left = [script for script in left if script.unit in missing]
-    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows, always=1) if rows else ""
+    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
@@ -7086,7 +7063,7 @@ class Boot:
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
             elif not job.outcome and not job.running() and row:
-                waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
+                waiting.append(" for ".join(filter(None, (unit, "; ".join(map(whom, row.waits_for))))))
         running = self.running(now)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
@@ -7433,72 +7410,63 @@ def install(path: str, python: str) -> str:
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
-    return " ".join([PROGRAM, command.name, *shown, "[OPTION]..."]) + tail
+    return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
-def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments. It raises UsageError."""
+def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
+    """Return argparse's parser for arguments of a command. It raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-        def print_help(self, file: Any = None) -> None:  # of another one: while it parses, this one has no positionals
-            put(parser_of(usage, arguments, **words).format_help())
-
     form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    usage_text = usage.replace("%", "%%")
-    parser = Parser(PROGRAM, usage_text, formatter_class=form, add_help=False, allow_abbrev=False, **words)
+    usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
+    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-
-        def read(text: str, argument: Argument = argument) -> Any:
-            try:
-                return argument.words.get("type", str)(text.lstrip("\0"))
-            except UsageError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        more: dict[str, Any] = {"default": argument.default, "type": read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
 
 
-def parser_for(command: Command) -> argparse.ArgumentParser:
-    """Return argparse's parser for what follows the name of a command."""
-    example = f"example: {PROGRAM} {command.example}"
-    return parser_of(usage_of(command), command.arguments, description=command.help, epilog=example)
-
-
-def front_of(words: Sequence[str], into: Args | None = None) -> tuple[Args, list[str]]:
-    """Return the options in front of a command, and the command with what follows. Raises UsageError."""
-    options = (*COMMON[:2], flag("-h", "--help", help=""), flag("--version", help=""))
-    parser = parser_of("", (*options, Argument("words", nargs="...", help="")))
-    args, others = parser.parse_known_args(words, into or Args())
-    if others:
-        which = "which command? Options other than --socket-path and --connect-timeout follow the command"
-        raise UsageError(f"{ascii(others[0])[:60]}: {which}")
-    rest, wants_help, wants_version = (vars(args).pop(name) for name in ("words", "help", "version"))
-    if wants_help or wants_version:
-        return args, ["help" if wants_help else "version"]
-    return front_of(rest[2:] or ["help"], args) if rest[:2] == ["exp", "sync"] else (args, rest)
+def command_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    words: list[str] = [*argv]
+    options: list[str] = []
+    commands = {"-h": "help", "--help": "help", "--version": "version"}
+    while words:
+        name, equals, _ = words[0].partition("=")
+        if words[:2] == ["exp", "sync"]:
+            words = words[2:] or ["help"]
+        elif name in ("--socket-path", "--connect-timeout"):
+            size = 1 if equals else 2
+            options, words = options + words[:size], words[size:]
+        elif name[:1] == "-" and name not in commands:
+            break
+        else:
+            return [commands.get(words[0], words[0]), *options, *words[1:]]
+    raise UsageError(f"which command? {', '.join(COMMANDS)}; options follow it; see `{PROGRAM} --help`")
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
     """Parse a command line. Ends the process for --help. Raises UsageError."""
-    args, words = front_of(argv)
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    command = command_named(words[0])
+    name, *words = command_first(argv)
+    command, args = command_named(name), Args()
+    words, args.command = split_tail(command, words)
+    end = words.index("--") if "--" in words else len(words)  # names follow
+    options = [argument for argument in command.arguments if argument.is_option]
     try:
-        words, args.command = split_tail(command, words[1:])
-        if "--" in words:  # names follow: mark them with what no word and no option begins with
-            words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
-        _, others = parser_for(command).parse_known_intermixed_args(words, args)
-        if others:
-            raise UsageError(surplus(command, others[0].lstrip("\0")))
+        _, names = parser_of(command, options).parse_known_args(words[:end], args)
+        if args.help:
+            put(help_page(command))
+            raise SystemExit(0)
+        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
+            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
+        command.take(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7509,22 +7477,17 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
 Command.parse = parse
 
 
+def help_page(command: Command) -> str:
+    """Return the help on a command."""
+    return parser_of(command, command.arguments).format_help()
+
+
 def command_named(name: str) -> Command:
     """Return the command with this name. Raises UsageError."""
-    if name in COMMANDS:
-        return COMMANDS[name]
-    if name == "exp":
-        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-    hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
-    raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
-
-
-def surplus(command: Command, word: str) -> str:
-    """Return what is wrong with a word that is one too many."""
-    if word[:1] == "-":
-        given = word.partition("=")[0]
-        return f"no such option: {ascii(given)[:40]}{meant(resembling(given, list(command.options)))}"
-    return f"unexpected {ascii(word)[:60]}" + ("; did you forget -- before the command?" if command.tail else "")
+    if name not in COMMANDS:
+        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
+    return COMMANDS[name]
 
 
 def mode_bits(text: str) -> int:
@@ -7558,7 +7521,32 @@ def units_or(default: str) -> Argument:
 
 
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
-TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
+
+
+def timeline_writer(path: str) -> Callable[[Graph], None]:
+    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    form = os.path.splitext(path)[1].lstrip(".")
+    if form not in ("svg", "json", "txt"):
+        raise UsageError(f"{printable(path)}: the name must end in .svg, .json or .txt")
+    path = os.path.abspath(path)
+
+    def write(graph: Graph) -> None:
+        try:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
+                f.write(timeline_as(form, graph))
+        except OSError as error:
+            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
+
+    return write
+
+
+TIMELINE = Argument(
+    "--timeline",
+    type=timeline_writer,
+    default=None,
+    metavar="FILE",
+    help="write the timeline there at the end: .svg, .json or .txt",
+)
 
 
 @Command(
@@ -7571,7 +7559,7 @@ TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there
     Argument("--pid-file", metavar="FILE", help="write the process id there"),
     TIMELINE,
     Argument("--mode", type=mode_bits, default=0, help="permissions (default: 600, or 660 with --group)"),
-    Argument("--group", help="group of the socket, by name or number (default: yours)"),
+    Argument("--group", type=group_id, default=None, help="group of the socket, by name or number (default: yours)"),
     tail="*",
 )
 def cmd_serve(args: Args) -> int:
@@ -7590,12 +7578,12 @@ def cmd_serve(args: Args) -> int:
     elif args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
-        "mode": args.mode or (0o660 if args.group else 0o600),
-        "group": group_id(args.group) if args.group else -1,
+        "mode": args.mode or (0o600 if args.group is None else 0o660),
+        "group": -1 if args.group is None else args.group,
         "level": level,
         "log_file": args.log_file and os.path.abspath(args.log_file),
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "timeline": timeline_writer(args.timeline) if args.timeline else None,
+        "timeline": args.timeline,
         "replace": make_room if args.replace else None,
         "advice": slowness(),
     }
@@ -7626,23 +7614,6 @@ def make_room(path: str) -> bool:
     except SyncError:
         pass
     return answered or time.monotonic() - began < ANSWER_TIMEOUT
-
-
-def timeline_writer(path: str) -> Callable[[Graph], None]:
-    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
-    form = os.path.splitext(path)[1].lstrip(".")
-    if form not in ("svg", "json", "txt"):
-        raise UsageError(f"--timeline {path}: the name must end in .svg, .json or .txt")
-    path = os.path.abspath(path)
-
-    def write(graph: Graph) -> None:
-        try:
-            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
-                f.write(timeline_as(form, graph))
-        except OSError as error:
-            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
-
-    return write
 
 
 @Command(
@@ -7694,7 +7665,7 @@ def cmd_boot(args: Args) -> int:
         quiet=args.quiet,
         always=args.always,
         resume=args.resume,
-        timeline=timeline_writer(args.timeline) if args.timeline else None,
+        timeline=args.timeline,
         command=args.command[0] if args.command else "",
     )
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
@@ -7763,17 +7734,13 @@ def cmd_shutdown(args: Args) -> None:
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
-    variables = make_client(args).env(args.unit)
-    for name in variables:
+    lines = []
+    for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
-    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
-
-
-def shell_word(text: str) -> str:
-    """A text as one word of a shell."""
-    quoted = text.replace("'", "'\\''")
-    return f"'{quoted}'"
+        quoted = value.replace("'", "'\\''")
+        lines.append(f"export {name}='{quoted}'\n")
+    put("".join(lines))
 
 
 @Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
@@ -7792,7 +7759,7 @@ def cmd_status(args: Args) -> None:
 def cmd_list(args: Args) -> None:
     """Show all units."""
     units = make_client(args).list(args.all)
-    put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
+    put(json_text(picked(units, LISTED)) if args.output == "json" else list_text(units, args.column))
 
 
 @Command("why pip-install", units_or("all that is stuck"))
@@ -7822,7 +7789,7 @@ def cmd_timeline(args: Args) -> None:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
     if args.compare:
-        put(compare_text(before, read_timeline(json_text(timeline_data(graph)), "the present")))
+        put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
     elif args.output == "text":
@@ -7976,7 +7943,7 @@ def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
         if topic not in TOPICS:
-            parser_for(command_named(topic)).print_help()
+            put(help_page(command_named(topic)))
         else:
             put(TOPICS[topic]())
     if args.topics:
@@ -8063,24 +8030,21 @@ def candidates(words: Sequence[str]) -> list[str]:
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
     before += [option] * bool(equals)
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
     try:
-        _, rest = front_of([*before, "the last"])
+        command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
-    if "--" in before or (rest[1:] and rest[0] not in COMMANDS):
+    if command is None or "--" in before:
         return []
-    command = COMMANDS[rest[0]] if rest[1:] else Command("")
     asked = command.positionals
     if before and before[-1] in command.options and command.options[before[-1]].takes_value:
         asked = [command.options[before[-1]]]
-    found: list[str] = [] if asked or rest[1:] or not rest else [*COMMANDS]
-    if last[:1] == "-":
-        asked, found = [], [*command.options]
-    for argument in asked:
-        found += argument.words.get("choices") or ()
-        found += [*COMMANDS, *TOPICS] if argument.words.get("metavar") == "TOPIC" else ()
-    if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
-        found += known_units(before)
+    found = [*command.options] if last[:1] == "-" else []
+    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in asked}
+    found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
+    found += known_units(before) if metavars & {"UNIT", "DEP"} else []
     return [option + equals + word for word in found if word.startswith(last)]
 
 
