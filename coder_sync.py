@@ -3192,7 +3192,6 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
-    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -3214,22 +3213,19 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
     """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
     known = parameters(method)
     names = f"there are {', '.join(known) or 'none'}"
-    if isinstance(params, list):
-        if len(params) > len(known):
-            raise InvalidParams(f"too many parameters; {names}")
-        params = dict(zip(known, params))
-    if not isinstance(params, dict):
-        raise InvalidParams('"params" must be an object')
-    for name in params:
+    given = dict(zip(known, params)) if isinstance(params, list) else params
+    if not isinstance(given, dict) or len(given) < len(params):
+        raise InvalidParams(f'"params" must be an object, or a list of no more than there are; {names}')
+    for name in given:
         if name not in known:
             raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; {names}")
     for name, (kind, required) in known.items():
         what, fits = KINDS[kind]
-        if name not in params and required:
+        if name not in given and required:
             raise InvalidParams(f'parameter "{name}" is missing')
-        if name in params and not fits(params[name]):
+        if name in given and not fits(given[name]):
             raise InvalidParams(f'parameter "{name}" must be {what}')
-    return params
+    return given
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
@@ -3254,6 +3250,7 @@ class Log:
         from threading import Thread
 
         self.level, self.path, self.lost = level, path, 0
+        self._trouble, self._again = "", NEVER
         self._fd = self._open() if path else 2
         self._is_file = os.path.isfile(self.path)
         self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
@@ -3261,9 +3258,11 @@ class Log:
         self._writer.start()
 
     def say(self, text: str, level: int = 1) -> None:
-        """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
-        if level > self.level:
+        """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
+        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._again):
             return
+        if level == 0:
+            self._trouble, self._again = text, time.monotonic() + 60
         if self._lines.qsize() >= MAX_QUEUE:
             self.lost += 1
             return
@@ -3376,31 +3375,25 @@ class Connection:
         return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
 
     def send(self, data: bytes) -> None:
-        """Send; a peer that reads nothing for SEND_TIMEOUT is hung up on."""
+        """Send; no more to a peer that has gone or reads nothing for SEND_TIMEOUT, but what it has sent is done."""
         left = memoryview(data)
         try:
             while left:
                 left = left[self.sock.send(left) :]
         except OSError as error:
-            self.hang_up()
+            self.gone = True
             if not of_peer(error):
                 raise
+            try:
+                self.sock.shutdown(2)  # both ways: what it has sent has an end
+            except OSError:
+                pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
         """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
-
-    def hang_up(self) -> None:
-        """Send nothing any more, and find the end of what the peer has sent."""
-        from socket import SHUT_RDWR
-
-        self.gone = True
-        try:
-            self.sock.shutdown(SHUT_RDWR)
-        except OSError:
-            pass
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
@@ -3437,17 +3430,9 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
-
-    def no_room(self, error: BaseException | None) -> None:
-        """Say once that there are no descriptors or threads left for another connection."""
-        if not self.exhausted:
-            self.exhausted = True
-            why = error.strerror if isinstance(error, OSError) else "no memory for another one"
-            self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """Do a step again and again, whatever goes wrong: the body of a thread."""
@@ -3513,7 +3498,7 @@ class Agent:
         if due <= now and due == connection.idle_at:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
-            connection.hang_up()
+            raise TimeoutError
 
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
@@ -3533,7 +3518,6 @@ class Agent:
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
-        self.exhausted = False
         self._flush(connection)
         return trusted
 
@@ -3542,19 +3526,12 @@ class Agent:
         if len(line) > MAX_LINE:
             raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
         message = decode(line)
-        if isinstance(message, list):
-            raise InvalidRequest("batches are not supported; send one request a line")
-        if not isinstance(message, dict):
-            raise InvalidRequest("a request must be a JSON object")
-        if type(message.get("id")) in (str, int):
+        if isinstance(message, dict) and type(message.get("id")) in (str, int):
             request.id = message["id"]
-        if message.get("jsonrpc") != "2.0":
-            raise InvalidRequest('"jsonrpc" must be "2.0"')
-        if "id" in message and request.id is None:
-            raise InvalidRequest('"id" must be a string or a whole number')
-        name = message.get("method")
-        if not isinstance(name, str):
-            raise InvalidRequest('"method" must be a string')
+        name = message.get("method") if isinstance(message, dict) and message.get("jsonrpc") == "2.0" else None
+        if not isinstance(name, str) or ("id" in message and request.id is None):
+            form = '"jsonrpc", which is "2.0", "method", a string, "params", and "id", a string or a whole number'
+            raise InvalidRequest(f"a request is one JSON object that has {form}; batches are not supported")
         method = METHODS.get(name)
         if method is None:
             raise MethodNotFound(f"no such method: {one_line(name)[:60]}; there are {', '.join(METHODS)}")
@@ -3599,8 +3576,7 @@ class Agent:
             events = [self.units.events.get(n) for n in range(connection.following + 1, self.units.seq + 1)[:1000]]
         connection.following += len(events)
         if not all(events):
-            connection.hang_up()
-            return []
+            raise TimeoutError
         return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
@@ -3831,12 +3807,9 @@ class Agent:
         self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(
-        self, request: Request, unit: str, reason: str = "", code: int | None = None, stopped: bool = False
-    ) -> Any:
-        """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
-        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
-        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1, stopped)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
+        """End a supervisor's claim: the command has ended."""
+        self.units.exit(self._held(request, unit), reason, code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
@@ -3975,6 +3948,10 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     import _thread
     import socketserver
 
+    def no_room(error: Exception) -> None:
+        why = trouble_of(error) or "no memory"
+        agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             agent.converse(self.request)
@@ -3991,7 +3968,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 wake_up = WakeUp()
                 return Connection(sock.accept()[0], wake_up), ""
             except OSError as error:
-                agent.no_room(error)
+                no_room(error)
                 time.sleep(0.05)  # do not spin
                 raise OSError from None  # for which socketserver looks again
 
@@ -4014,14 +3991,15 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             agent.end(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            _, error, trace = sys.exc_info()
+            error: Any = sys.exc_info()[1]
             if isinstance(error, MemoryError) or "start new thread" in str(error):
-                agent.no_room(error)
+                no_room(error)
             elif not of_peer(error):
-                while trace and trace.tb_next:
+                trace = error.__traceback__
+                while trace.tb_next:
                     trace = trace.tb_next
-                where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-                agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
+                agent.log.say(said, 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -4248,15 +4226,13 @@ class Host(Record):
     def stop_units(self, loop: Loop, everything: bool) -> None:
         """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
         stop = self.agent.stop_units(everything, GRACE)
-        if not stop:
-            return
-        self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
+        if stop:
+            self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
-        left = [unit["unit"] for unit in stop.answer["left"]]
-        if left:
-            self.agent.log.say(f"still running: {some_names(left)}", 0)
+        if stop and stop.answer["left"]:
+            self.agent.log.say(f"still running: {some_names([unit['unit'] for unit in stop.answer['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
@@ -4313,14 +4289,11 @@ def connection_limit(raise_it: bool) -> int:
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
-    wanted = each * MAX_CONNECTIONS + 64
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for most in (wanted, 10_240):  # the bound that macOS has of its own
-        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        if not raise_it or open_files() >= soft:
-            break
+    wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS gives no more
+    if raise_it and open_files() < wanted:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
             pass
     return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
