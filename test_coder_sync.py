@@ -7802,7 +7802,7 @@ MISTAKES_IN_HEADERS = [
     ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "not a whole number from 0 on: 'often'"),
     ("@retry -1 1s", "not a whole number from 0 on: '-1'"),
-    ("@want 'a", "No closing quotation"),
+    ("@want 'a", "want: No closing quotation"),
     ("@want ''", EMPTY),
     ("@unit ''", EMPTY),
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
