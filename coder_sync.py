@@ -6297,7 +6297,8 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             import shlex
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
+            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
         hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
@@ -6912,6 +6913,8 @@ class Boot:
         self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
+        if self.host and self.options.resume:
+            self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -7148,7 +7151,8 @@ class Front:
         finally:
             if self.command and not self.ended:
                 self.loop.forget(self.link)
-                os.close(self.link)  # which says so
+                os.close(self.link)  # which says that COMMAND has ended
+                self.link = -1
                 self.wait_for_end()
         self.loop.give_back()
         if wanted:
