@@ -2412,7 +2412,7 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, requires), ())])
+        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
 
@@ -2428,7 +2428,8 @@ class Units:
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
         # Held, so that one that ends before its time has failed, and is forgotten.
-        return self._claim([("", dict.fromkeys(names, requires), ())], ticket, timeout, held=True)[0]
+        wants = dict.fromkeys(names, check_requirement(requires))
+        return self._claim([("", wants, ())], ticket, timeout, held=True)[0]
 
     def boot(
         self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0, resume: bool = False
@@ -3757,7 +3758,7 @@ class Agent:
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
-        member = (unit, dict.fromkeys(dependencies, requires), locks)
+        member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
         claim = self.units.start(member, request, timeout, owner=owner, held=held, supervisor=supervisor)
         self._expect(claim)
         if pid and owner:

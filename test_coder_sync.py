@@ -2591,9 +2591,8 @@ class Replay:
         model, unit, status = self.model, event.unit, self.model.status(event.unit)
         needs = model.needs(unit)
         unmet = model.unmet(needs)
-        missing = ", ".join(
-            [*unmet, unit][: min(5, len(unmet) + (status == "started"))]
-        )  # itself: an answer is on its way
+        own = [unit] if status == "started" else []  # the answer to its start is on its way
+        missing = ", ".join([*unmet, *own][:5])
         if event.kind in ("completed", "failed", "gave up"):  # all that follows from earlier requests has happened
             self.settled()
         if event.kind == "wants":
