@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;_,code,_=open(sys.argv[1],"rb").read(9999).split(b"#:\n",2);exec(code);launch()' \
+    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -71,6 +71,7 @@ interpreter, so nothing is imported here that a plain call does not need: `os`, 
 #:
 # The first lines run the code from here to the next such line on its own; so does `python3 COPY`. Python 2 can read it.
 import errno
+import gc
 import posix  # what os is made of
 import sys
 import time
@@ -89,32 +90,26 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(path, below):  # type: (str, bool) -> Any
-    """Return the code above the cut, or below it, and what identifies the file.
+def half_of(data, below):  # type: (bytes, bool) -> Any
+    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
 
-    An installed copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
-    Raises OSError if the file cannot be read, SyntaxError or ValueError if it is damaged.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
-    with open(path, "rb", 0) as file:
-        found = posix.fstat(file.fileno())
-        end = 0
-        for size in (1 << 18, 1 << 20)[: below + 1]:  # the bytecode above the cut; behind it, the one below
-            file.seek(end)
-            data = file.read(size)
-            start = data.find(mark) + 16
-            code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
-            end += start + len(code)
-        if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-            half = loads(code)
-        else:
-            file.seek(0)
-            half = compile(halves(source_in(file.read()))[below], path, "exec")
-    return half, (found.st_ino, found.st_size, found.st_mtime_ns)
+    start = data.find(mark) + 16
+    if below:
+        start = data.find(mark, start) + 16
+    code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
+    if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+        return loads(code)
+    try:
+        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+    except (SyntaxError, ValueError):
+        sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
 
 def exit_on_signals():  # type: () -> None
@@ -127,12 +122,10 @@ def exit_on_signals():  # type: () -> None
 
 
 def launch():  # type: () -> None
-    """Run the code above the cut; at the cut it calls main()."""
-    global LAUNCHED
+    """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     import _signal as signal
-    import gc
 
     vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
@@ -141,13 +134,8 @@ def launch():  # type: () -> None
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
-    path = sys.argv[0]
-    globals().update(__name__="coder_sync", __file__=path)
-    try:
-        code, LAUNCHED = half_of(path, False)
-    except (SyntaxError, ValueError):
-        sys.exit("error: " + path + " is damaged: copy or install it again")
-    exec(code, globals())
+    globals().update(__name__="coder_sync", __file__=sys.argv[0])
+    exec(half_of(DATA, False), globals())  # the first lines have read it
 
 
 #:
@@ -156,7 +144,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
@@ -169,7 +157,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
     Object = dict[str, Any]
     R = TypeVar("R", bound="Record")
-    Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
 
     @dataclass_transform()
     class Fields:
@@ -197,7 +184,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-LAUNCHED: tuple[int, ...] | None = globals().get("LAUNCHED")  # identifies our file while only what is above the cut ran
+DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -343,20 +330,16 @@ class Record(Fields):
     positional and keyword arguments, a repr, and equality.
     """
 
-    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default
-    _required: ClassVar[set[str]]
+    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default, or ... if it has none
 
     def __init_subclass__(cls) -> None:
-        cls._fields = {name: vars(cls).get(name) for name in cls.__annotations__}
-        cls._required = cls._fields.keys() - vars(cls).keys()
+        cls._fields = {name: vars(cls).get(name, ...) for name in cls.__annotations__}
         RECORDS[cls.__name__] = cls
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        given = dict(zip(self._fields, args), **named)
-        values = {**self._fields, **given}
-        twice_or_too_many = len(given) < len(args) + len(named)
-        if twice_or_too_many or len(values) > len(self._fields) or not self._required <= given.keys():
-            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}, each once")
+        values = {**self._fields, **dict(zip(self._fields, args)), **named}
+        if len(values) > len(self._fields) or ... in values.values():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}")
         self.__dict__.update(values)
 
     def __repr__(self) -> str:
@@ -577,21 +560,19 @@ def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
         scan = _json.make_scanner(_Scanner)  # type: ignore[arg-type]
         options: list[Any] = [None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, False]
         write = _json.make_encoder(*options)  # the arguments that json.JSONEncoder passes
-
-        def loads(text: str) -> Any:
-            value, end = scan(text, 0)
-            if text[end:].strip():
-                raise ValueError("more than one value")
-            return value
-
-        return loads, lambda value: "".join(write(value, 0))
     except (ImportError, AttributeError, TypeError):  # another Python than CPython
-        import json
+        from json import JSONDecoder, JSONEncoder
 
-        return (
-            lambda text: json.loads(text, parse_constant=_Scanner.parse_constant),
-            lambda value: json.dumps(value, allow_nan=False),
-        )
+        decoder = JSONDecoder(parse_constant=_Scanner.parse_constant)
+        return decoder.decode, JSONEncoder(allow_nan=False).encode
+
+    def loads(text: str) -> Any:
+        value, end = scan(text, 0)
+        if text[end:].strip():
+            raise ValueError("more than one value")
+        return value
+
+    return loads, lambda value: "".join(write(value, 0))
 
 
 _loads, _dumps = _codec()
@@ -805,8 +786,6 @@ class Started(Record):
 class Channel:
     """One connection to an agent: requests out, messages in."""
 
-    signals = -1  # if not -1, a descriptor that can be read when a signal has come; see `notice_signals`
-
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
         self.path = path
@@ -837,9 +816,7 @@ class Channel:
                 if time.monotonic() > deadline:
                     raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else it may have said why before it hung up
-                    raise self._gone() from None
+            except OSError:  # the next read says so, but it may have said why before it hung up
                 break
         return self._next
 
@@ -867,37 +844,21 @@ class Channel:
                 say(f"warning: {self._silence(silent)}", 2)
         raise Unreachable(self._silence(REPLY_TIMEOUT))
 
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Iterate over all messages; ask a silent agent whether it is still there. Raises Unreachable."""
-        while True:
-            message = self.receive(REPORT_EVERY)
-            if message is None:
-                self.request("ping")
-                message = self.hear()
-            if message:
-                yield message
-
     def _read(self, timeout: float) -> bool:
         """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
-        timeout = min(max(timeout, 0.0), LONGEST_POLL)
-        if self.signals >= 0:
-            import select
+        from _socket import timeout as socket_timeout
 
-            awaited = select.poll()
-            for fd in (self.signals, self.fileno()):
-                awaited.register(fd, select.POLLIN)
-            if self.signals in dict(awaited.poll(1000 * timeout)):  # its handler has run
-                posix.read(self.signals, 64)
-            timeout = 0.0
+        longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
+        timeout = min(max(timeout, 0.0), longest)
         self.sock.settimeout(timeout)
         try:
             chunk = self.sock.recv(65536)
-        except OSError as error:
-            if isinstance(error, (BlockingIOError, TimeoutError)) or error.errno is None:  # 3.8: socket.timeout
-                return False
-            raise self._gone() from None
+        except (BlockingIOError, socket_timeout):
+            return False
+        except OSError:
+            chunk = b""
         if not chunk:
-            raise self._gone()
+            raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
@@ -968,9 +929,6 @@ class Channel:
 
     def _silence(self, seconds: float) -> str:
         return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
-
-    def _gone(self) -> Unreachable:
-        return Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
 
 
 def connected(path: str, connect_timeout: float) -> Any:
@@ -1239,7 +1197,11 @@ class Client:
         """
         with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
-            for message in channel.messages() if follow else ():
+            while follow:
+                message = channel.receive(REPORT_EVERY)
+                if message is None:  # is the agent still there?
+                    channel.request("ping")
+                    message = channel.hear() or {}
                 if message.get("method") == "event":
                     yield record(Event, message.get("params"))
 
@@ -1380,49 +1342,37 @@ def make_client(args: Args) -> Client:
     return Client(args.socket_path, args.connect_timeout)
 
 
-def whole(text: str) -> int:
-    """Return the whole number that a text is. Raises UsageError."""
-    if text[text[:1] == "-" :].isdecimal() and len(text) < 10:
-        return int(text)
-    raise UsageError(f"not a whole number: {ascii(text)[:40]}")
-
-
 def number(text: str) -> int:
-    """Return the whole number from 0 on that a text is. Raises UsageError."""
-    value = whole(text)
-    if value < 0:
-        raise UsageError(f"not a whole number from 0 on: {text}")
-    return value
+    """Return the whole number that a text is. Raises UsageError."""
+    if text.isdecimal() and len(text) < 10:
+        return int(text)
+    raise UsageError(f"not a whole number from 0 on: {ascii(text)[:40]}")
 
 
 class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
-    Unlike there, the default is an empty text, or an empty list for what may be repeated. Every call creates all
-    arguments, so `dest` and `default` are computed on demand.
+    Unlike there, the default is an empty text, or an empty list for what may be repeated.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
         self.names, self.words = names, words
+        self.dest = names[-1].lstrip("-").replace("-", "_")  # the attribute of Args that has its value
         self.is_option = names[0][0] == "-"
         self.is_repeated = "nargs" in words or words.get("action") == "append"
         self.takes_value = self.is_repeated or "action" not in words
-
-    @property
-    def dest(self) -> str:
-        """The attribute of Args that has its value."""
-        return self.names[-1].lstrip("-").replace("-", "_")
-
-    @property
-    def default(self) -> Any:
-        """The value if the command line has none; a text is read like one on the command line."""
-        return self.words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
+        self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """Return the value of a text. Raises UsageError."""
-        if text not in self.words.get("choices", [text]):
-            raise UsageError("invalid choice")
-        return self.words.get("type", str)(text)
+        """Return the value of a text. Raises UsageError, which names the argument."""
+        choices = self.words.get("choices", [text])
+        try:
+            if text not in choices:
+                raise UsageError(f"invalid choice: {ascii(text)[:40]} (choose from {', '.join(choices)})")
+            return self.words.get("type", str)(text)
+        except UsageError as error:
+            names = "/".join(self.names) if self.is_option else self.words["metavar"]
+            raise UsageError(f"argument {names}: {error}") from None
 
 
 def flag(*names: str, help: str) -> Argument:
@@ -1438,9 +1388,7 @@ class Command:
     exit status, None for 0.
     """
 
-    parse: ClassVar[
-        Callable[[Sequence[str]], tuple[Command, Args]]
-    ]  # any command line, with argparse; set below the cut
+    parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # with argparse; set below the cut
 
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
@@ -1457,6 +1405,17 @@ class Command:
         """The options by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
+    def take(self, args: Args, names: Sequence[str]) -> None:
+        """Give names to the positionals. Raises UsageError."""
+        for argument in self.positionals:
+            if not names and argument.words.get("nargs") != "*":
+                raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
+            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            names = [] if argument.is_repeated else names[1:]
+        if names:
+            hint = "; did you forget -- before the command?" if self.tail else ""
+            raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
+
 
 COMMON = (
     Argument(
@@ -1472,7 +1431,7 @@ COMMON = (
         help="how long to try to reach an agent that is still starting (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
         "questions try once)",
     ),
-    Argument("-h", "--help", action="help", help="show this help"),
+    flag("-h", "--help", help="show this help"),
 )
 UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
 QUIET = flag("-q", "--quiet", help="say nothing but errors")
@@ -1533,7 +1492,7 @@ def cmd_want(args: Args) -> None:
 @Command(
     "start pip-install --want git-clone --timeout 10m",
     *STARTING,
-    Argument("--pid", type=whole, default=0, help="fail the unit if this process ends (default: none)"),
+    Argument("--pid", type=number, default=0, help="fail the unit if this process ends (default: none)"),
     QUIET,
 )
 def cmd_start(args: Args) -> None:
@@ -1547,7 +1506,7 @@ def cmd_start(args: Args) -> None:
 @Command(
     "complete pip-install --exit-code $?",
     UNIT,
-    Argument("--exit-code", type=whole, default="0", metavar="N", help="fail UNIT if N is not 0"),
+    Argument("--exit-code", type=number, default="0", metavar="N", help="fail UNIT if N is not 0"),
     QUIET,
 )
 def cmd_complete(args: Args) -> None:
@@ -1580,69 +1539,28 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
 
     Return None for any other, also for one with a mistake: argparse reads it, whose import costs more than a call.
     """
-    words = list(argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv)
-    command = COMMANDS.get(words[0]) if words else None
-    if command is None:
-        return None
-    args, names, options = Args(), [], command.options
-    values = vars(args)
-    words, values["command"] = split_tail(command, words[1:])
-    if values["command"] is None:
-        return None
     try:
+        name, *words = argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv
+        command, args, names = COMMANDS[name], Args(), []
+        values, options = vars(args), command.options
+        words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
             values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
-            option = options.get(word)
             if word[:1] != "-":
                 names.append(word)
-            elif option and option.takes_value and words[0][:1] != "-":
-                value = option.read(words.pop(0))
-                values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-            elif option and option.words.get("action") == "store_true":
-                values[option.dest] = True
-            else:
+                continue
+            option = options[word]
+            if option.takes_value and words[0][:1] == "-":
                 return None
-        for argument in command.positionals:
-            if argument.words.get("nargs") != "*" and not names:
-                return None
-            values[argument.dest] = names if argument.is_repeated else argument.read(names[0])
-            names = [] if argument.is_repeated else names[1:]
-    except (UsageError, IndexError):
+            value = option.read(words.pop(0)) if option.takes_value else True
+            values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
+        command.take(args, names)
+    except (UsageError, LookupError, ValueError):
         return None
-    return None if names else (command, args)
-
-
-def load_below() -> None:
-    """Run the code below the cut, if only the one above it was run. Raises SyncError."""
-    global LAUNCHED
-    try:
-        code, found = half_of(FILE, True)
-    except OSError as error:
-        raise SyncError(f"cannot read {FILE}: {error.strerror}") from None
-    except (SyntaxError, ValueError):
-        raise SyncError(f"{FILE} is damaged: copy or install it again") from None
-    if LAUNCHED not in (None, found):
-        launch()  # the file was replaced: begin again with the new one
-    exec(code, globals())
-    if LAUNCHED:
-        import gc
-
-        LAUNCHED = None
-        gc.freeze()  # what is loaded stays, and need not be looked through
-        gc.enable()
-
-
-def dispatch(argv: Sequence[str]) -> int:
-    """Run one command line; return the exit status. Raises SyncError."""
-    found = quick(argv)
-    if LAUNCHED and not found:
-        load_below()
-        found = quick(argv)
-    command, args = found or Command.parse(argv)
-    return command.run(args) or 0
+    return None if args.help or args.command is None else (command, args)
 
 
 def name_process() -> None:
@@ -1653,15 +1571,6 @@ def name_process() -> None:
         posix.close(fd)
     except OSError:
         pass
-
-
-def notice_signals() -> None:
-    """Have a wait for the agent run the handler of a signal at once, even if it comes just before."""
-    import _signal as signal  # the package module wraps each number in an enum, which costs as much as a call
-
-    Channel.signals, write = posix.pipe()
-    posix.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
 
 def shortage(error: Exception) -> str:
@@ -1680,7 +1589,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     code = 0
     try:
-        if LAUNCHED and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
             signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
@@ -1691,9 +1600,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
         if posix.getpid() == 1:
             exit_on_signals()
-            notice_signals()
         name_process()
-        code = dispatch(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        command, args = quick(words) or Command.parse(words)
+        code = command.run(args) or 0
     except KeyboardInterrupt:
         code = 130
     except SystemExit as end:  # --help, and signals
@@ -1710,18 +1620,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if getenv("CODER_SYNC_DEBUG"):
             raise
         code = 125
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
     posix._exit(code)
 
 
-if LAUNCHED:
+if DATA:
+    if not quick(sys.argv[1:]):
+        exec(half_of(DATA, True), globals())
+        gc.freeze()  # what is loaded stays, and need not be looked through
+        gc.enable()
+    DATA = b""
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
-    load_below()
+    exec(globals()["__loader__"].get_code("below"), globals())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1766,12 +1676,7 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    return read_proc(f"/proc/{pid}/{name}")
-
-
-def read_proc(path: str) -> str:
-    """Return the text of a file in /proc, at most 64 KiB of it. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
     try:
         return os.read(fd, 1 << 16).decode(errors="replace")
     finally:
@@ -1795,13 +1700,13 @@ def birth(pid: int) -> str | None:
         return None if signal_to(pid, 0) else ""
 
 
-def proc_line(pid: int, what: str) -> str:
-    """Return one value of /proc/PID/status, empty where there is none."""
+def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none to be read."""
     try:
-        lines = proc_file(pid, "status").splitlines()
+        lines = proc_file(pid, name).split(end)
     except OSError:
         return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(what + ":")), "")
+    return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
 
 
 def command_of(pid: int) -> str:
@@ -1813,7 +1718,7 @@ def command_of(pid: int) -> str:
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name")
+    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name:")
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -1847,14 +1752,8 @@ def open_files() -> int:
 
 def close_others(keep: int) -> None:
     """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
-    opened = os.listdir("/proc/self/fd") if has_proc() else range(min(open_files(), 1 << 20))
-    for fd in map(int, opened):
-        if fd > 2 and fd != keep:
-            try:
-                os.close(fd)
-            except OSError:  # the one that /proc was read with
-                pass
-    Channel.signals = -1
+    os.closerange(3, keep)
+    os.closerange(keep + 1, min(open_files(), 1 << 16))
 
 
 def in_background() -> tuple[int, int]:
@@ -1899,52 +1798,35 @@ def heeded(names: Iterable[str]) -> list[int]:
 class Processes:
     """All living processes, as /proc shows them. Raises OSError unless all could be seen.
 
-    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one. `before` is an earlier
-    look, whose marks are taken over.
+    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one.
     """
 
-    def __init__(self, before: Processes | None = None) -> None:
+    def __init__(self) -> None:
         self.births: dict[int, int] = {}  # pid -> when it began, in ticks
-        self.near: dict[int | str, list[int]] = {}  # parent, group, session or mark -> pids
+        self.near: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
         self.dead_groups: set[int] = set()  # process groups that have zombies
-        self._marks: dict[int, str] = {}  # of those that began after us
-        if not has_proc():
-            raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-        ours = int(stat_of(os.getpid())[19])
-        seen: set[str] = set()
+        ours, seen = int(stat_of(os.getpid())[19]), set()  # type: tuple[int, set[str]]
         for _ in range(9):  # a process that has ended since it was listed may have begun another one
             new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
-            if sum(self._add(int(name), before, ours) for name in new) == len(new):
+            if sum(self._add(int(name), ours) for name in new) == len(new):
                 return
             seen |= new
         raise BlockingIOError(errno.EAGAIN, "processes begin faster than they can be listed")
 
-    def _add(self, pid: int, before: Processes | None, ours: int) -> bool:
-        """Add a process; return False if it has ended."""
+    def _add(self, pid: int, ours: int) -> bool:
+        """Add a process, with its mark if it began after us; return False if it has ended."""
         try:
-            state, parent, group, session, *more = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            state, parent, group, session, *more = stat_of(pid)
         except (FileNotFoundError, ProcessLookupError):
             return False
         if state in "ZX":
             self.dead_groups.add(int(group))
             return False
         born = self.births[pid] = int(more[15])
-        if born >= ours:
-            known = before._marks[pid] if before and before.births.get(pid) == born else ""
-            self._marks[pid] = known or mark_of(pid)
-        keys: set[int | str] = {int(parent), int(group), int(session), self._marks.get(pid, "")}
-        for key in keys:
+        mark = proc_line(pid, "CODER_SYNC_ENV=", "environ", "\0") if born >= ours else ""
+        for key in {int(parent), int(group), int(session), mark}:
             self.near.setdefault(key, []).append(pid)
         return True
-
-
-def mark_of(pid: int) -> str:
-    """Return the mark of a process; empty if it has none, or if it is not ours to read."""
-    try:
-        words = read_proc(f"/proc/{pid}/environ").split("\0")
-    except OSError:  # it is another user's, or has ended
-        return ""
-    return next((word[15:] for word in words if word.startswith("CODER_SYNC_ENV=")), "")
 
 
 class Family:
@@ -2024,8 +1906,7 @@ class Loop:
         self.numbers = heeded(names)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._processes: Processes | None = None
-        self._looked = False  # since the last turn
+        self._processes: Processes | None = None  # unless that was before the last turn
         self._came, self._write = os.pipe()
         os.set_blocking(self._came, False)
         os.set_blocking(self._write, False)
@@ -2041,7 +1922,7 @@ class Loop:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
         import _signal as signal
 
-        came, self._looked = b"", False
+        came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
                 came = os.read(fd, 4096)
@@ -2053,8 +1934,7 @@ class Loop:
 
     def processes(self) -> Processes:
         """Return all living processes; between two turns, the same look serves all who ask. Raises OSError."""
-        if not self._processes or not self._looked:
-            self._processes, self._looked = Processes(self._processes), True
+        self._processes = self._processes or Processes()
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
@@ -2073,11 +1953,9 @@ class Loop:
     def give_back(self) -> None:
         """Let signals have their usual effect again, as needed before exec.
 
-        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. A signal that was
-        blocked before the Loop was made is left pending.
+        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
         """
         import _signal as signal
-        from _thread import get_ident
 
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
@@ -2085,11 +1963,8 @@ class Loop:
         signal.set_wakeup_fd(self._wakeup)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         os.close(self._write)
-        with open(self._came, "rb") as pipe:  # all that had come by then
+        with open(self._came, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers]
-        for number in filter(self._mask.__contains__, late):
-            signal.pthread_kill(get_ident(), number)
-        late = [n for n in late if n not in self._mask]
         if late:
             sys.exit(128 + late[0])
 
@@ -2122,14 +1997,6 @@ def sent_by_key(number: int) -> bool:
         return False
 
 
-def end_on(*names: str) -> None:
-    """Have signals end us as Ctrl-C does, by an exception; process 1, too, which their usual effect would spare."""
-    import _signal as signal
-
-    for number in heeded(names):
-        signal.signal(number, lambda got, frame: sys.exit(128 + got))
-
-
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
     """Start a command with default signal handling, which Python and we have changed; return its pid.
 
@@ -2152,32 +2019,32 @@ def in_path(program: str, path: bytes | None) -> str:
     """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
-    places = [os.path.join(place or ".", program) for place in os.fsdecode(path or os.defpath).split(os.pathsep)]
-    files = [place for place in places if os.path.isfile(place)]
-    if not files:
+    from shutil import which
+
+    places = os.fsdecode(path or os.defpath)
+    found = which(program, path=places) or which(program, os.F_OK, places)
+    if not found:
         raise FileNotFoundError(errno.ENOENT, "no such command")
-    return next((file for file in files if os.access(file, os.X_OK)), files[0])
+    return found
 
 
-def supervise(command: list[str], env: dict[bytes, bytes], loop: Loop | None = None) -> int:
-    """Run a command with our standard streams, pass signals on to it; return its exit status, -N for signal N.
+def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
+    """Run a command with our standard streams; return its exit status, as a shell has it.
 
-    The terminal itself sends it those of keys. Raises CommandError if it cannot be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
+    be run.
     """
-    loop, codes = loop or Loop(), []  # type: ignore[var-annotated]
     try:
-        try:
-            pid = spawn(command, env)
-        except (OSError, ValueError) as error:
-            raise cannot_run(command[0], error) from None
-        loop.children[pid] = codes.append
-        while not codes:
-            for number in loop.turn():
-                if not codes and not sent_by_key(number):
-                    signal_to(pid, number)
-    finally:
-        loop.give_back()
-    return int(codes[0])
+        pid = spawn(command, env)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
+    codes: list[int] = []
+    loop.children[pid] = codes.append
+    while not codes:
+        for number in loop.turn():
+            if not codes and not sent_by_key(number):
+                signal_to(pid, number)
+    return shell_status(codes[0])
 
 
 def exit_code_of(status: int) -> int:
@@ -3222,7 +3089,6 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
-    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -3244,22 +3110,19 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
     """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
     known = parameters(method)
     names = f"there are {', '.join(known) or 'none'}"
-    if isinstance(params, list):
-        if len(params) > len(known):
-            raise InvalidParams(f"too many parameters; {names}")
-        params = dict(zip(known, params))
-    if not isinstance(params, dict):
-        raise InvalidParams('"params" must be an object')
-    for name in params:
+    given = dict(zip(known, params)) if isinstance(params, list) else params
+    if not isinstance(given, dict) or len(given) < len(params):
+        raise InvalidParams(f'"params" must be an object, or a list of no more than there are; {names}')
+    for name in given:
         if name not in known:
             raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; {names}")
     for name, (kind, required) in known.items():
         what, fits = KINDS[kind]
-        if name not in params and required:
+        if name not in given and required:
             raise InvalidParams(f'parameter "{name}" is missing')
-        if name in params and not fits(params[name]):
+        if name in given and not fits(given[name]):
             raise InvalidParams(f'parameter "{name}" must be {what}')
-    return params
+    return given
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
@@ -3273,92 +3136,78 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
 
     What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
-        self.level, self.path, self.lost = level, path, 0
-        self._rotates = path != "" and (os.path.isfile(path) or not os.path.exists(path))  # a pipe or a device does not
-        self._listener: Any = None
-        if level > 0 or path:  # else it may never be needed, and logging is a costly import
-            self._begin()
+        from queue import SimpleQueue
+        from threading import Thread
 
-    def say(self, text: str, level: int = 1, wall: float = 0.0) -> None:
-        """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
-        if level > self.level:
+        self.level, self.path, self.lost = level, path, 0
+        self._trouble, self._again = "", NEVER
+        self._fd = self._open() if path else 2
+        self._is_file = os.path.isfile(self.path)
+        self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
+        self._writer = Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def say(self, text: str, level: int = 1) -> None:
+        """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
+        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._again):
             return
-        try:
-            if not self._listener:
-                self._begin()
-            if self._listener.queue.qsize() >= MAX_QUEUE:
-                raise BlockingIOError
-        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
+        if level == 0:
+            self._trouble, self._again = text, time.monotonic() + 60
+        if self._lines.qsize() >= MAX_QUEUE:
             self.lost += 1
             return
-        from logging import makeLogRecord
-
-        lost, self.lost, wall = self.lost, 0, wall or time.time()
-        line = (f"({lost} lines lost here) " if lost else "") + text
-        what = {"msg": line[:3900], "created": wall, "msecs": wall % 1 * 1000, "lost": lost}  # a pipe takes 4096 bytes
-        self._listener.queue.put(makeLogRecord(what))
+        lost, self.lost = self.lost, 0
+        self._lines.put((time.time(), f"({lost} lines lost here) {text}" if lost else text, lost))
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        from threading import Thread
+        self._lines.put(None)
+        self._writer.join(patience)
 
+    def _open(self) -> int:
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)  # no wait for a reader
+        os.set_blocking(fd, True)
+        return fd
+
+    def _write(self) -> None:
+        for wall, text, lost in iter(self._lines.get, None):
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
+            line = f"{stamp}.{int(wall % 1 * 1000):03d} {text}"[:3900]  # a pipe takes 4096 bytes at once
+            try:
+                if self._is_file and os.fstat(self._fd).st_size > MAX_LOG:
+                    self._begin_anew()
+                os.write(self._fd, line.encode(errors="backslashreplace") + b"\n")
+            except OSError:
+                self.lost += 1 + lost
+
+    def _begin_anew(self) -> None:
+        path = os.path.realpath(self.path)
         try:
-            if self._listener:
-                ending = Thread(target=self._listener.stop, daemon=True)
-                ending.start()
-                ending.join(patience)
-        except RuntimeError:  # no thread is left
+            os.replace(path, path + ".1")
+            new = self._open()
+            os.dup2(new, self._fd)
+            os.close(new)
+        except OSError:  # it can have no successor, and goes on
             pass
-
-    def _begin(self) -> None:
-        import io
-        import logging.handlers
-        from queue import SimpleQueue
-
-        log = self
-
-        class Handler(logging.handlers.RotatingFileHandler):
-            def _open(self) -> Any:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe without a reader is an error
-                file = io.FileIO(2, "w", closefd=False)
-                if log.path:
-                    file = io.FileIO(os.open(log.path, flags, 0o600), "w")
-                    os.set_blocking(file.fileno(), True)
-                return io.TextIOWrapper(file, errors="backslashreplace", write_through=True)
-
-            def doRollover(self) -> None:
-                try:
-                    super().doRollover()
-                except OSError:  # it can have no successor, and goes on
-                    pass
-
-            def handleError(self, record: Any) -> None:
-                log.lost += 1 + record.lost
-
-        handler = Handler(os.path.realpath(self.path), maxBytes=MAX_LOG if self._rotates else 0, backupCount=1)
-        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._listener = logging.handlers.QueueListener(SimpleQueue(), handler)
-        self._listener.start()
 
 
 class Request:
     """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
 
     id: Any = None
-    size = 0  # bytes
-    answered = confirm = False  # confirm: the client says itself that the answer has arrived
-    report_at = NEVER  # when to say next what the claim lacks
-    arrived_at = NEVER  # when the answer counts as arrived, should the client not say so before
+    confirm = False  # the client says itself that the answer has arrived
+    answered = False
+    look_at = NEVER  # when to say next what the claim lacks, or, once the answer was sent, to take it for arrived
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection, self.since = connection, time.monotonic()
+    def __init__(self, connection: Connection, size: int) -> None:
+        self.connection, self.size, self.since = connection, size, time.monotonic()
 
 
 class WakeUp:
@@ -3419,38 +3268,29 @@ class Connection:
 
     def due(self) -> float:
         """Return when the thread has something to do of itself, on the monotonic clock."""
-        times = [self.idle_at]
-        for claim in self.open.values():
-            ticket = claim.ticket
-            times += [ticket.report_at, ticket.arrived_at, NEVER if ticket.answered else claim.deadline]
-        return min(times)
+        idle_at = NEVER if self.claims or self.following >= 0 else self.idle_at
+        return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
 
     def send(self, data: bytes) -> None:
-        """Send; a peer that reads nothing for SEND_TIMEOUT is hung up on."""
+        """Send; no more to a peer that has gone or reads nothing for SEND_TIMEOUT, but what it has sent is done."""
         left = memoryview(data)
         try:
             while left:
                 left = left[self.sock.send(left) :]
         except OSError as error:
-            self.hang_up()
+            self.gone = True
             if not of_peer(error):
                 raise
+            try:
+                self.sock.shutdown(2)  # both ways: what it has sent has an end
+            except OSError:
+                pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
         """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
-
-    def hang_up(self) -> None:
-        """Send nothing any more, and find the end of what the peer has sent."""
-        from socket import SHUT_RDWR
-
-        self.gone = True
-        try:
-            self.sock.shutdown(SHUT_RDWR)
-        except OSError:
-            pass
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
@@ -3459,7 +3299,7 @@ class Connection:
         """
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
-            pid = int(proc_line(pid, "PPid") or 0) if has_proc() else parent
+            pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
 
 
@@ -3487,18 +3327,9 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.stopping = False  # no claim ends any more
-        self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
-        self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
+        self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
-
-    def no_room(self, error: BaseException | None) -> None:
-        """Say once that there are no descriptors or threads left for another connection."""
-        if not self.exhausted:
-            self.exhausted = True
-            why = error.strerror if isinstance(error, OSError) else "no memory for another one"
-            self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """Do a step again and again, whatever goes wrong: the body of a thread."""
@@ -3515,9 +3346,9 @@ class Agent:
         """End a connection and its claims: its peer has gone."""
         with self.lock:
             connection.gone = True
-            self.connections.discard(connection)
             self.followers.discard(connection)
-            if not self.stopping:
+            if connection in self.connections:  # else the agent itself is about to end
+                self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
                 self._distribute()
             for claim in connection.claims:
@@ -3533,8 +3364,8 @@ class Agent:
         sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
-            pause = self._attend(connection)
-            if not connection.wake_up.sleep([sock.fileno()], pause):
+            self._attend(connection)
+            if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
                 time.sleep(PAUSE if connection.following >= 0 else 0)
                 continue
             chunk = sock.recv(65536)
@@ -3548,69 +3379,56 @@ class Agent:
             if not chunk:
                 return
 
-    def _attend(self, connection: Connection) -> float:
-        """Do what is due, and send what there is to say; return for how many seconds nothing more will be due."""
-        now, idle = time.monotonic(), False
-        if connection.due() <= now:
+    def _attend(self, connection: Connection) -> None:
+        """Do what is due, and send what there is to say."""
+        now, due = time.monotonic(), connection.due()
+        if due <= now:
             with self.lock:
                 self.units.end_late(list(connection.open.values()))
                 self._distribute()
-                for claim in list(connection.open.values()):
-                    if claim.ticket.arrived_at <= now:
+                for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
+                    if claim.ticket.answered:
                         self._arrived(claim)
-                    elif claim.ticket.report_at <= now:
+                    else:
                         self._still_waiting(claim)
-                if connection.idle_at <= now:
-                    idle = not (connection.claims or connection.following >= 0)
-                    connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
-        if idle:
+        if due <= now and due == connection.idle_at:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
-            connection.hang_up()
-        return connection.due() - now
+            raise TimeoutError
 
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
-        request, trusted = Request(connection), True
-        request.size = len(line)
+        request, trusted = Request(connection, len(line)), True
         try:
-            if len(line) > MAX_LINE:
-                raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
-            result = self._call(request, decode(line))
+            result = self._call(request, line)
             if isinstance(result, UnitStatus):
-                own = Dependency(result.unit_name, "", result.status, False)
-                self._suggest([own, *result.dependencies], result.unit_name)
-                result.did_you_mean = own.did_you_mean
+                self._suggest(result.dependencies, result.unit_name)
+                if result.status == NOT_REGISTERED:
+                    result.did_you_mean = self._resembling(result.unit_name)
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
-                self._suggest([unknown], "")
-                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
+                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
-        self.exhausted = False
         self._flush(connection)
         return trusted
 
-    def _call(self, request: Request, message: Any) -> Any:
-        if isinstance(message, list):
-            raise InvalidRequest("batches are not supported; send one request a line")
-        if not isinstance(message, dict):
-            raise InvalidRequest("a request must be a JSON object")
-        if type(message.get("id")) in (str, int):
+    def _call(self, request: Request, line: bytes) -> Any:
+        """Return the result of a request; None if it is answered later."""
+        if len(line) > MAX_LINE:
+            raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
+        message = decode(line)
+        if isinstance(message, dict) and type(message.get("id")) in (str, int):
             request.id = message["id"]
-        if message.get("jsonrpc") != "2.0":
-            raise InvalidRequest('"jsonrpc" must be "2.0"')
-        if "id" in message and request.id is None:
-            raise InvalidRequest('"id" must be a string or a whole number')
-        name = message.get("method")
-        if not isinstance(name, str):
-            raise InvalidRequest('"method" must be a string')
+        name = message.get("method") if isinstance(message, dict) and message.get("jsonrpc") == "2.0" else None
+        if not isinstance(name, str) or ("id" in message and request.id is None):
+            form = '"jsonrpc", which is "2.0", "method", a string, "params", and "id", a string or a whole number'
+            raise InvalidRequest(f"a request is one JSON object that has {form}; batches are not supported")
         method = METHODS.get(name)
         if method is None:
             raise MethodNotFound(f"no such method: {one_line(name)[:60]}; there are {', '.join(METHODS)}")
@@ -3633,22 +3451,21 @@ class Agent:
         """Send what is in the outbox, and what a follower does not have yet."""
         while not connection.gone:
             batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
-            taken, batch = len(batch), batch or self._unseen(connection)
-            if not batch:
+            events = [] if batch else self._unseen(connection)
+            messages = [self._message(claim, content) for claim, content in batch] or events
+            if not messages:
                 return
-            connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
-            for _ in range(taken):  # not before it is sent: `stop` waits for that
+            connection.send(b"".join(map(encode, messages)))
+            for claim, content in batch:  # not before it is sent: `stop` waits for that
                 connection.outbox.popleft()
-            answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
-            if answers and not connection.gone:
-                with self.lock:
-                    for claim, content in answers:
+                if claim and not connection.gone and not isinstance(content, Waiting):
+                    with self.lock:
                         if claim.ticket.confirm and isinstance(content, dict):
-                            claim.ticket.arrived_at = time.monotonic() + CONFIRM_TIMEOUT
+                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
                         else:
                             self._arrived(claim)
 
-    def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
+    def _unseen(self, connection: Connection) -> list[dict[str, Any]]:
         """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
         if connection.following < 0:
             return []
@@ -3656,12 +3473,11 @@ class Agent:
             events = [self.units.events.get(n) for n in range(connection.following + 1, self.units.seq + 1)[:1000]]
         connection.following += len(events)
         if not all(events):
-            connection.hang_up()
-            return []
-        return [(None, {"method": "event", "params": plain(event)}) for event in events]
+            raise TimeoutError
+        return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """Return what to send: an answer, an error, or a notification."""
+        """Return what to send: a message as it is, or what there is to say to a claim."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3676,11 +3492,15 @@ class Agent:
         )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Note which registered name each unregistered one may mean: none that waits for it. Takes long."""
+        """Note which registered name each unregistered one may mean."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
-            with self.lock:
-                names = self.units.candidates([row.depends_on, asker])
-            row.did_you_mean = resembling(row.depends_on, names)
+            row.did_you_mean = self._resembling(row.depends_on, asker)
+
+    def _resembling(self, name: str, asker: str = "") -> str:
+        """Return the registered name that another one may mean: none that waits for it. Takes long."""
+        with self.lock:
+            names = self.units.candidates([name, asker])
+        return resembling(name, names)
 
     # -- under the lock -----------------------------------------------------------------------------------
 
@@ -3698,30 +3518,30 @@ class Agent:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
         if not request.answered:
-            request.answered, request.report_at = not claim.boot, NEVER
+            request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
         detail = f": {event.detail}" if event.detail else ""
         level = 2 if event.kind in ("registered", "wants", "waiting", PENDING) else 1
-        self.log.say(f"{event.unit}: {event.kind}{detail}", level, event.wall)
+        self.log.say(f"{event.unit}: {event.kind}{detail}", level)
         for follower in self.followers:
             follower.wake_up.wake()
 
     def _still_waiting(self, claim: Claim) -> None:
         request = claim.ticket
-        request.report_at += REPORT_EVERY
+        request.look_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
         request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
+        connection.idle_at = time.monotonic() + IDLE_TIMEOUT
         if not claim.boot:  # which was answered long ago: its id may be in use again
             connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
-        holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds:
+        if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3791,7 +3611,7 @@ class Agent:
         if len(request.connection.open) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
-            request.report_at = request.since  # at once
+            request.look_at = request.since  # at once
 
     def _may_begin(self) -> None:
         if self.leaving:
@@ -3801,7 +3621,10 @@ class Agent:
         """Keep the claim that a request has become, which is answered later or has just been."""
         connection = claim.ticket.connection
         connection.open[claim.ticket.id] = claim
-        connection.claims[claim] = None
+        self._keep(connection, [claim])
+
+    def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
+        connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
@@ -3823,15 +3646,11 @@ class Agent:
             members.append((name, wants, locks))
         if more:
             connection.members = members
-        else:
-            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
-            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
-            connection.claims = dict.fromkeys([*still, *claims])
-            if resume:
-                claimed = {claim.unit.name for claim in claims}
-                done = [name for name, _, _ in members if name not in claimed]
-                return {"units": len(members), "done": done}
-        return {"units": len(members)}
+            return {"units": len(members)}
+        claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
+        self._keep(connection, claims)
+        claimed = {claim.unit.name for claim in claims}
+        return {"units": len(members), "done": [name for name, _, _ in members if name not in claimed]}
 
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
@@ -3883,12 +3702,9 @@ class Agent:
         self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(
-        self, request: Request, unit: str, reason: str = "", code: int | None = None, stopped: bool = False
-    ) -> Any:
-        """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
-        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
-        self.units.exit(self._held(request, unit), one_line(reason), 0 if ended_well else code or 1, stopped)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
+        """End a supervisor's claim: the command has ended."""
+        self.units.exit(self._held(request, unit), one_line(reason), code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
@@ -3934,7 +3750,7 @@ class Agent:
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process that is to own a unit. Raises Refused if there is none."""
         peer = who_is_at(connection.sock)[0]
-        if not peer or len(proc_line(peer, "NSpid").split()) > 1:
+        if not peer or len(proc_line(peer, "NSpid:").split()) > 1:
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
@@ -3951,12 +3767,11 @@ class Agent:
         """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
         from io import FileIO
 
-        fd: FileIO | None = None
+        self.owners[claim] = None
         try:
-            fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
+            self.owners[claim] = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
-        self.owners[claim] = (owner, fd)
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
@@ -3966,26 +3781,19 @@ class Agent:
         """
         self._owners_wake.awake = False
         with self.lock:
-            for claim in [claim for claim in self.owners if self.units.is_over(claim)]:
-                fd = self.owners.pop(claim)[1]
-                if fd:
-                    fd.close()
+            self.owners = {claim: file for claim, file in self.owners.items() if not self.units.is_over(claim)}
             owners = dict(self.owners)
             pause = self.units.keep_time() - time.monotonic()
             self._distribute()
-        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, min(pause, 1 if -1 in fds else NEVER))
-        gone = [c for c, (owner, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(owner) is False)]
+        fds = [file.fileno() for file in owners.values() if file]
+        ready = self._owners_wake.sleep(fds, pause if len(fds) == len(owners) else min(pause, 1))
+        gone = [claim for claim, file in owners.items() if file and file.fileno() in ready]
+        gone += [c for c, file in owners.items() if not file and c.owner and self._alive(c.owner) is False]
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended")
             self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
-
-    def graph(self) -> Graph:
-        """Return everything, for the picture at the end."""
-        with self.lock:
-            return self.units.graph()
 
     def retire(self) -> bool:
         """Take no more claims, unless a boot of somebody else has some; return whether none has."""
@@ -4016,9 +3824,8 @@ class Agent:
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
         with self.lock:
-            self.stopping = True
             self._turn_away()
-            connections = list(self.connections)
+            connections, self.connections = self.connections, set()  # whose ends change nothing any more
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -4036,6 +3843,10 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     import _thread
     import socketserver
 
+    def no_room(error: Exception) -> None:
+        why = trouble_of(error) or "no memory"
+        agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             agent.converse(self.request)
@@ -4052,7 +3863,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 wake_up = WakeUp()
                 return Connection(sock.accept()[0], wake_up), ""
             except OSError as error:
-                agent.no_room(error)
+                no_room(error)
                 time.sleep(0.05)  # do not spin
                 raise OSError from None  # for which socketserver looks again
 
@@ -4075,14 +3886,15 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             agent.end(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            _, error, trace = sys.exc_info()
+            error: Any = sys.exc_info()[1]
             if isinstance(error, MemoryError) or "start new thread" in str(error):
-                agent.no_room(error)
+                no_room(error)
             elif not of_peer(error):
-                while trace and trace.tb_next:
+                trace = error.__traceback__
+                while trace.tb_next:
                     trace = trace.tb_next
-                where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-                agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
+                agent.log.say(said, 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -4090,47 +3902,38 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     return server
 
 
-def listen(at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None) -> Any:
-    """Return a socket that listens at `path`; at the end it and PATH.lock are removed. Raises Refused."""
-    lock = path + ".lock"
-    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
-        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
-    doing = f"make the directory {os.path.dirname(path)}"
-    before = os.umask(0o077)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        doing = f"open {lock}{file_owner(lock)}"
-        held = hold_lock(lock, path, replace)
-        at_end.callback(os.close, held)
-        at_end.callback(remove, lock, os.fstat(held))
-    except OSError as error:
-        raise Refused(f"cannot {doing}: {error.strerror or error}; choose another --socket-path") from None
-    finally:
-        os.umask(before)
-    return share(at_end, path, mode, group, replace is not None)
-
-
-def share(at_end: ExitStack, path: str, mode: int, group: int, replace: bool = False) -> Any:
-    """Return a socket that listens at `path`, and is removed at the end. Raises Refused.
+def listen(
+    at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None, again: bool = False
+) -> Any:
+    """Return a socket that listens at `path`; at the end it is removed, and PATH.lock. Raises Refused.
 
     It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group.
+    until the socket gets its mode and, unless it is -1, its group. `again`: we have the lock already.
     """
-    doing, before = "listen at", os.umask(0o077)
+    if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
+        raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
+    doing, before = f"make the directory {os.path.dirname(path)}", os.umask(0o077)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        sock = bind(path, replace)
+        if not again:
+            lock = path + ".lock"
+            doing = f"open {lock}{file_owner(lock)}"
+            held = at_end.enter_context(hold_lock(lock, path, replace))
+            at_end.callback(remove, lock, os.fstat(held.fileno()))
+            held.truncate(0)
+            held.write(b"%d\n" % os.getpid())
+        doing = f"listen at {path}"
+        sock = bind(path, replace is not None)
         at_end.callback(remove, path, os.lstat(path))
-        doing = "share"
-        if group != -1:
+        try:
             os.chown(path, -1, group)
+        except PermissionError:
+            raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
         os.chmod(path, mode)
         sock.listen(4096)
         return sock
     except OSError as error:
-        if doing == "share" and isinstance(error, PermissionError):
-            raise Refused(f"cannot give {path} to group {group}: be a member of the group, or root") from None
-        raise Refused(f"cannot {doing} {path}: {error.strerror or error}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing}: {trouble_of(error)}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -4143,8 +3946,8 @@ def in_the_way(what: str, do: str = "remove it") -> Refused:
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None) -> int:
-    """Hold the lock of `path`, so that of two agents starting at once one wins; return its descriptor.
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> FileIO:
+    """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
     file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
@@ -4152,30 +3955,27 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
     """
     import fcntl
     import stat
+    from io import FileIO
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
-        late = time.monotonic() > deadline
-        if replace and not late:
-            late = not replace(path)
-        # O_NONBLOCK: another user may have put a pipe there
-        fd, ours = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), False
-        found = os.fstat(fd)
+        late = replace and (not replace(path) or time.monotonic() > deadline)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
+        file = FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
                 raise in_the_way(f"{lock}{file_owner(lock)} is not a regular file")
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(found, os.lstat(lock)):
                 if found.st_uid != os.geteuid():
                     raise in_the_way(f"{lock}{file_owner(lock)} is not ours")
                 if found.st_nlink > 1:
                     raise in_the_way(f"{lock} has another name, too, so that it may be any file")
-                write_pid(fd, lock)
-                ours = True
-                return fd
+                return file
         except BlockingIOError:
             if replace is None:
-                pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
+                pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
             if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
@@ -4186,19 +3986,6 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None = None
             time.sleep(0.02)
         except FileNotFoundError:
             pass
-        finally:
-            if not ours:
-                os.close(fd)
-
-
-def write_pid(fd: int, path: str) -> None:
-    """Write our process id to a file that is ours, and remove it if there is no room for that. Raises OSError."""
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    except OSError:
-        remove(path, os.fstat(fd))
-        raise
 
 
 def file_owner(path: str) -> str:
@@ -4210,7 +3997,7 @@ def file_owner(path: str) -> str:
     return "" if uid in (0, os.geteuid()) else f" (of user {user_name(uid)})"
 
 
-def bind(path: str, replace: bool = False) -> Any:
+def bind(path: str, replace: bool) -> Any:
     """Return a socket bound to `path`. Raises Refused, OSError.
 
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
@@ -4268,31 +4055,19 @@ def detach() -> int:
     return link
 
 
-class Host:
+class Host(Record):
     """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
 
-    def __init__(
-        self,
-        path: str,
-        mode: int = 0o600,
-        group: int = -1,
-        level: int = 0,  # of the log: 0 quiet, 1, 2 verbose
-        log_file: str = "",
-        pid_file: str = "",
-        replace: Callable[[str], bool] | None = None,
-        timeline: Callable[[Graph], None] | None = None,
-        alone: bool = False,
-        advice: str = "",
-    ) -> None:
-        """`replace` is called with the path while there is another agent, `timeline` with the graph at the end.
-
-        With `alone` the process is nothing but the agent, so that its limit of descriptors may be raised. `advice`
-        goes to the log.
-        """
-        self.path, self.mode, self.group, self.replace = os.path.abspath(path), mode, group, replace
-        self.level, self.log_file, self.pid_file, self.advice = level, log_file, pid_file, advice
-        self.timeline, self.alone = timeline, alone
-        self._look_at = NEVER
+    path: str  # absolute
+    mode: int = 0o600
+    group: int = -1
+    level: int = 0  # of the log: 0 quiet, 1, 2 verbose
+    log_file: str = ""
+    pid_file: str = ""
+    replace: Callable[[str], bool] | None = None  # is called with the path while there is another agent
+    timeline: Callable[[Graph], None] | None = None  # is called with the graph at the end
+    alone: bool = False  # the process is nothing but the agent, so that its limit of descriptors may be raised
+    advice: str = ""  # for the log
 
     def __enter__(self) -> Host:
         """Listen. Raises Refused."""
@@ -4315,13 +4090,10 @@ class Host:
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self._accepting = threading.Event()
                 threading.Thread(target=self._accept, daemon=True).start()
-            except OSError as error:
-                what = f"write {error.filename or self.pid_file or self.log_file}"
-                raise Refused(
-                    f"cannot {what if self.log_file or self.pid_file else 'serve'}: {error.strerror}"
-                ) from None
-            except (RuntimeError, ImportError) as error:  # no thread is left, or no descriptor to read a module with
-                raise Refused(f"cannot serve: {one_line(str(error))}; is there a limit?") from None
+            except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
+                path = getattr(error, "filename", None) or self.pid_file
+                doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
+                raise Refused(f"cannot {doing}: {trouble_of(error)}{hint}") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -4330,7 +4102,6 @@ class Host:
 
     def accept(self) -> None:
         """Begin to take connections."""
-        self._look_at = time.monotonic() + LOOK_AGAIN
         self._accepting.set()
 
     def _accept(self) -> None:
@@ -4339,12 +4110,9 @@ class Host:
 
     def look(self) -> None:
         """Listen anew if the socket's file was removed: nobody could reach us."""
-        if time.monotonic() < self._look_at:
-            return
-        self._look_at = time.monotonic() + LOOK_AGAIN
-        if not os.path.lexists(self.path):
+        if self._accepting.is_set() and not os.path.lexists(self.path):
             try:
-                with share(self._at_end, self.path, self.mode, self.group) as new:
+                with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
                     os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
                 self.agent.log.say(f"{self.path} was removed: listening there again")
             except (Refused, OSError) as error:
@@ -4353,21 +4121,22 @@ class Host:
     def stop_units(self, loop: Loop, everything: bool) -> None:
         """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
         stop = self.agent.stop_units(everything, GRACE)
-        if not stop:
-            return
-        self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
+        if stop:
+            self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
-        left = [row.unit for row in stop.answer["left"]]
-        if left:
-            self.agent.log.say(f"still running: {some_names(left)}", 0)
+        if stop and stop.answer["left"]:
+            self.agent.log.say(f"still running: {some_names([row.unit for row in stop.answer['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
+        self._accepting.clear()
         self.agent.stop()
+        with self.agent.lock:
+            graph = self.agent.units.graph()
         if self.timeline:
-            self.timeline(self.agent.graph())
+            self.timeline(graph)
         self._at_end.close()
 
 
@@ -4404,12 +4173,10 @@ def serve_command(host: Host, command: list[str]) -> int:
         host.accept()
         notify(f"READY=1\nMAINPID={os.getpid()}")
         try:
-            return shell_status(supervise(command, environment(CODER_AGENT_SOCKET_PATH=host.path), loop))
+            return supervise(loop, command, environment(CODER_AGENT_SOCKET_PATH=host.path))
         finally:
             notify("STOPPING=1")
-            loop = Loop(STOPS)
             host.stop_units(loop, everything=True)
-            loop.give_back()
 
 
 def connection_limit(raise_it: bool) -> int:
@@ -4417,14 +4184,11 @@ def connection_limit(raise_it: bool) -> int:
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
-    wanted = each * MAX_CONNECTIONS + 64
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for most in (wanted, 10_240):  # the bound that macOS has of its own
-        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        if not raise_it or open_files() >= soft:
-            break
+    wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS gives no more
+    if raise_it and open_files() < wanted:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
             pass
     return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
@@ -4477,13 +4241,13 @@ def json_text(value: Any) -> str:
 # -- one unit, and tables -----------------------------------------------------------------------------------
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
     """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
 
-    Without it, those behind the first `always` are shown where there is anything in them.
+    Without it, those are shown that have anything in them.
     """
     lower = [title.lower() for title in titles]
-    wanted = [name for i, name in enumerate(lower) if i < always or any(row[i] for row in rows)]
+    wanted = [name for i, name in enumerate(lower) if not rows or any(row[i] for row in rows)]
     if columns:
         wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")]
     for name in wanted:
@@ -4515,7 +4279,7 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         for d in status.dependencies
     ]
     titles = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED", "REASON"]
-    text += table(titles, rows, columns, 4) if rows else "No dependencies.\n"
+    text += table(titles, rows, columns) if rows else "No dependencies.\n"
     if status.history:
         first = status.history[0].time
         rows = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
@@ -4544,8 +4308,8 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     rows = [
         [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
     ]
-    text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
-    return text if units else "no units yet\n"
+    titles = ["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"]
+    return table(titles, rows, columns) if units else "no units yet\n"
 
 
 LISTED = [
@@ -4554,9 +4318,9 @@ LISTED = [
 ]
 
 
-def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
-    """Return all units for programs."""
-    return [{key: plain(getattr(u, key)) for key in LISTED} for u in units]
+def picked(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[str, Any]]:
+    """Return some facts of units for programs."""
+    return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
@@ -4611,7 +4375,9 @@ class Startup:
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
         rows = [self.bars[u.unit_name] for u in known]
-        self.rows = sorted(rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered, b.name))
+        self.rows = sorted(
+            rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
+        )
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4640,7 +4406,7 @@ class Startup:
         return path[::-1]
 
     def summary(self) -> str:
-        """Return the sentence people want; of a long critical path it names the longest steps."""
+        """Return the sentence people want; of a long critical path it names the last steps."""
         if not self.bars:
             return "no units yet"
         units = [bar.unit for bar in self.bars.values()]
@@ -4651,15 +4417,10 @@ class Startup:
         text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
         if not self.path or self.length <= 0:
             return text
-        longest = {bar.name for bar, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
-        steps: list[str] = []
-        for bar, share in self.path:
-            if bar.name in longest:
-                steps.append(f"{bar.name} {span(share)}")
-            elif steps[-1:] != ["..."]:
-                steps.append("...")
+        steps = [f"{bar.name} {span(share)}" for bar, share in self.path]
+        shown = " -> ".join(["..."] * (len(steps) > 10) + steps[-10:])
         percent = 100 * sum(share for _, share in self.path) / self.length
-        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
+        return f"{text}; critical path: {shown} ({percent:.0f}% of it)"
 
 
 def standing(unit: UnitStatus, first: float | None = None) -> str:
@@ -4675,14 +4436,9 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
 
 
-def described(unit: UnitStatus, word: str = "") -> str:
-    """Return the status, or another word for it, and what else there is to say."""
-    return joined(word or unit.status, note(unit))
-
-
-def joined(*parts: str, by: str = ": ") -> str:
-    """Return the parts that are not empty, in one text."""
-    return by.join(filter(None, parts))
+def described(unit: UnitStatus) -> str:
+    """Return the status, and what else there is to say."""
+    return ": ".join(filter(None, (unit.status, note(unit))))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -4707,7 +4463,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
     outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
     cells = width - names - 12 - max(10, *map(len, outcomes))
-    scale = cells / startup.length if startup.length > 0 else 0.0
+    scale = cells / (startup.length or 1.0)
     axis = " " * (names + 3)
     for tick, text in ticks(startup.length, cells // 10):
         at = int(tick * scale + 1e-9)
@@ -4767,7 +4523,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     def since(t: float | None) -> float | None:
         return None if t is None else round(t - startup.first, 6)
 
-    rows: list[dict[str, Any]] = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
+    rows = picked((bar.unit for bar in startup.rows), SAVED)
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
@@ -4775,35 +4531,22 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     return {**head, "critical_path": path, "units": rows}
 
 
-def read_timeline(text: str | bytes, name: str) -> Saved:
-    """Return what a `.json` timeline says: seconds in all, status and seconds of each unit, the critical path.
-
-    The text may be anything. Raises UsageError, which calls it `name`.
-    """
+def read_timeline(text: str | bytes, name: str) -> Startup:
+    """Return the startup that a `.json` timeline tells of. The text may be anything. Raises UsageError: see `name`."""
     import json
-
-    def seconds(value: Any, otherwise: float = 0.0) -> float:
-        if value is not None and not -1 <= value < 1e12:
-            raise ValueError
-        return otherwise if value is None or value < 0 else float(value)
 
     try:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        length, units = seconds(data["seconds"]), {}
-        for row in data["units"]:
-            if row["status"] not in (PENDING, STARTED, *ENDED):
-                raise ValueError
-            ended = seconds(row["ended"], length)
-            units[check_name(row["unit_name"])] = (row["status"], max(0.0, ended - seconds(row["started"], ended)))
-        return length, units, {step["unit_name"] for step in data["critical_path"]}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
+        units = [record(UnitStatus, {"is_ready": True, **row}) for row in data["units"]]
+        return Startup(Graph(typed(data["seconds"], "float"), units))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Unreachable):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
 
 
-def compare_text(before: Saved, now: Saved) -> str:
-    """Compare two startups as `read_timeline` returns them: how long each unit took, what changed most first.
+def compare_text(before: Startup, now: Startup) -> str:
+    """Compare two startups: how long each unit took, what changed most first.
 
     A unit that did not complete says nothing about how fast it is.
     """
@@ -4811,20 +4554,27 @@ def compare_text(before: Saved, now: Saved) -> str:
     def change(was: float, its: float) -> str:
         return "0" if abs(its - was) < 0.0005 else f"{'+' if its > was else '-'}{span(abs(its - was))}"
 
+    def cell(bar: Bar | None) -> str:
+        if bar is None:
+            return "-"
+        took = span(bar.ran) if bar.ran or bar.unit.status == COMPLETED else ""
+        return took if bar.unit.status == COMPLETED else f"{took} {bar.unit.status}".lstrip()
+
+    startups = {"before": before, "now": now}
+    bars = [{bar.name: bar for bar in startup.rows} for startup in startups.values()]
     rows: list[tuple[float, list[str]]] = []
-    for name in sorted({**before[1], **now[1]}):
-        both = [startup[1].get(name, ("", 0.0)) for startup in (before, now)]
-        (was, old), (its, new) = both
-        cells = [joined(span(t) if t else "", s, by=" ") if s != COMPLETED else span(t) for s, t in both]
-        amount, how = abs(new - old), "came" if not was else "went" if not its else change(old, new)
-        if {was, its} - {COMPLETED, ""}:
-            amount, how = NEVER, ""  # these stand first
-        path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
-        rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
+    for name in sorted({**bars[0], **bars[1]}):
+        was, its = both = [each.get(name) for each in bars]
+        old, new = (bar.ran if bar else 0.0 for bar in both)
+        amount, how = abs(new - old), "came" if was is None else "went" if its is None else change(old, new)
+        if any(bar and bar.unit.status != COMPLETED for bar in both):
+            amount, how = NEVER, "-"  # these stand first
+        path = " and ".join(word for word, startup in startups.items() if name in startup.critical)
+        rows.append((-amount, [name, *map(cell, both), how, path]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
-    complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
-    verdict = change(before[0], now[0]) if complete else "not every unit completed"
-    return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
+    complete = all(bar.unit.status == COMPLETED for bar in (*before.rows, *now.rows))
+    verdict = change(before.length, now.length) if complete else "not every unit completed"
+    return f"{text}\n{span(before.length)} in all before, {span(now.length)} now: {verdict}\n"
 
 
 STYLE = """
@@ -4863,19 +4613,16 @@ def timeline_svg(graph: Graph) -> str:
 
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
-    units = [bar.unit for bar in bars]
-    said = [standing(u) if u.running_on else described(u, "" if u.status in ENDED else standing(u)) for u in units]
-    outcomes = [fit(text, 60).rstrip() for text in said]
+    outcomes = []
+    for bar in bars:
+        is_over = bar.unit.status in ENDED and not bar.unit.running_on
+        outcomes.append(fit(described(bar.unit) if is_over else standing(bar.unit), 60).rstrip())
     left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
-    right = left + axis + 70
+    right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-    scale = axis / startup.length if startup.length > 0 else 0.0
 
-    def at(time: float) -> float:
-        return left + (time - startup.first) * scale
-
-    def write(x: float, y: float, text: str, more: str = ' class="m"') -> None:
-        body.append(f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(text)}</text>')
+    def write(x: float, y: float, text: str, look: str = "m", anchor: str = "start") -> None:
+        body.append(f'<text x="{x:.1f}" y="{y:.0f}" class="{look}" text-anchor="{anchor}">{xml(text)}</text>')
 
     def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
         body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
@@ -4886,39 +4633,34 @@ def timeline_svg(graph: Graph) -> str:
 
     said = wrap(startup.summary(), int((width - 16) / column))
     for i, line in enumerate(said):
-        write(8, 20 + 18 * i, line, ' class="h"')
+        write(8, 20 + 18 * i, line, "h")
     top = 18 * len(said) + 44
     foot = top + high * len(bars)
     for tick, label in ticks(startup.length, 10) if bars else ():
-        x = left + tick * scale
-        body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(bars) > 30)]:
-            write(x, y, label, ' class="m" text-anchor="middle"')
-    tops = {bar.name: top + high * i for i, bar in enumerate(bars)}
+        body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
+        write(left + tick * scale, top - 14, label, anchor="middle")
+    places: dict[str, tuple[float, int]] = {}  # of each unit: where it started
     for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
-        status, y, critical = bar.unit.status, tops[bar.name], bar.name in startup.critical
+        status, y, is_critical = bar.unit.status, top + high * i, bar.name in startup.critical
+        places[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
         rectangle("yz"[i % 2], 0, y, width, high)
-        write(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else "")
+        write(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else "")
         for words, since, upto in bar.phases:
-            always = words in ("runs", "another try") or not bar.has_run
-            size = max((upto - since) * scale, 2.0 if always else 0.0)
-            k = " k" if critical and words == "runs" else ""
-            if size >= 0.5:
-                phase(words, status + k, min(at(since), left + axis - size), y, size)
-        write(right - 8, y + 14, bar.took, ' text-anchor="end"')
-        write(right, y + 14, outcome, f' class="{FAILED if status == FAILED else "m"}"')
+            size = max((upto - since) * scale, 2.0)
+            x = left + min((since - startup.first) * scale, axis - size)
+            phase(words, status + " k" * (is_critical and words == "runs"), x, y, size)
+        write(right - 8, y + 14, bar.took, "", "end")
+        write(right, y + 14, outcome, FAILED if status == FAILED else "m")
         body.append("</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
-        body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
-    x, y = 8.0, foot + 32 - high * (not bars)
-    for meaning, words, status in LEGEND if bars else ():
-        if x + 30 + column * len(meaning) > width:
-            x, y = 8.0, y + high
+        x, y = places[b.name]
+        body.append(f'<path class="c" d="M{x:.1f} {places[a.name][1] + 16}V{y + 4}"/>')
+    for i, (meaning, words, status) in enumerate(LEGEND if bars else ()):
+        x, y = 8.0 + 184 * (i % 5), foot + 12 + high * (i // 5)
         phase(words, status, x, y, 2 if words == "another try" else 24)
         write(x + 30, y + 14, meaning)
-        x += 30 + column * (len(meaning) + 2)
-    sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
+    sides = f'width="{width:.0f}" height="{foot + 66}" viewBox="0 0 {width:.0f} {foot + 66}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
@@ -4999,28 +4741,25 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
-    lines = ["flowchart LR"]
+    startup, lines = Startup(graph), ["flowchart LR"]
     for u in graph.nodes:
         box = f"([{quote(u.unit_name)}])" if u.running_on else f"[{quote(u.unit_name)}]"
         lines.append(f"  {ids[u.unit_name]}{box}:::{u.status.replace(' ', '_')}")
-    for name, dependent, requirement, _ in startup.edges:
+    for name, dependent, requirement, on_path in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
-        lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
+        lines.append(f"  {ids[name]} {'==>' if on_path else '-->'}{label} {ids[dependent]}")
     for status, (_, colour) in COLOURS.items():
         lines.append(f"  classDef {status.replace(' ', '_')} fill:{colour},color:#222")
-    lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
-    numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
-    lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
+    lines += [f"  style {ids[bar.name]} stroke:#d2641e,stroke-width:3px" for bar, _ in startup.path]
     return "\n".join(lines) + "\n"
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """Return the graph for programs."""
-    nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
-    wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
-    edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
-    return {"units": nodes, "edges": edges}
+    edges = [
+        {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
+    ]
+    return {"units": picked(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
 # -- why ----------------------------------------------------------------------------------------------------
@@ -5044,13 +4783,12 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     return found
 
 
-def inverted(onward: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Return the same edges, seen from their other end."""
-    back: dict[str, list[str]] = {}
-    for name, others in onward.items():
-        for other in others:
-            back.setdefault(other, []).append(name)
-    return back
+def is_notable(unit: UnitStatus, now: float) -> bool:
+    """Return whether `why` tells of a unit even if nothing waits for it."""
+    if unit.status == STARTED:
+        gone = unit.owner is not None and unit.owner.alive is False
+        return gone or now - (unit.started or 0.0) >= LONG
+    return unit.status == FAILED or standing(unit) in ("gave up", "exited")
 
 
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
@@ -5061,46 +4799,42 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
     stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
-    held_up = inverted(stuck)  # by each unit, without others in between
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    for name, causes in stuck.items():
+        for cause in causes:
+            held_up.setdefault(cause, []).append(name)
     known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
-    wanted_by = inverted({name: u.wants for name, u in units.items()})
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
+    asked = reached(names, found.get)
+
+    def tell(u: UnitStatus) -> str:
+        line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
+        if u.status != NOT_REGISTERED:
+            return line + "."
+        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+        line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+        return line + meant(resembling(u.unit_name, known.difference(wanted_by)), ".")  # it may be misspelt
 
     def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
-        """Tell of the first of some units, and how many more there are."""
-        lines = []
-        for u in some[:most]:
-            line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
-            guess = ""
-            if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
-                behind = [*reached([u.unit_name], wanted_by.get)]
-                line += f"; it is wanted by {some_names(wanted_by[u.unit_name])}" if behind[1:] else ""
-                guess = resembling(u.unit_name, known - set(behind))
-            lines.append(line + meant(guess, "."))
-        return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
+        return [tell(u) for u in some[:most]] + [f"({len(some) - most} more like these)"] * (len(some) > most)
 
     def is_cause(name: str) -> bool:
-        u = units[name]
-        if name in stuck:
-            return not stuck[name]
-        gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
-        runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
-        return name in held_up or gone or runs_long or u.status == FAILED or standing(u) in ("gave up", "exited")
+        if names or name in stuck:
+            return not found.get(name)
+        return name in held_up or is_notable(units[name], graph.now)
 
-    asked = reached(names, found.get)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
-    for name in (name for name in asked or units if (not found.get(name) if names else is_cause(name))):
+    for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts: list[tuple[list[str], list[UnitStatus]]] = []
-    for directly, causes in groups.items():
-        parts.append(([*reached(directly, held_up.get)], sorted(causes, key=lambda u: -u.age)))
+    parts = [([*reached(held, held_up.get)], sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
-    for held, causes in parts[:50]:
-        lines = stories(5 if held else 20, causes)
-        for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
-            lines += [f"    {word}: {some_names(those)}"] if those else []
+    for held, those in parts[:50]:
+        lines = stories(5 if held else 20, those)
+        skipped = [name for name in held if units[name].status == SKIPPED]
+        waiting = [name for name in held if units[name].status != SKIPPED]
+        lines += [f"    held up: {some_names(waiting)}"] if waiting else []
+        lines += [f"    skipped: {some_names(skipped)}"] if skipped else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
@@ -5108,44 +4842,40 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def elapsed(since: float | None, until: float | None) -> float:
-    """Return the seconds between two times of a unit; 0 if one of them has not been."""
-    return 0.0 if since is None or until is None else max(0.0, until - since)
-
-
 def story(unit: UnitStatus, now: float, what: str) -> str:
     """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
-    name, reason = f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
+    bar, name, reason = Bar(unit, now), f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
     if unit.status == SKIPPED:
-        return f"{name} was skipped {span(elapsed(unit.ended, now))} ago" + (f" because of {what}" if what else reason)
+        return f"{name} was skipped {span(now - bar.ended)} ago" + (f" because of {what}" if what else reason)
+    if unit.is_waiting:
+        what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
+        return f"{name} has not started: for {span(now - bar.asked)} it has been waiting for {what}"
     if unit.status == PENDING:
-        if unit.is_waiting:
-            what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
-            return f"{name} has not started: for {span(elapsed(unit.waiting, now))} it has been waiting for {what}"
         gave_up = "its start gave up, and nobody has called start again"
         who = "nobody has called start on it" if unit.waiting is None else gave_up
         who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
     by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
-    waited = elapsed(unit.waiting, unit.started)
-    how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
-    how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
+    how, waited = "at once", bar.started - bar.asked
+    if waited >= 0.05:
+        how = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
         still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
-        return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
+        return f"{name} started {span(bar.ran)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(unit.age)} ago"
-    if unit.started is None:
+    if not bar.has_run:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
     if unit.status == COMPLETED and unit.exited is not None:
-        after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
-    ran = span(now - unit.age - unit.started)
+        after = f"; its process ended {span(now - unit.exited)} ago"
+        after += f": {unit.exit_reason}" if unit.exit_reason else ""
+    ran = span(now - unit.age - bar.started)
     return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
@@ -5378,7 +5108,7 @@ class Prober:
             self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
         elif probe.kind != "file":
             pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
-            who = f" (pid {pid}, {proc_line(pid, 'Name')})" if pid else ""
+            who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
 
@@ -5594,12 +5324,11 @@ class Link:
         self._broken: Unreachable | None = None  # why there is none
         self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
-        self.opened = False
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
-        self._channel, self._broken, self.opened, self.lost = channel, None, True, ""
+        self._channel, self._broken, self.lost = channel, None, ""
         self._asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
@@ -5711,7 +5440,7 @@ class Task:
     own_session = False  # whether the command gets a session of its own
     grace = 8.0  # seconds from TERM to KILL
 
-    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits | Script) -> None:
+    def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
@@ -5733,10 +5462,6 @@ class Task:
     def spawn(self, env: dict[bytes, bytes]) -> int:
         """Start the process; return its pid. Raises OSError or ValueError."""
         return spawn(self.command, env)
-
-    def cannot_begin(self, error: Exception) -> CommandError:
-        """Return the error for a command that could not be started."""
-        return cannot_run(self.command[0], error)
 
     def begun(self, detail: str) -> None:
         """Report that a try has begun; `detail` says which one and why, unless it is the first."""
@@ -5829,7 +5554,7 @@ class Task:
     def not_begun(self, error: Exception) -> None:
         """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
         self.close_prober()
-        wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
@@ -6063,7 +5788,7 @@ def cmd_run(args: Args) -> int:
         put(f"warning: {args.unit}: runs without coordination: {error}\n", 2)
         path = os.path.abspath(agent_path(args.socket_path))
         env = environment(CODER_SYNC_UNIT=args.unit, CODER_AGENT_SOCKET_PATH=path)
-        return shell_status(supervise(args.command, env))
+        return supervise(Loop(), args.command, env)
     if report.waited:
         say(f"{args.unit}: {report.started(start.result)}", 2, args.quiet)
     with start.channel:
@@ -6262,11 +5987,22 @@ HEADER_LINES = 50  # that may have headers, also below code; more if all above a
 LAST_LINES = 10
 CUT = 8192  # bytes after which a line of output is cut in two
 FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
-MANY = 1 << 16  # words, as many as fit in what is read of a script
 MARKS = ("#", "//", "--", ";")
 # The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
 PACKAGED = (".dpkg-", ".ucf-", ".rpm")
+HEADERS = {  # word -> what follows it, and what it means
+    "unit": ("NAME", "another name than the file's (that is without a leading NN- or NN_, and ending)"),
+    "want": ("NAME... [--requires REQUIREMENT]", "run after these: success (the default), completion or start"),
+    "after": ("NAME...", "run after these, however they end, if they are part of this boot"),
+    "before": ("NAME...", "as if these, if they are part of this boot, wanted this one"),
+    "extern": ("NAME...", "these names are registered by somebody else"),
+    "lock": ("NAME...", "only one unit that holds this lock runs at a time"),
+    "timeout": ("DURATION", "end a script that runs longer, a service too; the unit has failed"),
+    "ready": ("PROBE", "a service: the unit completes when PROBE succeeds, and the script runs on"),
+    "ready-timeout": ("DURATION", "how long that may take (5m); then the script is ended and has failed"),
+    "retry": ("N [DELAY]", "try up to N times more, after DELAY (1s), doubled each time up to 30s"),
+}
 
 
 class Edge(Record):
@@ -6278,83 +6014,17 @@ class Edge(Record):
 
 
 class Script(Record):
-    """One file that `boot` runs, and what its headers say. Times are in seconds."""
+    """One file that `boot` runs, and what its headers say."""
 
     path: str
     unit: str
     place: str  # the file and line that name the unit
-    wants: list[Edge]
+    limits: Limits
+    want: list[Edge]
     after: list[Edge]
     before: list[Edge]
-    externs: list[str]
-    locks: list[str]
-    timeout: float = 0.0
-    ready: str = ""
-    ready_timeout: float = 300.0
-    retries: int = 0
-    delay: float = 1.0
-
-
-def names_in(words: list[str]) -> list[str]:
-    """Return the names in a header. Raises UsageError, Refused."""
-    for word in words:
-        if word[:1] == "-" or word[-1:] == ",":
-            known = "an option (only want has one, --requires)"
-            raise UsageError(f'"{word}" is neither {known} nor a name; blanks separate names')
-    return [check_name(word) for word in words]
-
-
-def edges_in(words: list[str], place: str, requires: str = SUCCESS) -> list[Edge]:
-    """Return the edges that a header asks for. Raises UsageError, Refused."""
-    return [Edge(name, requires, place) for name in names_in(words)]
-
-
-def wants_in(words: list[str], place: str) -> list[Edge]:
-    """Return the edges of a header `want`. Raises UsageError, Refused."""
-    requires: str = SUCCESS
-    words = [part for word in words for part in (word.split("=", 1) if word[:11] == "--requires=" else [word])]
-    if "--requires" in words:
-        at = words.index("--requires")
-        requires, words = "".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
-        if requires not in REQUIREMENTS:
-            raise UsageError(f'no such requirement: "{requires}"; use one of {", ".join(REQUIREMENTS)}')
-    if not words:
-        raise UsageError("want: a name is missing")
-    return edges_in(words, place, requires)
-
-
-def tries_in(words: list[str]) -> dict[str, Any]:
-    """Return what a header `retry` sets. Raises UsageError."""
-    if not words[0].isdecimal() or len(words[0]) > 4 or int(words[0]) > 1000:
-        raise UsageError(f"retry: {ascii(words[0])[:20]} is not how often to try again; write 3, or 3 10s")
-    return {"retries": int(words[0]), **({"delay": duration(words[1])} if words[1:] else {})}
-
-
-# Each header: what follows its word, at most how many words that is, and what they set or, if it is a list, add.
-HEADERS: dict[str, tuple[str, int, Callable[[list[str], str], dict[str, Any]]]] = {
-    "unit": ("NAME", 1, lambda words, place: {"unit": check_name(words[0]), "place": place}),
-    "want": ("NAME... [--requires REQUIREMENT]", MANY, lambda words, place: {"wants": wants_in(words, place)}),
-    "after": ("NAME...", MANY, lambda words, place: {"after": edges_in(words, place, COMPLETION)}),
-    "before": ("NAME...", MANY, lambda words, place: {"before": edges_in(words, place)}),
-    "extern": ("NAME...", MANY, lambda words, _: {"externs": names_in(words)}),
-    "lock": ("NAME...", MANY, lambda words, _: {"locks": names_in(words)}),
-    "timeout": ("DURATION", MANY, lambda words, _: {"timeout": duration(" ".join(words))}),
-    "ready": ("PROBE", 1, lambda words, _: {"ready": Probe(words[0]).text}),
-    "ready-timeout": ("DURATION", MANY, lambda words, _: {"ready_timeout": duration(" ".join(words))}),
-    "retry": ("N [DELAY]", 2, lambda words, _: tries_in(words)),
-}
-HEADER_MEANINGS = {
-    "unit": "another name than the file's (that is without a leading NN- or NN_, and ending)",
-    "want": "run after these: success (the default), completion or start",
-    "after": "run after these, however they end, if they are part of this boot",
-    "before": "as if these, if they are part of this boot, wanted this one",
-    "extern": "these names are registered by somebody else",
-    "lock": "only one unit that holds this lock runs at a time",
-    "timeout": "end a script that runs longer, a service too; the unit has failed",
-    "ready": "a service: the unit completes when PROBE succeeds, and the script runs on",
-    "ready-timeout": "how long that may take (5m); then the script is ended and has failed",
-    "retry": "try up to N times more, after DELAY (1s), doubled each time up to 30s",
-}
+    extern: list[str]
+    lock: list[str]
 
 
 def warn(text: str) -> None:
@@ -6364,24 +6034,23 @@ def warn(text: str) -> None:
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     """Return a script from the start of its file; mistakes are added with file and line."""
-    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", [], [], [], [], [])
+    script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", Limits(), [], [], [], [], [])
     said: dict[str, int] = {}  # the line of each header that there may be once
     lines = text.decode(errors="replace").splitlines()
-    comments = next((n for n, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS)), MANY)
-    for number, line in enumerate(lines, 1):
+    code = (number for number, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS))
+    last = max(HEADER_LINES, next(code, len(lines)))
+    for number, line in enumerate(lines[:last], 1):
         mark, found, rest = line.partition("coder-sync:")
-        is_header = bool(found) and mark.strip() in MARKS
-        if number > max(HEADER_LINES, comments):
-            if is_header and rest.split()[:1] and rest.split()[0] in HEADERS:
-                warn(f"{path}:{number}: not read as a header: too far down; move it up")
-            continue
         try:
-            if is_header:
+            if found and mark.strip() in MARKS:
                 read_header(script, rest.strip(), number, said)
-            elif looks_like_header(line.strip()):
+            elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
             mistakes.append(f"{path}:{number}: {error}")
+    for number, line in enumerate(lines[last:], last + 1):
+        if looks_like_header(line):
+            warn(f"{path}:{number}: not read as a header: too far down; move it up")
     if "ready-timeout" in said and "ready" not in said:
         mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
     try:
@@ -6401,84 +6070,95 @@ def unit_of(name: str) -> str:
 
 def looks_like_header(line: str) -> bool:
     """Return whether a comment was meant to be a header, and is not only about us."""
-    text = line.lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
+    text = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
     words = text.replace(":", " ").split()
-    return line.startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+    return line.strip().startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
 
 
-def read_header(script: Script, text: str, number: int, said: dict[str, int]) -> None:
+def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
     """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
-    word, rest = (*text.split(None, 1), "", "")[:2]
+    word = "".join(text.split()[:1])
     if word not in HEADERS:
-        known = ", ".join(f"{name} {form}" for name, (form, _, _) in HEADERS.items())
+        known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
         raise UsageError(f'"{shown_probe(text)}" is not a header; use {known}')
-    form, most, read = HEADERS[word]
+    form, rest = HEADERS[word][0], text[len(word) :].strip()
+    if word == "want":
+        rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
     if word == "ready":  # for a shell, or nobody
         words = [rest]
-    elif '"' in rest or "'" in rest or "\\" in rest:
+    elif set(rest) & set("\"'\\"):
         import shlex
 
         words = shlex.split(rest)
     if not words:
         raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
-    if len(words) > most:
+    if "..." in form:
+        read_names(script, word, words, f"{script.path}:{line}")
+        return
+    if len(words) > len(form.split()):
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    for name, value in read(words, f"{script.path}:{number}").items():
-        if isinstance(value, list):
-            getattr(script, name).extend(value)
-        elif said.setdefault(word, number) != number:
-            raise UsageError(f"{word}: line {said[word]} says so already")
-        else:
-            setattr(script, name, value)
+    if said.setdefault(word, line) != line:
+        raise UsageError(f"{word}: line {said[word]} says so already")
+    if word == "unit":
+        script.unit, script.place = check_name(words[0]), f"{script.path}:{line}"
+    elif word == "ready":
+        script.limits.ready = Probe(rest).text
+    elif word == "retry":
+        script.limits.retries = number(words[0])
+        script.limits.delay = duration(words[1]) if words[1:] else script.limits.delay
+    else:
+        setattr(script.limits, word.replace("-", "_"), duration(words[0]))
+
+
+def read_names(script: Script, word: str, names: list[str], place: str) -> None:
+    """Take the names in a header. Raises UsageError, Refused."""
+    requires: str = COMPLETION if word == "after" else SUCCESS
+    if word == "want" and "--requires" in names:
+        at = names.index("--requires")
+        requires = check_requirement("".join(names[at + 1 : at + 2]))
+        del names[at : at + 2]
+    if not names:
+        raise UsageError(f"{word}: a name is missing")
+    for name in names:
+        if name[:1] == "-" or name[-1:] == ",":
+            known = "an option (only want has one, --requires)"
+            raise UsageError(f'"{name}" is neither {known} nor a name; blanks separate names')
+        check_name(name)
+    edges = [Edge(name, requires, place) for name in names]
+    getattr(script, word).extend(names if word in ("extern", "lock") else edges)
 
 
 def check_program(path: str, text: bytes) -> str:
-    """Return what keeps a file from being run, or nothing."""
+    """Return what keeps a file from being run, or nothing. Raises OSError."""
+    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
+    program, *words = first[2:].split() or [""]
     if not os.access(path, os.X_OK):
         return not_executable(path)
-    first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
         return "" if b"\0" in text[:512] else "no interpreter: the first line must be #! and a program, as in #!/bin/sh"
     if first.endswith("\r"):
         return "its first line ends in a carriage return; save it with Unix line ends"
-    words = first[2:].split()
-    program = words[0] if words else ""
-    if os.path.basename(program) == "env":
-        import shutil
+    if os.path.basename(program) != "env":
+        good = os.path.isfile(program) and os.access(program, os.X_OK)
+        return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    import shutil
 
-        program = program_of_env(words[1:])
-        return "" if program and shutil.which(program) else f"its interpreter {program} is not in PATH"
-    good = os.path.isfile(program) and os.access(program, os.X_OK)
-    return "" if good else f"its interpreter {program} does not exist or cannot be run"
+    program = "".join(words[1:2] if words[:1] == ["-S"] else words[:1])
+    for_env = program[:1] == "-" or "=" in program  # which says itself what it cannot run
+    return "" if for_env or shutil.which(program) else f"its interpreter {program} is not in PATH"
 
 
 def not_executable(path: str) -> str:
-    """Return why a file cannot be run that is no program, and what to do about it."""
+    """Return why a file cannot be run that is no program, and what to do about it. Raises OSError."""
     import shlex
 
-    try:
-        if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-            return "not executable: its file system is mounted noexec"
-    except OSError:  # it has gone meanwhile
-        pass
+    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return "not executable: its file system is mounted noexec"
     return f"not executable; chmod +x {shlex.quote(path)}"
-
-
-def program_of_env(words: list[str]) -> str:
-    """Return the program in the arguments of env(1)."""
-    rest = iter(words)
-    for word in rest:
-        if word[:2] == "-S" and word[2:]:
-            return word[2:]
-        if word in ("--unset", "--chdir") or (word[0] == "-" and word[1:2] != "-" and word[-1] in "uC"):
-            next(rest, "")  # the option's value
-        elif word[0] != "-" and "=" not in word:
-            return word
-    return ""
 
 
 def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
@@ -6491,28 +6171,26 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
         other = by_name.setdefault(script.unit, script)
         if other is not script:
             mistakes.append(f'{script.place}: unit "{script.unit}" is {other.place} already')
-    externs = {name for script in scripts for name in script.externs}
-    for script in scripts:
-        for edge in script.wants:
-            name = edge.dependency
-            if name not in by_name and name not in externs:
-                import shlex
+    externs = {name for script in scripts for name in script.extern}
+    for edge in (edge for script in scripts for edge in script.want):
+        name = edge.dependency
+        if name not in by_name and name not in externs:
+            import shlex
 
-                outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-                hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
-                mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for script in scripts:
-        for edge in script.before:
-            if edge.dependency in by_name:
-                add_edge(by_name[edge.dependency], Edge(script.unit, SUCCESS, edge.place))
-    for script in scripts:
-        for edge in script.after:
-            if edge.dependency in by_name:
-                add_edge(script, edge)
-        for edge in (*script.before, *script.after):
-            hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-            if hint:
-                warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
+            outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
+            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
+    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
+        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
+        if hint:
+            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
+    implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
+    implied += [(script.unit, edge) for script in scripts for edge in script.after]
+    for unit, edge in implied:
+        if {unit, edge.dependency} <= by_name.keys():
+            wants = by_name[unit].want
+            if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
+                wants.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6523,13 +6201,11 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
     """Return the scripts of a directory, or one file."""
-    files = [given]
     try:
-        if os.path.isdir(given):
-            files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
-            files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
-        elif not os.path.isfile(given):  # a pipe, say, which would block
-            raise OSError(0, "it is no file" if os.path.lexists(given) else "no such file or directory")
+        files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
+        files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
+    except NotADirectoryError:
+        files = [given]
     except OSError as error:
         mistakes.append(f"{given or repr('')}: cannot be read: {error.strerror}")
         return
@@ -6541,38 +6217,28 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
         try:
             with open(open_file(path), "rb") as f:
                 text = f.read(65536) or b""
+            if not os.path.isfile(path):
+                raise OSError(0, "it is no file")
+            wrong = check_program(path, text)
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
             left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                warn(f"{path}: not run: {not_executable(path)}")
+                warn(f"{path}: not run: {wrong}")
             continue
-        script = read_script(os.path.abspath(path), text, mistakes)
-        wrong = check_program(path, text)
         if wrong:
-            mistakes.append(f"{script.path}:1: {wrong}")
-        yield script
-
-
-def add_edge(script: Script, edge: Edge) -> None:
-    """Have a script want something, unless it says itself what it wants of it."""
-    if all(other.dependency != edge.dependency for other in script.wants):
-        script.wants.append(edge)
+            mistakes.append(f"{os.path.abspath(path)}:1: {wrong}")
+        yield read_script(os.path.abspath(path), text, mistakes)
 
 
 def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
     """Add what the rules of the graph forbid to the mistakes."""
     units = Units(time.monotonic, time.time)
-    places: dict[tuple[str, str], str] = {}
+    places = {(script.unit, edge.dependency): edge.place for script in scripts for edge in script.want}
     for script in scripts:
-        try:
-            units.want(script.unit, [])
-        except Refused:  # its name is a mistake that is known
-            continue
-        for edge in script.wants:
-            places.setdefault((script.unit, edge.dependency), edge.place)
+        for edge in script.want:
             try:
                 units.want(script.unit, [edge.dependency], edge.requires)
             except CycleError as error:
@@ -6585,23 +6251,16 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
 
 def plan_text(scripts: list[Script]) -> str:
     """Return scripts without mistakes as a table, each below what it wants of the others."""
-    by_name = {script.unit: script for script in scripts}
-    missing = {unit: {edge.dependency for edge in script.wants} & {*by_name} for unit, script in by_name.items()}
-    users: dict[str, list[str]] = {unit: [] for unit in by_name}
-    for unit, names in missing.items():
-        for name in names:
-            users[name].append(unit)
-    order = [unit for unit, names in missing.items() if not names]
-    for unit in order:  # which grows
-        for user in users[unit]:
-            missing[user].remove(unit)
-            if not missing[user]:
-                order.append(user)
-    rows = []
-    for script in map(by_name.__getitem__, order):
-        wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.wants)
-        rows.append([script.unit, ", ".join(wants), ", ".join(script.locks), shown_probe(script.ready)])
-    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows, always=1) if rows else ""
+    rows, left = [], scripts
+    while left:
+        missing = {script.unit for script in left}
+        free = [script for script in left if missing.isdisjoint(edge.dependency for edge in script.want)]
+        for script in free:
+            wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.want)
+            rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
+            missing.remove(script.unit)
+        left = [script for script in left if script.unit in missing]
+    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
@@ -6626,89 +6285,6 @@ class Claimed(Record):
     done: list[str] = []
 
 
-class Job(Task):
-    """A script on its way: a Task in a session of its own, whose output is read."""
-
-    own_session = True
-
-    def __init__(self, script: Script, boot: Boot) -> None:
-        super().__init__(boot.loop, boot.link, script.unit, [script.path], script)
-        self.script, self.boot, self.grace = script, boot, boot.options.grace
-        self.stream = Stream(script.unit)
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
-        self.died = False  # its command, after its unit had completed
-
-    def lives(self) -> bool:
-        """Return whether something of it may run."""
-        return self.state in (RUNNING, READY, ENDING)
-
-    def running(self) -> bool:
-        """Return whether its first process runs."""
-        return self.lives() and self.family.first
-
-    def ending(self) -> bool:
-        """Return whether its processes are to end."""
-        return self.state == ENDING or (self.running() and self.outcome == FAILED)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.boot.streams.open(self.stream)
-        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
-        try:
-            return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.boot.streams.close(self.stream)
-            raise
-        finally:
-            os.close(write)
-
-    def cannot_begin(self, error: Exception) -> CommandError:
-        return CommandError(f"cannot be run: {trouble_of(error)}", super().cannot_begin(error).exit_code)
-
-    def begun(self, detail: str) -> None:
-        self.boot.streams.log(self.stream, more=bool(detail))
-        log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
-        super().begun(detail)
-        if detail:
-            self.boot.streams.take(self.stream, f"{detail}\n".encode())
-
-    def doubt(self, what: str) -> None:
-        self.boot.out.say(f"warning: {self.unit}: {what}")
-
-    def process_ended(self, code: int) -> None:
-        self.boot.streams.drain(self.stream)
-        super().process_ended(code)
-
-    def gone(self) -> None:
-        self.boot.streams.drain(self.stream)  # also what its last process has printed
-        super().gone()
-
-    def fail(self, reason: str) -> None:
-        self.reason = reason
-        super().fail(reason)
-
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:  # its outcome is known by now, or it has none but this
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:
-                self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:
-                self.reported = self.outcome
-                self.report("running")  # or its end would not be the death of a service
-                self.exited()
-
-    def exited(self) -> None:
-        super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
-            self.died = True
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
-            self.boot.another("ended")
-
-
 class Output:
     """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
 
@@ -6716,9 +6292,10 @@ class Output:
     """
 
     patient = True  # else what is too much is lost
+    paused = False  # whether scripts are not read, since what they print is not taken
 
-    def __init__(self, units: Iterable[str], quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
+        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units), default=1))
@@ -6741,6 +6318,12 @@ class Output:
         self.clear()
         if len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
+
+    def no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
+        self.log_dir = ""
 
     def is_full(self) -> bool:
         """Return whether there is much that standard output does not take."""
@@ -6799,19 +6382,13 @@ class Output:
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
-        self.live_at = now + 1
-        text, shown = head, 0
-        for item in items:
-            left = len(items) - shown - 1
-            more = f", +{left} more" if left else ""
-            longer = f"{text}{', ' if shown else ' '}{item}"
-            if wide(longer + more) >= self.columns:
+        for shown in range(min(len(items), self.columns), -1, -1):
+            more = [f"+{len(items) - shown} more"] if shown < len(items) else []
+            text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
+            if wide(text) < self.columns:
                 break
-            text, shown = longer, shown + 1
-        if shown < len(items):
-            text += f"{',' if shown else ''} +{len(items) - shown} more"
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
-        self._live = True
+        self._live, self.live_at = True, now + 1
 
     def clear(self) -> None:
         """Remove the live line."""
@@ -6820,137 +6397,208 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
-class Stream:
-    """What one unit prints: the pipe that it is read from, the file that keeps it, and the last lines."""
+def opened_again(fd: int) -> int:
+    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return fd
 
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
+
+class Stream:
+    """What a unit prints: read from a pipe, passed on to an Output in whole lines, and kept in a file of --log-dir."""
+
+    def __init__(self, unit: str, loop: Loop, out: Output) -> None:
+        self.unit, self.loop, self.out = unit, loop, out
         self.fd = -1  # read end of the pipe
-        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.log, self.log_path = -1, ""
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-
-class Streams:
-    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
-
-    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
-        self.log_dir = log_dir  # empty: no logs, or no more
-        self.by_fd: dict[int, Stream] = {}  # those that are read
-        self._loop, self._out, self._paused = loop, out, False
-
-    def make_logs(self, streams: Iterable[Stream]) -> None:
-        """Make the directory, if there is to be one, and choose a file for each unit."""
-        if not self.log_dir:
-            return
-        taken = set()
-        for stream in streams:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.log_dir, exist_ok=True)
-        except OSError as error:
-            self._no_log(error)
-
-    def open(self, stream: Stream) -> int:
+    def open(self) -> int:
         """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
-        self.close(stream)
-        stream.fd, write = os.pipe()
-        os.set_blocking(stream.fd, False)
-        self.by_fd[stream.fd] = stream
-        self._read_or_not(stream)
+        self.close()
+        self.fd, write = os.pipe()
+        os.set_blocking(self.fd, False)
+        self.watch()
         return write
 
-    def log(self, stream: Stream, more: bool) -> None:
-        """Open a unit's file; a further try adds to it."""
-        if not self.log_dir:
-            return
-        try:
-            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
-        except OSError as error:
-            self._no_log(error)
+    def open_log(self, more: bool) -> None:
+        """Open the file; a further try adds to it."""
+        if self.out.log_dir:
+            try:
+                os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+                self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+            except OSError as error:
+                self.out.no_log(error)
 
-    def _no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if self.log_dir:
-            self._out.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
-        self.log_dir = ""
-        for stream in self.by_fd.values():
-            if stream.log >= 0:
-                os.close(stream.log)
-                stream.log = -1
+    def watch(self) -> None:
+        """Read what is printed, or nothing while our own output is not taken."""
+        if self.out.paused:
+            self.loop.forget(self.fd)
+        elif self.fd >= 0:
+            self.loop.watch(self.fd, self.read)
 
-    def pause(self, paused: bool) -> None:
-        """Read nothing while our own output is not taken."""
-        if paused != self._paused:
-            self._paused = paused
-            for stream in self.by_fd.values():
-                self._read_or_not(stream)
-
-    def _read_or_not(self, stream: Stream) -> None:
-        if self._paused:
-            self._loop.forget(stream.fd)
-        else:
-            self._loop.watch(stream.fd, lambda: self.read(stream))
-
-    def drain(self, stream: Stream) -> None:
-        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
-        self.read(stream, chunks=64)
-        if stream.rest:
-            self.take(stream, b"", last=True)
-
-    def read(self, stream: Stream, chunks: int = 1) -> None:
-        """Take what a script has printed."""
+    def read(self, chunks: int = 1) -> None:
+        """Take what was printed."""
         for _ in range(chunks):
             try:
-                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+                chunk = os.read(self.fd, 65536) if self.fd >= 0 else b""
             except BlockingIOError:
                 return
             if not chunk:
-                self.close(stream)
+                self.close()
                 return
-            self.take(stream, chunk)
+            self.take(chunk)
 
-    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+    def drain(self) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(chunks=64)
+        self.end_line()
+
+    def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if stream.log >= 0:
+        if self.log >= 0:
             try:
                 view = memoryview(chunk)
                 while view:
-                    view = view[os.write(stream.log, view) :]
+                    view = view[os.write(self.log, view) :]
             except OSError as error:
-                self._no_log(error)
-        *ended, rest = (stream.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, stream.rest = pieces(rest)
-        lines += more
-        if last and stream.rest:
-            lines.append(stream.rest)
-            stream.rest = b""
-        if self._out.quiet:
-            lines = lines[-LAST_LINES:]
+                self.out.no_log(error)
+                self.close_log()
+        *ended, rest = (self.rest + chunk).split(b"\n")
+        *more, self.rest = pieces(rest)
+        self.print([piece for line in ended for piece in pieces(line)] + more)
+
+    def end_line(self) -> None:
+        """Take the last line as a whole one."""
+        if self.rest:
+            self.print([self.rest])
+            self.rest = b""
+
+    def print(self, lines: list[bytes]) -> None:
+        """Print lines, and keep the last ones."""
+        lines = lines[-LAST_LINES:] if self.out.quiet else lines
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self._out.lines(stream.unit, texts)
+        self.last = (self.last + [text[:500] for text in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self.out.lines(self.unit, texts)
 
-    def close(self, stream: Stream) -> None:
+    def close(self) -> None:
         """Read no more of it."""
-        if stream.fd >= 0:
-            if stream.rest:
-                self.take(stream, b"", last=True)
-            del self.by_fd[stream.fd]
-            self._loop.forget(stream.fd)
-            os.close(stream.fd)
-            stream.fd = -1
-        if stream.log >= 0:
-            os.close(stream.log)
-            stream.log = -1
+        self.end_line()
+        if self.fd >= 0:
+            self.loop.forget(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+        self.close_log()
+
+    def close_log(self) -> None:
+        """Keep no more of it."""
+        if self.log >= 0:
+            os.close(self.log)
+            self.log = -1
 
 
-ENDS, RUNS, STAYS = range(3)  # what the background process does next: it ends, has something that runs on, or stays
+def pieces(line: bytes) -> Iterator[bytes]:
+    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
+    while len(line) > CUT:
+        at = CUT
+        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
+            at -= 1
+        yield line[:at]
+        line = line[at:]
+    yield line
+
+
+def log_names(units: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each unit."""
+    names: dict[str, str] = {}  # name -> unit
+    for unit in units:
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+        while name in names:
+            name += "_"
+        names[name] = unit
+    return {unit: name + ".log" for name, unit in names.items()}
+
+
+class Job(Task):
+    """A script on its way: a Task in a session of its own, whose output is read."""
+
+    own_session = True
+
+    def __init__(self, script: Script, boot: Boot) -> None:
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
+        self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit, boot.loop, boot.out)
+        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.died = False  # its command, after its unit had completed
+
+    def lives(self) -> bool:
+        """Return whether something of it may run."""
+        return self.state in (RUNNING, READY, ENDING)
+
+    def running(self) -> bool:
+        """Return whether its first process runs."""
+        return self.lives() and self.family.first
+
+    def ending(self) -> bool:
+        """Return whether its processes are to end."""
+        return self.state == ENDING or (self.running() and self.outcome == FAILED)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        write = self.stream.open()
+        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
+        try:
+            return spawn(self.command, env, own_session=True, file_actions=streams)
+        except OSError:
+            self.stream.close()
+            raise
+        finally:
+            os.close(write)
+
+    def begun(self, detail: str) -> None:
+        self.stream.open_log(more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
+        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
+        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
+        super().begun(detail)
+        if detail:
+            self.stream.take(f"{detail}\n".encode())
+
+    def doubt(self, what: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {what}")
+
+    def process_ended(self, code: int) -> None:
+        self.stream.drain()
+        super().process_ended(code)
+
+    def gone(self) -> None:
+        self.stream.drain()  # also what its last process has printed
+        super().gone()
+
+    def fail(self, reason: str) -> None:
+        self.reason = reason
+        super().fail(reason)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        try:
+            unwrap(message)
+        except SyncError as error:  # its outcome is known by now, or it has none but this
+            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
+                self.fail(str(error))
+            elif method in ("complete", "fail") and not self.outcome:
+                self.boot.ended(self, self.reported, self.reason)
+            elif method == "fail" and self.outcome == COMPLETED:
+                self.reported = self.outcome
+                self.report("running")  # or its end would not be the death of a service
+                self.exited()
+
+    def exited(self) -> None:
+        super().exited()
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+            self.died = True
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
+            self.boot.another("ended")
 
 
 class Boot:
@@ -6963,15 +6611,14 @@ class Boot:
         loop = Loop((*STOPS, "SIGQUIT"))
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.hear_front)
-        self.out = Output([script.unit for script in scripts], options.quiet)
-        self.streams = Streams(loop, self.out, options.log_dir)
+        self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
-        self.wants = {s.unit: {edge.dependency for edge in s.wants} for s in scripts}
+        self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
         self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.claimed = False
+        self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
@@ -6980,8 +6627,10 @@ class Boot:
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
         self.ask_at = NEVER  # when to ask again whether another boot needs it
-        self.directory = ""  # for files of commands
-        self.graph: Graph | None = None
+        for unit, name in log_names(self.jobs).items():
+            self.jobs[unit].stream.log_path = options.log_dir and os.path.abspath(os.path.join(options.log_dir, name))
+
+    # -- from the claim to the last end -------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
@@ -6990,14 +6639,13 @@ class Boot:
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
-        self.null, self.directory = null(), private_directory()
+        self.null, directory = null(), private_directory()
         for job in self.jobs.values():
-            job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
-        if not self.directory:
+            job.left, job.notify_path = private_path(directory), private_path(directory)
+        if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
         try:
-            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
             self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
@@ -7007,8 +6655,7 @@ class Boot:
         finally:
             self.out.flush()
             self.link.close()
-            self.loop.forget(*self.streams.by_fd)
-            remove_directory(self.directory)
+            remove_directory(directory)
             os.close(self.null)
 
     def look_after(self, code: int) -> int:
@@ -7017,7 +6664,7 @@ class Boot:
         if self.options.stay and not self.signal:
             if not self.options.quiet:
                 self.out.say("boot: staying until a signal")
-            self.tell_front(code, STAYS)
+            self.tell_front(code, runs=True)
             self.until(lambda: bool(self.stopping or self.link.lost))
             code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
         elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
@@ -7028,7 +6675,7 @@ class Boot:
             self.say_let_go()
         self.until(self.said)
         self.out.flush()
-        self.tell_front(code, RUNS if runs_on else ENDS)
+        self.tell_front(code, runs_on)
         if runs_on:
             os.chdir("/")
             self.until(lambda: not self.runs())
@@ -7036,16 +6683,80 @@ class Boot:
 
     def runs(self) -> bool:
         """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
-        if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
+        if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.waits()))
 
-    def tell_front(self, code: int, what: int) -> None:
-        """Tell the front how the startup went, and what comes next."""
+    def printing(self) -> list[str]:
+        """Return the units whose output is read."""
+        return [unit for unit, job in self.jobs.items() if job.stream.fd >= 0]
+
+    def abandon(self) -> None:
+        """End what runs, by nothing but signals, on an unexpected way out."""
+        families = [job.family for job in self.active.values() if job.lives()]
+        for family in families:
+            family.look(Processes)
+            family.signal(15)
+            family.tell_others()
+            family.first = False  # whose end nobody takes any more
+        kill_at = time.monotonic() + self.options.grace
+        while families and time.monotonic() < kill_at + LAST_WAIT:
+            time.sleep(LOOK_OFTEN)
+            families = [family for family in families if family.look(Processes)]
+            for family in families if time.monotonic() >= kill_at else ():
+                family.kill()
+
+    def until(self, over: Callable[[], bool]) -> None:
+        """Handle whatever happens until it is over and nothing that is to end still runs."""
+        while True:
+            now = time.monotonic()
+            due = self.keep_time(now)
+            if over() and not any(job.ending() for job in self.active.values()):
+                return
+            if not any(self.out.pending.values()):
+                if now >= self.out.live_at:
+                    ended, running = len(self.jobs) - self.unfinished, self.running(now)
+                    waiting = self.unfinished - len(running)
+                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.live_at)
+            self.pause(self.out.patient and self.out.is_full())
+            for number in self.out.turn(self.loop, due):
+                self.told(number)
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing of scripts while our own output is not taken."""
+        if paused != self.out.paused:
+            self.out.paused = paused
+            for job in self.jobs.values():
+                job.stream.watch()
+
+    def said(self) -> bool:
+        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
+        return not any(self.out.pending.values()) or bool(self.signal)
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            self.link.ask("graph", lambda answer: self.say_progress(graph_in(answer)))
+        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
+            job.keep_time(now)
+            if job.state == GONE:
+                del self.active[job.unit]
+        if self.stopping:
+            self.stop_in_order(now)
+        patience = STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
+        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now, patience))
+        return min([due, *(job.next_due() for job in self.active.values())])
+
+    # -- the front ----------------------------------------------------------------------------------------
+
+    def tell_front(self, code: int, runs: bool) -> None:
+        """Tell the front how the startup went, and whether something still runs."""
         try:
-            os.write(self.front, bytes([code, what]))
+            os.write(self.front, bytes([code, runs]))
         except OSError:  # it has gone
             pass
 
@@ -7070,67 +6781,6 @@ class Boot:
         why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
         self.stop(f"stopped: {why}", 0 if again else self.options.grace)
 
-    def abandon(self) -> None:
-        """End what runs, by nothing but signals, on an unexpected way out."""
-        self.link.close()
-        families = [job.family for job in self.active.values() if job.lives()]
-        if families:
-            self.loop.forget(self.front, *self.streams.by_fd)
-            self.loop.children.clear()
-        for family in families:
-            family.look(self.loop.processes)
-            family.signal(15)
-            family.tell_others()
-        deadline = time.monotonic() + self.options.grace
-        while families and time.monotonic() < deadline + LAST_WAIT:
-            self.loop.turn(time.monotonic() + LOOK_OFTEN)
-            for family in families:
-                family.first = family.first and signal_to(family.pid, 0)
-                if time.monotonic() > deadline:
-                    family.kill()
-            families = [family for family in families if family.look(self.loop.processes)]
-
-    def until(self, over: Callable[[], bool]) -> None:
-        """Handle whatever happens until it is over and nothing that is to end still runs."""
-        while True:
-            now = time.monotonic()
-            due = self.keep_time(now)
-            if over() and not any(job.ending() for job in self.active.values()):
-                return
-            if not any(self.out.pending.values()):
-                if now >= self.out.live_at:
-                    ended = len(self.jobs) - self.unfinished
-                    running = self.running(now)
-                    waiting = self.unfinished - len(running)
-                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
-                due = min(due, self.out.live_at)
-            self.streams.pause(self.out.patient and self.out.is_full())
-            for number in self.out.turn(self.loop, due):
-                self.told(number)
-
-    def said(self) -> bool:
-        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
-        return not any(self.out.pending.values()) or bool(self.signal)
-
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.report_at:
-            self.report_at = now + REPORT_EVERY
-            self.link.ask("graph", self.told_graph)
-        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
-            job.keep_time(now)
-            if job.state == GONE:
-                del self.active[job.unit]
-        if self.stopping:
-            self.stop_in_order(now)
-        due = min(
-            now + 60,
-            self.report_at,
-            self.ask_at,
-            self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT),
-        )
-        return min([due, *(job.next_due() for job in self.active.values())])
-
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
@@ -7141,8 +6791,8 @@ class Boot:
         rows: list[dict[str, Any]] = []
         size = 0
         for job in self.jobs.values():
-            wants = {edge.dependency: edge.requires for edge in job.script.wants}
-            row = {"unit": job.unit, "wants": wants, "locks": job.script.locks}
+            wants = {edge.dependency: edge.requires for edge in job.script.want}
+            row = {"unit": job.unit, "wants": wants, "locks": job.script.lock}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
                 self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
@@ -7153,12 +6803,16 @@ class Boot:
 
     def claim_answered(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        for name in record(Claimed, unwrap(answer)).done:
-            if name in self.jobs:
-                del self.jobs[name]
-                self.done.append(name)
-                self.unfinished -= 1
-        self.claimed = True
+        try:
+            done = record(Claimed, unwrap(answer)).done
+        except Refused:
+            self.answered = True
+            raise
+        self.answered = True
+        self.done = [unit for unit in done if unit in self.jobs]
+        for unit in self.done:
+            del self.jobs[unit]
+        self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
 
@@ -7178,7 +6832,7 @@ class Boot:
 
     def agent_gone(self, error: Unreachable) -> None:
         """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
-        if not self.claimed:
+        if not self.answered:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
@@ -7204,11 +6858,9 @@ class Boot:
     def another(self, what: str) -> None:
         """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
         if self.options.fail_fast and self.over and self.options.command:
-            self.tell_front(1, RUNS)  # it ends COMMAND first
+            self.tell_front(1, runs=True)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, why: str, grace: float) -> None:
         """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
@@ -7216,10 +6868,8 @@ class Boot:
         self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
             job.stopped = why
-            if job.state in (WAITING, CHECKING) and not job.outcome:
-                job.stop(why)
-            elif job.state == ENDING:
-                job.end(why, self.stop_by)
+            if job.state == ENDING or (job.state in (WAITING, CHECKING) and not job.outcome):
+                job.stop(why, self.stop_by)
         self.look()
         self.stop_in_order(now)
 
@@ -7230,14 +6880,10 @@ class Boot:
                 job.look()
 
     def stop_in_order(self, now: float) -> None:
-        """End what runs, and nothing wants that does, also through others; at the end all."""
-        wanted: set[str] = set()
+        """End what runs, and nothing wants that does, also through others; after half of the time all."""
         early = now < self.stop_by - self.options.grace / 2
-        todo = [name for name, job in self.active.items() if early and job.lives()]
-        while todo:
-            new = self.wants.get(todo.pop(), set()) - wanted
-            wanted |= new
-            todo += new
+        living = [unit for unit, job in self.active.items() if early and job.lives()]
+        wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7254,17 +6900,6 @@ class Boot:
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
-    def told_graph(self, answer: Object) -> None:
-        """Take the graph of all units, for a report on the way, or the one at the end."""
-        try:
-            graph = record(Graph, unwrap(answer))
-        except Unreachable:
-            graph = Graph(0.0, [])
-        if self.unfinished:
-            self.say_progress(graph)
-        else:
-            self.graph = graph
-
     def say_progress(self, graph: Graph) -> None:
         """Say what runs and what waits, and for what."""
         rows = {row.unit_name: row for row in graph.nodes}
@@ -7276,14 +6911,13 @@ class Boot:
             return f"{name}, {row.status}" + (owner_text(row.owner, " by ") if row.status == STARTED else "")
 
         now = time.monotonic()
-        waiting = []
+        running, waiting = self.running(now), []
         for unit, job in self.jobs.items():
-            row = rows.get(unit)
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
-            elif not job.outcome and not job.running() and row:
-                waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
-        running = self.running(now)
+            elif not job.outcome and not job.running() and unit in rows:
+                lacks = "; ".join(map(whom, rows[unit].waits_for))
+                waiting.append(f"{unit} for {lacks}" if lacks else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
@@ -7292,53 +6926,56 @@ class Boot:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.streams.close(job.stream)
-        lost = self.link.lost
+                job.stream.close()
+        lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
         self.look()
-        self.link.ask("graph", self.told_graph)
-        self.until(lambda: self.graph is not None)
+        self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
+        self.until(lambda: bool(graphs))
         self.out.clear()
         self.out.flush()
-        graph = self.graph or Graph(0.0, [])
-        self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
+        graph = Graph(graphs[0].now, [node for node in graphs[0].nodes if node.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
-            self.out.say(self.summary(self.graph).rstrip("\n"))
+            self.out.say(self.summary(graph))
             self.until(self.said)
         if self.options.timeline:
-            self.options.timeline(self.graph)
+            self.options.timeline(graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
         """Return what failed, with its last lines, what was skipped and why, and how long it took."""
-        count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
-        words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
-        words += [f"{len(self.done)} done before"] if self.done else []
-        text = f"boot: {', '.join(words)}\n"
+        outcomes = [job.outcome for job in self.jobs.values()]
+        words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
+        counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
+        counts += [f"{len(self.done)} done before"] if self.done else []
+        failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
                 how = f" ({how})" if how else ""
-                text += f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}\n"
-                text += "".join(f"    | {line}\n" for line in job.stream.last)
-        for job in self.jobs.values():
-            if job.outcome == SKIPPED:
-                text += f"skipped: {job.unit}: {job.reason}\n"
-            elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
-                text += f"not started: {job.unit}: {job.reason}\n"
+                failed.append(f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}")
+                failed += [f"    | {line}" for line in job.stream.last]
+            elif job.outcome != COMPLETED:
+                others.append(f"{'skipped' if job.outcome == SKIPPED else 'not started'}: {job.unit}: {job.reason}")
         going_on = [job.unit for job in self.active.values() if job.lives()]
-        text += f"still running: {some_names(going_on)}\n" if going_on else ""
-        lines = [Startup(graph).summary()] if graph.nodes else []
-        if os.isatty(2):
-            lines = [part for line in lines for part in wrap(line, self.out.columns)]
-        return text + "".join(line + "\n" for line in lines)
+        others += [f"still running: {some_names(going_on)}"] if going_on else []
+        last = Startup(graph).summary() if graph.nodes else ""
+        return "\n".join([*failed, *others, *(wrap(last, self.out.columns) if os.isatty(2) else [last])]).rstrip()
 
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
-        names = sorted({stream.unit for stream in self.streams.by_fd.values()})
+        names = sorted(self.printing())
         if names and not self.out.quiet and 1 in self.out.pipes():
-            kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
+            kept = f"only in {self.options.log_dir}" if self.out.log_dir else "lost; --log-dir would keep it"
             self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
+
+
+def graph_in(answer: Object) -> Graph:
+    """Return the graph that an agent has answered with; an empty one if it has gone."""
+    try:
+        return record(Graph, unwrap(answer))
+    except Unreachable:
+        return Graph(0.0, [])
 
 
 class Front:
@@ -7350,7 +6987,7 @@ class Front:
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
         self.loop, self.link, self.command, self.grace = loop, link, command, grace
-        self.said: list[tuple[int, int]] = []  # by the background process: a status, and what comes next
+        self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
         os.set_blocking(link, False)
@@ -7363,11 +7000,13 @@ class Front:
         self.ended.append(code)
 
     def hear(self) -> None:
-        """Take what the background process says."""
+        """Take what the background process says; beside COMMAND, that it is to end, since a service has died."""
         try:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
+        if data and self.said and self.command:
+            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
@@ -7396,13 +7035,14 @@ class Front:
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
 
-    def run(self, always: bool) -> int:
+    def run(self, always: bool, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
         self.until(lambda: self.said or self.ended)
-        if self.said and self.said[-1][1] == STAYS:
+        if stay and self.said and not self.signal:
             notify("READY=1")
             self.until(lambda: self.ended or len(self.said) > 1)
-        if self.said and self.said[-1][1] == ENDS:
+        runs_on = self.said and self.said[-1][1]
+        if not runs_on or (os.getpid() == 1 and not self.command):  # the system would kill what still runs
             self.until(lambda: self.ended)
         if self.signal:
             self.wait_for_end()
@@ -7418,45 +7058,29 @@ class Front:
             if self.command and not self.ended:
                 self.tell(0)
                 self.wait_for_end()
-        if os.getpid() == 1 and not self.ended:  # the system would kill what still runs
-            self.until(lambda: self.ended)
-            code = 128 + self.signal if self.signal else code
         self.loop.give_back()
         if wanted:
-            self.become_command()
+            become(self.command)
         return shell_status(code)
-
-    def become_command(self) -> NoReturn:
-        """Have COMMAND take our place. Raises CommandError."""
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(self.command[0], self.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(self.command[0], error) from None
 
     def run_command(self) -> int:
         """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
         command = self.command
         if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
             command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
-        try:
-            pid = spawn(command, environment())
-        except (OSError, ValueError) as error:
-            raise cannot_run(command[0], error) from None
-        codes: list[int] = []
-        self.loop.children[pid] = codes.append
-        heard = len(self.said)
-        while not codes:
-            for number in self.loop.turn():
-                if not codes and not sent_by_key(number):  # what keys send has reached it already
-                    signal_to(pid, number)
-            if len(self.said) > heard and not codes:  # a service has died, with --fail-fast
-                signal_to(pid, 15)
-                heard = len(self.said)
-        return shell_status(codes[0])
+        return supervise(self.loop, command, environment())
+
+
+def become(command: list[str]) -> NoReturn:
+    """Have a command take our place. Raises CommandError."""
+    import _signal as signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7464,24 +7088,18 @@ def boot_at(path: str, boot: Boot) -> int:
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
-            channel = Channel(path)
-        except Foreign:
-            raise
-        except Unreachable:
             try:
+                channel = Channel(path)
+            except Foreign:
+                raise
+            except Unreachable:
                 with Host(path) as host:
                     return boot.run(own_channel(host), host)
-            except Refused:  # another agent was faster, or is about to go
-                if boot.link.opened or time.monotonic() >= deadline:
-                    raise
-        else:
             with channel:
-                try:
-                    return boot.run(channel)
-                except Unreachable:  # it was about to end
-                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
-                        raise
-                    boot.link.opened = False
+                return boot.run(channel)
+        except (Refused, Unreachable) as error:  # an agent was faster, or is about to end
+            if boot.answered or boot.signal or isinstance(error, Foreign) or time.monotonic() >= deadline:
+                raise
         time.sleep(0.02)
 
 
@@ -7492,25 +7110,6 @@ def own_channel(host: Host) -> Channel:
     ours, theirs = socketpair()
     host.server.process_request(Connection(theirs, WakeUp()), "")
     return Channel(host.path, sock=ours)
-
-
-def pieces(line: bytes) -> Iterator[bytes]:
-    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
-    while len(line) > CUT:
-        at = CUT
-        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
-            at -= 1
-        yield line[:at]
-        line = line[at:]
-    yield line
-
-
-def opened_again(fd: int) -> int:
-    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
-    try:
-        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return fd
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7597,11 +7196,14 @@ def is_ours(data: bytes) -> bool:
 
 def install(path: str, python: str) -> str:
     """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
+    import _signal as signal
+
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    end_on("SIGTERM", "SIGHUP")  # by an exception, so that nothing is left beside it
+    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+        signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
             with open(path, "rb") as there:
@@ -7634,72 +7236,63 @@ def install(path: str, python: str) -> str:
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
-    return " ".join([PROGRAM, command.name, *shown, "[OPTION]..."]) + tail
+    return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
-def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments. It raises UsageError."""
+def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
+    """Return argparse's parser for arguments of a command. It raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-        def print_help(self, file: Any = None) -> None:  # of another one: while it parses, this one has no positionals
-            put(parser_of(usage, arguments, **words).format_help())
-
     form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    usage_text = usage.replace("%", "%%")
-    parser = Parser(PROGRAM, usage_text, formatter_class=form, add_help=False, allow_abbrev=False, **words)
+    usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
+    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-
-        def read(text: str, argument: Argument = argument) -> Any:
-            try:
-                return argument.words.get("type", str)(text.lstrip("\0"))
-            except UsageError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        more: dict[str, Any] = {"default": argument.default, "type": read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
 
 
-def parser_for(command: Command) -> argparse.ArgumentParser:
-    """Return argparse's parser for what follows the name of a command."""
-    example = f"example: {PROGRAM} {command.example}"
-    return parser_of(usage_of(command), command.arguments, description=command.help, epilog=example)
-
-
-def front_of(words: Sequence[str], into: Args | None = None) -> tuple[Args, list[str]]:
-    """Return the options in front of a command, and the command with what follows. Raises UsageError."""
-    options = (*COMMON[:2], flag("-h", "--help", help=""), flag("--version", help=""))
-    parser = parser_of("", (*options, Argument("words", nargs="...", help="")))
-    args, others = parser.parse_known_args(words, into or Args())
-    if others:
-        which = "which command? Options other than --socket-path and --connect-timeout follow the command"
-        raise UsageError(f"{ascii(others[0])[:60]}: {which}")
-    rest, wants_help, wants_version = (vars(args).pop(name) for name in ("words", "help", "version"))
-    if wants_help or wants_version:
-        return args, ["help" if wants_help else "version"]
-    return front_of(rest[2:] or ["help"], args) if rest[:2] == ["exp", "sync"] else (args, rest)
+def command_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    words: list[str] = [*argv]
+    options: list[str] = []
+    commands = {"-h": "help", "--help": "help", "--version": "version"}
+    while words:
+        name, equals, _ = words[0].partition("=")
+        if words[:2] == ["exp", "sync"]:
+            words = words[2:] or ["help"]
+        elif name in ("--socket-path", "--connect-timeout"):
+            size = 1 if equals else 2
+            options, words = options + words[:size], words[size:]
+        elif name[:1] == "-" and name not in commands:
+            break
+        else:
+            return [commands.get(words[0], words[0]), *options, *words[1:]]
+    raise UsageError(f"which command? {', '.join(COMMANDS)}; options follow it; see `{PROGRAM} --help`")
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
     """Parse a command line. Ends the process for --help. Raises UsageError."""
-    args, words = front_of(argv)
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    command = command_named(words[0])
+    name, *words = command_first(argv)
+    command, args = command_named(name), Args()
+    words, args.command = split_tail(command, words)
+    end = words.index("--") if "--" in words else len(words)  # names follow
+    options = [argument for argument in command.arguments if argument.is_option]
     try:
-        words, args.command = split_tail(command, words[1:])
-        if "--" in words:  # names follow: mark them with what no word and no option begins with
-            words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
-        _, others = parser_for(command).parse_known_intermixed_args(words, args)
-        if others:
-            raise UsageError(surplus(command, others[0].lstrip("\0")))
+        _, names = parser_of(command, options).parse_known_args(words[:end], args)
+        if args.help:
+            put(help_page(command))
+            raise SystemExit(0)
+        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
+            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
+        command.take(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7710,22 +7303,17 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
 Command.parse = parse
 
 
+def help_page(command: Command) -> str:
+    """Return the help on a command."""
+    return parser_of(command, command.arguments).format_help()
+
+
 def command_named(name: str) -> Command:
     """Return the command with this name. Raises UsageError."""
-    if name in COMMANDS:
-        return COMMANDS[name]
-    if name == "exp":
-        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-    hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
-    raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
-
-
-def surplus(command: Command, word: str) -> str:
-    """Return what is wrong with a word that is one too many."""
-    if word[:1] == "-":
-        given = word.partition("=")[0]
-        return f"no such option: {ascii(given)[:40]}{meant(resembling(given, list(command.options)))}"
-    return f"unexpected {ascii(word)[:60]}" + ("; did you forget -- before the command?" if command.tail else "")
+    if name not in COMMANDS:
+        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
+    return COMMANDS[name]
 
 
 def mode_bits(text: str) -> int:
@@ -7759,7 +7347,32 @@ def units_or(default: str) -> Argument:
 
 
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
-TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
+
+
+def timeline_writer(path: str) -> Callable[[Graph], None]:
+    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    form = os.path.splitext(path)[1].lstrip(".")
+    if form not in ("svg", "json", "txt"):
+        raise UsageError(f"{printable(path)}: the name must end in .svg, .json or .txt")
+    path = os.path.abspath(path)
+
+    def write(graph: Graph) -> None:
+        try:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
+                f.write(timeline_as(form, graph))
+        except OSError as error:
+            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
+
+    return write
+
+
+TIMELINE = Argument(
+    "--timeline",
+    type=timeline_writer,
+    default=None,
+    metavar="FILE",
+    help="write the timeline there at the end: .svg, .json or .txt",
+)
 
 
 @Command(
@@ -7772,7 +7385,7 @@ TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there
     Argument("--pid-file", metavar="FILE", help="write the process id there"),
     TIMELINE,
     Argument("--mode", type=mode_bits, default=0, help="permissions (default: 600, or 660 with --group)"),
-    Argument("--group", help="group of the socket, by name or number (default: yours)"),
+    Argument("--group", type=group_id, default=None, help="group of the socket, by name or number (default: yours)"),
     tail="*",
 )
 def cmd_serve(args: Args) -> int:
@@ -7780,7 +7393,7 @@ def cmd_serve(args: Args) -> int:
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
         put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
-        return shell_status(supervise(args.command, environment())) if args.command else 0
+        return supervise(Loop(), args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
@@ -7791,23 +7404,23 @@ def cmd_serve(args: Args) -> int:
     elif args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
-        "mode": args.mode or (0o660 if args.group else 0o600),
-        "group": group_id(args.group) if args.group else -1,
+        "mode": args.mode or (0o600 if args.group is None else 0o660),
+        "group": -1 if args.group is None else args.group,
         "level": level,
         "log_file": args.log_file and os.path.abspath(args.log_file),
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "timeline": timeline_writer(args.timeline) if args.timeline else None,
+        "timeline": args.timeline,
         "replace": make_room if args.replace else None,
         "advice": slowness(),
     }
     if not args.command:
-        serve(Host(agent_path(args.socket_path), alone=True, **options), args.detach)
+        serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
     import tempfile
 
     try:
         if args.socket_path:
-            return serve_command(Host(args.socket_path, **options), args.command)
+            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
         with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
             return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
     except OSError as error:
@@ -7827,23 +7440,6 @@ def make_room(path: str) -> bool:
     except SyncError:
         pass
     return answered or time.monotonic() - began < ANSWER_TIMEOUT
-
-
-def timeline_writer(path: str) -> Callable[[Graph], None]:
-    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
-    form = os.path.splitext(path)[1].lstrip(".")
-    if form not in ("svg", "json", "txt"):
-        raise UsageError(f"--timeline {path}: the name must end in .svg, .json or .txt")
-    path = os.path.abspath(path)
-
-    def write(graph: Graph) -> None:
-        try:
-            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
-                f.write(timeline_as(form, graph))
-        except OSError as error:
-            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
-
-    return write
 
 
 @Command(
@@ -7895,15 +7491,17 @@ def cmd_boot(args: Args) -> int:
         quiet=args.quiet,
         always=args.always,
         resume=args.resume,
-        timeline=timeline_writer(args.timeline) if args.timeline else None,
+        timeline=args.timeline,
         command=args.command[0] if args.command else "",
     )
+    if not scripts:
+        become(args.command)
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
     if child:
-        return Front(loop, child, link, args.command, args.grace).run(args.always)
+        return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
     boot = Boot(scripts, options, link)
-    code = boot_at(path, boot) if scripts else boot.look_after(0)
+    code = boot_at(path, boot)
     boot.loop.give_back()
     return code
 
@@ -7964,17 +7562,13 @@ def cmd_shutdown(args: Args) -> None:
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
-    variables = make_client(args).env(args.unit)
-    for name in variables:
+    lines = []
+    for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
-    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
-
-
-def shell_word(text: str) -> str:
-    """A text as one word of a shell."""
-    quoted = text.replace("'", "'\\''")
-    return f"'{quoted}'"
+        quoted = value.replace("'", "'\\''")
+        lines.append(f"export {name}='{quoted}'\n")
+    put("".join(lines))
 
 
 @Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
@@ -7993,7 +7587,7 @@ def cmd_status(args: Args) -> None:
 def cmd_list(args: Args) -> None:
     """Show all units."""
     units = make_client(args).list(args.all)
-    put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
+    put(json_text(picked(units, LISTED)) if args.output == "json" else list_text(units, args.column))
 
 
 @Command("why pip-install", units_or("all that is stuck"))
@@ -8023,7 +7617,7 @@ def cmd_timeline(args: Args) -> None:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
     if args.compare:
-        put(compare_text(before, read_timeline(json_text(timeline_data(graph)), "the present")))
+        put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
     elif args.output == "text":
@@ -8054,7 +7648,7 @@ def cmd_events(args: Args) -> None:
 
 def help_headers() -> str:
     """Return the help on headers."""
-    rows = [[f"{word} {form}", HEADER_MEANINGS[word]] for word, (form, _, _) in HEADERS.items()]
+    rows = [[f"{word} {form}", meaning] for word, (form, meaning) in HEADERS.items()]
     return f"""\
 A script of `boot` says what it needs in lines of its first comment (#, //, -- or ;):
 
@@ -8177,7 +7771,7 @@ def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
         if topic not in TOPICS:
-            parser_for(command_named(topic)).print_help()
+            put(help_page(command_named(topic)))
         else:
             put(TOPICS[topic]())
     if args.topics:
@@ -8264,24 +7858,21 @@ def candidates(words: Sequence[str]) -> list[str]:
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
     before += [option] * bool(equals)
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
     try:
-        _, rest = front_of([*before, "the last"])
+        command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
-    if "--" in before or (rest[1:] and rest[0] not in COMMANDS):
+    if command is None or "--" in before:
         return []
-    command = COMMANDS[rest[0]] if rest[1:] else Command("")
     asked = command.positionals
     if before and before[-1] in command.options and command.options[before[-1]].takes_value:
         asked = [command.options[before[-1]]]
-    found: list[str] = [] if asked or rest[1:] or not rest else [*COMMANDS]
-    if last[:1] == "-":
-        asked, found = [], [*command.options]
-    for argument in asked:
-        found += argument.words.get("choices") or ()
-        found += [*COMMANDS, *TOPICS] if argument.words.get("metavar") == "TOPIC" else ()
-    if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
-        found += known_units(before)
+    found = [*command.options] if last[:1] == "-" else []
+    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in asked}
+    found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
+    found += known_units(before) if metavars & {"UNIT", "DEP"} else []
     return [option + equals + word for word in found if word.startswith(last)]
 
 

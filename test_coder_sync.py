@@ -40,7 +40,6 @@ import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -2087,12 +2086,10 @@ def test_what_is_wrong_in_an_answer_is_said_in_one_line_and_the_rest_can_be_show
 def test_a_record_takes_each_of_its_fields_once() -> None:
     wrong: Any = [
         ((1, "init"), {"mood": "good"}),
-        ((1, "init", None, "", "surplus"), {}),
         ((1,), {}),
-        ((1,), {"pid": 1}),
     ]
     for args, named in wrong:
-        with pytest.raises(TypeError, match=r"Owner takes pid, command, alive, born, each once|multiple values"):
+        with pytest.raises(TypeError, match=r"Owner takes pid, command, alive, born"):
             print("accepted:", coder_sync.Owner(*args, **named))
 
 
@@ -2220,14 +2217,14 @@ def test_a_name_close_to_a_known_one_resembles_it() -> None:
 
 
 NO_VALUES = {
-    "complete a --exit-code=": ["", "-", "1.5", "1e3", "0x1", "x", "--1", "1-", "\u00b2", "1234567890", "9" * 5000],
+    "complete a --exit-code=": ["", "-", "-1", "1.5", "0x1", "x", "--1", "1-", "\u00b2", "1234567890", "9" * 5000],
     "serve --mode=": ["", "66", "8", "888", "0o660", "rw-", "66666", "\u00b2\u00b2\u00b2"],
     "serve --group=": ["no-such-group-here", "\u00b2", "-1", str((1 << 32) - 1), "9" * 5000, "\udcff"],
 }
 
 
 def test_a_number_a_mode_and_a_group_are_read_and_what_is_none_is_refused_in_one_line(call: Call, world: World) -> None:
-    for text, number in {"0": 0, "42": 42, "-1": -1, "007": 7, "999999999": 999999999}.items():
+    for text, number in {"0": 0, "42": 42, "007": 7, "999999999": 999999999}.items():
         assert coder_sync.parse(["complete", "a", "--exit-code", text])[1].exit_code == number
     for text, mode in {"660": 0o660, "0600": 0o600, "4755": 0o755}.items():
         assert coder_sync.parse(["serve", "--mode", text])[1].mode == mode
@@ -2277,7 +2274,7 @@ def read_alike(chance: random.Random, name: str, count: int) -> tuple[int, int]:
             read += 1
             if found:
                 quick += 1
-                assert (found[0], vars(found[1])) == (command, {**vars(args), "help": False}), words
+                assert (found[0], vars(found[1])) == (command, vars(args)), words
     return quick, read
 
 
@@ -2943,7 +2940,6 @@ def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: W
         peer.send(line + b"\n")
         error = peer.read()["error"]
         assert error["code"] == (-32601 if line in unknown else -32600), line
-        assert ("batches" in error["message"]) == line.startswith(b"[")
         assert error["message"].startswith("no such method: ") == (line in unknown)
         assert error["message"].isprintable()
         assert peer.call("ping", "again")["id"] == "again"
@@ -3026,7 +3022,7 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
         assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
     assert {u.unit_name for u in shared.client.list(everything=True)} == before
     assert shared.status("kept") == "started"
-    assert peer.call("boot")["result"] == {"units": 0}  # those of a boot that was refused are not kept for the next
+    assert peer.call("boot")["result"]["units"] == 0  # those of a boot that was refused are not kept for the next
     shared.client.complete("kept")
 
 
@@ -3362,7 +3358,7 @@ def test_an_agent_without_threads_says_so_and_recovers(world: World) -> None:
     (world.directory / "no thread").unlink()
     served(world)
     said = [re.sub(STAMP, "", line) for line in stopped(agent).stderr.splitlines()]
-    assert said.count("cannot accept connections: no memory for another one; trying again until it works") == 1
+    assert said.count("cannot accept connections: can't start new thread; trying again until it works") == 1
     assert not [line for line in said if "please report" in line]
 
 
@@ -3556,7 +3552,7 @@ def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_
     began = time.monotonic()
     log.close(0.1)  # whose thread stands there
     assert log.lost > 0 and time.monotonic() - began < 10
-    until(lambda: (read_now(reader), log._listener._thread is None)[1])
+    until(lambda: (read_now(reader), not log._writer.is_alive())[1])
     os.close(reader)
 
 
@@ -4283,27 +4279,23 @@ def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
     agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
 
 
-@pytest.mark.parametrize("blocked", [False, True], ids=["", "blocked before"])
-def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, blocked: bool) -> None:
+def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World) -> None:
     code = """import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import coder_sync
-signal.pthread_sigmask(signal.SIG_BLOCK, [int(n) for n in sys.argv[2:]])
+signal.pthread_sigmask(signal.SIG_BLOCK, [15])
 signals = coder_sync.Loop()
 os.kill(os.getpid(), signal.SIGTERM)
 try:
     signals.give_back()
-    end = None
 except SystemExit as error:
-    end = error.code
-mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-print(end, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    print(error.code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
 """
-    done = finish(world.spawn([*PYTHON, code, str(HERE), *(["15"] if blocked else [])]))
-    assert done.stdout == ("None True [15]\n" if blocked else "143 True []\n")
-    assert done.returncode == -signal.SIGTERM
+    done = finish(world.spawn([*PYTHON, code, str(HERE)]))
+    assert (done.stdout, done.returncode) == ("143 True [15]\n", -signal.SIGTERM)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -4510,7 +4502,7 @@ $ fail done -> 1: unit "done" is completed and cannot become failed: ...start it
 $ complete bad -> 1: unit "bad" is failed (no disk) and cannot become completed: ...
 $ run on -- true -> 1: unit "on" is already started...
 $ start x --pid 999999999 -> 1: process 999999999 is not alive in the agent's ...
-$ start x --pid -5 -> 1: process -5 is not alive...
+$ start x --pid -5 -> 2: start: argument --pid: not a whole number from 0 on: '-5' (usage: ...
 $ list --socket-path /\udcff/x -> 3: cannot reach an agent at /\\udcff/x: no such file...
 $ list --socket-path X200 -> 3: cannot reach an agent at X200: AF_UNIX path too long
 $ start behind -> 4: unit "behind" skipped: dependency "bad" failed (no disk)
@@ -4518,14 +4510,12 @@ $ start new --want behind -> 4: ..."new" skipped: dependency "behind" was skippe
 $ wait bad -> 4: dependency "bad" failed (no disk)
 $ wait behind -> 4: dependency "behind" was skipped: dependency "bad" failed ...
 $ run behind -- echo ran -> 4: unit "behind" skipped: ...
-$  -> 2: which command? want, start, ...; see `coder_sync.py --help`
-$ --socket-path -> 2: argument --socket-path: expected one argument
+$ ; --socket-path; --quiet start a -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
 $ \udcff -> 2: no such command: '\\udcff'; there are ...
 $ X500 -> 2: no such command: 'X59; there are ...
-$ exp; exp list -> 2: after exp comes sync, as in `exp sync start UNIT`
-$ --quiet start a -> 2: '--quiet': which command? Options other than --socket-path and --connect-timeout ...
+$ exp list -> 2: no such command: 'exp'; there are ...
 $ start a --\udcff=x -> 2: start: no such option: '--\\udcff' (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a --requires \udcff -> 2: start: argument --requires: invalid choice: '\\udcff' (choose from ...
 $ start a --requires start -> 2: --requires is about the units of --want, ...
@@ -4536,12 +4526,12 @@ $ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command
 $ run a --ready '' -- true -> 2: ready: what is to be probed is missing
 $ run a --ready-timeout 5m -- true -> 2: run: --ready-timeout without --ready
 $ run a --retry-delay 1s -- true -> 2: run: --retry-delay without --retry
-$ run a --retry=-1 -- true -> 2: run: argument --retry: not a whole number from 0 on: -1 (usage: ...
+$ run a --retry=-1 -- true -> 2: run: argument --retry: not a whole number from 0 on: '-1' (usage: ...
 $ run a --lock '' -- true -> 1: a lock name must not be empty; was a variable unset?
 $ timeline --blame -o json; timeline --compare x -o json -> 2: --output is the form of the timeline itself; ...
-$ serve --group 99999999999999999999 -> 2: no such group: '99999999999999999999'
+$ serve --group 99999999999999999999 -> 2: serve: argument --group: no such group: '99999999999999999999' (...
 $ serve --detach -- true -> 2: --detach and -- COMMAND exclude each other: the agent ends with the command
-$ serve --timeline x.pdf -> 2: --timeline x.pdf: the name must end in .svg, .json or .txt
+$ serve --timeline x.pdf -> 2: serve: argument --timeline: x.pdf: the name must end in .svg, .json or .txt (...
 $ start -> 2: start: the following arguments are required: UNIT (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a b -> 2: start: unexpected 'b' (usage: ...
 $ want a -> 2: want: the following arguments are required: DEP (usage: coder_sync.py want UNIT DEP... [OPTION]...)
@@ -4557,7 +4547,7 @@ $ start a --timeout soon; start a -tsoon -> 2: start: argument -t/--timeout: inv
 $ want a b --requires X500 -> 2: want: argument --requires: invalid choice: 'xxx...
 $ completion ksh -> 2: completion: argument SHELL: invalid choice: 'ksh' (choose from ...
 $ complete a --exit-code; fail a --reason -x -> 2: ...: expected one argument (usage: ...
-$ complete a --exit-code \u00b2 -> 2: complete: argument --exit-code: not a whole number: '\\xb2' (usage: ...
+$ complete a --exit-code \u00b2 -> 2: complete: argument --exit-code: not a whole number from 0 on: '\\xb2' (usage: ...
 $ start a --quiet=yes; start a -qx -> 2: start: ... (usage: ...
 $ start a --wants b -> 2: start: no such option: '--wants'; did you mean "--want"? (usage: ...
 $ start a --tim 5 -> 2: start: no such option: '--tim'; did you mean "--timeout"? (usage: ...
@@ -6006,17 +5996,17 @@ def hook(module, name):
     function = getattr(module, name)
     def then(*words):
         half = function(*words)
-        {0}
+        os.kill(os.getpid(), signal.SIGINT)
         return half
     setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""  # does something as soon as the code above the cut has been loaded
+"""  # a signal as soon as a half has been loaded
 
 
 @BOTH_FORMS
 def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -> None:
-    argv = [*PYTHON, HOOK.format("os.kill(os.getpid(), signal.SIGINT)") + LAUNCH, tool(world, form), "--version"]
+    argv = [*PYTHON, HOOK + LAUNCH, tool(world, form), "--version"]
     done = command(world, *argv)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
     done = command(world, *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as nohup does
@@ -6208,34 +6198,24 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
     old, source = f'__version__ = "{coder_sync.__version__}"', world.directory / "newer.py"
+    versions = {f"coder_sync {coder_sync.__version__}", "coder_sync 99"}
     source.write_text(FILE.read_text(encoding="utf-8").replace(old, '__version__ = "99"' + " # longer" * 999))
     monkeypatch.setattr(coder_sync, "FILE", str(source))
     monkeypatch.setattr(coder_sync, "__version__", "99")
     newer = coder_sync.application("")
-    of_another_python = newer.replace(MAGIC_NUMBER, b"\0" * len(MAGIC_NUMBER))
-
-    def put(copy: bytes, where: Path = beside) -> None:
-        where.write_bytes(copy)
-        where.chmod(0o755)
-
-    for copy in (newer, of_another_python, source.read_bytes()):
-        for form in (now, FILE.read_bytes()):
-            put(form, Path(path))
-            put(copy)
-            rename = f"os.path.exists({str(beside)!r}) and os.rename({str(beside)!r}, {path!r})"
-            done = command(world, *PYTHON, HOOK.format(rename) + LAUNCH, path, "--version")
-            assert (done.returncode, done.stdout, done.stderr) == (0, "coder_sync 99\n", "")
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
     calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
     for copy in itertools.cycle([newer, now]):
-        put(copy)
+        beside.write_bytes(copy)
+        beside.chmod(0o755)
         os.rename(beside, path)  # as install does
         time.sleep(0.01)  # so that calls get on
         if all(process.poll() is not None for process in calls):
             break
     for process in calls:
         done = finish(process)
-        assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 8)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 8 and versions >= {*done.stdout.splitlines()}
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
@@ -6248,7 +6228,6 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
         todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
-    defined["load_below"] = lambda: pytest.fail("it needs the rest")
     call.main = defined["main"]
     play(
         call,
@@ -6708,7 +6687,7 @@ def elements(parent: ElementTree.Element) -> str:
     return "\n".join(line.lstrip("; ") if line[:1] == ";" else line for line in lines if line)
 
 
-def saved(graph: Graph) -> coder_sync.Saved:
+def saved(graph: Graph) -> coder_sync.Startup:
     return coder_sync.read_timeline(coder_sync.timeline_as("json", graph), "t.json")
 
 
@@ -6716,7 +6695,7 @@ VIEWS: dict[str, Callable[..., str]] = {
     "timeline": lambda graph, width: coder_sync.timeline_text(graph, int(width)),
     "summary": lambda graph: coder_sync.Startup(graph).summary() + "\n",
     "blame": lambda graph, width: coder_sync.blame_text(graph, int(width)),
-    "compare": lambda graph, before: coder_sync.compare_text(saved(STARTUPS[before]), saved(graph)),
+    "compare": lambda graph, before: coder_sync.compare_text(saved(STARTUPS[before]), coder_sync.Startup(graph)),
     "tree": coder_sync.graph_tree,
     "dot": coder_sync.graph_dot,
     "mermaid": coder_sync.graph_mermaid,
@@ -6851,7 +6830,8 @@ g M38.2 54V162; m 38.2,48 0; g M114.2 54V162; m 114.2,48 1s; g M190.2 54V162; m 
     y 0.0,62 987.2x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t 190.2,64 2.0x16; t 304.2,64 2.0x16;  860.2,76 \
 3.0s; m 868.2,76 completed
 c: failed: say "&" / waits 1ms / runs 0ms
-    z 0.0,82 987.2x20;  8.0,96 c; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: say "&"
+    z 0.0,82 987.2x20;  8.0,96 c; w 190.2,89 2.0x6; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: \
+say "&"
 b: completed / waits 500ms / waits for a lock 2.5s / runs 5.0s / last for <a> / depends on <a>, c / locks: l, m
     y 0.0,102 987.2x20; h 8.0,116 b; w 114.2,109 38.0x6; l 152.2,109 190.0x6; completed k 342.2,106 380.0x12;  \
 860.2,116 5.0s; m 868.2,116 completed
@@ -6859,11 +6839,11 @@ f: started: runs on / runs 1.0s / last for b / depends on b
     z 0.0,122 987.2x20; h 8.0,136 f; started k 722.2,126 76.0x12;  860.2,136 1.0s; m 868.2,136 running on
 d: skipped: c / waits 1.0s / depends on c / output: /d.log
     y 0.0,142 987.2x20;  8.0,156 d; skipped 190.2,149 76.0x6;  860.2,156 1.0s; m 868.2,156 skipped: c
-c M342.2 78V106; c M722.2 118V126; started 8.0,203 24.0x3; m 38.0,208 runs on as a service; w 200.8,201 24.0x6; m \
-230.8,208 waits; l 282.6,201 24.0x6; m 312.6,208 waits for a lock; started 445.8,198 24.0x12; m 475.8,208 runs; t \
-520.2,196 2.0x16; m 550.2,208 another try; skipped 646.4,201 24.0x6; m 676.4,208 skipped; completed 743.0,198 \
-24.0x12; m 773.0,208 completed; failed 854.4,198 24.0x12; m 884.4,208 failed; completed k 8.0,218 24.0x12; m 38.0,228 \
-on the critical path
+c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as a service; w 192.0,181 24.0x6; m \
+222.0,188 waits; l 376.0,181 24.0x6; m 406.0,188 waits for a lock; started 560.0,178 24.0x12; m 590.0,188 runs; t \
+744.0,176 2.0x16; m 774.0,188 another try; skipped 8.0,201 24.0x6; m 38.0,208 skipped; completed 192.0,198 24.0x12; m \
+222.0,208 completed; failed 376.0,198 24.0x12; m 406.0,208 failed; completed k 560.0,198 24.0x12; m 590.0,208 on the \
+critical path
 ? why: services: tools, db, site
 "site" has not started: for 2m40s it has been waiting for "web".
 "web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
@@ -7188,16 +7168,13 @@ def test_mermaid_has_all_names_edges_and_the_critical_path_whatever_the_names_ar
         names = {ident: re.sub(r"#(\d+);", lambda code: chr(int(code[1])), name) for ident, _, name, _ in boxes}
         drawn = [(names[ident], round == "(", status.replace("_", " ")) for ident, round, _, status in boxes]
         assert drawn == [(u.unit_name, u.running_on, u.status) for u in graph.nodes]
-        arrows = re.findall(r"^  (u\d+) -->(?:\|(\w+)\|)? (u\d+)$", text, re.M)
-        assert [(names[a], names[b], r or "success") for a, r, b in arrows] == edges_of(graph)
+        arrows = re.findall(r"^  (u\d+) ([-=])\2>(?:\|(\w+)\|)? (u\d+)$", text, re.M)
+        assert [(names[a], names[b], r or "success") for a, _, r, b in arrows] == edges_of(graph)
         path = [names[ident] for ident in re.findall(r"^  style (u\d+) stroke", text, re.M)]
         assert path == [bar.name for bar, _ in startup.path]
-        bold = [
-            arrows[int(n)] for n in re.findall(r"\d+(?=[, ])", text.partition("linkStyle")[2].partition("stroke")[0])
-        ]
-        steps = {(a, b) for a, b in zip(path, path[1:])}
-        assert {(names[a], names[b]) for a, _, b in bold} == steps & {edge[:2] for edge in edges_of(graph)}
-        assert text.count("\n") == 7 + len(boxes) + len(arrows) + len(path) + bool(bold)
+        bold = {(names[a], names[b]) for a, line, _, b in arrows if line == "="}
+        assert bold == set(zip(path, path[1:])) & {edge[:2] for edge in edges_of(graph)}
+        assert text.count("\n") == 7 + len(boxes) + len(arrows) + len(path)
 
 
 def test_the_graph_as_json_has_all_names_and_edges() -> None:
@@ -7237,13 +7214,12 @@ def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
     }
 
 
-def test_a_timeline_that_an_older_version_saved_is_read() -> None:
+def test_a_timeline_that_an_older_version_saved_is_compared() -> None:
     data = coder_sync.timeline_data(STARTUPS["broken"])
-    rows = [{key: row[key] for key in ("unit_name", "status", "started", "ended")} for row in data["units"]]
-    for row, nothing in itertools.product(rows, (None, -1)):
-        row.update({key: nothing for key in row if row[key] in (None, -1)})
-        old = {"seconds": data["seconds"], "critical_path": data["critical_path"], "units": rows}
-        assert coder_sync.read_timeline(json.dumps(old), "t.json") == saved(STARTUPS["broken"])
+    keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
+    old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
+    text = coder_sync.compare_text(coder_sync.read_timeline(json.dumps(old), "t.json"), saved(STARTUPS["broken"]))
+    assert text == coder_sync.compare_text(saved(STARTUPS["broken"]), saved(STARTUPS["broken"]))
 
 
 def damaged(*path: Any, value: Any) -> bytes:
@@ -7259,11 +7235,9 @@ def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
     foreign += [damaged(value=value) for value in (None, [], {}, "x")]
     foreign += [damaged("seconds", value=value) for value in ("1", [], float("nan"), float("inf"), 10**400)]
     foreign += [damaged("units", value=value) for value in (None, 5, [5], [[]], {"a": 1}, [{}])]
-    foreign += [damaged("critical_path", value=value) for value in (None, 5, [5], "x", [{}], [{"unit_name": []}])]
-    for key, value in itertools.product(
-        ("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, "", "a\n", -1e13)
-    ):
+    for key, value in itertools.product(("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, True, -1e16)):
         foreign.append(damaged("units", 3, key, value=value))
+    foreign += [damaged("units", 3, "started", value="1"), damaged("units", 3, "wants", value=["a"])]
     for data in foreign:
         with pytest.raises(UsageError, match=r"^t.json is not a timeline as `timeline -o json` prints it$"):
             coder_sync.read_timeline(data, "t.json")
@@ -7441,7 +7415,7 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
     assert call.ok(little, "why").endswith("; it is still running.\n    held up: c\n")
     assert call.ok(little, "graph", LC_ALL="C") == "c (pending)\n`-- b (started)\n    `-- a (completed)\n"
     assert call.ok(little, "graph", "b", "-o", "dot").count("->") == 1
-    assert call.ok(little, "graph", "c", "-o", "mermaid").count("-->") == 2
+    assert call.ok(little, "graph", "c", "-o", "mermaid").count("> u") == 2
     assert len(json.loads(call.ok(little, "graph", "a", "-o", "json"))["units"]) == 1
     assert "nobody" in call(little, "graph", "nobody").stderr
     table = call.ok(little, "status", "c").split("\n\n")[-1].splitlines()
@@ -7686,10 +7660,10 @@ def gate(world: World) -> Gate:
 def marked(mark: str) -> list[int]:
     """The processes that have NAME=VALUE in their environment; a zombie has none."""
     found = []
-    for file in Path("/proc").glob("[0-9]*/environ"):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            if mark.encode() in file.read_bytes().split(b"\0"):
-                found.append(int(file.parent.name))
+            if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(int(pid))
     return found
 
 
@@ -7726,7 +7700,7 @@ def planned(*paths: str) -> dict[str, coder_sync.Script]:
 
 
 def wanted(script: coder_sync.Script) -> list[tuple[str, str, int]]:
-    return sorted((e.dependency, e.requires, int(e.place.rpartition(":")[2])) for e in script.wants)
+    return sorted((e.dependency, e.requires, int(e.place.rpartition(":")[2])) for e in script.want)
 
 
 def mistakes(path: str) -> list[str]:
@@ -7764,10 +7738,10 @@ def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(wor
         lines = [f"{mark} coder-sync: {line}{end}" for line in (*words, "ready echo 'it''s  up\\")]
         script = planned(startup(world, {"x.sh": "".join(lines)}))["b"]
         assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
-        assert (script.timeout, script.locks, script.retries, script.delay) == (90.0, ["l", "m"], 1000, 0.5)
-        assert (script.ready, script.ready_timeout) == ("echo 'it''s  up\\", 2.0)
-    script = planned(startup(world, {"x.sh": ""}))["x"]
-    assert (script.timeout, script.ready_timeout, script.retries, script.delay) == (0, 300, 0, 1)
+        limits = script.limits
+        assert (limits.timeout, script.lock, limits.retries, limits.delay) == (90.0, ["l", "m"], 1000, 0.5)
+        assert (limits.ready, limits.ready_timeout) == ("echo 'it''s  up\\", 2.0)
+    assert planned(startup(world, {"x.sh": ""}))["x"].limits == coder_sync.Limits("", 300.0, 0.0, 0, 1.0)
 
 
 def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
@@ -7801,10 +7775,10 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     assert list(planned(str(path))) == ["true", "b"]
     assert list(planned(f"{path}/b", startup(world, {"c": "@want b"}, "other"))) == ["b", "c"]
     (path / "c.d" / "x").touch()
-    for other, why in (("nowhere", "no such file"), ("pipe", "it is no file"), ("c.d", "no executable files")):
+    for other, why in (("nowhere", "No such file"), ("pipe", "it is no file"), ("c.d", "no executable files")):
         assert why in "".join(mistakes(f"{path}/{other}"))
     assert list(planned(f"{path}/a.off")) == ["a"]
-    assert mistakes("") == ["'': cannot be read: no such file or directory"]
+    assert mistakes("") == ["'': cannot be read: No such file or directory"]
 
 
 USE = (
@@ -7831,7 +7805,7 @@ MISTAKES_IN_HEADERS = [
     ("@", f'"" {USE}'),
     ("@unit a b", 'unit: too many words; write unit NAME; a name with a blank needs quotes: unit "a b"'),
     ("@timeout", "timeout: its value is missing"),
-    ("@timeout 10 minutes", "invalid duration '10 minutes': " + DURATION),
+    ("@timeout 10 minutes", "timeout: too many words; write timeout DURATION"),
     ("@retry 1 2 3", "retry: too many words; write retry N [DELAY]"),
     ("@retry 1\n@retry 1", "retry: line 3 says so already"),
     ("@ready true\n@ready-timeout 1\n@ready true", "ready: line 3 says so already"),
@@ -7840,15 +7814,15 @@ MISTAKES_IN_HEADERS = [
     ("@want", "want: a name is missing"),
     ("@after", "after: a name is missing"),
     ("@want --requires completion", "want: a name is missing"),
-    ("@want a --requires", f'no such requirement: ""; {REQUIREMENTS}'),
-    ("@want a --requires done", f'no such requirement: "done"; {REQUIREMENTS}'),
+    ("@want a --requires", f"no such requirement: ; {REQUIREMENTS}"),
+    ("@want a --requires done", f"no such requirement: done; {REQUIREMENTS}"),
     ("@want clone --require start", f'"--require" {NEITHER}'),
-    ("@want --requires=start=a", f'no such requirement: "start=a"; {REQUIREMENTS}'),
+    ("@want --requires=start=a", f"no such requirement: start=a; {REQUIREMENTS}"),
     ("@want clone, x", f'"clone," {NEITHER}'),
     ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': " + DURATION),
-    ("@retry often", "retry: 'often' is not how often to try again; write 3, or 3 10s"),
-    ("@retry 1001", "retry: '1001' is not how often to try again; write 3, or 3 10s"),
+    ("@retry often", "not a whole number from 0 on: 'often'"),
+    ("@retry -1 1s", "not a whole number from 0 on: '-1'"),
     ("@want 'a", "No closing quotation"),
     ("@want ''", EMPTY),
     ("@unit ''", EMPTY),
@@ -7953,8 +7927,8 @@ INTERPRETERS = [
     ("#!/etc/passwd\n", "its interpreter /etc/passwd does not exist or cannot be run"),
     ("#!\n", "its interpreter  does not exist or cannot be run"),
     ("#!/usr/bin/env nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
-    ("#!/usr/bin/env -S A=1 nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
-    ("#!/usr/bin/env -S -u sh nosuchpython\n", "its interpreter nosuchpython is not in PATH"),
+    ("#!/usr/bin/env -S nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
+    ("#!/usr/bin/env\n", "its interpreter  is not in PATH"),
     ("\ufeff#!/bin/sh\n", "it begins with a byte-order mark; save it as UTF-8 without one"),
     ("#!/bin/sh\r\necho\r\n", "its first line ends in a carriage return; save it with Unix line ends"),
     ("#!/usr/bin/env -S A=1 sh -e\n", ""),
@@ -8104,10 +8078,10 @@ o7: echo out; echo err >&2 => out / err
 o8: exec >&- 2>&-; sleep 0.05 =>
 # a script that changes after the check runs as it is then, or fails alone
 w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; echo exit > w5; printf '#!/bin/sh\necho new\n' > w6 =>
-w2: @want w1; echo old => failed: cannot be run: No such file or directory
-w3: @want w1; echo old => failed: cannot be run: Permission denied
-w4: @want w1; echo old => failed: cannot be run: No such file or directory
-w5: @want w1; echo old => failed: cannot be run: Exec format error
+w2: @want w1; echo old => failed: cannot run DIR/startup.d/w2: No such file or directory
+w3: @want w1; echo old => failed: cannot run DIR/startup.d/w3: Permission denied
+w4: @want w1; echo old => failed: cannot run DIR/startup.d/w4: the interpreter that its first line names does not exist
+w5: @want w1; echo old => failed: cannot run DIR/startup.d/w5: Exec format error
 w6: @want w1; echo old => new
 """
 
@@ -8341,7 +8315,7 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
     notify.reached()
     expected = {**dict.fromkeys(services, "started"), **dict.fromkeys(users, "pending")}
     until(lambda: {unit.unit_name: unit.status for unit in world.client.list()} == expected)
-    until(lambda: [coder_sync.proc_line(pid, "Name") for pid in boot.left()].count("cat") == len(services))
+    until(lambda: [coder_sync.proc_line(pid, "Name:") for pid in boot.left()].count("cat") == len(services))
     web = socket.create_server(("127.0.0.1", page))
     with web, socket.create_server(("127.0.0.1", port)), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(world.directory / "up.sock"))
@@ -8353,7 +8327,7 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
             asked.sendall(b"HTTP/1.0 302 Found\r\n\r\n")
         assert boot.process.wait(PATIENCE) == 0
     until(lambda: len(boot.left()) == 8)  # the services, and what passes their output on; each takes signals
-    until(lambda: {coder_sync.proc_line(pid, "SigBlk").strip("0") for pid in boot.left()} == {""})
+    until(lambda: {coder_sync.proc_line(pid, "SigBlk:").strip("0") for pid in boot.left()} == {""})
     end.keep_open(lambda: not boot.left())
     boot.ends(0, None, f"\nstill running: {', '.join(sorted(services))}\n", leaves=True)
     assert boot.said() == {f"of-{name}": [f"{name} is up"] for name in services}
@@ -8887,7 +8861,7 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
         (["a", "b", "c"], "0 ended a, b, c"),
         (["a", 12 * "b"], "0 ended a, bbbbbbbbbbbb"),
         (["a", 13 * "b"], "0 ended a, +1 more"),
-        (["aaaaaaa", "b"], "0 ended +2 more"),
+        ([17 * "a", "b", "c"], "0 ended +3 more"),
     ):
         out.live("0 ended", items, 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == shown
@@ -9615,7 +9589,7 @@ def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Streams.take", "Job.process_ended"])
+@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Stream.take", "Job.process_ended"])
 def test_an_unexpected_error_leaves_nothing_behind(world: World, where: str) -> None:
     fails = f"""
 import os
@@ -9860,10 +9834,10 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world
     held_up = """
 import os, time
 time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
-def read(*args, was=coder_sync.Streams.read, **options):
+def read(*args, was=coder_sync.Stream.read, **options):
     os.path.exists("later") or open("stuck").read()
     was(*args, **options)
-coder_sync.Streams.read, coder_sync.PING_AFTER = read, 0.1
+coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
 """
     stuck = Gate(world, "stuck")
     agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
