@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -87,27 +87,36 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     above, cut, below = source.partition(b"\n# Processes. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+    return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(data, below):  # type: (bytes, bool) -> Any
-    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
+def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+    """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
+    after the other, which takes less memory than all at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    file.seek(0)
+    data = file.read(-1 if below else 1 << 18)
     start = data.find(mark) + 16
     if below:
         start = data.find(mark, start) + 16
     code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
     if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-        return loads(code)
+        return [loads(code)]
+    file.seek(0)
     try:
-        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+        parts, line, future = [], 0, b"from __future__ import annotations"
+        for part in halves(source_in(file.read()))[below].split(b"\n\n\n# --"):
+            text = future + b"\n" * line + b"#" + part if line or below else part
+            parts.append(compile(text, sys.argv[0], "exec"))
+            line += part.count(b"\n") + 3
+        return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
@@ -135,7 +144,8 @@ def launch():  # type: () -> None
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    exec(half_of(DATA, False), globals())  # the first lines have read it
+    for part in half_of(SELF, False):  # which the first lines have opened
+        exec(part, globals())
 
 
 #:
@@ -184,7 +194,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -1008,7 +1018,6 @@ def agent_path(given: str) -> str:
 
 def explain(path: str, error: OSError) -> str:
     """Return why an agent could not be reached, and what to do, in one line."""
-    import os
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -1023,10 +1032,10 @@ def explain(path: str, error: OSError) -> str:
         belongs = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
         why = f"permission denied{belongs}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
+        why = "not a socket; is the path right?"
     elif error.errno == errno.ECONNREFUSED:
         gone = "who made it is gone: build the tunnel again if it was one, else "
-        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        gone = "the agent that made it is gone; " if posix.access(path + ".lock", posix.F_OK) else gone
         why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
@@ -1278,10 +1287,11 @@ class Start:
 def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    own = ", which has no supervisor: end that process"
-    texts += [
-        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
-    ]
+    for row in answer.cannot:
+        way = ", which has no supervisor: end that process"
+        if row.owner and row.owner.alive is False:
+            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
+        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
 
@@ -1615,12 +1625,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if DATA:
+if SELF:
     if not quick(sys.argv[1:]):
-        exec(half_of(DATA, True), globals())
+        for part in half_of(SELF, True):
+            exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    DATA = b""
+    SELF.close()
+    SELF = None
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
@@ -7365,7 +7377,7 @@ import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)

@@ -2181,6 +2181,13 @@ def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
     assert coder_sync.list_text(rows, "unit,reason") == "UNIT  REASON\na     runs on\nb     why\n"
 
 
+def test_who_cannot_be_stopped_is_to_be_ended_or_if_gone_its_unit() -> None:
+    rows = [coder_sync.Running("a", OWNER), coder_sync.Running("b", GONE)]
+    alive, gone = coder_sync.still_running(coder_sync.Answer(cannot=rows)).split('; unit "b" cannot be stopped: ')
+    assert alive.endswith(": it is bash setup.sh (pid 4242), which has no supervisor: end that process")
+    assert gone == "it is sh (pid 7), which is no longer running; `complete b` or `fail b` lets others go on"
+
+
 def test_a_timeout_as_text_says_what_was_missing_and_what_may_have_been_meant() -> None:
     rows = [Dependency("b", "completed", "pending", False), Dependency("c", "completed", "not registered", False)]
     rows[1].did_you_mean = "cc"
@@ -4846,10 +4853,10 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
     play(call, world, NO_AGENT.format("connection refused; who made it is gone: build the tunnel..."))
     os.unlink(world.path)
     Path(world.path).write_text("x")
-    play(call, world, NO_AGENT.format("not a socket; remove it..."))
+    play(call, world, NO_AGENT.format("not a socket; is the path right?"))
     os.unlink(world.path)
     os.mkdir(world.path)
-    play(call, world, NO_AGENT.format("not a socket"))
+    play(call, world, NO_AGENT.format("not a socket; is the path right?"))
     os.rmdir(world.path)
     with listener(world.path) as sock:
         sock.listen(0)
