@@ -154,7 +154,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
@@ -166,7 +166,6 @@ if TYPE_CHECKING:
     Id = Union[str, int]
     Object = dict[str, Any]
     R = TypeVar("R", bound="Record")
-    Saved = tuple[float, dict[str, tuple[str, float]], set[str]]  # what is compared of a startup; see read_timeline
 
     @dataclass_transform()
     class Fields:
@@ -1378,10 +1377,15 @@ class Argument:
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """Return the value of a text, for `quick`. Raises UsageError."""
-        if text[:1] == "-" or text not in self.words.get("choices", [text]):
-            raise UsageError("argparse says what is wrong with it")
-        return self.words.get("type", str)(text)
+        """Return the value of a text. Raises UsageError, which names the argument."""
+        choices = self.words.get("choices", [text])
+        try:
+            if text not in choices:
+                raise UsageError(f"invalid choice: {ascii(text)[:40]} (choose from {', '.join(choices)})")
+            return self.words.get("type", str)(text)
+        except UsageError as error:
+            names = "/".join(self.names) if self.is_option else self.words["metavar"]
+            raise UsageError(f"argument {names}: {error}") from None
 
 
 def flag(*names: str, help: str) -> Argument:
@@ -1414,6 +1418,17 @@ class Command:
         """The options by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
+    def take(self, args: Args, names: Sequence[str]) -> None:
+        """Give names to the positionals. Raises UsageError."""
+        for argument in self.positionals:
+            if not names and argument.words.get("nargs") != "*":
+                raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
+            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            names = [] if argument.is_repeated else names[1:]
+        if names:
+            hint = "; did you forget -- before the command?" if self.tail else ""
+            raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
+
 
 COMMON = (
     Argument(
@@ -1429,7 +1444,7 @@ COMMON = (
         help="how long to try to reach an agent that is still starting (default: $CODER_SYNC_CONNECT_TIMEOUT, else 3s; "
         "questions try once)",
     ),
-    Argument("-h", "--help", action="help", help="show this help"),
+    flag("-h", "--help", help="show this help"),
 )
 UNIT = Argument("unit", metavar="UNIT", help="name of the unit")
 QUIET = flag("-q", "--quiet", help="say nothing but errors")
@@ -1551,18 +1566,14 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
                 names.append(word)
                 continue
             option = options[word]
+            if option.takes_value and words[0][:1] == "-":
+                return None
             value = option.read(words.pop(0)) if option.takes_value else True
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        for argument in command.positionals:
-            if argument.is_repeated:
-                values[argument.dest], names = names, []
-            else:
-                values[argument.dest] = argument.read(names.pop(0))
-            if argument.words.get("nargs") == "+" and not values[argument.dest]:
-                return None
+        command.take(args, names)
     except (UsageError, LookupError, ValueError):
         return None
-    return None if names or values.pop("help") or values["command"] is None else (command, args)
+    return None if args.help or args.command is None else (command, args)
 
 
 def name_process() -> None:
@@ -2032,11 +2043,11 @@ def in_path(program: str, path: bytes | None) -> str:
     return found
 
 
-def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Callable[[], Iterable[int]] = list) -> int:
+def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
     """Run a command with our standard streams; return its exit status, as a shell has it.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself, and what `more` returns in each
-    turn is sent too. Raises CommandError if it cannot be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
+    be run.
     """
     try:
         pid = spawn(command, env)
@@ -2045,9 +2056,8 @@ def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Cal
     codes: list[int] = []
     loop.children[pid] = codes.append
     while not codes:
-        numbers = [number for number in loop.turn() if not sent_by_key(number)]
-        for number in [*numbers, *more()]:
-            if not codes:
+        for number in loop.turn():
+            if not codes and not sent_by_key(number):
                 signal_to(pid, number)
     return shell_status(codes[0])
 
@@ -3194,7 +3204,6 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
-    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -3216,22 +3225,19 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
     """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
     known = parameters(method)
     names = f"there are {', '.join(known) or 'none'}"
-    if isinstance(params, list):
-        if len(params) > len(known):
-            raise InvalidParams(f"too many parameters; {names}")
-        params = dict(zip(known, params))
-    if not isinstance(params, dict):
-        raise InvalidParams('"params" must be an object')
-    for name in params:
+    given = dict(zip(known, params)) if isinstance(params, list) else params
+    if not isinstance(given, dict) or len(given) < len(params):
+        raise InvalidParams(f'"params" must be an object, or a list of no more than there are; {names}')
+    for name in given:
         if name not in known:
             raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; {names}")
     for name, (kind, required) in known.items():
         what, fits = KINDS[kind]
-        if name not in params and required:
+        if name not in given and required:
             raise InvalidParams(f'parameter "{name}" is missing')
-        if name in params and not fits(params[name]):
+        if name in given and not fits(given[name]):
             raise InvalidParams(f'parameter "{name}" must be {what}')
-    return params
+    return given
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
@@ -3256,6 +3262,7 @@ class Log:
         from threading import Thread
 
         self.level, self.path, self.lost = level, path, 0
+        self._trouble, self._again = "", NEVER
         self._fd = self._open() if path else 2
         self._is_file = os.path.isfile(self.path)
         self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
@@ -3263,9 +3270,11 @@ class Log:
         self._writer.start()
 
     def say(self, text: str, level: int = 1) -> None:
-        """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
-        if level > self.level:
+        """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
+        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._again):
             return
+        if level == 0:
+            self._trouble, self._again = text, time.monotonic() + 60
         if self._lines.qsize() >= MAX_QUEUE:
             self.lost += 1
             return
@@ -3308,13 +3317,12 @@ class Request:
     """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
 
     id: Any = None
-    size = 0  # bytes
-    answered = confirm = False  # confirm: the client says itself that the answer has arrived
-    report_at = NEVER  # when to say next what the claim lacks
-    arrived_at = NEVER  # when the answer counts as arrived, should the client not say so before
+    confirm = False  # the client says itself that the answer has arrived
+    answered = False
+    look_at = NEVER  # when to say next what the claim lacks, or, once the answer was sent, to take it for arrived
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection, self.since = connection, time.monotonic()
+    def __init__(self, connection: Connection, size: int) -> None:
+        self.connection, self.size, self.since = connection, size, time.monotonic()
 
 
 class WakeUp:
@@ -3375,38 +3383,29 @@ class Connection:
 
     def due(self) -> float:
         """Return when the thread has something to do of itself, on the monotonic clock."""
-        times = [self.idle_at]
-        for claim in self.open.values():
-            ticket = claim.ticket
-            times += [ticket.report_at, ticket.arrived_at, NEVER if ticket.answered else claim.deadline]
-        return min(times)
+        idle_at = NEVER if self.claims or self.following >= 0 else self.idle_at
+        return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
 
     def send(self, data: bytes) -> None:
-        """Send; a peer that reads nothing for SEND_TIMEOUT is hung up on."""
+        """Send; no more to a peer that has gone or reads nothing for SEND_TIMEOUT, but what it has sent is done."""
         left = memoryview(data)
         try:
             while left:
                 left = left[self.sock.send(left) :]
         except OSError as error:
-            self.hang_up()
+            self.gone = True
             if not of_peer(error):
                 raise
+            try:
+                self.sock.shutdown(2)  # both ways: what it has sent has an end
+            except OSError:
+                pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
         """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
-
-    def hang_up(self) -> None:
-        """Send nothing any more, and find the end of what the peer has sent."""
-        from socket import SHUT_RDWR
-
-        self.gone = True
-        try:
-            self.sock.shutdown(SHUT_RDWR)
-        except OSError:
-            pass
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
@@ -3443,18 +3442,9 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.stopping = False  # no claim ends any more
-        self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
-        self.owners: dict[Claim, tuple[Owner, FileIO | None]] = {}  # of `start --pid`: owner and its pidfd, if any
+        self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
-
-    def no_room(self, error: BaseException | None) -> None:
-        """Say once that there are no descriptors or threads left for another connection."""
-        if not self.exhausted:
-            self.exhausted = True
-            why = error.strerror if isinstance(error, OSError) else "no memory for another one"
-            self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """Do a step again and again, whatever goes wrong: the body of a thread."""
@@ -3471,9 +3461,9 @@ class Agent:
         """End a connection and its claims: its peer has gone."""
         with self.lock:
             connection.gone = True
-            self.connections.discard(connection)
             self.followers.discard(connection)
-            if not self.stopping:
+            if connection in self.connections:  # else the agent itself is about to end
+                self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
                 self._distribute()
             for claim in connection.claims:
@@ -3489,8 +3479,8 @@ class Agent:
         sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
-            pause = self._attend(connection)
-            if not connection.wake_up.sleep([sock.fileno()], pause):
+            self._attend(connection)
+            if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
                 time.sleep(PAUSE if connection.following >= 0 else 0)
                 continue
             chunk = sock.recv(65536)
@@ -3504,69 +3494,56 @@ class Agent:
             if not chunk:
                 return
 
-    def _attend(self, connection: Connection) -> float:
-        """Do what is due, and send what there is to say; return for how many seconds nothing more will be due."""
-        now, idle = time.monotonic(), False
-        if connection.due() <= now:
+    def _attend(self, connection: Connection) -> None:
+        """Do what is due, and send what there is to say."""
+        now, due = time.monotonic(), connection.due()
+        if due <= now:
             with self.lock:
                 self.units.end_late(list(connection.open.values()))
                 self._distribute()
-                for claim in list(connection.open.values()):
-                    if claim.ticket.arrived_at <= now:
+                for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
+                    if claim.ticket.answered:
                         self._arrived(claim)
-                    elif claim.ticket.report_at <= now:
+                    else:
                         self._still_waiting(claim)
-                if connection.idle_at <= now:
-                    idle = not (connection.claims or connection.following >= 0)
-                    connection.idle_at = now + IDLE_TIMEOUT
         self._flush(connection)
-        if idle:
+        if due <= now and due == connection.idle_at:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
-            connection.hang_up()
-        return connection.due() - now
+            raise TimeoutError
 
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
-        request, trusted = Request(connection), True
-        request.size = len(line)
+        request, trusted = Request(connection, len(line)), True
         try:
-            if len(line) > MAX_LINE:
-                raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
-            result = self._call(request, decode(line))
+            result = self._call(request, line)
             if isinstance(result, UnitStatus):
-                own = Dependency(result.unit_name, "", result.status, False)
-                self._suggest([own, *result.dependencies], result.unit_name)
-                result.did_you_mean = own.did_you_mean
+                self._suggest(result.dependencies, result.unit_name)
+                if result.status == NOT_REGISTERED:
+                    result.did_you_mean = self._resembling(result.unit_name)
             if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
                 connection.post({"id": request.id, "result": plain(result)})
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                unknown = Dependency(error.unit, "", NOT_REGISTERED, False)
-                self._suggest([unknown], "")
-                error = NotRegistered(f"{error}{meant(unknown.did_you_mean)}")
+                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
-        self.exhausted = False
         self._flush(connection)
         return trusted
 
-    def _call(self, request: Request, message: Any) -> Any:
-        if isinstance(message, list):
-            raise InvalidRequest("batches are not supported; send one request a line")
-        if not isinstance(message, dict):
-            raise InvalidRequest("a request must be a JSON object")
-        if type(message.get("id")) in (str, int):
+    def _call(self, request: Request, line: bytes) -> Any:
+        """Return the result of a request; None if it is answered later."""
+        if len(line) > MAX_LINE:
+            raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
+        message = decode(line)
+        if isinstance(message, dict) and type(message.get("id")) in (str, int):
             request.id = message["id"]
-        if message.get("jsonrpc") != "2.0":
-            raise InvalidRequest('"jsonrpc" must be "2.0"')
-        if "id" in message and request.id is None:
-            raise InvalidRequest('"id" must be a string or a whole number')
-        name = message.get("method")
-        if not isinstance(name, str):
-            raise InvalidRequest('"method" must be a string')
+        name = message.get("method") if isinstance(message, dict) and message.get("jsonrpc") == "2.0" else None
+        if not isinstance(name, str) or ("id" in message and request.id is None):
+            form = '"jsonrpc", which is "2.0", "method", a string, "params", and "id", a string or a whole number'
+            raise InvalidRequest(f"a request is one JSON object that has {form}; batches are not supported")
         method = METHODS.get(name)
         if method is None:
             raise MethodNotFound(f"no such method: {one_line(name)[:60]}; there are {', '.join(METHODS)}")
@@ -3589,22 +3566,21 @@ class Agent:
         """Send what is in the outbox, and what a follower does not have yet."""
         while not connection.gone:
             batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
-            taken, batch = len(batch), batch or self._unseen(connection)
-            if not batch:
+            events = [] if batch else self._unseen(connection)
+            messages = [self._message(claim, content) for claim, content in batch] or events
+            if not messages:
                 return
-            connection.send(b"".join([encode(self._message(claim, content)) for claim, content in batch]))
-            for _ in range(taken):  # not before it is sent: `stop` waits for that
+            connection.send(b"".join(map(encode, messages)))
+            for claim, content in batch:  # not before it is sent: `stop` waits for that
                 connection.outbox.popleft()
-            answers = [(c, content) for c, content in batch if c and not isinstance(content, Waiting)]
-            if answers and not connection.gone:
-                with self.lock:
-                    for claim, content in answers:
+                if claim and not connection.gone and not isinstance(content, Waiting):
+                    with self.lock:
                         if claim.ticket.confirm and isinstance(content, dict):
-                            claim.ticket.arrived_at = time.monotonic() + CONFIRM_TIMEOUT
+                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
                         else:
                             self._arrived(claim)
 
-    def _unseen(self, connection: Connection) -> list[tuple[Claim | None, Any]]:
+    def _unseen(self, connection: Connection) -> list[dict[str, Any]]:
         """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
         if connection.following < 0:
             return []
@@ -3612,12 +3588,11 @@ class Agent:
             events = [self.units.events.get(n) for n in range(connection.following + 1, self.units.seq + 1)[:1000]]
         connection.following += len(events)
         if not all(events):
-            connection.hang_up()
-            return []
-        return [(None, {"method": "event", "params": plain(event)}) for event in events]
+            raise TimeoutError
+        return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """Return what to send: an answer, an error, or a notification."""
+        """Return what to send: a message as it is, or what there is to say to a claim."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3632,13 +3607,17 @@ class Agent:
         )
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Note which registered name each unregistered one may mean: none that waits for it. Takes long."""
+        """Note which registered name each unregistered one may mean."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
-            with self.lock:
-                units = [self.units.units[name] for name in (row.depends_on, asker) if name in self.units.units]
-                behind = set().union(*map(self.units.dependents, units))
-                names = [name for name in self.units.names() if name not in behind]
-            row.did_you_mean = resembling(row.depends_on, names)
+            row.did_you_mean = self._resembling(row.depends_on, asker)
+
+    def _resembling(self, name: str, asker: str = "") -> str:
+        """Return the registered name that another one may mean: none that waits for it. Takes long."""
+        with self.lock:
+            units = [self.units.units[each] for each in (name, asker) if each in self.units.units]
+            behind = set().union(*map(self.units.dependents, units))
+            names = [each for each in self.units.names() if each not in behind]
+        return resembling(name, names)
 
     # -- under the lock -----------------------------------------------------------------------------------
 
@@ -3656,7 +3635,7 @@ class Agent:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
         if not request.answered:
-            request.answered, request.report_at = not claim.boot, NEVER
+            request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
@@ -3668,18 +3647,18 @@ class Agent:
 
     def _still_waiting(self, claim: Claim) -> None:
         request = claim.ticket
-        request.report_at += REPORT_EVERY
+        request.look_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
         request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
     def _arrived(self, claim: Claim) -> None:
         connection = claim.ticket.connection
+        connection.idle_at = time.monotonic() + IDLE_TIMEOUT
         if not claim.boot:  # which was answered long ago: its id may be in use again
             connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
-        holds = claim.held and claim.unit.name and claim not in self.owners
-        if not holds:
+        if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
         self._distribute()
 
@@ -3750,7 +3729,7 @@ class Agent:
         if len(request.connection.open) >= MAX_PENDING:
             raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
-            request.report_at = request.since  # at once
+            request.look_at = request.since  # at once
 
     def _may_begin(self) -> None:
         if self.leaving:
@@ -3760,7 +3739,10 @@ class Agent:
         """Keep the claim that a request has become, which is answered later or has just been."""
         connection = claim.ticket.connection
         connection.open[claim.ticket.id] = claim
-        connection.claims[claim] = None
+        self._keep(connection, [claim])
+
+    def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
+        connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
@@ -3782,15 +3764,11 @@ class Agent:
             members.append((name, wants, locks))
         if more:
             connection.members = members
-        else:
-            claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
-            still = [claim for claim in connection.claims if not self.units.is_over(claim)]
-            connection.claims = dict.fromkeys([*still, *claims])
-            if resume:
-                claimed = {claim.unit.name for claim in claims}
-                done = [name for name, _, _ in members if name not in claimed]
-                return {"units": len(members), "done": done}
-        return {"units": len(members)}
+            return {"units": len(members)}
+        claims = self.units.boot(members, request, connection.caller(hold=True), max(0, jobs), resume)
+        self._keep(connection, claims)
+        claimed = {claim.unit.name for claim in claims}
+        return {"units": len(members), "done": [name for name, _, _ in members if name not in claimed]}
 
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
@@ -3841,12 +3819,9 @@ class Agent:
         self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(
-        self, request: Request, unit: str, reason: str = "", code: int | None = None, stopped: bool = False
-    ) -> Any:
-        """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
-        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
-        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1, stopped)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
+        """End a supervisor's claim: the command has ended."""
+        self.units.exit(self._held(request, unit), reason, code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
@@ -3909,12 +3884,11 @@ class Agent:
         """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
         from io import FileIO
 
-        fd: FileIO | None = None
+        self.owners[claim] = None
         try:
-            fd = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy knows it only from 3.9 on)
+            self.owners[claim] = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
-        self.owners[claim] = (owner, fd)
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
@@ -3924,26 +3898,19 @@ class Agent:
         """
         self._owners_wake.awake = False
         with self.lock:
-            for claim in [claim for claim in self.owners if self.units.is_over(claim)]:
-                fd = self.owners.pop(claim)[1]
-                if fd:
-                    fd.close()
+            self.owners = {claim: file for claim, file in self.owners.items() if not self.units.is_over(claim)}
             owners = dict(self.owners)
             pause = self.units.keep_time() - time.monotonic()
             self._distribute()
-        fds = {fd.fileno() if fd else -1 for _, fd in owners.values()}
-        ready = self._owners_wake.sleep(fds - {-1}, min(pause, 1 if -1 in fds else NEVER))
-        gone = [c for c, (owner, fd) in owners.items() if (fd.fileno() in ready if fd else self._alive(owner) is False)]
+        fds = [file.fileno() for file in owners.values() if file]
+        ready = self._owners_wake.sleep(fds, pause if len(fds) == len(owners) else min(pause, 1))
+        gone = [claim for claim, file in owners.items() if file and file.fileno() in ready]
+        gone += [c for c, file in owners.items() if not file and c.owner and self._alive(c.owner) is False]
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended", Refused)
             self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
-
-    def graph(self) -> Graph:
-        """Return everything, for the picture at the end."""
-        with self.lock:
-            return self.units.graph()
 
     def retire(self) -> bool:
         """Take no more claims, unless a boot of somebody else has some; return whether none has."""
@@ -3974,9 +3941,8 @@ class Agent:
     def stop(self) -> None:
         """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
         with self.lock:
-            self.stopping = True
             self._turn_away()
-            connections = list(self.connections)
+            connections, self.connections = self.connections, set()  # whose ends change nothing any more
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -3994,6 +3960,10 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     import _thread
     import socketserver
 
+    def no_room(error: Exception) -> None:
+        why = trouble_of(error) or "no memory"
+        agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             agent.converse(self.request)
@@ -4010,7 +3980,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 wake_up = WakeUp()
                 return Connection(sock.accept()[0], wake_up), ""
             except OSError as error:
-                agent.no_room(error)
+                no_room(error)
                 time.sleep(0.05)  # do not spin
                 raise OSError from None  # for which socketserver looks again
 
@@ -4033,14 +4003,15 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             agent.end(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            _, error, trace = sys.exc_info()
+            error: Any = sys.exc_info()[1]
             if isinstance(error, MemoryError) or "start new thread" in str(error):
-                agent.no_room(error)
+                no_room(error)
             elif not of_peer(error):
-                while trace and trace.tb_next:
+                trace = error.__traceback__
+                while trace.tb_next:
                     trace = trace.tb_next
-                where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-                agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
+                agent.log.say(said, 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -4267,22 +4238,22 @@ class Host(Record):
     def stop_units(self, loop: Loop, everything: bool) -> None:
         """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
         stop = self.agent.stop_units(everything, GRACE)
-        if not stop:
-            return
-        self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
+        if stop:
+            self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
-        left = [unit["unit"] for unit in stop.answer["left"]]
-        if left:
-            self.agent.log.say(f"still running: {some_names(left)}", 0)
+        if stop and stop.answer["left"]:
+            self.agent.log.say(f"still running: {some_names([unit['unit'] for unit in stop.answer['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
         self._accepting.clear()
         self.agent.stop()
+        with self.agent.lock:
+            graph = self.agent.units.graph()
         if self.timeline:
-            self.timeline(self.agent.graph())
+            self.timeline(graph)
         self._at_end.close()
 
 
@@ -4330,14 +4301,11 @@ def connection_limit(raise_it: bool) -> int:
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
-    wanted = each * MAX_CONNECTIONS + 64
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for most in (wanted, 10_240):  # the bound that macOS has of its own
-        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        if not raise_it or open_files() >= soft:
-            break
+    wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS gives no more
+    if raise_it and open_files() < wanted:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
             pass
     return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
@@ -4390,13 +4358,13 @@ def json_text(value: Any) -> str:
 # -- one unit, and tables -----------------------------------------------------------------------------------
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "", always: int = 9) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
     """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
 
-    Without it, those behind the first `always` are shown where there is anything in them.
+    Without it, those are shown that have anything in them.
     """
     lower = [title.lower() for title in titles]
-    wanted = [name for i, name in enumerate(lower) if i < always or any(row[i] for row in rows)]
+    wanted = [name for i, name in enumerate(lower) if not rows or any(row[i] for row in rows)]
     if columns:
         wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")]
     for name in wanted:
@@ -4428,7 +4396,7 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         for d in status.dependencies
     ]
     titles = ["DEPENDS ON", "REQUIRED STATUS", "CURRENT STATUS", "SATISFIED", "REASON"]
-    text += table(titles, rows, columns, 4) if rows else "No dependencies.\n"
+    text += table(titles, rows, columns) if rows else "No dependencies.\n"
     if status.history:
         first = status.history[0].time
         rows = [[f"+{span(e.time - first)}", e.kind, e.detail] for e in status.history]
@@ -4457,8 +4425,8 @@ def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
     rows = [
         [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
     ]
-    text = table(["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"], rows, columns, 4)
-    return text if units else "no units yet\n"
+    titles = ["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"]
+    return table(titles, rows, columns) if units else "no units yet\n"
 
 
 LISTED = [
@@ -4467,9 +4435,9 @@ LISTED = [
 ]
 
 
-def list_data(units: Sequence[UnitStatus]) -> list[dict[str, Any]]:
-    """Return all units for programs."""
-    return [{key: plain(getattr(u, key)) for key in LISTED} for u in units]
+def picked(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[str, Any]]:
+    """Return some facts of units for programs."""
+    return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
 # -- what every picture of a startup needs ------------------------------------------------------------------
@@ -4524,7 +4492,9 @@ class Startup:
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
         rows = [self.bars[u.unit_name] for u in known]
-        self.rows = sorted(rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered, b.name))
+        self.rows = sorted(
+            rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
+        )
         self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4553,7 +4523,7 @@ class Startup:
         return path[::-1]
 
     def summary(self) -> str:
-        """Return the sentence people want; of a long critical path it names the longest steps."""
+        """Return the sentence people want; of a long critical path it names the last steps."""
         if not self.bars:
             return "no units yet"
         units = [bar.unit for bar in self.bars.values()]
@@ -4564,15 +4534,10 @@ class Startup:
         text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
         if not self.path or self.length <= 0:
             return text
-        longest = {bar.name for bar, _ in sorted(self.path, key=lambda step: -step[1])[:10]}
-        steps: list[str] = []
-        for bar, share in self.path:
-            if bar.name in longest:
-                steps.append(f"{bar.name} {span(share)}")
-            elif steps[-1:] != ["..."]:
-                steps.append("...")
+        steps = [f"{bar.name} {span(share)}" for bar, share in self.path]
+        shown = " -> ".join(["..."] * (len(steps) > 10) + steps[-10:])
         percent = 100 * sum(share for _, share in self.path) / self.length
-        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
+        return f"{text}; critical path: {shown} ({percent:.0f}% of it)"
 
 
 def standing(unit: UnitStatus, first: float | None = None) -> str:
@@ -4588,14 +4553,9 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
     return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
 
 
-def described(unit: UnitStatus, word: str = "") -> str:
-    """Return the status, or another word for it, and what else there is to say."""
-    return joined(word or unit.status, note(unit))
-
-
-def joined(*parts: str, by: str = ": ") -> str:
-    """Return the parts that are not empty, in one text."""
-    return by.join(filter(None, parts))
+def described(unit: UnitStatus) -> str:
+    """Return the status, and what else there is to say."""
+    return ": ".join(filter(None, (unit.status, note(unit))))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -4620,7 +4580,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
     outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
     cells = width - names - 12 - max(10, *map(len, outcomes))
-    scale = cells / startup.length if startup.length > 0 else 0.0
+    scale = cells / (startup.length or 1.0)
     axis = " " * (names + 3)
     for tick, text in ticks(startup.length, cells // 10):
         at = int(tick * scale + 1e-9)
@@ -4680,7 +4640,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     def since(t: float | None) -> float | None:
         return None if t is None else round(t - startup.first, 6)
 
-    rows: list[dict[str, Any]] = [{key: getattr(bar.unit, key) for key in SAVED} for bar in startup.rows]
+    rows = picked((bar.unit for bar in startup.rows), SAVED)
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
@@ -4688,35 +4648,22 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     return {**head, "critical_path": path, "units": rows}
 
 
-def read_timeline(text: str | bytes, name: str) -> Saved:
-    """Return what a `.json` timeline says: seconds in all, status and seconds of each unit, the critical path.
-
-    The text may be anything. Raises UsageError, which calls it `name`.
-    """
+def read_timeline(text: str | bytes, name: str) -> Startup:
+    """Return the startup that a `.json` timeline tells of. The text may be anything. Raises UsageError: see `name`."""
     import json
-
-    def seconds(value: Any, otherwise: float = 0.0) -> float:
-        if value is not None and not -1 <= value < 1e12:
-            raise ValueError
-        return otherwise if value is None or value < 0 else float(value)
 
     try:
         data = json.loads(text)
         if data.get("version", 1) > TIMELINE_VERSION:
             raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
-        length, units = seconds(data["seconds"]), {}
-        for row in data["units"]:
-            if row["status"] not in (PENDING, STARTED, *ENDED):
-                raise ValueError
-            ended = seconds(row["ended"], length)
-            units[check_name(row["unit_name"])] = (row["status"], max(0.0, ended - seconds(row["started"], ended)))
-        return length, units, {step["unit_name"] for step in data["critical_path"]}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Refused, InvalidParams):
+        units = [record(UnitStatus, {"is_ready": True, **row}) for row in data["units"]]
+        return Startup(Graph(typed(data["seconds"], "float"), units))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Unreachable):
         raise UsageError(f"{name} is not a timeline as `timeline -o json` prints it") from None
 
 
-def compare_text(before: Saved, now: Saved) -> str:
-    """Compare two startups as `read_timeline` returns them: how long each unit took, what changed most first.
+def compare_text(before: Startup, now: Startup) -> str:
+    """Compare two startups: how long each unit took, what changed most first.
 
     A unit that did not complete says nothing about how fast it is.
     """
@@ -4724,20 +4671,27 @@ def compare_text(before: Saved, now: Saved) -> str:
     def change(was: float, its: float) -> str:
         return "0" if abs(its - was) < 0.0005 else f"{'+' if its > was else '-'}{span(abs(its - was))}"
 
+    def cell(bar: Bar | None) -> str:
+        if bar is None:
+            return "-"
+        took = span(bar.ran) if bar.ran or bar.unit.status == COMPLETED else ""
+        return took if bar.unit.status == COMPLETED else f"{took} {bar.unit.status}".lstrip()
+
+    startups = {"before": before, "now": now}
+    bars = [{bar.name: bar for bar in startup.rows} for startup in startups.values()]
     rows: list[tuple[float, list[str]]] = []
-    for name in sorted({**before[1], **now[1]}):
-        both = [startup[1].get(name, ("", 0.0)) for startup in (before, now)]
-        (was, old), (its, new) = both
-        cells = [joined(span(t) if t else "", s, by=" ") if s != COMPLETED else span(t) for s, t in both]
-        amount, how = abs(new - old), "came" if not was else "went" if not its else change(old, new)
-        if {was, its} - {COMPLETED, ""}:
-            amount, how = NEVER, ""  # these stand first
-        path = [word for word, startup in (("before", before), ("now", now)) if name in startup[2]]
-        rows.append((-amount, [name, *(cell or "-" for cell in (*cells, how)), " and ".join(path)]))
+    for name in sorted({**bars[0], **bars[1]}):
+        was, its = both = [each.get(name) for each in bars]
+        old, new = (bar.ran if bar else 0.0 for bar in both)
+        amount, how = abs(new - old), "came" if was is None else "went" if its is None else change(old, new)
+        if any(bar and bar.unit.status != COMPLETED for bar in both):
+            amount, how = NEVER, "-"  # these stand first
+        path = " and ".join(word for word, startup in startups.items() if name in startup.critical)
+        rows.append((-amount, [name, *map(cell, both), how, path]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
-    complete = all(status == COMPLETED for startup in (before, now) for status, _ in startup[1].values())
-    verdict = change(before[0], now[0]) if complete else "not every unit completed"
-    return f"{text}\n{span(before[0])} in all before, {span(now[0])} now: {verdict}\n"
+    complete = all(bar.unit.status == COMPLETED for bar in (*before.rows, *now.rows))
+    verdict = change(before.length, now.length) if complete else "not every unit completed"
+    return f"{text}\n{span(before.length)} in all before, {span(now.length)} now: {verdict}\n"
 
 
 STYLE = """
@@ -4776,19 +4730,16 @@ def timeline_svg(graph: Graph) -> str:
 
     startup, body = Startup(graph), []
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
-    units = [bar.unit for bar in bars]
-    said = [standing(u) if u.running_on else described(u, "" if u.status in ENDED else standing(u)) for u in units]
-    outcomes = [fit(text, 60).rstrip() for text in said]
+    outcomes = []
+    for bar in bars:
+        is_over = bar.unit.status in ENDED and not bar.unit.running_on
+        outcomes.append(fit(described(bar.unit) if is_over else standing(bar.unit), 60).rstrip())
     left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
-    right = left + axis + 70
+    right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-    scale = axis / startup.length if startup.length > 0 else 0.0
 
-    def at(time: float) -> float:
-        return left + (time - startup.first) * scale
-
-    def write(x: float, y: float, text: str, more: str = ' class="m"') -> None:
-        body.append(f'<text x="{x:.1f}" y="{y:.0f}"{more}>{xml(text)}</text>')
+    def write(x: float, y: float, text: str, look: str = "m", anchor: str = "start") -> None:
+        body.append(f'<text x="{x:.1f}" y="{y:.0f}" class="{look}" text-anchor="{anchor}">{xml(text)}</text>')
 
     def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
         body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
@@ -4799,39 +4750,34 @@ def timeline_svg(graph: Graph) -> str:
 
     said = wrap(startup.summary(), int((width - 16) / column))
     for i, line in enumerate(said):
-        write(8, 20 + 18 * i, line, ' class="h"')
+        write(8, 20 + 18 * i, line, "h")
     top = 18 * len(said) + 44
     foot = top + high * len(bars)
     for tick, label in ticks(startup.length, 10) if bars else ():
-        x = left + tick * scale
-        body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{foot}"/>')
-        for y in (top - 14, foot + 14)[: 1 + (len(bars) > 30)]:
-            write(x, y, label, ' class="m" text-anchor="middle"')
-    tops = {bar.name: top + high * i for i, bar in enumerate(bars)}
+        body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
+        write(left + tick * scale, top - 14, label, anchor="middle")
+    places: dict[str, tuple[float, int]] = {}  # of each unit: where it started
     for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
-        status, y, critical = bar.unit.status, tops[bar.name], bar.name in startup.critical
+        status, y, is_critical = bar.unit.status, top + high * i, bar.name in startup.critical
+        places[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{xml(hover_text(bar))}</title>")
         rectangle("yz"[i % 2], 0, y, width, high)
-        write(8, y + 14, fit(bar.name, 60).rstrip(), ' class="h"' if critical else "")
+        write(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else "")
         for words, since, upto in bar.phases:
-            always = words in ("runs", "another try") or not bar.has_run
-            size = max((upto - since) * scale, 2.0 if always else 0.0)
-            k = " k" if critical and words == "runs" else ""
-            if size >= 0.5:
-                phase(words, status + k, min(at(since), left + axis - size), y, size)
-        write(right - 8, y + 14, bar.took, ' text-anchor="end"')
-        write(right, y + 14, outcome, f' class="{FAILED if status == FAILED else "m"}"')
+            size = max((upto - since) * scale, 2.0)
+            x = left + min((since - startup.first) * scale, axis - size)
+            phase(words, status + " k" * (is_critical and words == "runs"), x, y, size)
+        write(right - 8, y + 14, bar.took, "", "end")
+        write(right, y + 14, outcome, FAILED if status == FAILED else "m")
         body.append("</g>")
     for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
-        body.append(f'<path class="c" d="M{at(b.started):.1f} {tops[a.name] + 16}V{tops[b.name] + 4}"/>')
-    x, y = 8.0, foot + 32 - high * (not bars)
-    for meaning, words, status in LEGEND if bars else ():
-        if x + 30 + column * len(meaning) > width:
-            x, y = 8.0, y + high
+        x, y = places[b.name]
+        body.append(f'<path class="c" d="M{x:.1f} {places[a.name][1] + 16}V{y + 4}"/>')
+    for i, (meaning, words, status) in enumerate(LEGEND if bars else ()):
+        x, y = 8.0 + 184 * (i % 5), foot + 12 + high * (i // 5)
         phase(words, status, x, y, 2 if words == "another try" else 24)
         write(x + 30, y + 14, meaning)
-        x += 30 + column * (len(meaning) + 2)
-    sides = f'width="{width:.0f}" height="{y + 26}" viewBox="0 0 {width:.0f} {y + 26}"'
+    sides = f'width="{width:.0f}" height="{foot + 66}" viewBox="0 0 {width:.0f} {foot + 66}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
@@ -4923,28 +4869,25 @@ def graph_mermaid(graph: Graph) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
 
     ids = {u.unit_name: f"u{i}" for i, u in enumerate(graph.nodes)}
-    startup, bold = Startup(graph), "stroke:#d2641e,stroke-width:3px"
-    lines = ["flowchart LR"]
+    startup, lines = Startup(graph), ["flowchart LR"]
     for u in graph.nodes:
         box = f"([{quote(u.unit_name)}])" if u.running_on else f"[{quote(u.unit_name)}]"
         lines.append(f"  {ids[u.unit_name]}{box}:::{u.status.replace(' ', '_')}")
-    for name, dependent, requirement, _ in startup.edges:
+    for name, dependent, requirement, on_path in startup.edges:
         label = "" if requirement == SUCCESS else f"|{requirement}|"
-        lines.append(f"  {ids[name]} -->{label} {ids[dependent]}")
+        lines.append(f"  {ids[name]} {'==>' if on_path else '-->'}{label} {ids[dependent]}")
     for status, (_, colour) in COLOURS.items():
         lines.append(f"  classDef {status.replace(' ', '_')} fill:{colour},color:#222")
-    lines += [f"  style {ids[bar.name]} {bold}" for bar, _ in startup.path]
-    numbers = ",".join(str(i) for i, (*_, on_path) in enumerate(startup.edges) if on_path)
-    lines += [f"  linkStyle {numbers} {bold}"] if numbers else []
+    lines += [f"  style {ids[bar.name]} stroke:#d2641e,stroke-width:3px" for bar, _ in startup.path]
     return "\n".join(lines) + "\n"
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """Return the graph for programs."""
-    nodes = [{key: getattr(u, key) for key in ("unit_name", "status", "reason", "running_on")} for u in graph.nodes]
-    wants = ((u.unit_name, d, r) for u in graph.nodes for d, r in u.wants.items())
-    edges = [{"unit_name": name, "depends_on": d, "requirement": r} for name, d, r in wants]
-    return {"units": nodes, "edges": edges}
+    edges = [
+        {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
+    ]
+    return {"units": picked(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
 # -- why ----------------------------------------------------------------------------------------------------
@@ -4968,13 +4911,12 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     return found
 
 
-def inverted(onward: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Return the same edges, seen from their other end."""
-    back: dict[str, list[str]] = {}
-    for name, others in onward.items():
-        for other in others:
-            back.setdefault(other, []).append(name)
-    return back
+def is_notable(unit: UnitStatus, now: float) -> bool:
+    """Return whether `why` tells of a unit even if nothing waits for it."""
+    if unit.status == STARTED:
+        gone = unit.owner is not None and unit.owner.alive is False
+        return gone or now - (unit.started or 0.0) >= LONG
+    return unit.status == FAILED or standing(unit) in ("gave up", "exited")
 
 
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
@@ -4985,46 +4927,42 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
     stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
-    held_up = inverted(stuck)  # by each unit, without others in between
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    for name, causes in stuck.items():
+        for cause in causes:
+            held_up.setdefault(cause, []).append(name)
     known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
-    wanted_by = inverted({name: u.wants for name, u in units.items()})
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
+    asked = reached(names, found)
+
+    def tell(u: UnitStatus) -> str:
+        line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
+        if u.status != NOT_REGISTERED:
+            return line + "."
+        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+        line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+        return line + meant(resembling(u.unit_name, known.difference(wanted_by)), ".")  # it may be misspelt
 
     def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
-        """Tell of the first of some units, and how many more there are."""
-        lines = []
-        for u in some[:most]:
-            line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
-            guess = ""
-            if u.status == NOT_REGISTERED:  # it may be misspelt; what waits for it is not what was meant
-                behind = reached([u.unit_name], wanted_by)
-                line += f"; it is wanted by {some_names(wanted_by[u.unit_name])}" if behind[1:] else ""
-                guess = resembling(u.unit_name, known - set(behind))
-            lines.append(line + meant(guess, "."))
-        return lines + ([f"({len(some) - most} more like these)"] if len(some) > most else [])
+        return [tell(u) for u in some[:most]] + [f"({len(some) - most} more like these)"] * (len(some) > most)
 
     def is_cause(name: str) -> bool:
-        u = units[name]
-        if name in stuck:
-            return not stuck[name]
-        gone = u.status == STARTED and u.owner is not None and u.owner.alive is False
-        runs_long = u.status == STARTED and graph.now - (u.started or 0.0) >= LONG
-        return name in held_up or gone or runs_long or u.status == FAILED or standing(u) in ("gave up", "exited")
+        if names or name in stuck:
+            return not found.get(name)
+        return name in held_up or is_notable(units[name], graph.now)
 
-    asked = reached(names, found)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
-    for name in (name for name in asked or units if (not found.get(name) if names else is_cause(name))):
+    for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts: list[tuple[list[str], list[UnitStatus]]] = []
-    for directly, causes in groups.items():
-        parts.append((reached(directly, held_up), sorted(causes, key=lambda u: -u.age)))
+    parts = [(reached(held, held_up), sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
-    for held, causes in parts[:50]:
-        lines = stories(5 if held else 20, causes)
-        for word, skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (units[name].status == SKIPPED) == skipped]
-            lines += [f"    {word}: {some_names(those)}"] if those else []
+    for held, those in parts[:50]:
+        lines = stories(5 if held else 20, those)
+        skipped = [name for name in held if units[name].status == SKIPPED]
+        waiting = [name for name in held if units[name].status != SKIPPED]
+        lines += [f"    held up: {some_names(waiting)}"] if waiting else []
+        lines += [f"    skipped: {some_names(skipped)}"] if skipped else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
@@ -5032,44 +4970,40 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def elapsed(since: float | None, until: float | None) -> float:
-    """Return the seconds between two times of a unit; 0 if one of them has not been."""
-    return 0.0 if since is None or until is None else max(0.0, until - since)
-
-
 def story(unit: UnitStatus, now: float, what: str) -> str:
     """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
-    name, reason = f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
+    bar, name, reason = Bar(unit, now), f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
         return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
     if unit.status == SKIPPED:
-        return f"{name} was skipped {span(elapsed(unit.ended, now))} ago" + (f" because of {what}" if what else reason)
+        return f"{name} was skipped {span(now - bar.ended)} ago" + (f" because of {what}" if what else reason)
+    if unit.is_waiting:
+        what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
+        return f"{name} has not started: for {span(now - bar.asked)} it has been waiting for {what}"
     if unit.status == PENDING:
-        if unit.is_waiting:
-            what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
-            return f"{name} has not started: for {span(elapsed(unit.waiting, now))} it has been waiting for {what}"
         gave_up = "its start gave up, and nobody has called start again"
         who = "nobody has called start on it" if unit.waiting is None else gave_up
         who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
         return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
     by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
-    waited = elapsed(unit.waiting, unit.started)
-    how = f"after waiting {span(waited)}" if waited >= 0.05 else "at once"
-    how += f", last for {unit.released_by}" if unit.released_by and waited >= 0.05 else ""
+    how, waited = "at once", bar.started - bar.asked
+    if waited >= 0.05:
+        how = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
         gone = unit.owner is not None and unit.owner.alive is False
         still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
-        return f"{name} started {span(elapsed(unit.started, now))} ago{by}, {how}; {still}{again}{log}"
+        return f"{name} started {span(bar.ran)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(unit.age)} ago"
-    if unit.started is None:
+    if not bar.has_run:
         return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
     tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
     after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
     if unit.status == COMPLETED and unit.exited is not None:
-        after = joined(f"; its process ended {span(elapsed(unit.exited, now))} ago", unit.exit_reason)
-    ran = span(now - unit.age - unit.started)
+        after = f"; its process ended {span(now - unit.exited)} ago"
+        after += f": {unit.exit_reason}" if unit.exit_reason else ""
+    ran = span(now - unit.age - bar.started)
     return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
@@ -5518,12 +5452,11 @@ class Link:
         self._broken: Unreachable | None = None  # why there is none
         self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
-        self.opened = False
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
-        self._channel, self._broken, self.opened, self.lost = channel, None, True, ""
+        self._channel, self._broken, self.lost = channel, None, ""
         self._asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
@@ -5658,10 +5591,6 @@ class Task:
         """Start the process; return its pid. Raises OSError or ValueError."""
         return spawn(self.command, env)
 
-    def cannot_begin(self, error: Exception) -> CommandError:
-        """Return the error for a command that could not be started."""
-        return cannot_run(self.command[0], error)
-
     def begun(self, detail: str) -> None:
         """Report that a try has begun; `detail` says which one and why, unless it is the first."""
         if detail:
@@ -5753,7 +5682,7 @@ class Task:
     def not_begun(self, error: Exception) -> None:
         """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
         self.close_prober()
-        wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
@@ -6459,7 +6388,7 @@ def plan_text(scripts: list[Script]) -> str:
             rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
             missing.remove(script.unit)
         left = [script for script in left if script.unit in missing]
-    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows, always=1) if rows else ""
+    text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
@@ -6484,89 +6413,6 @@ class Claimed(Record):
     done: list[str] = []
 
 
-class Job(Task):
-    """A script on its way: a Task in a session of its own, whose output is read."""
-
-    own_session = True
-
-    def __init__(self, script: Script, boot: Boot) -> None:
-        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
-        self.script, self.boot, self.grace = script, boot, boot.options.grace
-        self.stream = Stream(script.unit)
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
-        self.died = False  # its command, after its unit had completed
-
-    def lives(self) -> bool:
-        """Return whether something of it may run."""
-        return self.state in (RUNNING, READY, ENDING)
-
-    def running(self) -> bool:
-        """Return whether its first process runs."""
-        return self.lives() and self.family.first
-
-    def ending(self) -> bool:
-        """Return whether its processes are to end."""
-        return self.state == ENDING or (self.running() and self.outcome == FAILED)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.boot.streams.open(self.stream)
-        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
-        try:
-            return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.boot.streams.close(self.stream)
-            raise
-        finally:
-            os.close(write)
-
-    def cannot_begin(self, error: Exception) -> CommandError:
-        return CommandError(f"cannot be run: {trouble_of(error)}", super().cannot_begin(error).exit_code)
-
-    def begun(self, detail: str) -> None:
-        self.boot.streams.log(self.stream, more=bool(detail))
-        log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
-        super().begun(detail)
-        if detail:
-            self.boot.streams.take(self.stream, f"{detail}\n".encode())
-
-    def doubt(self, what: str) -> None:
-        self.boot.out.say(f"warning: {self.unit}: {what}")
-
-    def process_ended(self, code: int) -> None:
-        self.boot.streams.drain(self.stream)
-        super().process_ended(code)
-
-    def gone(self) -> None:
-        self.boot.streams.drain(self.stream)  # also what its last process has printed
-        super().gone()
-
-    def fail(self, reason: str) -> None:
-        self.reason = reason
-        super().fail(reason)
-
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:  # its outcome is known by now, or it has none but this
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:
-                self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:
-                self.reported = self.outcome
-                self.report("running")  # or its end would not be the death of a service
-                self.exited()
-
-    def exited(self) -> None:
-        super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
-            self.died = True
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
-            self.boot.another("ended")
-
-
 class Output:
     """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
 
@@ -6574,9 +6420,10 @@ class Output:
     """
 
     patient = True  # else what is too much is lost
+    paused = False  # whether scripts are not read, since what they print is not taken
 
-    def __init__(self, units: Iterable[str], quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
+        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units), default=1))
@@ -6599,6 +6446,12 @@ class Output:
         self.clear()
         if len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
+
+    def no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
+        self.log_dir = ""
 
     def is_full(self) -> bool:
         """Return whether there is much that standard output does not take."""
@@ -6657,19 +6510,13 @@ class Output:
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
-        self.live_at = now + 1
-        text, shown = head, 0
-        for item in items:
-            left = len(items) - shown - 1
-            more = f", +{left} more" if left else ""
-            longer = f"{text}{', ' if shown else ' '}{item}"
-            if wide(longer + more) >= self.columns:
+        for shown in range(min(len(items), self.columns), -1, -1):
+            more = [f"+{len(items) - shown} more"] if shown < len(items) else []
+            text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
+            if wide(text) < self.columns:
                 break
-            text, shown = longer, shown + 1
-        if shown < len(items):
-            text += f"{',' if shown else ''} +{len(items) - shown} more"
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
-        self._live = True
+        self._live, self.live_at = True, now + 1
 
     def clear(self) -> None:
         """Remove the live line."""
@@ -6678,137 +6525,208 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
-class Stream:
-    """What one unit prints: the pipe that it is read from, the file that keeps it, and the last lines."""
+def opened_again(fd: int) -> int:
+    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return fd
 
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
+
+class Stream:
+    """What a unit prints: read from a pipe, passed on to an Output in whole lines, and kept in a file of --log-dir."""
+
+    def __init__(self, unit: str, loop: Loop, out: Output) -> None:
+        self.unit, self.loop, self.out = unit, loop, out
         self.fd = -1  # read end of the pipe
-        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.log, self.log_path = -1, ""
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-
-class Streams:
-    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
-
-    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
-        self.log_dir = log_dir  # empty: no logs, or no more
-        self.by_fd: dict[int, Stream] = {}  # those that are read
-        self._loop, self._out, self._paused = loop, out, False
-
-    def make_logs(self, streams: Iterable[Stream]) -> None:
-        """Make the directory, if there is to be one, and choose a file for each unit."""
-        if not self.log_dir:
-            return
-        taken = set()
-        for stream in streams:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.log_dir, exist_ok=True)
-        except OSError as error:
-            self._no_log(error)
-
-    def open(self, stream: Stream) -> int:
+    def open(self) -> int:
         """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
-        self.close(stream)
-        stream.fd, write = os.pipe()
-        os.set_blocking(stream.fd, False)
-        self.by_fd[stream.fd] = stream
-        self._read_or_not(stream)
+        self.close()
+        self.fd, write = os.pipe()
+        os.set_blocking(self.fd, False)
+        self.watch()
         return write
 
-    def log(self, stream: Stream, more: bool) -> None:
-        """Open a unit's file; a further try adds to it."""
-        if not self.log_dir:
-            return
-        try:
-            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
-        except OSError as error:
-            self._no_log(error)
+    def open_log(self, more: bool) -> None:
+        """Open the file; a further try adds to it."""
+        if self.out.log_dir:
+            try:
+                os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+                self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+            except OSError as error:
+                self.out.no_log(error)
 
-    def _no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if self.log_dir:
-            self._out.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
-        self.log_dir = ""
-        for stream in self.by_fd.values():
-            if stream.log >= 0:
-                os.close(stream.log)
-                stream.log = -1
+    def watch(self) -> None:
+        """Read what is printed, or nothing while our own output is not taken."""
+        if self.out.paused:
+            self.loop.forget(self.fd)
+        elif self.fd >= 0:
+            self.loop.watch(self.fd, self.read)
 
-    def pause(self, paused: bool) -> None:
-        """Read nothing while our own output is not taken."""
-        if paused != self._paused:
-            self._paused = paused
-            for stream in self.by_fd.values():
-                self._read_or_not(stream)
-
-    def _read_or_not(self, stream: Stream) -> None:
-        if self._paused:
-            self._loop.forget(stream.fd)
-        else:
-            self._loop.watch(stream.fd, lambda: self.read(stream))
-
-    def drain(self, stream: Stream) -> None:
-        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
-        self.read(stream, chunks=64)
-        if stream.rest:
-            self.take(stream, b"", last=True)
-
-    def read(self, stream: Stream, chunks: int = 1) -> None:
-        """Take what a script has printed."""
+    def read(self, chunks: int = 1) -> None:
+        """Take what was printed."""
         for _ in range(chunks):
             try:
-                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+                chunk = os.read(self.fd, 65536) if self.fd >= 0 else b""
             except BlockingIOError:
                 return
             if not chunk:
-                self.close(stream)
+                self.close()
                 return
-            self.take(stream, chunk)
+            self.take(chunk)
 
-    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+    def drain(self) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(chunks=64)
+        self.end_line()
+
+    def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if stream.log >= 0:
+        if self.log >= 0:
             try:
                 view = memoryview(chunk)
                 while view:
-                    view = view[os.write(stream.log, view) :]
+                    view = view[os.write(self.log, view) :]
             except OSError as error:
-                self._no_log(error)
-        *ended, rest = (stream.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, stream.rest = pieces(rest)
-        lines += more
-        if last and stream.rest:
-            lines.append(stream.rest)
-            stream.rest = b""
-        if self._out.quiet:
-            lines = lines[-LAST_LINES:]
+                self.out.no_log(error)
+                self.close_log()
+        *ended, rest = (self.rest + chunk).split(b"\n")
+        *more, self.rest = pieces(rest)
+        self.print([piece for line in ended for piece in pieces(line)] + more)
+
+    def end_line(self) -> None:
+        """Take the last line as a whole one."""
+        if self.rest:
+            self.print([self.rest])
+            self.rest = b""
+
+    def print(self, lines: list[bytes]) -> None:
+        """Print lines, and keep the last ones."""
+        lines = lines[-LAST_LINES:] if self.out.quiet else lines
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self._out.lines(stream.unit, texts)
+        self.last = (self.last + [text[:500] for text in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self.out.lines(self.unit, texts)
 
-    def close(self, stream: Stream) -> None:
+    def close(self) -> None:
         """Read no more of it."""
-        if stream.fd >= 0:
-            if stream.rest:
-                self.take(stream, b"", last=True)
-            del self.by_fd[stream.fd]
-            self._loop.forget(stream.fd)
-            os.close(stream.fd)
-            stream.fd = -1
-        if stream.log >= 0:
-            os.close(stream.log)
-            stream.log = -1
+        self.end_line()
+        if self.fd >= 0:
+            self.loop.forget(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+        self.close_log()
+
+    def close_log(self) -> None:
+        """Keep no more of it."""
+        if self.log >= 0:
+            os.close(self.log)
+            self.log = -1
 
 
-ENDS, RUNS, STAYS = range(3)  # what the background process does next: it ends, has something that runs on, or stays
+def pieces(line: bytes) -> Iterator[bytes]:
+    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
+    while len(line) > CUT:
+        at = CUT
+        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
+            at -= 1
+        yield line[:at]
+        line = line[at:]
+    yield line
+
+
+def log_names(units: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each unit."""
+    names: dict[str, str] = {}  # name -> unit
+    for unit in units:
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+        while name in names:
+            name += "_"
+        names[name] = unit
+    return {unit: name + ".log" for name, unit in names.items()}
+
+
+class Job(Task):
+    """A script on its way: a Task in a session of its own, whose output is read."""
+
+    own_session = True
+
+    def __init__(self, script: Script, boot: Boot) -> None:
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
+        self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit, boot.loop, boot.out)
+        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.died = False  # its command, after its unit had completed
+
+    def lives(self) -> bool:
+        """Return whether something of it may run."""
+        return self.state in (RUNNING, READY, ENDING)
+
+    def running(self) -> bool:
+        """Return whether its first process runs."""
+        return self.lives() and self.family.first
+
+    def ending(self) -> bool:
+        """Return whether its processes are to end."""
+        return self.state == ENDING or (self.running() and self.outcome == FAILED)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        write = self.stream.open()
+        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
+        try:
+            return spawn(self.command, env, own_session=True, file_actions=streams)
+        except OSError:
+            self.stream.close()
+            raise
+        finally:
+            os.close(write)
+
+    def begun(self, detail: str) -> None:
+        self.stream.open_log(more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
+        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
+        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
+        super().begun(detail)
+        if detail:
+            self.stream.take(f"{detail}\n".encode())
+
+    def doubt(self, what: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {what}")
+
+    def process_ended(self, code: int) -> None:
+        self.stream.drain()
+        super().process_ended(code)
+
+    def gone(self) -> None:
+        self.stream.drain()  # also what its last process has printed
+        super().gone()
+
+    def fail(self, reason: str) -> None:
+        self.reason = reason
+        super().fail(reason)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        try:
+            unwrap(message)
+        except SyncError as error:  # its outcome is known by now, or it has none but this
+            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
+                self.fail(str(error))
+            elif method in ("complete", "fail") and not self.outcome:
+                self.boot.ended(self, self.reported, self.reason)
+            elif method == "fail" and self.outcome == COMPLETED:
+                self.reported = self.outcome
+                self.report("running")  # or its end would not be the death of a service
+                self.exited()
+
+    def exited(self) -> None:
+        super().exited()
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+            self.died = True
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
+            self.boot.another("ended")
 
 
 class Boot:
@@ -6821,15 +6739,14 @@ class Boot:
         loop = Loop((*STOPS, "SIGQUIT"))
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.hear_front)
-        self.out = Output([script.unit for script in scripts], options.quiet)
-        self.streams = Streams(loop, self.out, options.log_dir)
+        self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
-        self.wants = {s.unit: {edge.dependency for edge in s.want} for s in scripts}
+        self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
         self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.claimed = False
+        self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
@@ -6838,8 +6755,10 @@ class Boot:
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
         self.ask_at = NEVER  # when to ask again whether another boot needs it
-        self.directory = ""  # for files of commands
-        self.graph: Graph | None = None
+        for unit, name in log_names(self.jobs).items():
+            self.jobs[unit].stream.log_path = options.log_dir and os.path.abspath(os.path.join(options.log_dir, name))
+
+    # -- from the claim to the last end -------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
@@ -6848,14 +6767,13 @@ class Boot:
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
-        self.null, self.directory = null(), private_directory()
+        self.null, directory = null(), private_directory()
         for job in self.jobs.values():
-            job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
-        if not self.directory:
+            job.left, job.notify_path = private_path(directory), private_path(directory)
+        if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
         try:
-            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
             self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
@@ -6865,8 +6783,7 @@ class Boot:
         finally:
             self.out.flush()
             self.link.close()
-            self.loop.forget(*self.streams.by_fd)
-            remove_directory(self.directory)
+            remove_directory(directory)
             os.close(self.null)
 
     def look_after(self, code: int) -> int:
@@ -6875,7 +6792,7 @@ class Boot:
         if self.options.stay and not self.signal:
             if not self.options.quiet:
                 self.out.say("boot: staying until a signal")
-            self.tell_front(code, STAYS)
+            self.tell_front(code, runs=True)
             self.until(lambda: bool(self.stopping or self.link.lost))
             code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
         elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
@@ -6886,7 +6803,7 @@ class Boot:
             self.say_let_go()
         self.until(self.said)
         self.out.flush()
-        self.tell_front(code, RUNS if runs_on else ENDS)
+        self.tell_front(code, runs_on)
         if runs_on:
             os.chdir("/")
             self.until(lambda: not self.runs())
@@ -6894,16 +6811,80 @@ class Boot:
 
     def runs(self) -> bool:
         """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
-        if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
+        if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.waits()))
 
-    def tell_front(self, code: int, what: int) -> None:
-        """Tell the front how the startup went, and what comes next."""
+    def printing(self) -> list[str]:
+        """Return the units whose output is read."""
+        return [unit for unit, job in self.jobs.items() if job.stream.fd >= 0]
+
+    def abandon(self) -> None:
+        """End what runs, by nothing but signals, on an unexpected way out."""
+        families = [job.family for job in self.active.values() if job.lives()]
+        for family in families:
+            family.look(Processes)
+            family.signal(15)
+            family.tell_others()
+            family.first = False  # whose end nobody takes any more
+        kill_at = time.monotonic() + self.options.grace
+        while families and time.monotonic() < kill_at + LAST_WAIT:
+            time.sleep(LOOK_OFTEN)
+            families = [family for family in families if family.look(Processes)]
+            for family in families if time.monotonic() >= kill_at else ():
+                family.kill()
+
+    def until(self, over: Callable[[], bool]) -> None:
+        """Handle whatever happens until it is over and nothing that is to end still runs."""
+        while True:
+            now = time.monotonic()
+            due = self.keep_time(now)
+            if over() and not any(job.ending() for job in self.active.values()):
+                return
+            if not any(self.out.pending.values()):
+                if now >= self.out.live_at:
+                    ended, running = len(self.jobs) - self.unfinished, self.running(now)
+                    waiting = self.unfinished - len(running)
+                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.live_at)
+            self.pause(self.out.patient and self.out.is_full())
+            for number in self.out.turn(self.loop, due):
+                self.told(number)
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing of scripts while our own output is not taken."""
+        if paused != self.out.paused:
+            self.out.paused = paused
+            for job in self.jobs.values():
+                job.stream.watch()
+
+    def said(self) -> bool:
+        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
+        return not any(self.out.pending.values()) or bool(self.signal)
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            self.link.ask("graph", lambda answer: self.say_progress(graph_in(answer)))
+        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
+            job.keep_time(now)
+            if job.state == GONE:
+                del self.active[job.unit]
+        if self.stopping:
+            self.stop_in_order(now)
+        patience = STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
+        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now, patience))
+        return min([due, *(job.next_due() for job in self.active.values())])
+
+    # -- the front ----------------------------------------------------------------------------------------
+
+    def tell_front(self, code: int, runs: bool) -> None:
+        """Tell the front how the startup went, and whether something still runs."""
         try:
-            os.write(self.front, bytes([code, what]))
+            os.write(self.front, bytes([code, runs]))
         except OSError:  # it has gone
             pass
 
@@ -6928,67 +6909,6 @@ class Boot:
         why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
         self.stop(f"stopped: {why}", 0 if again else self.options.grace)
 
-    def abandon(self) -> None:
-        """End what runs, by nothing but signals, on an unexpected way out."""
-        self.link.close()
-        families = [job.family for job in self.active.values() if job.lives()]
-        if families:
-            self.loop.forget(self.front, *self.streams.by_fd)
-            self.loop.children.clear()
-        for family in families:
-            family.look(self.loop.processes)
-            family.signal(15)
-            family.tell_others()
-        deadline = time.monotonic() + self.options.grace
-        while families and time.monotonic() < deadline + LAST_WAIT:
-            self.loop.turn(time.monotonic() + LOOK_OFTEN)
-            for family in families:
-                family.first = family.first and signal_to(family.pid, 0)
-                if time.monotonic() > deadline:
-                    family.kill()
-            families = [family for family in families if family.look(self.loop.processes)]
-
-    def until(self, over: Callable[[], bool]) -> None:
-        """Handle whatever happens until it is over and nothing that is to end still runs."""
-        while True:
-            now = time.monotonic()
-            due = self.keep_time(now)
-            if over() and not any(job.ending() for job in self.active.values()):
-                return
-            if not any(self.out.pending.values()):
-                if now >= self.out.live_at:
-                    ended = len(self.jobs) - self.unfinished
-                    running = self.running(now)
-                    waiting = self.unfinished - len(running)
-                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
-                due = min(due, self.out.live_at)
-            self.streams.pause(self.out.patient and self.out.is_full())
-            for number in self.out.turn(self.loop, due):
-                self.told(number)
-
-    def said(self) -> bool:
-        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
-        return not any(self.out.pending.values()) or bool(self.signal)
-
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.report_at:
-            self.report_at = now + REPORT_EVERY
-            self.link.ask("graph", self.told_graph)
-        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
-            job.keep_time(now)
-            if job.state == GONE:
-                del self.active[job.unit]
-        if self.stopping:
-            self.stop_in_order(now)
-        due = min(
-            now + 60,
-            self.report_at,
-            self.ask_at,
-            self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT),
-        )
-        return min([due, *(job.next_due() for job in self.active.values())])
-
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
@@ -7011,12 +6931,16 @@ class Boot:
 
     def claim_answered(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        for name in record(Claimed, unwrap(answer)).done:
-            if name in self.jobs:
-                del self.jobs[name]
-                self.done.append(name)
-                self.unfinished -= 1
-        self.claimed = True
+        try:
+            done = record(Claimed, unwrap(answer)).done
+        except Refused:
+            self.answered = True
+            raise
+        self.answered = True
+        self.done = [unit for unit in done if unit in self.jobs]
+        for unit in self.done:
+            del self.jobs[unit]
+        self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
 
@@ -7036,7 +6960,7 @@ class Boot:
 
     def agent_gone(self, error: Unreachable) -> None:
         """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
-        if not self.claimed:
+        if not self.answered:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
@@ -7062,11 +6986,9 @@ class Boot:
     def another(self, what: str) -> None:
         """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
         if self.options.fail_fast and self.over and self.options.command:
-            self.tell_front(1, RUNS)  # it ends COMMAND first
+            self.tell_front(1, runs=True)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, why: str, grace: float) -> None:
         """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
@@ -7074,10 +6996,8 @@ class Boot:
         self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
             job.stopped = why
-            if job.state in (WAITING, CHECKING) and not job.outcome:
-                job.stop(why)
-            elif job.state == ENDING:
-                job.end(why, self.stop_by)
+            if job.state == ENDING or (job.state in (WAITING, CHECKING) and not job.outcome):
+                job.stop(why, self.stop_by)
         self.look()
         self.stop_in_order(now)
 
@@ -7088,14 +7008,10 @@ class Boot:
                 job.look()
 
     def stop_in_order(self, now: float) -> None:
-        """End what runs, and nothing wants that does, also through others; at the end all."""
-        wanted: set[str] = set()
+        """End what runs, and nothing wants that does, also through others; after half of the time all."""
         early = now < self.stop_by - self.options.grace / 2
-        todo = [name for name, job in self.active.items() if early and job.lives()]
-        while todo:
-            new = self.wants.get(todo.pop(), set()) - wanted
-            wanted |= new
-            todo += new
+        living = [unit for unit, job in self.active.items() if early and job.lives()]
+        wanted = set(reached((name for unit in living for name in self.wants[unit]), self.wants))
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7112,17 +7028,6 @@ class Boot:
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
-    def told_graph(self, answer: Object) -> None:
-        """Take the graph of all units, for a report on the way, or the one at the end."""
-        try:
-            graph = record(Graph, unwrap(answer))
-        except Unreachable:
-            graph = Graph(0.0, [])
-        if self.unfinished:
-            self.say_progress(graph)
-        else:
-            self.graph = graph
-
     def say_progress(self, graph: Graph) -> None:
         """Say what runs and what waits, and for what."""
         rows = {row.unit_name: row for row in graph.nodes}
@@ -7134,14 +7039,13 @@ class Boot:
             return f"{name}, {row.status}" + (owner_text(row.owner, " by ") if row.status == STARTED else "")
 
         now = time.monotonic()
-        waiting = []
+        running, waiting = self.running(now), []
         for unit, job in self.jobs.items():
-            row = rows.get(unit)
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
-            elif not job.outcome and not job.running() and row:
-                waiting.append(joined(unit, "; ".join(map(whom, row.waits_for)), by=" for "))
-        running = self.running(now)
+            elif not job.outcome and not job.running() and unit in rows:
+                lacks = "; ".join(map(whom, rows[unit].waits_for))
+                waiting.append(f"{unit} for {lacks}" if lacks else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
@@ -7150,53 +7054,56 @@ class Boot:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.streams.close(job.stream)
-        lost = self.link.lost
+                job.stream.close()
+        lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
         self.look()
-        self.link.ask("graph", self.told_graph)
-        self.until(lambda: self.graph is not None)
+        self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
+        self.until(lambda: bool(graphs))
         self.out.clear()
         self.out.flush()
-        graph = self.graph or Graph(0.0, [])
-        self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
+        graph = Graph(graphs[0].now, [node for node in graphs[0].nodes if node.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
-            self.out.say(self.summary(self.graph).rstrip("\n"))
+            self.out.say(self.summary(graph))
             self.until(self.said)
         if self.options.timeline:
-            self.options.timeline(self.graph)
+            self.options.timeline(graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
         """Return what failed, with its last lines, what was skipped and why, and how long it took."""
-        count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
-        words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
-        words += [f"{len(self.done)} done before"] if self.done else []
-        text = f"boot: {', '.join(words)}\n"
+        outcomes = [job.outcome for job in self.jobs.values()]
+        words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
+        counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
+        counts += [f"{len(self.done)} done before"] if self.done else []
+        failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
                 how = f" ({how})" if how else ""
-                text += f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}\n"
-                text += "".join(f"    | {line}\n" for line in job.stream.last)
-        for job in self.jobs.values():
-            if job.outcome == SKIPPED:
-                text += f"skipped: {job.unit}: {job.reason}\n"
-            elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
-                text += f"not started: {job.unit}: {job.reason}\n"
+                failed.append(f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}")
+                failed += [f"    | {line}" for line in job.stream.last]
+            elif job.outcome != COMPLETED:
+                others.append(f"{'skipped' if job.outcome == SKIPPED else 'not started'}: {job.unit}: {job.reason}")
         going_on = [job.unit for job in self.active.values() if job.lives()]
-        text += f"still running: {some_names(going_on)}\n" if going_on else ""
-        lines = [Startup(graph).summary()] if graph.nodes else []
-        if os.isatty(2):
-            lines = [part for line in lines for part in wrap(line, self.out.columns)]
-        return text + "".join(line + "\n" for line in lines)
+        others += [f"still running: {some_names(going_on)}"] if going_on else []
+        last = Startup(graph).summary() if graph.nodes else ""
+        return "\n".join([*failed, *others, *(wrap(last, self.out.columns) if os.isatty(2) else [last])]).rstrip()
 
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
-        names = sorted({stream.unit for stream in self.streams.by_fd.values()})
+        names = sorted(self.printing())
         if names and not self.out.quiet and 1 in self.out.pipes():
-            kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
+            kept = f"only in {self.options.log_dir}" if self.out.log_dir else "lost; --log-dir would keep it"
             self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
+
+
+def graph_in(answer: Object) -> Graph:
+    """Return the graph that an agent has answered with; an empty one if it has gone."""
+    try:
+        return record(Graph, unwrap(answer))
+    except Unreachable:
+        return Graph(0.0, [])
 
 
 class Front:
@@ -7208,7 +7115,7 @@ class Front:
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
         self.loop, self.link, self.command, self.grace = loop, link, command, grace
-        self.said: list[tuple[int, int]] = []  # by the background process: a status, and what comes next
+        self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
         os.set_blocking(link, False)
@@ -7221,11 +7128,13 @@ class Front:
         self.ended.append(code)
 
     def hear(self) -> None:
-        """Take what the background process says."""
+        """Take what the background process says; beside COMMAND, that it is to end, since a service has died."""
         try:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
+        if data and self.said and self.command:
+            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
@@ -7254,13 +7163,14 @@ class Front:
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
 
-    def run(self, always: bool) -> int:
+    def run(self, always: bool, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
         self.until(lambda: self.said or self.ended)
-        if self.said and self.said[-1][1] == STAYS:
+        if stay and self.said and not self.signal:
             notify("READY=1")
             self.until(lambda: self.ended or len(self.said) > 1)
-        if self.said and self.said[-1][1] == ENDS:
+        runs_on = self.said and self.said[-1][1]
+        if not runs_on or (os.getpid() == 1 and not self.command):  # the system would kill what still runs
             self.until(lambda: self.ended)
         if self.signal:
             self.wait_for_end()
@@ -7276,37 +7186,29 @@ class Front:
             if self.command and not self.ended:
                 self.tell(0)
                 self.wait_for_end()
-        if os.getpid() == 1 and not self.ended:  # the system would kill what still runs
-            self.until(lambda: self.ended)
-            code = 128 + self.signal if self.signal else code
         self.loop.give_back()
         if wanted:
-            self.become_command()
+            become(self.command)
         return shell_status(code)
-
-    def become_command(self) -> NoReturn:
-        """Have COMMAND take our place. Raises CommandError."""
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(self.command[0], self.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(self.command[0], error) from None
 
     def run_command(self) -> int:
         """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
         command = self.command
         if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
             command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
-        self.said.clear()
-        return supervise(self.loop, command, environment(), self.died)
+        return supervise(self.loop, command, environment())
 
-    def died(self) -> list[int]:
-        """Return TERM for COMMAND if the background process has said that a service has died, with --fail-fast."""
-        said, self.said = self.said, []
-        return [15] if said else []
+
+def become(command: list[str]) -> NoReturn:
+    """Have a command take our place. Raises CommandError."""
+    import _signal as signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7314,24 +7216,18 @@ def boot_at(path: str, boot: Boot) -> int:
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
-            channel = Channel(path)
-        except Foreign:
-            raise
-        except Unreachable:
             try:
+                channel = Channel(path)
+            except Foreign:
+                raise
+            except Unreachable:
                 with Host(path) as host:
                     return boot.run(own_channel(host), host)
-            except Refused:  # another agent was faster, or is about to go
-                if boot.link.opened or time.monotonic() >= deadline:
-                    raise
-        else:
             with channel:
-                try:
-                    return boot.run(channel)
-                except Unreachable:  # it was about to end
-                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
-                        raise
-                    boot.link.opened = False
+                return boot.run(channel)
+        except (Refused, Unreachable) as error:  # an agent was faster, or is about to end
+            if boot.answered or boot.signal or isinstance(error, Foreign) or time.monotonic() >= deadline:
+                raise
         time.sleep(0.02)
 
 
@@ -7342,25 +7238,6 @@ def own_channel(host: Host) -> Channel:
     ours, theirs = socketpair()
     host.server.process_request(Connection(theirs, WakeUp()), "")
     return Channel(host.path, sock=ours)
-
-
-def pieces(line: bytes) -> Iterator[bytes]:
-    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
-    while len(line) > CUT:
-        at = CUT
-        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
-            at -= 1
-        yield line[:at]
-        line = line[at:]
-    yield line
-
-
-def opened_again(fd: int) -> int:
-    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
-    try:
-        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return fd
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7487,72 +7364,63 @@ def install(path: str, python: str) -> str:
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    shown = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
-    return " ".join([PROGRAM, command.name, *shown, "[OPTION]..."]) + tail
+    return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
-def parser_of(usage: str, arguments: Iterable[Argument], **words: Any) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments. It raises UsageError."""
+def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
+    """Return argparse's parser for arguments of a command. It raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-        def print_help(self, file: Any = None) -> None:  # of another one: while it parses, this one has no positionals
-            put(parser_of(usage, arguments, **words).format_help())
-
     form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
-    usage_text = usage.replace("%", "%%")
-    parser = Parser(PROGRAM, usage_text, formatter_class=form, add_help=False, allow_abbrev=False, **words)
+    usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
+    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-
-        def read(text: str, argument: Argument = argument) -> Any:
-            try:
-                return argument.words.get("type", str)(text.lstrip("\0"))
-            except UsageError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        more: dict[str, Any] = {"default": argument.default, "type": read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
 
 
-def parser_for(command: Command) -> argparse.ArgumentParser:
-    """Return argparse's parser for what follows the name of a command."""
-    example = f"example: {PROGRAM} {command.example}"
-    return parser_of(usage_of(command), command.arguments, description=command.help, epilog=example)
-
-
-def front_of(words: Sequence[str], into: Args | None = None) -> tuple[Args, list[str]]:
-    """Return the options in front of a command, and the command with what follows. Raises UsageError."""
-    options = (*COMMON[:2], flag("-h", "--help", help=""), flag("--version", help=""))
-    parser = parser_of("", (*options, Argument("words", nargs="...", help="")))
-    args, others = parser.parse_known_args(words, into or Args())
-    if others:
-        which = "which command? Options other than --socket-path and --connect-timeout follow the command"
-        raise UsageError(f"{ascii(others[0])[:60]}: {which}")
-    rest, wants_help, wants_version = (vars(args).pop(name) for name in ("words", "help", "version"))
-    if wants_help or wants_version:
-        return args, ["help" if wants_help else "version"]
-    return front_of(rest[2:] or ["help"], args) if rest[:2] == ["exp", "sync"] else (args, rest)
+def command_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    words: list[str] = [*argv]
+    options: list[str] = []
+    commands = {"-h": "help", "--help": "help", "--version": "version"}
+    while words:
+        name, equals, _ = words[0].partition("=")
+        if words[:2] == ["exp", "sync"]:
+            words = words[2:] or ["help"]
+        elif name in ("--socket-path", "--connect-timeout"):
+            size = 1 if equals else 2
+            options, words = options + words[:size], words[size:]
+        elif name[:1] == "-" and name not in commands:
+            break
+        else:
+            return [commands.get(words[0], words[0]), *options, *words[1:]]
+    raise UsageError(f"which command? {', '.join(COMMANDS)}; options follow it; see `{PROGRAM} --help`")
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
     """Parse a command line. Ends the process for --help. Raises UsageError."""
-    args, words = front_of(argv)
-    if not words:
-        raise UsageError("which command? " + ", ".join(COMMANDS) + f"; see `{PROGRAM} --help`")
-    command = command_named(words[0])
+    name, *words = command_first(argv)
+    command, args = command_named(name), Args()
+    words, args.command = split_tail(command, words)
+    end = words.index("--") if "--" in words else len(words)  # names follow
+    options = [argument for argument in command.arguments if argument.is_option]
     try:
-        words, args.command = split_tail(command, words[1:])
-        if "--" in words:  # names follow: mark them with what no word and no option begins with
-            words[words.index("--") :] = ["\0" + word for word in words[words.index("--") + 1 :]]
-        _, others = parser_for(command).parse_known_intermixed_args(words, args)
-        if others:
-            raise UsageError(surplus(command, others[0].lstrip("\0")))
+        _, names = parser_of(command, options).parse_known_args(words[:end], args)
+        if args.help:
+            put(help_page(command))
+            raise SystemExit(0)
+        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
+            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
+        command.take(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7563,22 +7431,17 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
 Command.parse = parse
 
 
+def help_page(command: Command) -> str:
+    """Return the help on a command."""
+    return parser_of(command, command.arguments).format_help()
+
+
 def command_named(name: str) -> Command:
     """Return the command with this name. Raises UsageError."""
-    if name in COMMANDS:
-        return COMMANDS[name]
-    if name == "exp":
-        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
-    hint = meant(resembling(name, list(COMMANDS)), f"; there are {', '.join(COMMANDS)}")
-    raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
-
-
-def surplus(command: Command, word: str) -> str:
-    """Return what is wrong with a word that is one too many."""
-    if word[:1] == "-":
-        given = word.partition("=")[0]
-        return f"no such option: {ascii(given)[:40]}{meant(resembling(given, list(command.options)))}"
-    return f"unexpected {ascii(word)[:60]}" + ("; did you forget -- before the command?" if command.tail else "")
+    if name not in COMMANDS:
+        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
+    return COMMANDS[name]
 
 
 def mode_bits(text: str) -> int:
@@ -7612,7 +7475,32 @@ def units_or(default: str) -> Argument:
 
 
 COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, separated by commas (default: all)")
-TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there at the end: .svg, .json or .txt")
+
+
+def timeline_writer(path: str) -> Callable[[Graph], None]:
+    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    form = os.path.splitext(path)[1].lstrip(".")
+    if form not in ("svg", "json", "txt"):
+        raise UsageError(f"{printable(path)}: the name must end in .svg, .json or .txt")
+    path = os.path.abspath(path)
+
+    def write(graph: Graph) -> None:
+        try:
+            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
+                f.write(timeline_as(form, graph))
+        except OSError as error:
+            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
+
+    return write
+
+
+TIMELINE = Argument(
+    "--timeline",
+    type=timeline_writer,
+    default=None,
+    metavar="FILE",
+    help="write the timeline there at the end: .svg, .json or .txt",
+)
 
 
 @Command(
@@ -7625,7 +7513,7 @@ TIMELINE = Argument("--timeline", metavar="FILE", help="write the timeline there
     Argument("--pid-file", metavar="FILE", help="write the process id there"),
     TIMELINE,
     Argument("--mode", type=mode_bits, default=0, help="permissions (default: 600, or 660 with --group)"),
-    Argument("--group", help="group of the socket, by name or number (default: yours)"),
+    Argument("--group", type=group_id, default=None, help="group of the socket, by name or number (default: yours)"),
     tail="*",
 )
 def cmd_serve(args: Args) -> int:
@@ -7644,12 +7532,12 @@ def cmd_serve(args: Args) -> int:
     elif args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
-        "mode": args.mode or (0o660 if args.group else 0o600),
-        "group": group_id(args.group) if args.group else -1,
+        "mode": args.mode or (0o600 if args.group is None else 0o660),
+        "group": -1 if args.group is None else args.group,
         "level": level,
         "log_file": args.log_file and os.path.abspath(args.log_file),
         "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "timeline": timeline_writer(args.timeline) if args.timeline else None,
+        "timeline": args.timeline,
         "replace": make_room if args.replace else None,
         "advice": slowness(),
     }
@@ -7680,23 +7568,6 @@ def make_room(path: str) -> bool:
     except SyncError:
         pass
     return answered or time.monotonic() - began < ANSWER_TIMEOUT
-
-
-def timeline_writer(path: str) -> Callable[[Graph], None]:
-    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
-    form = os.path.splitext(path)[1].lstrip(".")
-    if form not in ("svg", "json", "txt"):
-        raise UsageError(f"--timeline {path}: the name must end in .svg, .json or .txt")
-    path = os.path.abspath(path)
-
-    def write(graph: Graph) -> None:
-        try:
-            with open(open_file(path, WRITE), "w", encoding="utf-8") as f:
-                f.write(timeline_as(form, graph))
-        except OSError as error:
-            put(f"warning: cannot write the timeline to {printable(path)}: {error.strerror}\n", 2)
-
-    return write
 
 
 @Command(
@@ -7748,15 +7619,17 @@ def cmd_boot(args: Args) -> int:
         quiet=args.quiet,
         always=args.always,
         resume=args.resume,
-        timeline=timeline_writer(args.timeline) if args.timeline else None,
+        timeline=args.timeline,
         command=args.command[0] if args.command else "",
     )
+    if not scripts:
+        become(args.command)
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
     if child:
-        return Front(loop, child, link, args.command, args.grace).run(args.always)
+        return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
     boot = Boot(scripts, options, link)
-    code = boot_at(path, boot) if scripts else boot.look_after(0)
+    code = boot_at(path, boot)
     boot.loop.give_back()
     return code
 
@@ -7817,17 +7690,13 @@ def cmd_shutdown(args: Args) -> None:
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
     """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
-    variables = make_client(args).env(args.unit)
-    for name in variables:
+    lines = []
+    for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
             raise SyncError(f"the agent knows a variable that no shell can take: {ascii(name)[:60]}")
-    put("".join(f"export {name}={shell_word(value)}\n" for name, value in variables.items()))
-
-
-def shell_word(text: str) -> str:
-    """A text as one word of a shell."""
-    quoted = text.replace("'", "'\\''")
-    return f"'{quoted}'"
+        quoted = value.replace("'", "'\\''")
+        lines.append(f"export {name}='{quoted}'\n")
+    put("".join(lines))
 
 
 @Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
@@ -7846,7 +7715,7 @@ def cmd_status(args: Args) -> None:
 def cmd_list(args: Args) -> None:
     """Show all units."""
     units = make_client(args).list(args.all)
-    put(json_text(list_data(units)) if args.output == "json" else list_text(units, args.column))
+    put(json_text(picked(units, LISTED)) if args.output == "json" else list_text(units, args.column))
 
 
 @Command("why pip-install", units_or("all that is stuck"))
@@ -7876,7 +7745,7 @@ def cmd_timeline(args: Args) -> None:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
     if args.compare:
-        put(compare_text(before, read_timeline(json_text(timeline_data(graph)), "the present")))
+        put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
     elif args.output == "text":
@@ -8030,7 +7899,7 @@ def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
         if topic not in TOPICS:
-            parser_for(command_named(topic)).print_help()
+            put(help_page(command_named(topic)))
         else:
             put(TOPICS[topic]())
     if args.topics:
@@ -8117,24 +7986,21 @@ def candidates(words: Sequence[str]) -> list[str]:
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
     before += [option] * bool(equals)
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
     try:
-        _, rest = front_of([*before, "the last"])
+        command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
-    if "--" in before or (rest[1:] and rest[0] not in COMMANDS):
+    if command is None or "--" in before:
         return []
-    command = COMMANDS[rest[0]] if rest[1:] else Command("")
     asked = command.positionals
     if before and before[-1] in command.options and command.options[before[-1]].takes_value:
         asked = [command.options[before[-1]]]
-    found: list[str] = [] if asked or rest[1:] or not rest else [*COMMANDS]
-    if last[:1] == "-":
-        asked, found = [], [*command.options]
-    for argument in asked:
-        found += argument.words.get("choices") or ()
-        found += [*COMMANDS, *TOPICS] if argument.words.get("metavar") == "TOPIC" else ()
-    if any(argument.words.get("metavar") in ("UNIT", "DEP") for argument in asked):
-        found += known_units(before)
+    found = [*command.options] if last[:1] == "-" else []
+    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in asked}
+    found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
+    found += known_units(before) if metavars & {"UNIT", "DEP"} else []
     return [option + equals + word for word in found if word.startswith(last)]
 
 
