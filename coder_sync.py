@@ -1416,7 +1416,7 @@ class Command:
             setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
-            hint = "; did you forget -- before the command?" if self.tail else ""
+            hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
             raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
 
 
@@ -4938,11 +4938,14 @@ def is_notable(unit: UnitStatus, now: float) -> bool:
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
 
-    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    for name, u in units.items():
+        if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
+            stuck[name] = found[name]
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
     for name, causes in stuck.items():
         for cause in causes:

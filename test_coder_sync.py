@@ -4515,7 +4515,8 @@ $ serve --timeline x.pdf -> 2: serve: argument --timeline: x.pdf: the name must 
 $ start -> 2: start: the following arguments are required: UNIT (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a b -> 2: start: unexpected 'b' (usage: ...
 $ want a -> 2: want: the following arguments are required: DEP (usage: coder_sync.py want UNIT DEP... [OPTION]...)
-$ run a sh -- x; run a sh -> 2: run: unexpected 'sh'; did you forget -- before the command? (usage: ...
+$ run a --retry 3 2s -- true -> 2: run: unexpected '2s' (usage: ...
+$ run a sh -> 2: run: unexpected 'sh'; did you forget -- before the command? (usage: ...
 $ run a; run a -- -> 2: run: a command must follow -- (usage: coder_sync.py run UNIT [OPTION]... -- COMMAND ARG...)
 $ serve -- -> 2: serve: a command must follow -- (usage: coder_sync.py serve [OPTION]... [-- COMMAND ARG...])
 $ boot nowhere sleep 1 ->
@@ -6843,8 +6844,10 @@ is in /logs/tools.log.
 "web" started 20s ago by bash web.sh (pid 42), after waiting 10s, last for base; it is still running.
     held up: slow
 
-"catche" is not registered: nobody has called want, start or run on it; did you mean "cache"?
 "gone" is not registered: nobody has called want, start or run on it; it is wanted by lint.
+    held up: lint
+
+"catche" is not registered: nobody has called want, start or run on it; did you mean "cache"?
 ? why: odd ends: completed without a start, refused, refused later
 "refused" is not registered: its want was refused: cycle detected: a -> b -> a; did you mean "refused later"?
 "refused later" has not started: nobody has called start on it; its last want was refused: cycle detected: a -> b -> \
@@ -6862,6 +6865,9 @@ nothing waits, runs long or was skipped
 "never started" has not started: nobody has called start on it; it is ready.
     held up: its dependency was never started
 
+"gate" is not registered: nobody has called want, start or run on it; it is wanted by hardly waited, timed out.
+    held up: timed out
+
 "b_setup" is not registered: nobody has called want, start or run on it; it is wanted by misspelt; did you mean \
 "b-setup"?
 "zzz" is not registered: nobody has called want, start or run on it; it is wanted by misspelt.
@@ -6873,7 +6879,6 @@ complete.
 "is tried again" started 3m05s ago, at once; it is still running (try 2).
 "hardly waited" started 3m05s ago, at once; it is still running.
 "ran and failed" failed 3m03s ago after running 2.0s; started at once.
-"timed out" failed 3m00s ago without having started: timed out waiting for gate; it lacked "gate".
 "its cause has gone" was skipped 2m56s ago: b failed.
 ? why: services
 "ide" started 1m00s ago by process (pid 77), after waiting 1m40s, last for tools; it is still running.
