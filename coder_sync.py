@@ -4357,7 +4357,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
-    for word in text.split(" "):
+    for word in text.split():
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), width), dots)
@@ -7602,10 +7602,9 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    level = 2 * args.verbose or int(not args.quiet)
-    if args.command and not args.socket_path:
-        level = 2 * args.verbose  # the command's output is what matters
-    elif args.detach and not args.log_file:
+    is_private = args.command and not args.socket_path  # the command's output is what matters
+    level = 2 * args.verbose or int(not args.quiet and not is_private)
+    if args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
         "mode": args.mode or (0o600 if args.group is None else 0o660),
@@ -7620,13 +7619,13 @@ def cmd_serve(args: Args) -> int:
     if not args.command:
         serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
-    import tempfile
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
 
     try:
-        if args.socket_path:
-            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
-        with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
-            return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
+        with ExitStack() as at_end:
+            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
+            return serve_command(Host(os.path.abspath(path), **options), args.command)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
@@ -7686,23 +7685,13 @@ def cmd_boot(args: Args) -> int:
         return 0
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
-    options = BootOptions(
-        jobs=args.jobs,
-        grace=args.grace,
-        log_dir=args.log_dir,
-        fail_fast=args.fail_fast,
-        stay=args.stay,
-        quiet=args.quiet,
-        always=args.always,
-        resume=args.resume,
-        timeline=args.timeline,
-        command=args.command[0] if args.command else "",
-    )
+    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
+    given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
     if child:
         return Front(loop, child, link, args.command, args.grace).run(args.always)
-    boot = Boot(scripts, options, link)
+    boot = Boot(scripts, BootOptions(**given), link)
     code = boot_at(path, boot) if scripts else boot.look_after(0)
     boot.loop.give_back()
     return code
@@ -8026,7 +8015,8 @@ def cmd_completion(args: Args) -> None:
     if args.command:
         line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
         if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
+            found = bash_candidates(typed, [*args.command, ""][1])
         else:
             found = candidates(args.command)
         put("".join(word + "\n" for word in found))
@@ -8035,24 +8025,21 @@ def cmd_completion(args: Args) -> None:
     put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def bash_candidates(line: bytes, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+def bash_candidates(line: str, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
+
+    Nothing inside of quotes.
+    """
     import re
     import shlex
 
-    text = line.decode(errors="surrogateescape").rstrip("\\")
-    for quote in ("", "'", '"'):  # the one that is still open
-        try:
-            words = shlex.split(text + quote)
-        except ValueError:
-            continue
-        if not quote and text[-1:].isspace():
-            words.append("")
-        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
-        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
-        change = r"'\\''" if quote == "'" else r"\\\1"
-        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
-    return []
+    try:
+        words = shlex.split(line.rstrip("\\"))
+    except ValueError:  # a quote is open
+        return []
+    words += [""] if line[-1:].isspace() else []
+    done = len(words[-1]) - len(word.replace("\\", ""))
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
