@@ -2031,11 +2031,11 @@ def in_path(program: str, path: bytes | None) -> str:
     return found
 
 
-def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Callable[[], Iterable[int]] = list) -> int:
+def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
     """Run a command with our standard streams; return its exit status, as a shell has it.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself, and what `more` returns in each
-    turn is sent too. Raises CommandError if it cannot be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
+    be run.
     """
     try:
         pid = spawn(command, env)
@@ -2044,9 +2044,8 @@ def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Cal
     codes: list[int] = []
     loop.children[pid] = codes.append
     while not codes:
-        numbers = [number for number in loop.turn() if not sent_by_key(number)]
-        for number in [*numbers, *more()]:
-            if not codes:
+        for number in loop.turn():
+            if not codes and not sent_by_key(number):
                 signal_to(pid, number)
     return shell_status(codes[0])
 
@@ -3193,7 +3192,6 @@ NO_ENVIRONMENT: dict[str, str] = {}
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
-    "int | None": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
     "bool": ("true or false", lambda v: type(v) is bool),
     "Id": ("a string or a whole number", lambda v: type(v) in (str, int)),
@@ -3215,22 +3213,19 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
     """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
     known = parameters(method)
     names = f"there are {', '.join(known) or 'none'}"
-    if isinstance(params, list):
-        if len(params) > len(known):
-            raise InvalidParams(f"too many parameters; {names}")
-        params = dict(zip(known, params))
-    if not isinstance(params, dict):
-        raise InvalidParams('"params" must be an object')
-    for name in params:
+    given = dict(zip(known, params)) if isinstance(params, list) else params
+    if not isinstance(given, dict) or len(given) < len(params):
+        raise InvalidParams(f'"params" must be an object, or a list of no more than there are; {names}')
+    for name in given:
         if name not in known:
             raise InvalidParams(f"no such parameter: {one_line(name)[:60]}; {names}")
     for name, (kind, required) in known.items():
         what, fits = KINDS[kind]
-        if name not in params and required:
+        if name not in given and required:
             raise InvalidParams(f'parameter "{name}" is missing')
-        if name in params and not fits(params[name]):
+        if name in given and not fits(given[name]):
             raise InvalidParams(f'parameter "{name}" must be {what}')
-    return params
+    return given
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
@@ -3255,6 +3250,7 @@ class Log:
         from threading import Thread
 
         self.level, self.path, self.lost = level, path, 0
+        self._trouble, self._again = "", NEVER
         self._fd = self._open() if path else 2
         self._is_file = os.path.isfile(self.path)
         self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
@@ -3262,9 +3258,11 @@ class Log:
         self._writer.start()
 
     def say(self, text: str, level: int = 1) -> None:
-        """Queue a line; level 0 shows always, 1 unless --quiet, 2 with --verbose."""
-        if level > self.level:
+        """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
+        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._again):
             return
+        if level == 0:
+            self._trouble, self._again = text, time.monotonic() + 60
         if self._lines.qsize() >= MAX_QUEUE:
             self.lost += 1
             return
@@ -3377,31 +3375,25 @@ class Connection:
         return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
 
     def send(self, data: bytes) -> None:
-        """Send; a peer that reads nothing for SEND_TIMEOUT is hung up on."""
+        """Send; no more to a peer that has gone or reads nothing for SEND_TIMEOUT, but what it has sent is done."""
         left = memoryview(data)
         try:
             while left:
                 left = left[self.sock.send(left) :]
         except OSError as error:
-            self.hang_up()
+            self.gone = True
             if not of_peer(error):
                 raise
+            try:
+                self.sock.shutdown(2)  # both ways: what it has sent has an end
+            except OSError:
+                pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
         """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
-
-    def hang_up(self) -> None:
-        """Send nothing any more, and find the end of what the peer has sent."""
-        from socket import SHUT_RDWR
-
-        self.gone = True
-        try:
-            self.sock.shutdown(SHUT_RDWR)
-        except OSError:
-            pass
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
@@ -3438,17 +3430,9 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.exhausted = False  # whether it has been said that there is no room, and no connection was served since
         self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
-
-    def no_room(self, error: BaseException | None) -> None:
-        """Say once that there are no descriptors or threads left for another connection."""
-        if not self.exhausted:
-            self.exhausted = True
-            why = error.strerror if isinstance(error, OSError) else "no memory for another one"
-            self.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """Do a step again and again, whatever goes wrong: the body of a thread."""
@@ -3514,7 +3498,7 @@ class Agent:
         if due <= now and due == connection.idle_at:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
-            connection.hang_up()
+            raise TimeoutError
 
     def _line(self, connection: Connection, line: bytes) -> bool:
         """Do one request and answer it; False if the rest of the stream cannot be trusted."""
@@ -3534,7 +3518,6 @@ class Agent:
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
-        self.exhausted = False
         self._flush(connection)
         return trusted
 
@@ -3543,19 +3526,12 @@ class Agent:
         if len(line) > MAX_LINE:
             raise ParseError(f"a request is one line of at most {MAX_LINE} bytes; use several calls")
         message = decode(line)
-        if isinstance(message, list):
-            raise InvalidRequest("batches are not supported; send one request a line")
-        if not isinstance(message, dict):
-            raise InvalidRequest("a request must be a JSON object")
-        if type(message.get("id")) in (str, int):
+        if isinstance(message, dict) and type(message.get("id")) in (str, int):
             request.id = message["id"]
-        if message.get("jsonrpc") != "2.0":
-            raise InvalidRequest('"jsonrpc" must be "2.0"')
-        if "id" in message and request.id is None:
-            raise InvalidRequest('"id" must be a string or a whole number')
-        name = message.get("method")
-        if not isinstance(name, str):
-            raise InvalidRequest('"method" must be a string')
+        name = message.get("method") if isinstance(message, dict) and message.get("jsonrpc") == "2.0" else None
+        if not isinstance(name, str) or ("id" in message and request.id is None):
+            form = '"jsonrpc", which is "2.0", "method", a string, "params", and "id", a string or a whole number'
+            raise InvalidRequest(f"a request is one JSON object that has {form}; batches are not supported")
         method = METHODS.get(name)
         if method is None:
             raise MethodNotFound(f"no such method: {one_line(name)[:60]}; there are {', '.join(METHODS)}")
@@ -3600,8 +3576,7 @@ class Agent:
             events = [self.units.events.get(n) for n in range(connection.following + 1, self.units.seq + 1)[:1000]]
         connection.following += len(events)
         if not all(events):
-            connection.hang_up()
-            return []
+            raise TimeoutError
         return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
@@ -3832,12 +3807,9 @@ class Agent:
         self.units.run_on(self._held(request, unit))
         return {"unit": unit}
 
-    def do_exited(
-        self, request: Request, unit: str, reason: str = "", code: int | None = None, stopped: bool = False
-    ) -> Any:
-        """End a supervisor's claim: the command has ended. Without `code`, an empty reason means 0."""
-        ended_well = code == 0 if code is not None else reason in ("", "exit code 0")
-        self.units.exit(self._held(request, unit), reason, 0 if ended_well else code or 1, stopped)
+    def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
+        """End a supervisor's claim: the command has ended."""
+        self.units.exit(self._held(request, unit), reason, code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
@@ -3976,6 +3948,10 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     import _thread
     import socketserver
 
+    def no_room(error: Exception) -> None:
+        why = trouble_of(error) or "no memory"
+        agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
+
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             agent.converse(self.request)
@@ -3992,7 +3968,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 wake_up = WakeUp()
                 return Connection(sock.accept()[0], wake_up), ""
             except OSError as error:
-                agent.no_room(error)
+                no_room(error)
                 time.sleep(0.05)  # do not spin
                 raise OSError from None  # for which socketserver looks again
 
@@ -4015,14 +3991,15 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             agent.end(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            _, error, trace = sys.exc_info()
+            error: Any = sys.exc_info()[1]
             if isinstance(error, MemoryError) or "start new thread" in str(error):
-                agent.no_room(error)
+                no_room(error)
             elif not of_peer(error):
-                while trace and trace.tb_next:
+                trace = error.__traceback__
+                while trace.tb_next:
                     trace = trace.tb_next
-                where = f"line {trace.tb_lineno}" if trace else "an unknown line"
-                agent.log.say(f"internal error at {where}: {one_line(repr(error))}; please report it", 0)
+                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
+                agent.log.say(said, 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -4249,15 +4226,13 @@ class Host(Record):
     def stop_units(self, loop: Loop, everything: bool) -> None:
         """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
         stop = self.agent.stop_units(everything, GRACE)
-        if not stop:
-            return
-        self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
+        if stop:
+            self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
-        left = [unit["unit"] for unit in stop.answer["left"]]
-        if left:
-            self.agent.log.say(f"still running: {some_names(left)}", 0)
+        if stop and stop.answer["left"]:
+            self.agent.log.say(f"still running: {some_names([unit['unit'] for unit in stop.answer['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
@@ -4314,14 +4289,11 @@ def connection_limit(raise_it: bool) -> int:
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
-    wanted = each * MAX_CONNECTIONS + 64
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for most in (wanted, 10_240):  # the bound that macOS has of its own
-        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        if not raise_it or open_files() >= soft:
-            break
+    wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS gives no more
+    if raise_it and open_files() < wanted:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
             pass
     return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
@@ -5471,12 +5443,11 @@ class Link:
         self._broken: Unreachable | None = None  # why there is none
         self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
-        self.opened = False
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
-        self._channel, self._broken, self.opened, self.lost = channel, None, True, ""
+        self._channel, self._broken, self.lost = channel, None, ""
         self._asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
@@ -5611,10 +5582,6 @@ class Task:
         """Start the process; return its pid. Raises OSError or ValueError."""
         return spawn(self.command, env)
 
-    def cannot_begin(self, error: Exception) -> CommandError:
-        """Return the error for a command that could not be started."""
-        return cannot_run(self.command[0], error)
-
     def begun(self, detail: str) -> None:
         """Report that a try has begun; `detail` says which one and why, unless it is the first."""
         if detail:
@@ -5706,7 +5673,7 @@ class Task:
     def not_begun(self, error: Exception) -> None:
         """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
         self.close_prober()
-        wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
@@ -6437,89 +6404,6 @@ class Claimed(Record):
     done: list[str] = []
 
 
-class Job(Task):
-    """A script on its way: a Task in a session of its own, whose output is read."""
-
-    own_session = True
-
-    def __init__(self, script: Script, boot: Boot) -> None:
-        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
-        self.script, self.boot, self.grace = script, boot, boot.options.grace
-        self.stream = Stream(script.unit)
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
-        self.died = False  # its command, after its unit had completed
-
-    def lives(self) -> bool:
-        """Return whether something of it may run."""
-        return self.state in (RUNNING, READY, ENDING)
-
-    def running(self) -> bool:
-        """Return whether its first process runs."""
-        return self.lives() and self.family.first
-
-    def ending(self) -> bool:
-        """Return whether its processes are to end."""
-        return self.state == ENDING or (self.running() and self.outcome == FAILED)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.boot.streams.open(self.stream)
-        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
-        try:
-            return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.boot.streams.close(self.stream)
-            raise
-        finally:
-            os.close(write)
-
-    def cannot_begin(self, error: Exception) -> CommandError:
-        return CommandError(f"cannot be run: {trouble_of(error)}", super().cannot_begin(error).exit_code)
-
-    def begun(self, detail: str) -> None:
-        self.boot.streams.log(self.stream, more=bool(detail))
-        log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
-        super().begun(detail)
-        if detail:
-            self.boot.streams.take(self.stream, f"{detail}\n".encode())
-
-    def doubt(self, what: str) -> None:
-        self.boot.out.say(f"warning: {self.unit}: {what}")
-
-    def process_ended(self, code: int) -> None:
-        self.boot.streams.drain(self.stream)
-        super().process_ended(code)
-
-    def gone(self) -> None:
-        self.boot.streams.drain(self.stream)  # also what its last process has printed
-        super().gone()
-
-    def fail(self, reason: str) -> None:
-        self.reason = reason
-        super().fail(reason)
-
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:  # its outcome is known by now, or it has none but this
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:
-                self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:
-                self.reported = self.outcome
-                self.report("running")  # or its end would not be the death of a service
-                self.exited()
-
-    def exited(self) -> None:
-        super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
-            self.died = True
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
-            self.boot.another("ended")
-
-
 class Output:
     """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
 
@@ -6527,9 +6411,10 @@ class Output:
     """
 
     patient = True  # else what is too much is lost
+    paused = False  # whether scripts are not read, since what they print is not taken
 
-    def __init__(self, units: Iterable[str], quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
+        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units), default=1))
@@ -6552,6 +6437,12 @@ class Output:
         self.clear()
         if len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
+
+    def no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
+        self.log_dir = ""
 
     def is_full(self) -> bool:
         """Return whether there is much that standard output does not take."""
@@ -6610,19 +6501,13 @@ class Output:
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
-        self.live_at = now + 1
-        text, shown = head, 0
-        for item in items:
-            left = len(items) - shown - 1
-            more = f", +{left} more" if left else ""
-            longer = f"{text}{', ' if shown else ' '}{item}"
-            if wide(longer + more) >= self.columns:
+        for shown in range(min(len(items), self.columns), -1, -1):
+            more = [f"+{len(items) - shown} more"] if shown < len(items) else []
+            text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
+            if wide(text) < self.columns:
                 break
-            text, shown = longer, shown + 1
-        if shown < len(items):
-            text += f"{',' if shown else ''} +{len(items) - shown} more"
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
-        self._live = True
+        self._live, self.live_at = True, now + 1
 
     def clear(self) -> None:
         """Remove the live line."""
@@ -6631,137 +6516,208 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
-class Stream:
-    """What one unit prints: the pipe that it is read from, the file that keeps it, and the last lines."""
+def opened_again(fd: int) -> int:
+    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return fd
 
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
+
+class Stream:
+    """What a unit prints: read from a pipe, passed on to an Output in whole lines, and kept in a file of --log-dir."""
+
+    def __init__(self, unit: str, loop: Loop, out: Output) -> None:
+        self.unit, self.loop, self.out = unit, loop, out
         self.fd = -1  # read end of the pipe
-        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.log, self.log_path = -1, ""
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-
-class Streams:
-    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
-
-    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
-        self.log_dir = log_dir  # empty: no logs, or no more
-        self.by_fd: dict[int, Stream] = {}  # those that are read
-        self._loop, self._out, self._paused = loop, out, False
-
-    def make_logs(self, streams: Iterable[Stream]) -> None:
-        """Make the directory, if there is to be one, and choose a file for each unit."""
-        if not self.log_dir:
-            return
-        taken = set()
-        for stream in streams:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.log_dir, exist_ok=True)
-        except OSError as error:
-            self._no_log(error)
-
-    def open(self, stream: Stream) -> int:
+    def open(self) -> int:
         """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
-        self.close(stream)
-        stream.fd, write = os.pipe()
-        os.set_blocking(stream.fd, False)
-        self.by_fd[stream.fd] = stream
-        self._read_or_not(stream)
+        self.close()
+        self.fd, write = os.pipe()
+        os.set_blocking(self.fd, False)
+        self.watch()
         return write
 
-    def log(self, stream: Stream, more: bool) -> None:
-        """Open a unit's file; a further try adds to it."""
-        if not self.log_dir:
-            return
-        try:
-            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
-        except OSError as error:
-            self._no_log(error)
+    def open_log(self, more: bool) -> None:
+        """Open the file; a further try adds to it."""
+        if self.out.log_dir:
+            try:
+                os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+                self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+            except OSError as error:
+                self.out.no_log(error)
 
-    def _no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if self.log_dir:
-            self._out.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
-        self.log_dir = ""
-        for stream in self.by_fd.values():
-            if stream.log >= 0:
-                os.close(stream.log)
-                stream.log = -1
+    def watch(self) -> None:
+        """Read what is printed, or nothing while our own output is not taken."""
+        if self.out.paused:
+            self.loop.forget(self.fd)
+        elif self.fd >= 0:
+            self.loop.watch(self.fd, self.read)
 
-    def pause(self, paused: bool) -> None:
-        """Read nothing while our own output is not taken."""
-        if paused != self._paused:
-            self._paused = paused
-            for stream in self.by_fd.values():
-                self._read_or_not(stream)
-
-    def _read_or_not(self, stream: Stream) -> None:
-        if self._paused:
-            self._loop.forget(stream.fd)
-        else:
-            self._loop.watch(stream.fd, lambda: self.read(stream))
-
-    def drain(self, stream: Stream) -> None:
-        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
-        self.read(stream, chunks=64)
-        if stream.rest:
-            self.take(stream, b"", last=True)
-
-    def read(self, stream: Stream, chunks: int = 1) -> None:
-        """Take what a script has printed."""
+    def read(self, chunks: int = 1) -> None:
+        """Take what was printed."""
         for _ in range(chunks):
             try:
-                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+                chunk = os.read(self.fd, 65536) if self.fd >= 0 else b""
             except BlockingIOError:
                 return
             if not chunk:
-                self.close(stream)
+                self.close()
                 return
-            self.take(stream, chunk)
+            self.take(chunk)
 
-    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+    def drain(self) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(chunks=64)
+        self.end_line()
+
+    def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if stream.log >= 0:
+        if self.log >= 0:
             try:
                 view = memoryview(chunk)
                 while view:
-                    view = view[os.write(stream.log, view) :]
+                    view = view[os.write(self.log, view) :]
             except OSError as error:
-                self._no_log(error)
-        *ended, rest = (stream.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, stream.rest = pieces(rest)
-        lines += more
-        if last and stream.rest:
-            lines.append(stream.rest)
-            stream.rest = b""
-        if self._out.quiet:
-            lines = lines[-LAST_LINES:]
+                self.out.no_log(error)
+                self.close_log()
+        *ended, rest = (self.rest + chunk).split(b"\n")
+        *more, self.rest = pieces(rest)
+        self.print([piece for line in ended for piece in pieces(line)] + more)
+
+    def end_line(self) -> None:
+        """Take the last line as a whole one."""
+        if self.rest:
+            self.print([self.rest])
+            self.rest = b""
+
+    def print(self, lines: list[bytes]) -> None:
+        """Print lines, and keep the last ones."""
+        lines = lines[-LAST_LINES:] if self.out.quiet else lines
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self._out.lines(stream.unit, texts)
+        self.last = (self.last + [text[:500] for text in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self.out.lines(self.unit, texts)
 
-    def close(self, stream: Stream) -> None:
+    def close(self) -> None:
         """Read no more of it."""
-        if stream.fd >= 0:
-            if stream.rest:
-                self.take(stream, b"", last=True)
-            del self.by_fd[stream.fd]
-            self._loop.forget(stream.fd)
-            os.close(stream.fd)
-            stream.fd = -1
-        if stream.log >= 0:
-            os.close(stream.log)
-            stream.log = -1
+        self.end_line()
+        if self.fd >= 0:
+            self.loop.forget(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+        self.close_log()
+
+    def close_log(self) -> None:
+        """Keep no more of it."""
+        if self.log >= 0:
+            os.close(self.log)
+            self.log = -1
 
 
-ENDS, RUNS, STAYS = range(3)  # what the background process does next: it ends, has something that runs on, or stays
+def pieces(line: bytes) -> Iterator[bytes]:
+    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
+    while len(line) > CUT:
+        at = CUT
+        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
+            at -= 1
+        yield line[:at]
+        line = line[at:]
+    yield line
+
+
+def log_names(units: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each unit."""
+    names: dict[str, str] = {}  # name -> unit
+    for unit in units:
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+        while name in names:
+            name += "_"
+        names[name] = unit
+    return {unit: name + ".log" for name, unit in names.items()}
+
+
+class Job(Task):
+    """A script on its way: a Task in a session of its own, whose output is read."""
+
+    own_session = True
+
+    def __init__(self, script: Script, boot: Boot) -> None:
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
+        self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit, boot.loop, boot.out)
+        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.died = False  # its command, after its unit had completed
+
+    def lives(self) -> bool:
+        """Return whether something of it may run."""
+        return self.state in (RUNNING, READY, ENDING)
+
+    def running(self) -> bool:
+        """Return whether its first process runs."""
+        return self.lives() and self.family.first
+
+    def ending(self) -> bool:
+        """Return whether its processes are to end."""
+        return self.state == ENDING or (self.running() and self.outcome == FAILED)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        write = self.stream.open()
+        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
+        try:
+            return spawn(self.command, env, own_session=True, file_actions=streams)
+        except OSError:
+            self.stream.close()
+            raise
+        finally:
+            os.close(write)
+
+    def begun(self, detail: str) -> None:
+        self.stream.open_log(more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
+        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
+        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
+        super().begun(detail)
+        if detail:
+            self.stream.take(f"{detail}\n".encode())
+
+    def doubt(self, what: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {what}")
+
+    def process_ended(self, code: int) -> None:
+        self.stream.drain()
+        super().process_ended(code)
+
+    def gone(self) -> None:
+        self.stream.drain()  # also what its last process has printed
+        super().gone()
+
+    def fail(self, reason: str) -> None:
+        self.reason = reason
+        super().fail(reason)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        try:
+            unwrap(message)
+        except SyncError as error:  # its outcome is known by now, or it has none but this
+            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
+                self.fail(str(error))
+            elif method in ("complete", "fail") and not self.outcome:
+                self.boot.ended(self, self.reported, self.reason)
+            elif method == "fail" and self.outcome == COMPLETED:
+                self.reported = self.outcome
+                self.report("running")  # or its end would not be the death of a service
+                self.exited()
+
+    def exited(self) -> None:
+        super().exited()
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+            self.died = True
+            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
+            self.boot.another("ended")
 
 
 class Boot:
@@ -6774,15 +6730,14 @@ class Boot:
         loop = Loop((*STOPS, "SIGQUIT"))
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.hear_front)
-        self.out = Output([script.unit for script in scripts], options.quiet)
-        self.streams = Streams(loop, self.out, options.log_dir)
+        self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, pings=True)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
-        self.wants = {s.unit: {edge.dependency for edge in s.want} for s in scripts}
+        self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
         self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.claimed = False
+        self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
@@ -6791,8 +6746,10 @@ class Boot:
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
         self.ask_at = NEVER  # when to ask again whether another boot needs it
-        self.directory = ""  # for files of commands
-        self.graph: Graph | None = None
+        for unit, name in log_names(self.jobs).items():
+            self.jobs[unit].stream.log_path = options.log_dir and os.path.abspath(os.path.join(options.log_dir, name))
+
+    # -- from the claim to the last end -------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
@@ -6801,14 +6758,13 @@ class Boot:
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
-        self.null, self.directory = null(), private_directory()
+        self.null, directory = null(), private_directory()
         for job in self.jobs.values():
-            job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
-        if not self.directory:
+            job.left, job.notify_path = private_path(directory), private_path(directory)
+        if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
         try:
-            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
             self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
@@ -6818,8 +6774,7 @@ class Boot:
         finally:
             self.out.flush()
             self.link.close()
-            self.loop.forget(*self.streams.by_fd)
-            remove_directory(self.directory)
+            remove_directory(directory)
             os.close(self.null)
 
     def look_after(self, code: int) -> int:
@@ -6828,7 +6783,7 @@ class Boot:
         if self.options.stay and not self.signal:
             if not self.options.quiet:
                 self.out.say("boot: staying until a signal")
-            self.tell_front(code, STAYS)
+            self.tell_front(code, runs=True)
             self.until(lambda: bool(self.stopping or self.link.lost))
             code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
         elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
@@ -6839,7 +6794,7 @@ class Boot:
             self.say_let_go()
         self.until(self.said)
         self.out.flush()
-        self.tell_front(code, RUNS if runs_on else ENDS)
+        self.tell_front(code, runs_on)
         if runs_on:
             os.chdir("/")
             self.until(lambda: not self.runs())
@@ -6847,16 +6802,80 @@ class Boot:
 
     def runs(self) -> bool:
         """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
-        if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
+        if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.waits()))
 
-    def tell_front(self, code: int, what: int) -> None:
-        """Tell the front how the startup went, and what comes next."""
+    def printing(self) -> list[str]:
+        """Return the units whose output is read."""
+        return [unit for unit, job in self.jobs.items() if job.stream.fd >= 0]
+
+    def abandon(self) -> None:
+        """End what runs, by nothing but signals, on an unexpected way out."""
+        families = [job.family for job in self.active.values() if job.lives()]
+        for family in families:
+            family.look(Processes)
+            family.signal(15)
+            family.tell_others()
+            family.first = False  # whose end nobody takes any more
+        kill_at = time.monotonic() + self.options.grace
+        while families and time.monotonic() < kill_at + LAST_WAIT:
+            time.sleep(LOOK_OFTEN)
+            families = [family for family in families if family.look(Processes)]
+            for family in families if time.monotonic() >= kill_at else ():
+                family.kill()
+
+    def until(self, over: Callable[[], bool]) -> None:
+        """Handle whatever happens until it is over and nothing that is to end still runs."""
+        while True:
+            now = time.monotonic()
+            due = self.keep_time(now)
+            if over() and not any(job.ending() for job in self.active.values()):
+                return
+            if not any(self.out.pending.values()):
+                if now >= self.out.live_at:
+                    ended, running = len(self.jobs) - self.unfinished, self.running(now)
+                    waiting = self.unfinished - len(running)
+                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.live_at)
+            self.pause(self.out.patient and self.out.is_full())
+            for number in self.out.turn(self.loop, due):
+                self.told(number)
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing of scripts while our own output is not taken."""
+        if paused != self.out.paused:
+            self.out.paused = paused
+            for job in self.jobs.values():
+                job.stream.watch()
+
+    def said(self) -> bool:
+        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
+        return not any(self.out.pending.values()) or bool(self.signal)
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            self.link.ask("graph", lambda answer: self.say_progress(graph_in(answer)))
+        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
+            job.keep_time(now)
+            if job.state == GONE:
+                del self.active[job.unit]
+        if self.stopping:
+            self.stop_in_order(now)
+        patience = STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
+        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now, patience))
+        return min([due, *(job.next_due() for job in self.active.values())])
+
+    # -- the front ----------------------------------------------------------------------------------------
+
+    def tell_front(self, code: int, runs: bool) -> None:
+        """Tell the front how the startup went, and whether something still runs."""
         try:
-            os.write(self.front, bytes([code, what]))
+            os.write(self.front, bytes([code, runs]))
         except OSError:  # it has gone
             pass
 
@@ -6881,67 +6900,6 @@ class Boot:
         why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
         self.stop(f"stopped: {why}", 0 if again else self.options.grace)
 
-    def abandon(self) -> None:
-        """End what runs, by nothing but signals, on an unexpected way out."""
-        self.link.close()
-        families = [job.family for job in self.active.values() if job.lives()]
-        if families:
-            self.loop.forget(self.front, *self.streams.by_fd)
-            self.loop.children.clear()
-        for family in families:
-            family.look(self.loop.processes)
-            family.signal(15)
-            family.tell_others()
-        deadline = time.monotonic() + self.options.grace
-        while families and time.monotonic() < deadline + LAST_WAIT:
-            self.loop.turn(time.monotonic() + LOOK_OFTEN)
-            for family in families:
-                family.first = family.first and signal_to(family.pid, 0)
-                if time.monotonic() > deadline:
-                    family.kill()
-            families = [family for family in families if family.look(self.loop.processes)]
-
-    def until(self, over: Callable[[], bool]) -> None:
-        """Handle whatever happens until it is over and nothing that is to end still runs."""
-        while True:
-            now = time.monotonic()
-            due = self.keep_time(now)
-            if over() and not any(job.ending() for job in self.active.values()):
-                return
-            if not any(self.out.pending.values()):
-                if now >= self.out.live_at:
-                    ended = len(self.jobs) - self.unfinished
-                    running = self.running(now)
-                    waiting = self.unfinished - len(running)
-                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
-                due = min(due, self.out.live_at)
-            self.streams.pause(self.out.patient and self.out.is_full())
-            for number in self.out.turn(self.loop, due):
-                self.told(number)
-
-    def said(self) -> bool:
-        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
-        return not any(self.out.pending.values()) or bool(self.signal)
-
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.report_at:
-            self.report_at = now + REPORT_EVERY
-            self.link.ask("graph", self.told_graph)
-        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
-            job.keep_time(now)
-            if job.state == GONE:
-                del self.active[job.unit]
-        if self.stopping:
-            self.stop_in_order(now)
-        due = min(
-            now + 60,
-            self.report_at,
-            self.ask_at,
-            self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT),
-        )
-        return min([due, *(job.next_due() for job in self.active.values())])
-
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
@@ -6964,12 +6922,16 @@ class Boot:
 
     def claim_answered(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        for name in record(Claimed, unwrap(answer)).done:
-            if name in self.jobs:
-                del self.jobs[name]
-                self.done.append(name)
-                self.unfinished -= 1
-        self.claimed = True
+        try:
+            done = record(Claimed, unwrap(answer)).done
+        except Refused:
+            self.answered = True
+            raise
+        self.answered = True
+        self.done = [unit for unit in done if unit in self.jobs]
+        for unit in self.done:
+            del self.jobs[unit]
+        self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
 
@@ -6989,7 +6951,7 @@ class Boot:
 
     def agent_gone(self, error: Unreachable) -> None:
         """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
-        if not self.claimed:
+        if not self.answered:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
@@ -7015,11 +6977,9 @@ class Boot:
     def another(self, what: str) -> None:
         """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
         if self.options.fail_fast and self.over and self.options.command:
-            self.tell_front(1, RUNS)  # it ends COMMAND first
+            self.tell_front(1, runs=True)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, why: str, grace: float) -> None:
         """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
@@ -7027,10 +6987,8 @@ class Boot:
         self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
             job.stopped = why
-            if job.state in (WAITING, CHECKING) and not job.outcome:
-                job.stop(why)
-            elif job.state == ENDING:
-                job.end(why, self.stop_by)
+            if job.state == ENDING or (job.state in (WAITING, CHECKING) and not job.outcome):
+                job.stop(why, self.stop_by)
         self.look()
         self.stop_in_order(now)
 
@@ -7041,14 +6999,10 @@ class Boot:
                 job.look()
 
     def stop_in_order(self, now: float) -> None:
-        """End what runs, and nothing wants that does, also through others; at the end all."""
-        wanted: set[str] = set()
+        """End what runs, and nothing wants that does, also through others; after half of the time all."""
         early = now < self.stop_by - self.options.grace / 2
-        todo = [name for name, job in self.active.items() if early and job.lives()]
-        while todo:
-            new = self.wants.get(todo.pop(), set()) - wanted
-            wanted |= new
-            todo += new
+        living = [unit for unit, job in self.active.items() if early and job.lives()]
+        wanted = set(reached((name for unit in living for name in self.wants[unit]), self.wants))
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7065,17 +7019,6 @@ class Boot:
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
-    def told_graph(self, answer: Object) -> None:
-        """Take the graph of all units, for a report on the way, or the one at the end."""
-        try:
-            graph = record(Graph, unwrap(answer))
-        except Unreachable:
-            graph = Graph(0.0, [])
-        if self.unfinished:
-            self.say_progress(graph)
-        else:
-            self.graph = graph
-
     def say_progress(self, graph: Graph) -> None:
         """Say what runs and what waits, and for what."""
         rows = {row.unit_name: row for row in graph.nodes}
@@ -7087,14 +7030,13 @@ class Boot:
             return f"{name}, {row.status}" + (owner_text(row.owner, " by ") if row.status == STARTED else "")
 
         now = time.monotonic()
-        waiting = []
+        running, waiting = self.running(now), []
         for unit, job in self.jobs.items():
-            row = rows.get(unit)
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
-            elif not job.outcome and not job.running() and row:
-                waiting.append(" for ".join(filter(None, (unit, "; ".join(map(whom, row.waits_for))))))
-        running = self.running(now)
+            elif not job.outcome and not job.running() and unit in rows:
+                lacks = "; ".join(map(whom, rows[unit].waits_for))
+                waiting.append(f"{unit} for {lacks}" if lacks else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
@@ -7103,53 +7045,56 @@ class Boot:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.streams.close(job.stream)
-        lost = self.link.lost
+                job.stream.close()
+        lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
         self.look()
-        self.link.ask("graph", self.told_graph)
-        self.until(lambda: self.graph is not None)
+        self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
+        self.until(lambda: bool(graphs))
         self.out.clear()
         self.out.flush()
-        graph = self.graph or Graph(0.0, [])
-        self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
+        graph = Graph(graphs[0].now, [node for node in graphs[0].nodes if node.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
-            self.out.say(self.summary(self.graph).rstrip("\n"))
+            self.out.say(self.summary(graph))
             self.until(self.said)
         if self.options.timeline:
-            self.options.timeline(self.graph)
+            self.options.timeline(graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
         """Return what failed, with its last lines, what was skipped and why, and how long it took."""
-        count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
-        words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
-        words += [f"{len(self.done)} done before"] if self.done else []
-        text = f"boot: {', '.join(words)}\n"
+        outcomes = [job.outcome for job in self.jobs.values()]
+        words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
+        counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
+        counts += [f"{len(self.done)} done before"] if self.done else []
+        failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
                 how = f" ({how})" if how else ""
-                text += f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}\n"
-                text += "".join(f"    | {line}\n" for line in job.stream.last)
-        for job in self.jobs.values():
-            if job.outcome == SKIPPED:
-                text += f"skipped: {job.unit}: {job.reason}\n"
-            elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
-                text += f"not started: {job.unit}: {job.reason}\n"
+                failed.append(f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}")
+                failed += [f"    | {line}" for line in job.stream.last]
+            elif job.outcome != COMPLETED:
+                others.append(f"{'skipped' if job.outcome == SKIPPED else 'not started'}: {job.unit}: {job.reason}")
         going_on = [job.unit for job in self.active.values() if job.lives()]
-        text += f"still running: {some_names(going_on)}\n" if going_on else ""
-        lines = [Startup(graph).summary()] if graph.nodes else []
-        if os.isatty(2):
-            lines = [part for line in lines for part in wrap(line, self.out.columns)]
-        return text + "".join(line + "\n" for line in lines)
+        others += [f"still running: {some_names(going_on)}"] if going_on else []
+        last = Startup(graph).summary() if graph.nodes else ""
+        return "\n".join([*failed, *others, *(wrap(last, self.out.columns) if os.isatty(2) else [last])]).rstrip()
 
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
-        names = sorted({stream.unit for stream in self.streams.by_fd.values()})
+        names = sorted(self.printing())
         if names and not self.out.quiet and 1 in self.out.pipes():
-            kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
+            kept = f"only in {self.options.log_dir}" if self.out.log_dir else "lost; --log-dir would keep it"
             self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
+
+
+def graph_in(answer: Object) -> Graph:
+    """Return the graph that an agent has answered with; an empty one if it has gone."""
+    try:
+        return record(Graph, unwrap(answer))
+    except Unreachable:
+        return Graph(0.0, [])
 
 
 class Front:
@@ -7161,7 +7106,7 @@ class Front:
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
         self.loop, self.link, self.command, self.grace = loop, link, command, grace
-        self.said: list[tuple[int, int]] = []  # by the background process: a status, and what comes next
+        self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
         os.set_blocking(link, False)
@@ -7174,11 +7119,13 @@ class Front:
         self.ended.append(code)
 
     def hear(self) -> None:
-        """Take what the background process says."""
+        """Take what the background process says; beside COMMAND, that it is to end, since a service has died."""
         try:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
+        if data and self.said and self.command:
+            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
@@ -7207,13 +7154,14 @@ class Front:
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
 
-    def run(self, always: bool) -> int:
+    def run(self, always: bool, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
         self.until(lambda: self.said or self.ended)
-        if self.said and self.said[-1][1] == STAYS:
+        if stay and self.said and not self.signal:
             notify("READY=1")
             self.until(lambda: self.ended or len(self.said) > 1)
-        if self.said and self.said[-1][1] == ENDS:
+        runs_on = self.said and self.said[-1][1]
+        if not runs_on or (os.getpid() == 1 and not self.command):  # the system would kill what still runs
             self.until(lambda: self.ended)
         if self.signal:
             self.wait_for_end()
@@ -7229,37 +7177,29 @@ class Front:
             if self.command and not self.ended:
                 self.tell(0)
                 self.wait_for_end()
-        if os.getpid() == 1 and not self.ended:  # the system would kill what still runs
-            self.until(lambda: self.ended)
-            code = 128 + self.signal if self.signal else code
         self.loop.give_back()
         if wanted:
-            self.become_command()
+            become(self.command)
         return shell_status(code)
-
-    def become_command(self) -> NoReturn:
-        """Have COMMAND take our place. Raises CommandError."""
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(self.command[0], self.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(self.command[0], error) from None
 
     def run_command(self) -> int:
         """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
         command = self.command
         if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
             command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
-        self.said.clear()
-        return supervise(self.loop, command, environment(), self.died)
+        return supervise(self.loop, command, environment())
 
-    def died(self) -> list[int]:
-        """Return TERM for COMMAND if the background process has said that a service has died, with --fail-fast."""
-        said, self.said = self.said, []
-        return [15] if said else []
+
+def become(command: list[str]) -> NoReturn:
+    """Have a command take our place. Raises CommandError."""
+    import _signal as signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7267,24 +7207,18 @@ def boot_at(path: str, boot: Boot) -> int:
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
-            channel = Channel(path)
-        except Foreign:
-            raise
-        except Unreachable:
             try:
+                channel = Channel(path)
+            except Foreign:
+                raise
+            except Unreachable:
                 with Host(path) as host:
                     return boot.run(own_channel(host), host)
-            except Refused:  # another agent was faster, or is about to go
-                if boot.link.opened or time.monotonic() >= deadline:
-                    raise
-        else:
             with channel:
-                try:
-                    return boot.run(channel)
-                except Unreachable:  # it was about to end
-                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
-                        raise
-                    boot.link.opened = False
+                return boot.run(channel)
+        except (Refused, Unreachable) as error:  # an agent was faster, or is about to end
+            if boot.answered or boot.signal or isinstance(error, Foreign) or time.monotonic() >= deadline:
+                raise
         time.sleep(0.02)
 
 
@@ -7295,25 +7229,6 @@ def own_channel(host: Host) -> Channel:
     ours, theirs = socketpair()
     host.server.process_request(Connection(theirs, WakeUp()), "")
     return Channel(host.path, sock=ours)
-
-
-def pieces(line: bytes) -> Iterator[bytes]:
-    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
-    while len(line) > CUT:
-        at = CUT
-        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
-            at -= 1
-        yield line[:at]
-        line = line[at:]
-    yield line
-
-
-def opened_again(fd: int) -> int:
-    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
-    try:
-        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return fd
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7685,14 +7600,16 @@ def cmd_boot(args: Args) -> int:
         return 0
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
+    if not scripts:
+        become(args.command)
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
     if child:
-        return Front(loop, child, link, args.command, args.grace).run(args.always)
+        return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
     boot = Boot(scripts, BootOptions(**given), link)
-    code = boot_at(path, boot) if scripts else boot.look_after(0)
+    code = boot_at(path, boot)
     boot.loop.give_back()
     return code
 
