@@ -164,6 +164,7 @@ if TYPE_CHECKING:
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
+    T = TypeVar("T")
     Object = dict[str, Any]
     R = TypeVar("R", bound="Record")
 
@@ -388,10 +389,7 @@ class Dependency(Record):
 
 
 class Event(Record):
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
-
-    `before` is the number of the unit's previous event; not sent to clients.
-    """
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
 
     seq: int  # its number, counted from 1
     time: float  # seconds, on the monotonic clock of the agent's system
@@ -399,7 +397,6 @@ class Event(Record):
     unit: str  # name of the unit
     kind: str  # what happened
     detail: str = ""  # more about it
-    before: int = 0
 
 
 class UnitStatus(Record):
@@ -617,7 +614,7 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
-NOT_SENT = ("born", "before")  # fields that stay with the agent
+NOT_SENT = ("born",)  # fields that stay with the agent
 
 
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
@@ -1426,7 +1423,7 @@ class Command:
             setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
-            hint = "; did you forget -- before the command?" if self.tail else ""
+            hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
             raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
 
 
@@ -2138,16 +2135,27 @@ MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
+TIMED_OUT = "timed out"  # why a claim ends
+
+
+def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, T | None]:
+    """Return nodes of a graph and those that they lead to, also through others, each with the one before it."""
+    found: dict[T, T | None] = dict.fromkeys(starts)
+    todo = [*found]
+    for node in todo:
+        new = [other for other in onward(node) or () if other not in found]
+        found.update(dict.fromkeys(new, node))
+        todo += new
+    return found
 
 
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, since: float = 0.0) -> None:
+        self.name, self.since = name, since  # in its status
         self.status = NOT_REGISTERED
-        self.since = 0.0  # of the status
-        self.begin_anew(None)
+        self.facts = facts(None)  # of the present run
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2155,20 +2163,23 @@ class Unit:
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
-        self.locks: tuple[Lock, ...] = ()  # that it was started with
-        self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
-        self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
+        self.locks: tuple[Lock, ...] = ()  # in whose lines it stands, or that it was started with
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
-        self.last_event = 0
-
-    def begin_anew(self, registered: float | None) -> None:
-        """Forget what is known of the run before."""
-        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
-        self.facts.registered = registered
 
     def first(self) -> Claim | None:
         """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
+
+    def supervisor(self) -> Claim | None:
+        """Return the claim of the supervisor that runs its command."""
+        return self.holder if self.holder and self.holder.supervisor else None
+
+
+def facts(registered: float | None) -> UnitStatus:
+    """Return what is known of a run when it begins; what is not set takes no room."""
+    status = object.__new__(UnitStatus)
+    status.registered = registered
+    return status
 
 
 class Lock:
@@ -2180,6 +2191,7 @@ class Lock:
 
     def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
+        self.label = f"lock {name}" if name else f"one of {limit} places to run"
         self.taken: dict[Unit, None] = {}
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
@@ -2189,14 +2201,6 @@ class Lock:
             return next(iter(self.taken))
         first = next(iter(self.line), unit) if self.name else unit
         return None if first is unit else first
-
-    def label(self) -> str:
-        """Return what it is called in messages."""
-        return f"lock {self.name}" if self.name else f"one of {self.limit} places to run"
-
-    def use(self, unit: Unit) -> str:
-        """Return what a unit that is before others does with it, for messages."""
-        return f"{unit.name} has" if unit in self.taken else f"{unit.name} is to have first"
 
 
 class Claim:
@@ -2211,18 +2215,25 @@ class Claim:
     delivered = False  # its answer has arrived
     lost = False  # it ended without a word of what becomes of the command
     deadline = NEVER
+    stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
+    locks: tuple[Lock, ...] = ()
 
     def __init__(
-        self,
-        unit: Unit,
-        ticket: Any,
-        owner: Owner | None = None,
-        held: bool = False,
-        supervisor: bool = False,
-        locks: tuple[Lock, ...] = (),
+        self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
     ) -> None:
-        self.unit, self.ticket, self.owner, self.locks = unit, ticket, owner, locks
+        self.unit, self.ticket, self.owner = unit, ticket, owner
         self.held, self.supervisor = held or supervisor, supervisor
+
+
+class Outcome(Record):
+    """What becomes of a unit."""
+
+    status: str
+    reason: str = ""
+    exit_code: int | None = None
+    event: str = ""  # what it is called, if not by the status: the word with which the reason begins
+    running: bool = False  # whether the command runs on
+    env: dict[str, str] = {}  # variables for those that depend on it
 
 
 class Stopping(Record):
@@ -2235,7 +2246,7 @@ class Stopping(Record):
 class Stop(Claim):
     """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
 
-    def __init__(self, ticket: Any, deadline: float, cannot: list[dict[str, Any]]) -> None:
+    def __init__(self, ticket: Any, deadline: float, cannot: list[Running]) -> None:
         super().__init__(Unit(""), ticket)
         self.units: dict[Unit, None] = {}  # that are to end
         self.end_by = deadline + STOP_PATIENCE
@@ -2267,7 +2278,7 @@ class Units:
         self.locks: dict[str, Lock] = {}
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
-        self.stopping: dict[Unit, None] = {}  # that supervisors are to end
+        self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
         self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
@@ -2280,167 +2291,118 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        wants = dict.fromkeys(dependencies, check_requirement(requires))
-        (unit,) = self._declare([(check_name(name), wants, ())])
+        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
 
-    def start(
-        self,
-        name: str,
-        ticket: Any,
-        dependencies: Iterable[str] = (),
-        requires: str = SUCCESS,
-        owner: Owner | None = None,
-        held: bool = False,
-        locks: Iterable[str] = (),
-        timeout: float = 0.0,
-        supervisor: bool = False,
-    ) -> Claim:
-        """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
+    def start(self, member: Member, ticket: Any, timeout: float = 0.0, **asked: Any) -> Claim:
+        """Ask for a unit to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
-        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
+        `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
+        TimedOut.
         """
-        members = [(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), locks)]
-        return self._claim(members, timeout, ticket=ticket, owner=owner, held=held, supervisor=supervisor)[0]
+        check_name(member[0])
+        return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
-        wants = dict.fromkeys(names, check_requirement(requires))
         # Held, so that one that ends before its time has failed, and is forgotten.
-        return self._claim([("", wants, ())], timeout, ticket=ticket, held=True)[0]
+        wants = dict.fromkeys(names, check_requirement(requires))
+        return self._claim([("", wants, ())], ticket, timeout, held=True)[0]
 
     def boot(
-        self,
-        members: Sequence[Member],
-        ticket: Any,
-        owner: Owner | None = None,
-        jobs: int = 0,
-        resume: bool = False,
+        self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0, resume: bool = False
     ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
-        others. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
-        With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and nothing has
-        changed, while one of the others is started or claimed by somebody who lives, or runs on.
+        others. Every claim is answered with {"unit", "status", "reason", "env"} whenever its unit is started or has
+        ended. With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and
+        nothing has changed, while one of the others is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
-        done = set()
-        for name, wants, _ in members:
-            for requires in wants.values():
-                check_requirement(requires)
-            unit = self.units.get(name)
-            if unit and resume and unit.status == COMPLETED:
-                done.add(name)
-            elif unit:
+        known = [self.units[name] for name, _, _ in members if name in self.units]
+        done = {unit for unit in known if resume and unit.status == COMPLETED}
+        for unit in known:
+            if unit not in done:
                 self._check_free(unit)
         places = (Lock("", jobs),) if jobs else ()
-        return self._claim(members, 0.0, places, done, boot=True, ticket=ticket, owner=owner, supervisor=True)
-
-    def _check_free(self, unit: Unit) -> None:
-        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
-        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
-        if unit.holder and not started:
-            earlier = " from an earlier boot" if unit.holder.boot else ""
-            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
-        if claim or (started and (by is None or self.alive(by) is not False)):
-            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
-            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
+        return self._claim(members, ticket, 0.0, True, places, done, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
         """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
-            unit.refused += [other.owner for other in unit.line if other.owner][:100]
+            self._refuse(unit, *(other.owner for other in unit.line))
             self._answer_line(unit, self._already_started(unit))
             if not claim.held:
                 self._close(unit)
 
-    def end_claims(
-        self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None, reason: str = ""
-    ) -> None:
+    def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
 
-        `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
-        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is none,
-        the unit of a held claim has failed, with `reason` if it is given, unless it had ended and does not run on, and
-        that of any other is pending.
+        `why` is what happened: its caller is gone, its process has ended, TIMED_OUT, STOPPED. The claims behind them
+        stay in line, and the next one goes on. If there is none, the unit of a held claim has failed, unless it had
+        ended and does not run on, and that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, Claim]] = {}  # the reason, and the claim: a held one, if there is one
+        ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
         for claim in [claim for claim in claims if not self.is_over(claim)]:
-            unit, who = claim.unit, self._who(claim.owner)
-            if claim in unit.line:
-                missing = ", ".join(self._waits_for(unit, registered=False))
-                lost = f"lost: {who or 'its start'} waited for {missing}, and {why}"
-                if error is TimedOut:
-                    lost = f"timed out waiting for {missing}"
-                    what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
-                    late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
-                    self._answers.append((claim, late))
-                elif error and not claim.boot:
-                    self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
-                self._record(unit, "gave up", f"{why}; still missing: {missing}")
-                self._leave(claim)
-            else:
-                by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
-                lost = f"lost: {by}{who or 'the process that held it'} ended"
-                if unit.facts.running_on:
-                    lost += f"; {'that process' if claim.runs else 'its command'} may still run"
-                else:
-                    lost += " without completing"
-                self._close(unit, lost=True)
-            if claim.held or unit not in ended:
-                ended[unit] = (lost, claim)
-        for unit, (lost, claim) in ended.items():
-            if unit.status in ENDED and not unit.facts.running_on:
+            reason = self._give_up(claim, why) if claim in claim.unit.line else self._lose(claim)
+            if claim.held or claim.unit not in ended:
+                ended[claim.unit] = claim, reason
+        for unit, (claim, reason) in ended.items():
+            if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
             if claim.held and not unit.first():
-                if unit.facts.running_on:
-                    unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
-                self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
+                self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
+                self._notify(claim)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
-                self._set(unit, PENDING, "the client that asked for its start was gone")
+                self._set(unit, Outcome(PENDING, "the client that asked for its start was gone"))
                 unit.facts.registered, unit.facts.waiting = asked.registered, asked.waiting
         self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
         """End those claims whose time is up."""
         now = self.clock()
-        late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
-        self.end_claims(late, "timed out", TimedOut)
+        self.end_claims([c for c in claims if c in c.unit.line and c.deadline <= now], TIMED_OUT)
 
-    def complete(
-        self,
-        name: str,
-        by: Owner | None = None,
-        env: dict[str, str] | None = None,
-        claim: Claim | None = None,
-        running: bool = False,
-    ) -> str:
-        """End `name` with success; `env` is for those that depend on it. Return its status.
+    def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
+        """End a unit, and its claim unless that is a supervisor's whose command may still run. Return its status.
 
-        `claim` is the reporter's on the unit, if it has one; `running` says that the command runs on. Raises
-        NotRegistered; Refused if it has ended otherwise, is being stopped, or if the start of `by` was refused.
+        `claim` is the reporter's on the unit, if it has one. Raises NotRegistered; Refused if the unit has ended
+        otherwise, is being stopped, leaves too many variables, or if the start of `by` was refused.
         """
-        left = [env, *(unit.facts.environment for unit in self.units.values() if unit.name != name)] if env else []
-        if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
-            raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        return self._end(name, COMPLETED, by, claim, running, "", 0, env)
-
-    def fail(
-        self,
-        name: str,
-        reason: str = "",
-        exit_code: int | None = None,
-        by: Owner | None = None,
-        claim: Claim | None = None,
-    ) -> str:
-        """End `name` without success: what requires it is skipped. Return its status. Raises as `complete` does."""
-        return self._end(name, FAILED, by, claim, False, one_line(reason), exit_code)
+        unit, status = self._registered(name), outcome.status
+        holds = claim is not None and claim is unit.holder
+        runs_on = outcome.running and holds and claim is not None and claim.held
+        self._check_environment(unit, outcome.env)
+        if not holds:
+            self._check_report(unit, by)
+        if claim and holds and not runs_on and (unit in self.stopping or unit.facts.running_on):
+            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
+            return unit.status
+        if unit in self.stopping and (holds or unit.status == STARTED):
+            if not holds and status == COMPLETED:
+                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+            return unit.status
+        before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
+        if before not in ENDED:
+            if runs_on:
+                self._record(unit, "ready", "")
+            self._set(unit, outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+        if claim and runs_on:
+            self.run_on(claim)
+        elif holds or not unit.supervisor():
+            self._close(unit)
+        self._settle_all()
+        if before in ENDED and before != status:
+            hint = "others may have acted on that; start it again first"
+            raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
+        return unit.status
 
     def exit(self, claim: Claim, reason: str = "", code: int = 0, stopped: bool = False) -> None:
         """End a supervisor's claim: the command of its unit has ended, with all its processes.
@@ -2448,22 +2410,21 @@ class Units:
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
         itself, otherwise than with 0, it died.
         """
-        unit = claim.unit
+        unit, how = claim.unit, reason
+        ran_on, ended = unit.facts.running_on, unit.facts.ended or 0.0
         if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
             return
-        facts, reason = unit.facts, one_line(reason)
-        if unit in self.stopping or (stopped and facts.running_on):
-            self._end_stopped(unit)
-        elif facts.running_on:
-            facts.running_on, facts.exited, facts.exit_reason = False, self._now(), reason
-            self._close(unit)
-            if code:
-                ran = span(facts.exited - (facts.ended or 0.0))
-                self._set(unit, FAILED, f"died {ran} after it was ready: {reason}", code, event="died")
-            else:
-                self._record(unit, "exited", reason)
-        else:
-            self._close(unit)
+        if unit in self.stopping or (stopped and ran_on):
+            how = STOPPED
+            if unit.status != FAILED:
+                self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+                self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        elif ran_on and code:
+            died = f"died {span(self._now() - ended)} after it was ready: {how}"
+            self._set(unit, Outcome(FAILED, died, code, "died"))
+        elif ran_on:
+            self._record(unit, "exited", how)
+        self._close(unit, how)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2481,21 +2442,21 @@ class Units:
         lost it. Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
-        named = dict.fromkeys(self._registered(name) for name in names)
-        named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
-        affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
-        rest = [(u, self._owner(u)) for u in affected if self._may_run(u) and not (u.holder and u.holder.supervisor)]
-        cannot = [{"unit": u.name, "owner": by} for u, by in rest if u.status == STARTED or (by and by.alive)]
+        named = self._these(names)
+        affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
+        alone = [unit for unit in affected if self._may_run(unit) and not unit.supervisor()]
+        rows = [self._running(unit) for unit in alone]
+        cannot = [row for unit, row in zip(alone, rows) if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
         self.waits += 1
-        for unit in affected:
-            if unit.holder and unit.holder.supervisor:
-                self.stopping[unit] = stop.units[unit] = None
-                unit.stop_by, unit.tell_by = min(unit.stop_by, deadline), min(unit.tell_by, deadline - grace / 2)
+        for unit, claim in ((unit, unit.supervisor()) for unit in affected):
+            if claim:
+                self.stopping[unit], stop.units[unit] = claim, None
+                claim.stop_by, claim.tell_by = min(claim.stop_by, deadline), min(claim.tell_by, deadline - grace / 2)
         waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
-        self.end_claims(waiting, "stopped", Refused, reason="stopped")
+        self.end_claims(waiting, STOPPED)
         failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
         stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
         self.stops.append(stop)
@@ -2505,20 +2466,18 @@ class Units:
     def keep_time(self) -> float:
         """Go on with stops; return when something of them is due next, on the clock."""
         now = self.clock()
-        if self.stopping:
-            below = self._reached(self.stopping, "wants")
-            for unit in self.stopping:
-                holder = unit.holder
-                if holder and unit.stop_by < unit.told and (unit not in below or unit.tell_by <= now):
-                    unit.told = unit.stop_by
-                    self._answers.append((holder, Stopping(unit.name, round(max(0.0, unit.stop_by - now), 3))))
+        below = reached([other for unit in self.stopping for other in unit.wants], lambda unit: unit.wants)
+        for unit, claim in self.stopping.items():
+            if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
+                claim.told = claim.stop_by
+                self._answers.append((claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3))))
         self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
         for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
             self.stops.remove(stop)
-            stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
+            stop.answer["left"] += map(self._running, stop.units)
             self._leave(stop)
             self._answers.append((stop, stop.answer))
-        times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
+        times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
@@ -2526,41 +2485,37 @@ class Units:
 
         Raises NotRegistered, or Refused while one of them is started. Returns the names.
         """
-        known = (unit for unit in self.units.values() if unit.status != NOT_REGISTERED)
-        todo = [self._registered(name) for name in names] or list(known)
+        todo = self._these(names)
         for unit in todo:
             if unit.status == STARTED:
                 by = owner_text(unit.facts.owner, " by ")
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
             if unit.holder:
                 raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
-        again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
+        ended = [unit for unit in todo if unit.status in ENDED]
+        again = reached(ended, lambda unit: [other for other in unit.wanted_by if other.status == SKIPPED])
         for unit in again:
-            self._set(unit, PENDING)
-        for unit in again:  # which grows
-            for behind in [other for other in unit.wanted_by if other.status == SKIPPED]:
-                self._set(behind, PENDING)
-                again.append(behind)
+            self._set(unit, Outcome(PENDING))
         self._settle_all(*again)
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
         """Note which process a claim runs, the file with its output, and its probe, if it has one."""
-        claim.owner = claim.unit.facts.owner = owner or claim.owner
+        known = claim.unit.facts
+        claim.owner = known.owner = owner or claim.owner
         claim.runs = claim.runs or owner is not None
-        claim.unit.facts.log = log
-        claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
-        claim.unit.facts.probe, claim.unit.facts.probe_error = ready, ""
+        known.log, known.probe, known.probe_error = log, ready, ""
+        known.reason = f"not ready yet: {ready}" if ready else ""
 
     def lack(self, claim: Claim, error: str) -> None:
         """Note what the last try of the probe of a unit lacked."""
         claim.unit.facts.probe_error = error
 
-    def retry(self, name: str, detail: str) -> None:
+    def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
-        unit = self._registered(name)
-        unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
-        self._record(unit, "retry", one_line(detail))
+        known = claim.unit.facts
+        known.tries = [*known.tries[-999:], self._now()]
+        self._record(claim.unit, "retry", detail)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -2577,14 +2532,11 @@ class Units:
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
         """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
         rows = []
-        needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
-        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            needs.insert(len(needs) if unit.unmet else 0, (unit, ""))  # before locks
-        for other, need in needs:
+        for other, need in self._lacks(unit) if unmet_only else unit.wants.items():
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
                 has = f"{other.name} has it" if other in need.taken else f"{other.name} is before it in line"
-                row = Dependency(need.label(), "free", "taken", False, "lock", age, has)
+                row = Dependency(need.label, "free", "taken", False, "lock", age, has)
             elif other is unit:
                 row = Dependency(unit.name, "free", STARTED, False, "start", age)
             else:
@@ -2598,34 +2550,21 @@ class Units:
 
     def status(self, name: str) -> UnitStatus:
         """Return a snapshot of a unit, or of a name that nobody knows, with its dependencies and history."""
-        unit = self.units.get(check_name(name)) or self._unknown(name)
+        unit = self.units.get(check_name(name)) or Unit(name, self._now())
         snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
         snapshot.dependencies = self.dependencies(unit)
-        history: list[Event] = []
-        seq = unit.last_event
-        while seq in self.events and len(history) < MAX_HISTORY:
-            history.append(self.events[seq])
-            seq = self.events[seq].before
-        snapshot.history = history[::-1]
+        snapshot.history = [event for event in self.events.values() if event.unit == name][-MAX_HISTORY:]
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
         """Return snapshots by name; `everything` includes names that were only ever wanted."""
-        shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return self._snapshots(sorted(shown, key=lambda u: u.name))
+        return self._snapshots(sorted(self.units.values() if everything else self._these(), key=lambda u: u.name))
 
     def graph(self) -> Graph:
         """Return all units in the order in which they became known, and names that were only refused."""
-        refused = [self._unknown(name) for name in self.refusals if name not in self.units]
+        refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
         return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
-
-    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
-        """Return snapshots of units, in their order."""
-        rows = {unit: self._snapshot(unit) for unit in units}
-        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
-            rows[unit].owner = self._owner(unit)
-        return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
         """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
@@ -2634,17 +2573,23 @@ class Units:
         """
         unit = self._registered(name)
         merged: dict[str, str] = {}
-        for other in self._before(unit) if self.left_environment else ():
-            merged.update(other.facts.environment)
+        seen, todo = {unit}, [(unit, iter(unit.wants))] if self.left_environment else []
+        while todo:  # those that a unit wants come before it
+            node, rest = todo[-1]
+            new = next((other for other in rest if other not in seen), None)
+            if new:
+                seen.add(new)
+                todo.append((new, iter(new.wants)))
+            else:
+                merged.update(node.facts.environment if node is not unit else {})
+                todo.pop()
         return merged
 
-    def names(self) -> list[str]:
-        """Return the registered names, for suggestions."""
-        return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
-
-    def dependents(self, unit: Unit) -> set[str]:
-        """Return the names of all that depend on a unit, also through others, and its own."""
-        return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
+    def candidates(self, names: Iterable[str]) -> list[str]:
+        """Return the registered names but these and all that depend on them, for suggestions."""
+        asked = [self.units[name] for name in names if name in self.units]
+        behind = reached(asked, lambda unit: unit.wanted_by)
+        return [unit.name for unit in self._these() if unit not in behind]
 
     # -- the rules ----------------------------------------------------------------------------------------
 
@@ -2658,7 +2603,8 @@ class Units:
         if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
             return
         if unit.unmet or not unit.line:
-            self._unqueue(unit)
+            self._free(unit)
+            unit.locks = ()
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2678,36 +2624,33 @@ class Units:
             short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
             reason += cause.facts.reason if short else f"... {cause.root}"
         unit.root = cause.root or reason
-        self._set(unit, SKIPPED, reason)
+        self._set(unit, Outcome(SKIPPED, reason))
         text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
         self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
-        facts, claim = unit.facts, next(iter(unit.line))
-        if facts.ready is None:
-            facts.ready = self._now()
-            facts.released_by = because.name if because else facts.released_by
-        if unit.queued != claim.locks:
-            self._unqueue(unit)
+        known, claim = unit.facts, next(iter(unit.line))
+        known.ready = self._now() if known.ready is None else known.ready
+        known.released_by = because.name if because else known.released_by
+        if unit.locks != claim.locks:
+            self._free(unit)
+        unit.locks = claim.locks
         if any(self._lacks(unit)):
-            unit.queued = claim.locks
-            for lock in claim.locks:
+            for lock in unit.locks:
                 lock.line.setdefault(unit)
             return
-        for lock in claim.locks:
-            lock.line.pop(unit, None)
-            lock.taken[unit] = None
-        unit.queued = ()
         self._leave(claim)
-        unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
+        known.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
             self._answers.append((claim, answer))
-        self._set(unit, STARTED)
+        self._set(unit, Outcome(STARTED))
+        for lock in unit.locks:
+            lock.taken[unit] = None
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2719,144 +2662,97 @@ class Units:
                 for waiting in [*lock.line]:
                     if len(lock.taken) >= lock.limit:
                         break
-                    self._settle(waiting)
-                    if waiting.status == STARTED:
-                        waiting.facts.released_by = before.name
+                    self._settle(waiting, before)
             affected, self._affected = self._affected, []
             for unit, because in affected:
                 self._settle(unit, because)
         if self.stops or self.stopping:
             self.keep_time()
 
-    def _set(
-        self,
-        unit: Unit,
-        status: str,
-        reason: str = "",
-        exit_code: int | None = None,
-        env: dict[str, str] | None = None,
-        event: str = "",
-        boot: Claim | None = None,
-    ) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true.
-
-        `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
-        """
-        old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
-        self._unqueue(unit)
-        if status in (PENDING, COMPLETED):
-            self._unlock(unit)
+    def _set(self, unit: Unit, outcome: Outcome) -> None:
+        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
+        old, status, event = unit.status, outcome.status, outcome.event
+        unit.status, unit.since = status, self._now()
+        if not (old == STARTED and status == FAILED):  # that keeps its locks until its claim has ended
+            self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.begin_anew(unit.since)
-            unit.root, unit.locks, unit.last = "", (), None
+            unit.facts, unit.root, unit.locks, unit.last = facts(unit.since), "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
         elif unit.facts.ended is None:  # else it completed, and ran on
             unit.facts.ended = unit.since
-        unit.facts.reason, unit.facts.exit_code = reason, exit_code
-        if env:
-            unit.facts.environment, self.left_environment = env, True
+        unit.facts.reason, unit.facts.exit_code = outcome.reason, outcome.exit_code
+        if outcome.env:
+            unit.facts.environment, self.left_environment = outcome.env, True
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
-        if claim and claim.boot and status != PENDING:
-            answer = {"unit": unit.name, "status": status, "reason": reason}
-            self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        detail = reason[len(event) :].lstrip()  # which begins with the word for the event
+        self._notify(unit.first())
+        detail = outcome.reason[len(event) :].lstrip()
         self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
-            for other in list(unit.wants):
-                self._cut(unit, other)
+            for other in self._cut(unit):
                 self._forget(other)
 
-    def _end(self, name: str, status: str, by: Owner | None, claim: Claim | None, running: bool, *outcome: Any) -> str:
-        """End a unit as its caller tells, and its claim unless that is a supervisor's whose command may still run.
+    def _notify(self, claim: Claim | None) -> None:
+        """Tell a boot where the unit of its claim stands."""
+        if claim and claim.boot and claim.unit.status != PENDING:
+            unit, env = claim.unit, self.environment(claim.unit.name) if claim.unit.status == STARTED else {}
+            answer = {"unit": unit.name, "status": unit.status, "reason": unit.facts.reason, "env": env}
+            self._answers.append((claim, answer))
 
-        `outcome` is what `_set` takes.
-        """
-        unit = self._registered(name)
-        holds = claim is not None and claim is unit.holder
-        running = running and holds and claim is not None and claim.held
-        if not holds:
-            self._check_report(unit, by)
-        if unit in self.stopping and (holds or unit.status == STARTED):
-            if holds and not running:
-                self._end_stopped(unit)
-                self._settle_all()
-            elif not holds and status == COMPLETED:
-                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
-            return unit.status
-        if holds and claim and unit.facts.running_on and not running:  # a report of its command's end
-            self.exit(claim, outcome[0], int(status == FAILED and (outcome[1] or 1)))
-            return unit.status
-        wrong = unit.status in ENDED and unit.status != status
-        why = f" ({unit.facts.reason})" if unit.facts.reason else ""
-        if unit.status not in ENDED:
-            if running:
-                self._record(unit, "ready", "")
-            self._set(unit, status, *outcome)
-            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-        if holds and claim and running:
-            self.run_on(claim)
-        elif holds or not (unit.holder and unit.holder.supervisor):
-            self._close(unit)
-        self._settle_all()
-        if wrong:
-            hint = "others may have acted on that; start it again first"
-            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        return unit.status
-
-    def _check_report(self, unit: Unit, by: Owner | None) -> None:
-        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
-        owner = unit.facts.owner
-        refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
-            raise Refused(
-                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
-                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
-                "another shell"
-            )
-
-    def _end_stopped(self, unit: Unit) -> None:
-        """End a unit that was to be stopped: its command has ended."""
-        if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
-        if unit.status != FAILED:
-            self._set(unit, FAILED, "stopped", event="stopped")
-            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
-        self._close(unit)
-
-    def _close(self, unit: Unit, lost: bool = False) -> None:
-        """End the claim that was granted; what a supervisor that is `lost` ran was not stopped."""
+    def _close(self, unit: Unit, how: str = "") -> None:
+        """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
         claim, unit.holder = unit.holder, None
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
         if claim:
-            claim.lost = lost
+            claim.lost = how == LOST
         if unit.status != STARTED or (claim and claim.held):
-            self._unlock(unit)
-        if unit in self.stopping:
-            del self.stopping[unit]
-            unit.stop_by = unit.tell_by = unit.told = NEVER
+            self._free(unit)
+        if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                if lost:
-                    stop.answer["left"].append({"unit": unit.name, "owner": self._owner(unit)})
+                if how == LOST:
+                    stop.answer["left"].append(self._running(unit))
                 else:
                     stop.answer["stopped"].append(unit.name)
 
-    def _unqueue(self, unit: Unit) -> None:
-        """Take a unit out of the lines of locks, so that those behind it may go on."""
-        for lock in unit.queued:
-            del lock.line[unit]
-            self._freed.append((lock, unit))
-        unit.queued = ()
+    def _give_up(self, claim: Claim, why: str) -> str:
+        """End a claim that waits; return what its unit fails with, if nobody else waits."""
+        unit = claim.unit
+        missing = ", ".join(self._waits_for(unit, registered=False))
+        reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
+        answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
+        if why == STOPPED:
+            reason = STOPPED
+        elif why == TIMED_OUT:
+            reason = one_line(f"timed out waiting for {missing}")
+            what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
+            answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
+        self._record(unit, "gave up", f"{why}; still missing: {missing}")
+        self._leave(claim)
+        if not claim.boot:
+            self._answers.append((claim, answer))
+        return reason
 
-    def _unlock(self, unit: Unit) -> None:
-        """Pass on the locks that a unit has."""
+    def _lose(self, claim: Claim) -> str:
+        """End a claim that was granted, whatever becomes of the command; return what its unit fails with."""
+        by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
+        end = "ended without completing"
+        if claim.unit.facts.running_on:
+            end = f"ended; {'that process' if claim.runs else 'its command'} may still run"
+        self._close(claim.unit, LOST)
+        return one_line(f"lost: {by}{self._who(claim.owner) or 'the process that held it'} {end}")
+
+    def _free(self, unit: Unit) -> None:
+        """Take a unit out of the lines of locks, and pass on those that it has."""
         for lock in unit.locks:
-            if unit in lock.taken:
-                del lock.taken[unit]
+            if unit in lock.line or unit in lock.taken:
+                lock.line.pop(unit, None)
+                lock.taken.pop(unit, None)
                 self._freed.append((lock, unit))
 
     # -- small parts --------------------------------------------------------------------------------------
@@ -2866,92 +2762,123 @@ class Units:
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
-        undo: list[tuple[Any, ...]] = []  # what takes each step back
-        dropped: list[Unit] = []
-        linked: list[tuple[Unit, Unit, str]] = []
-        current = members[0][0] if members else ""  # whose declaration it is about
-
-        def known(other: str) -> Unit:
-            if other not in self.units:
-                if len(self.units) >= MAX_UNITS:
-                    raise Refused(f"the agent has reached its limit of {MAX_UNITS} units")
-                self.units[other] = self._unknown(check_name(other))
-                undo.append((self.units.pop, other))
-            return self.units[other]
-
+        known, about = len(self.units), ""
+        before: dict[Unit, dict[Unit, str]] = {}  # what they wanted
         try:
-            units = [known(name) if name else self._unknown(name) for name, _, _ in members]
-            for unit in units if anew else ():
-                for other, requires in reversed(list(unit.wants.items())):
-                    self._cut(unit, other)
-                    undo.append((self._link, unit, other, requires))
-                    dropped.append(other)
-            for unit, (current, wants, _) in zip(units, members):
-                for dependency, requires in wants.items():
-                    other = known(dependency)
-                    if other not in unit.wants:
-                        self._check_edge(unit, other)
-                        self._link(unit, other, requires)
-                        undo.append((self._cut, unit, other))
-                        linked.append((unit, other, requires))
-                    elif unit.wants[other] != requires:
-                        text = f"with requirement {unit.wants[other]} already, not {requires}"
-                        raise Refused(f'unit "{current}" wants "{dependency}" {text}')
+            units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
+            before = {unit: self._cut(unit) if anew else {**unit.wants} for unit in units}
+            for unit, (_, wants, _) in zip(units, members):
+                about = unit.name
+                for name, requires in wants.items():
+                    other = self._named(name)
+                    if unit.wants.get(other) != requires:
+                        self._check_edge(unit, other, requires)
+                        self._link(unit, {other: requires})
         except SyncError as error:
-            for step, *arguments in reversed(undo):
-                step(*arguments)
-            if current:
-                self.refusals.pop(current, None)
-                self.refusals[current] = one_line(str(error))
+            for unit in before:
+                self._cut(unit)
+            for unit, edges in before.items():
+                self._link(unit, edges)
+            for name in [*self.units][known:]:
+                del self.units[name]
+            if about:
+                self.refusals[about] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
         for unit in units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
-                self._set(unit, PENDING)
-        for unit, other, requires in linked:
-            self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
-        for other in dropped:
-            self._forget(other)
+                self._set(unit, Outcome(PENDING))
+        for unit, edges in before.items():
+            for other, requires in unit.wants.items():
+                if edges.get(other) != requires:
+                    self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
+            for other in edges:
+                self._forget(other)
         return units
+
+    def _named(self, name: str) -> Unit:
+        """Return the unit with a name, which is known from now on."""
+        if name not in self.units:
+            check_name(name)
+            if len(self.units) >= MAX_UNITS:
+                raise Refused(f"the agent has reached its limit of {MAX_UNITS} units")
+            self.units[name] = Unit(name, self._now())
+        return self.units[name]
+
+    def _check_edge(self, unit: Unit, other: Unit, requires: str) -> None:
+        """Raise Refused, or CycleError, if there may be no edge from `unit` to `other`."""
+        if other in unit.wants:
+            text = f"with requirement {unit.wants[other]} already, not {requires}"
+            raise Refused(f'unit "{unit.name}" wants "{other.name}" {text}')
+        check_requirement(requires)
+        if self.edges >= MAX_EDGES:
+            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
+        cycle, step = [], unit if unit.wanted_by or other is unit else None
+        found = reached([other], lambda node: node.wants) if step else {}
+        while step in found:
+            cycle.append(step.name)
+            step = found[step]
+        if cycle:
+            cycle = [unit.name, *reversed(cycle)]
+            own = "; a unit cannot depend on itself" if other is unit else ""
+            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+
+    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
+        """Have a unit want others, which it does not yet."""
+        for other, requires in edges.items():
+            unit.wants[other] = other.wanted_by[unit] = requires
+            unit.unmet += other.status not in MEETS[requires]
+        self.edges += len(edges)
+
+    def _cut(self, unit: Unit) -> dict[Unit, str]:
+        """Remove all edges of a unit, and return them."""
+        edges, unit.wants, unit.unmet = unit.wants, {}, 0
+        for other in edges:
+            del other.wanted_by[unit]
+        self.edges -= len(edges)
+        return edges
+
+    def _forget(self, unit: Unit) -> None:
+        """Forget a name that nobody has registered and nobody wants any more."""
+        if unit.status == NOT_REGISTERED and not unit.wanted_by:
+            self.units.pop(unit.name, None)
 
     def _claim(
         self,
         members: Sequence[Member],
+        ticket: Any,
         timeout: float,
-        places: tuple[Lock, ...] = (),
-        done: Container[str] = (),
         boot: bool = False,
+        places: tuple[Lock, ...] = (),
+        done: Container[Unit] = (),
         **asked: Any,
     ) -> list[Claim]:
         """Declare units, stand in the line of each but those that are done, and see how far that leads.
 
-        Every start, wait and boot. `asked` is what Claim takes.
+        Every start, wait and boot.
         """
         self._check_waits(0 if boot else len(members))
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
+        deadline = self.clock() + timeout if timeout else NEVER
         claims = []
         for unit, its in zip(units, locks):
-            if unit.name in done:
+            if unit in done:
                 continue
-            on = unit.holder
-            answered = unit.status == STARTED and (on is None or on.delivered)
-            if not boot and (answered or (on and unit.status in ENDED)):
-                if asked["owner"]:
-                    unit.refused = [*unit.refused[-99:], asked["owner"]]
-                raise self._already_started(unit, asked["owner"])
+            claim, on = Claim(unit, ticket, **asked), unit.holder
+            on_its_way = on is not None and not on.delivered
+            if not boot and ((unit.status == STARTED and not on_its_way) or (on and unit.status in ENDED)):
+                self._refuse(unit, claim.owner)
+                raise self._already_started(unit, claim.owner)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
-                self._set(unit, PENDING)
+                self._set(unit, Outcome(PENDING))
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
-            claim = Claim(unit, locks=its + places, **asked)
-            claim.boot = boot
-            if timeout:
-                claim.deadline = self.clock() + timeout
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+            claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
             unit.line[claim] = None
             self.waits += not boot
             claims.append(claim)
@@ -2989,94 +2916,22 @@ class Units:
             raise error
         return unit
 
-    def _check_edge(self, unit: Unit, other: Unit) -> None:
-        """Raise Refused if there may be no edge from `unit` to `other`."""
-        if self.edges >= MAX_EDGES:
-            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
-        cycle = self._cycle(unit, other)
-        if cycle:
-            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
-            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
-
-    def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
-        unit.wants[other] = other.wanted_by[unit] = requirement
-        unit.unmet += other.status not in MEETS[requirement]
-        self.edges += 1
-
-    def _cut(self, unit: Unit, other: Unit) -> None:
-        requirement = unit.wants.pop(other)
-        del other.wanted_by[unit]
-        unit.unmet -= other.status not in MEETS[requirement]
-        self.edges -= 1
-
-    def _forget(self, unit: Unit) -> None:
-        if unit.status == NOT_REGISTERED and not unit.wanted_by:
-            self.units.pop(unit.name, None)
-
-    @staticmethod
-    def _cycle(unit: Unit, dependency: Unit) -> list[str]:
-        """Return the cycle that an edge from `unit` to `dependency` would close, or nothing.
-
-        Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
-        same whichever end it is declared from.
-        """
-
-        def way(seen: dict[Unit, Unit | None], step: Unit | None) -> list[str]:
-            names = []
-            while step:
-                names.append(step.name)
-                step = seen[step]
-            return names
-
-        ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
-        behind: dict[Unit, Unit | None] = {unit: None}
-        search, other = (ahead, [dependency]), (behind, [unit])
-        while search[1]:
-            seen, front = search
-            node = front.pop()
-            if node in other[0]:
-                return [unit.name, *reversed(way(ahead, node)), *way(behind, node)[1:]]
-            new = [u for u in (node.wants if seen is ahead else node.wanted_by) if u not in seen]
-            seen.update(dict.fromkeys(new, node))
-            front += new
-            search, other = other, search
-        return []
-
-    @staticmethod
-    def _reached(units: Iterable[Unit], edges: str) -> dict[Unit, None]:
-        """Return what units lead to, also through others, by way of `wants` or `wanted_by`."""
-        found: dict[Unit, None] = {}
-        todo = [*units]
-        while todo:
-            new = [other for other in getattr(todo.pop(), edges) if other not in found]
-            found.update(dict.fromkeys(new))
-            todo += new
-        return found
-
-    @staticmethod
-    def _before(unit: Unit) -> list[Unit]:
-        """Return all that a unit depends on, also through others, dependencies before their dependents."""
-        order: list[Unit] = []
-        seen, todo = {unit}, [(unit, iter(unit.wants))]
-        while todo:
-            node, rest = todo[-1]
-            child = next((d for d in rest if d not in seen), None)
-            if child is None:
-                order.append(node)
-                todo.pop()
-            else:
-                seen.add(child)
-                todo.append((child, iter(child.wants)))
-        return order[:-1]
+    def _these(self, names: Iterable[str] = ()) -> list[Unit]:
+        """Return units by name, or all that are registered. Raises NotRegistered."""
+        units = dict.fromkeys(self._registered(name) for name in names)
+        return [*units] or [unit for unit in self.units.values() if unit.status != NOT_REGISTERED]
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
         """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
 
-        If it lacks none, the locks that the first in line needs and cannot have, and the unit that is before it.
+        Also itself, while the answer to an earlier start is on its way; and if no dependency is missing: the locks that
+        the first in line needs and cannot have, each with the unit that is before it.
         """
         if unit.unmet:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
+        if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
+            yield unit, START
         for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
             before = lock.before(unit)
             if before:
@@ -3092,8 +2947,10 @@ class Units:
         words = []
         for other, need in islice(self._lacks(unit), 5):
             unknown = other.status == NOT_REGISTERED and not registered
-            name = other.name + (" (not registered)" if unknown else "")
-            words.append(f"{need.label()}, which {need.use(other)}" if isinstance(need, Lock) else name)
+            word = other.name + (" (not registered)" if unknown else "")
+            if isinstance(need, Lock):
+                word = f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}"
+            words.append(word)
         return words
 
     def _leave(self, claim: Claim) -> None:
@@ -3107,11 +2964,17 @@ class Units:
         for claim in [*unit.line]:
             self._leave(claim)
 
-    @staticmethod
-    def _runs_on(unit: Unit) -> str:
-        """Say that the command of a unit that has ended still runs."""
-        owner = unit.facts.owner
-        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+    # -- who has a unit -----------------------------------------------------------------------------------
+
+    def _check_free(self, unit: Unit) -> None:
+        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+        if unit.holder and not started:
+            earlier = " from an earlier boot" if unit.holder.boot else ""
+            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+        if claim or (started and (by is None or self.alive(by) is not False)):
+            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
+            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
         """Return the error for a start that is one too many; `by` is who asked for it."""
@@ -3123,14 +2986,60 @@ class Units:
             return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
+    @staticmethod
+    def _refuse(unit: Unit, *owners: Owner | None) -> None:
+        """Remember whose start was refused: the last hundred."""
+        unit.refused = [*unit.refused, *filter(None, owners)][-100:]
+
+    def _check_report(self, unit: Unit, by: Owner | None) -> None:
+        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
+        owner = unit.facts.owner
+        refused = [(other.pid, other.born) for other in unit.refused]
+        if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
+            raise Refused(
+                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
+                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
+                "another shell"
+            )
+
+    def _check_environment(self, unit: Unit, env: dict[str, str]) -> None:
+        """Raise Refused if a unit leaves too many variables for those that depend on it."""
+        left = [env, *(other.facts.environment for other in self.units.values() if other is not unit)] if env else []
+        if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
+            text = f"all units may leave an environment of {MAX_ENVIRONMENT} characters at most"
+            raise Refused(f'unit "{unit.name}": {text}')
+
+    @staticmethod
+    def _runs_on(unit: Unit) -> str:
+        """Say that the command of a unit that has ended still runs."""
+        owner = unit.facts.owner
+        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    @staticmethod
+    def _who(owner: Owner | None) -> str:
+        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
+        return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
+
+    def _owner(self, unit: Unit) -> Owner | None:
+        owner = unit.facts.owner
+        if owner is None or not self._may_run(unit):
+            return owner
+        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+
+    def _running(self, unit: Unit) -> Running:
+        return Running(unit.name, self._owner(unit))
+
+    @staticmethod
+    def _may_run(unit: Unit) -> bool:
+        """Return whether the process of a unit may run: it was not seen to end."""
+        last = unit.last
+        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
+
+    # -- what is known ------------------------------------------------------------------------------------
+
     def _now(self) -> float:
         """Return the seconds since the agent began."""
         return round(self.clock() - self.began, 6)
-
-    def _unknown(self, name: str) -> Unit:
-        unit = Unit(name)
-        unit.since = self._now()
-        return unit
 
     def _snapshot(self, unit: Unit) -> UnitStatus:
         row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts), stopping=unit in self.stopping)
@@ -3145,29 +3054,17 @@ class Units:
         row.refusal = self.refusals.get(unit.name, "")
         return row
 
-    def _owner(self, unit: Unit) -> Owner | None:
-        owner = unit.facts.owner
-        if owner is None or not self._may_run(unit):
-            return owner
-        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
-
-    @staticmethod
-    def _may_run(unit: Unit) -> bool:
-        """Return whether the process of a unit may run: it was not seen to end."""
-        last = unit.last
-        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
-
-    @staticmethod
-    def _who(owner: Owner | None) -> str:
-        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
-        return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
+    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
+        """Return snapshots of units, in their order."""
+        rows = {unit: self._snapshot(unit) for unit in units}
+        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
+            rows[unit].owner = self._owner(unit)
+        return [*rows.values()]
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
             self.seq += 1
-            event = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail, unit.last_event)
-            unit.last_event = self.seq
-            self.events[self.seq] = event
+            event = self.events[self.seq] = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail)
             self.events.pop(self.seq - MAX_EVENTS, None)
             self.tell(event)
 
@@ -3614,9 +3511,7 @@ class Agent:
     def _resembling(self, name: str, asker: str = "") -> str:
         """Return the registered name that another one may mean: none that waits for it. Takes long."""
         with self.lock:
-            units = [self.units.units[each] for each in (name, asker) if each in self.units.units]
-            behind = set().union(*map(self.units.dependents, units))
-            names = [each for each in self.units.names() if each not in behind]
+            names = self.units.candidates([name, asker])
         return resembling(name, names)
 
     # -- under the lock -----------------------------------------------------------------------------------
@@ -3695,9 +3590,8 @@ class Agent:
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
-        claim = self.units.start(
-            unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
-        )
+        member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
+        claim = self.units.start(member, request, timeout, owner=owner, held=held, supervisor=supervisor)
         self._expect(claim)
         if pid and owner:
             self._watch(claim, owner)
@@ -3775,12 +3669,14 @@ class Agent:
     ) -> Any:
         """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
         claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
+        outcome = Outcome(COMPLETED, "", 0, "", running, check_environment(env))
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
         claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
+        outcome = Outcome(FAILED, one_line(reason), exit_code or None)
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
 
     def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
         """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
@@ -3811,8 +3707,7 @@ class Agent:
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
-        self._held(request, unit)
-        self.units.retry(unit, detail)
+        self.units.retry(self._held(request, unit), one_line(detail))
         return {"unit": unit}
 
     def do_running(self, request: Request, unit: str) -> Any:
@@ -3821,7 +3716,7 @@ class Agent:
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
         """End a supervisor's claim: the command has ended."""
-        self.units.exit(self._held(request, unit), reason, code, stopped)
+        self.units.exit(self._held(request, unit), one_line(reason), code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
@@ -3907,7 +3802,7 @@ class Agent:
         gone = [claim for claim, file in owners.items() if file and file.fileno() in ready]
         gone += [c for c, file in owners.items() if not file and c.owner and self._alive(c.owner) is False]
         with self.lock:
-            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self.units.end_claims(gone, "the process that was to own it has ended")
             self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
@@ -3924,7 +3819,7 @@ class Agent:
         with self.lock:
             self._turn_away()
             nodes = self.units.units.values()
-            names = [u.name for u in nodes if u.facts.running_on or (everything and u.holder and u.holder.supervisor)]
+            names = [u.name for u in nodes if u.facts.running_on or (everything and u.supervisor())]
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
@@ -4244,7 +4139,7 @@ class Host(Record):
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
         if stop and stop.answer["left"]:
-            self.agent.log.say(f"still running: {some_names([unit['unit'] for unit in stop.answer['left']])}", 0)
+            self.agent.log.say(f"still running: {some_names([row.unit for row in stop.answer['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
@@ -4341,7 +4236,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
-    for word in text.split(" "):
+    for word in text.split():
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), width), dots)
@@ -4799,19 +4694,8 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
         if name not in wants:
             hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
             raise NotRegistered(f'no unit "{name}"{hint}')
-    keep = set(reached(names, wants))
+    keep = reached(names, wants.get)
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
-
-
-def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
-    """Return names and those that they lead to, also through others, the nearest first."""
-    found = list(names)
-    seen = set(found)
-    for name in found:
-        new = [each for each in onward.get(name, ()) if each not in seen]
-        found += new
-        seen.update(new)
-    return found
 
 
 def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
@@ -4922,18 +4806,21 @@ def is_notable(unit: UnitStatus, now: float) -> bool:
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
 
-    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    for name, u in units.items():
+        if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
+            stuck[name] = found[name]
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
     for name, causes in stuck.items():
         for cause in causes:
             held_up.setdefault(cause, []).append(name)
     known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    asked = reached(names, found)
+    asked = reached(names, found.get)
 
     def tell(u: UnitStatus) -> str:
         line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
@@ -4954,7 +4841,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
     for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts = [(reached(held, held_up), sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
+    parts = [([*reached(held, held_up.get)], sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
     for held, those in parts[:50]:
@@ -7011,7 +6898,7 @@ class Boot:
         """End what runs, and nothing wants that does, also through others; after half of the time all."""
         early = now < self.stop_by - self.options.grace / 2
         living = [unit for unit, job in self.active.items() if early and job.lives()]
-        wanted = set(reached((name for unit in living for name in self.wants[unit]), self.wants))
+        wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7526,10 +7413,9 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    level = 2 * args.verbose or int(not args.quiet)
-    if args.command and not args.socket_path:
-        level = 2 * args.verbose  # the command's output is what matters
-    elif args.detach and not args.log_file:
+    is_private = args.command and not args.socket_path  # the command's output is what matters
+    level = 2 * args.verbose or int(not args.quiet and not is_private)
+    if args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
         "mode": args.mode or (0o600 if args.group is None else 0o660),
@@ -7544,13 +7430,13 @@ def cmd_serve(args: Args) -> int:
     if not args.command:
         serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
-    import tempfile
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
 
     try:
-        if args.socket_path:
-            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
-        with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
-            return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
+        with ExitStack() as at_end:
+            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
+            return serve_command(Host(os.path.abspath(path), **options), args.command)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
@@ -7610,25 +7496,15 @@ def cmd_boot(args: Args) -> int:
         return 0
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
-    options = BootOptions(
-        jobs=args.jobs,
-        grace=args.grace,
-        log_dir=args.log_dir,
-        fail_fast=args.fail_fast,
-        stay=args.stay,
-        quiet=args.quiet,
-        always=args.always,
-        resume=args.resume,
-        timeline=args.timeline,
-        command=args.command[0] if args.command else "",
-    )
     if not scripts:
         become(args.command)
+    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
+    given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
     if child:
         return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
-    boot = Boot(scripts, options, link)
+    boot = Boot(scripts, BootOptions(**given), link)
     code = boot_at(path, boot)
     boot.loop.give_back()
     return code
@@ -7952,7 +7828,8 @@ def cmd_completion(args: Args) -> None:
     if args.command:
         line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
         if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
+            found = bash_candidates(typed, [*args.command, ""][1])
         else:
             found = candidates(args.command)
         put("".join(word + "\n" for word in found))
@@ -7961,24 +7838,21 @@ def cmd_completion(args: Args) -> None:
     put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def bash_candidates(line: bytes, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+def bash_candidates(line: str, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
+
+    Nothing inside of quotes.
+    """
     import re
     import shlex
 
-    text = line.decode(errors="surrogateescape").rstrip("\\")
-    for quote in ("", "'", '"'):  # the one that is still open
-        try:
-            words = shlex.split(text + quote)
-        except ValueError:
-            continue
-        if not quote and text[-1:].isspace():
-            words.append("")
-        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
-        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
-        change = r"'\\''" if quote == "'" else r"\\\1"
-        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
-    return []
+    try:
+        words = shlex.split(line.rstrip("\\"))
+    except ValueError:  # a quote is open
+        return []
+    words += [""] if line[-1:].isspace() else []
+    done = len(words[-1]) - len(word.replace("\\", ""))
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
