@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -87,27 +87,36 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     above, cut, below = source.partition(b"\n# Processes. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+    return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(data, below):  # type: (bytes, bool) -> Any
-    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
+def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+    """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
+    after the other, which takes less memory than all at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    file.seek(0)
+    data = file.read(-1 if below else 1 << 18)
     start = data.find(mark) + 16
     if below:
         start = data.find(mark, start) + 16
     code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
     if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-        return loads(code)
+        return [loads(code)]
+    file.seek(0)
     try:
-        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+        parts, line, future = [], 0, b"from __future__ import annotations"
+        for part in halves(source_in(file.read()))[below].split(b"\n\n\n# --"):
+            text = future + b"\n" * line + b"#" + part if line or below else part
+            parts.append(compile(text, sys.argv[0], "exec"))
+            line += part.count(b"\n") + 3
+        return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
@@ -135,7 +144,8 @@ def launch():  # type: () -> None
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    exec(half_of(DATA, False), globals())  # the first lines have read it
+    for part in half_of(SELF, False):  # which the first lines have opened
+        exec(part, globals())
 
 
 #:
@@ -184,7 +194,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -1004,7 +1014,6 @@ def agent_path(given: str) -> str:
 
 def explain(path: str, error: OSError) -> str:
     """Return why an agent could not be reached, and what to do, in one line."""
-    import os
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -1019,10 +1028,10 @@ def explain(path: str, error: OSError) -> str:
         belongs = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
         why = f"permission denied{belongs}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
+        why = "not a socket; is the path right?"
     elif error.errno == errno.ECONNREFUSED:
         gone = "who made it is gone: build the tunnel again if it was one, else "
-        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        gone = "the agent that made it is gone; " if posix.access(path + ".lock", posix.F_OK) else gone
         why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
@@ -1274,10 +1283,11 @@ class Start:
 def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    own = ", which has no supervisor: end that process"
-    texts += [
-        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
-    ]
+    for row in answer.cannot:
+        way = ", which has no supervisor: end that process"
+        if row.owner and row.owner.alive is False:
+            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
+        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
 
@@ -1413,7 +1423,7 @@ class Command:
             setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
-            hint = "; did you forget -- before the command?" if self.tail else ""
+            hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
             raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
 
 
@@ -1623,12 +1633,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if DATA:
+if SELF:
     if not quick(sys.argv[1:]):
-        exec(half_of(DATA, True), globals())
+        for part in half_of(SELF, True):
+            exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    DATA = b""
+    SELF.close()
+    SELF = None
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
@@ -4230,7 +4242,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
-    for word in text.split(" "):
+    for word in text.split():
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), width), dots)
@@ -4800,11 +4812,14 @@ def is_notable(unit: UnitStatus, now: float) -> bool:
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
 
-    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    for name, u in units.items():
+        if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
+            stuck[name] = found[name]
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
     for name, causes in stuck.items():
         for cause in causes:
@@ -7070,7 +7085,7 @@ import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
@@ -7342,10 +7357,9 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    level = 2 * args.verbose or int(not args.quiet)
-    if args.command and not args.socket_path:
-        level = 2 * args.verbose  # the command's output is what matters
-    elif args.detach and not args.log_file:
+    is_private = args.command and not args.socket_path  # the command's output is what matters
+    level = 2 * args.verbose or int(not args.quiet and not is_private)
+    if args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
         "mode": args.mode or (0o600 if args.group is None else 0o660),
@@ -7360,13 +7374,13 @@ def cmd_serve(args: Args) -> int:
     if not args.command:
         serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
-    import tempfile
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
 
     try:
-        if args.socket_path:
-            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
-        with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
-            return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
+        with ExitStack() as at_end:
+            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
+            return serve_command(Host(os.path.abspath(path), **options), args.command)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
@@ -7426,25 +7440,15 @@ def cmd_boot(args: Args) -> int:
         return 0
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
-    options = BootOptions(
-        jobs=args.jobs,
-        grace=args.grace,
-        log_dir=args.log_dir,
-        fail_fast=args.fail_fast,
-        stay=args.stay,
-        quiet=args.quiet,
-        always=args.always,
-        resume=args.resume,
-        timeline=args.timeline,
-        command=args.command[0] if args.command else "",
-    )
     if not scripts:
         become(args.command)
+    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
+    given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
     if child:
         return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
-    boot = Boot(scripts, options, link)
+    boot = Boot(scripts, BootOptions(**given), link)
     code = boot_at(path, boot)
     boot.loop.give_back()
     return code
@@ -7768,7 +7772,8 @@ def cmd_completion(args: Args) -> None:
     if args.command:
         line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
         if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
+            found = bash_candidates(typed, [*args.command, ""][1])
         else:
             found = candidates(args.command)
         put("".join(word + "\n" for word in found))
@@ -7777,24 +7782,21 @@ def cmd_completion(args: Args) -> None:
     put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def bash_candidates(line: bytes, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+def bash_candidates(line: str, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
+
+    Nothing inside of quotes.
+    """
     import re
     import shlex
 
-    text = line.decode(errors="surrogateescape").rstrip("\\")
-    for quote in ("", "'", '"'):  # the one that is still open
-        try:
-            words = shlex.split(text + quote)
-        except ValueError:
-            continue
-        if not quote and text[-1:].isspace():
-            words.append("")
-        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
-        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
-        change = r"'\\''" if quote == "'" else r"\\\1"
-        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
-    return []
+    try:
+        words = shlex.split(line.rstrip("\\"))
+    except ValueError:  # a quote is open
+        return []
+    words += [""] if line[-1:].isspace() else []
+    done = len(words[-1]) - len(word.replace("\\", ""))
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
