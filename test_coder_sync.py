@@ -8137,19 +8137,14 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
 
 
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
-    files = {"a": "cat gate", "b": "@want a"}
-    boot = Boot(world, files)
+    boot = Boot(world, {"a": "cat gate", "b": "@want a"})
     gate.reached()
     somebody = world.connect()
     somebody.call("start", unit="c", hold=True)
     before = list(world.client.events())
-    refused = [
-        (files, '"[ab]" is (started|claimed)'),
-        ({"b": "", "x": ""}, '"b" is claimed'),
-        ({"c": ""}, '"c" is started'),
-    ]
-    for theirs, why in refused:
-        done = world.run("boot", startup(world, theirs, "other.d"))
+    refused = {"a b": '"[ab]" is (started|claimed)', "b x": '"b" is claimed', "c": '"c" is started'}
+    for units, why in refused.items():
+        done = world.run("boot", startup(world, dict.fromkeys(units.split(), ""), "other.d"))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.match(f"error: unit {why} by .* \\(pid \\d+\\)", done.stderr)
     assert list(world.client.events()) == before
@@ -8168,18 +8163,6 @@ def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world:
     assert sum(" by " in d.stderr for d in done) == 2
 
 
-def test_a_boot_that_finds_an_agent_about_to_end_is_the_agent_itself(world: World, gate: Gate) -> None:
-    late = "was = coder_sync.Agent.stop\ndef stop(agent):\n    open('gate').read()\n    was(agent)\n"
-    one = Boot(world, {"a": "echo a"}, patch=late + "coder_sync.Agent.stop = stop")
-    gate.reached()
-    two = Boot(world, {"a": "echo a"})
-    time.sleep(0.3)  # it asks again and again
-    assert two.process.poll() is None
-    gate.open()
-    one.ends(0, "a | a\n", "1 completed")
-    two.ends(0, "a | a\n", "1 completed")
-
-
 def test_the_agent_of_a_boot_lives_as_long_as_another_boot_needs_it(world: World, gate: Gate) -> None:
     early = Gate(world, "early")
     one = Boot(world, {"a": "cat early"})
@@ -8194,16 +8177,24 @@ def test_the_agent_of_a_boot_lives_as_long_as_another_boot_needs_it(world: World
     assert json.loads((world.directory / "status").read_text())["status"] == "started"
 
 
-def test_a_boot_at_an_agent_that_goes_before_it_answers_is_the_agent_itself(world: World) -> None:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(world.path)
-    listener.listen()
-    boot = Boot(world, {"a": "echo a"})
-    asked, _ = listener.accept()
-    assert b'"boot"' in asked.recv(65536)
-    listener.close()
+def test_a_boot_at_an_agent_that_ends_before_it_answers_is_the_agent_itself(world: World, gate: Gate) -> None:
+    late = "was = coder_sync.Agent.stop\ndef stop(agent):\n    open('gate').read()\n    was(agent)\n"
+    one = Boot(world, {"a": "echo a"}, patch=late + "coder_sync.Agent.stop = stop")
+    gate.reached()
+    two = Boot(world, {"a": "echo a"})
+    time.sleep(0.3)  # it asks again and again
+    assert two.process.poll() is None
+    gate.open()
+    one.ends(0, "a | a\n", "1 completed")
+    two.ends(0, "a | a\n", "1 completed")
+    with socket.socket(socket.AF_UNIX) as listener:  # or hangs up without a word
+        listener.bind(world.path)
+        listener.listen()
+        three = Boot(world, {"a": "echo a"})
+        asked, _ = listener.accept()
+        assert b'"boot"' in asked.recv(65536)
     asked.close()
-    boot.ends(0, "a | a\n")
+    three.ends(0, "a | a\n")
 
 
 @needs_proc
@@ -8539,14 +8530,6 @@ def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: Wo
             assert said.count(name) == 1 and len(said.splitlines()) <= 2 and "internal" not in said, (words, said)
 
 
-def test_a_signal_between_two_tries_ends_them(world: World) -> None:
-    boot = Boot(world, {"a": "@retry 5 10m\necho $$; exit 1"})
-    pid = int(boot.prints("a | ").partition("| ")[2])
-    until(lambda: not alive(pid))
-    boot.signal()
-    boot.ends(143, "", "failed: a (stopped: boot got signal 15); ")
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Boot: how many at once, failures, what is told, exit status.
 # ---------------------------------------------------------------------------------------------------------
@@ -8570,7 +8553,7 @@ def test_no_more_than_so_many_jobs_run_at_once_and_what_ends_from_outside_takes_
     assert all(ended[name] <= row["started"] for row in rows for name in row["wants"])
 
 
-def test_fail_fast_stops_what_runs_at_the_first_failure(world: World, gate: Gate) -> None:
+def test_fail_fast_stops_what_runs_at_the_first_failure_or_death(world: World, gate: Gate) -> None:
     files = {"a": "cat gate; exit 3", "b": "exec sleep 60", "c": "@want b", "d": "echo d"}
     boot = Boot(world, files, "--fail-fast", "--jobs", "2")
     gate.open()
@@ -8578,19 +8561,17 @@ def test_fail_fast_stops_what_runs_at_the_first_failure(world: World, gate: Gate
     assert re.search(r"(not started|skipped): c: .*stopped: another unit failed", told)
     counts = [re.findall(r"(\d) (failed|skipped)", line) for line in told.splitlines() if " failed" in line]
     assert counts[0] == counts[-1], "the report and the summary agree"
-
-
-def test_fail_fast_stops_what_runs_when_a_service_dies(world: World) -> None:
     boot = Boot(world, {"a": "$SYNC complete a -q; exit 3", "b": "@want a\nexec sleep 60"}, "--fail-fast")
     boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
     assert boot.unsuccessful()["b"].endswith("stopped: another unit ended")
 
 
-def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> None:
-    boot = Boot(world, {"a": "seq 1 30; printf 'the end' >&2; exit 2"}, "--quiet", "--timeline", "t.svg")
+def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_there_is_one(world: World) -> None:
+    files = {"a": "seq 1 30; printf 'the end' >&2; exit 2", "b": "$SYNC fail b -q"}
+    boot = Boot(world, files, "--quiet", "--timeline", "t.svg")
     shown = "".join(f"    | {line}\n" for line in (*range(22, 31), "the end"))
-    told = boot.ends(1, "", f"startup.d/a\n{shown}")
-    assert re.search(r"in all \(1 failed\); critical path: a ", told)
+    told = boot.ends(1, "", f"startup.d/a\n{shown}failed: b; /")
+    assert re.search(r"in all \(2 failed\); critical path: [ab] ", told)
     assert (world.directory / "t.svg").read_text().startswith("<svg")
 
 
@@ -8653,22 +8634,23 @@ def sent(world: World) -> dict[str, list[int]]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gate, number: int, code: int) -> None:
     text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
-    files = {"a": text, "b": "@want a", "daemon": "sleep 60 &", "c": "@want daemon\ncat c"}
+    files = {"a": text, "b": "@want a", "daemon": "sleep 60 &", "c": "@want daemon\ncat c", "r": "@retry 5 10m\nexit 1"}
     after = Gate(world, "c")
-    boot = Boot(world, files, "--grace", "300ms")  # for those that sh has ignore INT
+    boot = Boot(world, files, "--grace", "300ms", patch="coder_sync.REPORT_EVERY = 0.2")  # for those that ignore INT
     gate.open()
     after.reached()
+    boot.says("r to try again after exit code 1")
     until(lambda: len(boot.left()) >= 7)
     boot.signal(number)
-    boot.ends(code, None, f"stopped: boot got signal {number}", "b: ")
+    boot.ends(code, None, f"stopped: boot got signal {number}", "b: ", f"failed: r (stopped: boot got signal {number})")
 
 
-def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None:
+def test_a_unit_is_told_to_end_once_what_wants_it_has_gone_also_through_others(world: World) -> None:
     text = "trap 'cat {0}; echo {0}; exit' TERM\n: > up-{0}; sleep 60 & wait"
-    wants = {"a": "extern x", "b": "want a", "c": "want b", "d": "want a"}
+    wants = {"a": "extern x", "b": "want a", "c": "want j", "d": "want a"}
     gates = {name: Gate(world, name) for name in wants}
     files = {name: f"@{want}\n@ready file:up-{name}\n{text.format(name)}" for name, want in wants.items()}
-    boot = Boot(world, {**files, "e": "@want b c d"}, "--stay")
+    boot = Boot(world, {**files, "j": "@want b", "e": "@want b c d"}, "--stay")
     boot.says("staying")
     at_rest(boot.background())
     boot.signal()
@@ -8679,29 +8661,23 @@ def test_a_unit_is_told_to_end_once_what_wants_it_has_gone(world: World) -> None
 
 
 @needs_proc
-def test_what_ignores_the_signal_is_killed_after_the_grace(world: World) -> None:
+@pytest.mark.parametrize("grace", ["200ms", "10m"])
+def test_what_ignores_the_signal_is_killed_after_the_grace_or_at_a_second_one(world: World, grace: str) -> None:
     texts = [STUBBORN, f"({STUBBORN}) & wait", f"$SYNC complete $CODER_SYNC_UNIT -q; {STUBBORN}"]
     gates = [Gate(world, f"gate{i}") for i in range(len(texts))]
     files = {f"x{i}": text.replace("cat gate", f"cat gate{i}") for i, text in enumerate(texts)}
-    boot = Boot(world, {**files, "y": "sleep 60"}, "--grace", "200ms")
+    files["told"] = "trap 'echo told > told' TERM; : > trapped; while :; do sleep 0.01; done"
+    boot = Boot(world, files, "--grace", grace)
     for gate in gates:
         gate.open()
+    until((world.directory / "trapped").exists)
     began = time.monotonic()
     boot.signal()
-    boot.ends(143)
-    assert time.monotonic() - began >= 0.2
-
-
-@needs_proc
-def test_a_second_signal_kills_at_once(world: World, gate: Gate) -> None:
-    told = "trap 'echo told > told' TERM; : > trapped; while :; do sleep 0.01; done"
-    boot = Boot(world, {"a": STUBBORN, "b": told}, "--grace", "10m")
-    gate.open()
-    until((world.directory / "trapped").exists)
-    boot.signal(signal.SIGINT)
     until(lambda: read_lines(world.directory / "told"))
-    boot.signal(signal.SIGINT)
-    boot.ends(130)
+    if grace == "10m":
+        boot.signal()
+    boot.ends(143)
+    assert grace == "10m" or time.monotonic() - began >= 0.2
 
 
 @needs_proc
@@ -9552,11 +9528,6 @@ coder_sync.{where} = fails
     assert read_lines(world.directory / "ends") == ["db"]
 
 
-def test_a_failure_without_a_reason_is_told_without_one(world: World) -> None:
-    told = Boot(world, {"a": "$SYNC fail a -q"}).ends(1)
-    assert re.search("^failed: a; /", told, re.M)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Boot: trouble to survive.
 # ---------------------------------------------------------------------------------------------------------
@@ -9650,16 +9621,6 @@ def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: W
     gate.open()
     told = ("failed: a (exit code 2)", "not started: b: the agent went away", "failed: c (exit code 1)")
     boot.ends(3, "a | a\n", *told)
-
-
-def test_what_is_wanted_through_a_unit_that_is_done_ends_after_what_wants_it(world: World) -> None:
-    trap = "trap '{do} >> ends; exit' TERM\necho on; touch up; sleep 60 & wait"
-    a, c = trap.format(do="echo a"), trap.format(do="sleep 0.3; echo c")
-    boot = Boot(world, {"a": f"@ready file:up\n{a}", "b": "@want a", "c": f"@want b\n{c}"})
-    boot.prints("c | on")
-    boot.signal()
-    boot.ends(143)
-    assert read_lines(world.directory / "ends") == ["c", "a"]
 
 
 def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: World) -> None:
