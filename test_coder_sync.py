@@ -9011,19 +9011,16 @@ def test_it_becomes_the_command_in_the_same_process_without_an_agent_and_with_th
     assert blocked.split()[1].strip("0") == "" and int(ignored.split()[1], 16) == usual
 
 
-def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"a": "cat gate"}, "--always", "--", "echo", "hello")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGWINCH])
+def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World, gate: Gate, number: int) -> None:
+    boot = Boot(world, {"a": "cat gate"}, "-q", "--always", "--", "echo", "hello")
     gate.reached()
-    boot.signal()
-    boot.ends(143, "")
-
-
-def test_another_size_of_the_terminal_ends_nothing(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"a": "cat gate"}, "-q", "--", "echo", "hello")
-    gate.reached()
-    boot.signal(signal.SIGWINCH)
-    gate.open()
-    boot.ends(0, "hello\n")
+    boot.signal(number)
+    if number == signal.SIGWINCH:  # another size of the terminal ends nothing
+        gate.open()
+        boot.ends(0, "hello\n")
+    else:
+        boot.ends(128 + number, "")
 
 
 LATE = """
@@ -9046,10 +9043,6 @@ def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(world:
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
 
-def test_a_command_that_cannot_be_run(world: World) -> None:
-    Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
-
-
 @functools.lru_cache(maxsize=None)
 def has_namespaces() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
@@ -9063,9 +9056,11 @@ def as_process_one(world: World, files: Mapping[str, str], *words: str, patch: s
 
 def test_a_failed_boot_becomes_the_command_only_if_always_and_says_so(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
-    Boot(world, {"a": "exit 3"}, "--", "echo", "ran").ends(1, "", told)
+    Boot(world, {**STACK, "a": "@want web\nexit 3"}, "--", "echo", "ran").ends(1, "", told)
+    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
     Boot(world, {"a": ""}, "--stay", "--", "echo", "ran").ends(2, "", "--stay and -- COMMAND exclude each other")
+    Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
 
 
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
@@ -9130,12 +9125,14 @@ def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(worl
 
 
 @needs_proc
-def test_a_terminal_that_hangs_up_while_it_boots_ends_everything(world: World, gate: Gate) -> None:
+@pytest.mark.parametrize("how", ["terminal", "process"])
+def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(world: World, gate: Gate, how: str) -> None:
     boot, master = boot_on_terminal(world, {"db": service("db"), "a": "@want db\ncat gate; echo a > ran"})
     gate.reached()
-    os.close(master)
-    assert boot.process.wait(PATIENCE) == 129 and boot.left() == []
-    assert not (world.directory / "ran").exists()
+    boot.process.kill() if how == "process" else os.close(master)
+    assert boot.process.wait(PATIENCE) == (-9 if how == "process" else 129)
+    until(lambda: boot.left() == [])
+    assert read_lines(world.directory / "ends") == ["db"] and not (world.directory / "ran").exists()
 
 
 @needs_proc
@@ -9169,85 +9166,61 @@ def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> N
 
 
 @needs_proc
-def test_the_end_of_its_process_while_it_boots_is_a_hang_up(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"db": service("db"), "a": "@want db\ncat gate; echo a > ran"})
-    gate.reached()
-    boot.process.kill()
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["db"] and not (world.directory / "ran").exists()
-
-
-@needs_proc
 @pytest.mark.parametrize("over", [False, True])
 def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
-    files = {"db": service("db")} if over else {"db": service("db"), "a": "@want db\ncat gate", "b": "@want a"}
-    boot = Boot(agent, files, "--stay")
+    boot = Boot(agent, {"db": service("db"), **({} if over else {"a": "@want db\ncat gate", "b": "@want a"})}, "--stay")
     boot.says("staying") if over else gate.reached()
+    until(lambda: over or "startup.d/a" in str(agent.client.status("a").owner))
     os.kill(boot.background(), signal.SIGKILL)
     boot.ends(137, None, "boot's background process was killed by signal 9; what it ran may run on", leaves=True)
     until(lambda: {unit.status for unit in agent.client.list()} == {"failed"})
     pid, reason = pid_of(agent, "db"), agent.client.status("db").reason
     assert re.match(rf"lost: the boot that ran .*\b{pid}\b.* may still run", reason)
+    assert over or agent.client.status("a").reason.startswith("lost: the boot that ran process ")
     done = finish(agent.popen("stop"))
     assert done.returncode == 1
     assert f'unit "db" cannot be stopped: it is startup.d/db (pid {pid}), which has no supervisor' in done.stderr
-    assert over or re.fullmatch(
-        r"lost: the boot that ran process \d+ \(startup\.d/a\) ended without completing",
-        agent.client.status("a").reason,
-    )
 
 
 @needs_proc
-def test_term_to_the_background_process_stops_services_in_order(world: World) -> None:
+@pytest.mark.parametrize("hosted", [True, False])
+def test_term_to_the_background_process_stops_services_in_order_also_without_an_agent(
+    world: World, hosted: bool
+) -> None:
+    server = None if hosted else world.serve()
     boot = Boot(world, STACK)
     boot.ends(0, leaves=True)
+    if server:
+        server.kill()
+        server.wait()
+    os.kill(pid_of(world, "web"), signal.SIGKILL)
+    until(lambda: not alive(pid_of(world, "web")))
+    assert alive(pid_of(world, "db"))
     os.kill(boot.background(), signal.SIGTERM)
     until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    assert read_lines(world.directory / "ends") == ["api", "db"]
 
 
 @needs_proc
-def test_services_run_on_without_their_agent(agent: World) -> None:
-    boot = Boot(agent, STACK)
-    boot.ends(0, leaves=True)
-    agent.processes[0].kill()
-    agent.processes[0].wait()
-    os.kill(pid_of(agent, "web"), signal.SIGKILL)
-    until(lambda: not alive(pid_of(agent, "web")))
-    assert alive(pid_of(agent, "db"))
-    os.kill(boot.background(), signal.SIGTERM)
+@pytest.mark.parametrize("options", [["--stay"], ["--stay", "--fail-fast"], []], ids=["stay", "fail-fast", "over"])
+def test_a_service_that_dies_is_told_at_once_and_ends_others_with_fail_fast(world: World, options: list[str]) -> None:
+    told = world.directory / "told"
+    with open(told, "wb") as file:
+        boot = Boot(world, STACK, *options, stderr=file)
+    if options:
+        until(lambda: "boot: staying until a signal" in read_lines(told))
+    else:
+        boot.ends(leaves=True)
+    os.kill(pid_of(world, "db"), signal.SIGKILL)
+    died = "warning: db: ended after its unit had completed (killed by signal 9)"
+    until(lambda: died in read_lines(told))
+    if options != ["--stay", "--fail-fast"]:
+        until(lambda: world.status("db") == "failed")
+        assert world.status("web") == "completed"
+        world.client.shutdown()
     until(lambda: boot.left() == [])
-    assert read_lines(agent.directory / "ends") == ["api", "db"]
-
-
-@needs_proc
-def test_a_service_that_dies_is_told_at_once_and_ends_nothing_but_with_fail_fast(world: World) -> None:
-    stays = Boot(world, STACK, "--stay")
-    stays.says("staying")
-    os.kill(pid_of(world, "db"), signal.SIGKILL)
-    stays.says("warning: db: ended after its unit had completed (killed by signal 9)")
-    until(lambda: world.status("db") == "failed")
-    assert world.status("web") == "completed"
-    stays.signal()
-    stays.ends(143)
-    for file in world.directory.glob("*.up"):
-        file.unlink()
-    fails = Boot(world, STACK, "--stay", "--fail-fast")
-    fails.says("staying")
-    os.kill(pid_of(world, "db"), signal.SIGKILL)
-    fails.ends(1, leaves=True)
-    until(lambda: fails.left() == [])
-
-
-@needs_proc
-def test_a_service_that_dies_later_is_told_where_boot_told_the_rest(world: World) -> None:
-    with open(world.directory / "told", "wb") as told:
-        boot = Boot(world, STACK, stderr=told)
-    boot.ends(leaves=True)
-    os.kill(pid_of(world, "api"), signal.SIGKILL)
-    died = "warning: api: ended after its unit had completed (killed by signal 9)"
-    until(lambda: died in read_lines(world.directory / "told"))
-    world.client.shutdown()
+    assert not options or boot.process.wait(PATIENCE) == (1 if "--fail-fast" in options else 143)
+    assert read_lines(world.directory / "ends") == ["web", "api"]
 
 
 @needs_proc
@@ -9270,24 +9243,17 @@ open("ended", "w").write(f"{told}")
     assert (world.directory / "ended").read_text() == "[15]"
 
 
-def test_what_it_shares_with_others_keeps_its_flags(world: World) -> None:
-    reader, writer = os.pipe()
-    boot = Boot(world, {"db": service("db")}, "-q", stdout=writer, stderr=writer)
-    boot.ends(leaves=True)
-    assert not fcntl.fcntl(writer, fcntl.F_GETFL) & os.O_NONBLOCK
-    os.close(reader), os.close(writer)
-    world.client.shutdown()
-
-
-@needs_proc
-def test_output_that_nobody_takes_holds_up_no_service(world: World) -> None:
+def test_output_that_nobody_takes_holds_up_no_service_and_is_no_others_business(world: World) -> None:
     more = "while ! test -e go; do sleep 0.01; done; seq 1 200000; : > said"
-    boot = Boot(world, {"db": service("db", more=more)}, "--stay")
+    reader, writer = os.pipe()
+    boot = Boot(world, {"db": service("db", more=more)}, "--stay", stdout=writer)
     boot.says("staying")
     (world.directory / "go").touch()
     until((world.directory / "said").exists)
+    assert not fcntl.fcntl(writer, fcntl.F_GETFL) & os.O_NONBLOCK, "what it shares with others keeps its flags"
     boot.signal()
     boot.ends(143)
+    os.close(reader), os.close(writer)
 
 
 def test_a_boot_is_refused_over_services_that_run_and_with_resume_runs_the_rest(world: World) -> None:
@@ -9346,26 +9312,22 @@ def test_a_command_beside_services_runs_as_if_there_were_no_boot_and_its_end_is_
 
 
 @needs_proc
-@pytest.mark.parametrize("script", ["exit 3", "kill -9 $$", "no-such-command", ""])
-def test_services_end_however_the_command_does(world: World, script: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 3", 3), ("kill -9 $$", 137), ("no-such-command", 127), ("", 127), ("kill -9 $PPID", -9)]
+)
+def test_services_end_however_the_command_does(world: World, script: str, code: int) -> None:
     command = ["sh", "-c", script] if script else ["no-such-command"]
     boot = Boot(world, STACK, "--", *command)
-    boot.ends({"exit 3": 3, "kill -9 $$": 137}.get(script, 127), "")
+    boot.ends(code, "", leaves=True)
+    until(lambda: boot.left() == [])
     assert read_lines(world.directory / "ends") == ["web", "api", "db"]
-
-
-def test_services_end_when_a_failure_keeps_the_command_from_running(world: World) -> None:
-    boot = Boot(world, {**STACK, "bad": "@want web\nexit 3"}, "--", "echo", "ran")
-    boot.ends(1, "", "boot: echo is not run, since not all went well; --always would\n", leaves=True)
-    assert boot.left() == [] and read_lines(world.directory / "ends") == ["web", "api", "db"]
 
 
 @needs_proc
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGWINCH])
 def test_a_signal_is_passed_on_to_the_command(world: World, number: signal.Signals) -> None:
     trap = f"trap 'echo urgent' URG; trap 'test -e ends || echo told; exit 5' {number.name[3:]}"
-    trap += "; echo on; while :; do sleep 0.01; done"
-    boot = Boot(world, STACK, "-q", "--", "bash", "-c", trap)
+    boot = Boot(world, STACK, "-q", "--", "bash", "-c", f"{trap}; echo on; while :; do sleep 0.01; done")
     boot.prints("on")
     boot.signal(signal.SIGURG)  # which is nobody's business
     boot.signal(number)
@@ -9409,15 +9371,6 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
     assert read_lines(world.directory / "ends") == ["web", "db"]
 
 
-@needs_proc
-def test_the_end_of_its_process_beside_a_command_ends_the_services(world: World) -> None:
-    boot = Boot(world, STACK, "-q", "--", "sh", "-c", "echo on; exec sleep 60")
-    boot.prints("on")
-    boot.process.kill()
-    until(lambda: len(boot.left()) == 1)  # COMMAND, which nobody was left to end
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
-
-
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside services"])
 def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
     become = f"""#!{sys.executable} -IS
@@ -9442,8 +9395,6 @@ def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) 
         boot = Boot(world, STACK, "--stay")
         told, credentials, *_ = listener.recvmsg(100, 100)
     assert (told, struct.unpack("3i", credentials[0][2])[0]) == (b"READY=1", boot.process.pid)
-    boot.signal()
-    boot.ends(143)
 
 
 TIERS = {f"x{i}-{k}": [f"x{i - 1}-{k}", f"x{i - 1}-{(k + 1) % 6}"] if i else [] for i in range(5) for k in range(6)}
@@ -9758,36 +9709,38 @@ coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
     agent.boot.ends(0, "a | a\n")
 
 
-def test_an_agent_that_is_stopped_before_the_boot_is_told_of_once(world: World) -> None:
-    stop(world.serve())
-    soon = f"{IMPATIENT.replace('1.0', '0.3')}; coder_sync.CONNECT_TIMEOUT = 0.5"
-    told = Boot(world, {"a": "echo a"}, patch=soon).ends(3, "")
-    assert told.count("is it stopped?") == 1
-
-
-@pytest.mark.parametrize(("code", "report", "told"), [(0, "complete", "1 completed"), (3, "fail", "1 failed")])
+@pytest.mark.parametrize(
+    ("script", "report", "told"),
+    [
+        ("exit", "complete", "1 completed\n"),
+        ("exit 3", "fail", "1 failed\n"),
+        ("@ready true\ncat gate", "complete", "1 completed\nstill running: a\n"),
+    ],
+    ids=["completed", "failed", "service"],
+)
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
-    world: World, code: int, report: str, told: str
+    world: World, gate: Gate, script: str, report: str, told: str
 ) -> None:
-    agent = PlayedAgent(world, {"a": f"exit {code}"})
+    agent = PlayedAgent(world, {"a": script})
     agent.asked(report)
     agent.hangs_up()
-    agent.boot.ends(3, "", f"boot: {told}\n", leaves=True)
-
-
-def test_a_service_whose_readiness_the_agent_did_not_answer_any_more_holds_nothing_up(world: World, gate: Gate) -> None:
-    agent = PlayedAgent(world, {"a": "@ready true\ncat gate"})
-    agent.asked("complete")
-    agent.hangs_up()
     assert agent.boot.process.wait(PATIENCE) == 3
-    gate.open()
-    agent.boot.ends(3, "", "boot: 1 completed\nstill running: a\n", leaves=True)
+    if "gate" in script:
+        gate.open()
+    agent.boot.ends(3, "", f"boot: {told}", leaves=True)
 
 
-def test_an_agent_that_is_stopped_does_not_hold_up_a_boot_that_is_told_to_stop(world: World, gate: Gate) -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_an_agent_that_is_stopped_does_not_hold_up_a_boot(world: World, gate: Gate, early: bool) -> None:
     server = world.serve()
-    patch = "coder_sync.PING_AFTER, coder_sync.STOPPED_TIMEOUT = 0.2, 1.0"
+    if early:
+        stop(server)
+    patch = f"{IMPATIENT.replace('1.0', '0.3' if early else '1000')}"
+    patch += "; coder_sync.CONNECT_TIMEOUT, coder_sync.STOPPED_TIMEOUT = 0.5, 1.0"
     boot = Boot(world, {"a": "cat gate", "b": "@want a"}, patch=patch)
+    if early:
+        assert boot.ends(3, "").count("is it stopped?") == 1
+        return
     gate.reached()
     stop(server)
     boot.signal()
@@ -9807,10 +9760,10 @@ def test_a_temporary_directory_of_no_use_keeps_nobody_from_variables_and_notify(
 def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variables(world: World) -> None:
     nowhere = "def mkdir(*args): raise PermissionError(13, 'no')\ncoder_sync.os.mkdir = mkdir"
     world.env["CODER_SYNC_ENV"] = "another-units"
-    boot = Boot(world, {"a": 'test -z "$CODER_SYNC_ENV"'}, patch="coder_sync.has_proc = bool\n" + nowhere)
-    boot.ends(0, "", "warning: $CODER_SYNC_ENV is empty: no directory for it can be written")
-    service = {"a": "@ready notify\nsleep 9"}
-    Boot(world, service, patch=nowhere).ends(1, "", "cannot be probed: no directory for its NOTIFY_SOCKET")
+    files = {"a": 'test -z "$CODER_SYNC_ENV"', "b": "@ready notify\nsleep 9"}
+    boot = Boot(world, files, patch="coder_sync.has_proc = bool\n" + nowhere)
+    told = "warning: $CODER_SYNC_ENV is empty: no directory for it can be written"
+    boot.ends(1, "", told, "boot: 1 completed", "cannot be probed: no directory for its NOTIFY_SOCKET")
 
 
 def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
@@ -9820,12 +9773,12 @@ def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its
         while os.write(writer, b"x" * 4096):
             pass
     os.set_blocking(writer, True)
+    after = Gate(world, "b")
     with open(reader, "rb"), open(writer, "wb") as stuck:
         files = {"a": "cat gate", "b": "@want a\necho b\ncat b"}
         boot = Boot(world, files, patch="coder_sync.REPORT_EVERY = 0.05", stderr=stuck)
         gate.reached()
         time.sleep(0.3)  # for some reports
-        after = Gate(world, "b")
         gate.open()
         boot.prints("b | b")
         after.reached()
