@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -87,27 +87,36 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     above, cut, below = source.partition(b"\n# Processes. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+    return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(data, below):  # type: (bytes, bool) -> Any
-    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
+def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+    """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
+    after the other, which takes less memory than all at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    file.seek(0)
+    data = file.read(-1 if below else 1 << 18)
     start = data.find(mark) + 16
     if below:
         start = data.find(mark, start) + 16
     code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
     if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-        return loads(code)
+        return [loads(code)]
+    file.seek(0)
     try:
-        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+        parts, line, future = [], 0, b"from __future__ import annotations"
+        for part in halves(source_in(file.read()))[below].split(b"\n\n\n# --"):
+            text = future + b"\n" * line + b"#" + part if line or below else part
+            parts.append(compile(text, sys.argv[0], "exec"))
+            line += part.count(b"\n") + 3
+        return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
@@ -127,7 +136,6 @@ def launch():  # type: () -> None
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     import _signal as signal
 
-    vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
@@ -135,7 +143,8 @@ def launch():  # type: () -> None
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    exec(half_of(DATA, False), globals())  # the first lines have read it
+    for part in half_of(SELF, False):  # which the first lines have opened
+        exec(part, globals())
 
 
 #:
@@ -184,7 +193,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -791,7 +800,7 @@ class Channel:
         self.path = path
         self._next = 0
         self._buffer = bytearray()
-        self._messages: list[Any] = []
+        self._lines: list[bytearray] = []  # that nobody has received
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
@@ -823,10 +832,16 @@ class Channel:
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
-        while not self._messages:
+        while not self._lines:
             if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
-        message: dict[str, Any] = self._messages.pop(0)
+        line = bytes(self._lines.pop(0))
+        try:
+            message = decode(line)
+        except ParseError:
+            message = None
+        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
     def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
@@ -862,19 +877,10 @@ class Channel:
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
-            self._messages += [self._message(bytes(line)) for line in lines]
+            self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
         return True
-
-    def _message(self, line: bytes) -> dict[str, Any]:
-        try:
-            message = decode(line)
-        except ParseError:
-            message = None
-        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
-        return message
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
         """Return the result of a request. Raises what the agent answered.
@@ -906,7 +912,7 @@ class Channel:
 
     def more(self) -> bool:
         """Return whether a message has been read that nobody has received."""
-        return bool(self._messages)
+        return bool(self._lines)
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -975,7 +981,7 @@ def our_caller() -> dict[str, int]:
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
     """Return whether a message is the answer to a request, or an error about the whole connection."""
-    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
+    return "method" not in message and message.get("id", "none") in (request, None)
 
 
 def unwrap(message: dict[str, Any]) -> Any:
@@ -1004,7 +1010,6 @@ def agent_path(given: str) -> str:
 
 def explain(path: str, error: OSError) -> str:
     """Return why an agent could not be reached, and what to do, in one line."""
-    import os
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -1019,10 +1024,10 @@ def explain(path: str, error: OSError) -> str:
         belongs = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
         why = f"permission denied{belongs}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
+        why = "not a socket; is the path right?"
     elif error.errno == errno.ECONNREFUSED:
         gone = "who made it is gone: build the tunnel again if it was one, else "
-        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        gone = "the agent that made it is gone; " if posix.access(path + ".lock", posix.F_OK) else gone
         why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
@@ -1053,15 +1058,13 @@ class Client:
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
-            given = duration(text) if text and connect_timeout is None else connect_timeout
+            self.connect_timeout = duration(text) if text and connect_timeout is None else connect_timeout
         except UsageError as error:
             raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
-        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
-        self._question_timeout = 0.0 if given is None else given
 
     def _channel(self, method: str) -> Channel:
-        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        return Channel(self.socket_path, patience)
+        patience = CONNECT_TIMEOUT if method in COORDINATING else 0.0
+        return Channel(self.socket_path, patience if self.connect_timeout is None else self.connect_timeout)
 
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
@@ -1069,7 +1072,7 @@ class Client:
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
-        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
+        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
             return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
@@ -1234,9 +1237,6 @@ class Start:
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
 
-    def __repr__(self) -> str:
-        return f"Start({self.result!r})"
-
     def __enter__(self) -> Start:
         began = time.monotonic()
         self.channel = self.client._channel("start")
@@ -1274,10 +1274,11 @@ class Start:
 def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    own = ", which has no supervisor: end that process"
-    texts += [
-        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
-    ]
+    for row in answer.cannot:
+        way = ", which has no supervisor: end that process"
+        if row.owner and row.owner.alive is False:
+            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
+        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
 
@@ -1618,17 +1619,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
+            vars(sys).pop("tracebacklimit", None)
             raise
         code = 125
     posix._exit(code)
 
 
-if DATA:
+if SELF:
     if not quick(sys.argv[1:]):
-        exec(half_of(DATA, True), globals())
+        for part in half_of(SELF, True):
+            exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    DATA = b""
+    SELF.close()
+    SELF = None
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
@@ -1700,21 +1704,23 @@ def birth(pid: int) -> str | None:
         return None if signal_to(pid, 0) else ""
 
 
-def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
-    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none to be read."""
+def proc_text(pid: int, name: str) -> str:
+    """Return the text of /proc/PID/NAME, empty where there is none to be read."""
     try:
-        lines = proc_file(pid, name).split(end)
+        return proc_file(pid, name)
     except OSError:
         return ""
+
+
+def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none."""
+    lines = proc_text(pid, name).split(end)
     return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
 
 
 def command_of(pid: int) -> str:
     """Return the command line of a process, short enough for a message; empty if unknown."""
-    try:
-        args = proc_file(pid, "cmdline").rstrip("\0").split("\0")
-    except OSError:
-        return ""
+    args = proc_text(pid, "cmdline").rstrip("\0").split("\0")
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
@@ -1867,10 +1873,10 @@ class Family:
         """Return whether its own group has members, zombies included."""
         return self.own and signal_to(-self.pid, 0)
 
-    def signal(self, number: int) -> None:
-        """Signal the first process."""
+    def tell_first(self) -> None:
+        """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
-            signal_to(self.pid, number)
+            terminate(self.pid)
 
     def left(self) -> list[int]:
         """Return the pids of those known to be left, the first process first."""
@@ -1879,12 +1885,8 @@ class Family:
 
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
-        import _signal as signal
-
-        others = self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group())
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            for pid in others:
-                signal_to(pid, number)
+        for pid in self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group()):
+            terminate(pid)
 
     def kill(self) -> None:
         """Send KILL to all, to its own group in one step, in which no more can be begun."""
@@ -2082,6 +2084,14 @@ def signal_to(pid: int, number: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
+
+
+def terminate(pid: int) -> None:
+    """Send TERM to a process or group, and CONT, in case it is stopped."""
+    import _signal as signal
+
+    signal_to(pid, signal.SIGTERM)
+    signal_to(pid, signal.SIGCONT)
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -4888,7 +4898,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
 TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
-CHECK_TIMEOUT = 1.0  # seconds for the one before the command
+CHECK_TIMEOUT = 1.0  # seconds for the try before the command is run
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBE_FORMS = {  # when each succeeds
     "tcp:[HOST:]PORT": "the port accepts connections",
@@ -4911,10 +4921,9 @@ def address_of(text: str, port: int = 0) -> tuple[str, int]:
         host, number = text, str(port)
     if host[:1] == "[" and host[-1:] == "]":
         host = host[1:-1]
-    labels = host.rstrip(".").split(".")
-    is_host = host.isprintable() and not set(host) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
-    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
-    if not is_port or not (is_host or (not host and not port)):
+    is_host = host.isprintable() and not set(host) & set(" /@[]")
+    is_port = number.isascii() and number.isdecimal() and 0 < int(number[:6]) < 65536
+    if not is_port or not is_host or (port and not host):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
     return host, int(number)
 
@@ -4931,23 +4940,20 @@ class Probe:
     def __init__(self, text: str) -> None:
         kind, colon, rest = text.partition(":")
         self.text, self.shown = text, shown_probe(text)
-        if "\0" in text:
-            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
         self.address, self.path, self.header = ("", 0), rest, ""
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         if self.kind == "tcp":
-            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
-            self.address = address_of(self.plain(rest))
+            self.address = address_of(self.plain(rest.strip("/")))
         elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
             self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
-        elif self.kind in ("unix", "file") and rest:
-            self.plain(rest)
-        elif self.kind in ("unix", "file") or not text:
+        elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+        elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
             hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
             hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
             raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
@@ -4967,33 +4973,26 @@ def basic(who: str) -> str:
     return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
-def connect(host: str, port: int, timeout: float) -> Any:
+def connect(host: str, port: int) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    import socket
+    from socket import create_connection
 
-    if host:
-        return socket.create_connection((host, port), timeout)
     try:
-        return socket.create_connection(("127.0.0.1", port), timeout)
-    except OSError as error:
-        try:
-            return socket.create_connection(("::1", port), timeout)
-        except OSError:
-            raise error from None
+        return create_connection((host or "::1", port), TRY_TIMEOUT)
+    except OSError:
+        if host:
+            raise
+    return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe, timeout: float) -> int:
+def http_status(probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
-    deadline = time.monotonic() + timeout
-    with connect(*probe.address, timeout) as sock:
+    deadline, line = time.monotonic() + TRY_TIMEOUT, b""
+    with connect(*probe.address) as sock:
         sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = sock.recv(1024)
-            if not chunk:
-                break
-            line += chunk
+            line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -5003,25 +5002,21 @@ def http_status(probe: Probe, timeout: float) -> int:
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
 
 
-def unix_listener(path: str, timeout: float) -> int:
+def listener_at(path: str) -> int:
     """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
     import socket
 
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(timeout)
+        sock.settimeout(TRY_TIMEOUT)
         sock.connect(path)
         return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
     """Return the process that listens at a port of this machine; 0 if that cannot be told."""
-    found = set()
-    for name in ("net/tcp", "net/tcp6"):
-        try:
-            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
-        except OSError:
-            continue
-        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    ours = os.getpid()
+    rows = [row.split() for row in (proc_text(ours, "net/tcp") + proc_text(ours, "net/tcp6")).splitlines()]
+    found = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
     for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
         try:
             if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
@@ -5031,49 +5026,43 @@ def listener(port: int) -> int:
     return 0
 
 
-def can_be_read(fd: int, timeout: float) -> bool:
-    """Wait for a descriptor, for so many seconds; return whether it can be read."""
-    import select
-
-    awaited = select.poll()
-    awaited.register(fd, select.POLLIN)
-    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
+def file_state(path: str) -> tuple[int, ...]:
+    """Return what changes when a file does, nothing if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
     What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
-    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
-    goes on until the command is ready, gets the first: a file counts if it has changed since.
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. For the other one
+    a file counts only if it has changed since the Prober was made (`changed`).
 
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words.
+    Loop. `error` is what the last try lacked, in a few words. Raises OSError, RuntimeError.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
         import threading
 
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
-        self.file: tuple[int, ...] = ()  # as it was at the latest try
-        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self._probe, self._env = Probe(text), env
         self.shown = self._probe.shown
+        self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
-
-    def begin(self, once: bool = False) -> Prober:
-        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
-        import threading
-
         try:
             threading.Thread(target=self._run, args=(once,), daemon=True).start()
         except RuntimeError:
             os.close(self._ready)
             os.close(self._done)
             raise
-        return self
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -5084,17 +5073,20 @@ class Prober:
         return not self.error
 
     def close(self) -> None:
-        """Make no more tries, and kill a command that is being tried."""
+        """Make no more tries, and kill a command that is being tried, with all that it has started."""
         self._closed.set()
         with self._lock:
-            self._kill()
+            if self._pid:
+                family = Family(self._pid, own=True, mark="")
+                family.look(Processes)
+                family.kill()
         os.close(self._ready)
 
     def _run(self, once: bool) -> None:
         pause = 0.1
         try:
             while not self._closed.is_set():
-                self.error = self._try(once)
+                self.error = self._try()
                 if once and not self.error:
                     self._object()
                 if once or not self.error:
@@ -5115,61 +5107,45 @@ class Prober:
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
 
-    def _try(self, once: bool) -> str:
+    def _try(self) -> str:
         """Try once; return what is lacking."""
-        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        probe = self._probe
         try:
+            if probe.kind == "command":
+                return self._command()
             if probe.kind == "file":
-                if not os.path.exists(probe.path):
-                    return "no such file"
-                file = os.stat(probe.path)
-                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
-                return "" if self.file != self._old else "it is as it was before the command was run"
+                found = file_state(probe.path)
+                if found and found == self._old:
+                    return "it is as it was before the command was run"
+                return "" if found else "no such file"
             if probe.kind == "http":
-                status = http_status(probe, timeout)
+                status = http_status(probe)
                 return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "tcp":
-                connect(*probe.address, timeout).close()
-            elif probe.kind == "unix":
-                self._peer = unix_listener(probe.path, timeout)
+            if probe.kind == "unix":
+                self._peer = listener_at(probe.path)
             else:
-                return self._command(CHECK_TIMEOUT if once else NEVER)
+                connect(*probe.address).close()
             return ""
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self, timeout: float) -> str:
+    def _command(self) -> str:
         """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
-        read, write = os.pipe()
-        nothing = null()
-        try:
-            with self._lock:
-                if self._closed.is_set():
-                    return "no more tries"
-                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
-                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
-                self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
-            os.close(write)
-            write = -1
-            if not can_be_read(read, timeout):
-                self._kill()
-                return f"no end within {span(timeout)}"
-            status = os.read(read, 16).strip()
-            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
-        finally:
-            with self._lock:
-                self._pid = 0
-            for fd in (read, write, nothing):
-                if fd >= 0:
-                    os.close(fd)
-
-    def _kill(self) -> None:
-        """Kill a command that is being tried, with all that it has started."""
-        if self._pid:
-            family = Family(self._pid, own=True, mark="")
-            family.look(Processes)
-            family.kill()
+        command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
+        with open(null(), "rb", 0) as nothing:
+            read, write = os.pipe()
+            streams = [(os.POSIX_SPAWN_DUP2, nothing.fileno(), fd) for fd in (0, 1, 2)]
+            streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+            with open(read, "rb", 0) as answer:
+                with self._lock, open(write, "wb", 0):
+                    if not self._closed.is_set():
+                        self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
+                status = answer.read(16).strip()
+        with self._lock:
+            self._pid = 0
+        if not status:
+            return "it was killed"
+        return "" if status == b"0" else ending(int(status))
 
 
 class Notified:
@@ -5223,19 +5199,6 @@ MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
-def private_file() -> str:
-    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
-
-    It stays open: later on, the path would be that of another file.
-    """
-    if hasattr(os, "memfd_create") and has_proc():
-        try:
-            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
-        except OSError:
-            pass
-    return ""
-
-
 def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
@@ -5251,41 +5214,23 @@ def private_directory() -> str:
     return ""
 
 
-def private_path(directory: str) -> str:
-    """Return a path in a private directory that nobody can guess; empty without a directory."""
-    return directory and os.path.join(directory, os.urandom(8).hex())
-
-
-def clear(path: str) -> None:
-    """Empty a file in a private directory, or without a name."""
-    remove(path)
-    try:
-        os.truncate(path, 0)
-    except OSError:
-        pass
-
-
 def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it, if it is still there."""
+    """Remove a private directory with all that a command may have left in it."""
     try:
         os.rmdir(path)
-    except FileNotFoundError:  # it has gone, or there was none
-        pass
     except OSError:
-        import shutil
+        import shutil  # a costly import
 
         shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
-    if not path:
-        return {}
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
-    except FileNotFoundError:
+    except FileNotFoundError:  # or there is no path
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
@@ -5317,21 +5262,27 @@ class Link:
 
     Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
     called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
+    An agent that has left a request unanswered for `patience()` seconds is gone.
     """
 
     def __init__(
-        self, loop: Loop, news: Callable[[str, Answer], None], gone: Callable[[Unreachable], None], pings: bool
+        self,
+        loop: Loop,
+        news: Callable[[str, Answer], None],
+        gone: Callable[[Unreachable], object],
+        patience: Callable[[], float],
+        ping_after: float = NEVER,
     ) -> None:
-        self._loop, self._news, self._gone, self._pings = loop, news, gone, pings
+        self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
+        self._ping_after = ping_after  # seconds of silence after which the agent is asked whether it lives
         self._channel: Channel | None = None  # while there is an agent
-        self._broken: Unreachable | None = None  # why there is none
         self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
-        self._channel, self._broken, self.lost = channel, None, ""
+        self._channel, self.lost = channel, ""
         self._asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
@@ -5346,11 +5297,11 @@ class Link:
         request = -1 - len(self._asked)
         if not self._asked:
             self._since = time.monotonic()
-        if self._channel and not self._broken:
-            try:
+        try:
+            if self._channel and not self.lost:
                 request = self._channel.request(method, **params)
-            except Unreachable as error:
-                self._broken = error
+        except Unreachable as error:
+            self.lost = str(error)
         self._asked[request] = answered
 
     def waits(self) -> bool:
@@ -5367,32 +5318,30 @@ class Link:
                 elif message.get("id") in self._asked:
                     self._asked.pop(message["id"])(message)
         except Unreachable as error:
-            self._broken = error
+            self.lost = str(error)
 
-    def keep_time(self, now: float, patience: float) -> float:
-        """Handle what has been received; an agent that has left a request unanswered for `patience` seconds is gone.
+    def keep_time(self, now: float) -> float:
+        """Handle what has been received, ask a silent agent whether it lives, or take it for gone.
 
-        With `pings`, a silent agent is asked whether it lives. Returns when to call this again.
+        Returns when to call this again.
         """
-        if self._channel and self._channel.more():
-            self.take()
-        due = self._since + (patience if self._asked else PING_AFTER if self._pings else NEVER)
-        if self._channel and now >= due and self._asked:
-            path = self._channel.path
-            self.take()  # perhaps we were stopped, not the agent
-            if self._asked and self._since + patience <= now:
-                silent = f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"
-                self._broken = self._broken or Unreachable(silent)
-        elif self._channel and now >= due:
-            self.ask("ping")
-        if self._broken:
-            self._lose(self._broken)
-        return due if self._channel else NEVER
+        self.take()
+        if self._channel and now >= self._due():
+            if self._asked:
+                self.lost = self.lost or self._channel._silence(self._patience())
+            else:
+                self.ask("ping")
+        if self.lost:
+            self._lose(Unreachable(self.lost))
+        return self._due()
+
+    def _due(self) -> float:
+        silence = self._patience() if self._asked else self._ping_after
+        return self._since + silence if self._channel else NEVER
 
     def _lose(self, error: Unreachable) -> None:
         if self._channel:
             self.close()
-            self.lost = str(error)
             self._gone(error)
         while self._asked:
             self._asked.pop(next(iter(self._asked)))(error_message(None, error))
@@ -5451,14 +5400,17 @@ class Task:
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.retries, self.delay = limits.retries, limits.delay
-        self.prober: Prober | Notified | None = None  # until it is ready
-        self.notified: Notified | None = None  # until the command has ended
+        self.retries = limits.retries  # how many more there may be after the first
+        self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # the latest try failed, or was ended
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
         self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
+
+    def use_directory(self, path: str) -> None:
+        """Choose paths in a private directory that nobody can guess; none without a directory."""
+        self.left, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
 
     # -- hooks for subclasses
 
@@ -5474,8 +5426,9 @@ class Task:
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         """Say that there will be a further try."""
 
-    def doubt(self, what: str) -> None:
-        """Say why the probe may prove nothing."""
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        raise NotImplementedError
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Handle the answer to a report."""
@@ -5488,6 +5441,8 @@ class Task:
         if state not in FOLLOW[self.state]:
             raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
         self.state, self.due = state, due
+        if state in (WAITING, GONE):
+            self.close_prober()
 
     def keep_time(self, now: float) -> None:
         """Do what is due."""
@@ -5502,49 +5457,45 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try: first of the probe, which must not succeed yet, then of the command."""
-        if self.tries:
-            clear(self.left)
+        remove(self.left)
         if self.limits.ready in ("", "notify"):
-            self.run(None)
+            self.run()
             return
+        self.enter(CHECKING, {self.checked: time.monotonic() + CHECK_TIMEOUT})
         try:
-            # A name may take its time to be resolved.
-            self.enter(CHECKING, {self.checked: time.monotonic() + 2 * CHECK_TIMEOUT})
-            self.probe(lambda: Prober(self.limits.ready, self.environment()).begin(once=True), self.checked)
+            self.probe(once=True)
         except CommandError as error:
             self.not_begun(error)
 
     def checked(self) -> None:
         """Run the command unless the probe has succeeded already."""
-        before = self.prober
+        prober = self.prober
         self.close_prober()
-        if isinstance(before, Prober) and before.objection:
-            self.not_begun(CommandError(before.objection, 125))
-        elif isinstance(before, Prober):
-            if before.doubt:
-                self.doubt(before.doubt)
-            self.run(before)
+        if isinstance(prober, Prober) and prober.objection:
+            self.not_begun(CommandError(prober.objection, 125))
+            return
+        if isinstance(prober, Prober) and prober.doubt:
+            self.warn(prober.doubt)
+        self.run()
 
-    def run(self, before: Prober | None) -> None:
-        """Run the command and begin to probe it; `before` is the prober that was used for the check."""
-        detail, env = self.next_try() if self.tries else "", self.environment()
+    def run(self) -> None:
+        """Run the command and begin to probe it."""
+        detail = self.next_try() if self.tries else ""
         try:
-            if self.limits.ready == "notify":
-                self.probe(lambda: Notified(self.notify_path), self.probed)
-            elif self.limits.ready:
-                self.probe(lambda: Prober(self.limits.ready, env, before).begin(), self.probed)
-            pid = self.spawn(env)
+            if self.limits.ready:
+                self.probe()
+            pid = self.spawn(self.environment())
         except (CommandError, OSError, ValueError) as error:
             self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
+        self.family = Family(pid, self.own_session, self.left)
+        self.why, self.told, self.began = "", "", time.monotonic()
         self.tries += 1
-        limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
-        self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
-        self.told = ""
+        due = {self.time_is_up: self.limits.timeout or NEVER}
         if self.prober:
-            self.due[self.tell_error] = self.began + TELL_EVERY
+            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.tell_error: TELL_EVERY})
+        self.enter(RUNNING, {action: self.began + seconds for action, seconds in due.items()})
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
@@ -5556,7 +5507,6 @@ class Task:
 
     def not_begun(self, error: Exception) -> None:
         """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
-        self.close_prober()
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
@@ -5566,31 +5516,33 @@ class Task:
             self.tries += 1
             self.tried()
 
-    def probe(self, make: Callable[[], Prober | Notified], then: Callable[[], None]) -> None:
-        """Use a prober, and call `then` when it has news. Raises CommandError."""
+    def probe(self, once: bool = False) -> None:
+        """Begin to probe, `once` before the command is run. Raises CommandError."""
         try:
-            self.prober = make()
+            if self.limits.ready == "notify":
+                self.prober = Notified(self.notify_path)
+            else:
+                self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
             raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
-        if isinstance(self.prober, Notified):
-            self.notified = self.prober
-        self.loop.watch(self.prober.fileno(), then)
+        self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
         """Handle news of the prober."""
-        prober = self.prober or self.notified
-        if prober and prober.ready() and self.prober:
+        if self.prober and self.prober.ready() and self.waits_for_probe():
             self.close_prober(ended=False)
             self.complete()
 
+    def waits_for_probe(self) -> bool:
+        """Return whether the unit completes when its probe succeeds, and not before."""
+        return self.state == RUNNING and self.limits.ready != "" and not self.reported
+
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
-        prober = self.prober or self.notified
-        self.prober = None
-        if prober and (ended or prober is not self.notified):
-            self.notified = None
-            self.loop.forget(prober.fileno())
-            prober.close()
+        if self.prober and (ended or isinstance(self.prober, Prober)):
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
 
     def tell_error(self) -> None:
         """Tell the agent what the probe lacks, if that has changed."""
@@ -5600,10 +5552,13 @@ class Task:
                 self.told = self.prober.error
                 self.link.ask("probing", unit=self.unit, error=self.told)
 
+    def lacks(self) -> str:
+        """Return the probe, and what it lacks."""
+        return f"{shown_probe(self.limits.ready)} ({self.prober.error if self.prober else ''})"
+
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
-        lacks = self.prober.error if self.prober else ""
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({lacks})")
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
@@ -5613,15 +5568,15 @@ class Task:
         """Handle the end of the first process, with an exit status, -N for signal N."""
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
-        early = self.prober is not None
-        self.close_prober()
         if self.state == ENDING:
             self.due[self.look] = 0.0
             if self.tell_others in self.due:
                 self.due[self.tell_others] = 0.0
-        elif code or early or self.reported == FAILED:
+        elif self.waits_for_probe():
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
-            self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
+            self.end(f"ended before it was ready ({ending(code)}){hint}")
+        elif code or self.reported == FAILED:
+            self.end(ending(code))
         elif self.state == RUNNING:
             self.complete()
         else:
@@ -5633,8 +5588,6 @@ class Task:
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
         end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
         """
-        import _signal as signal
-
         now = time.monotonic()
         by = min(by, now + self.grace)
         if self.state != ENDING:
@@ -5643,8 +5596,7 @@ class Task:
             self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
             self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-            self.family.signal(signal.SIGTERM)
-            self.family.signal(signal.SIGCONT)
+            self.family.tell_first()
         elif by < self.due.get(self.kill, 0.0):
             self.due[self.kill] = by
 
@@ -5697,7 +5649,8 @@ class Task:
     def tried(self) -> None:
         """Try again after a failed try, or report the failure."""
         if self.tries <= self.retries and not self.stopped:
-            delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
+            delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
+            delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
@@ -5712,7 +5665,6 @@ class Task:
         """End the command until the time `by`; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
-            self.close_prober()
             self.enter(GONE, {})
             self.fail(why)
         elif self.state != GONE:
@@ -5741,7 +5693,6 @@ class Task:
         self.reported, self.runs_on = outcome, True
         now = time.monotonic()
         if self.state in (WAITING, CHECKING):
-            self.close_prober()
             self.why = ""
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
@@ -5803,58 +5754,58 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
-        link = Link(loop, self.news, lambda error: None, pings=False)
-        given = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
-        given = {name: value for name, value in given.items() if value is not None}
-        limits = Limits(args.ready or "", retries=args.retry, **given)
+        link = Link(loop, self.news, bool, self.patience)
+        limits = Limits(args.ready or "", retries=args.retry)
+        if args.ready_timeout is not None:
+            limits.ready_timeout = args.ready_timeout
+        if args.retry_delay is not None:
+            limits.delay = args.retry_delay
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
         self.env, self.quiet = environment(self.env, **start.environment), args.quiet
-        self.status = 0  # to return
+        self.status = 0  # to return, if it is not that of the command
         self.unreported: list[str] = []
-        self.left = private_file()
-        self.directory = private_directory() if limits.ready == "notify" or not self.left else ""
-        self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
-        if not self.left:
-            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
+        self.directory = private_directory()
+        self.use_directory(self.directory)
+        if not self.directory:
+            self.warn(NO_DIRECTORY)
 
     def to_its_end(self) -> int:
         """Run the command, with its retries; return its exit status once the agent has answered all reports."""
-        late = 0  # a signal that came when only an answer was missing
         try:
             self.begin()
             while True:
-                state, now = self.state, time.monotonic()
+                now = time.monotonic()
                 self.keep_time(now)
-                patience = NEVER if self.state != GONE else STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
-                due = self.link.keep_time(now, patience)
+                due = self.link.keep_time(now)
                 if self.unreported:
                     self.not_reported(some_names(self.unreported), self.link.lost)
                     self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
-                    return 128 + late if late and self.link.lost else self.status
-                if self.state == state:
-                    for number in self.loop.turn(min(due, self.next_due())):
-                        late = number if self.state == GONE else 0
-                        self.signalled(number)
+                    return self.status or shell_status(self.code) or int(self.reported == FAILED)
+                for number in self.loop.turn(min(due, self.next_due())):
+                    self.signalled(number)
         finally:
-            self.loop.give_back()
+            remove(self.left)
             remove_directory(self.directory)
+
+    def patience(self) -> float:
+        """Return for how many seconds the agent may leave a report unanswered."""
+        if self.state != GONE:
+            return NEVER
+        return STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
 
     def signalled(self, number: int) -> None:
         """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
-        again, self.stopped = self.stopped, "stopped"
-        if self.state in (WAITING, CHECKING):
-            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
+        self.stopped = "stopped"
+        if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
-        elif self.state == GONE:
-            if again:
-                sys.exit(128 + number)
+            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
         elif self.family.first:
             self.family.look(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
-                self.family.signal(number)
+                signal_to(self.family.pid, number)
         else:  # its remaining processes are being ended
             self.end("", by=0.0)
 
@@ -5871,11 +5822,9 @@ class Run(Task):
 
     def say_not_ready(self) -> None:
         """Say what the probe lacks."""
-        if self.prober:
-            now = time.monotonic()
-            self.due[self.say_not_ready] = now + REPORT_EVERY
-            lacks = f"{shown_probe(self.limits.ready)} ({self.prober.error})"
-            say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
+        now = time.monotonic()
+        self.due[self.say_not_ready] = now + REPORT_EVERY
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
 
     def not_ready(self) -> None:
         self.status = TimedOut.exit_code
@@ -5885,15 +5834,10 @@ class Run(Task):
         self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
-    def doubt(self, what: str) -> None:
-        put(f"warning: {self.unit}: {what}\n", 2)
-
-    def exited(self) -> None:
-        self.status = shell_status(self.code)
-        super().exited()
+    def warn(self, text: str) -> None:
+        put(f"warning: {self.unit}: {text}\n", 2)
 
     def fail(self, reason: str) -> None:
-        self.status = self.status or shell_status(self.code) or 1
         if reason != ending(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
@@ -5911,7 +5855,7 @@ class Run(Task):
 
     def not_reported(self, what: str, error: str) -> None:
         """Warn that a report may be lost."""
-        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+        self.warn(f"{what} may not have been reported: {error}")
 
 
 @Command(
@@ -5933,23 +5877,24 @@ def cmd_wait(args: Args) -> int:
     began, report = time.monotonic(), Reporter(args, "")
     if args.units:
         make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    probers = [Prober(probe, environment()) for probe in args.ready]
-    code = probe_all(probers, began, began + (args.timeout or NEVER), args.quiet) if probers else 0
+    code = probe_all(args.ready, began, began + (args.timeout or NEVER), args.quiet) if args.ready else 0
     if not code:
         took = time.monotonic() - began
         waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-        say(f"{some_names([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
+        say(f"{some_names([*args.units, *map(shown_probe, args.ready)])}: done{waited}", quiet=args.quiet)
     return code
 
 
-def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> int:
+def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
     loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    probers: list[Prober] = []
     try:
-        for prober in probers:
-            fd = prober.begin().fileno()
+        for probe in probes:
+            probers.append(Prober(probe, environment()))
+            fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
         while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
             now = time.monotonic()
@@ -6049,7 +5994,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
                 read_header(script, rest.strip(), number, said)
             elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
-        except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
+        except SyncError as error:
             mistakes.append(f"{path}:{number}: {error}")
     for number, line in enumerate(lines[last:], last + 1):
         if looks_like_header(line):
@@ -6079,7 +6024,7 @@ def looks_like_header(line: str) -> bool:
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
-    """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
+    """Take what a header in a line says. Raises UsageError, Refused."""
     word = "".join(text.split()[:1])
     if word not in HEADERS:
         known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
@@ -6093,7 +6038,10 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     elif set(rest) & set("\"'\\"):
         import shlex
 
-        words = shlex.split(rest)
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise UsageError(f"{word}: {error}") from None
     if not words:
         raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
     if "..." in form:
@@ -6181,7 +6129,8 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             import shlex
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
+            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
         hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
@@ -6339,14 +6288,13 @@ class Output:
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self, fds: Iterable[int]) -> None:
-        """Print nothing any more on these, and hold them open no longer."""
+    def let_go(self, fd: int) -> None:
+        """Print nothing any more on a descriptor, and hold it open no longer."""
         nothing = null()
-        for fd in fds:
-            os.dup2(nothing, fd)
-            if self._fds[fd] != fd:
-                os.close(self._fds[fd])
-            self._fds[fd] = fd
+        os.dup2(nothing, fd)
+        if self._fds[fd] != fd:
+            os.close(self._fds[fd])
+        self._fds[fd] = fd
         os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
@@ -6375,7 +6323,7 @@ class Output:
             pass
         except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
             at = len(data)
-            self.let_go([fd])
+            self.let_go(fd)
         self.pending[fd] = b"" if patience else data[at:]
 
     def flush(self) -> None:
@@ -6418,22 +6366,19 @@ class Stream:
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-    def open(self) -> int:
-        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+    def open(self, more: bool) -> int:
+        """Begin to read what a try prints, and `more` what a further one does; return the descriptor to print to."""
         self.close()
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
         self.watch()
-        return write
-
-    def open_log(self, more: bool) -> None:
-        """Open the file; a further try adds to it."""
         if self.out.log_dir:
             try:
                 os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
                 self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
             except OSError as error:
                 self.out.no_log(error)
+        return write
 
     def watch(self) -> None:
         """Read what is printed, or nothing while our own output is not taken."""
@@ -6461,14 +6406,13 @@ class Stream:
 
     def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if self.log >= 0:
+        if self.log >= 0 and self.out.log_dir:
             try:
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(self.log, view) :]
             except OSError as error:
                 self.out.no_log(error)
-                self.close_log()
         *ended, rest = (self.rest + chunk).split(b"\n")
         *more, self.rest = pieces(rest)
         self.print([piece for line in ended for piece in pieces(line)] + more)
@@ -6489,17 +6433,11 @@ class Stream:
     def close(self) -> None:
         """Read no more of it."""
         self.end_line()
-        if self.fd >= 0:
-            self.loop.forget(self.fd)
-            os.close(self.fd)
-            self.fd = -1
-        self.close_log()
-
-    def close_log(self) -> None:
-        """Keep no more of it."""
-        if self.log >= 0:
-            os.close(self.log)
-            self.log = -1
+        self.loop.forget(self.fd)
+        for fd in (self.fd, self.log):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.log = -1
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
@@ -6549,7 +6487,7 @@ class Job(Task):
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.stream.open()
+        write = self.stream.open(more=self.tries > 0)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
@@ -6560,7 +6498,6 @@ class Job(Task):
             os.close(write)
 
     def begun(self, detail: str) -> None:
-        self.stream.open_log(more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
         self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
@@ -6568,8 +6505,8 @@ class Job(Task):
         if detail:
             self.stream.take(f"{detail}\n".encode())
 
-    def doubt(self, what: str) -> None:
-        self.boot.out.say(f"warning: {self.unit}: {what}")
+    def warn(self, text: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {text}")
 
     def process_ended(self, code: int) -> None:
         self.stream.drain()
@@ -6600,7 +6537,7 @@ class Job(Task):
         super().exited()
         if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
             self.died = True
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
+            self.warn(f"ended after its unit had completed ({self.why})")
             self.boot.another("ended")
 
 
@@ -6611,15 +6548,14 @@ class Boot:
     """
 
     def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
-        loop = Loop((*STOPS, "SIGQUIT"))
+        loop = Loop()
         self.options, self.loop, self.front = options, loop, front
-        loop.watch(front, self.hear_front)
+        loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, pings=True)
+        self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
-        self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
@@ -6644,7 +6580,7 @@ class Boot:
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, directory = null(), private_directory()
         for job in self.jobs.values():
-            job.left, job.notify_path = private_path(directory), private_path(directory)
+            job.use_directory(directory)
         if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
@@ -6701,7 +6637,7 @@ class Boot:
         families = [job.family for job in self.active.values() if job.lives()]
         for family in families:
             family.look(Processes)
-            family.signal(15)
+            family.tell_first()
             family.tell_others()
             family.first = False  # whose end nobody takes any more
         kill_at = time.monotonic() + self.options.grace
@@ -6750,9 +6686,12 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        patience = STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
-        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now, patience))
+        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
+
+    def patience(self) -> float:
+        """Return for how many seconds the agent may leave a request unanswered."""
+        return STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
 
     # -- the front ----------------------------------------------------------------------------------------
 
@@ -6763,26 +6702,19 @@ class Boot:
         except OSError:  # it has gone
             pass
 
-    def hear_front(self) -> None:
-        """Take what the front says: the signals that it got, 0 when its COMMAND has ended. Its end is a hang-up."""
-        try:
-            numbers = os.read(self.front, 100)
-        except OSError:
-            numbers = b""
-        for number in numbers:
-            self.told(number)
-        if not numbers:
-            self.loop.forget(self.front)
-            if self.alone:
-                self.out.let_go(self.out.pipes())
-            elif not self.stopping:
-                self.told(1)
+    def front_gone(self) -> None:
+        """Take the end of the front for a hang-up, unless it was free to end, or COMMAND has ended."""
+        self.loop.forget(self.front)
+        if self.alone:
+            for fd in self.out.pipes():
+                self.out.let_go(fd)
+        elif not self.stopping:
+            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
 
-    def told(self, number: int) -> None:
-        """End everything, because of a signal, or because COMMAND has ended (0). Twice: at once."""
-        again, self.signal = self.signal, number or 15
-        why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
-        self.stop(f"stopped: {why}", 0 if again else self.options.grace)
+    def told(self, number: int, why: str = "") -> None:
+        """End everything, because of a signal, or for another reason. Twice: at once."""
+        again, self.signal = self.signal, number
+        self.stop(f"stopped: {why or f'boot got signal {number}'}", 0 if again else self.options.grace)
 
     # -- units --------------------------------------------------------------------------------------------
 
@@ -6812,12 +6744,12 @@ class Boot:
             self.answered = True
             raise
         self.answered = True
-        self.done = [unit for unit in done if unit in self.jobs]
-        for unit in self.done:
-            del self.jobs[unit]
+        self.jobs = {unit: job for unit, job in self.jobs.items() if unit not in done}
         self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
+        if self.host and self.options.resume:
+            self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -6899,7 +6831,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.prober.error}"] if job.prober else []
+                more += [f"not ready: {job.prober.error}"] if job.prober and job.prober.error else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
@@ -6950,7 +6882,8 @@ class Boot:
         outcomes = [job.outcome for job in self.jobs.values()]
         words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
         counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
-        counts += [f"{len(self.done)} done before"] if self.done else []
+        done = len(self.wants) - len(self.jobs)
+        counts += [f"{done} done before"] if done else []
         failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
@@ -6989,7 +6922,7 @@ class Front:
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
-        self.loop, self.link, self.command, self.grace = loop, link, command, grace
+        self.loop, self.pid, self.link, self.command, self.grace = loop, pid, link, command, grace
         self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
@@ -7014,13 +6947,6 @@ class Front:
         if not data:
             self.loop.forget(self.link)
 
-    def tell(self, number: int) -> None:
-        """Tell the background process of a signal, or, by 0, that COMMAND has ended."""
-        try:
-            os.write(self.link, bytes([number]))
-        except OSError:  # it has ended
-            pass
-
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
         import _signal as signal
@@ -7028,9 +6954,9 @@ class Front:
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH:  # which is for COMMAND
+                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
                     self.signal = number
-                    self.tell(number)
+                    signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
@@ -7059,7 +6985,9 @@ class Front:
                 return self.run_command()
         finally:
             if self.command and not self.ended:
-                self.tell(0)
+                self.loop.forget(self.link)
+                os.close(self.link)  # which says that COMMAND has ended
+                self.link = -1
                 self.wait_for_end()
         self.loop.give_back()
         if wanted:
@@ -7129,7 +7057,7 @@ import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
@@ -7471,6 +7399,8 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
+    import _signal as signal
+
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -7489,8 +7419,10 @@ def cmd_boot(args: Args) -> int:
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
     boot = Boot(scripts, BootOptions(**given), link)
     code = boot_at(path, boot)

@@ -2200,6 +2200,13 @@ def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
     assert coder_sync.list_text(rows, "unit,reason") == "UNIT  REASON\na     runs on\nb     why\n"
 
 
+def test_who_cannot_be_stopped_is_to_be_ended_or_if_gone_its_unit() -> None:
+    rows = [coder_sync.Running("a", OWNER), coder_sync.Running("b", GONE)]
+    alive, gone = coder_sync.still_running(coder_sync.Answer(cannot=rows)).split('; unit "b" cannot be stopped: ')
+    assert alive.endswith(": it is bash setup.sh (pid 4242), which has no supervisor: end that process")
+    assert gone == "it is sh (pid 7), which is no longer running; `complete b` or `fail b` lets others go on"
+
+
 def test_a_timeout_as_text_says_what_was_missing_and_what_may_have_been_meant() -> None:
     rows = [Dependency("b", "completed", "pending", False), Dependency("c", "completed", "not registered", False)]
     rows[1].did_you_mean = "cc"
@@ -3342,7 +3349,7 @@ def test_an_agent_that_can_have_no_thread_or_descriptor_says_so_and_leaves_nothi
     no_thread = "def start(self): raise RuntimeError('no thread')\nimport threading; threading.Thread.start = start"
     for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (4, 5, 6))):
         done = finish(world.spawn(argv))
-        assert done.returncode == 1 and re.fullmatch("error: cannot .*\n", done.stderr), done
+        assert done.returncode == 1 and re.fullmatch("(error: cannot|OSError:.* Too many) .*\n", done.stderr), done
         assert os.listdir(world.directory) == []
 
 
@@ -4183,12 +4190,11 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: Wo
     assert not list(world.directory.glob("coder-sync-*"))
 
 
-@pytest.mark.parametrize("patch", ["", "import os; vars(os).pop('memfd_create', 0)"], ids=["", "without memfd_create"])
-def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World, patch: str) -> None:
+def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World) -> None:
     name = f"leaves-{next(COUNT)}"
     script = f"mkdir {name} || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
     words = ["run", name, "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script]
-    assert finish(shared.spawn(altered(patch, *words))).returncode == 0
+    assert shared.run(*words).returncode == 0
     shared.client.want(f"after-{name}", name)
     assert shared.client.env(f"after-{name}") == {"B": "2"}
 
@@ -4839,10 +4845,10 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
     play(call, world, NO_AGENT.format("connection refused; who made it is gone: build the tunnel..."))
     os.unlink(world.path)
     Path(world.path).write_text("x")
-    play(call, world, NO_AGENT.format("not a socket; remove it..."))
+    play(call, world, NO_AGENT.format("not a socket; is the path right?"))
     os.unlink(world.path)
     os.mkdir(world.path)
-    play(call, world, NO_AGENT.format("not a socket"))
+    play(call, world, NO_AGENT.format("not a socket; is the path right?"))
     os.rmdir(world.path)
     with listener(world.path) as sock:
         sock.listen(0)
@@ -7738,11 +7744,12 @@ MISTAKES_IN_HEADERS = [
     ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "not a whole number from 0 on: 'often'"),
     ("@retry -1 1s", "not a whole number from 0 on: '-1'"),
-    ("@want 'a", "No closing quotation"),
+    ("@want 'a", "want: No closing quotation"),
     ("@want ''", EMPTY),
     ("@unit ''", EMPTY),
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
     ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
+    ("@want 10-clone.sh", 'no file provides "10-clone.sh"; did you mean "clone"?'),
     ("@want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
     ("@want 'the moon'", "no file provides \"the moon\"; if it comes from outside, add: extern 'the moon'"),
     ("@want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
@@ -8259,8 +8266,8 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
         assert coder_sync.address_of(f"{text}:1") == coder_sync.address_of(f"{text}:1", 80) == (host, 1)
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
-    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "a..b:1", "a" * 64 + ":1", "[a]b:1"]
-    for text in (*odd, "\0:1", "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1", "[a:1", ".:1"):
+    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "[a]b:1", "[a:1"]
+    for text in (*odd, "\0:1", "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1"):
         with pytest.raises(UsageError, match="is no address") as caught:
             coder_sync.address_of(text)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
@@ -8269,7 +8276,7 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
     except OSError:
         return  # no such protocol here
     with server:
-        coder_sync.connect("", server.getsockname()[1], PATIENCE).close()
+        coder_sync.connect("", server.getsockname()[1]).close()
 
 
 WEB = "http://127.0.0.1:{}"
@@ -8290,11 +8297,12 @@ def answered(server: socket.socket, *answers: bytes) -> threading.Thread:
     return thread
 
 
-def test_a_try_of_http_ends_in_time_though_the_server_answers_byte_by_byte() -> None:
+def test_a_try_of_http_ends_in_time_though_the_server_answers_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coder_sync, "TRY_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = answered(server, *[b"H"] * 1000)
         with pytest.raises(OSError, match="timed out"):
-            coder_sync.http_status(coder_sync.Probe(WEB.format(server.getsockname()[1])), 0.2)
+            coder_sync.http_status(coder_sync.Probe(WEB.format(server.getsockname()[1])))
         thread.join()
 
 
@@ -8304,7 +8312,7 @@ def test_an_http_answer_of_400_or_more_and_what_is_no_http_are_not_ready() -> No
     for status, error in answers.items():
         with socket.create_server(("127.0.0.1", 0)) as server:
             thread = answered(server, status.encode() + b"\r\n\r\n")
-            prober = coder_sync.Prober(WEB.format(server.getsockname()[1]), {}).begin()
+            prober = coder_sync.Prober(WEB.format(server.getsockname()[1]), {})
             until(lambda: prober.error == error, error)  # noqa: B023
             thread.join()
         prober.close()
@@ -8335,23 +8343,18 @@ def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(wor
 
 
 @needs_proc
-@pytest.mark.parametrize("how", ["its end", "its time"])
-def test_a_try_that_hangs_ends_with_all_that_it_started(world: World, how: str) -> None:
+def test_a_try_that_hangs_ends_with_all_that_it_started(world: World) -> None:
     probe = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
-    prober = coder_sync.Prober(f"cd {world.directory}; {probe}", coder_sync.environment()).begin(how == "its time")
+    prober = coder_sync.Prober(f"cd {world.directory}; {probe}", coder_sync.environment())
     pids = until(lambda: " ".join(read_lines(world.directory / "pids")).split())
-    if how == "its end":
-        prober.close()
+    prober.close()
     until(lambda: not any(alive(int(pid)) for pid in pids))
-    if how == "its time":
-        assert coder_sync.can_be_read(prober.fileno(), PATIENCE) and prober.error == "no end within 1.0s"
-        prober.close()
 
 
 def checked(world: World, probe: str) -> coder_sync.Prober:
     """A probe that was tried once, as before its command."""
-    prober = coder_sync.Prober(probe, coder_sync.environment()).begin(once=True)
-    assert coder_sync.can_be_read(prober.fileno(), PATIENCE)
+    prober = coder_sync.Prober(probe, coder_sync.environment(), once=True)
+    assert select.select([prober], [], [], PATIENCE)[0]
     prober.close()
     return prober
 
@@ -9294,10 +9297,12 @@ def test_a_boot_is_refused_over_services_that_run_and_with_resume_runs_the_rest(
     again.ends(1, "", refused, leaves=True)
     more = {**STACK, "job": "@want db\necho job >> ran", "bad": "echo bad >> ran"}
     resumed = Boot(world, more, "--resume")
-    resumed.ends(0, None, "boot: 1 completed, 4 done before\n", leaves=True)
+    assert "no agent" not in resumed.ends(0, None, "boot: 1 completed, 4 done before\n", leaves=True)
     assert read_lines(world.directory / "ran") == ["job", "bad"]
     world.client.shutdown()
     until(lambda: first.left() == [])
+    unknown = "boot: there was no agent, so nothing is known to have completed: all is run\n"
+    Boot(world, {"a": "exit"}, "--resume").ends(0, "", unknown)
 
 
 def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: World) -> None:
