@@ -7608,9 +7608,7 @@ but notify, and needs no agent.
 
 def help_exit_codes() -> str:
     """Return the help on exit codes."""
-    import textwrap
-
-    return textwrap.dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0]) + "\n"
+    return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
 def help_json() -> str:
@@ -7620,33 +7618,25 @@ def help_json() -> str:
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
 
-    def fields(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
+    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
         body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
         found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
         return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    used = {"s": [*fields(UnitStatus)], "l": LISTED, "t": SAVED}
-    units = [[key, "".join(c for c in used if key in used[c]), text] for key, text in fields(UnitStatus).items()]
-    others = [
-        "\n".join(f"  {key.ljust(17)} {text}" for key, text in fields(kind).items())
-        for kind in (Dependency, Owner, Event)
-    ]
-    return f"""\
+    rows = [[key, "s" + "l" * (key in LISTED) + "t" * (key in SAVED), text] for key, text in keys(UnitStatus).items()]
+    text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
 Keys of a unit in status (s), list (l) and timeline (t):
 
-{table(["KEY", "IN", "MEANING"], units)}
+{table(["KEY", "IN", "MEANING"], rows)}
 Times, as "started", are seconds since the agent began, in a timeline since the first sign of a unit. What has
 not been is null. Newer versions may add keys.
-
-Keys of each of "dependencies":
-{others[0]}
-Keys of "owner":
-{others[1]}
-Keys of what `events` prints, one object a line:
-{others[2]}
 """
+    events = "what `events` prints, one object a line"
+    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    return text
 
 
 def help_protocol() -> str:
@@ -7694,10 +7684,7 @@ TOPICS: dict[str, Callable[[], str]] = {
 def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
-        if topic not in TOPICS:
-            put(help_page(command_named(topic)))
-        else:
-            put(TOPICS[topic]())
+        put(TOPICS[topic]() if topic in TOPICS else help_page(command_named(topic)))
     if args.topics:
         return
     width = max(map(len, COMMANDS))
