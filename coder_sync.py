@@ -3179,14 +3179,13 @@ MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
-MAX_PENDING = 10_000  # requests of one connection that wait
+MANY_CLAIMS = 10_000  # of one connection
 MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
 SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
 LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
-PAUSE = 0.02  # seconds for which a follower's thread gathers events
 STACK = 256 * 1024
 NO_ENVIRONMENT: dict[str, str] = {}
 
@@ -3470,7 +3469,6 @@ class Agent:
             connection.wake_up.awake = False
             self._attend(connection)
             if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
-                time.sleep(PAUSE if connection.following >= 0 else 0)
                 continue
             chunk = sock.recv(65536)
             connection.idle_at = time.monotonic() + IDLE_TIMEOUT
@@ -3680,14 +3678,11 @@ class Agent:
         With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
         has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
         """
-        self._may_wait(request, progress)
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
-        claim = self.units.start(
-            unit, request, dependencies, requires, owner, held, locks, timeout, supervisor=supervisor
-        )
-        self._expect(claim)
+        about = (unit, request, dependencies, requires, owner, held, locks, timeout, supervisor)
+        claim = self._expect(request, lambda: self.units.start(*about), progress)
         if pid and owner:
             self._watch(claim, owner)
 
@@ -3708,31 +3703,27 @@ class Agent:
     ) -> None:
         if not units:
             raise InvalidParams('wait: "units" must name at least one unit')
-        self._may_wait(request, progress)
-        self._expect(self.units.wait(units, request, requires, timeout))
+        self._expect(request, lambda: self.units.wait(units, request, requires, timeout), progress)
 
-    def _may_wait(self, request: Request, progress: bool) -> None:
+    def _expect(self, request: Request, ask: Callable[[], Claim], progress: bool = False) -> Claim:
+        """Return the claim that a request asks for, which is answered later or has just been."""
         if request.id is None:
             raise InvalidRequest('start, wait and stop need an "id"')
         self._may_begin()
-        if len(request.connection.open) >= MAX_PENDING:
-            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
             request.look_at = request.since  # at once
+        claim = request.connection.open[request.id] = ask()
+        self._keep(request.connection, [claim])
+        return claim
 
     def _may_begin(self) -> None:
         if self.leaving:
             raise Unreachable("the agent is shutting down")
 
-    def _expect(self, claim: Claim) -> None:
-        """Keep the claim that a request has become, which is answered later or has just been."""
-        connection = claim.ticket.connection
-        connection.open[claim.ticket.id] = claim
-        self._keep(connection, [claim])
-
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
+        """Have claims end with a connection; of one that has asked for much, forget those that are over."""
         connection.claims.update(dict.fromkeys(claims))
-        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+        if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
     def do_boot(
@@ -3815,8 +3806,7 @@ class Agent:
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
         """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
-        self._may_wait(request, progress=False)
-        self._expect(self.units.stop(units, request, grace))
+        self._expect(request, lambda: self.units.stop(units, request, grace))
         self._owners_wake.wake()  # who keeps time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
@@ -4194,8 +4184,6 @@ class Host(Record):
                         file.write(f"{os.getpid()}\n")
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
-                self._accepting = threading.Event()
-                threading.Thread(target=self._accept, daemon=True).start()
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
@@ -4208,15 +4196,13 @@ class Host(Record):
 
     def accept(self) -> None:
         """Begin to take connections."""
-        self._accepting.set()
+        from threading import Thread
 
-    def _accept(self) -> None:
-        self._accepting.wait()
-        self.agent.for_ever("accepting connections", self.server.accept)
+        Thread(target=self.agent.for_ever, args=("accepting connections", self.server.accept), daemon=True).start()
 
     def look(self) -> None:
         """Listen anew if the socket's file was removed: nobody could reach us."""
-        if self._accepting.is_set() and not os.path.lexists(self.path):
+        if not self.agent.leaving and not os.path.lexists(self.path):
             try:
                 with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
                     os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
@@ -4237,7 +4223,6 @@ class Host(Record):
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
-        self._accepting.clear()
         self.agent.stop()
         with self.agent.lock:
             graph = self.agent.units.graph()

@@ -3079,7 +3079,7 @@ def send_and_go_on_late(self, data):
     while b"env" in data and any(claim.held and claim.unit.status == "started" for claim in self.claims):
         coder_sync.time.sleep(0.001)
 coder_sync.Connection.send = send_and_go_on_late
-coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 2, 1
+coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 2, 1
 """
 
 
@@ -3131,17 +3131,16 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     served(small)
 
 
-def test_a_connection_may_wait_for_so_many_requests_and_no_more(small: World) -> None:
-    peer = small.connect()
-    for i in range(64):
-        peer.request("wait", i, units=["never" if i else "first"])
-    assert "at most" in peer.call("wait", "one more", units=["never"])["error"]["message"]
-    small.end("first")
-    assert peer.read()["id"] == 0
-    peer.request("wait", "now", units=["never"])
-    assert "result" in peer.call("ping", "p")
+def test_a_connection_that_asks_for_much_may_go_on_and_keeps_what_it_holds(world: World) -> None:
+    answering(world, altered("coder_sync.MANY_CLAIMS = 8", "serve", "-q"))
+    peer = world.connect()
+    assert "result" in peer.call("start", unit="kept", hold=True)
+    for i in range(30):
+        assert "result" in peer.call("start", unit=f"much {i}", hold=True)
+        assert "result" in peer.call("complete", unit=f"much {i}")
     peer.close()
-    served(small)
+    until(lambda: world.status("kept") == "failed")
+    assert world.status("much 0") == "completed"
 
 
 def test_who_waits_is_told_at_once_what_is_lacking_and_again_when_the_time_is_up(shared: World) -> None:
