@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -87,27 +87,36 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     above, cut, below = source.partition(b"\n# Processes. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+    return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(data, below):  # type: (bytes, bool) -> Any
-    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
+def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+    """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
+    after the other, which takes less memory than all at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    file.seek(0)
+    data = file.read(-1 if below else 1 << 18)
     start = data.find(mark) + 16
     if below:
         start = data.find(mark, start) + 16
     code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
     if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-        return loads(code)
+        return [loads(code)]
+    file.seek(0)
     try:
-        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+        parts, line, future = [], 0, b"from __future__ import annotations"
+        for part in halves(source_in(file.read()))[below].split(b"\n\n\n# --"):
+            text = future + b"\n" * line + b"#" + part if line or below else part
+            parts.append(compile(text, sys.argv[0], "exec"))
+            line += part.count(b"\n") + 3
+        return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
@@ -135,7 +144,8 @@ def launch():  # type: () -> None
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    exec(half_of(DATA, False), globals())  # the first lines have read it
+    for part in half_of(SELF, False):  # which the first lines have opened
+        exec(part, globals())
 
 
 #:
@@ -154,6 +164,7 @@ if TYPE_CHECKING:
     Member = tuple[str, dict[str, str], Iterable[str]]  # of a plan: name, dependency -> requirement, locks
     Requirement = Literal["success", "completion", "start"]
     Id = Union[str, int]
+    T = TypeVar("T")
     Object = dict[str, Any]
     R = TypeVar("R", bound="Record")
 
@@ -183,7 +194,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -378,10 +389,7 @@ class Dependency(Record):
 
 
 class Event(Record):
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds.
-
-    `before` is the number of the unit's previous event; not sent to clients.
-    """
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
 
     seq: int  # its number, counted from 1
     time: float  # seconds, on the monotonic clock of the agent's system
@@ -389,7 +397,6 @@ class Event(Record):
     unit: str  # name of the unit
     kind: str  # what happened
     detail: str = ""  # more about it
-    before: int = 0
 
 
 class UnitStatus(Record):
@@ -607,7 +614,7 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
-NOT_SENT = ("born", "before")  # fields that stay with the agent
+NOT_SENT = ("born",)  # fields that stay with the agent
 
 
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
@@ -1007,7 +1014,6 @@ def agent_path(given: str) -> str:
 
 def explain(path: str, error: OSError) -> str:
     """Return why an agent could not be reached, and what to do, in one line."""
-    import os
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -1022,10 +1028,10 @@ def explain(path: str, error: OSError) -> str:
         belongs = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
         why = f"permission denied{belongs}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
+        why = "not a socket; is the path right?"
     elif error.errno == errno.ECONNREFUSED:
         gone = "who made it is gone: build the tunnel again if it was one, else "
-        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        gone = "the agent that made it is gone; " if posix.access(path + ".lock", posix.F_OK) else gone
         why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
@@ -1277,10 +1283,11 @@ class Start:
 def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    own = ", which has no supervisor: end that process"
-    texts += [
-        f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ", "") + own for row in answer.cannot
-    ]
+    for row in answer.cannot:
+        way = ", which has no supervisor: end that process"
+        if row.owner and row.owner.alive is False:
+            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
+        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
 
@@ -1416,7 +1423,7 @@ class Command:
             setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
-            hint = "; did you forget -- before the command?" if self.tail else ""
+            hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
             raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
 
 
@@ -1626,12 +1633,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if DATA:
+if SELF:
     if not quick(sys.argv[1:]):
-        exec(half_of(DATA, True), globals())
+        for part in half_of(SELF, True):
+            exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    DATA = b""
+    SELF.close()
+    SELF = None
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
@@ -1703,21 +1712,23 @@ def birth(pid: int) -> str | None:
         return None if signal_to(pid, 0) else ""
 
 
-def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
-    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none to be read."""
+def proc_text(pid: int, name: str) -> str:
+    """Return the text of /proc/PID/NAME, empty where there is none to be read."""
     try:
-        lines = proc_file(pid, name).split(end)
+        return proc_file(pid, name)
     except OSError:
         return ""
+
+
+def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none."""
+    lines = proc_text(pid, name).split(end)
     return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
 
 
 def command_of(pid: int) -> str:
     """Return the command line of a process, short enough for a message; empty if unknown."""
-    try:
-        args = proc_file(pid, "cmdline").rstrip("\0").split("\0")
-    except OSError:
-        return ""
+    args = proc_text(pid, "cmdline").rstrip("\0").split("\0")
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
@@ -1870,10 +1881,10 @@ class Family:
         """Return whether its own group has members, zombies included."""
         return self.own and signal_to(-self.pid, 0)
 
-    def signal(self, number: int) -> None:
-        """Signal the first process."""
+    def tell_first(self) -> None:
+        """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
-            signal_to(self.pid, number)
+            terminate(self.pid)
 
     def left(self) -> list[int]:
         """Return the pids of those known to be left, the first process first."""
@@ -1882,12 +1893,8 @@ class Family:
 
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
-        import _signal as signal
-
-        others = self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group())
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            for pid in others:
-                signal_to(pid, number)
+        for pid in self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group()):
+            terminate(pid)
 
     def kill(self) -> None:
         """Send KILL to all, to its own group in one step, in which no more can be begun."""
@@ -2031,11 +2038,11 @@ def in_path(program: str, path: bytes | None) -> str:
     return found
 
 
-def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Callable[[], Iterable[int]] = list) -> int:
+def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
     """Run a command with our standard streams; return its exit status, as a shell has it.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself, and what `more` returns in each
-    turn is sent too. Raises CommandError if it cannot be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
+    be run.
     """
     try:
         pid = spawn(command, env)
@@ -2044,9 +2051,8 @@ def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes], more: Cal
     codes: list[int] = []
     loop.children[pid] = codes.append
     while not codes:
-        numbers = [number for number in loop.turn() if not sent_by_key(number)]
-        for number in [*numbers, *more()]:
-            if not codes:
+        for number in loop.turn():
+            if not codes and not sent_by_key(number):
                 signal_to(pid, number)
     return shell_status(codes[0])
 
@@ -2088,6 +2094,14 @@ def signal_to(pid: int, number: int) -> bool:
     return True
 
 
+def terminate(pid: int) -> None:
+    """Send TERM to a process or group, and CONT, in case it is stopped."""
+    import _signal as signal
+
+    signal_to(pid, signal.SIGTERM)
+    signal_to(pid, signal.SIGCONT)
+
+
 def remove(path: str, only: os.stat_result | None = None) -> None:
     """Unlink a file if it exists; with `only`, if it is still that file."""
     try:
@@ -2127,16 +2141,27 @@ MAX_EVENTS = 100_000
 MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
 MAX_HISTORY = 200  # events that `status` shows
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
+TIMED_OUT = "timed out"  # why a claim ends
+
+
+def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, T | None]:
+    """Return nodes of a graph and those that they lead to, also through others, each with the one before it."""
+    found: dict[T, T | None] = dict.fromkeys(starts)
+    todo = [*found]
+    for node in todo:
+        new = [other for other in onward(node) or () if other not in found]
+        found.update(dict.fromkeys(new, node))
+        todo += new
+    return found
 
 
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, since: float = 0.0) -> None:
+        self.name, self.since = name, since  # in its status
         self.status = NOT_REGISTERED
-        self.since = 0.0  # of the status
-        self.begin_anew(None)
+        self.facts = facts(None)  # of the present run
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
@@ -2144,20 +2169,23 @@ class Unit:
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
-        self.locks: tuple[Lock, ...] = ()  # that it was started with
-        self.queued: tuple[Lock, ...] = ()  # in whose lines it stands
-        self.stop_by = self.tell_by = self.told = NEVER  # when it is to have ended, when to tell it, what it was told
+        self.locks: tuple[Lock, ...] = ()  # in whose lines it stands, or that it was started with
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
-        self.last_event = 0
-
-    def begin_anew(self, registered: float | None) -> None:
-        """Forget what is known of the run before."""
-        self.facts = object.__new__(UnitStatus)  # without any values: what is not set takes no room
-        self.facts.registered = registered
 
     def first(self) -> Claim | None:
         """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
+
+    def supervisor(self) -> Claim | None:
+        """Return the claim of the supervisor that runs its command."""
+        return self.holder if self.holder and self.holder.supervisor else None
+
+
+def facts(registered: float | None) -> UnitStatus:
+    """Return what is known of a run when it begins; what is not set takes no room."""
+    status = object.__new__(UnitStatus)
+    status.registered = registered
+    return status
 
 
 class Lock:
@@ -2169,6 +2197,7 @@ class Lock:
 
     def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
+        self.label = f"lock {name}" if name else f"one of {limit} places to run"
         self.taken: dict[Unit, None] = {}
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
@@ -2178,14 +2207,6 @@ class Lock:
             return next(iter(self.taken))
         first = next(iter(self.line), unit) if self.name else unit
         return None if first is unit else first
-
-    def label(self) -> str:
-        """Return what it is called in messages."""
-        return f"lock {self.name}" if self.name else f"one of {self.limit} places to run"
-
-    def use(self, unit: Unit) -> str:
-        """Return what a unit that is before others does with it, for messages."""
-        return f"{unit.name} has" if unit in self.taken else f"{unit.name} is to have first"
 
 
 class Claim:
@@ -2200,18 +2221,25 @@ class Claim:
     delivered = False  # its answer has arrived
     lost = False  # it ended without a word of what becomes of the command
     deadline = NEVER
+    stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
+    locks: tuple[Lock, ...] = ()
 
     def __init__(
-        self,
-        unit: Unit,
-        ticket: Any,
-        owner: Owner | None = None,
-        held: bool = False,
-        supervisor: bool = False,
-        locks: tuple[Lock, ...] = (),
+        self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
     ) -> None:
-        self.unit, self.ticket, self.owner, self.locks = unit, ticket, owner, locks
+        self.unit, self.ticket, self.owner = unit, ticket, owner
         self.held, self.supervisor = held or supervisor, supervisor
+
+
+class Outcome(Record):
+    """What becomes of a unit."""
+
+    status: str
+    reason: str = ""
+    exit_code: int | None = None
+    event: str = ""  # what it is called, if not by the status: the word with which the reason begins
+    running: bool = False  # whether the command runs on
+    env: dict[str, str] = {}  # variables for those that depend on it
 
 
 class Stopping(Record):
@@ -2224,7 +2252,7 @@ class Stopping(Record):
 class Stop(Claim):
     """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
 
-    def __init__(self, ticket: Any, deadline: float, cannot: list[dict[str, Any]]) -> None:
+    def __init__(self, ticket: Any, deadline: float, cannot: list[Running]) -> None:
         super().__init__(Unit(""), ticket)
         self.units: dict[Unit, None] = {}  # that are to end
         self.end_by = deadline + STOP_PATIENCE
@@ -2256,7 +2284,7 @@ class Units:
         self.locks: dict[str, Lock] = {}
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
-        self.stopping: dict[Unit, None] = {}  # that supervisors are to end
+        self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
         self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
@@ -2269,167 +2297,118 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        wants = dict.fromkeys(dependencies, check_requirement(requires))
-        (unit,) = self._declare([(check_name(name), wants, ())])
+        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
 
-    def start(
-        self,
-        name: str,
-        ticket: Any,
-        dependencies: Iterable[str] = (),
-        requires: str = SUCCESS,
-        owner: Owner | None = None,
-        held: bool = False,
-        locks: Iterable[str] = (),
-        timeout: float = 0.0,
-        supervisor: bool = False,
-    ) -> Claim:
-        """Ask for `name` to be started, within `timeout` seconds (0: no limit); the claim is answered.
+    def start(self, member: Member, ticket: Any, timeout: float = 0.0, **asked: Any) -> Claim:
+        """Ask for a unit to be started, within `timeout` seconds (0: no limit); the claim is answered.
 
-        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
+        `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
+        TimedOut.
         """
-        members = [(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), locks)]
-        return self._claim(members, timeout, ticket=ticket, owner=owner, held=held, supervisor=supervisor)[0]
+        check_name(member[0])
+        return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
         """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
-        wants = dict.fromkeys(names, check_requirement(requires))
         # Held, so that one that ends before its time has failed, and is forgotten.
-        return self._claim([("", wants, ())], timeout, ticket=ticket, held=True)[0]
+        wants = dict.fromkeys(names, check_requirement(requires))
+        return self._claim([("", wants, ())], ticket, timeout, held=True)[0]
 
     def boot(
-        self,
-        members: Sequence[Member],
-        ticket: Any,
-        owner: Owner | None = None,
-        jobs: int = 0,
-        resume: bool = False,
+        self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0, resume: bool = False
     ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
-        others. Every claim is answered with {"unit", "status", "reason"} whenever its unit is started or has ended.
-        With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and nothing has
-        changed, while one of the others is started or claimed by somebody who lives, or runs on.
+        others. Every claim is answered with {"unit", "status", "reason", "env"} whenever its unit is started or has
+        ended. With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and
+        nothing has changed, while one of the others is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
-        done = set()
-        for name, wants, _ in members:
-            for requires in wants.values():
-                check_requirement(requires)
-            unit = self.units.get(name)
-            if unit and resume and unit.status == COMPLETED:
-                done.add(name)
-            elif unit:
+        known = [self.units[name] for name, _, _ in members if name in self.units]
+        done = {unit for unit in known if resume and unit.status == COMPLETED}
+        for unit in known:
+            if unit not in done:
                 self._check_free(unit)
         places = (Lock("", jobs),) if jobs else ()
-        return self._claim(members, 0.0, places, done, boot=True, ticket=ticket, owner=owner, supervisor=True)
-
-    def _check_free(self, unit: Unit) -> None:
-        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
-        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
-        if unit.holder and not started:
-            earlier = " from an earlier boot" if unit.holder.boot else ""
-            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
-        if claim or (started and (by is None or self.alive(by) is not False)):
-            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
-            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
+        return self._claim(members, ticket, 0.0, True, places, done, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
         """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
-            unit.refused += [other.owner for other in unit.line if other.owner][:100]
+            self._refuse(unit, *(other.owner for other in unit.line))
             self._answer_line(unit, self._already_started(unit))
             if not claim.held:
                 self._close(unit)
 
-    def end_claims(
-        self, claims: Iterable[Claim], why: str, error: type[SyncError] | None = None, reason: str = ""
-    ) -> None:
+    def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
 
-        `why` is what happened: its caller is gone, its process has ended, its time is up. Those that wait are
-        answered with `error`, if any. The claims behind them stay in line, and the next one goes on. If there is none,
-        the unit of a held claim has failed, with `reason` if it is given, unless it had ended and does not run on, and
-        that of any other is pending.
+        `why` is what happened: its caller is gone, its process has ended, TIMED_OUT, STOPPED. The claims behind them
+        stay in line, and the next one goes on. If there is none, the unit of a held claim has failed, unless it had
+        ended and does not run on, and that of any other is pending.
         """
-        ended: dict[Unit, tuple[str, Claim]] = {}  # the reason, and the claim: a held one, if there is one
+        ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
         for claim in [claim for claim in claims if not self.is_over(claim)]:
-            unit, who = claim.unit, self._who(claim.owner)
-            if claim in unit.line:
-                missing = ", ".join(self._waits_for(unit, registered=False))
-                lost = f"lost: {who or 'its start'} waited for {missing}, and {why}"
-                if error is TimedOut:
-                    lost = f"timed out waiting for {missing}"
-                    what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
-                    late = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
-                    self._answers.append((claim, late))
-                elif error and not claim.boot:
-                    self._answers.append((claim, error(f'unit "{unit.name}" was not started: {why}')))
-                self._record(unit, "gave up", f"{why}; still missing: {missing}")
-                self._leave(claim)
-            else:
-                by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
-                lost = f"lost: {by}{who or 'the process that held it'} ended"
-                if unit.facts.running_on:
-                    lost += f"; {'that process' if claim.runs else 'its command'} may still run"
-                else:
-                    lost += " without completing"
-                self._close(unit, lost=True)
-            if claim.held or unit not in ended:
-                ended[unit] = (lost, claim)
-        for unit, (lost, claim) in ended.items():
-            if unit.status in ENDED and not unit.facts.running_on:
+            reason = self._give_up(claim, why) if claim in claim.unit.line else self._lose(claim)
+            if claim.held or claim.unit not in ended:
+                ended[claim.unit] = claim, reason
+        for unit, (claim, reason) in ended.items():
+            if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
             if claim.held and not unit.first():
-                if unit.facts.running_on:
-                    unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), LOST
-                self._set(unit, FAILED, reason or one_line(lost), event=reason, boot=claim if reason else None)
+                self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
+                self._notify(claim)
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
-                self._set(unit, PENDING, "the client that asked for its start was gone")
+                self._set(unit, Outcome(PENDING, "the client that asked for its start was gone"))
                 unit.facts.registered, unit.facts.waiting = asked.registered, asked.waiting
         self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
         """End those claims whose time is up."""
         now = self.clock()
-        late = [claim for claim in claims if claim in claim.unit.line and claim.deadline <= now]
-        self.end_claims(late, "timed out", TimedOut)
+        self.end_claims([c for c in claims if c in c.unit.line and c.deadline <= now], TIMED_OUT)
 
-    def complete(
-        self,
-        name: str,
-        by: Owner | None = None,
-        env: dict[str, str] | None = None,
-        claim: Claim | None = None,
-        running: bool = False,
-    ) -> str:
-        """End `name` with success; `env` is for those that depend on it. Return its status.
+    def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
+        """End a unit, and its claim unless that is a supervisor's whose command may still run. Return its status.
 
-        `claim` is the reporter's on the unit, if it has one; `running` says that the command runs on. Raises
-        NotRegistered; Refused if it has ended otherwise, is being stopped, or if the start of `by` was refused.
+        `claim` is the reporter's on the unit, if it has one. Raises NotRegistered; Refused if the unit has ended
+        otherwise, is being stopped, leaves too many variables, or if the start of `by` was refused.
         """
-        left = [env, *(unit.facts.environment for unit in self.units.values() if unit.name != name)] if env else []
-        if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
-            raise Refused(f'unit "{name}": all units may leave an environment of {MAX_ENVIRONMENT} characters at most')
-        return self._end(name, COMPLETED, by, claim, running, "", 0, env)
-
-    def fail(
-        self,
-        name: str,
-        reason: str = "",
-        exit_code: int | None = None,
-        by: Owner | None = None,
-        claim: Claim | None = None,
-    ) -> str:
-        """End `name` without success: what requires it is skipped. Return its status. Raises as `complete` does."""
-        return self._end(name, FAILED, by, claim, False, one_line(reason), exit_code)
+        unit, status = self._registered(name), outcome.status
+        holds = claim is not None and claim is unit.holder
+        runs_on = outcome.running and holds and claim is not None and claim.held
+        self._check_environment(unit, outcome.env)
+        if not holds:
+            self._check_report(unit, by)
+        if claim and holds and not runs_on and (unit in self.stopping or unit.facts.running_on):
+            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
+            return unit.status
+        if unit in self.stopping and (holds or unit.status == STARTED):
+            if not holds and status == COMPLETED:
+                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+            return unit.status
+        before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
+        if before not in ENDED:
+            if runs_on:
+                self._record(unit, "ready", "")
+            self._set(unit, outcome)
+            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+        if claim and runs_on:
+            self.run_on(claim)
+        elif holds or not unit.supervisor():
+            self._close(unit)
+        self._settle_all()
+        if before in ENDED and before != status:
+            hint = "others may have acted on that; start it again first"
+            raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
+        return unit.status
 
     def exit(self, claim: Claim, reason: str = "", code: int = 0, stopped: bool = False) -> None:
         """End a supervisor's claim: the command of its unit has ended, with all its processes.
@@ -2437,22 +2416,21 @@ class Units:
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
         itself, otherwise than with 0, it died.
         """
-        unit = claim.unit
+        unit, how = claim.unit, reason
+        ran_on, ended = unit.facts.running_on, unit.facts.ended or 0.0
         if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
             return
-        facts, reason = unit.facts, one_line(reason)
-        if unit in self.stopping or (stopped and facts.running_on):
-            self._end_stopped(unit)
-        elif facts.running_on:
-            facts.running_on, facts.exited, facts.exit_reason = False, self._now(), reason
-            self._close(unit)
-            if code:
-                ran = span(facts.exited - (facts.ended or 0.0))
-                self._set(unit, FAILED, f"died {ran} after it was ready: {reason}", code, event="died")
-            else:
-                self._record(unit, "exited", reason)
-        else:
-            self._close(unit)
+        if unit in self.stopping or (stopped and ran_on):
+            how = STOPPED
+            if unit.status != FAILED:
+                self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+                self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        elif ran_on and code:
+            died = f"died {span(self._now() - ended)} after it was ready: {how}"
+            self._set(unit, Outcome(FAILED, died, code, "died"))
+        elif ran_on:
+            self._record(unit, "exited", how)
+        self._close(unit, how)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2470,21 +2448,21 @@ class Units:
         lost it. Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
-        named = dict.fromkeys(self._registered(name) for name in names)
-        named = named or {unit: None for unit in self.units.values() if unit.status != NOT_REGISTERED}
-        affected = [unit for unit in {**named, **self._reached(named, "wanted_by")} if unit.name]
-        rest = [(u, self._owner(u)) for u in affected if self._may_run(u) and not (u.holder and u.holder.supervisor)]
-        cannot = [{"unit": u.name, "owner": by} for u, by in rest if u.status == STARTED or (by and by.alive)]
+        named = self._these(names)
+        affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
+        alone = [unit for unit in affected if self._may_run(unit) and not unit.supervisor()]
+        rows = [self._running(unit) for unit in alone]
+        cannot = [row for unit, row in zip(alone, rows) if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
         self.waits += 1
-        for unit in affected:
-            if unit.holder and unit.holder.supervisor:
-                self.stopping[unit] = stop.units[unit] = None
-                unit.stop_by, unit.tell_by = min(unit.stop_by, deadline), min(unit.tell_by, deadline - grace / 2)
+        for unit, claim in ((unit, unit.supervisor()) for unit in affected):
+            if claim:
+                self.stopping[unit], stop.units[unit] = claim, None
+                claim.stop_by, claim.tell_by = min(claim.stop_by, deadline), min(claim.tell_by, deadline - grace / 2)
         waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
-        self.end_claims(waiting, "stopped", Refused, reason="stopped")
+        self.end_claims(waiting, STOPPED)
         failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
         stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
         self.stops.append(stop)
@@ -2494,20 +2472,18 @@ class Units:
     def keep_time(self) -> float:
         """Go on with stops; return when something of them is due next, on the clock."""
         now = self.clock()
-        if self.stopping:
-            below = self._reached(self.stopping, "wants")
-            for unit in self.stopping:
-                holder = unit.holder
-                if holder and unit.stop_by < unit.told and (unit not in below or unit.tell_by <= now):
-                    unit.told = unit.stop_by
-                    self._answers.append((holder, Stopping(unit.name, round(max(0.0, unit.stop_by - now), 3))))
+        below = reached([other for unit in self.stopping for other in unit.wants], lambda unit: unit.wants)
+        for unit, claim in self.stopping.items():
+            if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
+                claim.told = claim.stop_by
+                self._answers.append((claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3))))
         self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
         for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
             self.stops.remove(stop)
-            stop.answer["left"] += [{"unit": unit.name, "owner": self._owner(unit)} for unit in stop.units]
+            stop.answer["left"] += map(self._running, stop.units)
             self._leave(stop)
             self._answers.append((stop, stop.answer))
-        times = [unit.tell_by for unit in self.stopping if unit.stop_by < unit.told]
+        times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
@@ -2515,41 +2491,37 @@ class Units:
 
         Raises NotRegistered, or Refused while one of them is started. Returns the names.
         """
-        known = (unit for unit in self.units.values() if unit.status != NOT_REGISTERED)
-        todo = [self._registered(name) for name in names] or list(known)
+        todo = self._these(names)
         for unit in todo:
             if unit.status == STARTED:
                 by = owner_text(unit.facts.owner, " by ")
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
             if unit.holder:
                 raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
-        again = [unit for unit in dict.fromkeys(todo) if unit.status in ENDED]
+        ended = [unit for unit in todo if unit.status in ENDED]
+        again = reached(ended, lambda unit: [other for other in unit.wanted_by if other.status == SKIPPED])
         for unit in again:
-            self._set(unit, PENDING)
-        for unit in again:  # which grows
-            for behind in [other for other in unit.wanted_by if other.status == SKIPPED]:
-                self._set(behind, PENDING)
-                again.append(behind)
+            self._set(unit, Outcome(PENDING))
         self._settle_all(*again)
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
         """Note which process a claim runs, the file with its output, and its probe, if it has one."""
-        claim.owner = claim.unit.facts.owner = owner or claim.owner
+        known = claim.unit.facts
+        claim.owner = known.owner = owner or claim.owner
         claim.runs = claim.runs or owner is not None
-        claim.unit.facts.log = log
-        claim.unit.facts.reason = f"not ready yet: {ready}" if ready else ""
-        claim.unit.facts.probe, claim.unit.facts.probe_error = ready, ""
+        known.log, known.probe, known.probe_error = log, ready, ""
+        known.reason = f"not ready yet: {ready}" if ready else ""
 
     def lack(self, claim: Claim, error: str) -> None:
         """Note what the last try of the probe of a unit lacked."""
         claim.unit.facts.probe_error = error
 
-    def retry(self, name: str, detail: str) -> None:
+    def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
-        unit = self._registered(name)
-        unit.facts.tries = [*unit.facts.tries[-999:], self._now()]
-        self._record(unit, "retry", one_line(detail))
+        known = claim.unit.facts
+        known.tries = [*known.tries[-999:], self._now()]
+        self._record(claim.unit, "retry", detail)
 
     @staticmethod
     def is_over(claim: Claim) -> bool:
@@ -2566,14 +2538,11 @@ class Units:
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
         """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
         rows = []
-        needs: list[tuple[Unit, str | Lock]] = [*(self._lacks(unit) if unmet_only else unit.wants.items())]
-        if unmet_only and unit.status == STARTED:  # who stands in line waits for what becomes of the start before
-            needs.insert(len(needs) if unit.unmet else 0, (unit, ""))  # before locks
-        for other, need in needs:
+        for other, need in self._lacks(unit) if unmet_only else unit.wants.items():
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
                 has = f"{other.name} has it" if other in need.taken else f"{other.name} is before it in line"
-                row = Dependency(need.label(), "free", "taken", False, "lock", age, has)
+                row = Dependency(need.label, "free", "taken", False, "lock", age, has)
             elif other is unit:
                 row = Dependency(unit.name, "free", STARTED, False, "start", age)
             else:
@@ -2587,34 +2556,21 @@ class Units:
 
     def status(self, name: str) -> UnitStatus:
         """Return a snapshot of a unit, or of a name that nobody knows, with its dependencies and history."""
-        unit = self.units.get(check_name(name)) or self._unknown(name)
+        unit = self.units.get(check_name(name)) or Unit(name, self._now())
         snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
         snapshot.dependencies = self.dependencies(unit)
-        history: list[Event] = []
-        seq = unit.last_event
-        while seq in self.events and len(history) < MAX_HISTORY:
-            history.append(self.events[seq])
-            seq = self.events[seq].before
-        snapshot.history = history[::-1]
+        snapshot.history = [event for event in self.events.values() if event.unit == name][-MAX_HISTORY:]
         return snapshot
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
         """Return snapshots by name; `everything` includes names that were only ever wanted."""
-        shown = (u for u in self.units.values() if everything or u.status != NOT_REGISTERED)
-        return self._snapshots(sorted(shown, key=lambda u: u.name))
+        return self._snapshots(sorted(self.units.values() if everything else self._these(), key=lambda u: u.name))
 
     def graph(self) -> Graph:
         """Return all units in the order in which they became known, and names that were only refused."""
-        refused = [self._unknown(name) for name in self.refusals if name not in self.units]
+        refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
         return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
-
-    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
-        """Return snapshots of units, in their order."""
-        rows = {unit: self._snapshot(unit) for unit in units}
-        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
-            rows[unit].owner = self._owner(unit)
-        return [*rows.values()]
 
     def environment(self, name: str) -> dict[str, str]:
         """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
@@ -2623,17 +2579,23 @@ class Units:
         """
         unit = self._registered(name)
         merged: dict[str, str] = {}
-        for other in self._before(unit) if self.left_environment else ():
-            merged.update(other.facts.environment)
+        seen, todo = {unit}, [(unit, iter(unit.wants))] if self.left_environment else []
+        while todo:  # those that a unit wants come before it
+            node, rest = todo[-1]
+            new = next((other for other in rest if other not in seen), None)
+            if new:
+                seen.add(new)
+                todo.append((new, iter(new.wants)))
+            else:
+                merged.update(node.facts.environment if node is not unit else {})
+                todo.pop()
         return merged
 
-    def names(self) -> list[str]:
-        """Return the registered names, for suggestions."""
-        return [name for name, unit in self.units.items() if unit.status != NOT_REGISTERED]
-
-    def dependents(self, unit: Unit) -> set[str]:
-        """Return the names of all that depend on a unit, also through others, and its own."""
-        return {unit.name, *(other.name for other in self._reached([unit], "wanted_by"))}
+    def candidates(self, names: Iterable[str]) -> list[str]:
+        """Return the registered names but these and all that depend on them, for suggestions."""
+        asked = [self.units[name] for name in names if name in self.units]
+        behind = reached(asked, lambda unit: unit.wanted_by)
+        return [unit.name for unit in self._these() if unit not in behind]
 
     # -- the rules ----------------------------------------------------------------------------------------
 
@@ -2647,7 +2609,8 @@ class Units:
         if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
             return
         if unit.unmet or not unit.line:
-            self._unqueue(unit)
+            self._free(unit)
+            unit.locks = ()
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2667,36 +2630,33 @@ class Units:
             short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
             reason += cause.facts.reason if short else f"... {cause.root}"
         unit.root = cause.root or reason
-        self._set(unit, SKIPPED, reason)
+        self._set(unit, Outcome(SKIPPED, reason))
         text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
         self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
-        facts, claim = unit.facts, next(iter(unit.line))
-        if facts.ready is None:
-            facts.ready = self._now()
-            facts.released_by = because.name if because else facts.released_by
-        if unit.queued != claim.locks:
-            self._unqueue(unit)
+        known, claim = unit.facts, next(iter(unit.line))
+        known.ready = self._now() if known.ready is None else known.ready
+        known.released_by = because.name if because else known.released_by
+        if unit.locks != claim.locks:
+            self._free(unit)
+        unit.locks = claim.locks
         if any(self._lacks(unit)):
-            unit.queued = claim.locks
-            for lock in claim.locks:
+            for lock in unit.locks:
                 lock.line.setdefault(unit)
             return
-        for lock in claim.locks:
-            lock.line.pop(unit, None)
-            lock.taken[unit] = None
-        unit.queued = ()
         self._leave(claim)
-        unit.locks, facts.owner, unit.refused = claim.locks, claim.owner, []
+        known.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
             self._answers.append((claim, answer))
-        self._set(unit, STARTED)
+        self._set(unit, Outcome(STARTED))
+        for lock in unit.locks:
+            lock.taken[unit] = None
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2708,144 +2668,97 @@ class Units:
                 for waiting in [*lock.line]:
                     if len(lock.taken) >= lock.limit:
                         break
-                    self._settle(waiting)
-                    if waiting.status == STARTED:
-                        waiting.facts.released_by = before.name
+                    self._settle(waiting, before)
             affected, self._affected = self._affected, []
             for unit, because in affected:
                 self._settle(unit, because)
         if self.stops or self.stopping:
             self.keep_time()
 
-    def _set(
-        self,
-        unit: Unit,
-        status: str,
-        reason: str = "",
-        exit_code: int | None = None,
-        env: dict[str, str] | None = None,
-        event: str = "",
-        boot: Claim | None = None,
-    ) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true.
-
-        `boot` is the claim of a boot that is notified, if it is neither in line nor granted any more.
-        """
-        old, unit.status, unit.since, claim = unit.status, status, self._now(), boot or unit.first()
-        self._unqueue(unit)
-        if status in (PENDING, COMPLETED):
-            self._unlock(unit)
+    def _set(self, unit: Unit, outcome: Outcome) -> None:
+        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
+        old, status, event = unit.status, outcome.status, outcome.event
+        unit.status, unit.since = status, self._now()
+        if not (old == STARTED and status == FAILED):  # that keeps its locks until its claim has ended
+            self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.begin_anew(unit.since)
-            unit.root, unit.locks, unit.last = "", (), None
+            unit.facts, unit.root, unit.locks, unit.last = facts(unit.since), "", (), None
         elif status == STARTED:
             unit.facts.started = unit.since
         elif unit.facts.ended is None:  # else it completed, and ran on
             unit.facts.ended = unit.since
-        unit.facts.reason, unit.facts.exit_code = reason, exit_code
-        if env:
-            unit.facts.environment, self.left_environment = env, True
+        unit.facts.reason, unit.facts.exit_code = outcome.reason, outcome.exit_code
+        if outcome.env:
+            unit.facts.environment, self.left_environment = outcome.env, True
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
-        if claim and claim.boot and status != PENDING:
-            answer = {"unit": unit.name, "status": status, "reason": reason}
-            self._answers.append((claim, {**answer, "env": self.environment(unit.name) if status == STARTED else {}}))
-        detail = reason[len(event) :].lstrip()  # which begins with the word for the event
+        self._notify(unit.first())
+        detail = outcome.reason[len(event) :].lstrip()
         self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
-            for other in list(unit.wants):
-                self._cut(unit, other)
+            for other in self._cut(unit):
                 self._forget(other)
 
-    def _end(self, name: str, status: str, by: Owner | None, claim: Claim | None, running: bool, *outcome: Any) -> str:
-        """End a unit as its caller tells, and its claim unless that is a supervisor's whose command may still run.
+    def _notify(self, claim: Claim | None) -> None:
+        """Tell a boot where the unit of its claim stands."""
+        if claim and claim.boot and claim.unit.status != PENDING:
+            unit, env = claim.unit, self.environment(claim.unit.name) if claim.unit.status == STARTED else {}
+            answer = {"unit": unit.name, "status": unit.status, "reason": unit.facts.reason, "env": env}
+            self._answers.append((claim, answer))
 
-        `outcome` is what `_set` takes.
-        """
-        unit = self._registered(name)
-        holds = claim is not None and claim is unit.holder
-        running = running and holds and claim is not None and claim.held
-        if not holds:
-            self._check_report(unit, by)
-        if unit in self.stopping and (holds or unit.status == STARTED):
-            if holds and not running:
-                self._end_stopped(unit)
-                self._settle_all()
-            elif not holds and status == COMPLETED:
-                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
-            return unit.status
-        if holds and claim and unit.facts.running_on and not running:  # a report of its command's end
-            self.exit(claim, outcome[0], int(status == FAILED and (outcome[1] or 1)))
-            return unit.status
-        wrong = unit.status in ENDED and unit.status != status
-        why = f" ({unit.facts.reason})" if unit.facts.reason else ""
-        if unit.status not in ENDED:
-            if running:
-                self._record(unit, "ready", "")
-            self._set(unit, status, *outcome)
-            self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-        if holds and claim and running:
-            self.run_on(claim)
-        elif holds or not (unit.holder and unit.holder.supervisor):
-            self._close(unit)
-        self._settle_all()
-        if wrong:
-            hint = "others may have acted on that; start it again first"
-            raise Refused(f'unit "{name}" is {unit.status}{why} and cannot become {status}: {hint}')
-        return unit.status
-
-    def _check_report(self, unit: Unit, by: Owner | None) -> None:
-        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
-        owner = unit.facts.owner
-        refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
-            raise Refused(
-                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
-                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
-                "another shell"
-            )
-
-    def _end_stopped(self, unit: Unit) -> None:
-        """End a unit that was to be stopped: its command has ended."""
-        if unit.facts.running_on:
-            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), STOPPED
-        if unit.status != FAILED:
-            self._set(unit, FAILED, "stopped", event="stopped")
-            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
-        self._close(unit)
-
-    def _close(self, unit: Unit, lost: bool = False) -> None:
-        """End the claim that was granted; what a supervisor that is `lost` ran was not stopped."""
+    def _close(self, unit: Unit, how: str = "") -> None:
+        """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
         claim, unit.holder = unit.holder, None
+        if unit.facts.running_on:
+            unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
         if claim:
-            claim.lost = lost
+            claim.lost = how == LOST
         if unit.status != STARTED or (claim and claim.held):
-            self._unlock(unit)
-        if unit in self.stopping:
-            del self.stopping[unit]
-            unit.stop_by = unit.tell_by = unit.told = NEVER
+            self._free(unit)
+        if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                if lost:
-                    stop.answer["left"].append({"unit": unit.name, "owner": self._owner(unit)})
+                if how == LOST:
+                    stop.answer["left"].append(self._running(unit))
                 else:
                     stop.answer["stopped"].append(unit.name)
 
-    def _unqueue(self, unit: Unit) -> None:
-        """Take a unit out of the lines of locks, so that those behind it may go on."""
-        for lock in unit.queued:
-            del lock.line[unit]
-            self._freed.append((lock, unit))
-        unit.queued = ()
+    def _give_up(self, claim: Claim, why: str) -> str:
+        """End a claim that waits; return what its unit fails with, if nobody else waits."""
+        unit = claim.unit
+        missing = ", ".join(self._waits_for(unit, registered=False))
+        reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
+        answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
+        if why == STOPPED:
+            reason = STOPPED
+        elif why == TIMED_OUT:
+            reason = one_line(f"timed out waiting for {missing}")
+            what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
+            answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
+        self._record(unit, "gave up", f"{why}; still missing: {missing}")
+        self._leave(claim)
+        if not claim.boot:
+            self._answers.append((claim, answer))
+        return reason
 
-    def _unlock(self, unit: Unit) -> None:
-        """Pass on the locks that a unit has."""
+    def _lose(self, claim: Claim) -> str:
+        """End a claim that was granted, whatever becomes of the command; return what its unit fails with."""
+        by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
+        end = "ended without completing"
+        if claim.unit.facts.running_on:
+            end = f"ended; {'that process' if claim.runs else 'its command'} may still run"
+        self._close(claim.unit, LOST)
+        return one_line(f"lost: {by}{self._who(claim.owner) or 'the process that held it'} {end}")
+
+    def _free(self, unit: Unit) -> None:
+        """Take a unit out of the lines of locks, and pass on those that it has."""
         for lock in unit.locks:
-            if unit in lock.taken:
-                del lock.taken[unit]
+            if unit in lock.line or unit in lock.taken:
+                lock.line.pop(unit, None)
+                lock.taken.pop(unit, None)
                 self._freed.append((lock, unit))
 
     # -- small parts --------------------------------------------------------------------------------------
@@ -2855,92 +2768,123 @@ class Units:
 
         Raises CycleError, which is remembered for `why`, or Refused.
         """
-        undo: list[tuple[Any, ...]] = []  # what takes each step back
-        dropped: list[Unit] = []
-        linked: list[tuple[Unit, Unit, str]] = []
-        current = members[0][0] if members else ""  # whose declaration it is about
-
-        def known(other: str) -> Unit:
-            if other not in self.units:
-                if len(self.units) >= MAX_UNITS:
-                    raise Refused(f"the agent has reached its limit of {MAX_UNITS} units")
-                self.units[other] = self._unknown(check_name(other))
-                undo.append((self.units.pop, other))
-            return self.units[other]
-
+        known, about = len(self.units), ""
+        before: dict[Unit, dict[Unit, str]] = {}  # what they wanted
         try:
-            units = [known(name) if name else self._unknown(name) for name, _, _ in members]
-            for unit in units if anew else ():
-                for other, requires in reversed(list(unit.wants.items())):
-                    self._cut(unit, other)
-                    undo.append((self._link, unit, other, requires))
-                    dropped.append(other)
-            for unit, (current, wants, _) in zip(units, members):
-                for dependency, requires in wants.items():
-                    other = known(dependency)
-                    if other not in unit.wants:
-                        self._check_edge(unit, other)
-                        self._link(unit, other, requires)
-                        undo.append((self._cut, unit, other))
-                        linked.append((unit, other, requires))
-                    elif unit.wants[other] != requires:
-                        text = f"with requirement {unit.wants[other]} already, not {requires}"
-                        raise Refused(f'unit "{current}" wants "{dependency}" {text}')
+            units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
+            before = {unit: self._cut(unit) if anew else {**unit.wants} for unit in units}
+            for unit, (_, wants, _) in zip(units, members):
+                about = unit.name
+                for name, requires in wants.items():
+                    other = self._named(name)
+                    if unit.wants.get(other) != requires:
+                        self._check_edge(unit, other, requires)
+                        self._link(unit, {other: requires})
         except SyncError as error:
-            for step, *arguments in reversed(undo):
-                step(*arguments)
-            if current:
-                self.refusals.pop(current, None)
-                self.refusals[current] = one_line(str(error))
+            for unit in before:
+                self._cut(unit)
+            for unit, edges in before.items():
+                self._link(unit, edges)
+            for name in [*self.units][known:]:
+                del self.units[name]
+            if about:
+                self.refusals[about] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
         for unit in units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
-                self._set(unit, PENDING)
-        for unit, other, requires in linked:
-            self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
-        for other in dropped:
-            self._forget(other)
+                self._set(unit, Outcome(PENDING))
+        for unit, edges in before.items():
+            for other, requires in unit.wants.items():
+                if edges.get(other) != requires:
+                    self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
+            for other in edges:
+                self._forget(other)
         return units
+
+    def _named(self, name: str) -> Unit:
+        """Return the unit with a name, which is known from now on."""
+        if name not in self.units:
+            check_name(name)
+            if len(self.units) >= MAX_UNITS:
+                raise Refused(f"the agent has reached its limit of {MAX_UNITS} units")
+            self.units[name] = Unit(name, self._now())
+        return self.units[name]
+
+    def _check_edge(self, unit: Unit, other: Unit, requires: str) -> None:
+        """Raise Refused, or CycleError, if there may be no edge from `unit` to `other`."""
+        if other in unit.wants:
+            text = f"with requirement {unit.wants[other]} already, not {requires}"
+            raise Refused(f'unit "{unit.name}" wants "{other.name}" {text}')
+        check_requirement(requires)
+        if self.edges >= MAX_EDGES:
+            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
+        cycle, step = [], unit if unit.wanted_by or other is unit else None
+        found = reached([other], lambda node: node.wants) if step else {}
+        while step in found:
+            cycle.append(step.name)
+            step = found[step]
+        if cycle:
+            cycle = [unit.name, *reversed(cycle)]
+            own = "; a unit cannot depend on itself" if other is unit else ""
+            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+
+    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
+        """Have a unit want others, which it does not yet."""
+        for other, requires in edges.items():
+            unit.wants[other] = other.wanted_by[unit] = requires
+            unit.unmet += other.status not in MEETS[requires]
+        self.edges += len(edges)
+
+    def _cut(self, unit: Unit) -> dict[Unit, str]:
+        """Remove all edges of a unit, and return them."""
+        edges, unit.wants, unit.unmet = unit.wants, {}, 0
+        for other in edges:
+            del other.wanted_by[unit]
+        self.edges -= len(edges)
+        return edges
+
+    def _forget(self, unit: Unit) -> None:
+        """Forget a name that nobody has registered and nobody wants any more."""
+        if unit.status == NOT_REGISTERED and not unit.wanted_by:
+            self.units.pop(unit.name, None)
 
     def _claim(
         self,
         members: Sequence[Member],
+        ticket: Any,
         timeout: float,
-        places: tuple[Lock, ...] = (),
-        done: Container[str] = (),
         boot: bool = False,
+        places: tuple[Lock, ...] = (),
+        done: Container[Unit] = (),
         **asked: Any,
     ) -> list[Claim]:
         """Declare units, stand in the line of each but those that are done, and see how far that leads.
 
-        Every start, wait and boot. `asked` is what Claim takes.
+        Every start, wait and boot.
         """
         self._check_waits(0 if boot else len(members))
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
+        deadline = self.clock() + timeout if timeout else NEVER
         claims = []
         for unit, its in zip(units, locks):
-            if unit.name in done:
+            if unit in done:
                 continue
-            on = unit.holder
-            answered = unit.status == STARTED and (on is None or on.delivered)
-            if not boot and (answered or (on and unit.status in ENDED)):
-                if asked["owner"]:
-                    unit.refused = [*unit.refused[-99:], asked["owner"]]
-                raise self._already_started(unit, asked["owner"])
+            claim, on = Claim(unit, ticket, **asked), unit.holder
+            on_its_way = on is not None and not on.delivered
+            if not boot and ((unit.status == STARTED and not on_its_way) or (on and unit.status in ENDED)):
+                self._refuse(unit, claim.owner)
+                raise self._already_started(unit, claim.owner)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
-                self._set(unit, PENDING)
+                self._set(unit, Outcome(PENDING))
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
-            claim = Claim(unit, locks=its + places, **asked)
-            claim.boot = boot
-            if timeout:
-                claim.deadline = self.clock() + timeout
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+            claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
             unit.line[claim] = None
             self.waits += not boot
             claims.append(claim)
@@ -2978,94 +2922,22 @@ class Units:
             raise error
         return unit
 
-    def _check_edge(self, unit: Unit, other: Unit) -> None:
-        """Raise Refused if there may be no edge from `unit` to `other`."""
-        if self.edges >= MAX_EDGES:
-            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
-        cycle = self._cycle(unit, other)
-        if cycle:
-            own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
-            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
-
-    def _link(self, unit: Unit, other: Unit, requirement: str) -> None:
-        unit.wants[other] = other.wanted_by[unit] = requirement
-        unit.unmet += other.status not in MEETS[requirement]
-        self.edges += 1
-
-    def _cut(self, unit: Unit, other: Unit) -> None:
-        requirement = unit.wants.pop(other)
-        del other.wanted_by[unit]
-        unit.unmet -= other.status not in MEETS[requirement]
-        self.edges -= 1
-
-    def _forget(self, unit: Unit) -> None:
-        if unit.status == NOT_REGISTERED and not unit.wanted_by:
-            self.units.pop(unit.name, None)
-
-    @staticmethod
-    def _cycle(unit: Unit, dependency: Unit) -> list[str]:
-        """Return the cycle that an edge from `unit` to `dependency` would close, or nothing.
-
-        Searches from both ends in turn and stops when either has nowhere to go, so that a chain costs the
-        same whichever end it is declared from.
-        """
-
-        def way(seen: dict[Unit, Unit | None], step: Unit | None) -> list[str]:
-            names = []
-            while step:
-                names.append(step.name)
-                step = seen[step]
-            return names
-
-        ahead: dict[Unit, Unit | None] = {dependency: None}  # reached -> from where
-        behind: dict[Unit, Unit | None] = {unit: None}
-        search, other = (ahead, [dependency]), (behind, [unit])
-        while search[1]:
-            seen, front = search
-            node = front.pop()
-            if node in other[0]:
-                return [unit.name, *reversed(way(ahead, node)), *way(behind, node)[1:]]
-            new = [u for u in (node.wants if seen is ahead else node.wanted_by) if u not in seen]
-            seen.update(dict.fromkeys(new, node))
-            front += new
-            search, other = other, search
-        return []
-
-    @staticmethod
-    def _reached(units: Iterable[Unit], edges: str) -> dict[Unit, None]:
-        """Return what units lead to, also through others, by way of `wants` or `wanted_by`."""
-        found: dict[Unit, None] = {}
-        todo = [*units]
-        while todo:
-            new = [other for other in getattr(todo.pop(), edges) if other not in found]
-            found.update(dict.fromkeys(new))
-            todo += new
-        return found
-
-    @staticmethod
-    def _before(unit: Unit) -> list[Unit]:
-        """Return all that a unit depends on, also through others, dependencies before their dependents."""
-        order: list[Unit] = []
-        seen, todo = {unit}, [(unit, iter(unit.wants))]
-        while todo:
-            node, rest = todo[-1]
-            child = next((d for d in rest if d not in seen), None)
-            if child is None:
-                order.append(node)
-                todo.pop()
-            else:
-                seen.add(child)
-                todo.append((child, iter(child.wants)))
-        return order[:-1]
+    def _these(self, names: Iterable[str] = ()) -> list[Unit]:
+        """Return units by name, or all that are registered. Raises NotRegistered."""
+        units = dict.fromkeys(self._registered(name) for name in names)
+        return [*units] or [unit for unit in self.units.values() if unit.status != NOT_REGISTERED]
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
         """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
 
-        If it lacks none, the locks that the first in line needs and cannot have, and the unit that is before it.
+        Also itself, while the answer to an earlier start is on its way; and if no dependency is missing: the locks that
+        the first in line needs and cannot have, each with the unit that is before it.
         """
         if unit.unmet:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
+        if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
+            yield unit, START
         for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
             before = lock.before(unit)
             if before:
@@ -3081,8 +2953,10 @@ class Units:
         words = []
         for other, need in islice(self._lacks(unit), 5):
             unknown = other.status == NOT_REGISTERED and not registered
-            name = other.name + (" (not registered)" if unknown else "")
-            words.append(f"{need.label()}, which {need.use(other)}" if isinstance(need, Lock) else name)
+            word = other.name + (" (not registered)" if unknown else "")
+            if isinstance(need, Lock):
+                word = f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}"
+            words.append(word)
         return words
 
     def _leave(self, claim: Claim) -> None:
@@ -3096,11 +2970,17 @@ class Units:
         for claim in [*unit.line]:
             self._leave(claim)
 
-    @staticmethod
-    def _runs_on(unit: Unit) -> str:
-        """Say that the command of a unit that has ended still runs."""
-        owner = unit.facts.owner
-        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+    # -- who has a unit -----------------------------------------------------------------------------------
+
+    def _check_free(self, unit: Unit) -> None:
+        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
+        if unit.holder and not started:
+            earlier = " from an earlier boot" if unit.holder.boot else ""
+            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+        if claim or (started and (by is None or self.alive(by) is not False)):
+            how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
+            raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
     def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
         """Return the error for a start that is one too many; `by` is who asked for it."""
@@ -3112,14 +2992,60 @@ class Units:
             return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
         return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
 
+    @staticmethod
+    def _refuse(unit: Unit, *owners: Owner | None) -> None:
+        """Remember whose start was refused: the last hundred."""
+        unit.refused = [*unit.refused, *filter(None, owners)][-100:]
+
+    def _check_report(self, unit: Unit, by: Owner | None) -> None:
+        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
+        owner = unit.facts.owner
+        refused = [(other.pid, other.born) for other in unit.refused]
+        if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
+            raise Refused(
+                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
+                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
+                "another shell"
+            )
+
+    def _check_environment(self, unit: Unit, env: dict[str, str]) -> None:
+        """Raise Refused if a unit leaves too many variables for those that depend on it."""
+        left = [env, *(other.facts.environment for other in self.units.values() if other is not unit)] if env else []
+        if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
+            text = f"all units may leave an environment of {MAX_ENVIRONMENT} characters at most"
+            raise Refused(f'unit "{unit.name}": {text}')
+
+    @staticmethod
+    def _runs_on(unit: Unit) -> str:
+        """Say that the command of a unit that has ended still runs."""
+        owner = unit.facts.owner
+        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    @staticmethod
+    def _who(owner: Owner | None) -> str:
+        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
+        return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
+
+    def _owner(self, unit: Unit) -> Owner | None:
+        owner = unit.facts.owner
+        if owner is None or not self._may_run(unit):
+            return owner
+        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+
+    def _running(self, unit: Unit) -> Running:
+        return Running(unit.name, self._owner(unit))
+
+    @staticmethod
+    def _may_run(unit: Unit) -> bool:
+        """Return whether the process of a unit may run: it was not seen to end."""
+        last = unit.last
+        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
+
+    # -- what is known ------------------------------------------------------------------------------------
+
     def _now(self) -> float:
         """Return the seconds since the agent began."""
         return round(self.clock() - self.began, 6)
-
-    def _unknown(self, name: str) -> Unit:
-        unit = Unit(name)
-        unit.since = self._now()
-        return unit
 
     def _snapshot(self, unit: Unit) -> UnitStatus:
         row = UnitStatus(unit.name, unit.status, unit.unmet == 0, **vars(unit.facts), stopping=unit in self.stopping)
@@ -3134,29 +3060,17 @@ class Units:
         row.refusal = self.refusals.get(unit.name, "")
         return row
 
-    def _owner(self, unit: Unit) -> Owner | None:
-        owner = unit.facts.owner
-        if owner is None or not self._may_run(unit):
-            return owner
-        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
-
-    @staticmethod
-    def _may_run(unit: Unit) -> bool:
-        """Return whether the process of a unit may run: it was not seen to end."""
-        last = unit.last
-        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
-
-    @staticmethod
-    def _who(owner: Owner | None) -> str:
-        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
-        return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
+    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
+        """Return snapshots of units, in their order."""
+        rows = {unit: self._snapshot(unit) for unit in units}
+        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
+            rows[unit].owner = self._owner(unit)
+        return [*rows.values()]
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
             self.seq += 1
-            event = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail, unit.last_event)
-            unit.last_event = self.seq
-            self.events[self.seq] = event
+            event = self.events[self.seq] = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail)
             self.events.pop(self.seq - MAX_EVENTS, None)
             self.tell(event)
 
@@ -3239,23 +3153,16 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
 
     What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
-        from queue import SimpleQueue
-        from threading import Thread
-
         self.level, self.path, self.lost = level, path, 0
         self._trouble, self._again = "", NEVER
-        self._fd = self._open() if path else 2
-        self._is_file = os.path.isfile(self.path)
-        self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
-        self._writer = Thread(target=self._write, daemon=True)
-        self._writer.start()
+        self._listener: Any = self._begin() if level > 0 or path else None  # else it may never be needed
 
     def say(self, text: str, level: int = 1) -> None:
         """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
@@ -3263,42 +3170,55 @@ class Log:
             return
         if level == 0:
             self._trouble, self._again = text, time.monotonic() + 60
-        if self._lines.qsize() >= MAX_QUEUE:
+        try:
+            from logging import makeLogRecord
+
+            self._listener = self._listener or self._begin()
+            if self._listener.queue.qsize() >= MAX_QUEUE:
+                raise BlockingIOError
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
             self.lost += 1
             return
         lost, self.lost = self.lost, 0
-        self._lines.put((time.time(), f"({lost} lines lost here) {text}" if lost else text, lost))
+        line = (f"({lost} lines lost here) " if lost else "") + text
+        self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        self._lines.put(None)
-        self._writer.join(patience)
+        if self._listener:
+            self._listener.enqueue_sentinel()
+            self._listener._thread.join(patience)
 
-    def _open(self) -> int:
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)  # no wait for a reader
-        os.set_blocking(fd, True)
-        return fd
+    def _begin(self) -> Any:
+        import io
+        import logging.handlers
+        from queue import SimpleQueue
 
-    def _write(self) -> None:
-        for wall, text, lost in iter(self._lines.get, None):
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
-            line = f"{stamp}.{int(wall % 1 * 1000):03d} {text}"[:3900]  # a pipe takes 4096 bytes at once
-            try:
-                if self._is_file and os.fstat(self._fd).st_size > MAX_LOG:
-                    self._begin_anew()
-                os.write(self._fd, line.encode(errors="backslashreplace") + b"\n")
-            except OSError:
-                self.lost += 1 + lost
+        log = self
 
-    def _begin_anew(self) -> None:
-        path = os.path.realpath(self.path)
-        try:
-            os.replace(path, path + ".1")
-            new = self._open()
-            os.dup2(new, self._fd)
-            os.close(new)
-        except OSError:  # it can have no successor, and goes on
-            pass
+        class Handler(logging.handlers.RotatingFileHandler):
+            def _open(self) -> Any:
+                fd = 2
+                if log.path:  # of a pipe that has no reader this is an error
+                    fd = os.open(log.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
+                    os.set_blocking(fd, True)
+                return io.TextIOWrapper(io.FileIO(fd, "w", closefd=fd != 2), errors="backslashreplace")
+
+            def doRollover(self) -> None:
+                try:
+                    super().doRollover()
+                except OSError:  # it can have no successor, and goes on
+                    pass
+
+            def handleError(self, record: Any) -> None:
+                log.lost += 1 + record.lost
+
+        handler = Handler(os.path.realpath(self.path), backupCount=1)
+        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device has no successor
+        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
+        listener = logging.handlers.QueueListener(SimpleQueue(), handler)
+        listener.start()
+        return listener
 
 
 class Request:
@@ -3601,9 +3521,7 @@ class Agent:
     def _resembling(self, name: str, asker: str = "") -> str:
         """Return the registered name that another one may mean: none that waits for it. Takes long."""
         with self.lock:
-            units = [self.units.units[each] for each in (name, asker) if each in self.units.units]
-            behind = set().union(*map(self.units.dependents, units))
-            names = [each for each in self.units.names() if each not in behind]
+            names = self.units.candidates([name, asker])
         return resembling(name, names)
 
     # -- under the lock -----------------------------------------------------------------------------------
@@ -3681,8 +3599,9 @@ class Agent:
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
-        about = (unit, request, dependencies, requires, owner, held, locks, timeout, supervisor)
-        claim = self._expect(request, lambda: self.units.start(*about), progress)
+        member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
+        by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
+        claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
         if pid and owner:
             self._watch(claim, owner)
 
@@ -3755,12 +3674,14 @@ class Agent:
     ) -> Any:
         """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
         claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        return {"unit": unit, "status": self.units.complete(unit, by, check_environment(env), claim, running)}
+        outcome = Outcome(COMPLETED, "", 0, "", running, check_environment(env))
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
         claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        return {"unit": unit, "status": self.units.fail(unit, reason, exit_code or None, by, claim)}
+        outcome = Outcome(FAILED, one_line(reason), exit_code or None)
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
 
     def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
         """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
@@ -3791,8 +3712,7 @@ class Agent:
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
-        self._held(request, unit)
-        self.units.retry(unit, detail)
+        self.units.retry(self._held(request, unit), one_line(detail))
         return {"unit": unit}
 
     def do_running(self, request: Request, unit: str) -> Any:
@@ -3801,7 +3721,7 @@ class Agent:
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
         """End a supervisor's claim: the command has ended."""
-        self.units.exit(self._held(request, unit), reason, code, stopped)
+        self.units.exit(self._held(request, unit), one_line(reason), code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
@@ -3886,7 +3806,7 @@ class Agent:
         gone = [claim for claim, file in owners.items() if file and file.fileno() in ready]
         gone += [c for c, file in owners.items() if not file and c.owner and self._alive(c.owner) is False]
         with self.lock:
-            self.units.end_claims(gone, "the process that was to own it has ended", Refused)
+            self.units.end_claims(gone, "the process that was to own it has ended")
             self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
@@ -3903,7 +3823,7 @@ class Agent:
         with self.lock:
             self._turn_away()
             nodes = self.units.units.values()
-            names = [u.name for u in nodes if u.facts.running_on or (everything and u.holder and u.holder.supervisor)]
+            names = [u.name for u in nodes if u.facts.running_on or (everything and u.supervisor())]
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
@@ -4219,7 +4139,7 @@ class Host(Record):
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
         if stop and stop.answer["left"]:
-            self.agent.log.say(f"still running: {some_names([unit['unit'] for unit in stop.answer['left']])}", 0)
+            self.agent.log.say(f"still running: {some_names([row.unit for row in stop.answer['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
@@ -4315,7 +4235,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
-    for word in text.split(" "):
+    for word in text.split():
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), width), dots)
@@ -4773,19 +4693,8 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
         if name not in wants:
             hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
             raise NotRegistered(f'no unit "{name}"{hint}')
-    keep = set(reached(names, wants))
+    keep = reached(names, wants.get)
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
-
-
-def reached(names: Iterable[str], onward: dict[str, Any]) -> list[str]:
-    """Return names and those that they lead to, also through others, the nearest first."""
-    found = list(names)
-    seen = set(found)
-    for name in found:
-        new = [each for each in onward.get(name, ()) if each not in seen]
-        found += new
-        seen.update(new)
-    return found
 
 
 def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
@@ -4896,18 +4805,21 @@ def is_notable(unit: UnitStatus, now: float) -> bool:
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
 
-    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    for name, u in units.items():
+        if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
+            stuck[name] = found[name]
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
     for name, causes in stuck.items():
         for cause in causes:
             held_up.setdefault(cause, []).append(name)
     known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    asked = reached(names, found)
+    asked = reached(names, found.get)
 
     def tell(u: UnitStatus) -> str:
         line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
@@ -4928,7 +4840,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
     for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts = [(reached(held, held_up), sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
+    parts = [([*reached(held, held_up.get)], sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
     for held, those in parts[:50]:
@@ -4987,7 +4899,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
 TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
-CHECK_TIMEOUT = 1.0  # seconds for the one before the command
+CHECK_TIMEOUT = 1.0  # seconds for the try before the command is run
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBE_FORMS = {  # when each succeeds
     "tcp:[HOST:]PORT": "the port accepts connections",
@@ -5010,10 +4922,9 @@ def address_of(text: str, port: int = 0) -> tuple[str, int]:
         host, number = text, str(port)
     if host[:1] == "[" and host[-1:] == "]":
         host = host[1:-1]
-    labels = host.rstrip(".").split(".")
-    is_host = host.isprintable() and not set(host) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
-    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
-    if not is_port or not (is_host or (not host and not port)):
+    is_host = host.isprintable() and not set(host) & set(" /@[]")
+    is_port = number.isascii() and number.isdecimal() and 0 < int(number[:6]) < 65536
+    if not is_port or not is_host or (port and not host):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
     return host, int(number)
 
@@ -5030,23 +4941,20 @@ class Probe:
     def __init__(self, text: str) -> None:
         kind, colon, rest = text.partition(":")
         self.text, self.shown = text, shown_probe(text)
-        if "\0" in text:
-            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
         self.address, self.path, self.header = ("", 0), rest, ""
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         if self.kind == "tcp":
-            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
-            self.address = address_of(self.plain(rest))
+            self.address = address_of(self.plain(rest.strip("/")))
         elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
             self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
-        elif self.kind in ("unix", "file") and rest:
-            self.plain(rest)
-        elif self.kind in ("unix", "file") or not text:
+        elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+        elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
             hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
             hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
             raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
@@ -5066,33 +4974,26 @@ def basic(who: str) -> str:
     return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
-def connect(host: str, port: int, timeout: float) -> Any:
+def connect(host: str, port: int) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    import socket
+    from socket import create_connection
 
-    if host:
-        return socket.create_connection((host, port), timeout)
     try:
-        return socket.create_connection(("127.0.0.1", port), timeout)
-    except OSError as error:
-        try:
-            return socket.create_connection(("::1", port), timeout)
-        except OSError:
-            raise error from None
+        return create_connection((host or "::1", port), TRY_TIMEOUT)
+    except OSError:
+        if host:
+            raise
+    return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe, timeout: float) -> int:
+def http_status(probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
-    deadline = time.monotonic() + timeout
-    with connect(*probe.address, timeout) as sock:
+    deadline, line = time.monotonic() + TRY_TIMEOUT, b""
+    with connect(*probe.address) as sock:
         sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = sock.recv(1024)
-            if not chunk:
-                break
-            line += chunk
+            line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -5102,25 +5003,21 @@ def http_status(probe: Probe, timeout: float) -> int:
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
 
 
-def unix_listener(path: str, timeout: float) -> int:
+def listener_at(path: str) -> int:
     """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
     import socket
 
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(timeout)
+        sock.settimeout(TRY_TIMEOUT)
         sock.connect(path)
         return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
     """Return the process that listens at a port of this machine; 0 if that cannot be told."""
-    found = set()
-    for name in ("net/tcp", "net/tcp6"):
-        try:
-            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
-        except OSError:
-            continue
-        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    ours = os.getpid()
+    rows = [row.split() for row in (proc_text(ours, "net/tcp") + proc_text(ours, "net/tcp6")).splitlines()]
+    found = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
     for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
         try:
             if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
@@ -5130,49 +5027,43 @@ def listener(port: int) -> int:
     return 0
 
 
-def can_be_read(fd: int, timeout: float) -> bool:
-    """Wait for a descriptor, for so many seconds; return whether it can be read."""
-    import select
-
-    awaited = select.poll()
-    awaited.register(fd, select.POLLIN)
-    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
+def file_state(path: str) -> tuple[int, ...]:
+    """Return what changes when a file does, nothing if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
     What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
-    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
-    goes on until the command is ready, gets the first: a file counts if it has changed since.
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. For the other one
+    a file counts only if it has changed since the Prober was made (`changed`).
 
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words.
+    Loop. `error` is what the last try lacked, in a few words. Raises OSError, RuntimeError.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
         import threading
 
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
-        self.file: tuple[int, ...] = ()  # as it was at the latest try
-        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self._probe, self._env = Probe(text), env
         self.shown = self._probe.shown
+        self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
-
-    def begin(self, once: bool = False) -> Prober:
-        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
-        import threading
-
         try:
             threading.Thread(target=self._run, args=(once,), daemon=True).start()
         except RuntimeError:
             os.close(self._ready)
             os.close(self._done)
             raise
-        return self
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -5183,17 +5074,20 @@ class Prober:
         return not self.error
 
     def close(self) -> None:
-        """Make no more tries, and kill a command that is being tried."""
+        """Make no more tries, and kill a command that is being tried, with all that it has started."""
         self._closed.set()
         with self._lock:
-            self._kill()
+            if self._pid:
+                family = Family(self._pid, own=True, mark="")
+                family.look(Processes)
+                family.kill()
         os.close(self._ready)
 
     def _run(self, once: bool) -> None:
         pause = 0.1
         try:
             while not self._closed.is_set():
-                self.error = self._try(once)
+                self.error = self._try()
                 if once and not self.error:
                     self._object()
                 if once or not self.error:
@@ -5214,61 +5108,45 @@ class Prober:
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
 
-    def _try(self, once: bool) -> str:
+    def _try(self) -> str:
         """Try once; return what is lacking."""
-        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        probe = self._probe
         try:
+            if probe.kind == "command":
+                return self._command()
             if probe.kind == "file":
-                if not os.path.exists(probe.path):
-                    return "no such file"
-                file = os.stat(probe.path)
-                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
-                return "" if self.file != self._old else "it is as it was before the command was run"
+                found = file_state(probe.path)
+                if found and found == self._old:
+                    return "it is as it was before the command was run"
+                return "" if found else "no such file"
             if probe.kind == "http":
-                status = http_status(probe, timeout)
+                status = http_status(probe)
                 return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "tcp":
-                connect(*probe.address, timeout).close()
-            elif probe.kind == "unix":
-                self._peer = unix_listener(probe.path, timeout)
+            if probe.kind == "unix":
+                self._peer = listener_at(probe.path)
             else:
-                return self._command(CHECK_TIMEOUT if once else NEVER)
+                connect(*probe.address).close()
             return ""
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self, timeout: float) -> str:
+    def _command(self) -> str:
         """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
-        read, write = os.pipe()
-        nothing = null()
-        try:
-            with self._lock:
-                if self._closed.is_set():
-                    return "no more tries"
-                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
-                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
-                self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
-            os.close(write)
-            write = -1
-            if not can_be_read(read, timeout):
-                self._kill()
-                return f"no end within {span(timeout)}"
-            status = os.read(read, 16).strip()
-            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
-        finally:
-            with self._lock:
-                self._pid = 0
-            for fd in (read, write, nothing):
-                if fd >= 0:
-                    os.close(fd)
-
-    def _kill(self) -> None:
-        """Kill a command that is being tried, with all that it has started."""
-        if self._pid:
-            family = Family(self._pid, own=True, mark="")
-            family.look(Processes)
-            family.kill()
+        command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
+        with open(null(), "rb", 0) as nothing:
+            read, write = os.pipe()
+            streams = [(os.POSIX_SPAWN_DUP2, nothing.fileno(), fd) for fd in (0, 1, 2)]
+            streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+            with open(read, "rb", 0) as answer:
+                with self._lock, open(write, "wb", 0):
+                    if not self._closed.is_set():
+                        self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
+                status = answer.read(16).strip()
+        with self._lock:
+            self._pid = 0
+        if not status:
+            return "it was killed"
+        return "" if status == b"0" else ending(int(status))
 
 
 class Notified:
@@ -5322,19 +5200,6 @@ MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
-def private_file() -> str:
-    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
-
-    It stays open: later on, the path would be that of another file.
-    """
-    if hasattr(os, "memfd_create") and has_proc():
-        try:
-            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
-        except OSError:
-            pass
-    return ""
-
-
 def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
@@ -5350,41 +5215,23 @@ def private_directory() -> str:
     return ""
 
 
-def private_path(directory: str) -> str:
-    """Return a path in a private directory that nobody can guess; empty without a directory."""
-    return directory and os.path.join(directory, os.urandom(8).hex())
-
-
-def clear(path: str) -> None:
-    """Empty a file in a private directory, or without a name."""
-    remove(path)
-    try:
-        os.truncate(path, 0)
-    except OSError:
-        pass
-
-
 def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it, if it is still there."""
+    """Remove a private directory with all that a command may have left in it."""
     try:
         os.rmdir(path)
-    except FileNotFoundError:  # it has gone, or there was none
-        pass
     except OSError:
-        import shutil
+        import shutil  # a costly import
 
         shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
-    if not path:
-        return {}
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
-    except FileNotFoundError:
+    except FileNotFoundError:  # or there is no path
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
@@ -5416,22 +5263,27 @@ class Link:
 
     Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
     called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
+    An agent that has left a request unanswered for `patience()` seconds is gone.
     """
 
     def __init__(
-        self, loop: Loop, news: Callable[[str, Answer], None], gone: Callable[[Unreachable], None], pings: bool
+        self,
+        loop: Loop,
+        news: Callable[[str, Answer], None],
+        gone: Callable[[Unreachable], object],
+        patience: Callable[[], float],
+        ping_after: float = NEVER,
     ) -> None:
-        self._loop, self._news, self._gone, self._pings = loop, news, gone, pings
+        self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
+        self._ping_after = ping_after  # seconds of silence after which the agent is asked whether it lives
         self._channel: Channel | None = None  # while there is an agent
-        self._broken: Unreachable | None = None  # why there is none
         self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
-        self.opened = False
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
-        self._channel, self._broken, self.opened, self.lost = channel, None, True, ""
+        self._channel, self.lost = channel, ""
         self._asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
@@ -5446,11 +5298,11 @@ class Link:
         request = -1 - len(self._asked)
         if not self._asked:
             self._since = time.monotonic()
-        if self._channel and not self._broken:
-            try:
+        try:
+            if self._channel and not self.lost:
                 request = self._channel.request(method, **params)
-            except Unreachable as error:
-                self._broken = error
+        except Unreachable as error:
+            self.lost = str(error)
         self._asked[request] = answered
 
     def waits(self) -> bool:
@@ -5467,32 +5319,30 @@ class Link:
                 elif message.get("id") in self._asked:
                     self._asked.pop(message["id"])(message)
         except Unreachable as error:
-            self._broken = error
+            self.lost = str(error)
 
-    def keep_time(self, now: float, patience: float) -> float:
-        """Handle what has been received; an agent that has left a request unanswered for `patience` seconds is gone.
+    def keep_time(self, now: float) -> float:
+        """Handle what has been received, ask a silent agent whether it lives, or take it for gone.
 
-        With `pings`, a silent agent is asked whether it lives. Returns when to call this again.
+        Returns when to call this again.
         """
-        if self._channel and self._channel.more():
-            self.take()
-        due = self._since + (patience if self._asked else PING_AFTER if self._pings else NEVER)
-        if self._channel and now >= due and self._asked:
-            path = self._channel.path
-            self.take()  # perhaps we were stopped, not the agent
-            if self._asked and self._since + patience <= now:
-                silent = f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"
-                self._broken = self._broken or Unreachable(silent)
-        elif self._channel and now >= due:
-            self.ask("ping")
-        if self._broken:
-            self._lose(self._broken)
-        return due if self._channel else NEVER
+        self.take()
+        if self._channel and now >= self._due():
+            if self._asked:
+                self.lost = self.lost or self._channel._silence(self._patience())
+            else:
+                self.ask("ping")
+        if self.lost:
+            self._lose(Unreachable(self.lost))
+        return self._due()
+
+    def _due(self) -> float:
+        silence = self._patience() if self._asked else self._ping_after
+        return self._since + silence if self._channel else NEVER
 
     def _lose(self, error: Unreachable) -> None:
         if self._channel:
             self.close()
-            self.lost = str(error)
             self._gone(error)
         while self._asked:
             self._asked.pop(next(iter(self._asked)))(error_message(None, error))
@@ -5551,24 +5401,23 @@ class Task:
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.retries, self.delay = limits.retries, limits.delay
-        self.prober: Prober | Notified | None = None  # until it is ready
-        self.notified: Notified | None = None  # until the command has ended
+        self.retries = limits.retries  # how many more there may be after the first
+        self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # the latest try failed, or was ended
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
         self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
 
+    def use_directory(self, path: str) -> None:
+        """Choose paths in a private directory that nobody can guess; none without a directory."""
+        self.left, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
+
     # -- hooks for subclasses
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
         """Start the process; return its pid. Raises OSError or ValueError."""
         return spawn(self.command, env)
-
-    def cannot_begin(self, error: Exception) -> CommandError:
-        """Return the error for a command that could not be started."""
-        return cannot_run(self.command[0], error)
 
     def begun(self, detail: str) -> None:
         """Report that a try has begun; `detail` says which one and why, unless it is the first."""
@@ -5578,8 +5427,9 @@ class Task:
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         """Say that there will be a further try."""
 
-    def doubt(self, what: str) -> None:
-        """Say why the probe may prove nothing."""
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        raise NotImplementedError
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Handle the answer to a report."""
@@ -5592,6 +5442,8 @@ class Task:
         if state not in FOLLOW[self.state]:
             raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
         self.state, self.due = state, due
+        if state in (WAITING, GONE):
+            self.close_prober()
 
     def keep_time(self, now: float) -> None:
         """Do what is due."""
@@ -5606,49 +5458,45 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try: first of the probe, which must not succeed yet, then of the command."""
-        if self.tries:
-            clear(self.left)
+        remove(self.left)
         if self.limits.ready in ("", "notify"):
-            self.run(None)
+            self.run()
             return
+        self.enter(CHECKING, {self.checked: time.monotonic() + CHECK_TIMEOUT})
         try:
-            # A name may take its time to be resolved.
-            self.enter(CHECKING, {self.checked: time.monotonic() + 2 * CHECK_TIMEOUT})
-            self.probe(lambda: Prober(self.limits.ready, self.environment()).begin(once=True), self.checked)
+            self.probe(once=True)
         except CommandError as error:
             self.not_begun(error)
 
     def checked(self) -> None:
         """Run the command unless the probe has succeeded already."""
-        before = self.prober
+        prober = self.prober
         self.close_prober()
-        if isinstance(before, Prober) and before.objection:
-            self.not_begun(CommandError(before.objection, 125))
-        elif isinstance(before, Prober):
-            if before.doubt:
-                self.doubt(before.doubt)
-            self.run(before)
+        if isinstance(prober, Prober) and prober.objection:
+            self.not_begun(CommandError(prober.objection, 125))
+            return
+        if isinstance(prober, Prober) and prober.doubt:
+            self.warn(prober.doubt)
+        self.run()
 
-    def run(self, before: Prober | None) -> None:
-        """Run the command and begin to probe it; `before` is the prober that was used for the check."""
-        detail, env = self.next_try() if self.tries else "", self.environment()
+    def run(self) -> None:
+        """Run the command and begin to probe it."""
+        detail = self.next_try() if self.tries else ""
         try:
-            if self.limits.ready == "notify":
-                self.probe(lambda: Notified(self.notify_path), self.probed)
-            elif self.limits.ready:
-                self.probe(lambda: Prober(self.limits.ready, env, before).begin(), self.probed)
-            pid = self.spawn(env)
+            if self.limits.ready:
+                self.probe()
+            pid = self.spawn(self.environment())
         except (CommandError, OSError, ValueError) as error:
             self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
+        self.family = Family(pid, self.own_session, self.left)
+        self.why, self.told, self.began = "", "", time.monotonic()
         self.tries += 1
-        limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
-        self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
-        self.told = ""
+        due = {self.time_is_up: self.limits.timeout or NEVER}
         if self.prober:
-            self.due[self.tell_error] = self.began + TELL_EVERY
+            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.tell_error: TELL_EVERY})
+        self.enter(RUNNING, {action: self.began + seconds for action, seconds in due.items()})
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
@@ -5660,8 +5508,7 @@ class Task:
 
     def not_begun(self, error: Exception) -> None:
         """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
-        self.close_prober()
-        wrong = error if isinstance(error, CommandError) else self.cannot_begin(error)
+        wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
@@ -5670,31 +5517,33 @@ class Task:
             self.tries += 1
             self.tried()
 
-    def probe(self, make: Callable[[], Prober | Notified], then: Callable[[], None]) -> None:
-        """Use a prober, and call `then` when it has news. Raises CommandError."""
+    def probe(self, once: bool = False) -> None:
+        """Begin to probe, `once` before the command is run. Raises CommandError."""
         try:
-            self.prober = make()
+            if self.limits.ready == "notify":
+                self.prober = Notified(self.notify_path)
+            else:
+                self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
             raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
-        if isinstance(self.prober, Notified):
-            self.notified = self.prober
-        self.loop.watch(self.prober.fileno(), then)
+        self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
         """Handle news of the prober."""
-        prober = self.prober or self.notified
-        if prober and prober.ready() and self.prober:
+        if self.prober and self.prober.ready() and self.waits_for_probe():
             self.close_prober(ended=False)
             self.complete()
 
+    def waits_for_probe(self) -> bool:
+        """Return whether the unit completes when its probe succeeds, and not before."""
+        return self.state == RUNNING and self.limits.ready != "" and not self.reported
+
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
-        prober = self.prober or self.notified
-        self.prober = None
-        if prober and (ended or prober is not self.notified):
-            self.notified = None
-            self.loop.forget(prober.fileno())
-            prober.close()
+        if self.prober and (ended or isinstance(self.prober, Prober)):
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
 
     def tell_error(self) -> None:
         """Tell the agent what the probe lacks, if that has changed."""
@@ -5704,10 +5553,13 @@ class Task:
                 self.told = self.prober.error
                 self.link.ask("probing", unit=self.unit, error=self.told)
 
+    def lacks(self) -> str:
+        """Return the probe, and what it lacks."""
+        return f"{shown_probe(self.limits.ready)} ({self.prober.error if self.prober else ''})"
+
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
-        lacks = self.prober.error if self.prober else ""
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({lacks})")
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
@@ -5717,15 +5569,15 @@ class Task:
         """Handle the end of the first process, with an exit status, -N for signal N."""
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
-        early = self.prober is not None
-        self.close_prober()
         if self.state == ENDING:
             self.due[self.look] = 0.0
             if self.tell_others in self.due:
                 self.due[self.tell_others] = 0.0
-        elif code or early or self.reported == FAILED:
+        elif self.waits_for_probe():
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
-            self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
+            self.end(f"ended before it was ready ({ending(code)}){hint}")
+        elif code or self.reported == FAILED:
+            self.end(ending(code))
         elif self.state == RUNNING:
             self.complete()
         else:
@@ -5737,8 +5589,6 @@ class Task:
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
         end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
         """
-        import _signal as signal
-
         now = time.monotonic()
         by = min(by, now + self.grace)
         if self.state != ENDING:
@@ -5747,8 +5597,7 @@ class Task:
             self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
             self.close_prober(ended=False)
             self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-            self.family.signal(signal.SIGTERM)
-            self.family.signal(signal.SIGCONT)
+            self.family.tell_first()
         elif by < self.due.get(self.kill, 0.0):
             self.due[self.kill] = by
 
@@ -5801,7 +5650,8 @@ class Task:
     def tried(self) -> None:
         """Try again after a failed try, or report the failure."""
         if self.tries <= self.retries and not self.stopped:
-            delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
+            delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
+            delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
@@ -5816,7 +5666,6 @@ class Task:
         """End the command until the time `by`; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
-            self.close_prober()
             self.enter(GONE, {})
             self.fail(why)
         elif self.state != GONE:
@@ -5845,7 +5694,6 @@ class Task:
         self.reported, self.runs_on = outcome, True
         now = time.monotonic()
         if self.state in (WAITING, CHECKING):
-            self.close_prober()
             self.why = ""
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
@@ -5907,58 +5755,58 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
-        link = Link(loop, self.news, lambda error: None, pings=False)
-        given = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
-        given = {name: value for name, value in given.items() if value is not None}
-        limits = Limits(args.ready or "", retries=args.retry, **given)
+        link = Link(loop, self.news, bool, self.patience)
+        limits = Limits(args.ready or "", retries=args.retry)
+        if args.ready_timeout is not None:
+            limits.ready_timeout = args.ready_timeout
+        if args.retry_delay is not None:
+            limits.delay = args.retry_delay
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
         self.env, self.quiet = environment(self.env, **start.environment), args.quiet
-        self.status = 0  # to return
+        self.status = 0  # to return, if it is not that of the command
         self.unreported: list[str] = []
-        self.left = private_file()
-        self.directory = private_directory() if limits.ready == "notify" or not self.left else ""
-        self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
-        if not self.left:
-            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
+        self.directory = private_directory()
+        self.use_directory(self.directory)
+        if not self.directory:
+            self.warn(NO_DIRECTORY)
 
     def to_its_end(self) -> int:
         """Run the command, with its retries; return its exit status once the agent has answered all reports."""
-        late = 0  # a signal that came when only an answer was missing
         try:
             self.begin()
             while True:
-                state, now = self.state, time.monotonic()
+                now = time.monotonic()
                 self.keep_time(now)
-                patience = NEVER if self.state != GONE else STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
-                due = self.link.keep_time(now, patience)
+                due = self.link.keep_time(now)
                 if self.unreported:
                     self.not_reported(some_names(self.unreported), self.link.lost)
                     self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
-                    return 128 + late if late and self.link.lost else self.status
-                if self.state == state:
-                    for number in self.loop.turn(min(due, self.next_due())):
-                        late = number if self.state == GONE else 0
-                        self.signalled(number)
+                    return self.status or shell_status(self.code) or int(self.reported == FAILED)
+                for number in self.loop.turn(min(due, self.next_due())):
+                    self.signalled(number)
         finally:
-            self.loop.give_back()
+            remove(self.left)
             remove_directory(self.directory)
+
+    def patience(self) -> float:
+        """Return for how many seconds the agent may leave a report unanswered."""
+        if self.state != GONE:
+            return NEVER
+        return STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
 
     def signalled(self, number: int) -> None:
         """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
-        again, self.stopped = self.stopped, "stopped"
-        if self.state in (WAITING, CHECKING):
-            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
+        self.stopped = "stopped"
+        if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
-        elif self.state == GONE:
-            if again:
-                sys.exit(128 + number)
+            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
         elif self.family.first:
             self.family.look(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
-                self.family.signal(number)
+                signal_to(self.family.pid, number)
         else:  # its remaining processes are being ended
             self.end("", by=0.0)
 
@@ -5975,11 +5823,9 @@ class Run(Task):
 
     def say_not_ready(self) -> None:
         """Say what the probe lacks."""
-        if self.prober:
-            now = time.monotonic()
-            self.due[self.say_not_ready] = now + REPORT_EVERY
-            lacks = f"{shown_probe(self.limits.ready)} ({self.prober.error})"
-            say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
+        now = time.monotonic()
+        self.due[self.say_not_ready] = now + REPORT_EVERY
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
 
     def not_ready(self) -> None:
         self.status = TimedOut.exit_code
@@ -5989,15 +5835,10 @@ class Run(Task):
         self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
-    def doubt(self, what: str) -> None:
-        put(f"warning: {self.unit}: {what}\n", 2)
-
-    def exited(self) -> None:
-        self.status = shell_status(self.code)
-        super().exited()
+    def warn(self, text: str) -> None:
+        put(f"warning: {self.unit}: {text}\n", 2)
 
     def fail(self, reason: str) -> None:
-        self.status = self.status or shell_status(self.code) or 1
         if reason != ending(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
@@ -6015,7 +5856,7 @@ class Run(Task):
 
     def not_reported(self, what: str, error: str) -> None:
         """Warn that a report may be lost."""
-        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+        self.warn(f"{what} may not have been reported: {error}")
 
 
 @Command(
@@ -6037,23 +5878,24 @@ def cmd_wait(args: Args) -> int:
     began, report = time.monotonic(), Reporter(args, "")
     if args.units:
         make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    probers = [Prober(probe, environment()) for probe in args.ready]
-    code = probe_all(probers, began, began + (args.timeout or NEVER), args.quiet) if probers else 0
+    code = probe_all(args.ready, began, began + (args.timeout or NEVER), args.quiet) if args.ready else 0
     if not code:
         took = time.monotonic() - began
         waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-        say(f"{some_names([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
+        say(f"{some_names([*args.units, *map(shown_probe, args.ready)])}: done{waited}", quiet=args.quiet)
     return code
 
 
-def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> int:
+def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
     loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    probers: list[Prober] = []
     try:
-        for prober in probers:
-            fd = prober.begin().fileno()
+        for probe in probes:
+            probers.append(Prober(probe, environment()))
+            fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
         while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
             now = time.monotonic()
@@ -6392,89 +6234,6 @@ class Claimed(Record):
     done: list[str] = []
 
 
-class Job(Task):
-    """A script on its way: a Task in a session of its own, whose output is read."""
-
-    own_session = True
-
-    def __init__(self, script: Script, boot: Boot) -> None:
-        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
-        self.script, self.boot, self.grace = script, boot, boot.options.grace
-        self.stream = Stream(script.unit)
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
-        self.died = False  # its command, after its unit had completed
-
-    def lives(self) -> bool:
-        """Return whether something of it may run."""
-        return self.state in (RUNNING, READY, ENDING)
-
-    def running(self) -> bool:
-        """Return whether its first process runs."""
-        return self.lives() and self.family.first
-
-    def ending(self) -> bool:
-        """Return whether its processes are to end."""
-        return self.state == ENDING or (self.running() and self.outcome == FAILED)
-
-    def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.boot.streams.open(self.stream)
-        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
-        try:
-            return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.boot.streams.close(self.stream)
-            raise
-        finally:
-            os.close(write)
-
-    def cannot_begin(self, error: Exception) -> CommandError:
-        return CommandError(f"cannot be run: {trouble_of(error)}", super().cannot_begin(error).exit_code)
-
-    def begun(self, detail: str) -> None:
-        self.boot.streams.log(self.stream, more=bool(detail))
-        log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
-        super().begun(detail)
-        if detail:
-            self.boot.streams.take(self.stream, f"{detail}\n".encode())
-
-    def doubt(self, what: str) -> None:
-        self.boot.out.say(f"warning: {self.unit}: {what}")
-
-    def process_ended(self, code: int) -> None:
-        self.boot.streams.drain(self.stream)
-        super().process_ended(code)
-
-    def gone(self) -> None:
-        self.boot.streams.drain(self.stream)  # also what its last process has printed
-        super().gone()
-
-    def fail(self, reason: str) -> None:
-        self.reason = reason
-        super().fail(reason)
-
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:  # its outcome is known by now, or it has none but this
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:
-                self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:
-                self.reported = self.outcome
-                self.report("running")  # or its end would not be the death of a service
-                self.exited()
-
-    def exited(self) -> None:
-        super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
-            self.died = True
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
-            self.boot.another("ended")
-
-
 class Output:
     """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
 
@@ -6482,9 +6241,10 @@ class Output:
     """
 
     patient = True  # else what is too much is lost
+    paused = False  # whether scripts are not read, since what they print is not taken
 
-    def __init__(self, units: Iterable[str], quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
+        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(wide, units), default=1))
@@ -6507,6 +6267,12 @@ class Output:
         self.clear()
         if len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
+
+    def no_log(self, error: OSError) -> None:
+        """Say once that log files cannot be written; the boot goes on."""
+        if self.log_dir:
+            self.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
+        self.log_dir = ""
 
     def is_full(self) -> bool:
         """Return whether there is much that standard output does not take."""
@@ -6565,19 +6331,13 @@ class Output:
 
     def live(self, head: str, items: list[str], now: float) -> None:
         """Draw the live line: as many items as fit."""
-        self.live_at = now + 1
-        text, shown = head, 0
-        for item in items:
-            left = len(items) - shown - 1
-            more = f", +{left} more" if left else ""
-            longer = f"{text}{', ' if shown else ' '}{item}"
-            if wide(longer + more) >= self.columns:
+        for shown in range(min(len(items), self.columns), -1, -1):
+            more = [f"+{len(items) - shown} more"] if shown < len(items) else []
+            text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
+            if wide(text) < self.columns:
                 break
-            text, shown = longer, shown + 1
-        if shown < len(items):
-            text += f"{',' if shown else ''} +{len(items) - shown} more"
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
-        self._live = True
+        self._live, self.live_at = True, now + 1
 
     def clear(self) -> None:
         """Remove the live line."""
@@ -6586,137 +6346,208 @@ class Output:
             self._live, self.live_at = False, 0.0
 
 
-class Stream:
-    """What one unit prints: the pipe that it is read from, the file that keeps it, and the last lines."""
+def opened_again(fd: int) -> int:
+    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return fd
 
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
+
+class Stream:
+    """What a unit prints: read from a pipe, passed on to an Output in whole lines, and kept in a file of --log-dir."""
+
+    def __init__(self, unit: str, loop: Loop, out: Output) -> None:
+        self.unit, self.loop, self.out = unit, loop, out
         self.fd = -1  # read end of the pipe
-        self.log, self.log_path = -1, ""  # its file in --log-dir
+        self.log, self.log_path = -1, ""
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-
-class Streams:
-    """What scripts print: read from a pipe each, passed on to an Output in whole lines, and kept in --log-dir."""
-
-    def __init__(self, loop: Loop, out: Output, log_dir: str) -> None:
-        self.log_dir = log_dir  # empty: no logs, or no more
-        self.by_fd: dict[int, Stream] = {}  # those that are read
-        self._loop, self._out, self._paused = loop, out, False
-
-    def make_logs(self, streams: Iterable[Stream]) -> None:
-        """Make the directory, if there is to be one, and choose a file for each unit."""
-        if not self.log_dir:
-            return
-        taken = set()
-        for stream in streams:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in stream.unit)[:60]
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            stream.log_path = os.path.abspath(os.path.join(self.log_dir, name + ".log"))
-        try:
-            os.makedirs(self.log_dir, exist_ok=True)
-        except OSError as error:
-            self._no_log(error)
-
-    def open(self, stream: Stream) -> int:
+    def open(self) -> int:
         """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
-        self.close(stream)
-        stream.fd, write = os.pipe()
-        os.set_blocking(stream.fd, False)
-        self.by_fd[stream.fd] = stream
-        self._read_or_not(stream)
+        self.close()
+        self.fd, write = os.pipe()
+        os.set_blocking(self.fd, False)
+        self.watch()
         return write
 
-    def log(self, stream: Stream, more: bool) -> None:
-        """Open a unit's file; a further try adds to it."""
-        if not self.log_dir:
-            return
-        try:
-            stream.log = open_file(stream.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
-        except OSError as error:
-            self._no_log(error)
+    def open_log(self, more: bool) -> None:
+        """Open the file; a further try adds to it."""
+        if self.out.log_dir:
+            try:
+                os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+                self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
+            except OSError as error:
+                self.out.no_log(error)
 
-    def _no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
-        if self.log_dir:
-            self._out.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
-        self.log_dir = ""
-        for stream in self.by_fd.values():
-            if stream.log >= 0:
-                os.close(stream.log)
-                stream.log = -1
+    def watch(self) -> None:
+        """Read what is printed, or nothing while our own output is not taken."""
+        if self.out.paused:
+            self.loop.forget(self.fd)
+        elif self.fd >= 0:
+            self.loop.watch(self.fd, self.read)
 
-    def pause(self, paused: bool) -> None:
-        """Read nothing while our own output is not taken."""
-        if paused != self._paused:
-            self._paused = paused
-            for stream in self.by_fd.values():
-                self._read_or_not(stream)
-
-    def _read_or_not(self, stream: Stream) -> None:
-        if self._paused:
-            self._loop.forget(stream.fd)
-        else:
-            self._loop.watch(stream.fd, lambda: self.read(stream))
-
-    def drain(self, stream: Stream) -> None:
-        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
-        self.read(stream, chunks=64)
-        if stream.rest:
-            self.take(stream, b"", last=True)
-
-    def read(self, stream: Stream, chunks: int = 1) -> None:
-        """Take what a script has printed."""
+    def read(self, chunks: int = 1) -> None:
+        """Take what was printed."""
         for _ in range(chunks):
             try:
-                chunk = os.read(stream.fd, 65536) if stream.fd >= 0 else b""
+                chunk = os.read(self.fd, 65536) if self.fd >= 0 else b""
             except BlockingIOError:
                 return
             if not chunk:
-                self.close(stream)
+                self.close()
                 return
-            self.take(stream, chunk)
+            self.take(chunk)
 
-    def take(self, stream: Stream, chunk: bytes, last: bool = False) -> None:
+    def drain(self) -> None:
+        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        self.read(chunks=64)
+        self.end_line()
+
+    def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if stream.log >= 0:
+        if self.log >= 0:
             try:
                 view = memoryview(chunk)
                 while view:
-                    view = view[os.write(stream.log, view) :]
+                    view = view[os.write(self.log, view) :]
             except OSError as error:
-                self._no_log(error)
-        *ended, rest = (stream.rest + chunk).split(b"\n")
-        lines = [piece for line in ended for piece in pieces(line)]
-        *more, stream.rest = pieces(rest)
-        lines += more
-        if last and stream.rest:
-            lines.append(stream.rest)
-            stream.rest = b""
-        if self._out.quiet:
-            lines = lines[-LAST_LINES:]
+                self.out.no_log(error)
+                self.close_log()
+        *ended, rest = (self.rest + chunk).split(b"\n")
+        *more, self.rest = pieces(rest)
+        self.print([piece for line in ended for piece in pieces(line)] + more)
+
+    def end_line(self) -> None:
+        """Take the last line as a whole one."""
+        if self.rest:
+            self.print([self.rest])
+            self.rest = b""
+
+    def print(self, lines: list[bytes]) -> None:
+        """Print lines, and keep the last ones."""
+        lines = lines[-LAST_LINES:] if self.out.quiet else lines
         texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
-        stream.last = (stream.last + [t[:500] for t in texts[-LAST_LINES:]])[-LAST_LINES:]
-        self._out.lines(stream.unit, texts)
+        self.last = (self.last + [text[:500] for text in texts[-LAST_LINES:]])[-LAST_LINES:]
+        self.out.lines(self.unit, texts)
 
-    def close(self, stream: Stream) -> None:
+    def close(self) -> None:
         """Read no more of it."""
-        if stream.fd >= 0:
-            if stream.rest:
-                self.take(stream, b"", last=True)
-            del self.by_fd[stream.fd]
-            self._loop.forget(stream.fd)
-            os.close(stream.fd)
-            stream.fd = -1
-        if stream.log >= 0:
-            os.close(stream.log)
-            stream.log = -1
+        self.end_line()
+        if self.fd >= 0:
+            self.loop.forget(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+        self.close_log()
+
+    def close_log(self) -> None:
+        """Keep no more of it."""
+        if self.log >= 0:
+            os.close(self.log)
+            self.log = -1
 
 
-ENDS, RUNS, STAYS = range(3)  # what the background process does next: it ends, has something that runs on, or stays
+def pieces(line: bytes) -> Iterator[bytes]:
+    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
+    while len(line) > CUT:
+        at = CUT
+        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
+            at -= 1
+        yield line[:at]
+        line = line[at:]
+    yield line
+
+
+def log_names(units: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each unit."""
+    names: dict[str, str] = {}  # name -> unit
+    for unit in units:
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+        while name in names:
+            name += "_"
+        names[name] = unit
+    return {unit: name + ".log" for name, unit in names.items()}
+
+
+class Job(Task):
+    """A script on its way: a Task in a session of its own, whose output is read."""
+
+    own_session = True
+
+    def __init__(self, script: Script, boot: Boot) -> None:
+        super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
+        self.script, self.boot, self.grace = script, boot, boot.options.grace
+        self.stream = Stream(script.unit, boot.loop, boot.out)
+        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.died = False  # its command, after its unit had completed
+
+    def lives(self) -> bool:
+        """Return whether something of it may run."""
+        return self.state in (RUNNING, READY, ENDING)
+
+    def running(self) -> bool:
+        """Return whether its first process runs."""
+        return self.lives() and self.family.first
+
+    def ending(self) -> bool:
+        """Return whether its processes are to end."""
+        return self.state == ENDING or (self.running() and self.outcome == FAILED)
+
+    def spawn(self, env: dict[bytes, bytes]) -> int:
+        write = self.stream.open()
+        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
+        try:
+            return spawn(self.command, env, own_session=True, file_actions=streams)
+        except OSError:
+            self.stream.close()
+            raise
+        finally:
+            os.close(write)
+
+    def begun(self, detail: str) -> None:
+        self.stream.open_log(more=bool(detail))
+        log = os.fsencode(self.stream.log_path).decode(errors="replace")
+        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
+        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
+        super().begun(detail)
+        if detail:
+            self.stream.take(f"{detail}\n".encode())
+
+    def warn(self, text: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {text}")
+
+    def process_ended(self, code: int) -> None:
+        self.stream.drain()
+        super().process_ended(code)
+
+    def gone(self) -> None:
+        self.stream.drain()  # also what its last process has printed
+        super().gone()
+
+    def fail(self, reason: str) -> None:
+        self.reason = reason
+        super().fail(reason)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        try:
+            unwrap(message)
+        except SyncError as error:  # its outcome is known by now, or it has none but this
+            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
+                self.fail(str(error))
+            elif method in ("complete", "fail") and not self.outcome:
+                self.boot.ended(self, self.reported, self.reason)
+            elif method == "fail" and self.outcome == COMPLETED:
+                self.reported = self.outcome
+                self.report("running")  # or its end would not be the death of a service
+                self.exited()
+
+    def exited(self) -> None:
+        super().exited()
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+            self.died = True
+            self.warn(f"ended after its unit had completed ({self.why})")
+            self.boot.another("ended")
 
 
 class Boot:
@@ -6729,15 +6560,14 @@ class Boot:
         loop = Loop((*STOPS, "SIGQUIT"))
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.hear_front)
-        self.out = Output([script.unit for script in scripts], options.quiet)
-        self.streams = Streams(loop, self.out, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, pings=True)
+        self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
+        self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
-        self.wants = {s.unit: {edge.dependency for edge in s.want} for s in scripts}
+        self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
         self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.claimed = False
+        self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # that told us to stop
@@ -6746,8 +6576,10 @@ class Boot:
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
         self.ask_at = NEVER  # when to ask again whether another boot needs it
-        self.directory = ""  # for files of commands
-        self.graph: Graph | None = None
+        for unit, name in log_names(self.jobs).items():
+            self.jobs[unit].stream.log_path = options.log_dir and os.path.abspath(os.path.join(options.log_dir, name))
+
+    # -- from the claim to the last end -------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
@@ -6756,14 +6588,13 @@ class Boot:
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
-        self.null, self.directory = null(), private_directory()
+        self.null, directory = null(), private_directory()
         for job in self.jobs.values():
-            job.left, job.notify_path = private_path(self.directory), private_path(self.directory)
-        if not self.directory:
+            job.use_directory(directory)
+        if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
         try:
-            self.streams.make_logs(job.stream for job in self.jobs.values())
             self.claim()
             self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
             return self.look_after(self.finish())
@@ -6773,8 +6604,7 @@ class Boot:
         finally:
             self.out.flush()
             self.link.close()
-            self.loop.forget(*self.streams.by_fd)
-            remove_directory(self.directory)
+            remove_directory(directory)
             os.close(self.null)
 
     def look_after(self, code: int) -> int:
@@ -6783,7 +6613,7 @@ class Boot:
         if self.options.stay and not self.signal:
             if not self.options.quiet:
                 self.out.say("boot: staying until a signal")
-            self.tell_front(code, STAYS)
+            self.tell_front(code, runs=True)
             self.until(lambda: bool(self.stopping or self.link.lost))
             code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
         elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
@@ -6794,7 +6624,7 @@ class Boot:
             self.say_let_go()
         self.until(self.said)
         self.out.flush()
-        self.tell_front(code, RUNS if runs_on else ENDS)
+        self.tell_front(code, runs_on)
         if runs_on:
             os.chdir("/")
             self.until(lambda: not self.runs())
@@ -6802,16 +6632,83 @@ class Boot:
 
     def runs(self) -> bool:
         """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
-        if any(job.lives() for job in self.active.values()) or (self.streams.by_fd and not self.stopping):
+        if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.waits()))
 
-    def tell_front(self, code: int, what: int) -> None:
-        """Tell the front how the startup went, and what comes next."""
+    def printing(self) -> list[str]:
+        """Return the units whose output is read."""
+        return [unit for unit, job in self.jobs.items() if job.stream.fd >= 0]
+
+    def abandon(self) -> None:
+        """End what runs, by nothing but signals, on an unexpected way out."""
+        families = [job.family for job in self.active.values() if job.lives()]
+        for family in families:
+            family.look(Processes)
+            family.tell_first()
+            family.tell_others()
+            family.first = False  # whose end nobody takes any more
+        kill_at = time.monotonic() + self.options.grace
+        while families and time.monotonic() < kill_at + LAST_WAIT:
+            time.sleep(LOOK_OFTEN)
+            families = [family for family in families if family.look(Processes)]
+            for family in families if time.monotonic() >= kill_at else ():
+                family.kill()
+
+    def until(self, over: Callable[[], bool]) -> None:
+        """Handle whatever happens until it is over and nothing that is to end still runs."""
+        while True:
+            now = time.monotonic()
+            due = self.keep_time(now)
+            if over() and not any(job.ending() for job in self.active.values()):
+                return
+            if not any(self.out.pending.values()):
+                if now >= self.out.live_at:
+                    ended, running = len(self.jobs) - self.unfinished, self.running(now)
+                    waiting = self.unfinished - len(running)
+                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.live_at)
+            self.pause(self.out.patient and self.out.is_full())
+            for number in self.out.turn(self.loop, due):
+                self.told(number)
+
+    def pause(self, paused: bool) -> None:
+        """Read nothing of scripts while our own output is not taken."""
+        if paused != self.out.paused:
+            self.out.paused = paused
+            for job in self.jobs.values():
+                job.stream.watch()
+
+    def said(self) -> bool:
+        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
+        return not any(self.out.pending.values()) or bool(self.signal)
+
+    def keep_time(self, now: float) -> float:
+        """Do what is due; return when something is next."""
+        if now >= self.report_at:
+            self.report_at = now + REPORT_EVERY
+            self.link.ask("graph", lambda answer: self.say_progress(graph_in(answer)))
+        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
+            job.keep_time(now)
+            if job.state == GONE:
+                del self.active[job.unit]
+        if self.stopping:
+            self.stop_in_order(now)
+        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now))
+        return min([due, *(job.next_due() for job in self.active.values())])
+
+    def patience(self) -> float:
+        """Return for how many seconds the agent may leave a request unanswered."""
+        return STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
+
+    # -- the front ----------------------------------------------------------------------------------------
+
+    def tell_front(self, code: int, runs: bool) -> None:
+        """Tell the front how the startup went, and whether something still runs."""
         try:
-            os.write(self.front, bytes([code, what]))
+            os.write(self.front, bytes([code, runs]))
         except OSError:  # it has gone
             pass
 
@@ -6836,67 +6733,6 @@ class Boot:
         why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
         self.stop(f"stopped: {why}", 0 if again else self.options.grace)
 
-    def abandon(self) -> None:
-        """End what runs, by nothing but signals, on an unexpected way out."""
-        self.link.close()
-        families = [job.family for job in self.active.values() if job.lives()]
-        if families:
-            self.loop.forget(self.front, *self.streams.by_fd)
-            self.loop.children.clear()
-        for family in families:
-            family.look(self.loop.processes)
-            family.signal(15)
-            family.tell_others()
-        deadline = time.monotonic() + self.options.grace
-        while families and time.monotonic() < deadline + LAST_WAIT:
-            self.loop.turn(time.monotonic() + LOOK_OFTEN)
-            for family in families:
-                family.first = family.first and signal_to(family.pid, 0)
-                if time.monotonic() > deadline:
-                    family.kill()
-            families = [family for family in families if family.look(self.loop.processes)]
-
-    def until(self, over: Callable[[], bool]) -> None:
-        """Handle whatever happens until it is over and nothing that is to end still runs."""
-        while True:
-            now = time.monotonic()
-            due = self.keep_time(now)
-            if over() and not any(job.ending() for job in self.active.values()):
-                return
-            if not any(self.out.pending.values()):
-                if now >= self.out.live_at:
-                    ended = len(self.jobs) - self.unfinished
-                    running = self.running(now)
-                    waiting = self.unfinished - len(running)
-                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
-                due = min(due, self.out.live_at)
-            self.streams.pause(self.out.patient and self.out.is_full())
-            for number in self.out.turn(self.loop, due):
-                self.told(number)
-
-    def said(self) -> bool:
-        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
-        return not any(self.out.pending.values()) or bool(self.signal)
-
-    def keep_time(self, now: float) -> float:
-        """Do what is due; return when something is next."""
-        if now >= self.report_at:
-            self.report_at = now + REPORT_EVERY
-            self.link.ask("graph", self.told_graph)
-        for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
-            job.keep_time(now)
-            if job.state == GONE:
-                del self.active[job.unit]
-        if self.stopping:
-            self.stop_in_order(now)
-        due = min(
-            now + 60,
-            self.report_at,
-            self.ask_at,
-            self.link.keep_time(now, STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT),
-        )
-        return min([due, *(job.next_due() for job in self.active.values())])
-
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
@@ -6919,12 +6755,16 @@ class Boot:
 
     def claim_answered(self, answer: Object) -> None:
         """Take the answer to our claim. Raises what the agent says against it."""
-        for name in record(Claimed, unwrap(answer)).done:
-            if name in self.jobs:
-                del self.jobs[name]
-                self.done.append(name)
-                self.unfinished -= 1
-        self.claimed = True
+        try:
+            done = record(Claimed, unwrap(answer)).done
+        except Refused:
+            self.answered = True
+            raise
+        self.answered = True
+        self.done = [unit for unit in done if unit in self.jobs]
+        for unit in self.done:
+            del self.jobs[unit]
+        self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
 
@@ -6944,7 +6784,7 @@ class Boot:
 
     def agent_gone(self, error: Unreachable) -> None:
         """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
-        if not self.claimed:
+        if not self.answered:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
@@ -6970,11 +6810,9 @@ class Boot:
     def another(self, what: str) -> None:
         """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
         if self.options.fail_fast and self.over and self.options.command:
-            self.tell_front(1, RUNS)  # it ends COMMAND first
+            self.tell_front(1, runs=True)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
-
-    # -- ends ---------------------------------------------------------------------------------------------
 
     def stop(self, why: str, grace: float) -> None:
         """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
@@ -6982,10 +6820,8 @@ class Boot:
         self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
             job.stopped = why
-            if job.state in (WAITING, CHECKING) and not job.outcome:
-                job.stop(why)
-            elif job.state == ENDING:
-                job.end(why, self.stop_by)
+            if job.state == ENDING or (job.state in (WAITING, CHECKING) and not job.outcome):
+                job.stop(why, self.stop_by)
         self.look()
         self.stop_in_order(now)
 
@@ -6996,14 +6832,10 @@ class Boot:
                 job.look()
 
     def stop_in_order(self, now: float) -> None:
-        """End what runs, and nothing wants that does, also through others; at the end all."""
-        wanted: set[str] = set()
+        """End what runs, and nothing wants that does, also through others; after half of the time all."""
         early = now < self.stop_by - self.options.grace / 2
-        todo = [name for name, job in self.active.items() if early and job.lives()]
-        while todo:
-            new = self.wants.get(todo.pop(), set()) - wanted
-            wanted |= new
-            todo += new
+        living = [unit for unit, job in self.active.items() if early and job.lives()]
+        wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
         for job in self.active.values():
             if job.state in (RUNNING, READY) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
@@ -7016,20 +6848,9 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.prober.error}"] if job.prober else []
+                more += [f"not ready: {job.prober.error}"] if job.prober and job.prober.error else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
-
-    def told_graph(self, answer: Object) -> None:
-        """Take the graph of all units, for a report on the way, or the one at the end."""
-        try:
-            graph = record(Graph, unwrap(answer))
-        except Unreachable:
-            graph = Graph(0.0, [])
-        if self.unfinished:
-            self.say_progress(graph)
-        else:
-            self.graph = graph
 
     def say_progress(self, graph: Graph) -> None:
         """Say what runs and what waits, and for what."""
@@ -7042,14 +6863,13 @@ class Boot:
             return f"{name}, {row.status}" + (owner_text(row.owner, " by ") if row.status == STARTED else "")
 
         now = time.monotonic()
-        waiting = []
+        running, waiting = self.running(now), []
         for unit, job in self.jobs.items():
-            row = rows.get(unit)
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
-            elif not job.outcome and not job.running() and row:
-                waiting.append(" for ".join(filter(None, (unit, "; ".join(map(whom, row.waits_for))))))
-        running = self.running(now)
+            elif not job.outcome and not job.running() and unit in rows:
+                lacks = "; ".join(map(whom, rows[unit].waits_for))
+                waiting.append(f"{unit} for {lacks}" if lacks else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
@@ -7058,53 +6878,56 @@ class Boot:
         """Say how it went; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
-                self.streams.close(job.stream)
-        lost = self.link.lost
+                job.stream.close()
+        lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
         self.look()
-        self.link.ask("graph", self.told_graph)
-        self.until(lambda: self.graph is not None)
+        self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
+        self.until(lambda: bool(graphs))
         self.out.clear()
         self.out.flush()
-        graph = self.graph or Graph(0.0, [])
-        self.graph = Graph(graph.now, [n for n in graph.nodes if n.unit_name in self.jobs])
+        graph = Graph(graphs[0].now, [node for node in graphs[0].nodes if node.unit_name in self.jobs])
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
-            self.out.say(self.summary(self.graph).rstrip("\n"))
+            self.out.say(self.summary(graph))
             self.until(self.said)
         if self.options.timeline:
-            self.options.timeline(self.graph)
+            self.options.timeline(graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
         """Return what failed, with its last lines, what was skipped and why, and how long it took."""
-        count = {s: sum(j.outcome == s for j in self.jobs.values()) for s in (COMPLETED, FAILED, SKIPPED, PENDING)}
-        words = [f"{n} {'not started' if s == PENDING else s}" for s, n in count.items() if n]
-        words += [f"{len(self.done)} done before"] if self.done else []
-        text = f"boot: {', '.join(words)}\n"
+        outcomes = [job.outcome for job in self.jobs.values()]
+        words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
+        counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
+        counts += [f"{len(self.done)} done before"] if self.done else []
+        failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
                 how = f"completed, then ended: {job.why}" if job.died else job.reason
                 how = f" ({how})" if how else ""
-                text += f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}\n"
-                text += "".join(f"    | {line}\n" for line in job.stream.last)
-        for job in self.jobs.values():
-            if job.outcome == SKIPPED:
-                text += f"skipped: {job.unit}: {job.reason}\n"
-            elif job.outcome == PENDING or (job.outcome == FAILED and job.stopped and not job.tries):
-                text += f"not started: {job.unit}: {job.reason}\n"
+                failed.append(f"{'died' if job.died else 'failed'}: {job.unit}{how}; {printable(job.script.path)}")
+                failed += [f"    | {line}" for line in job.stream.last]
+            elif job.outcome != COMPLETED:
+                others.append(f"{'skipped' if job.outcome == SKIPPED else 'not started'}: {job.unit}: {job.reason}")
         going_on = [job.unit for job in self.active.values() if job.lives()]
-        text += f"still running: {some_names(going_on)}\n" if going_on else ""
-        lines = [Startup(graph).summary()] if graph.nodes else []
-        if os.isatty(2):
-            lines = [part for line in lines for part in wrap(line, self.out.columns)]
-        return text + "".join(line + "\n" for line in lines)
+        others += [f"still running: {some_names(going_on)}"] if going_on else []
+        last = Startup(graph).summary() if graph.nodes else ""
+        return "\n".join([*failed, *others, *(wrap(last, self.out.columns) if os.isatty(2) else [last])]).rstrip()
 
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
-        names = sorted({stream.unit for stream in self.streams.by_fd.values()})
+        names = sorted(self.printing())
         if names and not self.out.quiet and 1 in self.out.pipes():
-            kept = f"only in {self.options.log_dir}" if self.streams.log_dir else "lost; --log-dir would keep it"
+            kept = f"only in {self.options.log_dir}" if self.out.log_dir else "lost; --log-dir would keep it"
             self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
+
+
+def graph_in(answer: Object) -> Graph:
+    """Return the graph that an agent has answered with; an empty one if it has gone."""
+    try:
+        return record(Graph, unwrap(answer))
+    except Unreachable:
+        return Graph(0.0, [])
 
 
 class Front:
@@ -7116,7 +6939,7 @@ class Front:
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
         self.loop, self.link, self.command, self.grace = loop, link, command, grace
-        self.said: list[tuple[int, int]] = []  # by the background process: a status, and what comes next
+        self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
         os.set_blocking(link, False)
@@ -7129,11 +6952,13 @@ class Front:
         self.ended.append(code)
 
     def hear(self) -> None:
-        """Take what the background process says."""
+        """Take what the background process says; beside COMMAND, that it is to end, since a service has died."""
         try:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
+        if data and self.said and self.command:
+            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
@@ -7162,13 +6987,14 @@ class Front:
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
 
-    def run(self, always: bool) -> int:
+    def run(self, always: bool, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
         self.until(lambda: self.said or self.ended)
-        if self.said and self.said[-1][1] == STAYS:
+        if stay and self.said and not self.signal:
             notify("READY=1")
             self.until(lambda: self.ended or len(self.said) > 1)
-        if self.said and self.said[-1][1] == ENDS:
+        runs_on = self.said and self.said[-1][1]
+        if not runs_on or (os.getpid() == 1 and not self.command):  # the system would kill what still runs
             self.until(lambda: self.ended)
         if self.signal:
             self.wait_for_end()
@@ -7184,37 +7010,29 @@ class Front:
             if self.command and not self.ended:
                 self.tell(0)
                 self.wait_for_end()
-        if os.getpid() == 1 and not self.ended:  # the system would kill what still runs
-            self.until(lambda: self.ended)
-            code = 128 + self.signal if self.signal else code
         self.loop.give_back()
         if wanted:
-            self.become_command()
+            become(self.command)
         return shell_status(code)
-
-    def become_command(self) -> NoReturn:
-        """Have COMMAND take our place. Raises CommandError."""
-        import _signal as signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            os.execvp(self.command[0], self.command)
-        except (OSError, ValueError) as error:
-            raise cannot_run(self.command[0], error) from None
 
     def run_command(self) -> int:
         """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
         command = self.command
         if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
             command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
-        self.said.clear()
-        return supervise(self.loop, command, environment(), self.died)
+        return supervise(self.loop, command, environment())
 
-    def died(self) -> list[int]:
-        """Return TERM for COMMAND if the background process has said that a service has died, with --fail-fast."""
-        said, self.said = self.said, []
-        return [15] if said else []
+
+def become(command: list[str]) -> NoReturn:
+    """Have a command take our place. Raises CommandError."""
+    import _signal as signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except (OSError, ValueError) as error:
+        raise cannot_run(command[0], error) from None
 
 
 def boot_at(path: str, boot: Boot) -> int:
@@ -7222,24 +7040,18 @@ def boot_at(path: str, boot: Boot) -> int:
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
-            channel = Channel(path)
-        except Foreign:
-            raise
-        except Unreachable:
             try:
+                channel = Channel(path)
+            except Foreign:
+                raise
+            except Unreachable:
                 with Host(path) as host:
                     return boot.run(own_channel(host), host)
-            except Refused:  # another agent was faster, or is about to go
-                if boot.link.opened or time.monotonic() >= deadline:
-                    raise
-        else:
             with channel:
-                try:
-                    return boot.run(channel)
-                except Unreachable:  # it was about to end
-                    if boot.claimed or boot.signal or time.monotonic() >= deadline:
-                        raise
-                    boot.link.opened = False
+                return boot.run(channel)
+        except (Refused, Unreachable) as error:  # an agent was faster, or is about to end
+            if boot.answered or boot.signal or isinstance(error, Foreign) or time.monotonic() >= deadline:
+                raise
         time.sleep(0.02)
 
 
@@ -7250,25 +7062,6 @@ def own_channel(host: Host) -> Channel:
     ours, theirs = socketpair()
     host.server.process_request(Connection(theirs, WakeUp()), "")
     return Channel(host.path, sock=ours)
-
-
-def pieces(line: bytes) -> Iterator[bytes]:
-    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
-    while len(line) > CUT:
-        at = CUT
-        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
-            at -= 1
-        yield line[:at]
-        line = line[at:]
-    yield line
-
-
-def opened_again(fd: int) -> int:
-    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
-    try:
-        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return fd
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7285,7 +7078,7 @@ import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
@@ -7557,10 +7350,9 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    level = 2 * args.verbose or int(not args.quiet)
-    if args.command and not args.socket_path:
-        level = 2 * args.verbose  # the command's output is what matters
-    elif args.detach and not args.log_file:
+    is_private = args.command and not args.socket_path  # the command's output is what matters
+    level = 2 * args.verbose or int(not args.quiet and not is_private)
+    if args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
         "mode": args.mode or (0o600 if args.group is None else 0o660),
@@ -7575,13 +7367,13 @@ def cmd_serve(args: Args) -> int:
     if not args.command:
         serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
-    import tempfile
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
 
     try:
-        if args.socket_path:
-            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
-        with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
-            return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
+        with ExitStack() as at_end:
+            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
+            return serve_command(Host(os.path.abspath(path), **options), args.command)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
@@ -7641,24 +7433,16 @@ def cmd_boot(args: Args) -> int:
         return 0
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
-    options = BootOptions(
-        jobs=args.jobs,
-        grace=args.grace,
-        log_dir=args.log_dir,
-        fail_fast=args.fail_fast,
-        stay=args.stay,
-        quiet=args.quiet,
-        always=args.always,
-        resume=args.resume,
-        timeline=args.timeline,
-        command=args.command[0] if args.command else "",
-    )
+    if not scripts:
+        become(args.command)
+    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
+    given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
     child, link = in_background()
     if child:
-        return Front(loop, child, link, args.command, args.grace).run(args.always)
-    boot = Boot(scripts, options, link)
-    code = boot_at(path, boot) if scripts else boot.look_after(0)
+        return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
+    boot = Boot(scripts, BootOptions(**given), link)
+    code = boot_at(path, boot)
     boot.loop.give_back()
     return code
 
@@ -7981,7 +7765,8 @@ def cmd_completion(args: Args) -> None:
     if args.command:
         line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
         if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
+            found = bash_candidates(typed, [*args.command, ""][1])
         else:
             found = candidates(args.command)
         put("".join(word + "\n" for word in found))
@@ -7990,24 +7775,21 @@ def cmd_completion(args: Args) -> None:
     put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def bash_candidates(line: bytes, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+def bash_candidates(line: str, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
+
+    Nothing inside of quotes.
+    """
     import re
     import shlex
 
-    text = line.decode(errors="surrogateescape").rstrip("\\")
-    for quote in ("", "'", '"'):  # the one that is still open
-        try:
-            words = shlex.split(text + quote)
-        except ValueError:
-            continue
-        if not quote and text[-1:].isspace():
-            words.append("")
-        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
-        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
-        change = r"'\\''" if quote == "'" else r"\\\1"
-        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
-    return []
+    try:
+        words = shlex.split(line.rstrip("\\"))
+    except ValueError:  # a quote is open
+        return []
+    words += [""] if line[-1:].isspace() else []
+    done = len(words[-1]) - len(word.replace("\\", ""))
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
