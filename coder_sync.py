@@ -136,7 +136,6 @@ def launch():  # type: () -> None
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     import _signal as signal
 
-    vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
@@ -801,7 +800,7 @@ class Channel:
         self.path = path
         self._next = 0
         self._buffer = bytearray()
-        self._messages: list[Any] = []
+        self._lines: list[bytearray] = []  # that nobody has received
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
@@ -833,10 +832,16 @@ class Channel:
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
-        while not self._messages:
+        while not self._lines:
             if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
-        message: dict[str, Any] = self._messages.pop(0)
+        line = bytes(self._lines.pop(0))
+        try:
+            message = decode(line)
+        except ParseError:
+            message = None
+        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
     def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
@@ -872,19 +877,10 @@ class Channel:
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
-            self._messages += [self._message(bytes(line)) for line in lines]
+            self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
         return True
-
-    def _message(self, line: bytes) -> dict[str, Any]:
-        try:
-            message = decode(line)
-        except ParseError:
-            message = None
-        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
-        return message
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
         """Return the result of a request. Raises what the agent answered.
@@ -916,7 +912,7 @@ class Channel:
 
     def more(self) -> bool:
         """Return whether a message has been read that nobody has received."""
-        return bool(self._messages)
+        return bool(self._lines)
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -985,7 +981,7 @@ def our_caller() -> dict[str, int]:
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
     """Return whether a message is the answer to a request, or an error about the whole connection."""
-    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
+    return "method" not in message and message.get("id", "none") in (request, None)
 
 
 def unwrap(message: dict[str, Any]) -> Any:
@@ -1062,15 +1058,13 @@ class Client:
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
-            given = duration(text) if text and connect_timeout is None else connect_timeout
+            self.connect_timeout = duration(text) if text and connect_timeout is None else connect_timeout
         except UsageError as error:
             raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
-        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
-        self._question_timeout = 0.0 if given is None else given
 
     def _channel(self, method: str) -> Channel:
-        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        return Channel(self.socket_path, patience)
+        patience = CONNECT_TIMEOUT if method in COORDINATING else 0.0
+        return Channel(self.socket_path, patience if self.connect_timeout is None else self.connect_timeout)
 
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
@@ -1078,7 +1072,7 @@ class Client:
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
-        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
+        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
             return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
@@ -1242,9 +1236,6 @@ class Start:
         self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
-
-    def __repr__(self) -> str:
-        return f"Start({self.result!r})"
 
     def __enter__(self) -> Start:
         began = time.monotonic()
@@ -1628,6 +1619,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
+            vars(sys).pop("tracebacklimit", None)
             raise
         code = 125
     posix._exit(code)
@@ -5995,7 +5987,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
                 read_header(script, rest.strip(), number, said)
             elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
-        except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
+        except SyncError as error:
             mistakes.append(f"{path}:{number}: {error}")
     for number, line in enumerate(lines[last:], last + 1):
         if looks_like_header(line):
@@ -6025,7 +6017,7 @@ def looks_like_header(line: str) -> bool:
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
-    """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
+    """Take what a header in a line says. Raises UsageError, Refused."""
     word = "".join(text.split()[:1])
     if word not in HEADERS:
         known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
@@ -6039,7 +6031,10 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     elif set(rest) & set("\"'\\"):
         import shlex
 
-        words = shlex.split(rest)
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise UsageError(f"{word}: {error}") from None
     if not words:
         raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
     if "..." in form:
@@ -6127,7 +6122,8 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             import shlex
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
+            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
         hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
@@ -6285,14 +6281,13 @@ class Output:
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self, fds: Iterable[int]) -> None:
-        """Print nothing any more on these, and hold them open no longer."""
+    def let_go(self, fd: int) -> None:
+        """Print nothing any more on a descriptor, and hold it open no longer."""
         nothing = null()
-        for fd in fds:
-            os.dup2(nothing, fd)
-            if self._fds[fd] != fd:
-                os.close(self._fds[fd])
-            self._fds[fd] = fd
+        os.dup2(nothing, fd)
+        if self._fds[fd] != fd:
+            os.close(self._fds[fd])
+        self._fds[fd] = fd
         os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
@@ -6321,7 +6316,7 @@ class Output:
             pass
         except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
             at = len(data)
-            self.let_go([fd])
+            self.let_go(fd)
         self.pending[fd] = b"" if patience else data[at:]
 
     def flush(self) -> None:
@@ -6364,22 +6359,19 @@ class Stream:
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-    def open(self) -> int:
-        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+    def open(self, more: bool) -> int:
+        """Begin to read what a try prints, and `more` what a further one does; return the descriptor to print to."""
         self.close()
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
         self.watch()
-        return write
-
-    def open_log(self, more: bool) -> None:
-        """Open the file; a further try adds to it."""
         if self.out.log_dir:
             try:
                 os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
                 self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
             except OSError as error:
                 self.out.no_log(error)
+        return write
 
     def watch(self) -> None:
         """Read what is printed, or nothing while our own output is not taken."""
@@ -6407,14 +6399,13 @@ class Stream:
 
     def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if self.log >= 0:
+        if self.log >= 0 and self.out.log_dir:
             try:
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(self.log, view) :]
             except OSError as error:
                 self.out.no_log(error)
-                self.close_log()
         *ended, rest = (self.rest + chunk).split(b"\n")
         *more, self.rest = pieces(rest)
         self.print([piece for line in ended for piece in pieces(line)] + more)
@@ -6435,17 +6426,11 @@ class Stream:
     def close(self) -> None:
         """Read no more of it."""
         self.end_line()
-        if self.fd >= 0:
-            self.loop.forget(self.fd)
-            os.close(self.fd)
-            self.fd = -1
-        self.close_log()
-
-    def close_log(self) -> None:
-        """Keep no more of it."""
-        if self.log >= 0:
-            os.close(self.log)
-            self.log = -1
+        self.loop.forget(self.fd)
+        for fd in (self.fd, self.log):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.log = -1
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
@@ -6495,7 +6480,7 @@ class Job(Task):
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.stream.open()
+        write = self.stream.open(more=self.tries > 0)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
@@ -6506,7 +6491,6 @@ class Job(Task):
             os.close(write)
 
     def begun(self, detail: str) -> None:
-        self.stream.open_log(more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
         self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
@@ -6557,15 +6541,14 @@ class Boot:
     """
 
     def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
-        loop = Loop((*STOPS, "SIGQUIT"))
+        loop = Loop()
         self.options, self.loop, self.front = options, loop, front
-        loop.watch(front, self.hear_front)
+        loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
-        self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
@@ -6712,26 +6695,19 @@ class Boot:
         except OSError:  # it has gone
             pass
 
-    def hear_front(self) -> None:
-        """Take what the front says: the signals that it got, 0 when its COMMAND has ended. Its end is a hang-up."""
-        try:
-            numbers = os.read(self.front, 100)
-        except OSError:
-            numbers = b""
-        for number in numbers:
-            self.told(number)
-        if not numbers:
-            self.loop.forget(self.front)
-            if self.alone:
-                self.out.let_go(self.out.pipes())
-            elif not self.stopping:
-                self.told(1)
+    def front_gone(self) -> None:
+        """Take the end of the front for a hang-up, unless it was free to end, or COMMAND has ended."""
+        self.loop.forget(self.front)
+        if self.alone:
+            for fd in self.out.pipes():
+                self.out.let_go(fd)
+        elif not self.stopping:
+            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
 
-    def told(self, number: int) -> None:
-        """End everything, because of a signal, or because COMMAND has ended (0). Twice: at once."""
-        again, self.signal = self.signal, number or 15
-        why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
-        self.stop(f"stopped: {why}", 0 if again else self.options.grace)
+    def told(self, number: int, why: str = "") -> None:
+        """End everything, because of a signal, or for another reason. Twice: at once."""
+        again, self.signal = self.signal, number
+        self.stop(f"stopped: {why or f'boot got signal {number}'}", 0 if again else self.options.grace)
 
     # -- units --------------------------------------------------------------------------------------------
 
@@ -6761,12 +6737,12 @@ class Boot:
             self.answered = True
             raise
         self.answered = True
-        self.done = [unit for unit in done if unit in self.jobs]
-        for unit in self.done:
-            del self.jobs[unit]
+        self.jobs = {unit: job for unit, job in self.jobs.items() if unit not in done}
         self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
+        if self.host and self.options.resume:
+            self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -6899,7 +6875,8 @@ class Boot:
         outcomes = [job.outcome for job in self.jobs.values()]
         words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
         counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
-        counts += [f"{len(self.done)} done before"] if self.done else []
+        done = len(self.wants) - len(self.jobs)
+        counts += [f"{done} done before"] if done else []
         failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
@@ -6938,7 +6915,7 @@ class Front:
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
-        self.loop, self.link, self.command, self.grace = loop, link, command, grace
+        self.loop, self.pid, self.link, self.command, self.grace = loop, pid, link, command, grace
         self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
@@ -6963,13 +6940,6 @@ class Front:
         if not data:
             self.loop.forget(self.link)
 
-    def tell(self, number: int) -> None:
-        """Tell the background process of a signal, or, by 0, that COMMAND has ended."""
-        try:
-            os.write(self.link, bytes([number]))
-        except OSError:  # it has ended
-            pass
-
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
         import _signal as signal
@@ -6977,9 +6947,9 @@ class Front:
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH:  # which is for COMMAND
+                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
                     self.signal = number
-                    self.tell(number)
+                    signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
@@ -7008,7 +6978,9 @@ class Front:
                 return self.run_command()
         finally:
             if self.command and not self.ended:
-                self.tell(0)
+                self.loop.forget(self.link)
+                os.close(self.link)  # which says that COMMAND has ended
+                self.link = -1
                 self.wait_for_end()
         self.loop.give_back()
         if wanted:
@@ -7420,6 +7392,8 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
+    import _signal as signal
+
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -7438,8 +7412,10 @@ def cmd_boot(args: Args) -> int:
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
     boot = Boot(scripts, BootOptions(**given), link)
     code = boot_at(path, boot)
