@@ -3208,9 +3208,9 @@ class Log:
         handler = Handler(os.path.realpath(self.path), backupCount=1)
         handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device has no successor
         handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        listener = logging.handlers.QueueListener(SimpleQueue(), handler)
-        listener.start()
-        return listener
+        thread = logging.handlers.QueueListener(SimpleQueue(), handler)
+        thread.start()
+        return thread
 
 
 class Request:
