@@ -5978,7 +5978,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
                 read_header(script, rest.strip(), number, said)
             elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
-        except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
+        except SyncError as error:
             mistakes.append(f"{path}:{number}: {error}")
     for number, line in enumerate(lines[last:], last + 1):
         if looks_like_header(line):
@@ -6008,7 +6008,7 @@ def looks_like_header(line: str) -> bool:
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
-    """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
+    """Take what a header in a line says. Raises UsageError, Refused."""
     word = "".join(text.split()[:1])
     if word not in HEADERS:
         known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
@@ -6022,7 +6022,10 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     elif set(rest) & set("\"'\\"):
         import shlex
 
-        words = shlex.split(rest)
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise UsageError(f"{word}: {error}") from None
     if not words:
         raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
     if "..." in form:
@@ -6110,7 +6113,8 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             import shlex
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
+            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
         hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
@@ -6268,14 +6272,13 @@ class Output:
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self, fds: Iterable[int]) -> None:
-        """Print nothing any more on these, and hold them open no longer."""
+    def let_go(self, fd: int) -> None:
+        """Print nothing any more on a descriptor, and hold it open no longer."""
         nothing = null()
-        for fd in fds:
-            os.dup2(nothing, fd)
-            if self._fds[fd] != fd:
-                os.close(self._fds[fd])
-            self._fds[fd] = fd
+        os.dup2(nothing, fd)
+        if self._fds[fd] != fd:
+            os.close(self._fds[fd])
+        self._fds[fd] = fd
         os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
@@ -6304,7 +6307,7 @@ class Output:
             pass
         except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
             at = len(data)
-            self.let_go([fd])
+            self.let_go(fd)
         self.pending[fd] = b"" if patience else data[at:]
 
     def flush(self) -> None:
@@ -6347,22 +6350,19 @@ class Stream:
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-    def open(self) -> int:
-        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+    def open(self, more: bool) -> int:
+        """Begin to read what a try prints, and `more` what a further one does; return the descriptor to print to."""
         self.close()
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
         self.watch()
-        return write
-
-    def open_log(self, more: bool) -> None:
-        """Open the file; a further try adds to it."""
         if self.out.log_dir:
             try:
                 os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
                 self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
             except OSError as error:
                 self.out.no_log(error)
+        return write
 
     def watch(self) -> None:
         """Read what is printed, or nothing while our own output is not taken."""
@@ -6390,14 +6390,13 @@ class Stream:
 
     def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if self.log >= 0:
+        if self.log >= 0 and self.out.log_dir:
             try:
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(self.log, view) :]
             except OSError as error:
                 self.out.no_log(error)
-                self.close_log()
         *ended, rest = (self.rest + chunk).split(b"\n")
         *more, self.rest = pieces(rest)
         self.print([piece for line in ended for piece in pieces(line)] + more)
@@ -6418,17 +6417,11 @@ class Stream:
     def close(self) -> None:
         """Read no more of it."""
         self.end_line()
-        if self.fd >= 0:
-            self.loop.forget(self.fd)
-            os.close(self.fd)
-            self.fd = -1
-        self.close_log()
-
-    def close_log(self) -> None:
-        """Keep no more of it."""
-        if self.log >= 0:
-            os.close(self.log)
-            self.log = -1
+        self.loop.forget(self.fd)
+        for fd in (self.fd, self.log):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.log = -1
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
@@ -6478,7 +6471,7 @@ class Job(Task):
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.stream.open()
+        write = self.stream.open(more=self.tries > 0)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
@@ -6489,7 +6482,6 @@ class Job(Task):
             os.close(write)
 
     def begun(self, detail: str) -> None:
-        self.stream.open_log(more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
         self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
@@ -6540,15 +6532,14 @@ class Boot:
     """
 
     def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
-        loop = Loop((*STOPS, "SIGQUIT"))
+        loop = Loop()
         self.options, self.loop, self.front = options, loop, front
-        loop.watch(front, self.hear_front)
+        loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
         self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
-        self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
@@ -6695,26 +6686,19 @@ class Boot:
         except OSError:  # it has gone
             pass
 
-    def hear_front(self) -> None:
-        """Take what the front says: the signals that it got, 0 when its COMMAND has ended. Its end is a hang-up."""
-        try:
-            numbers = os.read(self.front, 100)
-        except OSError:
-            numbers = b""
-        for number in numbers:
-            self.told(number)
-        if not numbers:
-            self.loop.forget(self.front)
-            if self.alone:
-                self.out.let_go(self.out.pipes())
-            elif not self.stopping:
-                self.told(1)
+    def front_gone(self) -> None:
+        """Take the end of the front for a hang-up, unless it was free to end, or COMMAND has ended."""
+        self.loop.forget(self.front)
+        if self.alone:
+            for fd in self.out.pipes():
+                self.out.let_go(fd)
+        elif not self.stopping:
+            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
 
-    def told(self, number: int) -> None:
-        """End everything, because of a signal, or because COMMAND has ended (0). Twice: at once."""
-        again, self.signal = self.signal, number or 15
-        why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
-        self.stop(f"stopped: {why}", 0 if again else self.options.grace)
+    def told(self, number: int, why: str = "") -> None:
+        """End everything, because of a signal, or for another reason. Twice: at once."""
+        again, self.signal = self.signal, number
+        self.stop(f"stopped: {why or f'boot got signal {number}'}", 0 if again else self.options.grace)
 
     # -- units --------------------------------------------------------------------------------------------
 
@@ -6744,12 +6728,12 @@ class Boot:
             self.answered = True
             raise
         self.answered = True
-        self.done = [unit for unit in done if unit in self.jobs]
-        for unit in self.done:
-            del self.jobs[unit]
+        self.jobs = {unit: job for unit, job in self.jobs.items() if unit not in done}
         self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
+        if self.host and self.options.resume:
+            self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -6882,7 +6866,8 @@ class Boot:
         outcomes = [job.outcome for job in self.jobs.values()]
         words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
         counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
-        counts += [f"{len(self.done)} done before"] if self.done else []
+        done = len(self.wants) - len(self.jobs)
+        counts += [f"{done} done before"] if done else []
         failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
@@ -6921,7 +6906,7 @@ class Front:
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
-        self.loop, self.link, self.command, self.grace = loop, link, command, grace
+        self.loop, self.pid, self.link, self.command, self.grace = loop, pid, link, command, grace
         self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
@@ -6946,13 +6931,6 @@ class Front:
         if not data:
             self.loop.forget(self.link)
 
-    def tell(self, number: int) -> None:
-        """Tell the background process of a signal, or, by 0, that COMMAND has ended."""
-        try:
-            os.write(self.link, bytes([number]))
-        except OSError:  # it has ended
-            pass
-
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
         import _signal as signal
@@ -6960,9 +6938,9 @@ class Front:
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH:  # which is for COMMAND
+                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
                     self.signal = number
-                    self.tell(number)
+                    signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
@@ -6991,7 +6969,9 @@ class Front:
                 return self.run_command()
         finally:
             if self.command and not self.ended:
-                self.tell(0)
+                self.loop.forget(self.link)
+                os.close(self.link)  # which says that COMMAND has ended
+                self.link = -1
                 self.wait_for_end()
         self.loop.give_back()
         if wanted:
@@ -7403,6 +7383,8 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
+    import _signal as signal
+
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -7421,8 +7403,10 @@ def cmd_boot(args: Args) -> int:
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
     boot = Boot(scripts, BootOptions(**given), link)
     code = boot_at(path, boot)

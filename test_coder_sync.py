@@ -7831,11 +7831,12 @@ MISTAKES_IN_HEADERS = [
     ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "not a whole number from 0 on: 'often'"),
     ("@retry -1 1s", "not a whole number from 0 on: '-1'"),
-    ("@want 'a", "No closing quotation"),
+    ("@want 'a", "want: No closing quotation"),
     ("@want ''", EMPTY),
     ("@unit ''", EMPTY),
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
     ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
+    ("@want 10-clone.sh", 'no file provides "10-clone.sh"; did you mean "clone"?'),
     ("@want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
     ("@want 'the moon'", "no file provides \"the moon\"; if it comes from outside, add: extern 'the moon'"),
     ("@want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
@@ -9383,10 +9384,12 @@ def test_a_boot_is_refused_over_services_that_run_and_with_resume_runs_the_rest(
     again.ends(1, "", refused, leaves=True)
     more = {**STACK, "job": "@want db\necho job >> ran", "bad": "echo bad >> ran"}
     resumed = Boot(world, more, "--resume")
-    resumed.ends(0, None, "boot: 1 completed, 4 done before\n", leaves=True)
+    assert "no agent" not in resumed.ends(0, None, "boot: 1 completed, 4 done before\n", leaves=True)
     assert read_lines(world.directory / "ran") == ["job", "bad"]
     world.client.shutdown()
     until(lambda: first.left() == [])
+    unknown = "boot: there was no agent, so nothing is known to have completed: all is run\n"
+    Boot(world, {"a": "exit"}, "--resume").ends(0, "", unknown)
 
 
 def test_a_stop_is_answered_though_the_agent_ends_with_what_it_stops(world: World) -> None:
