@@ -136,7 +136,6 @@ def launch():  # type: () -> None
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     import _signal as signal
 
-    vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
@@ -801,7 +800,7 @@ class Channel:
         self.path = path
         self._next = 0
         self._buffer = bytearray()
-        self._messages: list[Any] = []
+        self._lines: list[bytearray] = []  # that nobody has received
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
@@ -833,10 +832,16 @@ class Channel:
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
-        while not self._messages:
+        while not self._lines:
             if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
-        message: dict[str, Any] = self._messages.pop(0)
+        line = bytes(self._lines.pop(0))
+        try:
+            message = decode(line)
+        except ParseError:
+            message = None
+        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
     def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
@@ -872,19 +877,10 @@ class Channel:
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
-            self._messages += [self._message(bytes(line)) for line in lines]
+            self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
         return True
-
-    def _message(self, line: bytes) -> dict[str, Any]:
-        try:
-            message = decode(line)
-        except ParseError:
-            message = None
-        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
-        return message
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
         """Return the result of a request. Raises what the agent answered.
@@ -916,7 +912,7 @@ class Channel:
 
     def more(self) -> bool:
         """Return whether a message has been read that nobody has received."""
-        return bool(self._messages)
+        return bool(self._lines)
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -985,7 +981,7 @@ def our_caller() -> dict[str, int]:
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
     """Return whether a message is the answer to a request, or an error about the whole connection."""
-    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
+    return "method" not in message and message.get("id", "none") in (request, None)
 
 
 def unwrap(message: dict[str, Any]) -> Any:
@@ -1062,15 +1058,13 @@ class Client:
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
-            given = duration(text) if text and connect_timeout is None else connect_timeout
+            self.connect_timeout = duration(text) if text and connect_timeout is None else connect_timeout
         except UsageError as error:
             raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
-        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
-        self._question_timeout = 0.0 if given is None else given
 
     def _channel(self, method: str) -> Channel:
-        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        return Channel(self.socket_path, patience)
+        patience = CONNECT_TIMEOUT if method in COORDINATING else 0.0
+        return Channel(self.socket_path, patience if self.connect_timeout is None else self.connect_timeout)
 
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
@@ -1078,7 +1072,7 @@ class Client:
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
         """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
-        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
+        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
             return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
@@ -1242,9 +1236,6 @@ class Start:
         self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
-
-    def __repr__(self) -> str:
-        return f"Start({self.result!r})"
 
     def __enter__(self) -> Start:
         began = time.monotonic()
@@ -1628,6 +1619,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
+            vars(sys).pop("tracebacklimit", None)
             raise
         code = 125
     posix._exit(code)
