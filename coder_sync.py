@@ -2071,10 +2071,13 @@ def trouble_of(error: Exception) -> str:
 
 def cannot_run(program: str, error: Exception) -> CommandError:
     """Return the error for a command that could not be started."""
-    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if isinstance(error, FileNotFoundError) and os.path.isfile(program):
-        return CommandError(f"cannot run {program}: the interpreter that its first line names does not exist", 127)
-    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
+    missing = isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+    why = getattr(error, "strerror", "no such command")
+    if missing and os.path.isfile(program):
+        why = "the interpreter that its first line names does not exist"
+    elif missing and " " in program:
+        why += "; for a shell's command line write sh -c '...'"
+    return CommandError(f"cannot run {program}: {why}", 127 if missing else 126)
 
 
 def signal_to(pid: int, number: int) -> bool:
@@ -5077,17 +5080,15 @@ class Prober:
 
     def _run(self, once: bool) -> None:
         pause = 0.1
-        try:
+        with open(self._done, "wb", 0):
             while not self._closed.is_set():
                 self.error = self._try()
-                if once and not self.error:
-                    self._object()
                 if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
-        finally:
-            os.close(self._done)
+            if once and not self.error:
+                self._object()
 
     def _object(self) -> None:
         """Say what a try that succeeds before the command is run means."""
@@ -5152,17 +5153,13 @@ class Notified:
     def __init__(self, path: str) -> None:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
 
-        self.error = "it has not said READY=1"
         if not path:
             raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+        self.error = "it has not said READY=1"
         self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
         self._sock.setblocking(False)
-        try:
-            self._sock.bind(path)
-            os.chmod(path, 0o666)
-        except OSError:
-            self._sock.close()
-            raise
+        self._sock.bind(path)
+        os.chmod(path, 0o666)
 
     def fileno(self) -> int:
         """The descriptor to poll."""
@@ -5170,15 +5167,14 @@ class Notified:
 
     def ready(self) -> bool:
         """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
-        slowly = not self.error  # a sender without end is slowed down, not followed
+        if not self.error:
+            time.sleep(0.005)  # a sender without end is slowed down, not followed
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
         except OSError:
             pass
-        if slowly:
-            time.sleep(0.005)
         return not self.error
 
     def close(self) -> None:
@@ -5393,10 +5389,10 @@ class Task:
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.retries = limits.retries  # how many more there may be after the first
         self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # the latest try failed, or was ended
+        self.kill_at = 0.0  # while it is being ended
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
         self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
@@ -5562,9 +5558,7 @@ class Task:
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due[self.look] = 0.0
-            if self.tell_others in self.due:
-                self.due[self.tell_others] = 0.0
+            self.due.update(dict.fromkeys(self.due, 0.0))
         elif self.waits_for_probe():
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}")
@@ -5582,43 +5576,35 @@ class Task:
         end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
         """
         now = time.monotonic()
-        by = min(by, now + self.grace)
-        if self.state != ENDING:
-            self.why = why
-            others_at = (now + by) / 2 if self.family.first else now
-            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
-            self.close_prober(ended=False)
-            self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-            self.family.tell_first()
-        elif by < self.due.get(self.kill, 0.0):
-            self.due[self.kill] = by
+        by = min(max(by, now), now + self.grace)
+        if self.state == ENDING:
+            self.kill_at = min(self.kill_at, by)
+            return
+        self.why, self.kill_at = why, by
+        others_at = (now + by) / 2 if self.family.first else now
+        self.enter(ENDING, {self.tell_others: others_at, self.look: now})
+        self.close_prober(ended=False)
+        self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
+        self.family.tell_first()
 
     def tell_others(self) -> None:
         """Send TERM to the other processes."""
         self.family.look(self.loop.processes)
         self.family.tell_others()
 
-    def kill(self) -> None:
-        """Begin to send KILL."""
-        self.due.pop(self.tell_others, None)
-        self.due[self.give_up] = time.monotonic() + LAST_WAIT
-        self.due[self.look] = 0.0
-
-    def give_up(self) -> None:
-        """Name the processes that KILL has not ended, and go on without them."""
-        left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-        self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
-        self.gone()
-
     def look(self) -> None:
         """Look whether any process is left, and go on accordingly."""
         now = time.monotonic()
         if not self.family.look(self.loop.processes):
             self.gone()
+        elif self.state == ENDING and now >= self.kill_at + LAST_WAIT:
+            left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+            self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
+            self.gone()
         elif self.state == ENDING:
-            if self.give_up in self.due:
-                self.family.kill()
             self.due[self.look] = now + LOOK_OFTEN
+            if now >= self.kill_at:
+                self.family.kill()
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
             if not self.runs_on:
@@ -5641,7 +5627,7 @@ class Task:
 
     def tried(self) -> None:
         """Try again after a failed try, or report the failure."""
-        if self.tries <= self.retries and not self.stopped:
+        if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
@@ -5758,7 +5744,6 @@ class Run(Task):
         self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
         self.env, self.quiet = environment(self.env, **start.environment), args.quiet
         self.status = 0  # to return, if it is not that of the command
-        self.unreported: list[str] = []
         self.directory = private_directory()
         self.use_directory(self.directory)
         if not self.directory:
@@ -5772,9 +5757,6 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.unreported:
-                    self.not_reported(some_names(self.unreported), self.link.lost)
-                    self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
@@ -5841,14 +5823,8 @@ class Run(Task):
         what = params.get("detail") or others.get(method, outcome)
         try:
             unwrap(message)
-        except Unreachable:  # said once for all reports
-            self.unreported.append(what)
         except SyncError as error:
-            self.not_reported(what, str(error))
-
-    def not_reported(self, what: str, error: str) -> None:
-        """Warn that a report may be lost."""
-        self.warn(f"{what} may not have been reported: {error}")
+            self.warn(f"{what} may not have been reported: {error}")
 
 
 @Command(
@@ -6764,7 +6740,7 @@ class Boot:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
-            job.retries = 0
+            job.limits.retries = 0
             if job.reported:
                 self.ended(job, job.reported, job.reason)
             elif job.state in (WAITING, CHECKING):
