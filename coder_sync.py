@@ -4354,7 +4354,8 @@ class Bar:
         def known(time: float | None, otherwise: float) -> float:
             return otherwise if time is None else time
 
-        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
+        self.unit, self.name = unit, unit.unit_name
+        self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
         self.ended = known(unit.ended, last)
         self.started = known(unit.started, self.ended)
         self.asked = known(unit.waiting, self.started)
@@ -4479,7 +4480,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
         for words, since, upto in bar.phases:
-            first = min(cells - 1, int((since - startup.first) * scale))
+            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
             row[first : first + size] = signs[words] * size
         drawn.update(row)
@@ -7266,13 +7267,8 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-TIMELINE = Argument(
-    "--timeline",
-    type=timeline_writer,
-    default=None,
-    metavar="FILE",
-    help="write the timeline there at the end: .svg, .json or .txt",
-)
+WRITTEN = "write the timeline there at the end: .svg, .json or .txt"
+TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="FILE", help=WRITTEN)
 
 
 @Command(

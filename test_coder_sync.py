@@ -7043,6 +7043,18 @@ def test_a_timeline_fits_its_width_and_has_all_units_in_the_order_they_started()
             assert len(lines) >= len(known) + 3 or not known
 
 
+def test_a_startup_whose_times_contradict_each_other_is_drawn() -> None:
+    never = UnitStatus("never", "not registered", False, started=1.0, ended=2.0)
+    for registered, now in ((1e14, 1), (-1e14, 1), (0, 1e14)):
+        units = (
+            unit("a", 9, 5, 3, ["never"], registered=registered, released_by="never"),
+            unit("b", 0, 1e9, wants=["a"]),
+        )
+        graph = startup_of(now, never, *units)
+        assert " a " in coder_sync.timeline_text(graph) and svg_of(graph).findtext("g/title")
+        assert coder_sync.blame_text(graph) and "a" in coder_sync.graph_mermaid(graph)
+
+
 def test_the_critical_path_leads_to_the_last_end_without_a_gap() -> None:
     for graph in ANY[len(STARTUPS) :]:
         startup = coder_sync.Startup(graph)
