@@ -2093,10 +2093,13 @@ def trouble_of(error: Exception) -> str:
 
 def cannot_run(program: str, error: Exception) -> CommandError:
     """Return the error for a command that could not be started."""
-    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if isinstance(error, FileNotFoundError) and os.path.isfile(program):
-        return CommandError(f"cannot run {program}: the interpreter that its first line names does not exist", 127)
-    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
+    missing = isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+    why = getattr(error, "strerror", "no such command")
+    if missing and os.path.isfile(program):
+        why = "the interpreter that its first line names does not exist"
+    elif missing and " " in program:
+        why += "; for a shell's command line write sh -c '...'"
+    return CommandError(f"cannot run {program}: {why}", 127 if missing else 126)
 
 
 def signal_to(pid: int, number: int) -> bool:
@@ -3107,14 +3110,13 @@ MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
-MAX_PENDING = 10_000  # requests of one connection that wait
+MANY_CLAIMS = 10_000  # of one connection
 MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
 SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
 LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
-PAUSE = 0.02  # seconds for which a follower's thread gathers events
 STACK = 256 * 1024
 NO_ENVIRONMENT: dict[str, str] = {}
 
@@ -3168,23 +3170,16 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
 
     What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
-        from queue import SimpleQueue
-        from threading import Thread
-
         self.level, self.path, self.lost = level, path, 0
         self._trouble, self._again = "", NEVER
-        self._fd = self._open() if path else 2
-        self._is_file = os.path.isfile(self.path)
-        self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
-        self._writer = Thread(target=self._write, daemon=True)
-        self._writer.start()
+        self._listener: Any = self._begin() if level > 0 or path else None  # else it may never be needed
 
     def say(self, text: str, level: int = 1) -> None:
         """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
@@ -3192,42 +3187,55 @@ class Log:
             return
         if level == 0:
             self._trouble, self._again = text, time.monotonic() + 60
-        if self._lines.qsize() >= MAX_QUEUE:
+        try:
+            from logging import makeLogRecord
+
+            self._listener = self._listener or self._begin()
+            if self._listener.queue.qsize() >= MAX_QUEUE:
+                raise BlockingIOError
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
             self.lost += 1
             return
         lost, self.lost = self.lost, 0
-        self._lines.put((time.time(), f"({lost} lines lost here) {text}" if lost else text, lost))
+        line = (f"({lost} lines lost here) " if lost else "") + text
+        self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        self._lines.put(None)
-        self._writer.join(patience)
+        if self._listener:
+            self._listener.enqueue_sentinel()
+            self._listener._thread.join(patience)
 
-    def _open(self) -> int:
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)  # no wait for a reader
-        os.set_blocking(fd, True)
-        return fd
+    def _begin(self) -> Any:
+        import io
+        import logging.handlers
+        from queue import SimpleQueue
 
-    def _write(self) -> None:
-        for wall, text, lost in iter(self._lines.get, None):
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
-            line = f"{stamp}.{int(wall % 1 * 1000):03d} {text}"[:3900]  # a pipe takes 4096 bytes at once
-            try:
-                if self._is_file and os.fstat(self._fd).st_size > MAX_LOG:
-                    self._begin_anew()
-                os.write(self._fd, line.encode(errors="backslashreplace") + b"\n")
-            except OSError:
-                self.lost += 1 + lost
+        log = self
 
-    def _begin_anew(self) -> None:
-        path = os.path.realpath(self.path)
-        try:
-            os.replace(path, path + ".1")
-            new = self._open()
-            os.dup2(new, self._fd)
-            os.close(new)
-        except OSError:  # it can have no successor, and goes on
-            pass
+        class Handler(logging.handlers.RotatingFileHandler):
+            def _open(self) -> Any:
+                fd = 2
+                if log.path:  # of a pipe that has no reader this is an error
+                    fd = os.open(log.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
+                    os.set_blocking(fd, True)
+                return io.TextIOWrapper(io.FileIO(fd, "w", closefd=fd != 2), errors="backslashreplace")
+
+            def doRollover(self) -> None:
+                try:
+                    super().doRollover()
+                except OSError:  # it can have no successor, and goes on
+                    pass
+
+            def handleError(self, record: Any) -> None:
+                log.lost += 1 + record.lost
+
+        handler = Handler(os.path.realpath(self.path), backupCount=1)
+        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device has no successor
+        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
+        thread = logging.handlers.QueueListener(SimpleQueue(), handler)
+        thread.start()
+        return thread
 
 
 class Request:
@@ -3398,7 +3406,6 @@ class Agent:
             connection.wake_up.awake = False
             self._attend(connection)
             if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
-                time.sleep(PAUSE if connection.following >= 0 else 0)
                 continue
             chunk = sock.recv(65536)
             connection.idle_at = time.monotonic() + IDLE_TIMEOUT
@@ -3606,13 +3613,12 @@ class Agent:
         With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
         has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
         """
-        self._may_wait(request, progress)
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
-        claim = self.units.start(member, request, timeout, owner=owner, held=held, supervisor=supervisor)
-        self._expect(claim)
+        by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
+        claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
         if pid and owner:
             self._watch(claim, owner)
 
@@ -3633,31 +3639,27 @@ class Agent:
     ) -> None:
         if not units:
             raise InvalidParams('wait: "units" must name at least one unit')
-        self._may_wait(request, progress)
-        self._expect(self.units.wait(units, request, requires, timeout))
+        self._expect(request, lambda: self.units.wait(units, request, requires, timeout), progress)
 
-    def _may_wait(self, request: Request, progress: bool) -> None:
+    def _expect(self, request: Request, ask: Callable[[], Claim], progress: bool = False) -> Claim:
+        """Return the claim that a request asks for, which is answered later or has just been."""
         if request.id is None:
             raise InvalidRequest('start, wait and stop need an "id"')
         self._may_begin()
-        if len(request.connection.open) >= MAX_PENDING:
-            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
             request.look_at = request.since  # at once
+        claim = request.connection.open[request.id] = ask()
+        self._keep(request.connection, [claim])
+        return claim
 
     def _may_begin(self) -> None:
         if self.leaving:
             raise Unreachable("the agent is shutting down")
 
-    def _expect(self, claim: Claim) -> None:
-        """Keep the claim that a request has become, which is answered later or has just been."""
-        connection = claim.ticket.connection
-        connection.open[claim.ticket.id] = claim
-        self._keep(connection, [claim])
-
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
+        """Have claims end with a connection; of one that has asked for much, forget those that are over."""
         connection.claims.update(dict.fromkeys(claims))
-        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+        if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
     def do_boot(
@@ -3741,8 +3743,7 @@ class Agent:
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
         """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
-        self._may_wait(request, progress=False)
-        self._expect(self.units.stop(units, request, grace))
+        self._expect(request, lambda: self.units.stop(units, request, grace))
         self._owners_wake.wake()  # who keeps time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
@@ -4120,8 +4121,6 @@ class Host(Record):
                         file.write(f"{os.getpid()}\n")
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
-                self._accepting = threading.Event()
-                threading.Thread(target=self._accept, daemon=True).start()
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
@@ -4134,15 +4133,13 @@ class Host(Record):
 
     def accept(self) -> None:
         """Begin to take connections."""
-        self._accepting.set()
+        from threading import Thread
 
-    def _accept(self) -> None:
-        self._accepting.wait()
-        self.agent.for_ever("accepting connections", self.server.accept)
+        Thread(target=self.agent.for_ever, args=("accepting connections", self.server.accept), daemon=True).start()
 
     def look(self) -> None:
         """Listen anew if the socket's file was removed: nobody could reach us."""
-        if self._accepting.is_set() and not os.path.lexists(self.path):
+        if not self.agent.leaving and not os.path.lexists(self.path):
             try:
                 with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
                     os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
@@ -4163,7 +4160,6 @@ class Host(Record):
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
-        self._accepting.clear()
         self.agent.stop()
         with self.agent.lock:
             graph = self.agent.units.graph()
@@ -5106,17 +5102,15 @@ class Prober:
 
     def _run(self, once: bool) -> None:
         pause = 0.1
-        try:
+        with open(self._done, "wb", 0):
             while not self._closed.is_set():
                 self.error = self._try()
-                if once and not self.error:
-                    self._object()
                 if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
-        finally:
-            os.close(self._done)
+            if once and not self.error:
+                self._object()
 
     def _object(self) -> None:
         """Say what a try that succeeds before the command is run means."""
@@ -5181,17 +5175,13 @@ class Notified:
     def __init__(self, path: str) -> None:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
 
-        self.error = "it has not said READY=1"
         if not path:
             raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+        self.error = "it has not said READY=1"
         self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
         self._sock.setblocking(False)
-        try:
-            self._sock.bind(path)
-            os.chmod(path, 0o666)
-        except OSError:
-            self._sock.close()
-            raise
+        self._sock.bind(path)
+        os.chmod(path, 0o666)
 
     def fileno(self) -> int:
         """The descriptor to poll."""
@@ -5199,15 +5189,14 @@ class Notified:
 
     def ready(self) -> bool:
         """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
-        slowly = not self.error  # a sender without end is slowed down, not followed
+        if not self.error:
+            time.sleep(0.005)  # a sender without end is slowed down, not followed
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
         except OSError:
             pass
-        if slowly:
-            time.sleep(0.005)
         return not self.error
 
     def close(self) -> None:
@@ -5422,10 +5411,10 @@ class Task:
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.retries = limits.retries  # how many more there may be after the first
         self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # the latest try failed, or was ended
+        self.kill_at = 0.0  # while it is being ended
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
         self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
@@ -5591,9 +5580,7 @@ class Task:
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due[self.look] = 0.0
-            if self.tell_others in self.due:
-                self.due[self.tell_others] = 0.0
+            self.due.update(dict.fromkeys(self.due, 0.0))
         elif self.waits_for_probe():
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}")
@@ -5611,43 +5598,35 @@ class Task:
         end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
         """
         now = time.monotonic()
-        by = min(by, now + self.grace)
-        if self.state != ENDING:
-            self.why = why
-            others_at = (now + by) / 2 if self.family.first else now
-            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
-            self.close_prober(ended=False)
-            self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-            self.family.tell_first()
-        elif by < self.due.get(self.kill, 0.0):
-            self.due[self.kill] = by
+        by = min(max(by, now), now + self.grace)
+        if self.state == ENDING:
+            self.kill_at = min(self.kill_at, by)
+            return
+        self.why, self.kill_at = why, by
+        others_at = (now + by) / 2 if self.family.first else now
+        self.enter(ENDING, {self.tell_others: others_at, self.look: now})
+        self.close_prober(ended=False)
+        self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
+        self.family.tell_first()
 
     def tell_others(self) -> None:
         """Send TERM to the other processes."""
         self.family.look(self.loop.processes)
         self.family.tell_others()
 
-    def kill(self) -> None:
-        """Begin to send KILL."""
-        self.due.pop(self.tell_others, None)
-        self.due[self.give_up] = time.monotonic() + LAST_WAIT
-        self.due[self.look] = 0.0
-
-    def give_up(self) -> None:
-        """Name the processes that KILL has not ended, and go on without them."""
-        left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-        self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
-        self.gone()
-
     def look(self) -> None:
         """Look whether any process is left, and go on accordingly."""
         now = time.monotonic()
         if not self.family.look(self.loop.processes):
             self.gone()
+        elif self.state == ENDING and now >= self.kill_at + LAST_WAIT:
+            left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+            self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
+            self.gone()
         elif self.state == ENDING:
-            if self.give_up in self.due:
-                self.family.kill()
             self.due[self.look] = now + LOOK_OFTEN
+            if now >= self.kill_at:
+                self.family.kill()
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
             if not self.runs_on:
@@ -5670,7 +5649,7 @@ class Task:
 
     def tried(self) -> None:
         """Try again after a failed try, or report the failure."""
-        if self.tries <= self.retries and not self.stopped:
+        if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
@@ -5787,7 +5766,6 @@ class Run(Task):
         self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
         self.env, self.quiet = environment(self.env, **start.environment), args.quiet
         self.status = 0  # to return, if it is not that of the command
-        self.unreported: list[str] = []
         self.directory = private_directory()
         self.use_directory(self.directory)
         if not self.directory:
@@ -5801,9 +5779,6 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.unreported:
-                    self.not_reported(some_names(self.unreported), self.link.lost)
-                    self.unreported.clear()
                 if self.state == GONE and not self.link.waits():
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
@@ -5870,14 +5845,8 @@ class Run(Task):
         what = params.get("detail") or others.get(method, outcome)
         try:
             unwrap(message)
-        except Unreachable:  # said once for all reports
-            self.unreported.append(what)
         except SyncError as error:
-            self.not_reported(what, str(error))
-
-    def not_reported(self, what: str, error: str) -> None:
-        """Warn that a report may be lost."""
-        self.warn(f"{what} may not have been reported: {error}")
+            self.warn(f"{what} may not have been reported: {error}")
 
 
 @Command(
@@ -6793,7 +6762,7 @@ class Boot:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
-            job.retries = 0
+            job.limits.retries = 0
             if job.reported:
                 self.ended(job, job.reported, job.reason)
             elif job.state in (WAITING, CHECKING):
@@ -7630,9 +7599,7 @@ but notify, and needs no agent.
 
 def help_exit_codes() -> str:
     """Return the help on exit codes."""
-    import textwrap
-
-    return textwrap.dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0]) + "\n"
+    return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
 def help_json() -> str:
@@ -7642,33 +7609,25 @@ def help_json() -> str:
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
 
-    def fields(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
+    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
         body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
         found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
         return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    used = {"s": [*fields(UnitStatus)], "l": LISTED, "t": SAVED}
-    units = [[key, "".join(c for c in used if key in used[c]), text] for key, text in fields(UnitStatus).items()]
-    others = [
-        "\n".join(f"  {key.ljust(17)} {text}" for key, text in fields(kind).items())
-        for kind in (Dependency, Owner, Event)
-    ]
-    return f"""\
+    rows = [[key, "s" + "l" * (key in LISTED) + "t" * (key in SAVED), text] for key, text in keys(UnitStatus).items()]
+    text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
 Keys of a unit in status (s), list (l) and timeline (t):
 
-{table(["KEY", "IN", "MEANING"], units)}
+{table(["KEY", "IN", "MEANING"], rows)}
 Times, as "started", are seconds since the agent began, in a timeline since the first sign of a unit. What has
 not been is null. Newer versions may add keys.
-
-Keys of each of "dependencies":
-{others[0]}
-Keys of "owner":
-{others[1]}
-Keys of what `events` prints, one object a line:
-{others[2]}
 """
+    events = "what `events` prints, one object a line"
+    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    return text
 
 
 def help_protocol() -> str:
@@ -7716,10 +7675,7 @@ TOPICS: dict[str, Callable[[], str]] = {
 def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
-        if topic not in TOPICS:
-            put(help_page(command_named(topic)))
-        else:
-            put(TOPICS[topic]())
+        put(TOPICS[topic]() if topic in TOPICS else help_page(command_named(topic)))
     if args.topics:
         return
     width = max(map(len, COMMANDS))
