@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;DATA=open(sys.argv[1],"rb").read();exec(DATA[:9999].split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -50,8 +50,9 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
                     the words of the rules, and what is known of a unit
     Protocol        newline-delimited JSON-RPC 2.0
     Terminal        standard output and error
-    Client          the Python API
+    Connection      what asks an agent
     Calls           plain command lines; want, start, complete, fail
+    Client          the rest of the Python API
     Processes       what several sections need of the system
     Units           the dependency graph and its rules, pure
     Agent           the daemon
@@ -62,7 +63,7 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
     Command line    all other command lines, and the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
-a `sh`. The file is cut above Processes: want, start, complete and fail need only what is above the cut, so `launch`
+a `sh`. The file is cut above Client: want, start, complete and fail need only what is above the cut, so `launch`
 compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
 interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
 `threading` and `typing` each cost more than everything that it does.
@@ -84,30 +85,39 @@ def source_in(data):  # type: (bytes) -> bytes
 
 def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     """Return the source above the cut and below it, with its line numbers. Raises ValueError if some is missing."""
-    above, cut, below = source.partition(b"\n# Processes. ")
+    above, cut, below = source.partition(b"\n# Client. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"from __future__ import annotations" + b"\n" * above.count(b"\n") + cut + below
+    return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(data, below):  # type: (bytes, bool) -> Any
-    """Return the code above the cut, or below it, in the bytes of this file, or of an installed copy.
+def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+    """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled.
+    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
+    after the other, which takes less memory than all at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
     mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    file.seek(0)
+    data = file.read(-1 if below else 1 << 18)
     start = data.find(mark) + 16
     if below:
         start = data.find(mark, start) + 16
     code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
     if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
-        return loads(code)
+        return [loads(code)]
+    file.seek(0)
     try:
-        return compile(halves(source_in(data))[below], sys.argv[0], "exec")
+        parts, line, future = [], 0, b"from __future__ import annotations"
+        for part in halves(source_in(file.read()))[below].split(b"\n\n\n# --"):
+            text = future + b"\n" * line + b"#" + part if line or below else part
+            parts.append(compile(text, sys.argv[0], "exec"))
+            line += part.count(b"\n") + 3
+        return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
@@ -127,7 +137,6 @@ def launch():  # type: () -> None
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     import _signal as signal
 
-    vars(sys).pop("tracebacklimit", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
@@ -135,7 +144,8 @@ def launch():  # type: () -> None
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    exec(half_of(DATA, False), globals())  # the first lines have read it
+    for part in half_of(SELF, False):  # which the first lines have opened
+        exec(part, globals())
 
 
 #:
@@ -184,7 +194,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-DATA: bytes = globals().get("DATA", b"")  # our file, while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -378,69 +388,11 @@ class Dependency(Record):
     did_you_mean: str = ""  # a name that resembles this one, which is not registered
 
 
-class Event(Record):
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
-
-    seq: int  # its number, counted from 1
-    time: float  # seconds, on the monotonic clock of the agent's system
-    wall: float  # seconds since 1970
-    unit: str  # name of the unit
-    kind: str  # what happened
-    detail: str = ""  # more about it
-
-
-class UnitStatus(Record):
-    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
-
-    `dependencies` and `history` are empty unless this one unit was asked for.
-    """
-
-    unit_name: str  # name
-    status: str  # pending, started, completed, failed, skipped or not registered
-    is_ready: bool  # whether all dependencies meet their requirement
-    reason: str = ""  # why it failed or was skipped
-    exit_code: int | None = None  # status of its command, if that failed
-    age: float = 0.0  # seconds in its status
-    owner: Owner | None = None  # who started it
-    is_waiting: bool = False  # whether a start of it waits
-    waits_for: list[str] = []  # what it lacks while it waits, at most five names
-    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
-    waiting: float | None = None  # when its start was asked for
-    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
-    started: float | None = None  # when it started
-    ended: float | None = None  # when it completed, failed or was skipped
-    released_by: str = ""  # the dependency that was met last
-    wants: dict[str, str] = {}  # its dependencies, each with its requirement
-    locks: list[str] = []  # names of its locks
-    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
-    tries: list[float] = []  # when each further try began
-    running_on: bool = False  # whether it completed and its command runs on, as a service
-    stopping: bool = False  # whether its command is to end, or was told to
-    exited: float | None = None  # when the command of a service ended
-    exit_reason: str = ""  # how it ended
-    probe: str = ""  # what says that a service is ready, while it is not
-    probe_error: str = ""  # what the last try of it lacked
-    log: str = ""  # file that has its output
-    refusal: str = ""  # why the last `want` or `start` of it was refused
-    environment: dict[str, str] = {}  # variables that it left for its dependents
-    dependencies: list[Dependency] = []  # one object each: see below
-    did_you_mean: str = ""  # a name that resembles this one, which is not registered
-    history: list[Event] = []  # its events, as `events` prints them
-
-
 class Waiting(Record):
     """The notification `waiting`: what a start or a wait lacks, and for how many seconds it has waited."""
 
     missing: list[Dependency]
     waited: float
-
-
-class Pong(Record):
-    """The agent's answer to `ping`; `uptime` in seconds."""
-
-    version: str
-    pid: int
-    uptime: float
 
 
 class Running(Record):
@@ -463,13 +415,6 @@ class Answer(Record):
     left: list[Running] = []
     cannot: list[Running] = []  # be stopped: a script called `start` itself
     grace: float = 0.0  # seconds that a command which is to be stopped has
-
-
-class Graph(Record):
-    """All units at one time, `now`, in seconds since the agent began."""
-
-    now: float
-    nodes: list[UnitStatus]
 
 
 def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
@@ -515,24 +460,6 @@ def one_line(text: str) -> str:
     flat = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_REASON])
     flat = " ".join(flat.split())
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
-
-
-def resembling(name: str, names: Iterable[str]) -> str:
-    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
-    try:
-        from difflib import get_close_matches
-    except (ImportError, OSError):  # no descriptor left to read it with
-        return ""
-    from itertools import islice
-
-    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
-    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
-    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
-
-
-def meant(guess: str, otherwise: str = "") -> str:
-    """Return the end of a message about an unknown name: the one it resembles, or something else."""
-    return f'; did you mean "{guess}"?' if guess else otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -747,9 +674,9 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The Python API, on which the command line is built. Every call has a connection of its own, so a Client may
-# be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when
-# a unit may start or the time is up, and one that is silent for too long is taken for gone. Times are in seconds.
+# Connection. What asks an agent. Every call has a connection of its own, so a Client may be used from several threads;
+# `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may start or the time is
+# up, and one that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
 LATE = 1.0  # seconds after a time-out within which the agent has to say so
@@ -797,7 +724,7 @@ class Channel:
         self.path = path
         self._next = 0
         self._buffer = bytearray()
-        self._messages: list[Any] = []
+        self._lines: list[bytearray] = []  # that nobody has received
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
@@ -829,10 +756,16 @@ class Channel:
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
-        while not self._messages:
+        while not self._lines:
             if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
-        message: dict[str, Any] = self._messages.pop(0)
+        line = bytes(self._lines.pop(0))
+        try:
+            message = decode(line)
+        except ParseError:
+            message = None
+        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
     def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
@@ -868,19 +801,10 @@ class Channel:
         self._buffer += chunk
         if b"\n" in chunk:
             *lines, self._buffer = self._buffer.split(b"\n")
-            self._messages += [self._message(bytes(line)) for line in lines]
+            self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
         return True
-
-    def _message(self, line: bytes) -> dict[str, Any]:
-        try:
-            message = decode(line)
-        except ParseError:
-            message = None
-        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-            raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
-        return message
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
         """Return the result of a request. Raises what the agent answered.
@@ -912,7 +836,7 @@ class Channel:
 
     def more(self) -> bool:
         """Return whether a message has been read that nobody has received."""
-        return bool(self._messages)
+        return bool(self._lines)
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -981,7 +905,7 @@ def our_caller() -> dict[str, int]:
 
 def is_answer(message: dict[str, Any], request: int) -> bool:
     """Return whether a message is the answer to a request, or an error about the whole connection."""
-    return "method" not in message and (message.get("id") == request or ("id" in message and message["id"] is None))
+    return "method" not in message and message.get("id", "none") in (request, None)
 
 
 def unwrap(message: dict[str, Any]) -> Any:
@@ -1010,7 +934,6 @@ def agent_path(given: str) -> str:
 
 def explain(path: str, error: OSError) -> str:
     """Return why an agent could not be reached, and what to do, in one line."""
-    import os
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -1025,10 +948,10 @@ def explain(path: str, error: OSError) -> str:
         belongs = f" (it belongs to {user_name(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o})" if found else ""
         why = f"permission denied{belongs}; run as its owner, or share it with `serve --mode 660 --group GROUP`"
     elif found and not stat.S_ISSOCK(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-        why = f"not a socket; remove it and {start}" if stat.S_ISREG(found.st_mode) else "not a socket"
+        why = "not a socket; is the path right?"
     elif error.errno == errno.ECONNREFUSED:
         gone = "who made it is gone: build the tunnel again if it was one, else "
-        gone = "the agent that made it is gone; " if os.path.lexists(path + ".lock") else gone
+        gone = "the agent that made it is gone; " if posix.access(path + ".lock", posix.F_OK) else gone
         why = f"connection refused; {gone}{start}"
     elif error.errno == errno.EAGAIN:
         why = "the agent does not take connections; is it stopped or overloaded?"
@@ -1042,13 +965,8 @@ def name_list(names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-class Client:
-    """Talk to an agent. All times in seconds.
-
-    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
-    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
-    """
+class Caller:
+    """The part of Client that scripts call most."""
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
@@ -1059,24 +977,17 @@ class Client:
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
         try:
-            given = duration(text) if text and connect_timeout is None else connect_timeout
+            self.connect_timeout = duration(text) if text and connect_timeout is None else connect_timeout
         except UsageError as error:
             raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
-        self.connect_timeout = CONNECT_TIMEOUT if given is None else given
-        self._question_timeout = 0.0 if given is None else given
 
     def _channel(self, method: str) -> Channel:
-        patience = self.connect_timeout if method in COORDINATING else self._question_timeout
-        return Channel(self.socket_path, patience)
+        patience = CONNECT_TIMEOUT if method in COORDINATING else 0.0
+        return Channel(self.socket_path, patience if self.connect_timeout is None else self.connect_timeout)
 
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
             return channel.call(method, **params)
-
-    def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
-        with Channel(self.socket_path, max(wait, self._question_timeout)) as channel:
-            return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
@@ -1109,19 +1020,6 @@ class Client:
             start.confirm()
         return start.result
 
-    def wait(
-        self,
-        *units: str,
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-    ) -> float:
-        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
-        began = time.monotonic()
-        with self._channel("wait") as channel:
-            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
-        return time.monotonic() - began
-
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
@@ -1133,115 +1031,19 @@ class Client:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
         self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
 
-    def reset(self, *units: str) -> list[str]:
-        """Make units that have ended pending again, and those skipped because of them; all if none is named.
-
-        Returns their names. Raises NotRegistered, or Refused while one of them is started.
-        """
-        return record(Answer, self._call("reset", units=list(units))).units
-
-    def env(self, unit: str) -> dict[str, str]:
-        """Return the environment variables that `unit` would start with: what its dependencies have left.
-
-        Raises NotRegistered.
-        """
-        with self._channel("env") as channel:
-            return channel.news(channel.call("env", unit=unit)).env
-
-    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
-
-        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
-        seconds. Raises NotRegistered, or Refused if something still runs.
-        """
-        answer = self.halt(*units, grace=grace)
-        if answer.left or answer.cannot:
-            raise Refused(still_running(answer), answer.stopped)
-        return answer.stopped
-
-    def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
-        with self._channel("stop") as channel:
-            request = channel.request("stop", units=list(units), grace=grace)
-            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
-
-    def shutdown(self) -> None:
-        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
-        with self._channel("shutdown") as channel:
-            channel.call("shutdown")
-            end = time.monotonic() + REPLY_TIMEOUT
-            try:
-                while channel.receive(end - time.monotonic()):
-                    pass
-            except Unreachable:
-                return
-            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
-
-    def status(self, unit: str) -> UnitStatus:
-        """Return a snapshot of one unit and its dependencies."""
-        return record(UnitStatus, self._call("status", unit=unit))
-
-    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
-        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return records(UnitStatus, self._call("list", all=everything))
-
-    def graph(self) -> Graph:
-        """Return all units with their edges and times."""
-        graph = record(Graph, self._call("graph"))
-        names = {u.unit_name for u in graph.nodes}
-        for u in graph.nodes:
-            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
-            if not words or not u.wants.keys() <= names:
-                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
-        return graph
-
-    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
-
-        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
-        does not read in time.
-        """
-        with self._channel("events") as channel:
-            yield from records(Event, channel.call("events", follow=follow, since=since))
-            while follow:
-                message = channel.receive(REPORT_EVERY)
-                if message is None:  # is the agent still there?
-                    channel.request("ping")
-                    message = channel.hear() or {}
-                if message.get("method") == "event":
-                    yield record(Event, message.get("params"))
-
-    def unit(
-        self,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        locks: Iterable[str] = (),
-    ) -> Start:
-        """Return a context manager that starts `unit`, and completes it at the end of the block.
-
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
-        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
-        """
-        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
-
 
 class Start:
-    """A start and its connection, which holds the unit if `hold`; see Client.unit."""
+    """A start and its connection, which holds the unit if `hold`."""
 
     def __init__(
-        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
+        self, client: Caller, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are further parameters of the agent's method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
+        self.client, self.unit, self.timeout, self.on_wait = client, check_name(unit), timeout, on_wait
         self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
-
-    def __repr__(self) -> str:
-        return f"Start({self.result!r})"
 
     def __enter__(self) -> Start:
         began = time.monotonic()
@@ -1261,29 +1063,7 @@ class Start:
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        code: Any = error.code if isinstance(error, SystemExit) else error
-        try:
-            if self.hold and code in (None, 0):
-                self.channel.call("complete", unit=self.unit)
-            elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=int(code))
-            elif self.hold:
-                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
-                self.channel.call("fail", unit=self.unit, reason=reason)
-        except SyncError:
-            if error is None:  # else the block's own exception matters more
-                raise
-        finally:
-            self.channel.close()
-
-
-def still_running(answer: Answer) -> str:
-    """Return what a stop has not ended, for a message."""
-    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    for row in answer.cannot:
-        hint = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
-        texts.append(f'unit "{row.unit}" cannot be stopped{owner_text(row.owner, ": it is ")}{hint}')
-    return "; ".join(texts)
+        self.channel.close()
 
 
 def wait_for(
@@ -1342,9 +1122,9 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def make_client(args: Args) -> Client:
-    """Return the client that the common options describe."""
-    return Client(args.socket_path, args.connect_timeout)
+def make_caller(args: Args) -> Caller:
+    """Return the client that the common options describe, as far as it is above the cut."""
+    return Caller(args.socket_path, args.connect_timeout)
 
 
 def number(text: str) -> int:
@@ -1418,7 +1198,7 @@ class Command:
             setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
-            hint = "; did you forget -- before the command?" if self.tail else ""
+            hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
             raise UsageError(f"unexpected {ascii(names[0])[:60]}{hint}")
 
 
@@ -1477,7 +1257,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(make_client(args), args.unit, args.timeout, report, **params)
+    return Start(make_caller(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1489,7 +1269,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = make_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = make_caller(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
@@ -1516,7 +1296,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    make_client(args).complete(args.unit, args.exit_code)
+    make_caller(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1528,7 +1308,7 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    make_client(args).fail(args.unit, args.reason)
+    make_caller(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
@@ -1623,20 +1403,265 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
         if getenv("CODER_SYNC_DEBUG"):
+            vars(sys).pop("tracebacklimit", None)
             raise
         code = 125
     posix._exit(code)
 
 
-if DATA:
+if SELF:
     if not quick(sys.argv[1:]):
-        exec(half_of(DATA, True), globals())
+        for part in half_of(SELF, True):
+            exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    DATA = b""
+    SELF.close()
+    SELF = None
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Client. The rest of the Python API, on which the command line is built; what it returns; and guesses at names.
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Event(Record):
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+
+    seq: int  # its number, counted from 1
+    time: float  # seconds, on the monotonic clock of the agent's system
+    wall: float  # seconds since 1970
+    unit: str  # name of the unit
+    kind: str  # what happened
+    detail: str = ""  # more about it
+
+
+class UnitStatus(Record):
+    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
+
+    `dependencies` and `history` are empty unless this one unit was asked for.
+    """
+
+    unit_name: str  # name
+    status: str  # pending, started, completed, failed, skipped or not registered
+    is_ready: bool  # whether all dependencies meet their requirement
+    reason: str = ""  # why it failed or was skipped
+    exit_code: int | None = None  # status of its command, if that failed
+    age: float = 0.0  # seconds in its status
+    owner: Owner | None = None  # who started it
+    is_waiting: bool = False  # whether a start of it waits
+    waits_for: list[str] = []  # what it lacks while it waits, at most five names
+    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
+    waiting: float | None = None  # when its start was asked for
+    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
+    started: float | None = None  # when it started
+    ended: float | None = None  # when it completed, failed or was skipped
+    released_by: str = ""  # the dependency that was met last
+    wants: dict[str, str] = {}  # its dependencies, each with its requirement
+    locks: list[str] = []  # names of its locks
+    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
+    tries: list[float] = []  # when each further try began
+    running_on: bool = False  # whether it completed and its command runs on, as a service
+    stopping: bool = False  # whether its command is to end, or was told to
+    exited: float | None = None  # when the command of a service ended
+    exit_reason: str = ""  # how it ended
+    probe: str = ""  # what says that a service is ready, while it is not
+    probe_error: str = ""  # what the last try of it lacked
+    log: str = ""  # file that has its output
+    refusal: str = ""  # why the last `want` or `start` of it was refused
+    environment: dict[str, str] = {}  # variables that it left for its dependents
+    dependencies: list[Dependency] = []  # one object each: see below
+    did_you_mean: str = ""  # a name that resembles this one, which is not registered
+    history: list[Event] = []  # its events, as `events` prints them
+
+
+class Pong(Record):
+    """The agent's answer to `ping`; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+
+
+class Graph(Record):
+    """All units at one time, `now`, in seconds since the agent began."""
+
+    now: float
+    nodes: list[UnitStatus]
+
+
+class Client(Caller):
+    """Talk to an agent. All times in seconds.
+
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
+    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
+    """
+
+    def ping(self, wait: float = 0.0) -> dict[str, Any]:
+        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
+        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
+            return vars(record(Pong, channel.call("ping")))
+
+    def wait(
+        self,
+        *units: str,
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+    ) -> float:
+        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        began = time.monotonic()
+        with self._channel("wait") as channel:
+            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
+        return time.monotonic() - began
+
+    def reset(self, *units: str) -> list[str]:
+        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+
+        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        """
+        return record(Answer, self._call("reset", units=list(units))).units
+
+    def env(self, unit: str) -> dict[str, str]:
+        """Return the environment variables that `unit` would start with: what its dependencies have left.
+
+        Raises NotRegistered.
+        """
+        with self._channel("env") as channel:
+            return channel.news(channel.call("env", unit=unit)).env
+
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
+        seconds. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
+    def shutdown(self) -> None:
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
+
+    def status(self, unit: str) -> UnitStatus:
+        """Return a snapshot of one unit and its dependencies."""
+        return record(UnitStatus, self._call("status", unit=unit))
+
+    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
+        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
+        return records(UnitStatus, self._call("list", all=everything))
+
+    def graph(self) -> Graph:
+        """Return all units with their edges and times."""
+        graph = record(Graph, self._call("graph"))
+        names = {u.unit_name for u in graph.nodes}
+        for u in graph.nodes:
+            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not words or not u.wants.keys() <= names:
+                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
+        return graph
+
+    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
+        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
+
+        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
+        does not read in time.
+        """
+        with self._channel("events") as channel:
+            yield from records(Event, channel.call("events", follow=follow, since=since))
+            while follow:
+                message = channel.receive(REPORT_EVERY)
+                if message is None:  # is the agent still there?
+                    channel.request("ping")
+                    message = channel.hear() or {}
+                if message.get("method") == "event":
+                    yield record(Event, message.get("params"))
+
+    def unit(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+    ) -> Block:
+        """Return a context manager that starts `unit`, and completes it at the end of the block.
+
+        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
+        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
+        """
+        return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
+
+
+class Block(Start):
+    """The start of `with client.unit(...)`."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        code: Any = error.code if isinstance(error, SystemExit) else error
+        try:
+            if code in (None, 0):
+                self.channel.call("complete", unit=self.unit)
+            elif isinstance(code, int):
+                self.channel.call("fail", unit=self.unit, exit_code=int(code))
+            else:
+                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+                self.channel.call("fail", unit=self.unit, reason=reason)
+        except SyncError:
+            if error is None:  # else the block's own exception matters more
+                raise
+        finally:
+            self.channel.close()
+
+
+def still_running(answer: Answer) -> str:
+    """Return what a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    for row in answer.cannot:
+        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
+        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
+    return "; ".join(texts)
+
+
+def make_client(args: Args) -> Client:
+    """Return the client that the common options describe."""
+    return Client(args.socket_path, args.connect_timeout)
+
+
+def resembling(name: str, names: Iterable[str]) -> str:
+    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
+    try:
+        from difflib import get_close_matches
+    except (ImportError, OSError):  # no descriptor left to read it with
+        return ""
+    from itertools import islice
+
+    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
+    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
+    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
+
+
+def meant(guess: str, otherwise: str = "") -> str:
+    """Return the end of a message about an unknown name: the one it resembles, or something else."""
+    return f'; did you mean "{guess}"?' if guess else otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1705,21 +1730,23 @@ def birth(pid: int) -> str | None:
         return None if signal_to(pid, 0) else ""
 
 
-def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
-    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none to be read."""
+def proc_text(pid: int, name: str) -> str:
+    """Return the text of /proc/PID/NAME, empty where there is none to be read."""
     try:
-        lines = proc_file(pid, name).split(end)
+        return proc_file(pid, name)
     except OSError:
         return ""
+
+
+def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none."""
+    lines = proc_text(pid, name).split(end)
     return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
 
 
 def command_of(pid: int) -> str:
     """Return the command line of a process, short enough for a message; empty if unknown."""
-    try:
-        args = proc_file(pid, "cmdline").rstrip("\0").split("\0")
-    except OSError:
-        return ""
+    args = proc_text(pid, "cmdline").rstrip("\0").split("\0")
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
@@ -1872,10 +1899,10 @@ class Family:
         """Return whether its own group has members, zombies included."""
         return self.own and signal_to(-self.pid, 0)
 
-    def signal(self, number: int) -> None:
-        """Signal the first process."""
+    def tell_first(self) -> None:
+        """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
-            signal_to(self.pid, number)
+            terminate(self.pid)
 
     def left(self) -> list[int]:
         """Return the pids of those known to be left, the first process first."""
@@ -1884,12 +1911,8 @@ class Family:
 
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
-        import _signal as signal
-
-        others = self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group())
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            for pid in others:
-                signal_to(pid, number)
+        for pid in self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group()):
+            terminate(pid)
 
     def kill(self) -> None:
         """Send KILL to all, to its own group in one step, in which no more can be begun."""
@@ -2074,10 +2097,13 @@ def trouble_of(error: Exception) -> str:
 
 def cannot_run(program: str, error: Exception) -> CommandError:
     """Return the error for a command that could not be started."""
-    known = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if isinstance(error, FileNotFoundError) and os.path.isfile(program):
-        return CommandError(f"cannot run {program}: the interpreter that its first line names does not exist", 127)
-    return CommandError(f"cannot run {program}: {getattr(error, 'strerror', 'no such command')}", 126 if known else 127)
+    missing = isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+    why = getattr(error, "strerror", "no such command")
+    if missing and os.path.isfile(program):
+        why = "the interpreter that its first line names does not exist"
+    elif missing and " " in program:
+        why += "; for a shell's command line write sh -c '...'"
+    return CommandError(f"cannot run {program}: {why}", 127 if missing else 126)
 
 
 def signal_to(pid: int, number: int) -> bool:
@@ -2087,6 +2113,14 @@ def signal_to(pid: int, number: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
+
+
+def terminate(pid: int) -> None:
+    """Send TERM to a process or group, and CONT, in case it is stopped."""
+    import _signal as signal
+
+    signal_to(pid, signal.SIGTERM)
+    signal_to(pid, signal.SIGCONT)
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -3037,14 +3071,13 @@ MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
-MAX_PENDING = 10_000  # requests of one connection that wait
+MANY_CLAIMS = 10_000  # of one connection
 MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
 SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
 LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
-PAUSE = 0.02  # seconds for which a follower's thread gathers events
 STACK = 256 * 1024
 NO_ENVIRONMENT: dict[str, str] = {}
 
@@ -3098,23 +3131,16 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of its own: no caller waits for it.
+    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
 
     What cannot be written is counted, and the next line says so.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
-        from queue import SimpleQueue
-        from threading import Thread
-
         self.level, self.path, self.lost = level, path, 0
         self._trouble, self._again = "", NEVER
-        self._fd = self._open() if path else 2
-        self._is_file = os.path.isfile(self.path)
-        self._lines: SimpleQueue[tuple[float, str, int] | None] = SimpleQueue()
-        self._writer = Thread(target=self._write, daemon=True)
-        self._writer.start()
+        self._listener: Any = self._begin() if level > 0 or path else None  # else it may never be needed
 
     def say(self, text: str, level: int = 1) -> None:
         """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
@@ -3122,42 +3148,55 @@ class Log:
             return
         if level == 0:
             self._trouble, self._again = text, time.monotonic() + 60
-        if self._lines.qsize() >= MAX_QUEUE:
+        try:
+            from logging import makeLogRecord
+
+            self._listener = self._listener or self._begin()
+            if self._listener.queue.qsize() >= MAX_QUEUE:
+                raise BlockingIOError
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
             self.lost += 1
             return
         lost, self.lost = self.lost, 0
-        self._lines.put((time.time(), f"({lost} lines lost here) {text}" if lost else text, lost))
+        line = (f"({lost} lines lost here) " if lost else "") + text
+        self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
     def close(self, patience: float = 0.5) -> None:
         """Write what is queued, for as long as `patience` seconds."""
-        self._lines.put(None)
-        self._writer.join(patience)
+        if self._listener:
+            self._listener.enqueue_sentinel()
+            self._listener._thread.join(patience)
 
-    def _open(self) -> int:
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)  # no wait for a reader
-        os.set_blocking(fd, True)
-        return fd
+    def _begin(self) -> Any:
+        import io
+        import logging.handlers
+        from queue import SimpleQueue
 
-    def _write(self) -> None:
-        for wall, text, lost in iter(self._lines.get, None):
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
-            line = f"{stamp}.{int(wall % 1 * 1000):03d} {text}"[:3900]  # a pipe takes 4096 bytes at once
-            try:
-                if self._is_file and os.fstat(self._fd).st_size > MAX_LOG:
-                    self._begin_anew()
-                os.write(self._fd, line.encode(errors="backslashreplace") + b"\n")
-            except OSError:
-                self.lost += 1 + lost
+        log = self
 
-    def _begin_anew(self) -> None:
-        path = os.path.realpath(self.path)
-        try:
-            os.replace(path, path + ".1")
-            new = self._open()
-            os.dup2(new, self._fd)
-            os.close(new)
-        except OSError:  # it can have no successor, and goes on
-            pass
+        class Handler(logging.handlers.RotatingFileHandler):
+            def _open(self) -> Any:
+                fd = 2
+                if log.path:  # of a pipe that has no reader this is an error
+                    fd = os.open(log.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
+                    os.set_blocking(fd, True)
+                return io.TextIOWrapper(io.FileIO(fd, "w", closefd=fd != 2), errors="backslashreplace")
+
+            def doRollover(self) -> None:
+                try:
+                    super().doRollover()
+                except OSError:  # it can have no successor, and goes on
+                    pass
+
+            def handleError(self, record: Any) -> None:
+                log.lost += 1 + record.lost
+
+        handler = Handler(os.path.realpath(self.path), backupCount=1)
+        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device has no successor
+        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
+        thread = logging.handlers.QueueListener(SimpleQueue(), handler)
+        thread.start()
+        return thread
 
 
 class Request:
@@ -3328,7 +3367,6 @@ class Agent:
             connection.wake_up.awake = False
             self._attend(connection)
             if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
-                time.sleep(PAUSE if connection.following >= 0 else 0)
                 continue
             chunk = sock.recv(65536)
             connection.idle_at = time.monotonic() + IDLE_TIMEOUT
@@ -3536,13 +3574,12 @@ class Agent:
         With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
         has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
         """
-        self._may_wait(request, progress)
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
-        claim = self.units.start(member, request, timeout, owner=owner, held=held, supervisor=supervisor)
-        self._expect(claim)
+        by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
+        claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
         if pid and owner:
             self._watch(claim, owner)
 
@@ -3563,31 +3600,27 @@ class Agent:
     ) -> None:
         if not units:
             raise InvalidParams('wait: "units" must name at least one unit')
-        self._may_wait(request, progress)
-        self._expect(self.units.wait(units, request, requires, timeout))
+        self._expect(request, lambda: self.units.wait(units, request, requires, timeout), progress)
 
-    def _may_wait(self, request: Request, progress: bool) -> None:
+    def _expect(self, request: Request, ask: Callable[[], Claim], progress: bool = False) -> Claim:
+        """Return the claim that a request asks for, which is answered later or has just been."""
         if request.id is None:
             raise InvalidRequest('start, wait and stop need an "id"')
         self._may_begin()
-        if len(request.connection.open) >= MAX_PENDING:
-            raise Refused(f"a connection may wait for {MAX_PENDING} requests at most")
         if progress:
             request.look_at = request.since  # at once
+        claim = request.connection.open[request.id] = ask()
+        self._keep(request.connection, [claim])
+        return claim
 
     def _may_begin(self) -> None:
         if self.leaving:
             raise Unreachable("the agent is shutting down")
 
-    def _expect(self, claim: Claim) -> None:
-        """Keep the claim that a request has become, which is answered later or has just been."""
-        connection = claim.ticket.connection
-        connection.open[claim.ticket.id] = claim
-        self._keep(connection, [claim])
-
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
+        """Have claims end with a connection; of one that has asked for much, forget those that are over."""
         connection.claims.update(dict.fromkeys(claims))
-        if len(connection.claims) > MAX_PENDING:  # of a connection that has asked for much
+        if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
 
     def do_boot(
@@ -3671,8 +3704,7 @@ class Agent:
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
         """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
-        self._may_wait(request, progress=False)
-        self._expect(self.units.stop(units, request, grace))
+        self._expect(request, lambda: self.units.stop(units, request, grace))
         self._owners_wake.wake()  # who keeps time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
@@ -4050,8 +4082,6 @@ class Host(Record):
                         file.write(f"{os.getpid()}\n")
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
-                self._accepting = threading.Event()
-                threading.Thread(target=self._accept, daemon=True).start()
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
@@ -4064,15 +4094,13 @@ class Host(Record):
 
     def accept(self) -> None:
         """Begin to take connections."""
-        self._accepting.set()
+        from threading import Thread
 
-    def _accept(self) -> None:
-        self._accepting.wait()
-        self.agent.for_ever("accepting connections", self.server.accept)
+        Thread(target=self.agent.for_ever, args=("accepting connections", self.server.accept), daemon=True).start()
 
     def look(self) -> None:
         """Listen anew if the socket's file was removed: nobody could reach us."""
-        if self._accepting.is_set() and not os.path.lexists(self.path):
+        if not self.agent.leaving and not os.path.lexists(self.path):
             try:
                 with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
                     os.dup2(new.fileno(), self.sock.fileno(), inheritable=False)
@@ -4093,7 +4121,6 @@ class Host(Record):
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
-        self._accepting.clear()
         self.agent.stop()
         with self.agent.lock:
             graph = self.agent.units.graph()
@@ -4186,7 +4213,7 @@ def fit(text: str, width: int, dots: str = "\u2026") -> str:
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
-    for word in text.split(" "):
+    for word in text.split():
         if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), width), dots)
@@ -4756,11 +4783,14 @@ def is_notable(unit: UnitStatus, now: float) -> bool:
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
 
-    Without names: the root causes of all that waits or was skipped, and what failed, gave up, has ended or runs long.
+    Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {name: found[name] for name, u in units.items() if u.is_waiting or u.status == SKIPPED}
+    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    for name, u in units.items():
+        if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
+            stuck[name] = found[name]
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
     for name, causes in stuck.items():
         for cause in causes:
@@ -4847,7 +4877,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
 
 # -- is it ready? ---------------------------------------------------------------------------------------------
 TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
-CHECK_TIMEOUT = 1.0  # seconds for the one before the command
+CHECK_TIMEOUT = 1.0  # seconds for the try before the command is run
 FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
 PROBE_FORMS = {  # when each succeeds
     "tcp:[HOST:]PORT": "the port accepts connections",
@@ -4870,10 +4900,9 @@ def address_of(text: str, port: int = 0) -> tuple[str, int]:
         host, number = text, str(port)
     if host[:1] == "[" and host[-1:] == "]":
         host = host[1:-1]
-    labels = host.rstrip(".").split(".")
-    is_host = host.isprintable() and not set(host) & set(" /@[]") and all(0 < len(label) < 64 for label in labels)
-    is_port = number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 65536
-    if not is_port or not (is_host or (not host and not port)):
+    is_host = host.isprintable() and not set(host) & set(" /@[]")
+    is_port = number.isascii() and number.isdecimal() and 0 < int(number[:6]) < 65536
+    if not is_port or not is_host or (port and not host):
         raise UsageError(f"{ascii(text)[:60]} is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH")
     return host, int(number)
 
@@ -4890,23 +4919,20 @@ class Probe:
     def __init__(self, text: str) -> None:
         kind, colon, rest = text.partition(":")
         self.text, self.shown = text, shown_probe(text)
-        if "\0" in text:
-            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         self.kind = kind if colon and kind in ("tcp", "unix", "file", "http") else "command"
         self.address, self.path, self.header = ("", 0), rest, ""
+        if "\0" in text:
+            raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         if self.kind == "tcp":
-            rest = rest[2:].rstrip("/") if rest[:2] == "//" else rest
-            self.address = address_of(self.plain(rest))
+            self.address = address_of(self.plain(rest.strip("/")))
         elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
             self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
-        elif self.kind in ("unix", "file") and rest:
-            self.plain(rest)
-        elif self.kind in ("unix", "file") or not text:
+        elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
-        elif self.kind == "http" or ((colon or kind.isdecimal()) and kind.isalnum() and " " not in text):
+        elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
             hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
             hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
             raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
@@ -4926,33 +4952,26 @@ def basic(who: str) -> str:
     return b2a_base64(unquote_to_bytes(who), newline=False).decode()
 
 
-def connect(host: str, port: int, timeout: float) -> Any:
+def connect(host: str, port: int) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    import socket
+    from socket import create_connection
 
-    if host:
-        return socket.create_connection((host, port), timeout)
     try:
-        return socket.create_connection(("127.0.0.1", port), timeout)
-    except OSError as error:
-        try:
-            return socket.create_connection(("::1", port), timeout)
-        except OSError:
-            raise error from None
+        return create_connection((host or "::1", port), TRY_TIMEOUT)
+    except OSError:
+        if host:
+            raise
+    return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe, timeout: float) -> int:
+def http_status(probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
-    deadline = time.monotonic() + timeout
-    with connect(*probe.address, timeout) as sock:
+    deadline, line = time.monotonic() + TRY_TIMEOUT, b""
+    with connect(*probe.address) as sock:
         sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        line = b""
         while b"\n" not in line and len(line) < 1024:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = sock.recv(1024)
-            if not chunk:
-                break
-            line += chunk
+            line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -4962,25 +4981,21 @@ def http_status(probe: Probe, timeout: float) -> int:
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
 
 
-def unix_listener(path: str, timeout: float) -> int:
+def listener_at(path: str) -> int:
     """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
     import socket
 
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(timeout)
+        sock.settimeout(TRY_TIMEOUT)
         sock.connect(path)
         return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
     """Return the process that listens at a port of this machine; 0 if that cannot be told."""
-    found = set()
-    for name in ("net/tcp", "net/tcp6"):
-        try:
-            rows = [line.split() for line in proc_file(os.getpid(), name).splitlines()[1:]]
-        except OSError:
-            continue
-        found |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    ours = os.getpid()
+    rows = [row.split() for row in (proc_text(ours, "net/tcp") + proc_text(ours, "net/tcp6")).splitlines()]
+    found = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
     for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
         try:
             if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
@@ -4990,49 +5005,43 @@ def listener(port: int) -> int:
     return 0
 
 
-def can_be_read(fd: int, timeout: float) -> bool:
-    """Wait for a descriptor, for so many seconds; return whether it can be read."""
-    import select
-
-    awaited = select.poll()
-    awaited.register(fd, select.POLLIN)
-    return bool(awaited.poll(None if timeout > LONGEST_POLL else max(0.0, timeout) * 1000))
+def file_state(path: str) -> tuple[int, ...]:
+    """Return what changes when a file does, nothing if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
     What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
-    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. The other one, which
-    goes on until the command is ready, gets the first: a file counts if it has changed since.
+    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. For the other one
+    a file counts only if it has changed since the Prober was made (`changed`).
 
     What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words.
+    Loop. `error` is what the last try lacked, in a few words. Raises OSError, RuntimeError.
     """
 
-    def __init__(self, text: str, env: dict[bytes, bytes], before: Prober | None = None) -> None:
+    def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
         import threading
 
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
-        self.file: tuple[int, ...] = ()  # as it was at the latest try
-        self._probe, self._env, self._old = Probe(text), env, before.file if before else ()
+        self._probe, self._env = Probe(text), env
         self.shown = self._probe.shown
+        self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
-
-    def begin(self, once: bool = False) -> Prober:
-        """Begin to try. Not done by __init__, so that `close` works if a signal arrives first."""
-        import threading
-
         try:
             threading.Thread(target=self._run, args=(once,), daemon=True).start()
         except RuntimeError:
             os.close(self._ready)
             os.close(self._done)
             raise
-        return self
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -5043,25 +5052,26 @@ class Prober:
         return not self.error
 
     def close(self) -> None:
-        """Make no more tries, and kill a command that is being tried."""
+        """Make no more tries, and kill a command that is being tried, with all that it has started."""
         self._closed.set()
         with self._lock:
-            self._kill()
+            if self._pid:
+                family = Family(self._pid, own=True, mark="")
+                family.look(Processes)
+                family.kill()
         os.close(self._ready)
 
     def _run(self, once: bool) -> None:
         pause = 0.1
-        try:
+        with open(self._done, "wb", 0):
             while not self._closed.is_set():
-                self.error = self._try(once)
-                if once and not self.error:
-                    self._object()
+                self.error = self._try()
                 if once or not self.error:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
-        finally:
-            os.close(self._done)
+            if once and not self.error:
+                self._object()
 
     def _object(self) -> None:
         """Say what a try that succeeds before the command is run means."""
@@ -5074,61 +5084,45 @@ class Prober:
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
 
-    def _try(self, once: bool) -> str:
+    def _try(self) -> str:
         """Try once; return what is lacking."""
-        probe, timeout = self._probe, CHECK_TIMEOUT if once else TRY_TIMEOUT
+        probe = self._probe
         try:
+            if probe.kind == "command":
+                return self._command()
             if probe.kind == "file":
-                if not os.path.exists(probe.path):
-                    return "no such file"
-                file = os.stat(probe.path)
-                self.file = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
-                return "" if self.file != self._old else "it is as it was before the command was run"
+                found = file_state(probe.path)
+                if found and found == self._old:
+                    return "it is as it was before the command was run"
+                return "" if found else "no such file"
             if probe.kind == "http":
-                status = http_status(probe, timeout)
+                status = http_status(probe)
                 return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "tcp":
-                connect(*probe.address, timeout).close()
-            elif probe.kind == "unix":
-                self._peer = unix_listener(probe.path, timeout)
+            if probe.kind == "unix":
+                self._peer = listener_at(probe.path)
             else:
-                return self._command(CHECK_TIMEOUT if once else NEVER)
+                connect(*probe.address).close()
             return ""
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
-    def _command(self, timeout: float) -> str:
+    def _command(self) -> str:
         """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
-        read, write = os.pipe()
-        nothing = null()
-        try:
-            with self._lock:
-                if self._closed.is_set():
-                    return "no more tries"
-                streams = [(os.POSIX_SPAWN_DUP2, nothing, fd) for fd in (0, 1, 2)]
-                command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
-                streams.append((os.POSIX_SPAWN_DUP2, write, 3))
-                self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
-            os.close(write)
-            write = -1
-            if not can_be_read(read, timeout):
-                self._kill()
-                return f"no end within {span(timeout)}"
-            status = os.read(read, 16).strip()
-            return "" if status == b"0" else ending(int(status)) if status else "it was killed"
-        finally:
-            with self._lock:
-                self._pid = 0
-            for fd in (read, write, nothing):
-                if fd >= 0:
-                    os.close(fd)
-
-    def _kill(self) -> None:
-        """Kill a command that is being tried, with all that it has started."""
-        if self._pid:
-            family = Family(self._pid, own=True, mark="")
-            family.look(Processes)
-            family.kill()
+        command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
+        with open(null(), "rb", 0) as nothing:
+            read, write = os.pipe()
+            streams = [(os.POSIX_SPAWN_DUP2, nothing.fileno(), fd) for fd in (0, 1, 2)]
+            streams.append((os.POSIX_SPAWN_DUP2, write, 3))
+            with open(read, "rb", 0) as answer:
+                with self._lock, open(write, "wb", 0):
+                    if not self._closed.is_set():
+                        self._pid = spawn(command, self._env, own_session=True, file_actions=streams)
+                status = answer.read(16).strip()
+        with self._lock:
+            self._pid = 0
+        if not status:
+            return "it was killed"
+        return "" if status == b"0" else ending(int(status))
 
 
 class Notified:
@@ -5142,17 +5136,13 @@ class Notified:
     def __init__(self, path: str) -> None:
         from _socket import AF_UNIX, SOCK_DGRAM, socket
 
-        self.error = "it has not said READY=1"
         if not path:
             raise OSError(errno.ENOENT, "no directory for its NOTIFY_SOCKET")
+        self.error = "it has not said READY=1"
         self._path, self._sock = path, socket(AF_UNIX, SOCK_DGRAM)
         self._sock.setblocking(False)
-        try:
-            self._sock.bind(path)
-            os.chmod(path, 0o666)
-        except OSError:
-            self._sock.close()
-            raise
+        self._sock.bind(path)
+        os.chmod(path, 0o666)
 
     def fileno(self) -> int:
         """The descriptor to poll."""
@@ -5160,15 +5150,14 @@ class Notified:
 
     def ready(self) -> bool:
         """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
-        slowly = not self.error  # a sender without end is slowed down, not followed
+        if not self.error:
+            time.sleep(0.005)  # a sender without end is slowed down, not followed
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
                     self.error = ""
         except OSError:
             pass
-        if slowly:
-            time.sleep(0.005)
         return not self.error
 
     def close(self) -> None:
@@ -5180,19 +5169,6 @@ class Notified:
 # -- what a command leaves to others ----------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
-
-
-def private_file() -> str:
-    """Return a path to an empty file that has no name, and is gone when we are; empty if there can be none.
-
-    It stays open: later on, the path would be that of another file.
-    """
-    if hasattr(os, "memfd_create") and has_proc():
-        try:
-            return f"/proc/{os.getpid()}/fd/{os.memfd_create('coder-sync')}"
-        except OSError:
-            pass
-    return ""
 
 
 def private_directory() -> str:
@@ -5210,41 +5186,23 @@ def private_directory() -> str:
     return ""
 
 
-def private_path(directory: str) -> str:
-    """Return a path in a private directory that nobody can guess; empty without a directory."""
-    return directory and os.path.join(directory, os.urandom(8).hex())
-
-
-def clear(path: str) -> None:
-    """Empty a file in a private directory, or without a name."""
-    remove(path)
-    try:
-        os.truncate(path, 0)
-    except OSError:
-        pass
-
-
 def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it, if it is still there."""
+    """Remove a private directory with all that a command may have left in it."""
     try:
         os.rmdir(path)
-    except FileNotFoundError:  # it has gone, or there was none
-        pass
     except OSError:
-        import shutil
+        import shutil  # a costly import
 
         shutil.rmtree(path, ignore_errors=True)
 
 
 def exported(path: str) -> dict[str, str]:
     """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
-    if not path:
-        return {}
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:
             data = file.read(MAX_ENV + 1) or b""
-    except FileNotFoundError:
+    except FileNotFoundError:  # or there is no path
         return {}
     except OSError as error:
         raise Refused(f"its $CODER_SYNC_ENV cannot be read: {error.strerror}") from None
@@ -5276,21 +5234,27 @@ class Link:
 
     Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
     called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
+    An agent that has left a request unanswered for `patience()` seconds is gone.
     """
 
     def __init__(
-        self, loop: Loop, news: Callable[[str, Answer], None], gone: Callable[[Unreachable], None], pings: bool
+        self,
+        loop: Loop,
+        news: Callable[[str, Answer], None],
+        gone: Callable[[Unreachable], object],
+        patience: Callable[[], float],
+        ping_after: float = NEVER,
     ) -> None:
-        self._loop, self._news, self._gone, self._pings = loop, news, gone, pings
+        self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
+        self._ping_after = ping_after  # seconds of silence after which the agent is asked whether it lives
         self._channel: Channel | None = None  # while there is an agent
-        self._broken: Unreachable | None = None  # why there is none
         self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
-        self._channel, self._broken, self.lost = channel, None, ""
+        self._channel, self.lost = channel, ""
         self._asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
@@ -5305,11 +5269,11 @@ class Link:
         request = -1 - len(self._asked)
         if not self._asked:
             self._since = time.monotonic()
-        if self._channel and not self._broken:
-            try:
+        try:
+            if self._channel and not self.lost:
                 request = self._channel.request(method, **params)
-            except Unreachable as error:
-                self._broken = error
+        except Unreachable as error:
+            self.lost = str(error)
         self._asked[request] = answered
 
     def waits(self) -> bool:
@@ -5326,32 +5290,30 @@ class Link:
                 elif message.get("id") in self._asked:
                     self._asked.pop(message["id"])(message)
         except Unreachable as error:
-            self._broken = error
+            self.lost = str(error)
 
-    def keep_time(self, now: float, patience: float) -> float:
-        """Handle what has been received; an agent that has left a request unanswered for `patience` seconds is gone.
+    def keep_time(self, now: float) -> float:
+        """Handle what has been received, ask a silent agent whether it lives, or take it for gone.
 
-        With `pings`, a silent agent is asked whether it lives. Returns when to call this again.
+        Returns when to call this again.
         """
-        if self._channel and self._channel.more():
-            self.take()
-        due = self._since + (patience if self._asked else PING_AFTER if self._pings else NEVER)
-        if self._channel and now >= due and self._asked:
-            path = self._channel.path
-            self.take()  # perhaps we were stopped, not the agent
-            if self._asked and self._since + patience <= now:
-                silent = f"the agent at {path} has not answered for {patience:.0f} s; is it stopped?"
-                self._broken = self._broken or Unreachable(silent)
-        elif self._channel and now >= due:
-            self.ask("ping")
-        if self._broken:
-            self._lose(self._broken)
-        return due if self._channel else NEVER
+        self.take()
+        if self._channel and now >= self._due():
+            if self._asked:
+                self.lost = self.lost or self._channel._silence(self._patience())
+            else:
+                self.ask("ping")
+        if self.lost:
+            self._lose(Unreachable(self.lost))
+        return self._due()
+
+    def _due(self) -> float:
+        silence = self._patience() if self._asked else self._ping_after
+        return self._since + silence if self._channel else NEVER
 
     def _lose(self, error: Unreachable) -> None:
         if self._channel:
             self.close()
-            self.lost = str(error)
             self._gone(error)
         while self._asked:
             self._asked.pop(next(iter(self._asked)))(error_message(None, error))
@@ -5410,14 +5372,17 @@ class Task:
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.retries, self.delay = limits.retries, limits.delay
-        self.prober: Prober | Notified | None = None  # until it is ready
-        self.notified: Notified | None = None  # until the command has ended
+        self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
         self.why = ""  # the latest try failed, or was ended
+        self.kill_at = 0.0  # while it is being ended
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
         self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
+
+    def use_directory(self, path: str) -> None:
+        """Choose paths in a private directory that nobody can guess; none without a directory."""
+        self.left, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
 
     # -- hooks for subclasses
 
@@ -5433,8 +5398,9 @@ class Task:
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         """Say that there will be a further try."""
 
-    def doubt(self, what: str) -> None:
-        """Say why the probe may prove nothing."""
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        raise NotImplementedError
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Handle the answer to a report."""
@@ -5447,6 +5413,8 @@ class Task:
         if state not in FOLLOW[self.state]:
             raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
         self.state, self.due = state, due
+        if state in (WAITING, GONE):
+            self.close_prober()
 
     def keep_time(self, now: float) -> None:
         """Do what is due."""
@@ -5461,49 +5429,45 @@ class Task:
 
     def begin(self) -> None:
         """Begin a try: first of the probe, which must not succeed yet, then of the command."""
-        if self.tries:
-            clear(self.left)
+        remove(self.left)
         if self.limits.ready in ("", "notify"):
-            self.run(None)
+            self.run()
             return
+        self.enter(CHECKING, {self.checked: time.monotonic() + CHECK_TIMEOUT})
         try:
-            # A name may take its time to be resolved.
-            self.enter(CHECKING, {self.checked: time.monotonic() + 2 * CHECK_TIMEOUT})
-            self.probe(lambda: Prober(self.limits.ready, self.environment()).begin(once=True), self.checked)
+            self.probe(once=True)
         except CommandError as error:
             self.not_begun(error)
 
     def checked(self) -> None:
         """Run the command unless the probe has succeeded already."""
-        before = self.prober
+        prober = self.prober
         self.close_prober()
-        if isinstance(before, Prober) and before.objection:
-            self.not_begun(CommandError(before.objection, 125))
-        elif isinstance(before, Prober):
-            if before.doubt:
-                self.doubt(before.doubt)
-            self.run(before)
+        if isinstance(prober, Prober) and prober.objection:
+            self.not_begun(CommandError(prober.objection, 125))
+            return
+        if isinstance(prober, Prober) and prober.doubt:
+            self.warn(prober.doubt)
+        self.run()
 
-    def run(self, before: Prober | None) -> None:
-        """Run the command and begin to probe it; `before` is the prober that was used for the check."""
-        detail, env = self.next_try() if self.tries else "", self.environment()
+    def run(self) -> None:
+        """Run the command and begin to probe it."""
+        detail = self.next_try() if self.tries else ""
         try:
-            if self.limits.ready == "notify":
-                self.probe(lambda: Notified(self.notify_path), self.probed)
-            elif self.limits.ready:
-                self.probe(lambda: Prober(self.limits.ready, env, before).begin(), self.probed)
-            pid = self.spawn(env)
+            if self.limits.ready:
+                self.probe()
+            pid = self.spawn(self.environment())
         except (CommandError, OSError, ValueError) as error:
             self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family, self.why, self.began = Family(pid, self.own_session, self.left), "", time.monotonic()
+        self.family = Family(pid, self.own_session, self.left)
+        self.why, self.told, self.began = "", "", time.monotonic()
         self.tries += 1
-        limits = {self.not_ready: self.limits.ready_timeout if self.prober else 0, self.time_is_up: self.limits.timeout}
-        self.enter(RUNNING, {action: self.began + seconds for action, seconds in limits.items() if seconds})
-        self.told = ""
+        due = {self.time_is_up: self.limits.timeout or NEVER}
         if self.prober:
-            self.due[self.tell_error] = self.began + TELL_EVERY
+            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.tell_error: TELL_EVERY})
+        self.enter(RUNNING, {action: self.began + seconds for action, seconds in due.items()})
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
@@ -5515,7 +5479,6 @@ class Task:
 
     def not_begun(self, error: Exception) -> None:
         """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
-        self.close_prober()
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
@@ -5525,31 +5488,33 @@ class Task:
             self.tries += 1
             self.tried()
 
-    def probe(self, make: Callable[[], Prober | Notified], then: Callable[[], None]) -> None:
-        """Use a prober, and call `then` when it has news. Raises CommandError."""
+    def probe(self, once: bool = False) -> None:
+        """Begin to probe, `once` before the command is run. Raises CommandError."""
         try:
-            self.prober = make()
+            if self.limits.ready == "notify":
+                self.prober = Notified(self.notify_path)
+            else:
+                self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
             raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
-        if isinstance(self.prober, Notified):
-            self.notified = self.prober
-        self.loop.watch(self.prober.fileno(), then)
+        self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
         """Handle news of the prober."""
-        prober = self.prober or self.notified
-        if prober and prober.ready() and self.prober:
+        if self.prober and self.prober.ready() and self.waits_for_probe():
             self.close_prober(ended=False)
             self.complete()
 
+    def waits_for_probe(self) -> bool:
+        """Return whether the unit completes when its probe succeeds, and not before."""
+        return self.state == RUNNING and self.limits.ready != "" and not self.reported
+
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
-        prober = self.prober or self.notified
-        self.prober = None
-        if prober and (ended or prober is not self.notified):
-            self.notified = None
-            self.loop.forget(prober.fileno())
-            prober.close()
+        if self.prober and (ended or isinstance(self.prober, Prober)):
+            self.loop.forget(self.prober.fileno())
+            self.prober.close()
+            self.prober = None
 
     def tell_error(self) -> None:
         """Tell the agent what the probe lacks, if that has changed."""
@@ -5559,10 +5524,13 @@ class Task:
                 self.told = self.prober.error
                 self.link.ask("probing", unit=self.unit, error=self.told)
 
+    def lacks(self) -> str:
+        """Return the probe, and what it lacks."""
+        return f"{shown_probe(self.limits.ready)} ({self.prober.error if self.prober else ''})"
+
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
-        lacks = self.prober.error if self.prober else ""
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({lacks})")
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
@@ -5572,15 +5540,13 @@ class Task:
         """Handle the end of the first process, with an exit status, -N for signal N."""
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
-        early = self.prober is not None
-        self.close_prober()
         if self.state == ENDING:
-            self.due[self.look] = 0.0
-            if self.tell_others in self.due:
-                self.due[self.tell_others] = 0.0
-        elif code or early or self.reported == FAILED:
+            self.due.update(dict.fromkeys(self.due, 0.0))
+        elif self.waits_for_probe():
             hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
-            self.end(f"ended before it was ready ({ending(code)}){hint}" if early else ending(code))
+            self.end(f"ended before it was ready ({ending(code)}){hint}")
+        elif code or self.reported == FAILED:
+            self.end(ending(code))
         elif self.state == RUNNING:
             self.complete()
         else:
@@ -5592,47 +5558,36 @@ class Task:
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
         end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
         """
-        import _signal as signal
-
         now = time.monotonic()
-        by = min(by, now + self.grace)
-        if self.state != ENDING:
-            self.why = why
-            others_at = (now + by) / 2 if self.family.first else now
-            self.enter(ENDING, {self.look: now, self.tell_others: others_at, self.kill: by})
-            self.close_prober(ended=False)
-            self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-            self.family.signal(signal.SIGTERM)
-            self.family.signal(signal.SIGCONT)
-        elif by < self.due.get(self.kill, 0.0):
-            self.due[self.kill] = by
+        by = min(max(by, now), now + self.grace)
+        if self.state == ENDING:
+            self.kill_at = min(self.kill_at, by)
+            return
+        self.why, self.kill_at = why, by
+        others_at = (now + by) / 2 if self.family.first else now
+        self.enter(ENDING, {self.tell_others: others_at, self.look: now})
+        self.close_prober(ended=False)
+        self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
+        self.family.tell_first()
 
     def tell_others(self) -> None:
         """Send TERM to the other processes."""
         self.family.look(self.loop.processes)
         self.family.tell_others()
 
-    def kill(self) -> None:
-        """Begin to send KILL."""
-        self.due.pop(self.tell_others, None)
-        self.due[self.give_up] = time.monotonic() + LAST_WAIT
-        self.due[self.look] = 0.0
-
-    def give_up(self) -> None:
-        """Name the processes that KILL has not ended, and go on without them."""
-        left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
-        self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
-        self.gone()
-
     def look(self) -> None:
         """Look whether any process is left, and go on accordingly."""
         now = time.monotonic()
         if not self.family.look(self.loop.processes):
             self.gone()
+        elif self.state == ENDING and now >= self.kill_at + LAST_WAIT:
+            left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+            self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
+            self.gone()
         elif self.state == ENDING:
-            if self.give_up in self.due:
-                self.family.kill()
             self.due[self.look] = now + LOOK_OFTEN
+            if now >= self.kill_at:
+                self.family.kill()
         elif not self.family.first:
             self.due[self.look] = now + LOOK_EVERY
             if not self.runs_on:
@@ -5655,8 +5610,9 @@ class Task:
 
     def tried(self) -> None:
         """Try again after a failed try, or report the failure."""
-        if self.tries <= self.retries and not self.stopped:
-            delay, self.delay = self.delay, min(2 * self.delay, max(self.delay, LONGEST_DELAY))
+        if self.tries <= self.limits.retries and not self.stopped:
+            delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
+            delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
@@ -5671,7 +5627,6 @@ class Task:
         """End the command until the time `by`; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
-            self.close_prober()
             self.enter(GONE, {})
             self.fail(why)
         elif self.state != GONE:
@@ -5700,7 +5655,6 @@ class Task:
         self.reported, self.runs_on = outcome, True
         now = time.monotonic()
         if self.state in (WAITING, CHECKING):
-            self.close_prober()
             self.why = ""
             self.gone()
         elif self.state == RUNNING and outcome == COMPLETED:
@@ -5762,58 +5716,54 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
-        link = Link(loop, self.news, lambda error: None, pings=False)
-        given = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
-        given = {name: value for name, value in given.items() if value is not None}
-        limits = Limits(args.ready or "", retries=args.retry, **given)
+        link = Link(loop, self.news, bool, self.patience)
+        limits = Limits(args.ready or "", retries=args.retry)
+        if args.ready_timeout is not None:
+            limits.ready_timeout = args.ready_timeout
+        if args.retry_delay is not None:
+            limits.delay = args.retry_delay
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
         self.env, self.quiet = environment(self.env, **start.environment), args.quiet
-        self.status = 0  # to return
-        self.unreported: list[str] = []
-        self.left = private_file()
-        self.directory = private_directory() if limits.ready == "notify" or not self.left else ""
-        self.left, self.notify_path = self.left or private_path(self.directory), private_path(self.directory)
-        if not self.left:
-            put(f"warning: {self.unit}: {NO_DIRECTORY}\n", 2)
+        self.status = 0  # to return, if it is not that of the command
+        self.directory = private_directory()
+        self.use_directory(self.directory)
+        if not self.directory:
+            self.warn(NO_DIRECTORY)
 
     def to_its_end(self) -> int:
         """Run the command, with its retries; return its exit status once the agent has answered all reports."""
-        late = 0  # a signal that came when only an answer was missing
         try:
             self.begin()
             while True:
-                state, now = self.state, time.monotonic()
+                now = time.monotonic()
                 self.keep_time(now)
-                patience = NEVER if self.state != GONE else STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
-                due = self.link.keep_time(now, patience)
-                if self.unreported:
-                    self.not_reported(some_names(self.unreported), self.link.lost)
-                    self.unreported.clear()
+                due = self.link.keep_time(now)
                 if self.state == GONE and not self.link.waits():
-                    return 128 + late if late and self.link.lost else self.status
-                if self.state == state:
-                    for number in self.loop.turn(min(due, self.next_due())):
-                        late = number if self.state == GONE else 0
-                        self.signalled(number)
+                    return self.status or shell_status(self.code) or int(self.reported == FAILED)
+                for number in self.loop.turn(min(due, self.next_due())):
+                    self.signalled(number)
         finally:
-            self.loop.give_back()
+            remove(self.left)
             remove_directory(self.directory)
+
+    def patience(self) -> float:
+        """Return for how many seconds the agent may leave a report unanswered."""
+        if self.state != GONE:
+            return NEVER
+        return STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
 
     def signalled(self, number: int) -> None:
         """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
-        again, self.stopped = self.stopped, "stopped"
-        if self.state in (WAITING, CHECKING):
-            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
+        self.stopped = "stopped"
+        if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
-        elif self.state == GONE:
-            if again:
-                sys.exit(128 + number)
+            self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
         elif self.family.first:
             self.family.look(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
-                self.family.signal(number)
+                signal_to(self.family.pid, number)
         else:  # its remaining processes are being ended
             self.end("", by=0.0)
 
@@ -5830,11 +5780,9 @@ class Run(Task):
 
     def say_not_ready(self) -> None:
         """Say what the probe lacks."""
-        if self.prober:
-            now = time.monotonic()
-            self.due[self.say_not_ready] = now + REPORT_EVERY
-            lacks = f"{shown_probe(self.limits.ready)} ({self.prober.error})"
-            say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
+        now = time.monotonic()
+        self.due[self.say_not_ready] = now + REPORT_EVERY
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
 
     def not_ready(self) -> None:
         self.status = TimedOut.exit_code
@@ -5844,15 +5792,10 @@ class Run(Task):
         self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
-    def doubt(self, what: str) -> None:
-        put(f"warning: {self.unit}: {what}\n", 2)
-
-    def exited(self) -> None:
-        self.status = shell_status(self.code)
-        super().exited()
+    def warn(self, text: str) -> None:
+        put(f"warning: {self.unit}: {text}\n", 2)
 
     def fail(self, reason: str) -> None:
-        self.status = self.status or shell_status(self.code) or 1
         if reason != ending(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
@@ -5863,14 +5806,8 @@ class Run(Task):
         what = params.get("detail") or others.get(method, outcome)
         try:
             unwrap(message)
-        except Unreachable:  # said once for all reports
-            self.unreported.append(what)
         except SyncError as error:
-            self.not_reported(what, str(error))
-
-    def not_reported(self, what: str, error: str) -> None:
-        """Warn that a report may be lost."""
-        put(f"warning: {self.unit}: {what} may not have been reported: {error}\n", 2)
+            self.warn(f"{what} may not have been reported: {error}")
 
 
 @Command(
@@ -5892,23 +5829,24 @@ def cmd_wait(args: Args) -> int:
     began, report = time.monotonic(), Reporter(args, "")
     if args.units:
         make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
-    probers = [Prober(probe, environment()) for probe in args.ready]
-    code = probe_all(probers, began, began + (args.timeout or NEVER), args.quiet) if probers else 0
+    code = probe_all(args.ready, began, began + (args.timeout or NEVER), args.quiet) if args.ready else 0
     if not code:
         took = time.monotonic() - began
         waited = f" after {span(took)}" if report.waited or took >= 0.1 else ""
-        say(f"{some_names([*args.units, *(prober.shown for prober in probers)])}: done{waited}", quiet=args.quiet)
+        say(f"{some_names([*args.units, *map(shown_probe, args.ready)])}: done{waited}", quiet=args.quiet)
     return code
 
 
-def probe_all(probers: list[Prober], began: float, end: float, quiet: bool) -> int:
+def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
     loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    probers: list[Prober] = []
     try:
-        for prober in probers:
-            fd = prober.begin().fileno()
+        for probe in probes:
+            probers.append(Prober(probe, environment()))
+            fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
         while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
             now = time.monotonic()
@@ -6008,7 +5946,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
                 read_header(script, rest.strip(), number, said)
             elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
-        except (SyncError, ValueError) as error:  # ValueError: quotes that do not match
+        except SyncError as error:
             mistakes.append(f"{path}:{number}: {error}")
     for number, line in enumerate(lines[last:], last + 1):
         if looks_like_header(line):
@@ -6038,7 +5976,7 @@ def looks_like_header(line: str) -> bool:
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
-    """Take what a header in a line says. Raises UsageError, Refused or ValueError."""
+    """Take what a header in a line says. Raises UsageError, Refused."""
     word = "".join(text.split()[:1])
     if word not in HEADERS:
         known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
@@ -6052,7 +5990,10 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     elif set(rest) & set("\"'\\"):
         import shlex
 
-        words = shlex.split(rest)
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise UsageError(f"{word}: {error}") from None
     if not words:
         raise UsageError(f"{word}: {'a name' if 'NAME' in form else 'its value'} is missing")
     if "..." in form:
@@ -6140,7 +6081,8 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             import shlex
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
-            hint = f"; {left_out[name]}" if name in left_out else meant(resembling(name, list(by_name)), outside)
+            guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
+            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
         hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
@@ -6298,14 +6240,13 @@ class Output:
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self, fds: Iterable[int]) -> None:
-        """Print nothing any more on these, and hold them open no longer."""
+    def let_go(self, fd: int) -> None:
+        """Print nothing any more on a descriptor, and hold it open no longer."""
         nothing = null()
-        for fd in fds:
-            os.dup2(nothing, fd)
-            if self._fds[fd] != fd:
-                os.close(self._fds[fd])
-            self._fds[fd] = fd
+        os.dup2(nothing, fd)
+        if self._fds[fd] != fd:
+            os.close(self._fds[fd])
+        self._fds[fd] = fd
         os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
@@ -6334,7 +6275,7 @@ class Output:
             pass
         except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
             at = len(data)
-            self.let_go([fd])
+            self.let_go(fd)
         self.pending[fd] = b"" if patience else data[at:]
 
     def flush(self) -> None:
@@ -6377,22 +6318,19 @@ class Stream:
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
-    def open(self) -> int:
-        """Begin to read what a try prints, in place of the one before; return the descriptor to print to."""
+    def open(self, more: bool) -> int:
+        """Begin to read what a try prints, and `more` what a further one does; return the descriptor to print to."""
         self.close()
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
         self.watch()
-        return write
-
-    def open_log(self, more: bool) -> None:
-        """Open the file; a further try adds to it."""
         if self.out.log_dir:
             try:
                 os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
                 self.log = open_file(self.log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if more else os.O_TRUNC))
             except OSError as error:
                 self.out.no_log(error)
+        return write
 
     def watch(self) -> None:
         """Read what is printed, or nothing while our own output is not taken."""
@@ -6420,14 +6358,13 @@ class Stream:
 
     def take(self, chunk: bytes) -> None:
         """Log what was printed, and print it: whole lines go on, the rest waits."""
-        if self.log >= 0:
+        if self.log >= 0 and self.out.log_dir:
             try:
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(self.log, view) :]
             except OSError as error:
                 self.out.no_log(error)
-                self.close_log()
         *ended, rest = (self.rest + chunk).split(b"\n")
         *more, self.rest = pieces(rest)
         self.print([piece for line in ended for piece in pieces(line)] + more)
@@ -6448,17 +6385,11 @@ class Stream:
     def close(self) -> None:
         """Read no more of it."""
         self.end_line()
-        if self.fd >= 0:
-            self.loop.forget(self.fd)
-            os.close(self.fd)
-            self.fd = -1
-        self.close_log()
-
-    def close_log(self) -> None:
-        """Keep no more of it."""
-        if self.log >= 0:
-            os.close(self.log)
-            self.log = -1
+        self.loop.forget(self.fd)
+        for fd in (self.fd, self.log):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.log = -1
 
 
 def pieces(line: bytes) -> Iterator[bytes]:
@@ -6508,7 +6439,7 @@ class Job(Task):
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
-        write = self.stream.open()
+        write = self.stream.open(more=self.tries > 0)
         streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
@@ -6519,7 +6450,6 @@ class Job(Task):
             os.close(write)
 
     def begun(self, detail: str) -> None:
-        self.stream.open_log(more=bool(detail))
         log = os.fsencode(self.stream.log_path).decode(errors="replace")
         command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
         self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
@@ -6527,8 +6457,8 @@ class Job(Task):
         if detail:
             self.stream.take(f"{detail}\n".encode())
 
-    def doubt(self, what: str) -> None:
-        self.boot.out.say(f"warning: {self.unit}: {what}")
+    def warn(self, text: str) -> None:
+        self.boot.out.say(f"warning: {self.unit}: {text}")
 
     def process_ended(self, code: int) -> None:
         self.stream.drain()
@@ -6559,7 +6489,7 @@ class Job(Task):
         super().exited()
         if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
             self.died = True
-            self.boot.out.say(f"warning: {self.unit}: ended after its unit had completed ({self.why})")
+            self.warn(f"ended after its unit had completed ({self.why})")
             self.boot.another("ended")
 
 
@@ -6570,15 +6500,14 @@ class Boot:
     """
 
     def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
-        loop = Loop((*STOPS, "SIGQUIT"))
+        loop = Loop()
         self.options, self.loop, self.front = options, loop, front
-        loop.watch(front, self.hear_front)
+        loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, pings=True)
+        self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
-        self.done: list[str] = []  # units that count as done, with --resume
         self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
         self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
@@ -6603,7 +6532,7 @@ class Boot:
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
         self.null, directory = null(), private_directory()
         for job in self.jobs.values():
-            job.left, job.notify_path = private_path(directory), private_path(directory)
+            job.use_directory(directory)
         if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
@@ -6660,7 +6589,7 @@ class Boot:
         families = [job.family for job in self.active.values() if job.lives()]
         for family in families:
             family.look(Processes)
-            family.signal(15)
+            family.tell_first()
             family.tell_others()
             family.first = False  # whose end nobody takes any more
         kill_at = time.monotonic() + self.options.grace
@@ -6709,9 +6638,12 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        patience = STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
-        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now, patience))
+        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
+
+    def patience(self) -> float:
+        """Return for how many seconds the agent may leave a request unanswered."""
+        return STOPPED_TIMEOUT if self.signal else REPLY_TIMEOUT
 
     # -- the front ----------------------------------------------------------------------------------------
 
@@ -6722,26 +6654,19 @@ class Boot:
         except OSError:  # it has gone
             pass
 
-    def hear_front(self) -> None:
-        """Take what the front says: the signals that it got, 0 when its COMMAND has ended. Its end is a hang-up."""
-        try:
-            numbers = os.read(self.front, 100)
-        except OSError:
-            numbers = b""
-        for number in numbers:
-            self.told(number)
-        if not numbers:
-            self.loop.forget(self.front)
-            if self.alone:
-                self.out.let_go(self.out.pipes())
-            elif not self.stopping:
-                self.told(1)
+    def front_gone(self) -> None:
+        """Take the end of the front for a hang-up, unless it was free to end, or COMMAND has ended."""
+        self.loop.forget(self.front)
+        if self.alone:
+            for fd in self.out.pipes():
+                self.out.let_go(fd)
+        elif not self.stopping:
+            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
 
-    def told(self, number: int) -> None:
-        """End everything, because of a signal, or because COMMAND has ended (0). Twice: at once."""
-        again, self.signal = self.signal, number or 15
-        why = f"boot got signal {number}" if number else f"{self.options.command} has ended"
-        self.stop(f"stopped: {why}", 0 if again else self.options.grace)
+    def told(self, number: int, why: str = "") -> None:
+        """End everything, because of a signal, or for another reason. Twice: at once."""
+        again, self.signal = self.signal, number
+        self.stop(f"stopped: {why or f'boot got signal {number}'}", 0 if again else self.options.grace)
 
     # -- units --------------------------------------------------------------------------------------------
 
@@ -6771,12 +6696,12 @@ class Boot:
             self.answered = True
             raise
         self.answered = True
-        self.done = [unit for unit in done if unit in self.jobs]
-        for unit in self.done:
-            del self.jobs[unit]
+        self.jobs = {unit: job for unit, job in self.jobs.items() if unit not in done}
         self.unfinished = len(self.jobs)
         if self.host:
             self.host.accept()
+        if self.host and self.options.resume:
+            self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
     def news(self, method: str, news: Answer) -> None:
         """Handle what the agent says about a unit: it may start, it has ended, or is to."""
@@ -6798,7 +6723,7 @@ class Boot:
             raise error
         self.out.say(f"error: {error}")
         for job in self.jobs.values():
-            job.retries = 0
+            job.limits.retries = 0
             if job.reported:
                 self.ended(job, job.reported, job.reason)
             elif job.state in (WAITING, CHECKING):
@@ -6858,7 +6783,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.prober.error}"] if job.prober else []
+                more += [f"not ready: {job.prober.error}"] if job.prober and job.prober.error else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
@@ -6909,7 +6834,8 @@ class Boot:
         outcomes = [job.outcome for job in self.jobs.values()]
         words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
         counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
-        counts += [f"{len(self.done)} done before"] if self.done else []
+        done = len(self.wants) - len(self.jobs)
+        counts += [f"{done} done before"] if done else []
         failed, others = [f"boot: {', '.join(counts)}"], []
         for job in self.jobs.values():
             if job.died or (job.outcome == FAILED and (job.tries or not job.stopped)):
@@ -6948,7 +6874,7 @@ class Front:
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
-        self.loop, self.link, self.command, self.grace = loop, link, command, grace
+        self.loop, self.pid, self.link, self.command, self.grace = loop, pid, link, command, grace
         self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
         self.ended: list[int] = []  # its exit status
         self.signal = 0
@@ -6973,13 +6899,6 @@ class Front:
         if not data:
             self.loop.forget(self.link)
 
-    def tell(self, number: int) -> None:
-        """Tell the background process of a signal, or, by 0, that COMMAND has ended."""
-        try:
-            os.write(self.link, bytes([number]))
-        except OSError:  # it has ended
-            pass
-
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
         import _signal as signal
@@ -6987,9 +6906,9 @@ class Front:
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH:  # which is for COMMAND
+                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
                     self.signal = number
-                    self.tell(number)
+                    signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
@@ -7018,7 +6937,9 @@ class Front:
                 return self.run_command()
         finally:
             if self.command and not self.ended:
-                self.tell(0)
+                self.loop.forget(self.link)
+                os.close(self.link)  # which says that COMMAND has ended
+                self.link = -1
                 self.wait_for_end()
         self.loop.give_back()
         if wanted:
@@ -7088,7 +7009,7 @@ import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"from __future__ import annotations", b"", 1)  # which costs an import
+text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
@@ -7360,10 +7281,9 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    level = 2 * args.verbose or int(not args.quiet)
-    if args.command and not args.socket_path:
-        level = 2 * args.verbose  # the command's output is what matters
-    elif args.detach and not args.log_file:
+    is_private = args.command and not args.socket_path  # the command's output is what matters
+    level = 2 * args.verbose or int(not args.quiet and not is_private)
+    if args.detach and not args.log_file:
         level = -1
     options: dict[str, Any] = {
         "mode": args.mode or (0o600 if args.group is None else 0o660),
@@ -7378,13 +7298,13 @@ def cmd_serve(args: Args) -> int:
     if not args.command:
         serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
         return 0
-    import tempfile
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
 
     try:
-        if args.socket_path:
-            return serve_command(Host(os.path.abspath(args.socket_path), **options), args.command)
-        with tempfile.TemporaryDirectory(prefix="coder-sync-") as directory:
-            return serve_command(Host(os.path.join(directory, "agent.sock"), **options), args.command)
+        with ExitStack() as at_end:
+            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
+            return serve_command(Host(os.path.abspath(path), **options), args.command)
     except OSError as error:
         raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
     except Refused as error:
@@ -7431,6 +7351,8 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
+    import _signal as signal
+
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -7444,25 +7366,17 @@ def cmd_boot(args: Args) -> int:
         return 0
     if args.stay and args.command:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
-    options = BootOptions(
-        jobs=args.jobs,
-        grace=args.grace,
-        log_dir=args.log_dir,
-        fail_fast=args.fail_fast,
-        stay=args.stay,
-        quiet=args.quiet,
-        always=args.always,
-        resume=args.resume,
-        timeline=args.timeline,
-        command=args.command[0] if args.command else "",
-    )
     if not scripts:
         become(args.command)
+    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
+    given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
-    boot = Boot(scripts, options, link)
+    boot = Boot(scripts, BootOptions(**given), link)
     code = boot_at(path, boot)
     boot.loop.give_back()
     return code
@@ -7646,9 +7560,7 @@ but notify, and needs no agent.
 
 def help_exit_codes() -> str:
     """Return the help on exit codes."""
-    import textwrap
-
-    return textwrap.dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0]) + "\n"
+    return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
 def help_json() -> str:
@@ -7658,33 +7570,25 @@ def help_json() -> str:
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
 
-    def fields(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
+    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
         body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
         found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
         return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    used = {"s": [*fields(UnitStatus)], "l": LISTED, "t": SAVED}
-    units = [[key, "".join(c for c in used if key in used[c]), text] for key, text in fields(UnitStatus).items()]
-    others = [
-        "\n".join(f"  {key.ljust(17)} {text}" for key, text in fields(kind).items())
-        for kind in (Dependency, Owner, Event)
-    ]
-    return f"""\
+    rows = [[key, "s" + "l" * (key in LISTED) + "t" * (key in SAVED), text] for key, text in keys(UnitStatus).items()]
+    text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
 Keys of a unit in status (s), list (l) and timeline (t):
 
-{table(["KEY", "IN", "MEANING"], units)}
+{table(["KEY", "IN", "MEANING"], rows)}
 Times, as "started", are seconds since the agent began, in a timeline since the first sign of a unit. What has
 not been is null. Newer versions may add keys.
-
-Keys of each of "dependencies":
-{others[0]}
-Keys of "owner":
-{others[1]}
-Keys of what `events` prints, one object a line:
-{others[2]}
 """
+    events = "what `events` prints, one object a line"
+    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    return text
 
 
 def help_protocol() -> str:
@@ -7732,10 +7636,7 @@ TOPICS: dict[str, Callable[[], str]] = {
 def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
-        if topic not in TOPICS:
-            put(help_page(command_named(topic)))
-        else:
-            put(TOPICS[topic]())
+        put(TOPICS[topic]() if topic in TOPICS else help_page(command_named(topic)))
     if args.topics:
         return
     width = max(map(len, COMMANDS))
@@ -7786,7 +7687,8 @@ def cmd_completion(args: Args) -> None:
     if args.command:
         line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
         if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            found = bash_candidates(os.fsencode(line)[: int(point)], [*args.command, ""][1])
+            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
+            found = bash_candidates(typed, [*args.command, ""][1])
         else:
             found = candidates(args.command)
         put("".join(word + "\n" for word in found))
@@ -7795,24 +7697,21 @@ def cmd_completion(args: Args) -> None:
     put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
 
 
-def bash_candidates(line: bytes, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`."""
+def bash_candidates(line: str, word: str) -> list[str]:
+    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
+
+    Nothing inside of quotes.
+    """
     import re
     import shlex
 
-    text = line.decode(errors="surrogateescape").rstrip("\\")
-    for quote in ("", "'", '"'):  # the one that is still open
-        try:
-            words = shlex.split(text + quote)
-        except ValueError:
-            continue
-        if not quote and text[-1:].isspace():
-            words.append("")
-        done = len(words[-1]) - len(word.strip("'\"").replace("\\", ""))
-        special = {"": r"([^\w@%+=:,./-])", "'": "'", '"': r"([$`\"\\])"}[quote]
-        change = r"'\\''" if quote == "'" else r"\\\1"
-        return [re.sub(special, change, found[done:]) for found in candidates(words[1:])]
-    return []
+    try:
+        words = shlex.split(line.rstrip("\\"))
+    except ValueError:  # a quote is open
+        return []
+    words += [""] if line[-1:].isspace() else []
+    done = len(words[-1]) - len(word.replace("\\", ""))
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
