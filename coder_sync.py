@@ -50,8 +50,9 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
                     the words of the rules, and what is known of a unit
     Protocol        newline-delimited JSON-RPC 2.0
     Terminal        standard output and error
-    Client          the Python API
+    Connection      what asks an agent
     Calls           plain command lines; want, start, complete, fail
+    Client          the rest of the Python API
     Processes       what several sections need of the system
     Units           the dependency graph and its rules, pure
     Agent           the daemon
@@ -62,7 +63,7 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
     Command line    all other command lines, and the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
-a `sh`. The file is cut above Processes: want, start, complete and fail need only what is above the cut, so `launch`
+a `sh`. The file is cut above Client: want, start, complete and fail need only what is above the cut, so `launch`
 compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
 interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
 `threading` and `typing` each cost more than everything that it does.
@@ -84,7 +85,7 @@ def source_in(data):  # type: (bytes) -> bytes
 
 def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     """Return the source above the cut and below it, with its line numbers. Raises ValueError if some is missing."""
-    above, cut, below = source.partition(b"\n# Processes. ")
+    above, cut, below = source.partition(b"\n# Client. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
     return above, b"\n" * above.count(b"\n") + cut + below
@@ -387,69 +388,11 @@ class Dependency(Record):
     did_you_mean: str = ""  # a name that resembles this one, which is not registered
 
 
-class Event(Record):
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
-
-    seq: int  # its number, counted from 1
-    time: float  # seconds, on the monotonic clock of the agent's system
-    wall: float  # seconds since 1970
-    unit: str  # name of the unit
-    kind: str  # what happened
-    detail: str = ""  # more about it
-
-
-class UnitStatus(Record):
-    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
-
-    `dependencies` and `history` are empty unless this one unit was asked for.
-    """
-
-    unit_name: str  # name
-    status: str  # pending, started, completed, failed, skipped or not registered
-    is_ready: bool  # whether all dependencies meet their requirement
-    reason: str = ""  # why it failed or was skipped
-    exit_code: int | None = None  # status of its command, if that failed
-    age: float = 0.0  # seconds in its status
-    owner: Owner | None = None  # who started it
-    is_waiting: bool = False  # whether a start of it waits
-    waits_for: list[str] = []  # what it lacks while it waits, at most five names
-    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
-    waiting: float | None = None  # when its start was asked for
-    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
-    started: float | None = None  # when it started
-    ended: float | None = None  # when it completed, failed or was skipped
-    released_by: str = ""  # the dependency that was met last
-    wants: dict[str, str] = {}  # its dependencies, each with its requirement
-    locks: list[str] = []  # names of its locks
-    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
-    tries: list[float] = []  # when each further try began
-    running_on: bool = False  # whether it completed and its command runs on, as a service
-    stopping: bool = False  # whether its command is to end, or was told to
-    exited: float | None = None  # when the command of a service ended
-    exit_reason: str = ""  # how it ended
-    probe: str = ""  # what says that a service is ready, while it is not
-    probe_error: str = ""  # what the last try of it lacked
-    log: str = ""  # file that has its output
-    refusal: str = ""  # why the last `want` or `start` of it was refused
-    environment: dict[str, str] = {}  # variables that it left for its dependents
-    dependencies: list[Dependency] = []  # one object each: see below
-    did_you_mean: str = ""  # a name that resembles this one, which is not registered
-    history: list[Event] = []  # its events, as `events` prints them
-
-
 class Waiting(Record):
     """The notification `waiting`: what a start or a wait lacks, and for how many seconds it has waited."""
 
     missing: list[Dependency]
     waited: float
-
-
-class Pong(Record):
-    """The agent's answer to `ping`; `uptime` in seconds."""
-
-    version: str
-    pid: int
-    uptime: float
 
 
 class Running(Record):
@@ -472,13 +415,6 @@ class Answer(Record):
     left: list[Running] = []
     cannot: list[Running] = []  # be stopped: a script called `start` itself
     grace: float = 0.0  # seconds that a command which is to be stopped has
-
-
-class Graph(Record):
-    """All units at one time, `now`, in seconds since the agent began."""
-
-    now: float
-    nodes: list[UnitStatus]
 
 
 def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
@@ -518,24 +454,6 @@ def one_line(text: str) -> str:
     flat = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_REASON])
     flat = " ".join(flat.split())
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
-
-
-def resembling(name: str, names: Iterable[str]) -> str:
-    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
-    try:
-        from difflib import get_close_matches
-    except (ImportError, OSError):  # no descriptor left to read it with
-        return ""
-    from itertools import islice
-
-    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
-    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
-    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
-
-
-def meant(guess: str, otherwise: str = "") -> str:
-    """Return the end of a message about an unknown name: the one it resembles, or something else."""
-    return f'; did you mean "{guess}"?' if guess else otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -750,9 +668,9 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The Python API, on which the command line is built. Every call has a connection of its own, so a Client may
-# be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when
-# a unit may start or the time is up, and one that is silent for too long is taken for gone. Times are in seconds.
+# Connection. What asks an agent. Every call has a connection of its own, so a Client may be used from several threads;
+# `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may start or the time is
+# up, and one that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
 LATE = 1.0  # seconds after a time-out within which the agent has to say so
@@ -1041,13 +959,8 @@ def name_list(names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-class Client:
-    """Talk to an agent. All times in seconds.
-
-    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
-    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
-    """
+class Caller:
+    """The part of Client that scripts call most."""
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
@@ -1069,11 +982,6 @@ class Client:
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
             return channel.call(method, **params)
-
-    def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
-        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
-            return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
@@ -1106,19 +1014,6 @@ class Client:
             start.confirm()
         return start.result
 
-    def wait(
-        self,
-        *units: str,
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-    ) -> float:
-        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
-        began = time.monotonic()
-        with self._channel("wait") as channel:
-            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
-        return time.monotonic() - began
-
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
@@ -1130,109 +1025,16 @@ class Client:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
         self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
 
-    def reset(self, *units: str) -> list[str]:
-        """Make units that have ended pending again, and those skipped because of them; all if none is named.
-
-        Returns their names. Raises NotRegistered, or Refused while one of them is started.
-        """
-        return record(Answer, self._call("reset", units=list(units))).units
-
-    def env(self, unit: str) -> dict[str, str]:
-        """Return the environment variables that `unit` would start with: what its dependencies have left.
-
-        Raises NotRegistered.
-        """
-        with self._channel("env") as channel:
-            return channel.news(channel.call("env", unit=unit)).env
-
-    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
-
-        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
-        seconds. Raises NotRegistered, or Refused if something still runs.
-        """
-        answer = self.halt(*units, grace=grace)
-        if answer.left or answer.cannot:
-            raise Refused(still_running(answer), answer.stopped)
-        return answer.stopped
-
-    def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
-        with self._channel("stop") as channel:
-            request = channel.request("stop", units=list(units), grace=grace)
-            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
-
-    def shutdown(self) -> None:
-        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
-        with self._channel("shutdown") as channel:
-            channel.call("shutdown")
-            end = time.monotonic() + REPLY_TIMEOUT
-            try:
-                while channel.receive(end - time.monotonic()):
-                    pass
-            except Unreachable:
-                return
-            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
-
-    def status(self, unit: str) -> UnitStatus:
-        """Return a snapshot of one unit and its dependencies."""
-        return record(UnitStatus, self._call("status", unit=unit))
-
-    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
-        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return records(UnitStatus, self._call("list", all=everything))
-
-    def graph(self) -> Graph:
-        """Return all units with their edges and times."""
-        graph = record(Graph, self._call("graph"))
-        names = {u.unit_name for u in graph.nodes}
-        for u in graph.nodes:
-            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
-            if not words or not u.wants.keys() <= names:
-                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
-        return graph
-
-    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
-
-        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
-        does not read in time.
-        """
-        with self._channel("events") as channel:
-            yield from records(Event, channel.call("events", follow=follow, since=since))
-            while follow:
-                message = channel.receive(REPORT_EVERY)
-                if message is None:  # is the agent still there?
-                    channel.request("ping")
-                    message = channel.hear() or {}
-                if message.get("method") == "event":
-                    yield record(Event, message.get("params"))
-
-    def unit(
-        self,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        locks: Iterable[str] = (),
-    ) -> Start:
-        """Return a context manager that starts `unit`, and completes it at the end of the block.
-
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
-        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
-        """
-        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
-
 
 class Start:
-    """A start and its connection, which holds the unit if `hold`; see Client.unit."""
+    """A start and its connection, which holds the unit if `hold`."""
 
     def __init__(
-        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
+        self, client: Caller, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are further parameters of the agent's method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
+        self.client, self.unit, self.timeout, self.on_wait = client, check_name(unit), timeout, on_wait
         self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
@@ -1255,31 +1057,7 @@ class Start:
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        code: Any = error.code if isinstance(error, SystemExit) else error
-        try:
-            if self.hold and code in (None, 0):
-                self.channel.call("complete", unit=self.unit)
-            elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=int(code))
-            elif self.hold:
-                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
-                self.channel.call("fail", unit=self.unit, reason=reason)
-        except SyncError:
-            if error is None:  # else the block's own exception matters more
-                raise
-        finally:
-            self.channel.close()
-
-
-def still_running(answer: Answer) -> str:
-    """Return what a stop has not ended, for a message."""
-    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    for row in answer.cannot:
-        way = ", which has no supervisor: end that process"
-        if row.owner and row.owner.alive is False:
-            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
-        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
-    return "; ".join(texts)
+        self.channel.close()
 
 
 def wait_for(
@@ -1338,9 +1116,9 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def make_client(args: Args) -> Client:
-    """Return the client that the common options describe."""
-    return Client(args.socket_path, args.connect_timeout)
+def make_caller(args: Args) -> Caller:
+    """Return the client that the common options describe, as far as it is above the cut."""
+    return Caller(args.socket_path, args.connect_timeout)
 
 
 def number(text: str) -> int:
@@ -1473,7 +1251,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(make_client(args), args.unit, args.timeout, report, **params)
+    return Start(make_caller(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1485,7 +1263,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = make_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = make_caller(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
@@ -1512,7 +1290,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    make_client(args).complete(args.unit, args.exit_code)
+    make_caller(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1524,7 +1302,7 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    make_client(args).fail(args.unit, args.reason)
+    make_caller(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
@@ -1636,6 +1414,250 @@ if SELF:
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Client. The rest of the Python API, on which the command line is built; what it returns; and guesses at names.
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Event(Record):
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+
+    seq: int  # its number, counted from 1
+    time: float  # seconds, on the monotonic clock of the agent's system
+    wall: float  # seconds since 1970
+    unit: str  # name of the unit
+    kind: str  # what happened
+    detail: str = ""  # more about it
+
+
+class UnitStatus(Record):
+    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
+
+    `dependencies` and `history` are empty unless this one unit was asked for.
+    """
+
+    unit_name: str  # name
+    status: str  # pending, started, completed, failed, skipped or not registered
+    is_ready: bool  # whether all dependencies meet their requirement
+    reason: str = ""  # why it failed or was skipped
+    exit_code: int | None = None  # status of its command, if that failed
+    age: float = 0.0  # seconds in its status
+    owner: Owner | None = None  # who started it
+    is_waiting: bool = False  # whether a start of it waits
+    waits_for: list[str] = []  # what it lacks while it waits, at most five names
+    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
+    waiting: float | None = None  # when its start was asked for
+    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
+    started: float | None = None  # when it started
+    ended: float | None = None  # when it completed, failed or was skipped
+    released_by: str = ""  # the dependency that was met last
+    wants: dict[str, str] = {}  # its dependencies, each with its requirement
+    locks: list[str] = []  # names of its locks
+    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
+    tries: list[float] = []  # when each further try began
+    running_on: bool = False  # whether it completed and its command runs on, as a service
+    stopping: bool = False  # whether its command is to end, or was told to
+    exited: float | None = None  # when the command of a service ended
+    exit_reason: str = ""  # how it ended
+    probe: str = ""  # what says that a service is ready, while it is not
+    probe_error: str = ""  # what the last try of it lacked
+    log: str = ""  # file that has its output
+    refusal: str = ""  # why the last `want` or `start` of it was refused
+    environment: dict[str, str] = {}  # variables that it left for its dependents
+    dependencies: list[Dependency] = []  # one object each: see below
+    did_you_mean: str = ""  # a name that resembles this one, which is not registered
+    history: list[Event] = []  # its events, as `events` prints them
+
+
+class Pong(Record):
+    """The agent's answer to `ping`; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+
+
+class Graph(Record):
+    """All units at one time, `now`, in seconds since the agent began."""
+
+    now: float
+    nodes: list[UnitStatus]
+
+
+class Client(Caller):
+    """Talk to an agent. All times in seconds.
+
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
+    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
+    """
+
+    def ping(self, wait: float = 0.0) -> dict[str, Any]:
+        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
+        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
+            return vars(record(Pong, channel.call("ping")))
+
+    def wait(
+        self,
+        *units: str,
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+    ) -> float:
+        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        began = time.monotonic()
+        with self._channel("wait") as channel:
+            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
+        return time.monotonic() - began
+
+    def reset(self, *units: str) -> list[str]:
+        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+
+        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        """
+        return record(Answer, self._call("reset", units=list(units))).units
+
+    def env(self, unit: str) -> dict[str, str]:
+        """Return the environment variables that `unit` would start with: what its dependencies have left.
+
+        Raises NotRegistered.
+        """
+        with self._channel("env") as channel:
+            return channel.news(channel.call("env", unit=unit)).env
+
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
+        seconds. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
+    def shutdown(self) -> None:
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
+
+    def status(self, unit: str) -> UnitStatus:
+        """Return a snapshot of one unit and its dependencies."""
+        return record(UnitStatus, self._call("status", unit=unit))
+
+    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
+        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
+        return records(UnitStatus, self._call("list", all=everything))
+
+    def graph(self) -> Graph:
+        """Return all units with their edges and times."""
+        graph = record(Graph, self._call("graph"))
+        names = {u.unit_name for u in graph.nodes}
+        for u in graph.nodes:
+            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not words or not u.wants.keys() <= names:
+                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
+        return graph
+
+    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
+        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
+
+        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
+        does not read in time.
+        """
+        with self._channel("events") as channel:
+            yield from records(Event, channel.call("events", follow=follow, since=since))
+            while follow:
+                message = channel.receive(REPORT_EVERY)
+                if message is None:  # is the agent still there?
+                    channel.request("ping")
+                    message = channel.hear() or {}
+                if message.get("method") == "event":
+                    yield record(Event, message.get("params"))
+
+    def unit(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+    ) -> Block:
+        """Return a context manager that starts `unit`, and completes it at the end of the block.
+
+        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
+        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
+        """
+        return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
+
+
+class Block(Start):
+    """The start of `with client.unit(...)`."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        code: Any = error.code if isinstance(error, SystemExit) else error
+        try:
+            if code in (None, 0):
+                self.channel.call("complete", unit=self.unit)
+            elif isinstance(code, int):
+                self.channel.call("fail", unit=self.unit, exit_code=int(code))
+            else:
+                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+                self.channel.call("fail", unit=self.unit, reason=reason)
+        except SyncError:
+            if error is None:  # else the block's own exception matters more
+                raise
+        finally:
+            self.channel.close()
+
+
+def still_running(answer: Answer) -> str:
+    """Return what a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    for row in answer.cannot:
+        way = ", which has no supervisor: end that process"
+        if row.owner and row.owner.alive is False:
+            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
+        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
+    return "; ".join(texts)
+
+
+def make_client(args: Args) -> Client:
+    """Return the client that the common options describe."""
+    return Client(args.socket_path, args.connect_timeout)
+
+
+def resembling(name: str, names: Iterable[str]) -> str:
+    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
+    try:
+        from difflib import get_close_matches
+    except (ImportError, OSError):  # no descriptor left to read it with
+        return ""
+    from itertools import islice
+
+    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
+    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
+    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
+
+
+def meant(guess: str, otherwise: str = "") -> str:
+    """Return the end of a message about an unknown name: the one it resembles, or something else."""
+    return f'; did you mean "{guess}"?' if guess else otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -5988,7 +5988,7 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
     path = tool(world, form)
     whole = Path(path).read_bytes()
-    cut = whole.index(b"\n# Processes. ")
+    cut = whole.index(b"\n# Client. ")
     for size in (300, 4096, 8192, cut - 1, cut + 8192, whole.rindex(b"\ndef ")):
         if form == "plain" or size < 10_000:
             Path(path).write_bytes(whole[:size])
@@ -6190,7 +6190,7 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
-    text = FILE.read_text(encoding="utf-8").partition("\n# Processes. ")[0]
+    text = FILE.read_text(encoding="utf-8").partition("\n# Client. ")[0]
     above = compile(text, "above", "exec", dont_inherit=True)
     defined: dict[str, Any] = {"__name__": "above", "__file__": str(FILE)}
     exec(above, defined)
