@@ -424,6 +424,12 @@ def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no lon
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
+def let_go(unit: str, owner: Owner | None) -> str:
+    """Return what to do about a unit whose owner has gone, for the end of a message."""
+    gone = owner is not None and owner.alive is False
+    return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
+
+
 def check_name(name: object, what: str = "unit") -> str:
     """Return `name` if it may name a unit (or a lock), else raise Refused, or InvalidParams for what is no text."""
     if not isinstance(name, str):
@@ -1630,9 +1636,7 @@ def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
-        way = ", which has no supervisor: end that process"
-        if row.owner and row.owner.alive is False:
-            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
+        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
@@ -2154,17 +2158,38 @@ def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> d
     return found
 
 
+def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) -> dict[Unit, None]:
+    """Return units and all that they depend on, also through others, dependencies first. Raises CycleError."""
+    done: dict[Unit, None] = {}
+    for start in starts:
+        way = {start: iter(wants(start))}  # from there to where we are: no recursion, since chains may be long
+        while way:
+            unit, rest = next(reversed(way.items()))
+            new = next((other for other in rest if other not in done), None)
+            if new is None:
+                done[unit] = None
+                del way[unit]
+            elif new in way:
+                cycle = [*(unit.name for unit in way), new.name]
+                cycle = cycle[cycle.index(new.name) :]
+                own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+                raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+            else:
+                way[new] = iter(wants(new))
+    return done
+
+
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
         self.name, self.since = name, since  # in its status
         self.status = NOT_REGISTERED
-        self.facts = facts(None)  # of the present run
+        self.facts = object.__new__(UnitStatus)  # of the present run; what is not set takes no room
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
+        self.unmet = 0  # how many of `wants` are not met; kept by Units._link and _set
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
@@ -2178,13 +2203,6 @@ class Unit:
     def supervisor(self) -> Claim | None:
         """Return the claim of the supervisor that runs its command."""
         return self.holder if self.holder and self.holder.supervisor else None
-
-
-def facts(registered: float | None) -> UnitStatus:
-    """Return what is known of a run when it begins; what is not set takes no room."""
-    status = object.__new__(UnitStatus)
-    status.registered = registered
-    return status
 
 
 class Lock:
@@ -2259,11 +2277,10 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `boot`, `end`, `stop`, and questions about it.
 
     What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
-    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
-    gets every event as it happens.
+    looks at these. `alive` says whether an owner still runs (None: unknown); `tell` gets every event.
     """
 
     def __init__(
@@ -2306,7 +2323,10 @@ class Units:
         `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
         TimedOut.
         """
-        check_name(member[0])
+        unit, by = self.units.get(check_name(member[0])), asked.get("owner")
+        on = unit.holder if unit else None
+        if unit and ((unit.status == STARTED and (on is None or on.delivered)) or (on and unit.status in ENDED)):
+            raise self._already_started(unit, by)
         return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
@@ -2320,10 +2340,9 @@ class Units:
     ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
-        At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
-        others. Every claim is answered with {"unit", "status", "reason", "env"} whenever its unit is started or has
-        ended. With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and
-        nothing has changed, while one of the others is started or claimed by somebody who lives, or runs on.
+        At most `jobs` of them are started at once (0: no limit). They depend on these from now on, and on no others. A
+        claim is answered whenever its unit is started or has ended. With `resume`, what has completed is left as it is.
+        Raises Refused, and nothing has changed, while one is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
@@ -2340,17 +2359,15 @@ class Units:
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
-            self._refuse(unit, *(other.owner for other in unit.line))
-            self._answer_line(unit, self._already_started(unit))
+            self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
                 self._close(unit)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
-        """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
+        """End claims, all in one step, the one way in which they end before their time.
 
-        `why` is what happened: its caller is gone, its process has ended, TIMED_OUT, STOPPED. The claims behind them
-        stay in line, and the next one goes on. If there is none, the unit of a held claim has failed, unless it had
-        ended and does not run on, and that of any other is pending.
+        `why`: the caller is gone, its process has ended, TIMED_OUT, STOPPED. The next claim in line goes on. If there
+        is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
         for claim in [claim for claim in claims if not self.is_over(claim)]:
@@ -2360,7 +2377,7 @@ class Units:
         for unit, (claim, reason) in ended.items():
             if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
-            if claim.held and not unit.first():
+            if (claim.held or reason == STOPPED) and not unit.first():
                 self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
                 self._notify(claim)
             elif unit.status == STARTED and not unit.holder:
@@ -2381,16 +2398,16 @@ class Units:
         otherwise, is being stopped, leaves too many variables, or if the start of `by` was refused.
         """
         unit, status = self._registered(name), outcome.status
-        holds = claim is not None and claim is unit.holder
-        runs_on = outcome.running and holds and claim is not None and claim.held
+        claim = claim if claim is unit.holder else None
+        runs_on = claim is not None and claim.held and outcome.running
         self._check_environment(unit, outcome.env)
-        if not holds:
+        if not claim:
             self._check_report(unit, by)
-        if claim and holds and not runs_on and (unit in self.stopping or unit.facts.running_on):
+        if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
             self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
             return unit.status
-        if unit in self.stopping and (holds or unit.status == STARTED):
-            if not holds and status == COMPLETED:
+        if unit in self.stopping and (claim or unit.status == STARTED):
+            if not claim and status == COMPLETED:
                 raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
             return unit.status
         before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
@@ -2401,7 +2418,7 @@ class Units:
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
         if claim and runs_on:
             self.run_on(claim)
-        elif holds or not unit.supervisor():
+        elif claim or not unit.supervisor():
             self._close(unit)
         self._settle_all()
         if before in ENDED and before != status:
@@ -2415,21 +2432,19 @@ class Units:
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
         itself, otherwise than with 0, it died.
         """
-        unit, how = claim.unit, reason
-        ran_on, ended = unit.facts.running_on, unit.facts.ended or 0.0
-        if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
+        unit, ran_on = claim.unit, claim.unit.facts.running_on
+        stopped = unit in self.stopping or (stopped and ran_on)
+        if unit.holder is not claim or (unit.status == STARTED and not stopped):
             return
-        if unit in self.stopping or (stopped and ran_on):
-            how = STOPPED
-            if unit.status != FAILED:
-                self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
-                self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        if stopped and unit.status != FAILED:
+            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
         elif ran_on and code:
-            died = f"died {span(self._now() - ended)} after it was ready: {how}"
-            self._set(unit, Outcome(FAILED, died, code, "died"))
+            ran = span(self._now() - (unit.facts.ended or 0.0))
+            self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
-            self._record(unit, "exited", how)
-        self._close(unit, how)
+            self._record(unit, "exited", reason)
+        self._close(unit, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2441,17 +2456,15 @@ class Units:
     def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
         """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
 
-        What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
-        first, and at the latest when half of the time is over. The answer has three lists: the names of those that
-        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor, or has
-        lost it. Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        What waits is ended at once. What runs is ended by its supervisor, which is told: dependents first, and all when
+        half of the time is over. The answer: what has `stopped`, in this order, what is `left`, and what `cannot` be
+        stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
         named = self._these(names)
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = [unit for unit in affected if self._may_run(unit) and not unit.supervisor()]
-        rows = [self._running(unit) for unit in alone]
-        cannot = [row for unit, row in zip(alone, rows) if unit.status == STARTED or (row.owner and row.owner.alive)]
+        alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
+        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
@@ -2486,15 +2499,17 @@ class Units:
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
-        """Make units that have ended pending again, with those skipped because of them; all if none is named.
+        """Make units that have ended (all if none is named) pending again, with those skipped because of them.
 
-        Raises NotRegistered, or Refused while one of them is started. Returns the names.
+        Returns the names. Raises NotRegistered, or Refused while one of them is started.
         """
         todo = self._these(names)
         for unit in todo:
             if unit.status == STARTED:
-                by = owner_text(unit.facts.owner, " by ")
-                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+                owner = self._owner(unit)
+                by = owner_text(owner, " by ", ", which is no longer running,")
+                hint = let_go(unit.name, owner) or "; end it first"
+                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
         ended = [unit for unit in todo if unit.status in ENDED]
@@ -2562,32 +2577,25 @@ class Units:
         snapshot.history = [event for event in self.events.values() if event.unit == name][-MAX_HISTORY:]
         return snapshot
 
-    def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Return snapshots by name; `everything` includes names that were only ever wanted."""
-        return self._snapshots(sorted(self.units.values() if everything else self._these(), key=lambda u: u.name))
-
     def graph(self) -> Graph:
         """Return all units in the order in which they became known, and names that were only refused."""
         refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
-        return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
+        rows = {unit: self._snapshot(unit) for unit in [*self.units.values(), *refused]}
+        for unit in [unit for unit in rows if self._may_run(unit)][:500]:  # to look at more would take too long
+            rows[unit].owner = self._owner(unit)
+        return Graph(self._now(), [*rows.values()])
+
+    def snapshots(self, everything: bool = False) -> list[UnitStatus]:
+        """Return snapshots by name; `everything` includes names that were only ever wanted."""
+        shown = self.units if everything else {unit.name for unit in self._these()}
+        return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
-
-        Raises NotRegistered.
-        """
+        """Return what all that a unit depends on has left for it; the later in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
-        seen, todo = {unit}, [(unit, iter(unit.wants))] if self.left_environment else []
-        while todo:  # those that a unit wants come before it
-            node, rest = todo[-1]
-            new = next((other for other in rest if other not in seen), None)
-            if new:
-                seen.add(new)
-                todo.append((new, iter(new.wants)))
-            else:
-                merged.update(node.facts.environment if node is not unit else {})
-                todo.pop()
+        for other in in_order(unit.wants, lambda unit: unit.wants) if self.left_environment else ():
+            merged.update(other.facts.environment)
         return merged
 
     def candidates(self, names: Iterable[str]) -> list[str]:
@@ -2653,9 +2661,10 @@ class Units:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
             self._answers.append((claim, answer))
-        self._set(unit, Outcome(STARTED))
         for lock in unit.locks:
+            lock.line.pop(unit, None)
             lock.taken[unit] = None
+        self._set(unit, Outcome(STARTED))
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2678,10 +2687,11 @@ class Units:
         """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if not (old == STARTED and status == FAILED):  # that keeps its locks until its claim has ended
+        if status != STARTED and (old, status) != (STARTED, FAILED):  # that keeps its locks until its claim has ended
             self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.locks, unit.last = facts(unit.since), "", (), None
+            unit.facts, unit.root, unit.locks, unit.last = object.__new__(UnitStatus), "", (), None
+            unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
         elif unit.facts.ended is None:  # else it completed, and ran on
@@ -2698,8 +2708,7 @@ class Units:
         detail = outcome.reason[len(event) :].lstrip()
         self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
-            for other in self._cut(unit):
-                self._forget(other)
+            self._link(unit, {})
 
     def _notify(self, claim: Claim | None) -> None:
         """Tell a boot where the unit of its claim stands."""
@@ -2720,15 +2729,14 @@ class Units:
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                if how == LOST:
-                    stop.answer["left"].append(self._running(unit))
-                else:
-                    stop.answer["stopped"].append(unit.name)
+                stop.answer["left" if how == LOST else "stopped"].append(
+                    self._running(unit) if how == LOST else unit.name
+                )
 
     def _give_up(self, claim: Claim, why: str) -> str:
         """End a claim that waits; return what its unit fails with, if nobody else waits."""
         unit = claim.unit
-        missing = ", ".join(self._waits_for(unit, registered=False))
+        missing = ", ".join(self._waits_for(unit, mark=True))
         reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
         if why == STOPPED:
@@ -2765,27 +2773,22 @@ class Units:
     def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
         """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
 
-        Raises CycleError, which is remembered for `why`, or Refused.
+        Raises CycleError or Refused, which is remembered for `why`.
         """
-        known, about = len(self.units), ""
-        before: dict[Unit, dict[Unit, str]] = {}  # what they wanted
+        known = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
-            before = {unit: self._cut(unit) if anew else {**unit.wants} for unit in units}
-            for unit, (_, wants, _) in zip(units, members):
-                about = unit.name
-                for name, requires in wants.items():
-                    other = self._named(name)
-                    if unit.wants.get(other) != requires:
-                        self._check_edge(unit, other, requires)
-                        self._link(unit, {other: requires})
+            edges = {unit: self._edges(unit, wants, anew) for unit, (_, wants, _) in zip(units, members)}
+            if self.edges + sum(len(wants) - len(unit.wants) for unit, wants in edges.items()) > MAX_EDGES:
+                raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
+            new = [unit for unit, wants in edges.items() if wants != unit.wants]
+            # What nobody wants is in no cycle.
+            suspects = [unit for unit in new if anew or unit.wanted_by or unit in edges[unit]]
+            in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for unit in before:
-                self._cut(unit)
-            for unit, edges in before.items():
-                self._link(unit, edges)
             for name in [*self.units][known:]:
                 del self.units[name]
+            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
             if about:
                 self.refusals[about] = one_line(str(error))
                 if len(self.refusals) > 1000:
@@ -2795,12 +2798,8 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
-        for unit, edges in before.items():
-            for other, requires in unit.wants.items():
-                if edges.get(other) != requires:
-                    self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
-            for other in edges:
-                self._forget(other)
+        for unit in new:
+            self._link(unit, edges[unit])
         return units
 
     def _named(self, name: str) -> Unit:
@@ -2812,43 +2811,28 @@ class Units:
             self.units[name] = Unit(name, self._now())
         return self.units[name]
 
-    def _check_edge(self, unit: Unit, other: Unit, requires: str) -> None:
-        """Raise Refused, or CycleError, if there may be no edge from `unit` to `other`."""
-        if other in unit.wants:
-            text = f"with requirement {unit.wants[other]} already, not {requires}"
-            raise Refused(f'unit "{unit.name}" wants "{other.name}" {text}')
-        check_requirement(requires)
-        if self.edges >= MAX_EDGES:
-            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
-        cycle, step = [], unit if unit.wanted_by or other is unit else None
-        found = reached([other], lambda node: node.wants) if step else {}
-        while step in found:
-            cycle.append(step.name)
-            step = found[step]
-        if cycle:
-            cycle = [unit.name, *reversed(cycle)]
-            own = "; a unit cannot depend on itself" if other is unit else ""
-            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
-
-    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want others, which it does not yet."""
-        for other, requires in edges.items():
-            unit.wants[other] = other.wanted_by[unit] = requires
-            unit.unmet += other.status not in MEETS[requires]
-        self.edges += len(edges)
-
-    def _cut(self, unit: Unit) -> dict[Unit, str]:
-        """Remove all edges of a unit, and return them."""
-        edges, unit.wants, unit.unmet = unit.wants, {}, 0
-        for other in edges:
-            del other.wanted_by[unit]
-        self.edges -= len(edges)
+    def _edges(self, unit: Unit, wants: dict[str, str], anew: bool) -> dict[Unit, str]:
+        """Return the edges that a unit is to have. Raises Refused."""
+        edges = {} if anew else {**unit.wants}
+        for name, requires in wants.items():
+            there = edges.setdefault(self._named(name), check_requirement(requires))
+            if there != requires:
+                raise Refused(f'unit "{unit.name}" wants "{name}" with requirement {there} already, not {requires}')
         return edges
 
-    def _forget(self, unit: Unit) -> None:
-        """Forget a name that nobody has registered and nobody wants any more."""
-        if unit.status == NOT_REGISTERED and not unit.wanted_by:
-            self.units.pop(unit.name, None)
+    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
+        """Have a unit want these, and no others: names that it alone had any use for are forgotten."""
+        before, unit.wants = unit.wants, edges
+        self.edges += len(edges) - len(before)
+        unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
+        for other, requires in edges.items():
+            other.wanted_by[unit] = requires
+            if before.get(other) != requires:
+                self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
+        for other in [other for other in before if other not in edges]:
+            del other.wanted_by[unit]
+            if other.status == NOT_REGISTERED and not other.wanted_by:
+                self.units.pop(other.name, None)
 
     def _claim(
         self,
@@ -2860,10 +2844,7 @@ class Units:
         done: Container[Unit] = (),
         **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each but those that are done, and see how far that leads.
-
-        Every start, wait and boot.
-        """
+        """Declare units, stand in the line of each but those that are done, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
@@ -2872,17 +2853,13 @@ class Units:
         for unit, its in zip(units, locks):
             if unit in done:
                 continue
-            claim, on = Claim(unit, ticket, **asked), unit.holder
-            on_its_way = on is not None and not on.delivered
-            if not boot and ((unit.status == STARTED and not on_its_way) or (on and unit.status in ENDED)):
-                self._refuse(unit, claim.owner)
-                raise self._already_started(unit, claim.owner)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, Outcome(PENDING))
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+            claim = Claim(unit, ticket, **asked)
             claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
             unit.line[claim] = None
             self.waits += not boot
@@ -2899,10 +2876,7 @@ class Units:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """Return the locks of each member.
-
-        At the limit, names that nobody uses are forgotten, before any is made: those of the members are not in use yet.
-        """
+        """Return the locks of each member. At the limit, names that nobody uses are forgotten."""
         wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
         if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
             used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
@@ -2928,10 +2902,10 @@ class Units:
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
+        """Iterate over what a unit lacks: dependencies, each with the requirement that it does not meet.
 
-        Also itself, while the answer to an earlier start is on its way; and if no dependency is missing: the locks that
-        the first in line needs and cannot have, each with the unit that is before it.
+        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
+        the first in line cannot have, each after the unit that is before it.
         """
         if unit.unmet:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
@@ -2942,20 +2916,16 @@ class Units:
             if before:
                 yield before, lock
 
-    def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
-        """Return what a unit lacks, in words, five of them at most.
-
-        Unless `registered`, names that nobody has registered are marked as such.
-        """
+    def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
+        """Return what a unit lacks, five at most, in words; with `mark`, also that a name is not registered."""
         from itertools import islice
 
         words = []
         for other, need in islice(self._lacks(unit), 5):
-            unknown = other.status == NOT_REGISTERED and not registered
-            word = other.name + (" (not registered)" if unknown else "")
             if isinstance(need, Lock):
-                word = f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}"
-            words.append(word)
+                words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
+            else:
+                words.append(other.name + (" (not registered)" if mark and other.status == NOT_REGISTERED else ""))
         return words
 
     def _leave(self, claim: Claim) -> None:
@@ -2981,20 +2951,18 @@ class Units:
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
-    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
-        """Return the error for a start that is one too many; `by` is who asked for it."""
-        owner, holder = unit.facts.owner, unit.holder
-        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+    def _already_started(self, unit: Unit, *by: Owner | None) -> AlreadyStarted:
+        """Return the error for starts that are too many; who asked for them is remembered: the last hundred."""
+        unit.refused = [*unit.refused, *filter(None, by)][-100:]
+        owner, holder = self._owner(unit), unit.holder
+        own = [other for other in by if other and owner and (other.pid, other.born) == (owner.pid, owner.born)]
+        if own and holder and holder.boot:
             hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
-        return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
-
-    @staticmethod
-    def _refuse(unit: Unit, *owners: Owner | None) -> None:
-        """Remember whose start was refused: the last hundred."""
-        unit.refused = [*unit.refused, *filter(None, owners)][-100:]
+        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, by: Owner | None) -> None:
         """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
@@ -3058,13 +3026,6 @@ class Units:
         row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
-
-    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
-        """Return snapshots of units, in their order."""
-        rows = {unit: self._snapshot(unit) for unit in units}
-        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
-            rows[unit].owner = self._owner(unit)
-        return [*rows.values()]
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
