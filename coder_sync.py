@@ -1669,6 +1669,7 @@ def meant(guess: str, otherwise: str = "") -> str:
 # are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
 # ----------------------------------------------------------------------------------------------------------
 
+import _signal as signal  # noqa: E402  (the package module wraps each number in an enum)
 import os  # noqa: E402  (a plain call, which needs only what is above, does without)
 
 
@@ -1706,11 +1707,8 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-    try:
-        return os.read(fd, 1 << 16).decode(errors="replace")
-    finally:
-        os.close(fd)
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        return file.read(1 << 16).decode(errors="replace")
 
 
 def stat_of(pid: int) -> list[str]:
@@ -1782,19 +1780,12 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: int) -> None:
-    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
-    os.closerange(3, keep)
-    os.closerange(keep + 1, min(open_files(), 1 << 16))
-
-
 def in_background() -> tuple[int, int]:
     """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
 
     The background process has a session of its own, and of what was open only standard output and error.
     Raises Refused.
     """
-    import _signal as signal
     from _socket import socketpair
 
     try:
@@ -1808,10 +1799,11 @@ def in_background() -> tuple[int, int]:
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
     os.setsid()
-    nothing = null()
-    os.dup2(nothing, 0)
-    close_others(theirs.fileno())
-    return 0, theirs.detach()
+    os.dup2(null(), 0)
+    front = theirs.detach()
+    os.closerange(3, front)
+    os.closerange(front + 1, min(open_files(), 1 << 16))
+    return 0, front
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
@@ -1821,8 +1813,6 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 def heeded(names: Iterable[str]) -> list[int]:
     """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    import _signal as signal
-
     numbers = [int(getattr(signal, name)) for name in names]
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
@@ -1905,13 +1895,16 @@ class Family:
             terminate(self.pid)
 
     def left(self) -> list[int]:
-        """Return the pids of those known to be left, the first process first."""
+        """Return the pids of those known to be left."""
+        return [self.pid] * self.first + self._others()
+
+    def _others(self) -> list[int]:
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
+        return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
-        for pid in self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group()):
+        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
             terminate(pid)
 
     def kill(self) -> None:
@@ -1928,7 +1921,6 @@ class Loop:
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
-        import _signal as signal
         import select
 
         self.numbers = heeded(names)
@@ -1940,16 +1932,14 @@ class Loop:
         os.set_blocking(self._write, False)
         self._poll = select.poll()
         self._poll.register(self._came, select.POLLIN)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
     def turn(self, due: float = NEVER) -> list[int]:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
-        import _signal as signal
-
         came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
@@ -1983,13 +1973,11 @@ class Loop:
 
         Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
         """
-        import _signal as signal
-
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
         with open(self._came, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers]
@@ -2014,8 +2002,6 @@ def sent_by_key(number: int) -> bool:
 
     Who sent a signal is not known here: INT and QUIT to a process of the foreground group count as sent by a key.
     """
-    import _signal as signal
-
     if number not in (signal.SIGINT, signal.SIGQUIT):
         return False
     try:
@@ -2031,8 +2017,6 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
     `own_session` gives it a session of its own, or at least a process group. Raises OSError, and ValueError for an
     empty name.
     """
-    import _signal as signal
-
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
     program = in_path(command[0], env.get(b"PATH"))
     if own_session:
@@ -2117,8 +2101,6 @@ def signal_to(pid: int, number: int) -> bool:
 
 def terminate(pid: int) -> None:
     """Send TERM to a process or group, and CONT, in case it is stopped."""
-    import _signal as signal
-
     signal_to(pid, signal.SIGTERM)
     signal_to(pid, signal.SIGCONT)
 
@@ -3731,8 +3713,6 @@ class Agent:
         return [e for e in self.units.events.values() if e.seq > since]
 
     def do_shutdown(self, request: Request) -> Any:
-        import _signal as signal
-
         if not self.leaving:  # a second signal would leave services no time
             self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
             os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
@@ -4034,8 +4014,6 @@ def detach() -> int:
 
     The process that was called ends here: well when the other is ready, else as that does, which has said why.
     """
-    import _signal as signal
-
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
     child, link = in_background()
     if child:
@@ -5234,7 +5212,8 @@ class Link:
 
     Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
     called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
-    An agent that has left a request unanswered for `patience()` seconds is gone.
+    An agent that has left a request unanswered for `patience()` seconds is gone, which is found out by a ping now and
+    then, unless patience has no end.
     """
 
     def __init__(
@@ -5243,19 +5222,17 @@ class Link:
         news: Callable[[str, Answer], None],
         gone: Callable[[Unreachable], object],
         patience: Callable[[], float],
-        ping_after: float = NEVER,
     ) -> None:
         self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
-        self._ping_after = ping_after  # seconds of silence after which the agent is asked whether it lives
         self._channel: Channel | None = None  # while there is an agent
-        self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
+        self.asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
-        self._asked, self._since = {}, time.monotonic()
+        self.asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
     def close(self) -> None:
@@ -5266,19 +5243,15 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self._asked)
-        if not self._asked:
+        request = -1 - len(self.asked)
+        if not self.asked:
             self._since = time.monotonic()
         try:
             if self._channel and not self.lost:
                 request = self._channel.request(method, **params)
         except Unreachable as error:
             self.lost = str(error)
-        self._asked[request] = answered
-
-    def waits(self) -> bool:
-        """Return whether a request has not been answered yet."""
-        return bool(self._asked)
+        self.asked[request] = answered
 
     def take(self) -> None:
         """Handle what has been received."""
@@ -5287,19 +5260,16 @@ class Link:
                 self._since = time.monotonic()
                 if "method" in message:
                     self._news(str(message["method"]), self._channel.news(message.get("params")))
-                elif message.get("id") in self._asked:
-                    self._asked.pop(message["id"])(message)
+                elif message.get("id") in self.asked:
+                    self.asked.pop(message["id"])(message)
         except Unreachable as error:
             self.lost = str(error)
 
     def keep_time(self, now: float) -> float:
-        """Handle what has been received, ask a silent agent whether it lives, or take it for gone.
-
-        Returns when to call this again.
-        """
+        """Handle what has come; ping a silent agent, or take it for gone. Return when to call this again."""
         self.take()
         if self._channel and now >= self._due():
-            if self._asked:
+            if self.asked:
                 self.lost = self.lost or self._channel._silence(self._patience())
             else:
                 self.ask("ping")
@@ -5308,15 +5278,17 @@ class Link:
         return self._due()
 
     def _due(self) -> float:
-        silence = self._patience() if self._asked else self._ping_after
-        return self._since + silence if self._channel else NEVER
+        if not self._channel:
+            return NEVER
+        patience = self._patience()
+        return self._since + (patience if self.asked else min(PING_AFTER, patience))
 
     def _lose(self, error: Unreachable) -> None:
         if self._channel:
             self.close()
             self._gone(error)
-        while self._asked:
-            self._asked.pop(next(iter(self._asked)))(error_message(None, error))
+        while self.asked:
+            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5324,7 +5296,6 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
 LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
-TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
 
 WAITING = "waiting"  # for its first try, or the next one
@@ -5371,6 +5342,7 @@ class Task:
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
+        self.status = 0  # that says more than `code`, if not 0
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
         self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
@@ -5400,7 +5372,7 @@ class Task:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        raise NotImplementedError
+        put(f"warning: {self.unit}: {text}\n", 2)
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Handle the answer to a report."""
@@ -5530,6 +5502,7 @@ class Task:
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
+        self.status = TimedOut.exit_code
         self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
 
     def time_is_up(self) -> None:
@@ -5543,7 +5516,8 @@ class Task:
         if self.state == ENDING:
             self.due.update(dict.fromkeys(self.due, 0.0))
         elif self.waits_for_probe():
-            hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
+            to_background = code == 0 and self.limits.ready != "notify"
+            hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}")
         elif code or self.reported == FAILED:
             self.end(ending(code))
@@ -5613,6 +5587,7 @@ class Task:
         if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
+            self.status = 0
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
@@ -5724,9 +5699,9 @@ class Run(Task):
             limits.delay = args.retry_delay
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
-        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
-        self.status = 0  # to return, if it is not that of the command
+        path = os.path.abspath(start.channel.path)
+        self.env = environment(**{"CODER_AGENT_SOCKET_PATH": path, **start.environment})
+        self.quiet = args.quiet
         self.directory = private_directory()
         self.use_directory(self.directory)
         if not self.directory:
@@ -5740,7 +5715,7 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.state == GONE and not self.link.waits():
+                if self.state == GONE and not self.link.asked:
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
                     self.signalled(number)
@@ -5784,16 +5759,8 @@ class Run(Task):
         self.due[self.say_not_ready] = now + REPORT_EVERY
         say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
 
-    def not_ready(self) -> None:
-        self.status = TimedOut.exit_code
-        super().not_ready()
-
     def to_be_tried_again(self, detail: str, delay: float) -> None:
-        self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-
-    def warn(self, text: str) -> None:
-        put(f"warning: {self.unit}: {text}\n", 2)
 
     def fail(self, reason: str) -> None:
         if reason != ending(self.code):  # else the exit status says it
@@ -6504,7 +6471,7 @@ class Boot:
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
+        self.link = Link(loop, self.news, self.agent_gone, self.patience)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
@@ -6538,7 +6505,7 @@ class Boot:
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
+            self.until(lambda: not self.unfinished and not self.link.asked and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -6578,7 +6545,7 @@ class Boot:
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.waits()))
+        return bool(needed or (self.host and self.link.asked))
 
     def printing(self) -> list[str]:
         """Return the units whose output is read."""
@@ -6901,8 +6868,6 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
-        import _signal as signal
-
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
@@ -6956,8 +6921,6 @@ class Front:
 
 def become(command: list[str]) -> NoReturn:
     """Have a command take our place. Raises CommandError."""
-    import _signal as signal
-
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -7079,8 +7042,6 @@ def is_ours(data: bytes) -> bool:
 
 def install(path: str, python: str) -> str:
     """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
-    import _signal as signal
-
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
@@ -7351,8 +7312,6 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    import _signal as signal
-
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))

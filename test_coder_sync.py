@@ -4301,7 +4301,7 @@ signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
 """
     done = finish(world.spawn([*PYTHON, code, str(HERE)]))
-    assert (done.stdout, done.returncode) == ("143 True [15]\n", -signal.SIGTERM)
+    assert (done.stdout, done.returncode) == ("143 True []\n", -signal.SIGTERM)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
