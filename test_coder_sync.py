@@ -1184,10 +1184,11 @@ when half of the time is over all are told: boot #b db app:db; complete db #b.db
     #s stopped db app | app:failed db:failed
 what waits is ended at once: boot #b db app:db; stop #s within=8; fail db #b.db
     => #b db started, #b app failed, #b stop db in 8, #b db failed, #s stopped app db | app:failed db:failed
-a start that waits is refused: start a #1 x; start b #2 a; stop #s a
-    => #1 Refused, #s nothing | a:pending b:pending x:not-registered | says unit "a" was not started: stopped
-a start behind a held one that is ended goes on: start a #1 x held; start a #2; stop #s x; want x; complete x
-    => !NotRegistered, #1 ok, #2 AlreadyStarted | a:started x:completed
+a start that waits is refused, and its unit has failed: start a #1 x; start b #2 a; start c #3 x; stop #s a
+    => #1 Refused, #2 DependencyFailed, #s stopped a | a:failed b:skipped c:pending x:not-registered | says unit "b"
+    skipped: dependency "a" failed (stopped)
+a start behind a held one that is ended goes on: want x; start a #1 x held; start a #2; stop #s x; complete x
+    => #1 Refused, #s nothing, #2 ok | a:started x:completed
 what has no supervisor cannot be stopped: start a #1 by=42; start b #2 supervised by=43; stop #s within=8; fail b #2
     => #1 ok, #2 ok, #2 stop b in 8, #s stopped b cannot a(script 42) | a:started b:failed
 nor can what a script holds: start a #1 held by=42; stop #s a => #1 ok, #s cannot a(script 42) | a:started
@@ -1321,11 +1322,11 @@ def test_who_completes_a_unit_again_may_leave_the_same_environment_again(rules: 
         complete(rules.units, "a", env={"LARGE": "x" * (coder_sync.MAX_ENVIRONMENT - 10)})
 
 
-def test_a_refused_boot_is_remembered_for_the_unit_that_closed_the_cycle(rules: Rules) -> None:
-    wants = {"a": {"b": "success"}, "b": {"a": "success"}, "c": {}}
+def test_a_refused_boot_is_remembered_for_a_unit_of_the_cycle(rules: Rules) -> None:
+    wants = {"c": {}, "a": {"b": "success"}, "b": {"a": "success"}}
     with pytest.raises(CycleError):
         rules.units.boot([(name, edges, ()) for name, edges in wants.items()], "boot")
-    assert [*rules.units.refusals] == ["b"]
+    assert [*rules.units.refusals] == ["a"]
 
 
 def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> None:
@@ -1449,7 +1450,12 @@ class Model:
         return any(self.status(d) in LOST_BY[r] for d, r in needs)
 
     def reaches(self, unit: str, goal: str) -> bool:
-        return unit == goal or any(self.reaches(d, goal) for d, _ in self.needs(unit))
+        behind, todo = {unit}, [unit]
+        while todo:
+            new = {d for d, _ in self.needs(todo.pop())} - behind
+            behind |= new
+            todo += new
+        return goal in behind
 
     def names(self) -> set[str]:
         waited = {d for needs in self.waits.values() for d, _ in needs}
@@ -1501,23 +1507,22 @@ class Model:
             self.edges = {edge: r for edge, r in before.items() if edge[0] not in members}
         for unit, wants in members.items():
             for dependency, requires in wants.items():
-                wrong = self.edges.get((unit, dependency), requires) != requires
-                if wrong or self.reaches(dependency, unit):
+                if self.edges.setdefault((unit, dependency), requires) != requires:
                     self.edges = before
-                    return Refused if wrong else CycleError
-                self.edges[unit, dependency] = requires
+                    return Refused
+        if any(self.reaches(dependency, unit) for unit in members for dependency, _ in self.needs(unit)):
+            self.edges = before
+            return CycleError
         for unit in members:
             self.statuses.setdefault(unit, "pending")
         return None
 
     def start(self, step: Step) -> type[Exception] | None:
-        unit, refusal = step.names[0], self.want(step)
+        unit = step.names[0]
         on = self.holders.get(unit)
-        free = (
-            self.status(unit) != "started" if on is None else self.status(unit) == "started" and on not in self.arrived
-        )
-        if refusal is None and not free:
-            refusal = AlreadyStarted
+        if (on and self.status(unit) in ENDED) or (self.status(unit) == "started" and (not on or on in self.arrived)):
+            return AlreadyStarted
+        refusal = self.want(step)
         if refusal is None:
             self.supervised.update(step.tickets if "supervised" in step.flags else ())
             self.claim(step.tickets[0], unit, bool({"held", "supervised"} & step.flags), step.locks)
@@ -1630,7 +1635,7 @@ class Model:
             for ticket in ends:
                 self.line.remove(ticket)
                 self.told.update({ticket: Refused} if "." not in ticket else {})
-            if any(self.starts[t][1] for t in ends) and not self.line_of(unit) and unit not in self.holders:
+            if ends and not self.line_of(unit) and unit not in self.holders:
                 self.may_become[unit] = "failed"
                 failed.append(unit)
         cannot = [unit for unit in affected if self.status(unit) == "started" and unit not in runs]
@@ -3103,7 +3108,7 @@ def send_and_go_on_late(self, data):
     while b"env" in data and any(claim.held and claim.unit.status == "started" for claim in self.claims):
         coder_sync.time.sleep(0.001)
 coder_sync.Connection.send = send_and_go_on_late
-coder_sync.MAX_PENDING, coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 64, 2, 1
+coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 2, 1
 """
 
 
@@ -3155,17 +3160,16 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     served(small)
 
 
-def test_a_connection_may_wait_for_so_many_requests_and_no_more(small: World) -> None:
-    peer = small.connect()
-    for i in range(64):
-        peer.request("wait", i, units=["never" if i else "first"])
-    assert "at most" in peer.call("wait", "one more", units=["never"])["error"]["message"]
-    small.end("first")
-    assert peer.read()["id"] == 0
-    peer.request("wait", "now", units=["never"])
-    assert "result" in peer.call("ping", "p")
+def test_a_connection_that_asks_for_much_may_go_on_and_keeps_what_it_holds(world: World) -> None:
+    answering(world, altered("coder_sync.MANY_CLAIMS = 8", "serve", "-q"))
+    peer = world.connect()
+    assert "result" in peer.call("start", unit="kept", hold=True)
+    for i in range(30):
+        assert "result" in peer.call("start", unit=f"much {i}", hold=True)
+        assert "result" in peer.call("complete", unit=f"much {i}")
     peer.close()
-    served(small)
+    until(lambda: world.status("kept") == "failed")
+    assert world.status("much 0") == "completed"
 
 
 def test_who_waits_is_told_at_once_what_is_lacking_and_again_when_the_time_is_up(shared: World) -> None:
@@ -3347,7 +3351,7 @@ _thread.start_new_thread = start_new_thread
 
 def test_an_agent_that_can_have_no_thread_or_descriptor_says_so_and_leaves_nothing(world: World) -> None:
     no_thread = "def start(self): raise RuntimeError('no thread')\nimport threading; threading.Thread.start = start"
-    for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (4, 5, 6))):
+    for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (5, 6))):
         done = finish(world.spawn(argv))
         assert done.returncode == 1 and re.fullmatch("(error: cannot|OSError:.* Too many) .*\n", done.stderr), done
         assert os.listdir(world.directory) == []
@@ -3555,7 +3559,7 @@ def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_
     began = time.monotonic()
     log.close(0.1)  # whose thread stands there
     assert log.lost > 0 and time.monotonic() - began < 10
-    until(lambda: (read_now(reader), not log._writer.is_alive())[1])
+    until(lambda: (read_now(reader), not log._listener._thread.is_alive())[1])
     os.close(reader)
 
 
@@ -4297,7 +4301,7 @@ signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
 """
     done = finish(world.spawn([*PYTHON, code, str(HERE)]))
-    assert (done.stdout, done.returncode) == ("143 True [15]\n", -signal.SIGTERM)
+    assert (done.stdout, done.returncode) == ("143 True []\n", -signal.SIGTERM)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -4613,36 +4617,26 @@ def test_a_refusal_is_one_line_and_changes_nothing(call: Call, mixed: World) -> 
     assert before.items() <= {u.unit_name: u.status for u in mixed.client.list(everything=True)}.items()
 
 
-FORMS = [
-    "exp sync want UNIT a b",
-    "want --connect-timeout 1s UNIT a b",
-    "want UNIT --connect-timeout=1s a b -q",
-    "want UNIT a --requires=success b",
-    "want --requires success -- UNIT a b",
-    "want -q UNIT -- a b",
-    "--connect-timeout 1s want UNIT a b",
-    "exp sync --connect-timeout=1s want --connect-timeout 0 UNIT a b",
-    "--connect-timeout 1s --socket-path PATH exp sync --connect-timeout 1s want UNIT a b",
-]
+FORMS = """
+exp sync want u a b
+want --connect-timeout 1s u a b
+want u --connect-timeout=1s a b -q
+want u a --requires=success b
+want --requires success -- u a b
+want -q u -- a b
+--connect-timeout 1s want u a b
+exp sync --connect-timeout=1s want --connect-timeout 0 u a b
+--connect-timeout 5s --socket-path /x exp sync --connect-timeout 1s want u a b
+--socket-path=/x exp sync exp sync want u a b
+"""
 
 
-def test_options_may_stand_before_among_and_after_the_names(call: Call, mixed: World) -> None:
-    for n, form in enumerate(FORMS):
-        call.ok(mixed, *form.replace("UNIT", f"form-{n}").replace("PATH", mixed.path).split())
-        assert [d.depends_on for d in mixed.client.status(f"form-{n}").dependencies] == ["a", "b"]
-    call.ok(mixed, "want", "--", "--quiet", "-q", "--")
-    assert [d.depends_on for d in mixed.client.status("--quiet").dependencies] == ["-q", "--"]
-    call.ok(mixed, "complete", "--", "--quiet")
-    assert mixed.status("--quiet") == "completed"
-    nowhere = {"CODER_AGENT_SOCKET_PATH": "/nowhere"}
-    assert call(mixed, "ping", **nowhere).returncode == 3
-    for line in (
-        "ping --socket-path PATH",
-        "--socket-path=PATH ping",
-        "--socket-path PATH exp sync list",
-        "exp sync --socket-path PATH list",
-    ):
-        assert call(mixed, *line.replace("PATH", mixed.path).split(), **nowhere).returncode == 0
+def test_options_may_stand_before_among_and_after_the_names() -> None:
+    for form in FORMS.strip().splitlines():
+        command, args = coder_sync.parse(form.split())
+        assert (command.name, args.unit, args.deps, args.quiet) == ("want", "u", ["a", "b"], " -q" in form), form
+        timeout = 0 if "timeout 0" in form else 1 if "timeout" in form else None
+        assert (args.connect_timeout, args.socket_path) == (timeout, "/x" if "/x" in form else ""), form
 
 
 def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_done(world: World) -> None:
@@ -4697,55 +4691,43 @@ def test_env_prints_what_a_shell_takes_back_unchanged(
     agent.connect().call("start", unit="b")
     agent.connect().call("complete", unit="b", env=values)
     out = call.ok(agent, "env", "a")
-    assert out.startswith("export A='it'\\''s $HOME ")
     done = finish(agent.spawn(["sh", "-c", 'eval "$1"; printf "%s|" "$A" "$B_2" "$C"', "sh", out]))
     assert (done.stdout, done.stderr) == ("|".join([*values.values(), ""]), "")
     for name in ("x y", "$(exit)", "1a", "", "\u00e4"):
         monkeypatch.setattr(Client, "env", lambda client, unit, name=name: {"GOOD": "1", name: "2"})
-        done = call(agent, "env", "a")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: the agent knows a variable that no shell can take: ")
+        play(call, agent, "$ env a -> 1: the agent knows a variable that no shell can take: ...\n")
 
 
 def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
-    def data(*words: str) -> Any:
-        return json.loads(call.ok(agent, *words))
+    def facts(row: dict[str, Any], *keys: str) -> tuple[Any, ...]:
+        return tuple(row[key] for key in keys)
 
-    assert data("list", "-o", "json") == []
-    agent.client.want("b", "c")
+    assert json.loads(call.ok(agent, "list", "-o", "json")) == []
+    agent.client.want("table", "nobody")
     agent.client.start("\u00e4", pid=os.getpid())
     agent.end("a")
-    agent.client.start("z")
-    agent.client.fail("z", "no disk")
-    rows = data("list", "-o", "json")
-    assert [(r["unit_name"], r["status"], r["is_ready"], r["reason"]) for r in rows] == [
-        ("a", "completed", True, ""),
-        ("b", "pending", False, ""),
-        ("z", "failed", True, "no disk"),
-        ("\u00e4", "started", True, ""),
-    ]
-    assert rows[1].get("dependencies") != []  # it has one: better no word than a wrong one
-    assert rows[2].keys() >= {"exit_code", "owner"}
-    assert rows[3]["owner"]["pid"] == os.getpid()
-
-    done = agent.run("run", "bad", "--quiet", "--", "sh", "-c", "exit 9")
-    assert (done.returncode, done.stdout, done.stderr) == (9, "", "")
-    agent.client.want("table", "nobody")
+    assert agent.run("run", "bad", "--quiet", "--", "sh", "-c", "exit 9").returncode == 9
     agent.client.want("table", "\u00e4", requires="start")
     agent.client.want("table", "bad", requires="completion")
-    status = data("status", "table", "-o", "json")
-    assert [status[k] for k in ("unit_name", "status", "is_ready")] == ["table", "pending", False]
+    rows = json.loads(call.ok(agent, "list", "-o", "json"))
+    assert [facts(row, "unit_name", "status", "is_ready", "reason", "exit_code") for row in rows] == [
+        ("a", "completed", True, "", 0),
+        ("bad", "failed", True, "exit code 9", 9),
+        ("table", "pending", False, "", None),
+        ("\u00e4", "started", True, "", None),
+    ]
+    assert (rows[2].get("dependencies"), rows[2]["owner"]) == (None, None)  # not []: it has some
+    assert rows[3]["owner"].keys() == {"pid", "command", "alive"} and rows[3]["owner"]["pid"] == os.getpid()
+    status = json.loads(call.ok(agent, "status", "table", "--output", "json"))
+    assert facts(status, "unit_name", "status", "is_ready") == ("table", "pending", False)
     keys = ("depends_on", "required_status", "current_status", "is_satisfied")
-    assert [tuple(d[k] for k in keys) for d in status["dependencies"]] == [
+    assert [facts(dependency, *keys) for dependency in status["dependencies"]] == [
         ("nobody", "completed", "not registered", False),
         ("\u00e4", "started", "started", True),
         ("bad", "ended", "failed", True),
     ]
-    status = data("status", "bad", "--output", "json")
-    assert (status["status"], status["reason"], status["exit_code"]) == ("failed", "exit code 9", 9)
-    assert set(status["owner"]) == {"pid", "command", "alive"}
-    status = data("status", "nobody knows it", "-o", "json")
-    assert (status["status"], status["is_ready"]) == ("not registered", True)
+    status = json.loads(call.ok(agent, "status", "nobody knows it", "-o", "json"))
+    assert facts(status, "status", "is_ready") == ("not registered", True)
 
 
 def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(call: Call, agent: World) -> None:
@@ -5009,40 +4991,31 @@ def test_a_client_that_waits_ends_with_its_agent(world: World) -> None:
     agent.kill()
     for process in processes:
         done = finish(process)
-        assert done.returncode == 3
-        assert re.search("^error: .*went away.*\n$", done.stderr)
+        assert done.returncode == 3 and re.search("^error: .*went away.*\n$", done.stderr)
 
 
 SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
 ASKING = ("ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true")
 
 
-@contextlib.contextmanager
-def silent(world: World, kind: str) -> Iterator[int]:
-    """Something that takes connections and says nothing; yields its process."""
-    if kind == "a stopped agent":
-        agent = world.serve()
-        stop(agent)
-        yield agent.pid
-    else:
-        with listener(world.path) as sock:
-            sock.listen()
-            yield os.getpid()
-
-
-@pytest.mark.parametrize("kind", ["a stopped agent", "another program"])
-def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, kind: str) -> None:
-    with silent(world, kind) as pid:
+@pytest.mark.parametrize("is_agent", [True, False], ids=["a-stopped-agent", "another-program"])
+def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, is_agent: bool) -> None:
+    with contextlib.ExitStack() as at_end:
+        if is_agent:
+            agent = world.serve()
+            stop(agent)
+        else:
+            at_end.enter_context(listener(world.path)).listen()
         lines = [*WAITING, *ASKING]
         processes = [world.spawn(altered(SOON, *line.split()), env=world.env) for line in lines]
-        who = re.escape(f"the agent at {world.path} (pid {pid}) has not answered for")
+        who = re.escape(f"the agent at {world.path} (pid {agent.pid if is_agent else os.getpid()}) has not answered")
+        said = (
+            f"warning: {who} for 1 s; is it stopped[?]\n(error|warning: d: runs.*): {who} for 2 s; is it stopped[?]\n"
+        )
         for line, process in zip(lines, processes):
             done = finish(process)
             assert done.returncode == (0 if "--optional" in line else 3), line
-            expected = (
-                f"warning: {who} 1 s; is it stopped[?]\n(error|warning: d: runs.*): {who} 2 s; is it stopped[?]\n"
-            )
-            assert re.fullmatch(expected, done.stderr), line
+            assert re.fullmatch(said, done.stderr), line
 
 
 def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
@@ -5207,11 +5180,10 @@ def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(wor
 
 
 def test_names_are_written_in_any_locale(mixed: World) -> None:
-    name = "\u00fcberschrift"
     for locale in ("C", "POSIX", "C.UTF-8"):
-        done = mixed.run("want", name, "x", env={**mixed.env, "LC_ALL": locale})
+        done = mixed.run("want", "\u00fcberschrift", locale, env={**mixed.env, "LC_ALL": locale})
         assert (done.returncode, done.stderr) == (0, "")
-    assert name in [u.unit_name for u in mixed.client.list()]
+    assert mixed.status("\u00fcberschrift") == "pending"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5749,11 +5721,11 @@ def test_a_run_hands_its_socket_path_on_to_its_command(agent: World) -> None:
     assert agent.ok(*optional, env=env) == f"{agent.directory}/none\n"
 
 
-@pytest.mark.parametrize("limit", ["-n 4", "-n 5"])
+@pytest.mark.parametrize("limit", ["-n 5", "-n 6"])
 def test_a_run_that_lacks_descriptors_says_so_in_one_line(agent: World, limit: str) -> None:
     for ready in ([], ["--ready", "true"], ["--ready", "notify"]):
         done = finish(agent.spawn(limited(limit, "run", "a", *ready, "--", "sh", "-c", "exec sleep 0.1")))
-        assert re.fullmatch("error: .*Too many open files\n", done.stderr) and done.returncode in (1, 125), done
+        assert re.fullmatch("error: .*Too many open files.*\n", done.stderr) and done.returncode in (1, 125), done
 
 
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
@@ -5771,8 +5743,9 @@ def test_a_run_waits_once_for_an_agent_that_is_stopped_not_for_each_of_its_answe
     stop(agent)
     gate.open()
     gate.keep_open(lambda: run.poll() is not None)
-    what = "try 2 of 3 after exit code 3, try 3 of 3 after exit code 3, its outcome (exit code 3)"
-    assert f"warning: a: {what} may not have been reported: " in finish(run).stderr
+    said = finish(run).stderr
+    for what in ("try 2 of 3 after exit code 3", "try 3 of 3 after exit code 3", "its outcome (exit code 3)"):
+        assert f"warning: a: {what} may not have been reported: " in said
 
 
 @pytest.mark.parametrize("way", ["run", "boot"])
@@ -6020,7 +5993,7 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
     path = tool(world, form)
     whole = Path(path).read_bytes()
-    cut = whole.index(b"\n# Processes. ")
+    cut = whole.index(b"\n# Client. ")
     for size in (300, 4096, 8192, cut - 1, cut + 8192, whole.rindex(b"\ndef ")):
         if form == "plain" or size < 10_000:
             Path(path).write_bytes(whole[:size])
@@ -6222,7 +6195,7 @@ def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
-    text = FILE.read_text(encoding="utf-8").partition("\n# Processes. ")[0]
+    text = FILE.read_text(encoding="utf-8").partition("\n# Client. ")[0]
     above = compile(text, "above", "exec", dont_inherit=True)
     defined: dict[str, Any] = {"__name__": "above", "__file__": str(FILE)}
     exec(above, defined)
@@ -6829,18 +6802,18 @@ h 8.0,20 10s in all (1 failed, 1 skipped, 1 still running); critical path: <a> 3
 g M38.2 54V162; m 38.2,48 0; g M114.2 54V162; m 114.2,48 1s; g M190.2 54V162; m 190.2,48 2s; g M266.2 54V162; m \
 266.2,48 3s; g M342.2 54V162; m 342.2,48 4s; g M418.2 54V162; m 418.2,48 5s; g M494.2 54V162; m 494.2,48 6s; g M570.2 \
 54V162; m 570.2,48 7s; g M646.2 54V162; m 646.2,48 8s; g M722.2 54V162; m 722.2,48 9s; g M798.2 54V162; m 798.2,48 10s
-<a>: completed / runs 3.0s / in 3 tries / locks: l
+"<a>" completed 6.0s ago after running 3.0s in 3 tries; started at once
     y 0.0,62 987.2x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t 190.2,64 2.0x16; t 304.2,64 2.0x16;  860.2,76 \
 3.0s; m 868.2,76 completed
-c: failed: say "&" / waits 1ms / runs 0ms
+"c" failed 8.0s ago after running 0ms: say "&"; started at once
     z 0.0,82 987.2x20;  8.0,96 c; w 190.2,89 2.0x6; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: \
 say "&"
-b: completed / waits 500ms / waits for a lock 2.5s / runs 5.0s / last for <a> / depends on <a>, c / locks: l, m
+"b" completed 1.0s ago after running 5.0s; started after waiting 3.0s, last for <a>
     y 0.0,102 987.2x20; h 8.0,116 b; w 114.2,109 38.0x6; l 152.2,109 190.0x6; completed k 342.2,106 380.0x12;  \
 860.2,116 5.0s; m 868.2,116 completed
-f: started: runs on / runs 1.0s / last for b / depends on b
+"f" started 1.0s ago, at once; it is runs on
     z 0.0,122 987.2x20; h 8.0,136 f; started k 722.2,126 76.0x12;  860.2,136 1.0s; m 868.2,136 running on
-d: skipped: c / waits 1.0s / depends on c / output: /d.log
+"d" was skipped 7.0s ago: c
     y 0.0,142 987.2x20;  8.0,156 d; skipped 190.2,149 76.0x6;  860.2,156 1.0s; m 868.2,156 skipped: c
 c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as a service; w 192.0,181 24.0x6; m \
 222.0,188 waits; l 376.0,181 24.0x6; m 406.0,188 waits for a lock; started 560.0,178 24.0x12; m 590.0,188 runs; t \
@@ -7014,7 +6987,7 @@ def test_a_timeline_lines_up_long_and_wide_names() -> None:
     assert lines[-2:] == ['module.workspace.cod~t["health-check-1"]', "2.0s (100% of it)"]
 
 
-def test_the_axis_has_round_times_ten_to_fifteen_columns_apart() -> None:
+def test_the_axis_has_round_times() -> None:
     axes = [coder_sync.ticks(length, 8) for length in [0.004 * 1.03**i for i in range(665)]]
     assert " ".join(dict.fromkeys(axis[1][1] for axis in axes)) == (
         "1ms 1.5ms 2ms 3ms 4ms 6ms 8ms 10ms 15ms 20ms 30ms 40ms 60ms 80ms 100ms 150ms 200ms 300ms 400ms 600ms "
@@ -7023,10 +6996,6 @@ def test_the_axis_has_round_times_ten_to_fifteen_columns_apart() -> None:
     )
     for axis, text in ((coder_sync.ticks(2.2, 5), "0 600ms 1.2s 1.8s"), (coder_sync.ticks(1e9, 10), "0 277777h46m")):
         assert " ".join(text for _, text in axis) == text
-    for columns in (40, 80, 378):
-        for length in [0.02 * 1.17**i for i in range(90)]:
-            step = coder_sync.ticks(length, columns // 10)[1][0]
-            assert 9.99 <= step / length * columns <= 16 or step < 0.004, (columns, length)
 
 
 # -- what is true of any startup ----------------------------------------------------------------------------
@@ -7079,6 +7048,18 @@ def test_a_timeline_fits_its_width_and_has_all_units_in_the_order_they_started()
             assert len(lines) >= len(known) + 3 or not known
 
 
+def test_a_startup_whose_times_contradict_each_other_is_drawn() -> None:
+    never = UnitStatus("never", "not registered", False, started=1.0, ended=2.0)
+    for registered, now in ((1e14, 1), (-1e14, 1), (0, 1e14)):
+        units = (
+            unit("a", 9, 5, 3, ["never"], registered=registered, released_by="never"),
+            unit("b", 0, 1e9, wants=["a"]),
+        )
+        graph = startup_of(now, never, *units)
+        assert " a " in coder_sync.timeline_text(graph) and svg_of(graph).findtext("g/title")
+        assert coder_sync.blame_text(graph) and "a" in coder_sync.graph_mermaid(graph)
+
+
 def test_the_critical_path_leads_to_the_last_end_without_a_gap() -> None:
     for graph in ANY[len(STARTUPS) :]:
         startup = coder_sync.Startup(graph)
@@ -7126,22 +7107,6 @@ def test_the_svg_stands_alone_and_no_text_is_covered_or_cut_off() -> None:
                 assert other[0] >= right or other[2] <= left or not (is_text or other[4]), (left, top, other)
 
 
-def test_the_svg_says_of_each_unit_what_it_did() -> None:
-    for graph in ANY:
-        groups = {(g.findtext("title") or "").partition(": ")[0]: g for g in svg_of(graph).findall("g")}
-        for u in (u for u in graph.nodes if u.status != "not registered"):
-            group = groups[u.unit_name]
-            classes = [bar.get("class", "").split()[0] for bar in group.findall("rect")]
-            drawn = u.waiting if u.status == "skipped" else u.started
-            assert (u.status in classes) == (drawn is not None), u
-            assert classes.count("t") == len(u.tries)
-            assert group.findtext("text") == u.unit_name or coder_sync.wide(u.unit_name) > 60
-            assert u.reason in (group.findtext("title") or "") or u.probe
-            outcome = group.findall("text")[-1].text or ""
-            word = u.status if u.status in coder_sync.ENDED and not u.running_on else coder_sync.standing(u)
-            assert outcome.startswith(word) and coder_sync.wide(outcome) <= 60
-
-
 def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
     quick, slow = unit("quick", 0, 0, 0.001), unit("slow", 0.001, 0.001, 300.001, ["quick"])
     graph = startup_of(300.002, quick, slow, unit("last", 300.001, 300.001, 300.002, ["slow"]))
@@ -7150,48 +7115,33 @@ def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
     assert number(bars[2], "x") + 2 == number(bars[1], "x") + 760
 
 
-def edges_of(graph: Graph) -> list[tuple[str, ...]]:
-    return [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
-
-
-def test_dot_has_all_names_and_edges_whatever_the_names_are() -> None:
-    string = r'"((?:[^"\\]|\\.)*)"'
+def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
+    string, label = r'"((?:[^"\\]|\\.)*)"', r'\["((?:[^"\[\](){}<>|`;%\\]|#\d+;)*)"\]'
     for graph in ANY:
+        edges = [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
+        path = [bar.name for bar, _ in coder_sync.Startup(graph).path]
+        data = coder_sync.graph_data(graph)
+        assert [(edge["depends_on"], edge["unit_name"], edge["requirement"]) for edge in data["edges"]] == edges
+
         text = coder_sync.graph_dot(graph)
         boxes = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}([^"]*)\];$', text, re.M)
-        assert [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes] == [
-            (u.unit_name, u.running_on) for u in graph.nodes
-        ]
+        drawn = [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes]
+        assert drawn == [(u.unit_name, u.running_on) for u in graph.nodes]
         arrows = re.findall(rf'^  {string} -> {string}(?: \[(?:label=(\w+))?[^"]*\])?;$', text, re.M)
-        found = [(*(re.sub(r"\\(.)", r"\1", name) for name in two), r or "success") for *two, r in arrows]
-        assert found == edges_of(graph) and text.count("\n") == 3 + len(boxes) + len(arrows)
+        assert [(*(re.sub(r"\\(.)", r"\1", name) for name in two), r or "success") for *two, r in arrows] == edges
+        assert text.count("\n") == 3 + len(boxes) + len(arrows)
 
-
-def test_mermaid_has_all_names_edges_and_the_critical_path_whatever_the_names_are() -> None:
-    label = r'\["((?:[^"\[\](){}<>|`;%\\]|#\d+;)*)"\]'
-    for graph in ANY:
-        text, startup = coder_sync.graph_mermaid(graph), coder_sync.Startup(graph)
+        text = coder_sync.graph_mermaid(graph)
         boxes = re.findall(rf"^  (u\d+)(\(?){label}\)?:::(\w+)$", text, re.M)
         names = {ident: re.sub(r"#(\d+);", lambda code: chr(int(code[1])), name) for ident, _, name, _ in boxes}
-        drawn = [(names[ident], round == "(", status.replace("_", " ")) for ident, round, _, status in boxes]
-        assert drawn == [(u.unit_name, u.running_on, u.status) for u in graph.nodes]
-        arrows = re.findall(r"^  (u\d+) ([-=])\2>(?:\|(\w+)\|)? (u\d+)$", text, re.M)
-        assert [(names[a], names[b], r or "success") for a, _, r, b in arrows] == edges_of(graph)
-        path = [names[ident] for ident in re.findall(r"^  style (u\d+) stroke", text, re.M)]
-        assert path == [bar.name for bar, _ in startup.path]
-        bold = {(names[a], names[b]) for a, line, _, b in arrows if line == "="}
-        assert bold == set(zip(path, path[1:])) & {edge[:2] for edge in edges_of(graph)}
-        assert text.count("\n") == 7 + len(boxes) + len(arrows) + len(path)
-
-
-def test_the_graph_as_json_has_all_names_and_edges() -> None:
-    for graph in ANY:
-        data = coder_sync.graph_data(graph)
-        keys = ("unit_name", "status", "reason", "running_on")
-        assert data["units"] == [{key: getattr(u, key) for key in keys} for u in graph.nodes]
-        assert [(edge["depends_on"], edge["unit_name"], edge["requirement"]) for edge in data["edges"]] == edges_of(
-            graph
-        )
+        states = [(names[ident], round == "(", status.replace("_", " ")) for ident, round, _, status in boxes]
+        assert states == [(u.unit_name, u.running_on, u.status) for u in graph.nodes]
+        lines = re.findall(r"^  (u\d+) ([-=])\2>(?:\|(\w+)\|)? (u\d+)$", text, re.M)
+        assert [(names[a], names[b], r or "success") for a, _, r, b in lines] == edges
+        bold = {(names[a], names[b]) for a, line, _, b in lines if line == "="}
+        assert bold == set(zip(path, path[1:])) & {edge[:2] for edge in edges}
+        assert [names[ident] for ident in re.findall(r"^  style (u\d+) stroke", text, re.M)] == path
+        assert text.count("\n") == 7 + len(boxes) + len(lines) + len(path)
 
 
 def test_why_tells_of_each_unit_that_is_stuck_whom_it_waits_for() -> None:
@@ -7248,8 +7198,6 @@ def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
     for data in foreign:
         with pytest.raises(UsageError, match=r"^t.json is not a timeline as `timeline -o json` prints it$"):
             coder_sync.read_timeline(data, "t.json")
-    with pytest.raises(UsageError, match=r"^t.json is a timeline of a newer version"):
-        coder_sync.read_timeline(damaged("version", value=3), "t.json")
 
 
 # -- size -----------------------------------------------------------------------------------------------------
@@ -7264,15 +7212,6 @@ def test_a_tree_is_bounded_in_depth_and_breadth() -> None:
     names = [(layer, i) for layer in range(12) for i in range(12)]
     graph = startup_of(0, *(unit(f"{n}.{i}", wants=[f"{n + 1}.{j}" for j in range(12)]) for n, i in names))
     assert len(coder_sync.graph_tree(graph).splitlines()) == 12 + 12 * 12 * 12  # not 12 ** 12
-
-
-def test_part_of_a_graph_is_what_some_units_depend_on() -> None:
-    graph = STARTUPS["broken"]
-    for names, kept in ((["mail"], "mail report data web base"), (["lint", "cache"], "lint gone cache base")):
-        assert {u.unit_name for u in coder_sync.part_of(graph, names).nodes} == set(kept.split())
-    assert coder_sync.part_of(graph, []) == graph
-    with pytest.raises(NotRegistered, match='no unit "nix"'):
-        coder_sync.part_of(graph, ["mail", "nix"])
 
 
 def test_why_goes_down_a_chain_to_its_end() -> None:
@@ -7352,28 +7291,20 @@ def test_events_are_a_json_object_a_line(little: World, call: Call) -> None:
     assert abs(events[-1]["wall"] - time.time()) < PATIENCE
 
 
-def test_events_are_followed_until_the_agent_ends(world: World) -> None:
+def test_events_are_followed_until_the_agent_ends_or_nobody_reads_them(world: World) -> None:
     agent = world.serve()
     world.client.want("a")
-    process = world.popen("events", "--follow")
-    assert json.loads(line_of(process.stdout))["kind"] == "registered"
+    reads, goes_away = followers = [world.popen("events", "--follow") for _ in range(2)]
+    assert [json.loads(line_of(process.stdout))["kind"] for process in followers] == ["registered"] * 2
+    goes_away.stdout.close()  # type: ignore[union-attr]
     world.client.start("a")
-    assert json.loads(line_of(process.stdout))["kind"] == "started"
+    assert goes_away.wait(PATIENCE) == 0
+    goes_away.stdout = None
+    assert finish(goes_away).stderr == ""
+    assert json.loads(line_of(reads.stdout))["kind"] == "started"
     agent.terminate()
-    done = finish(process)
+    done = finish(reads)
     assert (done.returncode, done.stdout, done.stderr[:7], done.stderr.count("\n")) == (3, "", "error: ", 1)
-
-
-def test_a_follower_ends_when_nobody_reads_it(agent: World) -> None:
-    agent.client.want("a")
-    process = agent.popen("events", "--follow")
-    line_of(process.stdout)
-    assert process.stdout
-    process.stdout.close()
-    agent.client.want("one-more")
-    assert process.wait(PATIENCE) == 0
-    process.stdout = None
-    assert finish(process).stderr == ""
 
 
 def test_the_client_iterates_over_events(agent: World) -> None:
@@ -7417,13 +7348,19 @@ def test_the_width_is_that_of_the_terminal_or_of_columns(little: World, call: Ca
 
 def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> None:
     text = call.ok(little, "timeline", LC_ALL="C.UTF-8")
-    rows = [re.sub("[\u2588\u2591 ]+[\\d.]+m?s", "", line) for line in text.splitlines()[1:4]]
+    rows = [re.sub("[\u2588\u2591\u2592 ]+[\\d.]+m?s", "", line) for line in text.splitlines()[1:4]]
     assert rows == ["* a completed", "* b running", "  c waiting"]
     assert call.ok(little, "why").endswith("; it is still running.\n    held up: c\n")
     assert call.ok(little, "graph", LC_ALL="C") == "c (pending)\n`-- b (started)\n    `-- a (completed)\n"
     assert call.ok(little, "graph", "b", "-o", "dot").count("->") == 1
     assert call.ok(little, "graph", "c", "-o", "mermaid").count("> u") == 2
-    assert len(json.loads(call.ok(little, "graph", "a", "-o", "json"))["units"]) == 1
+    assert json.loads(call.ok(little, "graph", "b", "-o", "json")) == {
+        "units": [
+            {"unit_name": name, "status": status, "reason": "", "running_on": False}
+            for name, status in (("b", "started"), ("a", "completed"))
+        ],
+        "edges": [{"unit_name": "b", "depends_on": "a", "requirement": "success"}],
+    }
     assert "nobody" in call(little, "graph", "nobody").stderr
     table = call.ok(little, "status", "c").split("\n\n")[-1].splitlines()
     assert [" ".join(line.split()[1:]) for line in table] == ["EVENT DETAIL", "registered", "wants b", "waiting b"]
@@ -7453,44 +7390,36 @@ def test_a_saved_timeline_is_compared_with_the_present(little: World, call: Call
     (tmp_path / "bad.json").write_bytes(b"\xff")
     compared = call.ok(little, "timeline", "--compare", f"{tmp_path}/good.json")
     assert re.search("^apt +2m05s +- +went", compared, re.M)
-    for name, message in (
-        ("none.json", "cannot read {}: No such file or directory"),
-        ("", "cannot read {}: Is a directory"),
-        ("bad.json", "{} is not a timeline as `timeline -o json` prints it"),
-    ):
-        done = call(little, "timeline", "--compare", f"{tmp_path}/{name}")
-        said = "error: " + message.format(f"{tmp_path}/{name}") + "\n"
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    transcript = """
+$ timeline --compare DIR/none.json -> 2: cannot read DIR/none.json: No such file or directory
+$ timeline --compare DIR -> 2: cannot read DIR: Is a directory
+$ timeline --compare DIR/bad.json -> 2: DIR/bad.json is not a timeline as `timeline -o json` prints it
+"""
+    play(call, little, transcript.replace("DIR", str(tmp_path)))
 
 
 def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call) -> None:
-    script = "coder start a -q && echo ready && exec sleep 60"
-    process = agent.spawn(["sh", "-c", script], env=agent.shell_env())
+    process = agent.spawn(["sh", "-c", "coder start a -q && echo ready && exec sleep 60"], env=agent.shell_env())
     assert line_of(process.stdout) == "ready\n"
-    waits = agent.connect()
-    waits.request("start", unit="b", dependencies=["a"])
-    agent.waiting("b")
-    waits_for, runs, holds = call.ok(agent, "why", "b").splitlines()
-    assert re.fullmatch(r'"b" has not started: for \S+ it has been waiting for "a"\.', waits_for)
-    assert re.fullmatch(rf'"a" started \S+ ago by sh .* \(pid {process.pid}\), at once; it is still running\.', runs)
-    assert holds == "    held up: b"
+    agent.client.want("b", "a")
+    how = f'"a" started TIME ago by sh ... (pid {process.pid}), at once; '
+    expected = '$ why b -> "b" has not started: nobody has called start on it; it would have to wait for "a".\n'
+    play(call, agent, f"{expected}{how}it is still running.\n")
     process.kill()
     process.wait()
-    assert "; that process is gone: it ended without complete.\n" in call.ok(agent, "why", "b")
-    assert call.ok(agent, "why", "x") == '"x" is not registered: nobody has called want, start or run on it.\n'
+    play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
+    play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
 
 
 def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: World) -> None:
-    for path, code, said in (
-        ("startup.png", 2, ".svg, .json or .txt"),
-        ("no/such/dir.svg", 0, "warning: cannot write the timeline to "),
-        ("t.txt", 0, ""),
-        ("t.json", 0, ""),
-        ("t.svg", 0, ""),
+    for path, said in (
+        ("no/such/dir.svg", "warning: cannot write the timeline to "),
+        ("t.txt", ""),
+        ("t.json", ""),
+        ("t.svg", ""),
     ):
-        done = world.shell(f"coder serve --timeline {path} -- sh -c 'coder run a -- false; touch ran'")
-        assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == (said != "")
-        assert (world.directory / "ran").exists() == (code == 0)
+        done = world.shell(f"coder serve --timeline {path} -- coder run a -- false")
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == (said != "")
     text = (world.directory / "t.txt").read_text(encoding="utf-8")
     assert "\n* a " in text and "failed" in text
     assert "1 failed" in (world.directory / "t.svg").read_text(encoding="utf-8")
