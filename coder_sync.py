@@ -5917,9 +5917,10 @@ def unit_of(name: str) -> str:
 
 def looks_like_header(line: str) -> bool:
     """Return whether a comment was meant to be a header, and is not only about us."""
-    text = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-    words = text.replace(":", " ").split()
-    return line.strip().startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+    words = line.strip().lstrip("#/-; ").lower().replace(":", " ").split()
+    if not line.strip().startswith(MARKS) or len(words) < 2 or words[1] not in HEADERS:
+        return False
+    return words[0] == "coder-sync" or resembling(words[0], ["coder-sync"]) != ""
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
@@ -6604,7 +6605,7 @@ class Boot:
             for fd in self.out.pipes():
                 self.out.let_go(fd)
         elif not self.stopping:
-            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
+            self.told(1, f"{self.over and self.options.command or 'the process of boot'} has ended")
 
     def told(self, number: int, why: str = "") -> None:
         """End everything, because of a signal, or for another reason. Twice: at once."""
@@ -7416,7 +7417,7 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
+            with open(open_file(args.compare), "rb") as f:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None

@@ -7713,7 +7713,7 @@ MISTAKES_IN_HEADERS = [
     ("# coder-sync want a", ODD),
     ("# coder_sync: want a", ODD),
     ("#Coder-Sync: want a", ODD),
-    ("// codersync: unit b", ODD),
+    ("// coder-syn: unit b", ODD),
     ("@wants a", f'"wants a" {USE}'),
     ("@", f'"" {USE}'),
     ("@unit a b", 'unit: too many words; write unit NAME; a name with a blank needs quotes: unit "a b"'),
@@ -9058,7 +9058,11 @@ def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(worl
 def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(world: World, gate: Gate, how: str) -> None:
     boot, master = boot_on_terminal(world, {"db": service("db"), "a": "@want db\ncat gate; echo a > ran"})
     gate.reached()
-    boot.process.kill() if how == "process" else os.close(master)
+    if how == "terminal":
+        os.close(master)
+    else:
+        boot.process.kill()
+        shown_on(master, b"stopped: the process of boot has ended")
     assert boot.process.wait(PATIENCE) == (-9 if how == "process" else 129)
     until(lambda: boot.left() == [])
     assert read_lines(world.directory / "ends") == ["db"] and not (world.directory / "ran").exists()
