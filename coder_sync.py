@@ -424,6 +424,12 @@ def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no lon
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
+def let_go(unit: str, owner: Owner | None) -> str:
+    """Return what to do about a unit whose owner has gone, for the end of a message."""
+    gone = owner is not None and owner.alive is False
+    return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
+
+
 def check_name(name: object, what: str = "unit") -> str:
     """Return `name` if it may name a unit (or a lock), else raise Refused, or InvalidParams for what is no text."""
     if not isinstance(name, str):
@@ -1630,9 +1636,7 @@ def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
-        way = ", which has no supervisor: end that process"
-        if row.owner and row.owner.alive is False:
-            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
+        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
@@ -1665,6 +1669,7 @@ def meant(guess: str, otherwise: str = "") -> str:
 # are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
 # ----------------------------------------------------------------------------------------------------------
 
+import _signal as signal  # noqa: E402  (the package module wraps each number in an enum)
 import os  # noqa: E402  (a plain call, which needs only what is above, does without)
 
 
@@ -1702,11 +1707,8 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-    try:
-        return os.read(fd, 1 << 16).decode(errors="replace")
-    finally:
-        os.close(fd)
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        return file.read(1 << 16).decode(errors="replace")
 
 
 def stat_of(pid: int) -> list[str]:
@@ -1778,19 +1780,12 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: int) -> None:
-    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
-    os.closerange(3, keep)
-    os.closerange(keep + 1, min(open_files(), 1 << 16))
-
-
 def in_background() -> tuple[int, int]:
     """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
 
     The background process has a session of its own, and of what was open only standard output and error.
     Raises Refused.
     """
-    import _signal as signal
     from _socket import socketpair
 
     try:
@@ -1804,10 +1799,11 @@ def in_background() -> tuple[int, int]:
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
     os.setsid()
-    nothing = null()
-    os.dup2(nothing, 0)
-    close_others(theirs.fileno())
-    return 0, theirs.detach()
+    os.dup2(null(), 0)
+    front = theirs.detach()
+    os.closerange(3, front)
+    os.closerange(front + 1, min(open_files(), 1 << 16))
+    return 0, front
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
@@ -1817,8 +1813,6 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 def heeded(names: Iterable[str]) -> list[int]:
     """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    import _signal as signal
-
     numbers = [int(getattr(signal, name)) for name in names]
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
@@ -1901,13 +1895,16 @@ class Family:
             terminate(self.pid)
 
     def left(self) -> list[int]:
-        """Return the pids of those known to be left, the first process first."""
+        """Return the pids of those known to be left."""
+        return [self.pid] * self.first + self._others()
+
+    def _others(self) -> list[int]:
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
+        return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
-        for pid in self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group()):
+        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
             terminate(pid)
 
     def kill(self) -> None:
@@ -1924,7 +1921,6 @@ class Loop:
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
-        import _signal as signal
         import select
 
         self.numbers = heeded(names)
@@ -1936,16 +1932,14 @@ class Loop:
         os.set_blocking(self._write, False)
         self._poll = select.poll()
         self._poll.register(self._came, select.POLLIN)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
     def turn(self, due: float = NEVER) -> list[int]:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
-        import _signal as signal
-
         came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
@@ -1979,13 +1973,11 @@ class Loop:
 
         Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
         """
-        import _signal as signal
-
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
         with open(self._came, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers]
@@ -2010,8 +2002,6 @@ def sent_by_key(number: int) -> bool:
 
     Who sent a signal is not known here: INT and QUIT to a process of the foreground group count as sent by a key.
     """
-    import _signal as signal
-
     if number not in (signal.SIGINT, signal.SIGQUIT):
         return False
     try:
@@ -2027,8 +2017,6 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
     `own_session` gives it a session of its own, or at least a process group. Raises OSError, and ValueError for an
     empty name.
     """
-    import _signal as signal
-
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
     program = in_path(command[0], env.get(b"PATH"))
     if own_session:
@@ -2113,8 +2101,6 @@ def signal_to(pid: int, number: int) -> bool:
 
 def terminate(pid: int) -> None:
     """Send TERM to a process or group, and CONT, in case it is stopped."""
-    import _signal as signal
-
     signal_to(pid, signal.SIGTERM)
     signal_to(pid, signal.SIGCONT)
 
@@ -2172,17 +2158,38 @@ def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> d
     return found
 
 
+def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) -> dict[Unit, None]:
+    """Return units and all that they depend on, also through others, dependencies first. Raises CycleError."""
+    done: dict[Unit, None] = {}
+    for start in starts:
+        way = {start: iter(wants(start))}  # from there to where we are: no recursion, since chains may be long
+        while way:
+            unit, rest = next(reversed(way.items()))
+            new = next((other for other in rest if other not in done), None)
+            if new is None:
+                done[unit] = None
+                del way[unit]
+            elif new in way:
+                cycle = [*(unit.name for unit in way), new.name]
+                cycle = cycle[cycle.index(new.name) :]
+                own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+                raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+            else:
+                way[new] = iter(wants(new))
+    return done
+
+
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
         self.name, self.since = name, since  # in its status
         self.status = NOT_REGISTERED
-        self.facts = facts(None)  # of the present run
+        self.facts = object.__new__(UnitStatus)  # of the present run; what is not set takes no room
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
+        self.unmet = 0  # how many of `wants` are not met; kept by Units._link and _set
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
@@ -2196,13 +2203,6 @@ class Unit:
     def supervisor(self) -> Claim | None:
         """Return the claim of the supervisor that runs its command."""
         return self.holder if self.holder and self.holder.supervisor else None
-
-
-def facts(registered: float | None) -> UnitStatus:
-    """Return what is known of a run when it begins; what is not set takes no room."""
-    status = object.__new__(UnitStatus)
-    status.registered = registered
-    return status
 
 
 class Lock:
@@ -2277,11 +2277,10 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `boot`, `end`, `stop`, and questions about it.
 
     What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
-    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
-    gets every event as it happens.
+    looks at these. `alive` says whether an owner still runs (None: unknown); `tell` gets every event.
     """
 
     def __init__(
@@ -2324,7 +2323,10 @@ class Units:
         `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
         TimedOut.
         """
-        check_name(member[0])
+        unit, by = self.units.get(check_name(member[0])), asked.get("owner")
+        on = unit.holder if unit else None
+        if unit and ((unit.status == STARTED and (on is None or on.delivered)) or (on and unit.status in ENDED)):
+            raise self._already_started(unit, by)
         return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
@@ -2338,10 +2340,9 @@ class Units:
     ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
-        At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
-        others. Every claim is answered with {"unit", "status", "reason", "env"} whenever its unit is started or has
-        ended. With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and
-        nothing has changed, while one of the others is started or claimed by somebody who lives, or runs on.
+        At most `jobs` of them are started at once (0: no limit). They depend on these from now on, and on no others. A
+        claim is answered whenever its unit is started or has ended. With `resume`, what has completed is left as it is.
+        Raises Refused, and nothing has changed, while one is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
@@ -2358,17 +2359,15 @@ class Units:
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
-            self._refuse(unit, *(other.owner for other in unit.line))
-            self._answer_line(unit, self._already_started(unit))
+            self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
                 self._close(unit)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
-        """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
+        """End claims, all in one step, the one way in which they end before their time.
 
-        `why` is what happened: its caller is gone, its process has ended, TIMED_OUT, STOPPED. The claims behind them
-        stay in line, and the next one goes on. If there is none, the unit of a held claim has failed, unless it had
-        ended and does not run on, and that of any other is pending.
+        `why`: the caller is gone, its process has ended, TIMED_OUT, STOPPED. The next claim in line goes on. If there
+        is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
         for claim in [claim for claim in claims if not self.is_over(claim)]:
@@ -2378,7 +2377,7 @@ class Units:
         for unit, (claim, reason) in ended.items():
             if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
-            if claim.held and not unit.first():
+            if (claim.held or reason == STOPPED) and not unit.first():
                 self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
                 self._notify(claim)
             elif unit.status == STARTED and not unit.holder:
@@ -2399,16 +2398,16 @@ class Units:
         otherwise, is being stopped, leaves too many variables, or if the start of `by` was refused.
         """
         unit, status = self._registered(name), outcome.status
-        holds = claim is not None and claim is unit.holder
-        runs_on = outcome.running and holds and claim is not None and claim.held
+        claim = claim if claim is unit.holder else None
+        runs_on = claim is not None and claim.held and outcome.running
         self._check_environment(unit, outcome.env)
-        if not holds:
+        if not claim:
             self._check_report(unit, by)
-        if claim and holds and not runs_on and (unit in self.stopping or unit.facts.running_on):
+        if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
             self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
             return unit.status
-        if unit in self.stopping and (holds or unit.status == STARTED):
-            if not holds and status == COMPLETED:
+        if unit in self.stopping and (claim or unit.status == STARTED):
+            if not claim and status == COMPLETED:
                 raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
             return unit.status
         before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
@@ -2419,7 +2418,7 @@ class Units:
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
         if claim and runs_on:
             self.run_on(claim)
-        elif holds or not unit.supervisor():
+        elif claim or not unit.supervisor():
             self._close(unit)
         self._settle_all()
         if before in ENDED and before != status:
@@ -2433,21 +2432,19 @@ class Units:
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
         itself, otherwise than with 0, it died.
         """
-        unit, how = claim.unit, reason
-        ran_on, ended = unit.facts.running_on, unit.facts.ended or 0.0
-        if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
+        unit, ran_on = claim.unit, claim.unit.facts.running_on
+        stopped = unit in self.stopping or (stopped and ran_on)
+        if unit.holder is not claim or (unit.status == STARTED and not stopped):
             return
-        if unit in self.stopping or (stopped and ran_on):
-            how = STOPPED
-            if unit.status != FAILED:
-                self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
-                self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        if stopped and unit.status != FAILED:
+            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
         elif ran_on and code:
-            died = f"died {span(self._now() - ended)} after it was ready: {how}"
-            self._set(unit, Outcome(FAILED, died, code, "died"))
+            ran = span(self._now() - (unit.facts.ended or 0.0))
+            self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
-            self._record(unit, "exited", how)
-        self._close(unit, how)
+            self._record(unit, "exited", reason)
+        self._close(unit, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2459,17 +2456,15 @@ class Units:
     def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
         """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
 
-        What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
-        first, and at the latest when half of the time is over. The answer has three lists: the names of those that
-        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor, or has
-        lost it. Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        What waits is ended at once. What runs is ended by its supervisor, which is told: dependents first, and all when
+        half of the time is over. The answer: what has `stopped`, in this order, what is `left`, and what `cannot` be
+        stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
         named = self._these(names)
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = [unit for unit in affected if self._may_run(unit) and not unit.supervisor()]
-        rows = [self._running(unit) for unit in alone]
-        cannot = [row for unit, row in zip(alone, rows) if unit.status == STARTED or (row.owner and row.owner.alive)]
+        alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
+        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
@@ -2504,15 +2499,17 @@ class Units:
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
-        """Make units that have ended pending again, with those skipped because of them; all if none is named.
+        """Make units that have ended (all if none is named) pending again, with those skipped because of them.
 
-        Raises NotRegistered, or Refused while one of them is started. Returns the names.
+        Returns the names. Raises NotRegistered, or Refused while one of them is started.
         """
         todo = self._these(names)
         for unit in todo:
             if unit.status == STARTED:
-                by = owner_text(unit.facts.owner, " by ")
-                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+                owner = self._owner(unit)
+                by = owner_text(owner, " by ", ", which is no longer running,")
+                hint = let_go(unit.name, owner) or "; end it first"
+                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
         ended = [unit for unit in todo if unit.status in ENDED]
@@ -2580,32 +2577,25 @@ class Units:
         snapshot.history = [event for event in self.events.values() if event.unit == name][-MAX_HISTORY:]
         return snapshot
 
-    def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Return snapshots by name; `everything` includes names that were only ever wanted."""
-        return self._snapshots(sorted(self.units.values() if everything else self._these(), key=lambda u: u.name))
-
     def graph(self) -> Graph:
         """Return all units in the order in which they became known, and names that were only refused."""
         refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
-        return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
+        rows = {unit: self._snapshot(unit) for unit in [*self.units.values(), *refused]}
+        for unit in [unit for unit in rows if self._may_run(unit)][:500]:  # to look at more would take too long
+            rows[unit].owner = self._owner(unit)
+        return Graph(self._now(), [*rows.values()])
+
+    def snapshots(self, everything: bool = False) -> list[UnitStatus]:
+        """Return snapshots by name; `everything` includes names that were only ever wanted."""
+        shown = self.units if everything else {unit.name for unit in self._these()}
+        return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
-
-        Raises NotRegistered.
-        """
+        """Return what all that a unit depends on has left for it; the later in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
-        seen, todo = {unit}, [(unit, iter(unit.wants))] if self.left_environment else []
-        while todo:  # those that a unit wants come before it
-            node, rest = todo[-1]
-            new = next((other for other in rest if other not in seen), None)
-            if new:
-                seen.add(new)
-                todo.append((new, iter(new.wants)))
-            else:
-                merged.update(node.facts.environment if node is not unit else {})
-                todo.pop()
+        for other in in_order(unit.wants, lambda unit: unit.wants) if self.left_environment else ():
+            merged.update(other.facts.environment)
         return merged
 
     def candidates(self, names: Iterable[str]) -> list[str]:
@@ -2671,9 +2661,10 @@ class Units:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
             self._answers.append((claim, answer))
-        self._set(unit, Outcome(STARTED))
         for lock in unit.locks:
+            lock.line.pop(unit, None)
             lock.taken[unit] = None
+        self._set(unit, Outcome(STARTED))
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2696,10 +2687,11 @@ class Units:
         """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if not (old == STARTED and status == FAILED):  # that keeps its locks until its claim has ended
+        if status != STARTED and (old, status) != (STARTED, FAILED):  # that keeps its locks until its claim has ended
             self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.locks, unit.last = facts(unit.since), "", (), None
+            unit.facts, unit.root, unit.locks, unit.last = object.__new__(UnitStatus), "", (), None
+            unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
         elif unit.facts.ended is None:  # else it completed, and ran on
@@ -2716,8 +2708,7 @@ class Units:
         detail = outcome.reason[len(event) :].lstrip()
         self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
-            for other in self._cut(unit):
-                self._forget(other)
+            self._link(unit, {})
 
     def _notify(self, claim: Claim | None) -> None:
         """Tell a boot where the unit of its claim stands."""
@@ -2738,15 +2729,14 @@ class Units:
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                if how == LOST:
-                    stop.answer["left"].append(self._running(unit))
-                else:
-                    stop.answer["stopped"].append(unit.name)
+                stop.answer["left" if how == LOST else "stopped"].append(
+                    self._running(unit) if how == LOST else unit.name
+                )
 
     def _give_up(self, claim: Claim, why: str) -> str:
         """End a claim that waits; return what its unit fails with, if nobody else waits."""
         unit = claim.unit
-        missing = ", ".join(self._waits_for(unit, registered=False))
+        missing = ", ".join(self._waits_for(unit, mark=True))
         reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
         if why == STOPPED:
@@ -2783,27 +2773,22 @@ class Units:
     def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
         """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
 
-        Raises CycleError, which is remembered for `why`, or Refused.
+        Raises CycleError or Refused, which is remembered for `why`.
         """
-        known, about = len(self.units), ""
-        before: dict[Unit, dict[Unit, str]] = {}  # what they wanted
+        known = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
-            before = {unit: self._cut(unit) if anew else {**unit.wants} for unit in units}
-            for unit, (_, wants, _) in zip(units, members):
-                about = unit.name
-                for name, requires in wants.items():
-                    other = self._named(name)
-                    if unit.wants.get(other) != requires:
-                        self._check_edge(unit, other, requires)
-                        self._link(unit, {other: requires})
+            edges = {unit: self._edges(unit, wants, anew) for unit, (_, wants, _) in zip(units, members)}
+            if self.edges + sum(len(wants) - len(unit.wants) for unit, wants in edges.items()) > MAX_EDGES:
+                raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
+            new = [unit for unit, wants in edges.items() if wants != unit.wants]
+            # What nobody wants is in no cycle.
+            suspects = [unit for unit in new if anew or unit.wanted_by or unit in edges[unit]]
+            in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for unit in before:
-                self._cut(unit)
-            for unit, edges in before.items():
-                self._link(unit, edges)
             for name in [*self.units][known:]:
                 del self.units[name]
+            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
             if about:
                 self.refusals[about] = one_line(str(error))
                 if len(self.refusals) > 1000:
@@ -2813,12 +2798,8 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
-        for unit, edges in before.items():
-            for other, requires in unit.wants.items():
-                if edges.get(other) != requires:
-                    self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
-            for other in edges:
-                self._forget(other)
+        for unit in new:
+            self._link(unit, edges[unit])
         return units
 
     def _named(self, name: str) -> Unit:
@@ -2830,43 +2811,28 @@ class Units:
             self.units[name] = Unit(name, self._now())
         return self.units[name]
 
-    def _check_edge(self, unit: Unit, other: Unit, requires: str) -> None:
-        """Raise Refused, or CycleError, if there may be no edge from `unit` to `other`."""
-        if other in unit.wants:
-            text = f"with requirement {unit.wants[other]} already, not {requires}"
-            raise Refused(f'unit "{unit.name}" wants "{other.name}" {text}')
-        check_requirement(requires)
-        if self.edges >= MAX_EDGES:
-            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
-        cycle, step = [], unit if unit.wanted_by or other is unit else None
-        found = reached([other], lambda node: node.wants) if step else {}
-        while step in found:
-            cycle.append(step.name)
-            step = found[step]
-        if cycle:
-            cycle = [unit.name, *reversed(cycle)]
-            own = "; a unit cannot depend on itself" if other is unit else ""
-            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
-
-    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want others, which it does not yet."""
-        for other, requires in edges.items():
-            unit.wants[other] = other.wanted_by[unit] = requires
-            unit.unmet += other.status not in MEETS[requires]
-        self.edges += len(edges)
-
-    def _cut(self, unit: Unit) -> dict[Unit, str]:
-        """Remove all edges of a unit, and return them."""
-        edges, unit.wants, unit.unmet = unit.wants, {}, 0
-        for other in edges:
-            del other.wanted_by[unit]
-        self.edges -= len(edges)
+    def _edges(self, unit: Unit, wants: dict[str, str], anew: bool) -> dict[Unit, str]:
+        """Return the edges that a unit is to have. Raises Refused."""
+        edges = {} if anew else {**unit.wants}
+        for name, requires in wants.items():
+            there = edges.setdefault(self._named(name), check_requirement(requires))
+            if there != requires:
+                raise Refused(f'unit "{unit.name}" wants "{name}" with requirement {there} already, not {requires}')
         return edges
 
-    def _forget(self, unit: Unit) -> None:
-        """Forget a name that nobody has registered and nobody wants any more."""
-        if unit.status == NOT_REGISTERED and not unit.wanted_by:
-            self.units.pop(unit.name, None)
+    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
+        """Have a unit want these, and no others: names that it alone had any use for are forgotten."""
+        before, unit.wants = unit.wants, edges
+        self.edges += len(edges) - len(before)
+        unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
+        for other, requires in edges.items():
+            other.wanted_by[unit] = requires
+            if before.get(other) != requires:
+                self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
+        for other in [other for other in before if other not in edges]:
+            del other.wanted_by[unit]
+            if other.status == NOT_REGISTERED and not other.wanted_by:
+                self.units.pop(other.name, None)
 
     def _claim(
         self,
@@ -2878,10 +2844,7 @@ class Units:
         done: Container[Unit] = (),
         **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each but those that are done, and see how far that leads.
-
-        Every start, wait and boot.
-        """
+        """Declare units, stand in the line of each but those that are done, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
@@ -2890,17 +2853,13 @@ class Units:
         for unit, its in zip(units, locks):
             if unit in done:
                 continue
-            claim, on = Claim(unit, ticket, **asked), unit.holder
-            on_its_way = on is not None and not on.delivered
-            if not boot and ((unit.status == STARTED and not on_its_way) or (on and unit.status in ENDED)):
-                self._refuse(unit, claim.owner)
-                raise self._already_started(unit, claim.owner)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, Outcome(PENDING))
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+            claim = Claim(unit, ticket, **asked)
             claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
             unit.line[claim] = None
             self.waits += not boot
@@ -2917,10 +2876,7 @@ class Units:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """Return the locks of each member.
-
-        At the limit, names that nobody uses are forgotten, before any is made: those of the members are not in use yet.
-        """
+        """Return the locks of each member. At the limit, names that nobody uses are forgotten."""
         wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
         if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
             used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
@@ -2946,10 +2902,10 @@ class Units:
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
+        """Iterate over what a unit lacks: dependencies, each with the requirement that it does not meet.
 
-        Also itself, while the answer to an earlier start is on its way; and if no dependency is missing: the locks that
-        the first in line needs and cannot have, each with the unit that is before it.
+        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
+        the first in line cannot have, each after the unit that is before it.
         """
         if unit.unmet:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
@@ -2960,20 +2916,16 @@ class Units:
             if before:
                 yield before, lock
 
-    def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
-        """Return what a unit lacks, in words, five of them at most.
-
-        Unless `registered`, names that nobody has registered are marked as such.
-        """
+    def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
+        """Return what a unit lacks, five at most, in words; with `mark`, also that a name is not registered."""
         from itertools import islice
 
         words = []
         for other, need in islice(self._lacks(unit), 5):
-            unknown = other.status == NOT_REGISTERED and not registered
-            word = other.name + (" (not registered)" if unknown else "")
             if isinstance(need, Lock):
-                word = f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}"
-            words.append(word)
+                words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
+            else:
+                words.append(other.name + (" (not registered)" if mark and other.status == NOT_REGISTERED else ""))
         return words
 
     def _leave(self, claim: Claim) -> None:
@@ -2999,20 +2951,18 @@ class Units:
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
-    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
-        """Return the error for a start that is one too many; `by` is who asked for it."""
-        owner, holder = unit.facts.owner, unit.holder
-        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+    def _already_started(self, unit: Unit, *by: Owner | None) -> AlreadyStarted:
+        """Return the error for starts that are too many; who asked for them is remembered: the last hundred."""
+        unit.refused = [*unit.refused, *filter(None, by)][-100:]
+        owner, holder = self._owner(unit), unit.holder
+        own = [other for other in by if other and owner and (other.pid, other.born) == (owner.pid, owner.born)]
+        if own and holder and holder.boot:
             hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
-        return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
-
-    @staticmethod
-    def _refuse(unit: Unit, *owners: Owner | None) -> None:
-        """Remember whose start was refused: the last hundred."""
-        unit.refused = [*unit.refused, *filter(None, owners)][-100:]
+        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, by: Owner | None) -> None:
         """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
@@ -3076,13 +3026,6 @@ class Units:
         row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
-
-    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
-        """Return snapshots of units, in their order."""
-        rows = {unit: self._snapshot(unit) for unit in units}
-        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
-            rows[unit].owner = self._owner(unit)
-        return [*rows.values()]
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
@@ -3770,8 +3713,6 @@ class Agent:
         return [e for e in self.units.events.values() if e.seq > since]
 
     def do_shutdown(self, request: Request) -> Any:
-        import _signal as signal
-
         if not self.leaving:  # a second signal would leave services no time
             self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
             os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
@@ -4073,8 +4014,6 @@ def detach() -> int:
 
     The process that was called ends here: well when the other is ready, else as that does, which has said why.
     """
-    import _signal as signal
-
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
     child, link = in_background()
     if child:
@@ -5273,7 +5212,8 @@ class Link:
 
     Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
     called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
-    An agent that has left a request unanswered for `patience()` seconds is gone.
+    An agent that has left a request unanswered for `patience()` seconds is gone, which is found out by a ping now and
+    then, unless patience has no end.
     """
 
     def __init__(
@@ -5282,19 +5222,17 @@ class Link:
         news: Callable[[str, Answer], None],
         gone: Callable[[Unreachable], object],
         patience: Callable[[], float],
-        ping_after: float = NEVER,
     ) -> None:
         self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
-        self._ping_after = ping_after  # seconds of silence after which the agent is asked whether it lives
         self._channel: Channel | None = None  # while there is an agent
-        self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
+        self.asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
-        self._asked, self._since = {}, time.monotonic()
+        self.asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
     def close(self) -> None:
@@ -5305,19 +5243,15 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self._asked)
-        if not self._asked:
+        request = -1 - len(self.asked)
+        if not self.asked:
             self._since = time.monotonic()
         try:
             if self._channel and not self.lost:
                 request = self._channel.request(method, **params)
         except Unreachable as error:
             self.lost = str(error)
-        self._asked[request] = answered
-
-    def waits(self) -> bool:
-        """Return whether a request has not been answered yet."""
-        return bool(self._asked)
+        self.asked[request] = answered
 
     def take(self) -> None:
         """Handle what has been received."""
@@ -5326,19 +5260,16 @@ class Link:
                 self._since = time.monotonic()
                 if "method" in message:
                     self._news(str(message["method"]), self._channel.news(message.get("params")))
-                elif message.get("id") in self._asked:
-                    self._asked.pop(message["id"])(message)
+                elif message.get("id") in self.asked:
+                    self.asked.pop(message["id"])(message)
         except Unreachable as error:
             self.lost = str(error)
 
     def keep_time(self, now: float) -> float:
-        """Handle what has been received, ask a silent agent whether it lives, or take it for gone.
-
-        Returns when to call this again.
-        """
+        """Handle what has come; ping a silent agent, or take it for gone. Return when to call this again."""
         self.take()
         if self._channel and now >= self._due():
-            if self._asked:
+            if self.asked:
                 self.lost = self.lost or self._channel._silence(self._patience())
             else:
                 self.ask("ping")
@@ -5347,15 +5278,17 @@ class Link:
         return self._due()
 
     def _due(self) -> float:
-        silence = self._patience() if self._asked else self._ping_after
-        return self._since + silence if self._channel else NEVER
+        if not self._channel:
+            return NEVER
+        patience = self._patience()
+        return self._since + (patience if self.asked else min(PING_AFTER, patience))
 
     def _lose(self, error: Unreachable) -> None:
         if self._channel:
             self.close()
             self._gone(error)
-        while self._asked:
-            self._asked.pop(next(iter(self._asked)))(error_message(None, error))
+        while self.asked:
+            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5363,7 +5296,6 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
 LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
-TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
 
 WAITING = "waiting"  # for its first try, or the next one
@@ -5410,6 +5342,7 @@ class Task:
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
+        self.status = 0  # that says more than `code`, if not 0
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
         self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
@@ -5439,7 +5372,7 @@ class Task:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        raise NotImplementedError
+        put(f"warning: {self.unit}: {text}\n", 2)
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Handle the answer to a report."""
@@ -5569,6 +5502,7 @@ class Task:
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
+        self.status = TimedOut.exit_code
         self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
 
     def time_is_up(self) -> None:
@@ -5582,7 +5516,8 @@ class Task:
         if self.state == ENDING:
             self.due.update(dict.fromkeys(self.due, 0.0))
         elif self.waits_for_probe():
-            hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
+            to_background = code == 0 and self.limits.ready != "notify"
+            hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}")
         elif code or self.reported == FAILED:
             self.end(ending(code))
@@ -5652,6 +5587,7 @@ class Task:
         if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
+            self.status = 0
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
@@ -5763,9 +5699,9 @@ class Run(Task):
             limits.delay = args.retry_delay
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
-        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
-        self.status = 0  # to return, if it is not that of the command
+        path = os.path.abspath(start.channel.path)
+        self.env = environment(**{"CODER_AGENT_SOCKET_PATH": path, **start.environment})
+        self.quiet = args.quiet
         self.directory = private_directory()
         self.use_directory(self.directory)
         if not self.directory:
@@ -5779,7 +5715,7 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.state == GONE and not self.link.waits():
+                if self.state == GONE and not self.link.asked:
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
                     self.signalled(number)
@@ -5823,16 +5759,8 @@ class Run(Task):
         self.due[self.say_not_ready] = now + REPORT_EVERY
         say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
 
-    def not_ready(self) -> None:
-        self.status = TimedOut.exit_code
-        super().not_ready()
-
     def to_be_tried_again(self, detail: str, delay: float) -> None:
-        self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-
-    def warn(self, text: str) -> None:
-        put(f"warning: {self.unit}: {text}\n", 2)
 
     def fail(self, reason: str) -> None:
         if reason != ending(self.code):  # else the exit status says it
@@ -6543,7 +6471,7 @@ class Boot:
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
+        self.link = Link(loop, self.news, self.agent_gone, self.patience)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
@@ -6577,7 +6505,7 @@ class Boot:
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
+            self.until(lambda: not self.unfinished and not self.link.asked and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -6617,7 +6545,7 @@ class Boot:
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.waits()))
+        return bool(needed or (self.host and self.link.asked))
 
     def printing(self) -> list[str]:
         """Return the units whose output is read."""
@@ -6940,8 +6868,6 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
-        import _signal as signal
-
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
@@ -6995,8 +6921,6 @@ class Front:
 
 def become(command: list[str]) -> NoReturn:
     """Have a command take our place. Raises CommandError."""
-    import _signal as signal
-
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -7118,8 +7042,6 @@ def is_ours(data: bytes) -> bool:
 
 def install(path: str, python: str) -> str:
     """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
-    import _signal as signal
-
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
@@ -7390,8 +7312,6 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    import _signal as signal
-
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
