@@ -154,7 +154,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
@@ -4310,7 +4310,8 @@ class Bar:
         def known(time: float | None, otherwise: float) -> float:
             return otherwise if time is None else time
 
-        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
+        self.unit, self.name = unit, unit.unit_name
+        self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
         self.ended = known(unit.ended, last)
         self.started = known(unit.started, self.ended)
         self.asked = known(unit.waiting, self.started)
@@ -4435,7 +4436,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
         for words, since, upto in bar.phases:
-            first = min(cells - 1, int((since - startup.first) * scale))
+            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
             row[first : first + size] = signs[words] * size
         drawn.update(row)
@@ -4470,7 +4471,6 @@ def blame_text(graph: Graph, width: int = 100) -> str:
     return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
-TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
 SAVED = [
     *("unit_name", "status", *TIMES, "tries", "reason", "released_by", "wants", "exit_code", "is_waiting"),
@@ -4489,7 +4489,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
-    head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
+    head = {"version": 2, "seconds": round(startup.length, 6), "summary": startup.summary()}
     return {**head, "critical_path": path, "units": rows}
 
 
@@ -4499,8 +4499,6 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
     try:
         data = json.loads(text)
-        if data.get("version", 1) > TIMELINE_VERSION:
-            raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
         units = [record(UnitStatus, {"is_ready": True, **row}) for row in data["units"]]
         return Startup(Graph(typed(data["seconds"], "float"), units))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Unreachable):
@@ -4553,27 +4551,11 @@ LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in
 LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
-def hover_text(bar: Bar) -> str:
-    """Return what the picture says of a unit when it is pointed at."""
-    u = bar.unit
-    lists: dict[str, list[str]] = {
-        "last for": [u.released_by],
-        "depends on": list(u.wants),
-        "locks:": u.locks,
-        "output:": [u.log],
-    }
-    lines = [f"{bar.name}: {described(u)}"]
-    phases = sorted(bar.phases, key=lambda phase: phase[1:])
-    lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
-    lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
-    return "\n".join(lines + [f"{words} {some_names(names)}" for words, names in lists.items() if any(names)])
-
-
 def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     from html import escape as xml  # what is printable needs no more
 
-    startup, body = Startup(graph), []
+    startup, body, found = Startup(graph), [], obstacles(graph)
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
     outcomes = []
     for bar in bars:
@@ -4605,7 +4587,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
         status, y, is_critical = bar.unit.status, top + high * i, bar.name in startup.critical
         places[bar.name] = left + (bar.started - startup.first) * scale, y
-        body.append(f"<g><title>{xml(hover_text(bar))}</title>")
+        body.append(f"<g><title>{xml(story(bar.unit, graph.now, found[bar.name]))}</title>")
         rectangle("yz"[i % 2], 0, y, width, high)
         write(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else "")
         for words, since, upto in bar.phases:
@@ -4773,7 +4755,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     asked = reached(names, found.get)
 
     def tell(u: UnitStatus) -> str:
-        line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
+        line = story(u, graph.now, found.get(u.unit_name, {}))
         if u.status != NOT_REGISTERED:
             return line + "."
         wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
@@ -4807,8 +4789,9 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def story(unit: UnitStatus, now: float, what: str) -> str:
-    """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
+def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
+    """Tell a unit in one sentence without its full stop; `lacks` are its obstacles."""
+    what = some_names([*lacks.values()])
     bar, name, reason = Bar(unit, now), f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
@@ -4840,7 +4823,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     if unit.status == COMPLETED and unit.exited is not None:
         after = f"; its process ended {span(now - unit.exited)} ago"
         after += f": {unit.exit_reason}" if unit.exit_reason else ""
-    ran = span(now - unit.age - bar.started)
+    ran = span(max(0.0, now - unit.age - bar.started))
     return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
@@ -7201,13 +7184,8 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-TIMELINE = Argument(
-    "--timeline",
-    type=timeline_writer,
-    default=None,
-    metavar="FILE",
-    help="write the timeline there at the end: .svg, .json or .txt",
-)
+WRITTEN = "write the timeline there at the end: .svg, .json or .txt"
+TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="FILE", help=WRITTEN)
 
 
 @Command(
@@ -7436,8 +7414,7 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(open_file(args.compare), "rb") as f:
-                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
+            with open(args.compare, "rb") as f:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
