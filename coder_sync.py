@@ -50,8 +50,9 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
                     the words of the rules, and what is known of a unit
     Protocol        newline-delimited JSON-RPC 2.0
     Terminal        standard output and error
-    Client          the Python API
+    Connection      what asks an agent
     Calls           plain command lines; want, start, complete, fail
+    Client          the rest of the Python API
     Processes       what several sections need of the system
     Units           the dependency graph and its rules, pure
     Agent           the daemon
@@ -62,7 +63,7 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
     Command line    all other command lines, and the other commands
 
 The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
-a `sh`. The file is cut above Processes: want, start, complete and fail need only what is above the cut, so `launch`
+a `sh`. The file is cut above Client: want, start, complete and fail need only what is above the cut, so `launch`
 compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
 interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
 `threading` and `typing` each cost more than everything that it does.
@@ -84,7 +85,7 @@ def source_in(data):  # type: (bytes) -> bytes
 
 def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     """Return the source above the cut and below it, with its line numbers. Raises ValueError if some is missing."""
-    above, cut, below = source.partition(b"\n# Processes. ")
+    above, cut, below = source.partition(b"\n# Client. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
     return above, b"\n" * above.count(b"\n") + cut + below
@@ -153,7 +154,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
@@ -387,69 +388,11 @@ class Dependency(Record):
     did_you_mean: str = ""  # a name that resembles this one, which is not registered
 
 
-class Event(Record):
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
-
-    seq: int  # its number, counted from 1
-    time: float  # seconds, on the monotonic clock of the agent's system
-    wall: float  # seconds since 1970
-    unit: str  # name of the unit
-    kind: str  # what happened
-    detail: str = ""  # more about it
-
-
-class UnitStatus(Record):
-    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
-
-    `dependencies` and `history` are empty unless this one unit was asked for.
-    """
-
-    unit_name: str  # name
-    status: str  # pending, started, completed, failed, skipped or not registered
-    is_ready: bool  # whether all dependencies meet their requirement
-    reason: str = ""  # why it failed or was skipped
-    exit_code: int | None = None  # status of its command, if that failed
-    age: float = 0.0  # seconds in its status
-    owner: Owner | None = None  # who started it
-    is_waiting: bool = False  # whether a start of it waits
-    waits_for: list[str] = []  # what it lacks while it waits, at most five names
-    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
-    waiting: float | None = None  # when its start was asked for
-    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
-    started: float | None = None  # when it started
-    ended: float | None = None  # when it completed, failed or was skipped
-    released_by: str = ""  # the dependency that was met last
-    wants: dict[str, str] = {}  # its dependencies, each with its requirement
-    locks: list[str] = []  # names of its locks
-    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
-    tries: list[float] = []  # when each further try began
-    running_on: bool = False  # whether it completed and its command runs on, as a service
-    stopping: bool = False  # whether its command is to end, or was told to
-    exited: float | None = None  # when the command of a service ended
-    exit_reason: str = ""  # how it ended
-    probe: str = ""  # what says that a service is ready, while it is not
-    probe_error: str = ""  # what the last try of it lacked
-    log: str = ""  # file that has its output
-    refusal: str = ""  # why the last `want` or `start` of it was refused
-    environment: dict[str, str] = {}  # variables that it left for its dependents
-    dependencies: list[Dependency] = []  # one object each: see below
-    did_you_mean: str = ""  # a name that resembles this one, which is not registered
-    history: list[Event] = []  # its events, as `events` prints them
-
-
 class Waiting(Record):
     """The notification `waiting`: what a start or a wait lacks, and for how many seconds it has waited."""
 
     missing: list[Dependency]
     waited: float
-
-
-class Pong(Record):
-    """The agent's answer to `ping`; `uptime` in seconds."""
-
-    version: str
-    pid: int
-    uptime: float
 
 
 class Running(Record):
@@ -474,18 +417,17 @@ class Answer(Record):
     grace: float = 0.0  # seconds that a command which is to be stopped has
 
 
-class Graph(Record):
-    """All units at one time, `now`, in seconds since the agent began."""
-
-    now: float
-    nodes: list[UnitStatus]
-
-
 def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
     """Return a process for a message, after `by`: `bash setup.sh (pid 4242)`; nothing for None."""
     if owner is None:
         return ""
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
+
+
+def let_go(unit: str, owner: Owner | None) -> str:
+    """Return what to do about a unit whose owner has gone, for the end of a message."""
+    gone = owner is not None and owner.alive is False
+    return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
 
 
 def check_name(name: object, what: str = "unit") -> str:
@@ -518,24 +460,6 @@ def one_line(text: str) -> str:
     flat = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_REASON])
     flat = " ".join(flat.split())
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
-
-
-def resembling(name: str, names: Iterable[str]) -> str:
-    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
-    try:
-        from difflib import get_close_matches
-    except (ImportError, OSError):  # no descriptor left to read it with
-        return ""
-    from itertools import islice
-
-    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
-    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
-    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
-
-
-def meant(guess: str, otherwise: str = "") -> str:
-    """Return the end of a message about an unknown name: the one it resembles, or something else."""
-    return f'; did you mean "{guess}"?' if guess else otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -750,9 +674,9 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The Python API, on which the command line is built. Every call has a connection of its own, so a Client may
-# be used from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when
-# a unit may start or the time is up, and one that is silent for too long is taken for gone. Times are in seconds.
+# Connection. What asks an agent. Every call has a connection of its own, so a Client may be used from several threads;
+# `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may start or the time is
+# up, and one that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
 LATE = 1.0  # seconds after a time-out within which the agent has to say so
@@ -1041,13 +965,8 @@ def name_list(names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-class Client:
-    """Talk to an agent. All times in seconds.
-
-    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
-    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
-    """
+class Caller:
+    """The part of Client that scripts call most."""
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
@@ -1069,11 +988,6 @@ class Client:
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
             return channel.call(method, **params)
-
-    def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
-        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
-            return vars(record(Pong, channel.call("ping")))
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
         """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
@@ -1106,19 +1020,6 @@ class Client:
             start.confirm()
         return start.result
 
-    def wait(
-        self,
-        *units: str,
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        on_wait: Callable[[list[Dependency], float], None] | None = None,
-    ) -> float:
-        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
-        began = time.monotonic()
-        with self._channel("wait") as channel:
-            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
-        return time.monotonic() - began
-
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
@@ -1130,109 +1031,16 @@ class Client:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
         self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
 
-    def reset(self, *units: str) -> list[str]:
-        """Make units that have ended pending again, and those skipped because of them; all if none is named.
-
-        Returns their names. Raises NotRegistered, or Refused while one of them is started.
-        """
-        return record(Answer, self._call("reset", units=list(units))).units
-
-    def env(self, unit: str) -> dict[str, str]:
-        """Return the environment variables that `unit` would start with: what its dependencies have left.
-
-        Raises NotRegistered.
-        """
-        with self._channel("env") as channel:
-            return channel.news(channel.call("env", unit=unit)).env
-
-    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
-
-        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
-        seconds. Raises NotRegistered, or Refused if something still runs.
-        """
-        answer = self.halt(*units, grace=grace)
-        if answer.left or answer.cannot:
-            raise Refused(still_running(answer), answer.stopped)
-        return answer.stopped
-
-    def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
-        with self._channel("stop") as channel:
-            request = channel.request("stop", units=list(units), grace=grace)
-            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
-
-    def shutdown(self) -> None:
-        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
-        with self._channel("shutdown") as channel:
-            channel.call("shutdown")
-            end = time.monotonic() + REPLY_TIMEOUT
-            try:
-                while channel.receive(end - time.monotonic()):
-                    pass
-            except Unreachable:
-                return
-            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
-
-    def status(self, unit: str) -> UnitStatus:
-        """Return a snapshot of one unit and its dependencies."""
-        return record(UnitStatus, self._call("status", unit=unit))
-
-    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
-        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
-        return records(UnitStatus, self._call("list", all=everything))
-
-    def graph(self) -> Graph:
-        """Return all units with their edges and times."""
-        graph = record(Graph, self._call("graph"))
-        names = {u.unit_name for u in graph.nodes}
-        for u in graph.nodes:
-            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
-            if not words or not u.wants.keys() <= names:
-                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
-        return graph
-
-    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
-
-        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
-        does not read in time.
-        """
-        with self._channel("events") as channel:
-            yield from records(Event, channel.call("events", follow=follow, since=since))
-            while follow:
-                message = channel.receive(REPORT_EVERY)
-                if message is None:  # is the agent still there?
-                    channel.request("ping")
-                    message = channel.hear() or {}
-                if message.get("method") == "event":
-                    yield record(Event, message.get("params"))
-
-    def unit(
-        self,
-        unit: str,
-        want: Iterable[str] = (),
-        requires: Requirement = SUCCESS,
-        timeout: float = START_TIMEOUT,
-        locks: Iterable[str] = (),
-    ) -> Start:
-        """Return a context manager that starts `unit`, and completes it at the end of the block.
-
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
-        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
-        """
-        return Start(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
-
 
 class Start:
-    """A start and its connection, which holds the unit if `hold`; see Client.unit."""
+    """A start and its connection, which holds the unit if `hold`."""
 
     def __init__(
-        self, client: Client, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
+        self, client: Caller, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
         """`params` are further parameters of the agent's method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        self.client, self.unit, self.timeout, self.on_wait, self.hold = client, check_name(unit), timeout, on_wait, hold
+        self.client, self.unit, self.timeout, self.on_wait = client, check_name(unit), timeout, on_wait
         self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
         self.result = Started(unit, [], 0.0)
         self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
@@ -1255,31 +1063,7 @@ class Start:
         self.channel.request("confirm", id=1)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        code: Any = error.code if isinstance(error, SystemExit) else error
-        try:
-            if self.hold and code in (None, 0):
-                self.channel.call("complete", unit=self.unit)
-            elif self.hold and isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=int(code))
-            elif self.hold:
-                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
-                self.channel.call("fail", unit=self.unit, reason=reason)
-        except SyncError:
-            if error is None:  # else the block's own exception matters more
-                raise
-        finally:
-            self.channel.close()
-
-
-def still_running(answer: Answer) -> str:
-    """Return what a stop has not ended, for a message."""
-    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    for row in answer.cannot:
-        way = ", which has no supervisor: end that process"
-        if row.owner and row.owner.alive is False:
-            way = f"; `complete {row.unit}` or `fail {row.unit}` lets others go on"
-        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
-    return "; ".join(texts)
+        self.channel.close()
 
 
 def wait_for(
@@ -1338,9 +1122,9 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def make_client(args: Args) -> Client:
-    """Return the client that the common options describe."""
-    return Client(args.socket_path, args.connect_timeout)
+def make_caller(args: Args) -> Caller:
+    """Return the client that the common options describe, as far as it is above the cut."""
+    return Caller(args.socket_path, args.connect_timeout)
 
 
 def number(text: str) -> int:
@@ -1473,7 +1257,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(make_client(args), args.unit, args.timeout, report, **params)
+    return Start(make_caller(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1485,7 +1269,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = make_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = make_caller(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
@@ -1512,7 +1296,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    make_client(args).complete(args.unit, args.exit_code)
+    make_caller(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1524,7 +1308,7 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    make_client(args).fail(args.unit, args.reason)
+    make_caller(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
@@ -1639,10 +1423,253 @@ elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Client. The rest of the Python API, on which the command line is built; what it returns; and guesses at names.
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Event(Record):
+    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+
+    seq: int  # its number, counted from 1
+    time: float  # seconds, on the monotonic clock of the agent's system
+    wall: float  # seconds since 1970
+    unit: str  # name of the unit
+    kind: str  # what happened
+    detail: str = ""  # more about it
+
+
+class UnitStatus(Record):
+    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
+
+    `dependencies` and `history` are empty unless this one unit was asked for.
+    """
+
+    unit_name: str  # name
+    status: str  # pending, started, completed, failed, skipped or not registered
+    is_ready: bool  # whether all dependencies meet their requirement
+    reason: str = ""  # why it failed or was skipped
+    exit_code: int | None = None  # status of its command, if that failed
+    age: float = 0.0  # seconds in its status
+    owner: Owner | None = None  # who started it
+    is_waiting: bool = False  # whether a start of it waits
+    waits_for: list[str] = []  # what it lacks while it waits, at most five names
+    registered: float | None = None  # when it was first named by `want`, `start`, `run` or `boot`
+    waiting: float | None = None  # when its start was asked for
+    ready: float | None = None  # when its dependencies were met; after that it can only have waited for a lock
+    started: float | None = None  # when it started
+    ended: float | None = None  # when it completed, failed or was skipped
+    released_by: str = ""  # the dependency that was met last
+    wants: dict[str, str] = {}  # its dependencies, each with its requirement
+    locks: list[str] = []  # names of its locks
+    blocked_by: dict[str, str] = {}  # locks that others have, each with the unit that has it
+    tries: list[float] = []  # when each further try began
+    running_on: bool = False  # whether it completed and its command runs on, as a service
+    stopping: bool = False  # whether its command is to end, or was told to
+    exited: float | None = None  # when the command of a service ended
+    exit_reason: str = ""  # how it ended
+    probe: str = ""  # what says that a service is ready, while it is not
+    probe_error: str = ""  # what the last try of it lacked
+    log: str = ""  # file that has its output
+    refusal: str = ""  # why the last `want` or `start` of it was refused
+    environment: dict[str, str] = {}  # variables that it left for its dependents
+    dependencies: list[Dependency] = []  # one object each: see below
+    did_you_mean: str = ""  # a name that resembles this one, which is not registered
+    history: list[Event] = []  # its events, as `events` prints them
+
+
+class Pong(Record):
+    """The agent's answer to `ping`; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+
+
+class Graph(Record):
+    """All units at one time, `now`, in seconds since the agent began."""
+
+    now: float
+    nodes: list[UnitStatus]
+
+
+class Client(Caller):
+    """Talk to an agent. All times in seconds.
+
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
+    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
+    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
+    """
+
+    def ping(self, wait: float = 0.0) -> dict[str, Any]:
+        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
+        with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
+            return vars(record(Pong, channel.call("ping")))
+
+    def wait(
+        self,
+        *units: str,
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        on_wait: Callable[[list[Dependency], float], None] | None = None,
+    ) -> float:
+        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        began = time.monotonic()
+        with self._channel("wait") as channel:
+            wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
+        return time.monotonic() - began
+
+    def reset(self, *units: str) -> list[str]:
+        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+
+        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        """
+        return record(Answer, self._call("reset", units=list(units))).units
+
+    def env(self, unit: str) -> dict[str, str]:
+        """Return the environment variables that `unit` would start with: what its dependencies have left.
+
+        Raises NotRegistered.
+        """
+        with self._channel("env") as channel:
+            return channel.news(channel.call("env", unit=unit)).env
+
+    def stop(self, *units: str, grace: float = GRACE) -> list[str]:
+        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+
+        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
+        seconds. Raises NotRegistered, or Refused if something still runs.
+        """
+        answer = self.halt(*units, grace=grace)
+        if answer.left or answer.cannot:
+            raise Refused(still_running(answer), answer.stopped)
+        return answer.stopped
+
+    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
+        with self._channel("stop") as channel:
+            request = channel.request("stop", units=list(units), grace=grace)
+            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+
+    def shutdown(self) -> None:
+        """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
+        with self._channel("shutdown") as channel:
+            channel.call("shutdown")
+            end = time.monotonic() + REPLY_TIMEOUT
+            try:
+                while channel.receive(end - time.monotonic()):
+                    pass
+            except Unreachable:
+                return
+            raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
+
+    def status(self, unit: str) -> UnitStatus:
+        """Return a snapshot of one unit and its dependencies."""
+        return record(UnitStatus, self._call("status", unit=unit))
+
+    def list(self, everything: bool = False) -> Sequence[UnitStatus]:
+        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
+        return records(UnitStatus, self._call("list", all=everything))
+
+    def graph(self) -> Graph:
+        """Return all units with their edges and times."""
+        graph = record(Graph, self._call("graph"))
+        names = {u.unit_name for u in graph.nodes}
+        for u in graph.nodes:
+            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not words or not u.wants.keys() <= names:
+                raise Unreachable("the answer is not a Graph; are agent and client of one version?")
+        return graph
+
+    def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
+        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
+
+        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
+        does not read in time.
+        """
+        with self._channel("events") as channel:
+            yield from records(Event, channel.call("events", follow=follow, since=since))
+            while follow:
+                message = channel.receive(REPORT_EVERY)
+                if message is None:  # is the agent still there?
+                    channel.request("ping")
+                    message = channel.hear() or {}
+                if message.get("method") == "event":
+                    yield record(Event, message.get("params"))
+
+    def unit(
+        self,
+        unit: str,
+        want: Iterable[str] = (),
+        requires: Requirement = SUCCESS,
+        timeout: float = START_TIMEOUT,
+        locks: Iterable[str] = (),
+    ) -> Block:
+        """Return a context manager that starts `unit`, and completes it at the end of the block.
+
+        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
+        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
+        """
+        return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
+
+
+class Block(Start):
+    """The start of `with client.unit(...)`."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        code: Any = error.code if isinstance(error, SystemExit) else error
+        try:
+            if code in (None, 0):
+                self.channel.call("complete", unit=self.unit)
+            elif isinstance(code, int):
+                self.channel.call("fail", unit=self.unit, exit_code=int(code))
+            else:
+                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+                self.channel.call("fail", unit=self.unit, reason=reason)
+        except SyncError:
+            if error is None:  # else the block's own exception matters more
+                raise
+        finally:
+            self.channel.close()
+
+
+def still_running(answer: Answer) -> str:
+    """Return what a stop has not ended, for a message."""
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
+    for row in answer.cannot:
+        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
+        texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
+    return "; ".join(texts)
+
+
+def make_client(args: Args) -> Client:
+    """Return the client that the common options describe."""
+    return Client(args.socket_path, args.connect_timeout)
+
+
+def resembling(name: str, names: Iterable[str]) -> str:
+    """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
+    try:
+        from difflib import get_close_matches
+    except (ImportError, OSError):  # no descriptor left to read it with
+        return ""
+    from itertools import islice
+
+    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
+    close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
+    return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
+
+
+def meant(guess: str, otherwise: str = "") -> str:
+    """Return the end of a message about an unknown name: the one it resembles, or something else."""
+    return f'; did you mean "{guess}"?' if guess else otherwise
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Processes. What several sections need of the system: what standard output shows, who a process is, which descriptors
 # are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
 # ----------------------------------------------------------------------------------------------------------
 
+import _signal as signal  # noqa: E402  (the package module wraps each number in an enum)
 import os  # noqa: E402  (a plain call, which needs only what is above, does without)
 
 
@@ -1680,11 +1707,8 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-    try:
-        return os.read(fd, 1 << 16).decode(errors="replace")
-    finally:
-        os.close(fd)
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        return file.read(1 << 16).decode(errors="replace")
 
 
 def stat_of(pid: int) -> list[str]:
@@ -1756,19 +1780,12 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: int) -> None:
-    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
-    os.closerange(3, keep)
-    os.closerange(keep + 1, min(open_files(), 1 << 16))
-
-
 def in_background() -> tuple[int, int]:
     """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
 
     The background process has a session of its own, and of what was open only standard output and error.
     Raises Refused.
     """
-    import _signal as signal
     from _socket import socketpair
 
     try:
@@ -1782,10 +1799,11 @@ def in_background() -> tuple[int, int]:
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
     os.setsid()
-    nothing = null()
-    os.dup2(nothing, 0)
-    close_others(theirs.fileno())
-    return 0, theirs.detach()
+    os.dup2(null(), 0)
+    front = theirs.detach()
+    os.closerange(3, front)
+    os.closerange(front + 1, min(open_files(), 1 << 16))
+    return 0, front
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
@@ -1795,8 +1813,6 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 def heeded(names: Iterable[str]) -> list[int]:
     """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    import _signal as signal
-
     numbers = [int(getattr(signal, name)) for name in names]
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
@@ -1879,13 +1895,16 @@ class Family:
             terminate(self.pid)
 
     def left(self) -> list[int]:
-        """Return the pids of those known to be left, the first process first."""
+        """Return the pids of those known to be left."""
+        return [self.pid] * self.first + self._others()
+
+    def _others(self) -> list[int]:
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
+        return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
-        for pid in self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group()):
+        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
             terminate(pid)
 
     def kill(self) -> None:
@@ -1902,7 +1921,6 @@ class Loop:
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
-        import _signal as signal
         import select
 
         self.numbers = heeded(names)
@@ -1914,16 +1932,14 @@ class Loop:
         os.set_blocking(self._write, False)
         self._poll = select.poll()
         self._poll.register(self._came, select.POLLIN)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
     def turn(self, due: float = NEVER) -> list[int]:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
-        import _signal as signal
-
         came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
@@ -1957,13 +1973,11 @@ class Loop:
 
         Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
         """
-        import _signal as signal
-
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
         with open(self._came, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers]
@@ -1984,12 +1998,7 @@ class Loop:
 
 
 def sent_by_key(number: int) -> bool:
-    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group.
-
-    Who sent a signal is not known here: INT and QUIT to a process of the foreground group count as sent by a key.
-    """
-    import _signal as signal
-
+    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group."""
     if number not in (signal.SIGINT, signal.SIGQUIT):
         return False
     try:
@@ -2000,13 +2009,10 @@ def sent_by_key(number: int) -> bool:
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
-    """Start a command with default signal handling, which Python and we have changed; return its pid.
+    """Start a command with default signal handling, perhaps in a session of its own; return its pid.
 
-    `own_session` gives it a session of its own, or at least a process group. Raises OSError, and ValueError for an
-    empty name.
+    Raises OSError, and ValueError for an empty name.
     """
-    import _signal as signal
-
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
     program = in_path(command[0], env.get(b"PATH"))
     if own_session:
@@ -2031,10 +2037,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our standard streams; return its exit status, as a shell has it.
+    """Run a command with our standard streams; return its exit status, as a shell has it. Raises CommandError.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
-    be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself.
     """
     try:
         pid = spawn(command, env)
@@ -2091,8 +2096,6 @@ def signal_to(pid: int, number: int) -> bool:
 
 def terminate(pid: int) -> None:
     """Send TERM to a process or group, and CONT, in case it is stopped."""
-    import _signal as signal
-
     signal_to(pid, signal.SIGTERM)
     signal_to(pid, signal.SIGCONT)
 
@@ -2150,17 +2153,38 @@ def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> d
     return found
 
 
+def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) -> dict[Unit, None]:
+    """Return units and all that they depend on, also through others, dependencies first. Raises CycleError."""
+    done: dict[Unit, None] = {}
+    for start in starts:
+        way = {start: iter(wants(start))}  # from there to where we are: no recursion, since chains may be long
+        while way:
+            unit, rest = next(reversed(way.items()))
+            new = next((other for other in rest if other not in done), None)
+            if new is None:
+                done[unit] = None
+                del way[unit]
+            elif new in way:
+                cycle = [*(unit.name for unit in way), new.name]
+                cycle = cycle[cycle.index(new.name) :]
+                own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
+                raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
+            else:
+                way[new] = iter(wants(new))
+    return done
+
+
 class Unit:
     """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
         self.name, self.since = name, since  # in its status
         self.status = NOT_REGISTERED
-        self.facts = facts(None)  # of the present run
+        self.facts = object.__new__(UnitStatus)  # of the present run; what is not set takes no room
         self.root = ""  # what failed in the first place, if it was skipped
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._set, _link and _cut, never counted again
+        self.unmet = 0  # how many of `wants` are not met; kept by Units._link and _set
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
@@ -2174,13 +2198,6 @@ class Unit:
     def supervisor(self) -> Claim | None:
         """Return the claim of the supervisor that runs its command."""
         return self.holder if self.holder and self.holder.supervisor else None
-
-
-def facts(registered: float | None) -> UnitStatus:
-    """Return what is known of a run when it begins; what is not set takes no room."""
-    status = object.__new__(UnitStatus)
-    status.registered = registered
-    return status
 
 
 class Lock:
@@ -2255,11 +2272,10 @@ class Stop(Claim):
 
 
 class Units:
-    """The dependency graph: `want`, `start`, `wait`, `complete`, `fail`, `stop`, and questions about it.
+    """The dependency graph: `want`, `start`, `wait`, `boot`, `end`, `stop`, and questions about it.
 
     What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
-    looks at these. `clock` and `wall` return seconds; `alive` says whether an owner still runs (None: unknown); `tell`
-    gets every event as it happens.
+    looks at these. `alive` says whether an owner still runs (None: unknown); `tell` gets every event.
     """
 
     def __init__(
@@ -2302,7 +2318,10 @@ class Units:
         `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
         TimedOut.
         """
-        check_name(member[0])
+        unit, by = self.units.get(check_name(member[0])), asked.get("owner")
+        on = unit.holder if unit else None
+        if unit and ((unit.status == STARTED and (on is None or on.delivered)) or (on and unit.status in ENDED)):
+            raise self._already_started(unit, by)
         return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
@@ -2316,10 +2335,9 @@ class Units:
     ) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
-        At most `jobs` of them are started at once (0: no limit). Their dependencies are these from now on, and no
-        others. Every claim is answered with {"unit", "status", "reason", "env"} whenever its unit is started or has
-        ended. With `resume`, units that have completed are left as they are, and not claimed. Raises Refused, and
-        nothing has changed, while one of the others is started or claimed by somebody who lives, or runs on.
+        At most `jobs` of them are started at once (0: no limit). They depend on these from now on, and on no others. A
+        claim is answered whenever its unit is started or has ended. With `resume`, what has completed is left as it is.
+        Raises Refused, and nothing has changed, while one is started or claimed by somebody who lives, or runs on.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
@@ -2336,17 +2354,15 @@ class Units:
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
-            self._refuse(unit, *(other.owner for other in unit.line))
-            self._answer_line(unit, self._already_started(unit))
+            self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
                 self._close(unit)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
-        """End claims, all in one step, the one way in which they end before their time; claims that are over stay so.
+        """End claims, all in one step, the one way in which they end before their time.
 
-        `why` is what happened: its caller is gone, its process has ended, TIMED_OUT, STOPPED. The claims behind them
-        stay in line, and the next one goes on. If there is none, the unit of a held claim has failed, unless it had
-        ended and does not run on, and that of any other is pending.
+        `why`: the caller is gone, its process has ended, TIMED_OUT, STOPPED. The next claim in line goes on. If there
+        is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
         for claim in [claim for claim in claims if not self.is_over(claim)]:
@@ -2356,7 +2372,7 @@ class Units:
         for unit, (claim, reason) in ended.items():
             if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
-            if claim.held and not unit.first():
+            if (claim.held or reason == STOPPED) and not unit.first():
                 self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
                 self._notify(claim)
             elif unit.status == STARTED and not unit.holder:
@@ -2377,16 +2393,16 @@ class Units:
         otherwise, is being stopped, leaves too many variables, or if the start of `by` was refused.
         """
         unit, status = self._registered(name), outcome.status
-        holds = claim is not None and claim is unit.holder
-        runs_on = outcome.running and holds and claim is not None and claim.held
+        claim = claim if claim is unit.holder else None
+        runs_on = claim is not None and claim.held and outcome.running
         self._check_environment(unit, outcome.env)
-        if not holds:
+        if not claim:
             self._check_report(unit, by)
-        if claim and holds and not runs_on and (unit in self.stopping or unit.facts.running_on):
+        if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
             self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
             return unit.status
-        if unit in self.stopping and (holds or unit.status == STARTED):
-            if not holds and status == COMPLETED:
+        if unit in self.stopping and (claim or unit.status == STARTED):
+            if not claim and status == COMPLETED:
                 raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
             return unit.status
         before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
@@ -2397,7 +2413,7 @@ class Units:
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
         if claim and runs_on:
             self.run_on(claim)
-        elif holds or not unit.supervisor():
+        elif claim or not unit.supervisor():
             self._close(unit)
         self._settle_all()
         if before in ENDED and before != status:
@@ -2411,21 +2427,19 @@ class Units:
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
         itself, otherwise than with 0, it died.
         """
-        unit, how = claim.unit, reason
-        ran_on, ended = unit.facts.running_on, unit.facts.ended or 0.0
-        if unit.holder is not claim or (unit.status == STARTED and unit not in self.stopping):
+        unit, ran_on = claim.unit, claim.unit.facts.running_on
+        stopped = unit in self.stopping or (stopped and ran_on)
+        if unit.holder is not claim or (unit.status == STARTED and not stopped):
             return
-        if unit in self.stopping or (stopped and ran_on):
-            how = STOPPED
-            if unit.status != FAILED:
-                self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
-                self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        if stopped and unit.status != FAILED:
+            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
         elif ran_on and code:
-            died = f"died {span(self._now() - ended)} after it was ready: {how}"
-            self._set(unit, Outcome(FAILED, died, code, "died"))
+            ran = span(self._now() - (unit.facts.ended or 0.0))
+            self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
-            self._record(unit, "exited", how)
-        self._close(unit, how)
+            self._record(unit, "exited", reason)
+        self._close(unit, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2437,17 +2451,15 @@ class Units:
     def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
         """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
 
-        What waits to be started is ended at once. What runs has supervisors, which are told to end it: dependents
-        first, and at the latest when half of the time is over. The answer has three lists: the names of those that
-        have `stopped`, in this order, what is `left`, and what `cannot` be stopped, since it has no supervisor, or has
-        lost it. Another stop meanwhile may bring the ends of units nearer. Raises NotRegistered.
+        What waits is ended at once. What runs is ended by its supervisor, which is told: dependents first, and all when
+        half of the time is over. The answer: what has `stopped`, in this order, what is `left`, and what `cannot` be
+        stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
         named = self._these(names)
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = [unit for unit in affected if self._may_run(unit) and not unit.supervisor()]
-        rows = [self._running(unit) for unit in alone]
-        cannot = [row for unit, row in zip(alone, rows) if unit.status == STARTED or (row.owner and row.owner.alive)]
+        alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
+        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
@@ -2482,15 +2494,17 @@ class Units:
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
-        """Make units that have ended pending again, with those skipped because of them; all if none is named.
+        """Make units that have ended (all if none is named) pending again, with those skipped because of them.
 
-        Raises NotRegistered, or Refused while one of them is started. Returns the names.
+        Returns the names. Raises NotRegistered, or Refused while one of them is started.
         """
         todo = self._these(names)
         for unit in todo:
             if unit.status == STARTED:
-                by = owner_text(unit.facts.owner, " by ")
-                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset; end it first')
+                owner = self._owner(unit)
+                by = owner_text(owner, " by ", ", which is no longer running,")
+                hint = let_go(unit.name, owner) or "; end it first"
+                raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
         ended = [unit for unit in todo if unit.status in ENDED]
@@ -2558,32 +2572,25 @@ class Units:
         snapshot.history = [event for event in self.events.values() if event.unit == name][-MAX_HISTORY:]
         return snapshot
 
-    def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Return snapshots by name; `everything` includes names that were only ever wanted."""
-        return self._snapshots(sorted(self.units.values() if everything else self._these(), key=lambda u: u.name))
-
     def graph(self) -> Graph:
         """Return all units in the order in which they became known, and names that were only refused."""
         refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
-        return Graph(self._now(), self._snapshots([*self.units.values(), *refused]))
+        rows = {unit: self._snapshot(unit) for unit in [*self.units.values(), *refused]}
+        for unit in [unit for unit in rows if self._may_run(unit)][:500]:  # to look at more would take too long
+            rows[unit].owner = self._owner(unit)
+        return Graph(self._now(), [*rows.values()])
+
+    def snapshots(self, everything: bool = False) -> list[UnitStatus]:
+        """Return snapshots by name; `everything` includes names that were only ever wanted."""
+        shown = self.units if everything else {unit.name for unit in self._these()}
+        return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return what the dependencies of a unit, also through others, have left for it; the later in the graph wins.
-
-        Raises NotRegistered.
-        """
+        """Return what all that a unit depends on has left for it; the later in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
-        seen, todo = {unit}, [(unit, iter(unit.wants))] if self.left_environment else []
-        while todo:  # those that a unit wants come before it
-            node, rest = todo[-1]
-            new = next((other for other in rest if other not in seen), None)
-            if new:
-                seen.add(new)
-                todo.append((new, iter(new.wants)))
-            else:
-                merged.update(node.facts.environment if node is not unit else {})
-                todo.pop()
+        for other in in_order(unit.wants, lambda unit: unit.wants) if self.left_environment else ():
+            merged.update(other.facts.environment)
         return merged
 
     def candidates(self, names: Iterable[str]) -> list[str]:
@@ -2649,9 +2656,10 @@ class Units:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
             self._answers.append((claim, answer))
-        self._set(unit, Outcome(STARTED))
         for lock in unit.locks:
+            lock.line.pop(unit, None)
             lock.taken[unit] = None
+        self._set(unit, Outcome(STARTED))
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2674,10 +2682,11 @@ class Units:
         """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if not (old == STARTED and status == FAILED):  # that keeps its locks until its claim has ended
+        if status != STARTED and (old, status) != (STARTED, FAILED):  # that keeps its locks until its claim has ended
             self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.locks, unit.last = facts(unit.since), "", (), None
+            unit.facts, unit.root, unit.locks, unit.last = object.__new__(UnitStatus), "", (), None
+            unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
         elif unit.facts.ended is None:  # else it completed, and ran on
@@ -2694,8 +2703,7 @@ class Units:
         detail = outcome.reason[len(event) :].lstrip()
         self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
-            for other in self._cut(unit):
-                self._forget(other)
+            self._link(unit, {})
 
     def _notify(self, claim: Claim | None) -> None:
         """Tell a boot where the unit of its claim stands."""
@@ -2716,15 +2724,14 @@ class Units:
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                if how == LOST:
-                    stop.answer["left"].append(self._running(unit))
-                else:
-                    stop.answer["stopped"].append(unit.name)
+                stop.answer["left" if how == LOST else "stopped"].append(
+                    self._running(unit) if how == LOST else unit.name
+                )
 
     def _give_up(self, claim: Claim, why: str) -> str:
         """End a claim that waits; return what its unit fails with, if nobody else waits."""
         unit = claim.unit
-        missing = ", ".join(self._waits_for(unit, registered=False))
+        missing = ", ".join(self._waits_for(unit, mark=True))
         reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
         if why == STOPPED:
@@ -2761,27 +2768,22 @@ class Units:
     def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
         """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
 
-        Raises CycleError, which is remembered for `why`, or Refused.
+        Raises CycleError or Refused, which is remembered for `why`.
         """
-        known, about = len(self.units), ""
-        before: dict[Unit, dict[Unit, str]] = {}  # what they wanted
+        known = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
-            before = {unit: self._cut(unit) if anew else {**unit.wants} for unit in units}
-            for unit, (_, wants, _) in zip(units, members):
-                about = unit.name
-                for name, requires in wants.items():
-                    other = self._named(name)
-                    if unit.wants.get(other) != requires:
-                        self._check_edge(unit, other, requires)
-                        self._link(unit, {other: requires})
+            edges = {unit: self._edges(unit, wants, anew) for unit, (_, wants, _) in zip(units, members)}
+            if self.edges + sum(len(wants) - len(unit.wants) for unit, wants in edges.items()) > MAX_EDGES:
+                raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
+            new = [unit for unit, wants in edges.items() if wants != unit.wants]
+            # What nobody wants is in no cycle.
+            suspects = [unit for unit in new if anew or unit.wanted_by or unit in edges[unit]]
+            in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for unit in before:
-                self._cut(unit)
-            for unit, edges in before.items():
-                self._link(unit, edges)
             for name in [*self.units][known:]:
                 del self.units[name]
+            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
             if about:
                 self.refusals[about] = one_line(str(error))
                 if len(self.refusals) > 1000:
@@ -2791,12 +2793,8 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
-        for unit, edges in before.items():
-            for other, requires in unit.wants.items():
-                if edges.get(other) != requires:
-                    self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
-            for other in edges:
-                self._forget(other)
+        for unit in new:
+            self._link(unit, edges[unit])
         return units
 
     def _named(self, name: str) -> Unit:
@@ -2808,43 +2806,28 @@ class Units:
             self.units[name] = Unit(name, self._now())
         return self.units[name]
 
-    def _check_edge(self, unit: Unit, other: Unit, requires: str) -> None:
-        """Raise Refused, or CycleError, if there may be no edge from `unit` to `other`."""
-        if other in unit.wants:
-            text = f"with requirement {unit.wants[other]} already, not {requires}"
-            raise Refused(f'unit "{unit.name}" wants "{other.name}" {text}')
-        check_requirement(requires)
-        if self.edges >= MAX_EDGES:
-            raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
-        cycle, step = [], unit if unit.wanted_by or other is unit else None
-        found = reached([other], lambda node: node.wants) if step else {}
-        while step in found:
-            cycle.append(step.name)
-            step = found[step]
-        if cycle:
-            cycle = [unit.name, *reversed(cycle)]
-            own = "; a unit cannot depend on itself" if other is unit else ""
-            raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
-
-    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want others, which it does not yet."""
-        for other, requires in edges.items():
-            unit.wants[other] = other.wanted_by[unit] = requires
-            unit.unmet += other.status not in MEETS[requires]
-        self.edges += len(edges)
-
-    def _cut(self, unit: Unit) -> dict[Unit, str]:
-        """Remove all edges of a unit, and return them."""
-        edges, unit.wants, unit.unmet = unit.wants, {}, 0
-        for other in edges:
-            del other.wanted_by[unit]
-        self.edges -= len(edges)
+    def _edges(self, unit: Unit, wants: dict[str, str], anew: bool) -> dict[Unit, str]:
+        """Return the edges that a unit is to have. Raises Refused."""
+        edges = {} if anew else {**unit.wants}
+        for name, requires in wants.items():
+            there = edges.setdefault(self._named(name), check_requirement(requires))
+            if there != requires:
+                raise Refused(f'unit "{unit.name}" wants "{name}" with requirement {there} already, not {requires}')
         return edges
 
-    def _forget(self, unit: Unit) -> None:
-        """Forget a name that nobody has registered and nobody wants any more."""
-        if unit.status == NOT_REGISTERED and not unit.wanted_by:
-            self.units.pop(unit.name, None)
+    def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
+        """Have a unit want these, and no others: names that it alone had any use for are forgotten."""
+        before, unit.wants = unit.wants, edges
+        self.edges += len(edges) - len(before)
+        unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
+        for other, requires in edges.items():
+            other.wanted_by[unit] = requires
+            if before.get(other) != requires:
+                self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
+        for other in [other for other in before if other not in edges]:
+            del other.wanted_by[unit]
+            if other.status == NOT_REGISTERED and not other.wanted_by:
+                self.units.pop(other.name, None)
 
     def _claim(
         self,
@@ -2856,10 +2839,7 @@ class Units:
         done: Container[Unit] = (),
         **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each but those that are done, and see how far that leads.
-
-        Every start, wait and boot.
-        """
+        """Declare units, stand in the line of each but those that are done, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
         locks = self._locks(members)
         units = self._declare(members, anew=boot)
@@ -2868,17 +2848,13 @@ class Units:
         for unit, its in zip(units, locks):
             if unit in done:
                 continue
-            claim, on = Claim(unit, ticket, **asked), unit.holder
-            on_its_way = on is not None and not on.delivered
-            if not boot and ((unit.status == STARTED and not on_its_way) or (on and unit.status in ENDED)):
-                self._refuse(unit, claim.owner)
-                raise self._already_started(unit, claim.owner)
             if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
                 self._set(unit, Outcome(PENDING))
             if boot:  # it begins here, also where somebody has wanted or reset the unit long before
                 unit.facts.registered = self._now()
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+            claim = Claim(unit, ticket, **asked)
             claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
             unit.line[claim] = None
             self.waits += not boot
@@ -2895,10 +2871,7 @@ class Units:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
     def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """Return the locks of each member.
-
-        At the limit, names that nobody uses are forgotten, before any is made: those of the members are not in use yet.
-        """
+        """Return the locks of each member. At the limit, names that nobody uses are forgotten."""
         wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
         if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
             used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
@@ -2924,10 +2897,10 @@ class Units:
 
     @staticmethod
     def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what a unit lacks: dependencies and the requirement that each does not meet.
+        """Iterate over what a unit lacks: dependencies, each with the requirement that it does not meet.
 
-        Also itself, while the answer to an earlier start is on its way; and if no dependency is missing: the locks that
-        the first in line needs and cannot have, each with the unit that is before it.
+        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
+        the first in line cannot have, each after the unit that is before it.
         """
         if unit.unmet:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
@@ -2938,20 +2911,16 @@ class Units:
             if before:
                 yield before, lock
 
-    def _waits_for(self, unit: Unit, registered: bool = True) -> list[str]:
-        """Return what a unit lacks, in words, five of them at most.
-
-        Unless `registered`, names that nobody has registered are marked as such.
-        """
+    def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
+        """Return what a unit lacks, five at most, in words; with `mark`, also that a name is not registered."""
         from itertools import islice
 
         words = []
         for other, need in islice(self._lacks(unit), 5):
-            unknown = other.status == NOT_REGISTERED and not registered
-            word = other.name + (" (not registered)" if unknown else "")
             if isinstance(need, Lock):
-                word = f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}"
-            words.append(word)
+                words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
+            else:
+                words.append(other.name + (" (not registered)" if mark and other.status == NOT_REGISTERED else ""))
         return words
 
     def _leave(self, claim: Claim) -> None:
@@ -2977,20 +2946,18 @@ class Units:
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
 
-    def _already_started(self, unit: Unit, by: Owner | None = None) -> AlreadyStarted:
-        """Return the error for a start that is one too many; `by` is who asked for it."""
-        owner, holder = unit.facts.owner, unit.holder
-        if by and owner and holder and holder.boot and (by.pid, by.born) == (owner.pid, owner.born):
+    def _already_started(self, unit: Unit, *by: Owner | None) -> AlreadyStarted:
+        """Return the error for starts that are too many; who asked for them is remembered: the last hundred."""
+        unit.refused = [*unit.refused, *filter(None, by)][-100:]
+        owner, holder = self._owner(unit), unit.holder
+        own = [other for other in by if other and owner and (other.pid, other.born) == (owner.pid, owner.born)]
+        if own and holder and holder.boot:
             hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
-        return AlreadyStarted(f'unit "{unit.name}" is already started{owner_text(unit.facts.owner, " by ")}')
-
-    @staticmethod
-    def _refuse(unit: Unit, *owners: Owner | None) -> None:
-        """Remember whose start was refused: the last hundred."""
-        unit.refused = [*unit.refused, *filter(None, owners)][-100:]
+        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, by: Owner | None) -> None:
         """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
@@ -3054,13 +3021,6 @@ class Units:
         row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
-
-    def _snapshots(self, units: list[Unit]) -> list[UnitStatus]:
-        """Return snapshots of units, in their order."""
-        rows = {unit: self._snapshot(unit) for unit in units}
-        for unit in [unit for unit in units if self._may_run(unit)][:500]:  # to look at more would take too long
-            rows[unit].owner = self._owner(unit)
-        return [*rows.values()]
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
         if unit.name:
@@ -3748,8 +3708,6 @@ class Agent:
         return [e for e in self.units.events.values() if e.seq > since]
 
     def do_shutdown(self, request: Request) -> Any:
-        import _signal as signal
-
         if not self.leaving:  # a second signal would leave services no time
             self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
             os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
@@ -4051,8 +4009,6 @@ def detach() -> int:
 
     The process that was called ends here: well when the other is ready, else as that does, which has said why.
     """
-    import _signal as signal
-
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
     child, link = in_background()
     if child:
@@ -4354,7 +4310,8 @@ class Bar:
         def known(time: float | None, otherwise: float) -> float:
             return otherwise if time is None else time
 
-        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
+        self.unit, self.name = unit, unit.unit_name
+        self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
         self.ended = known(unit.ended, last)
         self.started = known(unit.started, self.ended)
         self.asked = known(unit.waiting, self.started)
@@ -4479,7 +4436,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
         for words, since, upto in bar.phases:
-            first = min(cells - 1, int((since - startup.first) * scale))
+            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
             row[first : first + size] = signs[words] * size
         drawn.update(row)
@@ -4514,7 +4471,6 @@ def blame_text(graph: Graph, width: int = 100) -> str:
     return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
-TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
 SAVED = [
     *("unit_name", "status", *TIMES, "tries", "reason", "released_by", "wants", "exit_code", "is_waiting"),
@@ -4533,7 +4489,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
-    head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
+    head = {"version": 2, "seconds": round(startup.length, 6), "summary": startup.summary()}
     return {**head, "critical_path": path, "units": rows}
 
 
@@ -4543,8 +4499,6 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
     try:
         data = json.loads(text)
-        if data.get("version", 1) > TIMELINE_VERSION:
-            raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
         units = [record(UnitStatus, {"is_ready": True, **row}) for row in data["units"]]
         return Startup(Graph(typed(data["seconds"], "float"), units))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Unreachable):
@@ -4597,27 +4551,11 @@ LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in
 LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
-def hover_text(bar: Bar) -> str:
-    """Return what the picture says of a unit when it is pointed at."""
-    u = bar.unit
-    lists: dict[str, list[str]] = {
-        "last for": [u.released_by],
-        "depends on": list(u.wants),
-        "locks:": u.locks,
-        "output:": [u.log],
-    }
-    lines = [f"{bar.name}: {described(u)}"]
-    phases = sorted(bar.phases, key=lambda phase: phase[1:])
-    lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
-    lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
-    return "\n".join(lines + [f"{words} {some_names(names)}" for words, names in lists.items() if any(names)])
-
-
 def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     from html import escape as xml  # what is printable needs no more
 
-    startup, body = Startup(graph), []
+    startup, body, found = Startup(graph), [], obstacles(graph)
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
     outcomes = []
     for bar in bars:
@@ -4649,7 +4587,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
         status, y, is_critical = bar.unit.status, top + high * i, bar.name in startup.critical
         places[bar.name] = left + (bar.started - startup.first) * scale, y
-        body.append(f"<g><title>{xml(hover_text(bar))}</title>")
+        body.append(f"<g><title>{xml(story(bar.unit, graph.now, found[bar.name]))}</title>")
         rectangle("yz"[i % 2], 0, y, width, high)
         write(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else "")
         for words, since, upto in bar.phases:
@@ -4817,7 +4755,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     asked = reached(names, found.get)
 
     def tell(u: UnitStatus) -> str:
-        line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
+        line = story(u, graph.now, found.get(u.unit_name, {}))
         if u.status != NOT_REGISTERED:
             return line + "."
         wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
@@ -4851,8 +4789,9 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def story(unit: UnitStatus, now: float, what: str) -> str:
-    """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
+def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
+    """Tell a unit in one sentence without its full stop; `lacks` are its obstacles."""
+    what = some_names([*lacks.values()])
     bar, name, reason = Bar(unit, now), f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
@@ -4884,7 +4823,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     if unit.status == COMPLETED and unit.exited is not None:
         after = f"; its process ended {span(now - unit.exited)} ago"
         after += f": {unit.exit_reason}" if unit.exit_reason else ""
-    ran = span(now - unit.age - bar.started)
+    ran = span(max(0.0, now - unit.age - bar.started))
     return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
@@ -5034,12 +4973,10 @@ def file_state(path: str) -> tuple[int, ...]:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
-    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
-    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. For the other one
-    a file counts only if it has changed since the Prober was made (`changed`).
-
-    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words. Raises OSError, RuntimeError.
+    `error` is what the last try lacked, in a few words. What succeeds before the command is run says nothing about it.
+    So one Prober makes a single try before (`once`): `objection` is why the command must not be run then, and `doubt`
+    what is to be said if it is. For the next one, a file counts only if it has `changed` since that was made.
+    Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
@@ -5124,7 +5061,10 @@ class Prober:
             return trouble_of(error)
 
     def _command(self) -> str:
-        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
+
+        Its exit status comes through a pipe, since a Loop takes that of each child.
+        """
         command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
         with open(null(), "rb", 0) as nothing:
             read, write = os.pipe()
@@ -5192,14 +5132,13 @@ def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
         path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
-        if len(os.fsencode(path)) > 80:  # no socket could be in it
-            continue
-        try:
-            os.mkdir(path)
-            os.chmod(path, 0o711)
-        except OSError:
-            continue
-        return path
+        if len(os.fsencode(path)) <= 80:  # a socket can be in it
+            try:
+                os.mkdir(path)
+                os.chmod(path, 0o711)
+                return path
+            except OSError:
+                pass
     return ""
 
 
@@ -5251,28 +5190,23 @@ class Link:
 
     Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
     called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
-    An agent that has left a request unanswered for `patience()` seconds is gone.
+    An agent that has left a request unanswered for `patience()` seconds is gone, which is found out by a ping now and
+    then, unless patience has no end.
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        news: Callable[[str, Answer], None],
-        gone: Callable[[Unreachable], object],
-        patience: Callable[[], float],
-        ping_after: float = NEVER,
+        self, loop: Loop, news: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
     ) -> None:
         self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
-        self._ping_after = ping_after  # seconds of silence after which the agent is asked whether it lives
         self._channel: Channel | None = None  # while there is an agent
-        self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
+        self.asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
-        self._asked, self._since = {}, time.monotonic()
+        self.asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
     def close(self) -> None:
@@ -5283,19 +5217,15 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self._asked)
-        if not self._asked:
+        request = -1 - len(self.asked)
+        if not self.asked:
             self._since = time.monotonic()
         try:
             if self._channel and not self.lost:
                 request = self._channel.request(method, **params)
         except Unreachable as error:
             self.lost = str(error)
-        self._asked[request] = answered
-
-    def waits(self) -> bool:
-        """Return whether a request has not been answered yet."""
-        return bool(self._asked)
+        self.asked[request] = answered
 
     def take(self) -> None:
         """Handle what has been received."""
@@ -5304,19 +5234,16 @@ class Link:
                 self._since = time.monotonic()
                 if "method" in message:
                     self._news(str(message["method"]), self._channel.news(message.get("params")))
-                elif message.get("id") in self._asked:
-                    self._asked.pop(message["id"])(message)
+                elif message.get("id") in self.asked:
+                    self.asked.pop(message["id"])(message)
         except Unreachable as error:
             self.lost = str(error)
 
     def keep_time(self, now: float) -> float:
-        """Handle what has been received, ask a silent agent whether it lives, or take it for gone.
-
-        Returns when to call this again.
-        """
+        """Handle what has come; ping a silent agent, or take it for gone. Return when to call this again."""
         self.take()
         if self._channel and now >= self._due():
-            if self._asked:
+            if self.asked:
                 self.lost = self.lost or self._channel._silence(self._patience())
             else:
                 self.ask("ping")
@@ -5325,15 +5252,17 @@ class Link:
         return self._due()
 
     def _due(self) -> float:
-        silence = self._patience() if self._asked else self._ping_after
-        return self._since + silence if self._channel else NEVER
+        if not self._channel:
+            return NEVER
+        patience = self._patience()
+        return self._since + (patience if self.asked else min(PING_AFTER, patience))
 
     def _lose(self, error: Unreachable) -> None:
         if self._channel:
             self.close()
             self._gone(error)
-        while self._asked:
-            self._asked.pop(next(iter(self._asked)))(error_message(None, error))
+        while self.asked:
+            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5341,7 +5270,6 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
 LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
-TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
 
 WAITING = "waiting"  # for its first try, or the next one
@@ -5388,6 +5316,7 @@ class Task:
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
+        self.status = 0  # that says more than `code`, if not 0
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
         self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
@@ -5417,7 +5346,7 @@ class Task:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        raise NotImplementedError
+        put(f"warning: {self.unit}: {text}\n", 2)
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Handle the answer to a report."""
@@ -5535,19 +5464,19 @@ class Task:
 
     def tell_error(self) -> None:
         """Tell the agent what the probe lacks, if that has changed."""
-        if self.prober:
-            self.due[self.tell_error] = time.monotonic() + TELL_EVERY
-            if self.prober.error not in ("", self.told):
-                self.told = self.prober.error
-                self.link.ask("probing", unit=self.unit, error=self.told)
+        self.due[self.tell_error] = time.monotonic() + TELL_EVERY
+        if self.lack() not in ("", self.told):
+            self.told = self.lack()
+            self.link.ask("probing", unit=self.unit, error=self.told)
 
-    def lacks(self) -> str:
-        """Return the probe, and what it lacks."""
-        return f"{shown_probe(self.limits.ready)} ({self.prober.error if self.prober else ''})"
+    def lack(self) -> str:
+        """Return what the probe lacks; empty if nothing, or if nothing is probed."""
+        return self.prober.error if self.prober else ""
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
+        self.status = TimedOut.exit_code
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({self.lack()})")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
@@ -5560,7 +5489,8 @@ class Task:
         if self.state == ENDING:
             self.due.update(dict.fromkeys(self.due, 0.0))
         elif self.waits_for_probe():
-            hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
+            to_background = code == 0 and self.limits.ready != "notify"
+            hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}")
         elif code or self.reported == FAILED:
             self.end(ending(code))
@@ -5630,6 +5560,7 @@ class Task:
         if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
+            self.status = 0
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
@@ -5741,9 +5672,9 @@ class Run(Task):
             limits.delay = args.retry_delay
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
-        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
-        self.status = 0  # to return, if it is not that of the command
+        path = os.path.abspath(start.channel.path)
+        self.env = environment(**{"CODER_AGENT_SOCKET_PATH": path, **start.environment})
+        self.quiet = args.quiet
         self.directory = private_directory()
         self.use_directory(self.directory)
         if not self.directory:
@@ -5757,7 +5688,7 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.state == GONE and not self.link.waits():
+                if self.state == GONE and not self.link.asked:
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
                     self.signalled(number)
@@ -5799,18 +5730,11 @@ class Run(Task):
         """Say what the probe lacks."""
         now = time.monotonic()
         self.due[self.say_not_ready] = now + REPORT_EVERY
-        say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
-
-    def not_ready(self) -> None:
-        self.status = TimedOut.exit_code
-        super().not_ready()
+        lacks = f"{shown_probe(self.limits.ready)} ({self.lack()})"
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
-        self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-
-    def warn(self, text: str) -> None:
-        put(f"warning: {self.unit}: {text}\n", 2)
 
     def fail(self, reason: str) -> None:
         if reason != ending(self.code):  # else the exit status says it
@@ -6521,7 +6445,7 @@ class Boot:
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
+        self.link = Link(loop, self.news, self.agent_gone, self.patience)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
@@ -6555,7 +6479,7 @@ class Boot:
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
+            self.until(lambda: not self.unfinished and not self.link.asked and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -6595,7 +6519,7 @@ class Boot:
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.waits()))
+        return bool(needed or (self.host and self.link.asked))
 
     def printing(self) -> list[str]:
         """Return the units whose output is read."""
@@ -6800,7 +6724,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.prober.error}"] if job.prober and job.prober.error else []
+                more += [f"not ready: {job.lack()}"] if job.lack() else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
@@ -6918,8 +6842,6 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
-        import _signal as signal
-
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
@@ -6973,8 +6895,6 @@ class Front:
 
 def become(command: list[str]) -> NoReturn:
     """Have a command take our place. Raises CommandError."""
-    import _signal as signal
-
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -7096,8 +7016,6 @@ def is_ours(data: bytes) -> bool:
 
 def install(path: str, python: str) -> str:
     """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
-    import _signal as signal
-
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
@@ -7266,13 +7184,8 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-TIMELINE = Argument(
-    "--timeline",
-    type=timeline_writer,
-    default=None,
-    metavar="FILE",
-    help="write the timeline there at the end: .svg, .json or .txt",
-)
+WRITTEN = "write the timeline there at the end: .svg, .json or .txt"
+TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="FILE", help=WRITTEN)
 
 
 @Command(
@@ -7368,8 +7281,6 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    import _signal as signal
-
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -7503,8 +7414,7 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(open_file(args.compare), "rb") as f:
-                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
+            with open(args.compare, "rb") as f:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
@@ -7577,9 +7487,7 @@ but notify, and needs no agent.
 
 def help_exit_codes() -> str:
     """Return the help on exit codes."""
-    import textwrap
-
-    return textwrap.dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0]) + "\n"
+    return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
 def help_json() -> str:
@@ -7589,33 +7497,25 @@ def help_json() -> str:
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
 
-    def fields(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
+    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
         body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
         found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
         return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    used = {"s": [*fields(UnitStatus)], "l": LISTED, "t": SAVED}
-    units = [[key, "".join(c for c in used if key in used[c]), text] for key, text in fields(UnitStatus).items()]
-    others = [
-        "\n".join(f"  {key.ljust(17)} {text}" for key, text in fields(kind).items())
-        for kind in (Dependency, Owner, Event)
-    ]
-    return f"""\
+    rows = [[key, "s" + "l" * (key in LISTED) + "t" * (key in SAVED), text] for key, text in keys(UnitStatus).items()]
+    text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
 Keys of a unit in status (s), list (l) and timeline (t):
 
-{table(["KEY", "IN", "MEANING"], units)}
+{table(["KEY", "IN", "MEANING"], rows)}
 Times, as "started", are seconds since the agent began, in a timeline since the first sign of a unit. What has
 not been is null. Newer versions may add keys.
-
-Keys of each of "dependencies":
-{others[0]}
-Keys of "owner":
-{others[1]}
-Keys of what `events` prints, one object a line:
-{others[2]}
 """
+    events = "what `events` prints, one object a line"
+    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    return text
 
 
 def help_protocol() -> str:
@@ -7663,10 +7563,7 @@ TOPICS: dict[str, Callable[[], str]] = {
 def cmd_help(args: Args) -> None:
     """Say what there is, or more about TOPIC."""
     for topic in args.topics:
-        if topic not in TOPICS:
-            put(help_page(command_named(topic)))
-        else:
-            put(TOPICS[topic]())
+        put(TOPICS[topic]() if topic in TOPICS else help_page(command_named(topic)))
     if args.topics:
         return
     width = max(map(len, COMMANDS))
