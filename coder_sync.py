@@ -135,17 +135,16 @@ def launch():  # type: () -> None
     """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    for part in half_of(SELF, False):  # which the first lines have opened
-        exec(part, globals())
+    try:
+        for part in half_of(SELF, False):  # which the first lines have opened
+            exec(part, globals())
+    except KeyboardInterrupt:
+        posix._exit(130)
 
 
 #:
@@ -1370,12 +1369,8 @@ def shortage(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
-    import _signal as signal
-
     code = 0
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
