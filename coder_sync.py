@@ -154,7 +154,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
@@ -1669,6 +1669,7 @@ def meant(guess: str, otherwise: str = "") -> str:
 # are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
 # ----------------------------------------------------------------------------------------------------------
 
+import _signal as signal  # noqa: E402  (the package module wraps each number in an enum)
 import os  # noqa: E402  (a plain call, which needs only what is above, does without)
 
 
@@ -1706,11 +1707,8 @@ def proc_file(pid: int, name: str) -> str:
     """Return the text of /proc/PID/NAME, at most 64 KiB of it. Raises OSError."""
     if not has_proc():
         raise FileNotFoundError(errno.ENOENT, "no /proc of ours")
-    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-    try:
-        return os.read(fd, 1 << 16).decode(errors="replace")
-    finally:
-        os.close(fd)
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        return file.read(1 << 16).decode(errors="replace")
 
 
 def stat_of(pid: int) -> list[str]:
@@ -1782,19 +1780,12 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def close_others(keep: int) -> None:
-    """Close all descriptors but the standard streams and one more: what a caller left open is not ours."""
-    os.closerange(3, keep)
-    os.closerange(keep + 1, min(open_files(), 1 << 16))
-
-
 def in_background() -> tuple[int, int]:
     """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
 
     The background process has a session of its own, and of what was open only standard output and error.
     Raises Refused.
     """
-    import _signal as signal
     from _socket import socketpair
 
     try:
@@ -1808,10 +1799,11 @@ def in_background() -> tuple[int, int]:
     ours.close()
     signal.set_wakeup_fd(-1)  # those of the other process
     os.setsid()
-    nothing = null()
-    os.dup2(nothing, 0)
-    close_others(theirs.fileno())
-    return 0, theirs.detach()
+    os.dup2(null(), 0)
+    front = theirs.detach()
+    os.closerange(3, front)
+    os.closerange(front + 1, min(open_files(), 1 << 16))
+    return 0, front
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
@@ -1821,8 +1813,6 @@ PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, an
 
 def heeded(names: Iterable[str]) -> list[int]:
     """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    import _signal as signal
-
     numbers = [int(getattr(signal, name)) for name in names]
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
@@ -1905,13 +1895,16 @@ class Family:
             terminate(self.pid)
 
     def left(self) -> list[int]:
-        """Return the pids of those known to be left, the first process first."""
+        """Return the pids of those known to be left."""
+        return [self.pid] * self.first + self._others()
+
+    def _others(self) -> list[int]:
         others = [pid for pid in self._known if pid != self.pid or not self.first]
-        return [self.pid] * self.first + [pid for pid in others if birth(pid) == str(self._known[pid])]
+        return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
-        for pid in self.left()[self.first :] or [-self.pid] * (not self._known and self.has_group()):
+        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
             terminate(pid)
 
     def kill(self) -> None:
@@ -1928,7 +1921,6 @@ class Loop:
     """
 
     def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
-        import _signal as signal
         import select
 
         self.numbers = heeded(names)
@@ -1940,16 +1932,14 @@ class Loop:
         os.set_blocking(self._write, False)
         self._poll = select.poll()
         self._poll.register(self._came, select.POLLIN)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
     def turn(self, due: float = NEVER) -> list[int]:
         """Wait until something happens, or until a time; handle it. Return the signals that came."""
-        import _signal as signal
-
         came, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
             if fd == self._came:
@@ -1983,13 +1973,11 @@ class Loop:
 
         Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
         """
-        import _signal as signal
-
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
         with open(self._came, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers]
@@ -2010,12 +1998,7 @@ class Loop:
 
 
 def sent_by_key(number: int) -> bool:
-    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group.
-
-    Who sent a signal is not known here: INT and QUIT to a process of the foreground group count as sent by a key.
-    """
-    import _signal as signal
-
+    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group."""
     if number not in (signal.SIGINT, signal.SIGQUIT):
         return False
     try:
@@ -2026,13 +2009,10 @@ def sent_by_key(number: int) -> bool:
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
-    """Start a command with default signal handling, which Python and we have changed; return its pid.
+    """Start a command with default signal handling, perhaps in a session of its own; return its pid.
 
-    `own_session` gives it a session of its own, or at least a process group. Raises OSError, and ValueError for an
-    empty name.
+    Raises OSError, and ValueError for an empty name.
     """
-    import _signal as signal
-
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
     program = in_path(command[0], env.get(b"PATH"))
     if own_session:
@@ -2057,10 +2037,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our standard streams; return its exit status, as a shell has it.
+    """Run a command with our standard streams; return its exit status, as a shell has it. Raises CommandError.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
-    be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself.
     """
     try:
         pid = spawn(command, env)
@@ -2117,8 +2096,6 @@ def signal_to(pid: int, number: int) -> bool:
 
 def terminate(pid: int) -> None:
     """Send TERM to a process or group, and CONT, in case it is stopped."""
-    import _signal as signal
-
     signal_to(pid, signal.SIGTERM)
     signal_to(pid, signal.SIGCONT)
 
@@ -3731,8 +3708,6 @@ class Agent:
         return [e for e in self.units.events.values() if e.seq > since]
 
     def do_shutdown(self, request: Request) -> Any:
-        import _signal as signal
-
         if not self.leaving:  # a second signal would leave services no time
             self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
             os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
@@ -4034,8 +4009,6 @@ def detach() -> int:
 
     The process that was called ends here: well when the other is ready, else as that does, which has said why.
     """
-    import _signal as signal
-
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
     child, link = in_background()
     if child:
@@ -4337,7 +4310,8 @@ class Bar:
         def known(time: float | None, otherwise: float) -> float:
             return otherwise if time is None else time
 
-        self.unit, self.name, self.has_run = unit, unit.unit_name, unit.started is not None
+        self.unit, self.name = unit, unit.unit_name
+        self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
         self.ended = known(unit.ended, last)
         self.started = known(unit.started, self.ended)
         self.asked = known(unit.waiting, self.started)
@@ -4462,7 +4436,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
     for bar, label, outcome in zip(startup.rows, labels, outcomes):
         row, critical = [" "] * cells, bar.name in startup.critical
         for words, since, upto in bar.phases:
-            first = min(cells - 1, int((since - startup.first) * scale))
+            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
             size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
             row[first : first + size] = signs[words] * size
         drawn.update(row)
@@ -4497,7 +4471,6 @@ def blame_text(graph: Graph, width: int = 100) -> str:
     return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
-TIMELINE_VERSION = 2
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
 SAVED = [
     *("unit_name", "status", *TIMES, "tries", "reason", "released_by", "wants", "exit_code", "is_waiting"),
@@ -4516,7 +4489,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
-    head = {"version": TIMELINE_VERSION, "seconds": round(startup.length, 6), "summary": startup.summary()}
+    head = {"version": 2, "seconds": round(startup.length, 6), "summary": startup.summary()}
     return {**head, "critical_path": path, "units": rows}
 
 
@@ -4526,8 +4499,6 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
     try:
         data = json.loads(text)
-        if data.get("version", 1) > TIMELINE_VERSION:
-            raise UsageError(f"{name} is a timeline of a newer version; this is {__version__}")
         units = [record(UnitStatus, {"is_ready": True, **row}) for row in data["units"]]
         return Startup(Graph(typed(data["seconds"], "float"), units))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, Unreachable):
@@ -4580,27 +4551,11 @@ LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in
 LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
-def hover_text(bar: Bar) -> str:
-    """Return what the picture says of a unit when it is pointed at."""
-    u = bar.unit
-    lists: dict[str, list[str]] = {
-        "last for": [u.released_by],
-        "depends on": list(u.wants),
-        "locks:": u.locks,
-        "output:": [u.log],
-    }
-    lines = [f"{bar.name}: {described(u)}"]
-    phases = sorted(bar.phases, key=lambda phase: phase[1:])
-    lines += [f"{words} {span(upto - since)}" for words, since, upto in phases if words != "another try"]
-    lines += [f"in {len(u.tries) + 1} tries"] if u.tries else []
-    return "\n".join(lines + [f"{words} {some_names(names)}" for words, names in lists.items() if any(names)])
-
-
 def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     from html import escape as xml  # what is printable needs no more
 
-    startup, body = Startup(graph), []
+    startup, body, found = Startup(graph), [], obstacles(graph)
     bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
     outcomes = []
     for bar in bars:
@@ -4632,7 +4587,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
         status, y, is_critical = bar.unit.status, top + high * i, bar.name in startup.critical
         places[bar.name] = left + (bar.started - startup.first) * scale, y
-        body.append(f"<g><title>{xml(hover_text(bar))}</title>")
+        body.append(f"<g><title>{xml(story(bar.unit, graph.now, found[bar.name]))}</title>")
         rectangle("yz"[i % 2], 0, y, width, high)
         write(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else "")
         for words, since, upto in bar.phases:
@@ -4800,7 +4755,7 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     asked = reached(names, found.get)
 
     def tell(u: UnitStatus) -> str:
-        line = story(u, graph.now, some_names(list(found.get(u.unit_name, {}).values())))
+        line = story(u, graph.now, found.get(u.unit_name, {}))
         if u.status != NOT_REGISTERED:
             return line + "."
         wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
@@ -4834,8 +4789,9 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def story(unit: UnitStatus, now: float, what: str) -> str:
-    """Tell a unit in one sentence without its full stop; `what` keeps or kept it from starting."""
+def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
+    """Tell a unit in one sentence without its full stop; `lacks` are its obstacles."""
+    what = some_names([*lacks.values()])
     bar, name, reason = Bar(unit, now), f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
     if unit.status == NOT_REGISTERED:
         refused = f"its want was refused: {unit.refusal}"
@@ -4867,7 +4823,7 @@ def story(unit: UnitStatus, now: float, what: str) -> str:
     if unit.status == COMPLETED and unit.exited is not None:
         after = f"; its process ended {span(now - unit.exited)} ago"
         after += f": {unit.exit_reason}" if unit.exit_reason else ""
-    ran = span(now - unit.age - bar.started)
+    ran = span(max(0.0, now - unit.age - bar.started))
     return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
 
 
@@ -5017,12 +4973,10 @@ def file_state(path: str) -> tuple[int, ...]:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
-    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
-    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. For the other one
-    a file counts only if it has changed since the Prober was made (`changed`).
-
-    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words. Raises OSError, RuntimeError.
+    `error` is what the last try lacked, in a few words. What succeeds before the command is run says nothing about it.
+    So one Prober makes a single try before (`once`): `objection` is why the command must not be run then, and `doubt`
+    what is to be said if it is. For the next one, a file counts only if it has `changed` since that was made.
+    Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
@@ -5107,7 +5061,10 @@ class Prober:
             return trouble_of(error)
 
     def _command(self) -> str:
-        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
+
+        Its exit status comes through a pipe, since a Loop takes that of each child.
+        """
         command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
         with open(null(), "rb", 0) as nothing:
             read, write = os.pipe()
@@ -5175,14 +5132,13 @@ def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
         path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
-        if len(os.fsencode(path)) > 80:  # no socket could be in it
-            continue
-        try:
-            os.mkdir(path)
-            os.chmod(path, 0o711)
-        except OSError:
-            continue
-        return path
+        if len(os.fsencode(path)) <= 80:  # a socket can be in it
+            try:
+                os.mkdir(path)
+                os.chmod(path, 0o711)
+                return path
+            except OSError:
+                pass
     return ""
 
 
@@ -5234,28 +5190,23 @@ class Link:
 
     Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
     called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
-    An agent that has left a request unanswered for `patience()` seconds is gone.
+    An agent that has left a request unanswered for `patience()` seconds is gone, which is found out by a ping now and
+    then, unless patience has no end.
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        news: Callable[[str, Answer], None],
-        gone: Callable[[Unreachable], object],
-        patience: Callable[[], float],
-        ping_after: float = NEVER,
+        self, loop: Loop, news: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
     ) -> None:
         self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
-        self._ping_after = ping_after  # seconds of silence after which the agent is asked whether it lives
         self._channel: Channel | None = None  # while there is an agent
-        self._asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
+        self.asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
         self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
         self.lost = ""  # why the agent is gone
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
-        self._asked, self._since = {}, time.monotonic()
+        self.asked, self._since = {}, time.monotonic()
         self._loop.watch(channel.fileno(), self.take)
 
     def close(self) -> None:
@@ -5266,19 +5217,15 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self._asked)
-        if not self._asked:
+        request = -1 - len(self.asked)
+        if not self.asked:
             self._since = time.monotonic()
         try:
             if self._channel and not self.lost:
                 request = self._channel.request(method, **params)
         except Unreachable as error:
             self.lost = str(error)
-        self._asked[request] = answered
-
-    def waits(self) -> bool:
-        """Return whether a request has not been answered yet."""
-        return bool(self._asked)
+        self.asked[request] = answered
 
     def take(self) -> None:
         """Handle what has been received."""
@@ -5287,19 +5234,16 @@ class Link:
                 self._since = time.monotonic()
                 if "method" in message:
                     self._news(str(message["method"]), self._channel.news(message.get("params")))
-                elif message.get("id") in self._asked:
-                    self._asked.pop(message["id"])(message)
+                elif message.get("id") in self.asked:
+                    self.asked.pop(message["id"])(message)
         except Unreachable as error:
             self.lost = str(error)
 
     def keep_time(self, now: float) -> float:
-        """Handle what has been received, ask a silent agent whether it lives, or take it for gone.
-
-        Returns when to call this again.
-        """
+        """Handle what has come; ping a silent agent, or take it for gone. Return when to call this again."""
         self.take()
         if self._channel and now >= self._due():
-            if self._asked:
+            if self.asked:
                 self.lost = self.lost or self._channel._silence(self._patience())
             else:
                 self.ask("ping")
@@ -5308,15 +5252,17 @@ class Link:
         return self._due()
 
     def _due(self) -> float:
-        silence = self._patience() if self._asked else self._ping_after
-        return self._since + silence if self._channel else NEVER
+        if not self._channel:
+            return NEVER
+        patience = self._patience()
+        return self._since + (patience if self.asked else min(PING_AFTER, patience))
 
     def _lose(self, error: Unreachable) -> None:
         if self._channel:
             self.close()
             self._gone(error)
-        while self._asked:
-            self._asked.pop(next(iter(self._asked)))(error_message(None, error))
+        while self.asked:
+            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5324,7 +5270,6 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
 LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
 TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
-TO_BACKGROUND = ": keep it in the foreground, or call `wait --ready` in it"
 LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
 
 WAITING = "waiting"  # for its first try, or the next one
@@ -5371,6 +5316,7 @@ class Task:
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
+        self.status = 0  # that says more than `code`, if not 0
         self.tries, self.began = 0, 0.0  # how many, and when the latest one began
         self.prober: Prober | Notified | None = None
         self.told = ""  # what the agent knows that its probe lacks
@@ -5400,7 +5346,7 @@ class Task:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        raise NotImplementedError
+        put(f"warning: {self.unit}: {text}\n", 2)
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         """Handle the answer to a report."""
@@ -5518,19 +5464,19 @@ class Task:
 
     def tell_error(self) -> None:
         """Tell the agent what the probe lacks, if that has changed."""
-        if self.prober:
-            self.due[self.tell_error] = time.monotonic() + TELL_EVERY
-            if self.prober.error not in ("", self.told):
-                self.told = self.prober.error
-                self.link.ask("probing", unit=self.unit, error=self.told)
+        self.due[self.tell_error] = time.monotonic() + TELL_EVERY
+        if self.lack() not in ("", self.told):
+            self.told = self.lack()
+            self.link.ask("probing", unit=self.unit, error=self.told)
 
-    def lacks(self) -> str:
-        """Return the probe, and what it lacks."""
-        return f"{shown_probe(self.limits.ready)} ({self.prober.error if self.prober else ''})"
+    def lack(self) -> str:
+        """Return what the probe lacks; empty if nothing, or if nothing is probed."""
+        return self.prober.error if self.prober else ""
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
+        self.status = TimedOut.exit_code
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({self.lack()})")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
@@ -5543,7 +5489,8 @@ class Task:
         if self.state == ENDING:
             self.due.update(dict.fromkeys(self.due, 0.0))
         elif self.waits_for_probe():
-            hint = TO_BACKGROUND if code == 0 and self.limits.ready != "notify" else ""
+            to_background = code == 0 and self.limits.ready != "notify"
+            hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({ending(code)}){hint}")
         elif code or self.reported == FAILED:
             self.end(ending(code))
@@ -5613,6 +5560,7 @@ class Task:
         if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
+            self.status = 0
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
             self.to_be_tried_again(self.next_try(), delay)
         else:
@@ -5724,9 +5672,9 @@ class Run(Task):
             limits.delay = args.retry_delay
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
-        self.env = environment(CODER_AGENT_SOCKET_PATH=os.path.abspath(start.channel.path))
-        self.env, self.quiet = environment(self.env, **start.environment), args.quiet
-        self.status = 0  # to return, if it is not that of the command
+        path = os.path.abspath(start.channel.path)
+        self.env = environment(**{"CODER_AGENT_SOCKET_PATH": path, **start.environment})
+        self.quiet = args.quiet
         self.directory = private_directory()
         self.use_directory(self.directory)
         if not self.directory:
@@ -5740,7 +5688,7 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.state == GONE and not self.link.waits():
+                if self.state == GONE and not self.link.asked:
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
                     self.signalled(number)
@@ -5782,18 +5730,11 @@ class Run(Task):
         """Say what the probe lacks."""
         now = time.monotonic()
         self.due[self.say_not_ready] = now + REPORT_EVERY
-        say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
-
-    def not_ready(self) -> None:
-        self.status = TimedOut.exit_code
-        super().not_ready()
+        lacks = f"{shown_probe(self.limits.ready)} ({self.lack()})"
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
-        self.status = 0
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
-
-    def warn(self, text: str) -> None:
-        put(f"warning: {self.unit}: {text}\n", 2)
 
     def fail(self, reason: str) -> None:
         if reason != ending(self.code):  # else the exit status says it
@@ -6504,7 +6445,7 @@ class Boot:
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, self.patience, PING_AFTER)
+        self.link = Link(loop, self.news, self.agent_gone, self.patience)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
@@ -6538,7 +6479,7 @@ class Boot:
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.waits() and self.said())
+            self.until(lambda: not self.unfinished and not self.link.asked and self.said())
             return self.look_after(self.finish())
         except BaseException:
             self.abandon()
@@ -6578,7 +6519,7 @@ class Boot:
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.ask_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.waits()))
+        return bool(needed or (self.host and self.link.asked))
 
     def printing(self) -> list[str]:
         """Return the units whose output is read."""
@@ -6783,7 +6724,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.prober.error}"] if job.prober and job.prober.error else []
+                more += [f"not ready: {job.lack()}"] if job.lack() else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
@@ -6901,8 +6842,6 @@ class Front:
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
-        import _signal as signal
-
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
@@ -6956,8 +6895,6 @@ class Front:
 
 def become(command: list[str]) -> NoReturn:
     """Have a command take our place. Raises CommandError."""
-    import _signal as signal
-
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -7079,8 +7016,6 @@ def is_ours(data: bytes) -> bool:
 
 def install(path: str, python: str) -> str:
     """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
-    import _signal as signal
-
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
@@ -7249,13 +7184,8 @@ def timeline_writer(path: str) -> Callable[[Graph], None]:
     return write
 
 
-TIMELINE = Argument(
-    "--timeline",
-    type=timeline_writer,
-    default=None,
-    metavar="FILE",
-    help="write the timeline there at the end: .svg, .json or .txt",
-)
+WRITTEN = "write the timeline there at the end: .svg, .json or .txt"
+TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="FILE", help=WRITTEN)
 
 
 @Command(
@@ -7351,8 +7281,6 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    import _signal as signal
-
     path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
@@ -7486,8 +7414,7 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(open_file(args.compare), "rb") as f:
-                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
+            with open(args.compare, "rb") as f:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
