@@ -4456,7 +4456,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
 
 def blame_text(graph: Graph, width: int = 100) -> str:
     """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
-    startup, most = Startup(graph), 25
+    startup = Startup(graph)
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
     for bar in startup.bars.values():
@@ -4468,10 +4468,9 @@ def blame_text(graph: Graph, width: int = 100) -> str:
             if name in held:  # it had a lock
                 held[name] += bar.started - bar.ready
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        best = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
-        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
-        more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
+        names = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
+        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in names]
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + "\n"
     said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
     return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
@@ -4499,7 +4498,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
 
 
 def read_timeline(text: str | bytes, name: str) -> Startup:
-    """Return the startup that a `.json` timeline tells of. The text may be anything. Raises UsageError: see `name`."""
+    """Return the startup that a `.json` timeline tells of; the text may be anything. Raises UsageError."""
     import json
 
     try:
@@ -4652,7 +4651,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         elif wants and level >= 40:
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
-        shown.update([name] if wants else [])
+        shown.add(name)
         for child in wants:
             is_last = child == wants[-1]
             show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
