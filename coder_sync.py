@@ -1998,10 +1998,7 @@ class Loop:
 
 
 def sent_by_key(number: int) -> bool:
-    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group.
-
-    Who sent a signal is not known here: INT and QUIT to a process of the foreground group count as sent by a key.
-    """
+    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group."""
     if number not in (signal.SIGINT, signal.SIGQUIT):
         return False
     try:
@@ -2012,10 +2009,9 @@ def sent_by_key(number: int) -> bool:
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
-    """Start a command with default signal handling, which Python and we have changed; return its pid.
+    """Start a command with default signal handling, perhaps in a session of its own; return its pid.
 
-    `own_session` gives it a session of its own, or at least a process group. Raises OSError, and ValueError for an
-    empty name.
+    Raises OSError, and ValueError for an empty name.
     """
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
     program = in_path(command[0], env.get(b"PATH"))
@@ -2041,10 +2037,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our standard streams; return its exit status, as a shell has it.
+    """Run a command with our standard streams; return its exit status, as a shell has it. Raises CommandError.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
-    be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself.
     """
     try:
         pid = spawn(command, env)
@@ -2147,13 +2142,13 @@ MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a l
 TIMED_OUT = "timed out"  # why a claim ends
 
 
-def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, T | None]:
-    """Return nodes of a graph and those that they lead to, also through others, each with the one before it."""
-    found: dict[T, T | None] = dict.fromkeys(starts)
+def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, None]:
+    """Return nodes of a graph and those that they lead to, also through others, the nearest first."""
+    found = dict.fromkeys(starts)
     todo = [*found]
     for node in todo:
         new = [other for other in onward(node) or () if other not in found]
-        found.update(dict.fromkeys(new, node))
+        found.update(dict.fromkeys(new))
         todo += new
     return found
 
@@ -4977,12 +4972,10 @@ def file_state(path: str) -> tuple[int, ...]:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
-    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
-    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. For the other one
-    a file counts only if it has changed since the Prober was made (`changed`).
-
-    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words. Raises OSError, RuntimeError.
+    `error` is what the last try lacked, in a few words. What succeeds before the command is run says nothing about it.
+    So one Prober makes a single try before (`once`): `objection` is why the command must not be run then, and `doubt`
+    what is to be said if it is. For the next one, a file counts only if it has `changed` since that was made.
+    Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
@@ -5067,7 +5060,10 @@ class Prober:
             return trouble_of(error)
 
     def _command(self) -> str:
-        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
+
+        Its exit status comes through a pipe, since a Loop takes that of each child.
+        """
         command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
         with open(null(), "rb", 0) as nothing:
             read, write = os.pipe()
@@ -5135,14 +5131,13 @@ def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
         path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
-        if len(os.fsencode(path)) > 80:  # no socket could be in it
-            continue
-        try:
-            os.mkdir(path)
-            os.chmod(path, 0o711)
-        except OSError:
-            continue
-        return path
+        if len(os.fsencode(path)) <= 80:  # a socket can be in it
+            try:
+                os.mkdir(path)
+                os.chmod(path, 0o711)
+                return path
+            except OSError:
+                pass
     return ""
 
 
@@ -5199,11 +5194,7 @@ class Link:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        news: Callable[[str, Answer], None],
-        gone: Callable[[Unreachable], object],
-        patience: Callable[[], float],
+        self, loop: Loop, news: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
     ) -> None:
         self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
         self._channel: Channel | None = None  # while there is an agent
@@ -5472,20 +5463,19 @@ class Task:
 
     def tell_error(self) -> None:
         """Tell the agent what the probe lacks, if that has changed."""
-        if self.prober:
-            self.due[self.tell_error] = time.monotonic() + TELL_EVERY
-            if self.prober.error not in ("", self.told):
-                self.told = self.prober.error
-                self.link.ask("probing", unit=self.unit, error=self.told)
+        self.due[self.tell_error] = time.monotonic() + TELL_EVERY
+        if self.lack() not in ("", self.told):
+            self.told = self.lack()
+            self.link.ask("probing", unit=self.unit, error=self.told)
 
-    def lacks(self) -> str:
-        """Return the probe, and what it lacks."""
-        return f"{shown_probe(self.limits.ready)} ({self.prober.error if self.prober else ''})"
+    def lack(self) -> str:
+        """Return what the probe lacks; empty if nothing, or if nothing is probed."""
+        return self.prober.error if self.prober else ""
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
         self.status = TimedOut.exit_code
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({self.lack()})")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
@@ -5739,7 +5729,8 @@ class Run(Task):
         """Say what the probe lacks."""
         now = time.monotonic()
         self.due[self.say_not_ready] = now + REPORT_EVERY
-        say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
+        lacks = f"{shown_probe(self.limits.ready)} ({self.lack()})"
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
@@ -6732,7 +6723,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.prober.error}"] if job.prober and job.prober.error else []
+                more += [f"not ready: {job.lack()}"] if job.lack() else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
