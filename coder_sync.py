@@ -2142,13 +2142,13 @@ MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a l
 TIMED_OUT = "timed out"  # why a claim ends
 
 
-def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, T | None]:
-    """Return nodes of a graph and those that they lead to, also through others, each with the one before it."""
-    found: dict[T, T | None] = dict.fromkeys(starts)
+def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, None]:
+    """Return nodes of a graph and those that they lead to, also through others, the nearest first."""
+    found = dict.fromkeys(starts)
     todo = [*found]
     for node in todo:
         new = [other for other in onward(node) or () if other not in found]
-        found.update(dict.fromkeys(new, node))
+        found.update(dict.fromkeys(new))
         todo += new
     return found
 
