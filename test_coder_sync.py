@@ -61,7 +61,6 @@ from coder_sync import (
     ParseError,
     Refused,
     TimedOut,
-    Units,
     UnitStatus,
     Unreachable,
     UsageError,
@@ -107,6 +106,18 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Units(coder_sync.Units):
+    """The rules, with answers that are kept until somebody takes them."""
+
+    def __init__(self, *clocks: Any, **options: Any) -> None:
+        self.known: list[tuple[Any, Any]] = []
+        super().__init__(*clocks, answer=lambda *known: self.known.append(known), **options)
+
+    def take_answers(self) -> list[tuple[Any, Any]]:
+        known, self.known = self.known, []
+        return known
 
 
 def until(condition: Callable[[], Any], what: str = "") -> Any:
