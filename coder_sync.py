@@ -135,17 +135,16 @@ def launch():  # type: () -> None
     """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    for part in half_of(SELF, False):  # which the first lines have opened
-        exec(part, globals())
+    try:
+        for part in half_of(SELF, False):  # which the first lines have opened
+            exec(part, globals())
+    except KeyboardInterrupt:
+        posix._exit(130)
 
 
 #:
@@ -1370,12 +1369,8 @@ def shortage(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
-    import _signal as signal
-
     code = 0
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
@@ -1998,10 +1993,7 @@ class Loop:
 
 
 def sent_by_key(number: int) -> bool:
-    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group.
-
-    Who sent a signal is not known here: INT and QUIT to a process of the foreground group count as sent by a key.
-    """
+    """Return whether a signal may come from a key of our terminal, which signals its whole foreground group."""
     if number not in (signal.SIGINT, signal.SIGQUIT):
         return False
     try:
@@ -2012,10 +2004,9 @@ def sent_by_key(number: int) -> bool:
 
 
 def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False, **options: Any) -> int:
-    """Start a command with default signal handling, which Python and we have changed; return its pid.
+    """Start a command with default signal handling, perhaps in a session of its own; return its pid.
 
-    `own_session` gives it a session of its own, or at least a process group. Raises OSError, and ValueError for an
-    empty name.
+    Raises OSError, and ValueError for an empty name.
     """
     options.update(setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD])
     program = in_path(command[0], env.get(b"PATH"))
@@ -2041,10 +2032,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our standard streams; return its exit status, as a shell has it.
+    """Run a command with our standard streams; return its exit status, as a shell has it. Raises CommandError.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself. Raises CommandError if it cannot
-    be run.
+    Signals are passed on to it, but those of keys, which the terminal sends it itself.
     """
     try:
         pid = spawn(command, env)
@@ -2122,7 +2112,7 @@ def is_variable(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------
 # Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
 # A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
-# makes it end finds (claim, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock.
+# makes it end has `answer` called, with it and its result or a SyncError. Not thread-safe: the agent holds one lock.
 #
 # A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
 # `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
@@ -2147,13 +2137,13 @@ MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a l
 TIMED_OUT = "timed out"  # why a claim ends
 
 
-def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, T | None]:
-    """Return nodes of a graph and those that they lead to, also through others, each with the one before it."""
-    found: dict[T, T | None] = dict.fromkeys(starts)
+def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, None]:
+    """Return nodes of a graph and those that they lead to, also through others, the nearest first."""
+    found = dict.fromkeys(starts)
     todo = [*found]
     for node in todo:
         new = [other for other in onward(node) or () if other not in found]
-        found.update(dict.fromkeys(new, node))
+        found.update(dict.fromkeys(new))
         todo += new
     return found
 
@@ -2289,8 +2279,9 @@ class Units:
         wall: Callable[[], float],
         alive: Callable[[Owner], bool | None] = lambda owner: None,
         tell: Callable[[Event], None] = lambda event: None,
+        answer: Callable[[Claim, Any], None] = lambda claim, answer: None,
     ) -> None:
-        self.clock, self.wall, self.alive, self.tell = clock, wall, alive, tell
+        self.clock, self.wall, self.alive, self.tell, self.answer = clock, wall, alive, tell, answer
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
@@ -2304,7 +2295,6 @@ class Units:
         self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
-        self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
 
@@ -2488,13 +2478,13 @@ class Units:
         for unit, claim in self.stopping.items():
             if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
                 claim.told = claim.stop_by
-                self._answers.append((claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3))))
+                self.answer(claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3)))
         self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
         for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
             self.stops.remove(stop)
             stop.answer["left"] += map(self._running, stop.units)
             self._leave(stop)
-            self._answers.append((stop, stop.answer))
+            self.answer(stop, stop.answer)
         times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -2541,11 +2531,6 @@ class Units:
     def is_over(claim: Claim) -> bool:
         """Return whether a claim has ended."""
         return claim not in claim.unit.line and claim.unit.holder is not claim
-
-    def take_answers(self) -> list[tuple[Claim, Any]]:
-        """Return the answers that became known since the last call."""
-        answers, self._answers = self._answers, []
-        return answers
 
     # -- questions ----------------------------------------------------------------------------------------
 
@@ -2660,7 +2645,7 @@ class Units:
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
-            self._answers.append((claim, answer))
+            self.answer(claim, answer)
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
@@ -2715,7 +2700,7 @@ class Units:
         if claim and claim.boot and claim.unit.status != PENDING:
             unit, env = claim.unit, self.environment(claim.unit.name) if claim.unit.status == STARTED else {}
             answer = {"unit": unit.name, "status": unit.status, "reason": unit.facts.reason, "env": env}
-            self._answers.append((claim, answer))
+            self.answer(claim, answer)
 
     def _close(self, unit: Unit, how: str = "") -> None:
         """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
@@ -2748,7 +2733,7 @@ class Units:
         self._record(unit, "gave up", f"{why}; still missing: {missing}")
         self._leave(claim)
         if not claim.boot:
-            self._answers.append((claim, answer))
+            self.answer(claim, answer)
         return reason
 
     def _lose(self, claim: Claim) -> str:
@@ -2935,9 +2920,10 @@ class Units:
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
         """Answer all claims that still wait in line; a boot is notified of the status itself."""
-        self._answers += [(claim, error) for claim in unit.line if not claim.boot]
         for claim in [*unit.line]:
             self._leave(claim)
+            if not claim.boot:
+                self.answer(claim, error)
 
     # -- who has a unit -----------------------------------------------------------------------------------
 
@@ -3305,7 +3291,7 @@ class Agent:
 
         self.lock = Lock()
         self.log = log
-        self.units = Units(time.monotonic, time.time, self._alive, self._event)
+        self.units = Units(time.monotonic, time.time, self._alive, self._event, self._answer)
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
@@ -3333,7 +3319,6 @@ class Agent:
             if connection in self.connections:  # else the agent itself is about to end
                 self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
-                self._distribute()
             for claim in connection.claims:
                 claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
             connection.open.clear()
@@ -3367,7 +3352,6 @@ class Agent:
         if due <= now:
             with self.lock:
                 self.units.end_late(list(connection.open.values()))
-                self._distribute()
                 for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
                     if claim.ticket.answered:
                         self._arrived(claim)
@@ -3424,10 +3408,7 @@ class Agent:
             shown = {name: value for name, value in params.items() if name != "env"}
             self.log.say(f"request: {name} {one_line(ascii(shown))[:200]}", 2)
         with self.lock:
-            try:
-                return method(self, request, **params)
-            finally:
-                self._distribute()
+            return method(self, request, **params)
 
     def _flush(self, connection: Connection) -> None:
         """Send what is in the outbox, and what a follower does not have yet."""
@@ -3486,20 +3467,14 @@ class Agent:
 
     # -- under the lock -----------------------------------------------------------------------------------
 
-    def _distribute(self) -> None:
-        """Pass on the answers that became known."""
-        for claim, answer in self.units.take_answers():
-            if claim.ticket is None:  # of who has gone, or of a stop of our own
-                continue
-            if isinstance(answer, Stopping):
-                claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
-            else:
-                self._answer(claim, answer)
-
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
-        if not request.answered:
+        if request is None:  # of who has gone, or of a stop of our own
+            return
+        if isinstance(answer, Stopping):
+            request.connection.post({"method": "stop", "params": plain(answer)})
+        elif not request.answered:
             request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
@@ -3525,7 +3500,6 @@ class Agent:
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
         if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
-        self._distribute()
 
     # -- the methods of the protocol, under the lock: each returns its result, or None if the answer comes later --
 
@@ -3758,14 +3732,12 @@ class Agent:
             self.owners = {claim: file for claim, file in self.owners.items() if not self.units.is_over(claim)}
             owners = dict(self.owners)
             pause = self.units.keep_time() - time.monotonic()
-            self._distribute()
         fds = [file.fileno() for file in owners.values() if file]
         ready = self._owners_wake.sleep(fds, pause if len(fds) == len(owners) else min(pause, 1))
         gone = [claim for claim, file in owners.items() if file and file.fileno() in ready]
         gone += [c for c, file in owners.items() if not file and c.owner and self._alive(c.owner) is False]
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended")
-            self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
@@ -3785,7 +3757,6 @@ class Agent:
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
-            self._distribute()
         self._owners_wake.wake()
         return stop
 
@@ -4456,7 +4427,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
 
 def blame_text(graph: Graph, width: int = 100) -> str:
     """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
-    startup, most = Startup(graph), 25
+    startup = Startup(graph)
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
     for bar in startup.bars.values():
@@ -4468,10 +4439,9 @@ def blame_text(graph: Graph, width: int = 100) -> str:
             if name in held:  # it had a lock
                 held[name] += bar.started - bar.ready
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        best = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
-        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
-        more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
+        names = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
+        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in names]
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + "\n"
     said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
     return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
@@ -4499,7 +4469,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
 
 
 def read_timeline(text: str | bytes, name: str) -> Startup:
-    """Return the startup that a `.json` timeline tells of. The text may be anything. Raises UsageError: see `name`."""
+    """Return the startup that a `.json` timeline tells of; the text may be anything. Raises UsageError."""
     import json
 
     try:
@@ -4652,7 +4622,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         elif wants and level >= 40:
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
-        shown.update([name] if wants else [])
+        shown.add(name)
         for child in wants:
             is_last = child == wants[-1]
             show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
@@ -4978,12 +4948,10 @@ def file_state(path: str) -> tuple[int, ...]:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
-    What succeeds before the command is run says nothing about it. So one Prober makes a single try before (`once`):
-    `objection` is why the command must not be run then, and `doubt` what is to be said if it is. For the other one
-    a file counts only if it has changed since the Prober was made (`changed`).
-
-    What a command returned comes through a pipe, since the end of a child is taken by whoever takes all of them, a
-    Loop. `error` is what the last try lacked, in a few words. Raises OSError, RuntimeError.
+    `error` is what the last try lacked, in a few words. What succeeds before the command is run says nothing about it.
+    So one Prober makes a single try before (`once`): `objection` is why the command must not be run then, and `doubt`
+    what is to be said if it is. For the next one, a file counts only if it has `changed` since that was made.
+    Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
@@ -5068,7 +5036,10 @@ class Prober:
             return trouble_of(error)
 
     def _command(self) -> str:
-        """Run the probe's command, and end with KILL all that it leaves; return what is lacking."""
+        """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
+
+        Its exit status comes through a pipe, since a Loop takes that of each child.
+        """
         command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
         with open(null(), "rb", 0) as nothing:
             read, write = os.pipe()
@@ -5136,14 +5107,13 @@ def private_directory() -> str:
     """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
         path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
-        if len(os.fsencode(path)) > 80:  # no socket could be in it
-            continue
-        try:
-            os.mkdir(path)
-            os.chmod(path, 0o711)
-        except OSError:
-            continue
-        return path
+        if len(os.fsencode(path)) <= 80:  # a socket can be in it
+            try:
+                os.mkdir(path)
+                os.chmod(path, 0o711)
+                return path
+            except OSError:
+                pass
     return ""
 
 
@@ -5200,11 +5170,7 @@ class Link:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        news: Callable[[str, Answer], None],
-        gone: Callable[[Unreachable], object],
-        patience: Callable[[], float],
+        self, loop: Loop, news: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
     ) -> None:
         self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
         self._channel: Channel | None = None  # while there is an agent
@@ -5473,20 +5439,19 @@ class Task:
 
     def tell_error(self) -> None:
         """Tell the agent what the probe lacks, if that has changed."""
-        if self.prober:
-            self.due[self.tell_error] = time.monotonic() + TELL_EVERY
-            if self.prober.error not in ("", self.told):
-                self.told = self.prober.error
-                self.link.ask("probing", unit=self.unit, error=self.told)
+        self.due[self.tell_error] = time.monotonic() + TELL_EVERY
+        if self.lack() not in ("", self.told):
+            self.told = self.lack()
+            self.link.ask("probing", unit=self.unit, error=self.told)
 
-    def lacks(self) -> str:
-        """Return the probe, and what it lacks."""
-        return f"{shown_probe(self.limits.ready)} ({self.prober.error if self.prober else ''})"
+    def lack(self) -> str:
+        """Return what the probe lacks; empty if nothing, or if nothing is probed."""
+        return self.prober.error if self.prober else ""
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
         self.status = TimedOut.exit_code
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {self.lacks()}")
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({self.lack()})")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
@@ -5740,7 +5705,8 @@ class Run(Task):
         """Say what the probe lacks."""
         now = time.monotonic()
         self.due[self.say_not_ready] = now + REPORT_EVERY
-        say(f"{self.unit}: not ready after {span(now - self.began)}: {self.lacks()}", 2, self.quiet)
+        lacks = f"{shown_probe(self.limits.ready)} ({self.lack()})"
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
 
     def to_be_tried_again(self, detail: str, delay: float) -> None:
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
@@ -6727,7 +6693,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.prober.error}"] if job.prober and job.prober.error else []
+                more += [f"not ready: {job.lack()}"] if job.lack() else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
