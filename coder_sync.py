@@ -6571,7 +6571,8 @@ class Boot:
             for fd in self.out.pipes():
                 self.out.let_go(fd)
         elif not self.stopping:
-            self.told(1, f"{self.over and self.options.command or 'the process of boot'} has ended")
+            what = self.options.command if self.over else ""
+            self.told(1, f"{what or 'the process of boot'} has ended")
 
     def told(self, number: int, why: str = "") -> None:
         """End everything, because of a signal, or for another reason. Twice: at once."""
