@@ -3455,9 +3455,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return (
-            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
-        )
+        if claim.boot:
+            return {"method": "unit", "params": content}
+        return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Note which registered name each unregistered one may mean."""
@@ -3612,20 +3612,17 @@ class Agent:
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
         """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(COMPLETED, "", 0, "", running, check_environment(env))
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(FAILED, one_line(reason), exit_code or None)
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
-    def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
-        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+    def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
+        """End a unit. Who reports that matters only if somebody's start of it was refused."""
         known = self.units.units.get(unit)
-        return request.connection.caller(False, caller) if known and known.refused else None
+        by = request.connection.caller(False, caller) if known and known.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
 
     def _claim_of(self, request: Request, unit: str) -> Claim | None:
         """Return the claim on a unit that was granted last, if it is the connection's."""
@@ -4085,9 +4082,7 @@ class Host(Record):
 
 def serve(host: Host, background: bool = False) -> None:
     """Be an agent until a signal. Raises Refused."""
-    ready = -1
-    if background:
-        ready = detach()
+    ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
         host.accept()
@@ -4096,11 +4091,11 @@ def serve(host: Host, background: bool = False) -> None:
             os.dup2(0, 2)
             os.write(ready, b"!")
             os.close(ready)
-        came = loop.turn()
-        while not came:
-            came = loop.turn()
         from signal import Signals
 
+        came: list[int] = []
+        while not came:
+            came = loop.turn()
         host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
