@@ -135,17 +135,16 @@ def launch():  # type: () -> None
     """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    for part in half_of(SELF, False):  # which the first lines have opened
-        exec(part, globals())
+    try:
+        for part in half_of(SELF, False):  # which the first lines have opened
+            exec(part, globals())
+    except KeyboardInterrupt:
+        posix._exit(130)
 
 
 #:
@@ -1370,12 +1369,8 @@ def shortage(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
-    import _signal as signal
-
     code = 0
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
@@ -4427,7 +4422,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
 
 def blame_text(graph: Graph, width: int = 100) -> str:
     """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
-    startup, most = Startup(graph), 25
+    startup = Startup(graph)
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
     for bar in startup.bars.values():
@@ -4439,10 +4434,9 @@ def blame_text(graph: Graph, width: int = 100) -> str:
             if name in held:  # it had a lock
                 held[name] += bar.started - bar.ready
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        best = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
-        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
-        more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
+        names = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
+        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in names]
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + "\n"
     said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
     return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
@@ -4470,7 +4464,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
 
 
 def read_timeline(text: str | bytes, name: str) -> Startup:
-    """Return the startup that a `.json` timeline tells of. The text may be anything. Raises UsageError: see `name`."""
+    """Return the startup that a `.json` timeline tells of; the text may be anything. Raises UsageError."""
     import json
 
     try:
@@ -4623,7 +4617,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         elif wants and level >= 40:
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
-        shown.update([name] if wants else [])
+        shown.add(name)
         for child in wants:
             is_last = child == wants[-1]
             show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
