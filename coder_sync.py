@@ -4855,7 +4855,12 @@ class Probe:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
-            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+            self.header = f"Host: {host}\r\n"
+            if who:
+                from base64 import b64encode
+                from urllib.parse import unquote_to_bytes
+
+                self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
         elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
@@ -4870,18 +4875,16 @@ class Probe:
         return text
 
 
-def basic(who: str) -> str:
-    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
-    from binascii import b2a_base64
-    from urllib.parse import unquote_to_bytes
-
-    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
-
-
-def connect(host: str, port: int) -> Any:
+def connect(probe: Probe) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    from socket import create_connection
+    from socket import AF_UNIX, create_connection, socket
 
+    host, port = probe.address
+    if probe.kind == "unix":
+        sock = socket(AF_UNIX)
+        sock.settimeout(TRY_TIMEOUT)
+        sock.connect(probe.path)
+        return sock
     try:
         return create_connection((host or "::1", port), TRY_TIMEOUT)
     except OSError:
@@ -4890,14 +4893,13 @@ def connect(host: str, port: int) -> Any:
     return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe) -> int:
+def http_status(sock: Any, probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
-    with connect(*probe.address) as sock:
-        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        while b"\n" not in line and len(line) < 1024:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            line += sock.recv(1024) or b"\n"
+    sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
+    while b"\n" not in line and len(line) < 1024:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -4905,16 +4907,6 @@ def http_status(probe: Probe) -> int:
 
 
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener_at(path: str) -> int:
-    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(TRY_TIMEOUT)
-        sock.connect(path)
-        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -4955,7 +4947,6 @@ class Prober:
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
         self._probe, self._env = Probe(text), env
-        self.shown = self._probe.shown
         self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -5019,14 +5010,11 @@ class Prober:
                 if found and found == self._old:
                     return "it is as it was before the command was run"
                 return "" if found else "no such file"
-            if probe.kind == "http":
-                status = http_status(probe)
-                return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "unix":
-                self._peer = listener_at(probe.path)
-            else:
-                connect(*probe.address).close()
-            return ""
+            with connect(probe) as sock:
+                if probe.kind == "unix":
+                    self._peer = who_is_at(sock)[0]
+                status = http_status(sock, probe) if probe.kind == "http" else 0
+            return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
@@ -5635,11 +5623,9 @@ class Run(Task):
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
         link = Link(loop, self.news, bool, self.patience)
-        limits = Limits(args.ready or "", retries=args.retry)
-        if args.ready_timeout is not None:
-            limits.ready_timeout = args.ready_timeout
-        if args.retry_delay is not None:
-            limits.delay = args.retry_delay
+        times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
+        given = {name: seconds for name, seconds in times.items() if seconds is not None}
+        limits = Limits(args.ready or "", retries=args.retry, **given)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         path = os.path.abspath(start.channel.path)
@@ -5759,7 +5745,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
                 rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
@@ -7384,8 +7370,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY), args.compare)
+            with open(open_file(args.compare), "rb") as f:
+                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
