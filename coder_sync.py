@@ -3450,9 +3450,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return (
-            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
-        )
+        if claim.boot:
+            return {"method": "unit", "params": content}
+        return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Note which registered name each unregistered one may mean."""
@@ -3607,20 +3607,17 @@ class Agent:
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
         """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(COMPLETED, "", 0, "", running, check_environment(env))
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(FAILED, one_line(reason), exit_code or None)
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
-    def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
-        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+    def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
+        """End a unit. Who reports that matters only if somebody's start of it was refused."""
         known = self.units.units.get(unit)
-        return request.connection.caller(False, caller) if known and known.refused else None
+        by = request.connection.caller(False, caller) if known and known.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
 
     def _claim_of(self, request: Request, unit: str) -> Claim | None:
         """Return the claim on a unit that was granted last, if it is the connection's."""
@@ -4080,9 +4077,7 @@ class Host(Record):
 
 def serve(host: Host, background: bool = False) -> None:
     """Be an agent until a signal. Raises Refused."""
-    ready = -1
-    if background:
-        ready = detach()
+    ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
         host.accept()
@@ -4091,11 +4086,11 @@ def serve(host: Host, background: bool = False) -> None:
             os.dup2(0, 2)
             os.write(ready, b"!")
             os.close(ready)
-        came = loop.turn()
-        while not came:
-            came = loop.turn()
         from signal import Signals
 
+        came: list[int] = []
+        while not came:
+            came = loop.turn()
         host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
@@ -4860,7 +4855,12 @@ class Probe:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
-            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+            self.header = f"Host: {host}\r\n"
+            if who:
+                from base64 import b64encode
+                from urllib.parse import unquote_to_bytes
+
+                self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
         elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
@@ -4875,18 +4875,16 @@ class Probe:
         return text
 
 
-def basic(who: str) -> str:
-    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
-    from binascii import b2a_base64
-    from urllib.parse import unquote_to_bytes
-
-    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
-
-
-def connect(host: str, port: int) -> Any:
+def connect(probe: Probe) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    from socket import create_connection
+    from socket import AF_UNIX, create_connection, socket
 
+    host, port = probe.address
+    if probe.kind == "unix":
+        sock = socket(AF_UNIX)
+        sock.settimeout(TRY_TIMEOUT)
+        sock.connect(probe.path)
+        return sock
     try:
         return create_connection((host or "::1", port), TRY_TIMEOUT)
     except OSError:
@@ -4895,14 +4893,13 @@ def connect(host: str, port: int) -> Any:
     return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe) -> int:
+def http_status(sock: Any, probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
-    with connect(*probe.address) as sock:
-        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        while b"\n" not in line and len(line) < 1024:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            line += sock.recv(1024) or b"\n"
+    sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
+    while b"\n" not in line and len(line) < 1024:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -4910,16 +4907,6 @@ def http_status(probe: Probe) -> int:
 
 
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener_at(path: str) -> int:
-    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(TRY_TIMEOUT)
-        sock.connect(path)
-        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -4960,7 +4947,6 @@ class Prober:
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
         self._probe, self._env = Probe(text), env
-        self.shown = self._probe.shown
         self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -5024,14 +5010,11 @@ class Prober:
                 if found and found == self._old:
                     return "it is as it was before the command was run"
                 return "" if found else "no such file"
-            if probe.kind == "http":
-                status = http_status(probe)
-                return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "unix":
-                self._peer = listener_at(probe.path)
-            else:
-                connect(*probe.address).close()
-            return ""
+            with connect(probe) as sock:
+                if probe.kind == "unix":
+                    self._peer = who_is_at(sock)[0]
+                status = http_status(sock, probe) if probe.kind == "http" else 0
+            return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
@@ -5640,11 +5623,9 @@ class Run(Task):
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
         link = Link(loop, self.news, bool, self.patience)
-        limits = Limits(args.ready or "", retries=args.retry)
-        if args.ready_timeout is not None:
-            limits.ready_timeout = args.ready_timeout
-        if args.retry_delay is not None:
-            limits.delay = args.retry_delay
+        times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
+        given = {name: seconds for name, seconds in times.items() if seconds is not None}
+        limits = Limits(args.ready or "", retries=args.retry, **given)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         path = os.path.abspath(start.channel.path)
@@ -5764,7 +5745,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
                 rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
@@ -7385,7 +7366,7 @@ def cmd_timeline(args: Args) -> None:
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY), args.compare)
+                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()

@@ -3233,14 +3233,6 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
     assert re.fullmatch(message + "\n", done.stderr)
 
 
-def test_a_hangup_ends_an_agent_unless_it_was_started_to_ignore_it(world: World) -> None:
-    assert stopped(world.serve(), signal.SIGHUP).returncode == 0
-    agent = world.serve(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    agent.send_signal(signal.SIGHUP)
-    served(world)
-    assert stopped(agent).returncode == 0
-
-
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 
@@ -3418,19 +3410,6 @@ def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: Worl
 # -- one agent after another ------------------------------------------------------------------------------------
 
 
-def test_a_second_agent_is_refused_and_a_socket_left_by_a_killed_one_is_replaced(call: Call, world: World) -> None:
-    first = world.serve()
-    for done in (call(world, "serve"), world.run("serve", "--detach")):
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"error: an agent (pid {first.pid}) is serving {world.path} already; ")
-    assert serves(world, first.pid)
-    stopped(first, signal.SIGKILL)
-    assert os.path.exists(world.path)
-    agent = world.serve()
-    assert serves(world, agent.pid)
-    assert stopped(agent).returncode == 0 and os.listdir(world.directory) == []
-
-
 def test_an_agent_whose_socket_is_removed_listens_there_again(world: World) -> None:
     agent = answering(world, altered("coder_sync.LOOK_AGAIN = 0.05", "serve", "--mode", "640"))
     peer = world.connect()
@@ -3488,7 +3467,8 @@ def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
 
 @FOREGROUND_OR_NOT
 def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World, how: list[str]) -> None:
-    first = world.serve("--replace")  # nobody is there: that is fine too
+    stopped(world.serve("--replace"), signal.SIGKILL)  # nobody was there: that is fine too
+    first = world.serve()
     world.client.want("a")
     waiting = world.connect()
     waiting.request("start", unit="b", dependencies=["a"])
@@ -3499,7 +3479,10 @@ def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World, how
     pid = until(lambda: world.client.ping(wait=PATIENCE)["pid"])
     assert pid != first.pid and (pid == second.pid) == (not how)
     assert world.status("a") == "not registered"
-    assert call(world, "serve").returncode == 1
+    third = call(world, "serve")
+    assert third.returncode == 1 and third.stderr.startswith(
+        f"error: an agent (pid {pid}) is serving {world.path} alre"
+    )
 
 
 SHORT = """
@@ -3535,19 +3518,10 @@ def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World)
     until(lambda: serves(world, next(process.pid for process in several if process.poll() is None)))
 
 
-def test_of_agents_that_replace_each_other_at_once_the_last_serves(world: World) -> None:
-    world.serve()
-    racers = [world.popen("serve", "--replace") for _ in range(4)]
-    until(lambda: sum(r.poll() is None for r in racers) == 1)
-    (last,) = [r for r in racers if r.poll() is None]
-    until(lambda: serves(world, last.pid))
-    assert all(finish(r).returncode == 0 for r in racers if r is not last)
-
-
 # -- its end ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(world: World, number: int) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
     peer = world.connect()
@@ -3565,16 +3539,6 @@ def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(worl
     assert peer.read() is None
     client = finish(process)
     assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
-
-
-def test_an_agent_removes_neither_the_socket_nor_the_lock_of_its_successor(world: World) -> None:
-    agent = world.serve()
-    os.unlink(world.path)
-    os.rename(world.path + ".lock", world.path + ".old")
-    (world.directory / "agent.sock.lock").write_text("")
-    with listener(world.path):
-        assert stopped(agent).returncode == 0
-    assert set(os.listdir(world.directory)) == {"agent.sock", "agent.sock.lock", "agent.sock.old"}
 
 
 # -- a command, under `serve` and under `run` -----------------------------------------------------------------
@@ -5060,7 +5024,7 @@ def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how:
     waiting.request("start", unit="late", dependencies=["job"])
     words = {"shutdown": ["shutdown"], "replace": ["serve", "--replace"]}.get(how)
     other = world.popen(*words) if words else agent.terminate()
-    assert db.told() == coder_sync.GRACE
+    assert coder_sync.GRACE - 2 < db.told() <= coder_sync.GRACE
     assert waiting.read()["error"]["message"] == "the agent is shutting down"
     assert world.client.ping()["pid"] == agent.pid  # it answers questions, but nothing begins
     with pytest.raises(Unreachable, match="the agent is shutting down"):
@@ -7685,7 +7649,7 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
     except OSError:
         return  # no such protocol here
     with server:
-        coder_sync.connect("", server.getsockname()[1]).close()
+        coder_sync.connect(coder_sync.Probe(f"tcp:{server.getsockname()[1]}")).close()
 
 
 WEB = "http://127.0.0.1:{}"
@@ -7710,8 +7674,9 @@ def test_a_try_of_http_ends_in_time_though_the_server_answers_byte_by_byte(monke
     monkeypatch.setattr(coder_sync, "TRY_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = answered(server, *[b"H"] * 1000)
-        with pytest.raises(OSError, match="timed out"):
-            coder_sync.http_status(coder_sync.Probe(WEB.format(server.getsockname()[1])))
+        probe = coder_sync.Probe(WEB.format(server.getsockname()[1]))
+        with coder_sync.connect(probe) as sock, pytest.raises(OSError, match="timed out"):
+            coder_sync.http_status(sock, probe)
         thread.join()
 
 
