@@ -135,17 +135,16 @@ def launch():  # type: () -> None
     """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    for part in half_of(SELF, False):  # which the first lines have opened
-        exec(part, globals())
+    try:
+        for part in half_of(SELF, False):  # which the first lines have opened
+            exec(part, globals())
+    except KeyboardInterrupt:
+        posix._exit(130)
 
 
 #:
@@ -1370,12 +1369,8 @@ def shortage(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
-    import _signal as signal
-
     code = 0
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
@@ -2117,7 +2112,7 @@ def is_variable(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------
 # Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
 # A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
-# makes it end finds (claim, result or SyncError) in `take_answers()`. Not thread-safe: the agent holds one lock.
+# makes it end has `answer` called, with it and its result or a SyncError. Not thread-safe: the agent holds one lock.
 #
 # A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
 # `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
@@ -2284,8 +2279,9 @@ class Units:
         wall: Callable[[], float],
         alive: Callable[[Owner], bool | None] = lambda owner: None,
         tell: Callable[[Event], None] = lambda event: None,
+        answer: Callable[[Claim, Any], None] = lambda claim, answer: None,
     ) -> None:
-        self.clock, self.wall, self.alive, self.tell = clock, wall, alive, tell
+        self.clock, self.wall, self.alive, self.tell, self.answer = clock, wall, alive, tell, answer
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
@@ -2299,7 +2295,6 @@ class Units:
         self.stops: list[Stop] = []  # that are not answered
         self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
         self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
-        self._answers: list[tuple[Claim, Any]] = []
 
     # -- what callers may do ------------------------------------------------------------------------------
 
@@ -2483,13 +2478,13 @@ class Units:
         for unit, claim in self.stopping.items():
             if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
                 claim.told = claim.stop_by
-                self._answers.append((claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3))))
+                self.answer(claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3)))
         self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
         for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
             self.stops.remove(stop)
             stop.answer["left"] += map(self._running, stop.units)
             self._leave(stop)
-            self._answers.append((stop, stop.answer))
+            self.answer(stop, stop.answer)
         times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -2536,11 +2531,6 @@ class Units:
     def is_over(claim: Claim) -> bool:
         """Return whether a claim has ended."""
         return claim not in claim.unit.line and claim.unit.holder is not claim
-
-    def take_answers(self) -> list[tuple[Claim, Any]]:
-        """Return the answers that became known since the last call."""
-        answers, self._answers = self._answers, []
-        return answers
 
     # -- questions ----------------------------------------------------------------------------------------
 
@@ -2655,7 +2645,7 @@ class Units:
         if not claim.boot:
             wants = [d.name for d in unit.wants]
             answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
-            self._answers.append((claim, answer))
+            self.answer(claim, answer)
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
@@ -2710,7 +2700,7 @@ class Units:
         if claim and claim.boot and claim.unit.status != PENDING:
             unit, env = claim.unit, self.environment(claim.unit.name) if claim.unit.status == STARTED else {}
             answer = {"unit": unit.name, "status": unit.status, "reason": unit.facts.reason, "env": env}
-            self._answers.append((claim, answer))
+            self.answer(claim, answer)
 
     def _close(self, unit: Unit, how: str = "") -> None:
         """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
@@ -2743,7 +2733,7 @@ class Units:
         self._record(unit, "gave up", f"{why}; still missing: {missing}")
         self._leave(claim)
         if not claim.boot:
-            self._answers.append((claim, answer))
+            self.answer(claim, answer)
         return reason
 
     def _lose(self, claim: Claim) -> str:
@@ -2930,9 +2920,10 @@ class Units:
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
         """Answer all claims that still wait in line; a boot is notified of the status itself."""
-        self._answers += [(claim, error) for claim in unit.line if not claim.boot]
         for claim in [*unit.line]:
             self._leave(claim)
+            if not claim.boot:
+                self.answer(claim, error)
 
     # -- who has a unit -----------------------------------------------------------------------------------
 
@@ -3300,7 +3291,7 @@ class Agent:
 
         self.lock = Lock()
         self.log = log
-        self.units = Units(time.monotonic, time.time, self._alive, self._event)
+        self.units = Units(time.monotonic, time.time, self._alive, self._event, self._answer)
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
@@ -3328,7 +3319,6 @@ class Agent:
             if connection in self.connections:  # else the agent itself is about to end
                 self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
-                self._distribute()
             for claim in connection.claims:
                 claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
             connection.open.clear()
@@ -3362,7 +3352,6 @@ class Agent:
         if due <= now:
             with self.lock:
                 self.units.end_late(list(connection.open.values()))
-                self._distribute()
                 for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
                     if claim.ticket.answered:
                         self._arrived(claim)
@@ -3419,10 +3408,7 @@ class Agent:
             shown = {name: value for name, value in params.items() if name != "env"}
             self.log.say(f"request: {name} {one_line(ascii(shown))[:200]}", 2)
         with self.lock:
-            try:
-                return method(self, request, **params)
-            finally:
-                self._distribute()
+            return method(self, request, **params)
 
     def _flush(self, connection: Connection) -> None:
         """Send what is in the outbox, and what a follower does not have yet."""
@@ -3464,9 +3450,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return (
-            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
-        )
+        if claim.boot:
+            return {"method": "unit", "params": content}
+        return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Note which registered name each unregistered one may mean."""
@@ -3481,20 +3467,14 @@ class Agent:
 
     # -- under the lock -----------------------------------------------------------------------------------
 
-    def _distribute(self) -> None:
-        """Pass on the answers that became known."""
-        for claim, answer in self.units.take_answers():
-            if claim.ticket is None:  # of who has gone, or of a stop of our own
-                continue
-            if isinstance(answer, Stopping):
-                claim.ticket.connection.post({"method": "stop", "params": plain(answer)})
-            else:
-                self._answer(claim, answer)
-
     def _answer(self, claim: Claim, answer: Any) -> None:
         """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
         request = claim.ticket
-        if not request.answered:
+        if request is None:  # of who has gone, or of a stop of our own
+            return
+        if isinstance(answer, Stopping):
+            request.connection.post({"method": "stop", "params": plain(answer)})
+        elif not request.answered:
             request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
@@ -3520,7 +3500,6 @@ class Agent:
         # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
         if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
-        self._distribute()
 
     # -- the methods of the protocol, under the lock: each returns its result, or None if the answer comes later --
 
@@ -3628,20 +3607,17 @@ class Agent:
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
         """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(COMPLETED, "", 0, "", running, check_environment(env))
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(FAILED, one_line(reason), exit_code or None)
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
-    def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
-        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+    def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
+        """End a unit. Who reports that matters only if somebody's start of it was refused."""
         known = self.units.units.get(unit)
-        return request.connection.caller(False, caller) if known and known.refused else None
+        by = request.connection.caller(False, caller) if known and known.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
 
     def _claim_of(self, request: Request, unit: str) -> Claim | None:
         """Return the claim on a unit that was granted last, if it is the connection's."""
@@ -3753,14 +3729,12 @@ class Agent:
             self.owners = {claim: file for claim, file in self.owners.items() if not self.units.is_over(claim)}
             owners = dict(self.owners)
             pause = self.units.keep_time() - time.monotonic()
-            self._distribute()
         fds = [file.fileno() for file in owners.values() if file]
         ready = self._owners_wake.sleep(fds, pause if len(fds) == len(owners) else min(pause, 1))
         gone = [claim for claim, file in owners.items() if file and file.fileno() in ready]
         gone += [c for c, file in owners.items() if not file and c.owner and self._alive(c.owner) is False]
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended")
-            self._distribute()
 
     # -- for whoever hosts it ------------------------------------------------------------------------------
 
@@ -3780,7 +3754,6 @@ class Agent:
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
-            self._distribute()
         self._owners_wake.wake()
         return stop
 
@@ -4104,9 +4077,7 @@ class Host(Record):
 
 def serve(host: Host, background: bool = False) -> None:
     """Be an agent until a signal. Raises Refused."""
-    ready = -1
-    if background:
-        ready = detach()
+    ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
         host.accept()
@@ -4115,11 +4086,11 @@ def serve(host: Host, background: bool = False) -> None:
             os.dup2(0, 2)
             os.write(ready, b"!")
             os.close(ready)
-        came = loop.turn()
-        while not came:
-            came = loop.turn()
         from signal import Signals
 
+        came: list[int] = []
+        while not came:
+            came = loop.turn()
         host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
@@ -4451,7 +4422,7 @@ def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode:
 
 def blame_text(graph: Graph, width: int = 100) -> str:
     """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
-    startup, most = Startup(graph), 25
+    startup = Startup(graph)
     ran = {bar.name: bar.ran for bar in startup.bars.values()}
     held, text = dict.fromkeys(ran, 0.0), ""
     for bar in startup.bars.values():
@@ -4463,10 +4434,9 @@ def blame_text(graph: Graph, width: int = 100) -> str:
             if name in held:  # it had a lock
                 held[name] += bar.started - bar.ready
     for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        best = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
-        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in best[:most]]
-        more = f"and {len(best) - most} more\n" if len(best) > most else ""
-        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + more + "\n"
+        names = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
+        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in names]
+        text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + "\n"
     said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
     return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
 
@@ -4494,7 +4464,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
 
 
 def read_timeline(text: str | bytes, name: str) -> Startup:
-    """Return the startup that a `.json` timeline tells of. The text may be anything. Raises UsageError: see `name`."""
+    """Return the startup that a `.json` timeline tells of; the text may be anything. Raises UsageError."""
     import json
 
     try:
@@ -4647,7 +4617,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
         elif wants and level >= 40:
             wants, more = [], f"{more}; `graph {name}` shows what is below"
         lines.append(lead + name + more)
-        shown.update([name] if wants else [])
+        shown.add(name)
         for child in wants:
             is_last = child == wants[-1]
             show(child, below + (last if is_last else fork), below + ("    " if is_last else bar), level + 1)
@@ -4885,7 +4855,12 @@ class Probe:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
-            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+            self.header = f"Host: {host}\r\n"
+            if who:
+                from base64 import b64encode
+                from urllib.parse import unquote_to_bytes
+
+                self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
         elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
@@ -4900,18 +4875,16 @@ class Probe:
         return text
 
 
-def basic(who: str) -> str:
-    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
-    from binascii import b2a_base64
-    from urllib.parse import unquote_to_bytes
-
-    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
-
-
-def connect(host: str, port: int) -> Any:
+def connect(probe: Probe) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    from socket import create_connection
+    from socket import AF_UNIX, create_connection, socket
 
+    host, port = probe.address
+    if probe.kind == "unix":
+        sock = socket(AF_UNIX)
+        sock.settimeout(TRY_TIMEOUT)
+        sock.connect(probe.path)
+        return sock
     try:
         return create_connection((host or "::1", port), TRY_TIMEOUT)
     except OSError:
@@ -4920,14 +4893,13 @@ def connect(host: str, port: int) -> Any:
     return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe) -> int:
+def http_status(sock: Any, probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
-    with connect(*probe.address) as sock:
-        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        while b"\n" not in line and len(line) < 1024:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            line += sock.recv(1024) or b"\n"
+    sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
+    while b"\n" not in line and len(line) < 1024:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -4935,16 +4907,6 @@ def http_status(probe: Probe) -> int:
 
 
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener_at(path: str) -> int:
-    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(TRY_TIMEOUT)
-        sock.connect(path)
-        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -4985,7 +4947,6 @@ class Prober:
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
         self._probe, self._env = Probe(text), env
-        self.shown = self._probe.shown
         self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -5049,14 +5010,11 @@ class Prober:
                 if found and found == self._old:
                     return "it is as it was before the command was run"
                 return "" if found else "no such file"
-            if probe.kind == "http":
-                status = http_status(probe)
-                return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "unix":
-                self._peer = listener_at(probe.path)
-            else:
-                connect(*probe.address).close()
-            return ""
+            with connect(probe) as sock:
+                if probe.kind == "unix":
+                    self._peer = who_is_at(sock)[0]
+                status = http_status(sock, probe) if probe.kind == "http" else 0
+            return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
@@ -5665,11 +5623,9 @@ class Run(Task):
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
         link = Link(loop, self.news, bool, self.patience)
-        limits = Limits(args.ready or "", retries=args.retry)
-        if args.ready_timeout is not None:
-            limits.ready_timeout = args.ready_timeout
-        if args.retry_delay is not None:
-            limits.delay = args.retry_delay
+        times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
+        given = {name: seconds for name, seconds in times.items() if seconds is not None}
+        limits = Limits(args.ready or "", retries=args.retry, **given)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         path = os.path.abspath(start.channel.path)
@@ -5789,7 +5745,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
                 rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
@@ -7414,8 +7370,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY), args.compare)
+            with open(open_file(args.compare), "rb") as f:
+                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
