@@ -70,14 +70,6 @@ HERE = Path(__file__).resolve().parent
 FILE = HERE / "coder_sync.py"
 PYTHON = [sys.executable, "-IS", "-c"]
 LAUNCH = FILE.read_text(encoding="utf-8").split("'")[1]  # what sh hands to python3 -c
-LOAD = """
-import sys
-from importlib.machinery import SourceFileLoader
-coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
-coder_sync.__file__ = sys.argv[1]
-SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
-coder_sync.main(sys.argv[2:])
-"""  # for a test that changes something in the module before
 PATIENCE = 30.0  # seconds after which something that should happen never will
 MARK = f"STARTED_BY_TESTS={os.getpid()}"  # in the environment of whatever a test starts
 KILL_MARKED = """
@@ -2385,7 +2377,7 @@ def stopped(agent: subprocess.Popen[str], number: int = signal.SIGTERM) -> subpr
 def altered(changes: str, *argv: str) -> list[str]:
     """A command line of coder_sync with some of the module's names set to other values."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync\n{changes}\ncoder_sync.main(sys.argv[1:])"
-    return [sys.executable, "-S", "-c", code, *argv]
+    return [*PYTHON, code, *argv]
 
 
 def limited(limit: str, *argv: str) -> list[str]:
@@ -6921,9 +6913,7 @@ class Boot:
         under: Sequence[str] = (),
         **popen: Any,
     ) -> None:
-        main = "coder_sync.main("
-        load = LOAD.replace(main, patch + "\n" + main)
-        argv = [*under, sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
+        argv = [*under, *altered(patch, "boot", startup(world, files), *options)]
         self.out = self.told = ""
         self.mark = f"BOOT={os.urandom(8).hex()}"
         world.boots.append(self.mark)
@@ -6952,7 +6942,7 @@ class Boot:
 
         def ours(pid: int) -> bool:
             try:
-                return os.getsid(pid) == pid and str(FILE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+                return os.getsid(pid) == pid and str(HERE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
             except OSError:  # it has gone meanwhile
                 return False
 
