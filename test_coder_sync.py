@@ -3236,71 +3236,42 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 
-NO_SOCKET = r"{0}/agent.sock exists and is not a socket; .*"
-OPEN = "cannot open {0}/agent.sock.lock: "
-NO_LOCK = r"{0}/agent.sock.lock is not a regular file; .*"
-REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
-    "a file": (lambda d: (d / "agent.sock").write_text("precious"), [], NO_SOCKET),
-    "a directory": (lambda d: (d / "agent.sock").mkdir(), [], NO_SOCKET),
-    "a pipe": (lambda d: os.mkfifo(d / "agent.sock"), [], NO_SOCKET),
-    "a dangling link": (lambda d: (d / "agent.sock").symlink_to("elsewhere"), [], NO_SOCKET),
-    "a file, to be replaced": (lambda d: (d / "agent.sock").write_text("precious"), ["--replace"], NO_SOCKET),
-    "a pipe for a lock": (lambda d: os.mkfifo(d / "agent.sock.lock"), [], NO_LOCK),
-    "a link for a lock": (
-        lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"),
-        [],
-        OPEN + f"{os.strerror(errno.ELOOP)}; .*",
-    ),
-    "a directory for a lock": (lambda d: (d / "agent.sock.lock").mkdir(), [], OPEN + "Is a directory; .*"),
-    "a lock with another name": (
-        lambda d: os.link((d / "precious").write_text("1") and d / "precious", d / "agent.sock.lock"),
-        [],
-        "{0}/agent.sock.lock has another name, too, so that it may be any file; .*",
-    ),
-    "too long": (lambda d: None, ["--socket-path", "x" * 120], ".*/x+: too long for a socket path; .*"),
-    "a file for a directory": (
-        lambda d: (d / "file").write_text(""),
-        ["--socket-path", "file/deep/agent.sock"],
-        "cannot make the directory {0}/file/deep: Not a directory; .*",
-    ),
-    "no directory for the log": (lambda d: None, ["--log-file", "no/file"], "cannot write .*no/file: No such file .*"),
-    "no reader of the log": (lambda d: os.mkfifo(d / "f"), ["--log-file", "f"], "cannot write .*f: No such device .*"),
-    "no directory for the pid": (lambda d: None, ["--pid-file", "no/file"], "cannot write .*no/file: No such file .*"),
-}
-
-
-def check_refused(world: World, kind: str, serve: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Assert that serve refuses this in one line and changes nothing."""
-    prepare, options, message = REFUSED[kind]
-    prepare(world.directory)
-    before = files_of(world.directory)
-    done = serve("serve", *options)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(f"error: {message.format(world.directory)}\n", done.stderr)
-    assert files_of(world.directory) == before
-    assert [path.read_text() for path in world.directory.glob("precious")] in ([], ["1"])
-
-
-REFUSED_LATER = [kind for kind in REFUSED if kind.endswith(("the log", "the pid"))]  # when signals are set up
-
-
-@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind not in REFUSED_LATER])
-def test_a_place_where_serve_cannot_listen_is_one_line_and_nothing_is_changed(
-    call: Call, world: World, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.chdir(world.directory)
-    check_refused(world, kind, functools.partial(call, world))
+REFUSED = r"""
+echo precious > agent.sock               | | {0}/agent.sock exists and is not a socket; .*
+echo precious > agent.sock               | --replace | {0}/agent.sock exists and is not a socket; .*
+mkdir agent.sock                         | | {0}/agent.sock exists and is not a socket; .*
+mkfifo agent.sock                        | | {0}/agent.sock exists and is not a socket; .*
+ln -s elsewhere agent.sock               | | {0}/agent.sock exists and is not a socket; .*
+mkfifo agent.sock.lock                   | | {0}/agent.sock.lock is not a regular file; .*
+ln -s elsewhere agent.sock.lock          | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
+mkdir agent.sock.lock                    | | cannot open {0}/agent.sock.lock: Is a directory; .*
+echo 1 > that; ln that agent.sock.lock   | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
+:                                        | --socket-path {1} | .*/x+: too long for a socket path; .*
+:> file                                  | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
+:                                        | --log-file no/file | cannot write .*no/file: No such file .*
+mkfifo f                                 | --log-file f | cannot write .*f: No such device .*
+:                                        | --pid-file no/file | cannot write .*no/file: No such file .*
+"""
 
 
 @FOREGROUND_OR_NOT
-@pytest.mark.parametrize("kind", ["a file", *REFUSED_LATER])
-def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, kind: str, how: list[str]) -> None:
-    check_refused(world, kind, lambda *words: world.run(*words, *how))
+def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, how: list[str]) -> None:
+    for number, row in enumerate(REFUSED.strip().splitlines()):
+        place = world.directory / str(number)
+        place.mkdir()
+        prepare, options, message = row.format(place, "x" * 120).split("|", 2)
+        subprocess.run(["sh", "-c", prepare], cwd=place, check=True)
+        before = subprocess.check_output(["ls", "-linA"], cwd=place)  # with sizes and times
+        env = {**world.env, "CODER_AGENT_SOCKET_PATH": str(place / "agent.sock")}
+        done = world.run("serve", *options.split(), *how, cwd=str(place), env=env)
+        assert (done.returncode, done.stdout) == (1, ""), (row, done)
+        assert re.fullmatch(f"error: {message.strip()}\n", done.stderr), (row, done)
+        assert subprocess.check_output(["ls", "-linA"], cwd=place) == before, row
 
 
 @LINUX
-def test_no_room_for_the_pid_is_one_line(call: Call, world: World) -> None:
-    done = call(world, "serve", "--pid-file", "/dev/full")
+def test_no_room_for_the_pid_is_one_line(world: World) -> None:
+    done = world.run("serve", "--pid-file", "/dev/full")
     assert done.returncode == 1 and re.fullmatch("error: cannot write /dev/full: No space left .*\n", done.stderr), done
     assert os.listdir(world.directory) == []
 
@@ -3313,28 +3284,19 @@ def open_directory() -> Iterator[str]:
         yield directory
 
 
-@pytest.mark.parametrize(
-    ("mode", "words", "message"),
-    [
+def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(world: World) -> None:
+    no_group = "cannot give {0}/agent.sock to group 12: be a member of the group, or root"
+    for mode, words, message in (
         (0o555, "{0}/agent.sock", ".*{0}/.*: Permission denied; .*"),
         (0o555, "{0}/run/agent.sock", ".*{0}/.*: Permission denied; .*"),
-        pytest.param(
-            0o777,
-            "{0}/agent.sock --group 12",
-            "cannot give {0}/agent.sock to group 12: be a member of the group, or root",
-            marks=ROOT,
-        ),
-    ],
-)
-def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(
-    world: World, mode: int, words: str, message: str
-) -> None:
-    with open_directory() as directory:
-        os.chmod(directory, mode)
-        done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
-        assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr)
-        assert os.listdir(directory) == []
-        os.chmod(directory, 0o755)
+        (0o777, "{0}/agent.sock --group 12", no_group),
+    ):
+        with open_directory() as directory:
+            os.chmod(directory, mode)
+            done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
+            assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
+            assert os.listdir(directory) == []
+            os.chmod(directory, 0o755)
 
 
 @ROOT
