@@ -1802,13 +1802,12 @@ def in_background() -> tuple[int, int]:
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
-PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
 
 
-def heeded(names: Iterable[str]) -> list[int]:
-    """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    numbers = [int(getattr(signal, name)) for name in names]
+def heeded(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1915,10 +1914,10 @@ class Loop:
     so none is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
-    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
+    def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(names)
+        self.numbers = heeded(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # unless that was before the last turn
@@ -5175,7 +5174,7 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self.asked)
+        request = min([0, *self.asked]) - 1  # unless it can be sent
         if not self.asked:
             self._since = time.monotonic()
         try:
@@ -5206,7 +5205,12 @@ class Link:
             else:
                 self.ask("ping")
         if self.lost:
-            self._lose(Unreachable(self.lost))
+            error = Unreachable(self.lost)
+            if self._channel:
+                self.close()
+                self._gone(error)
+            while self.asked:
+                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
@@ -5214,13 +5218,6 @@ class Link:
             return NEVER
         patience = self._patience()
         return self._since + (patience if self.asked else min(PING_AFTER, patience))
-
-    def _lose(self, error: Unreachable) -> None:
-        if self._channel:
-            self.close()
-            self._gone(error)
-        while self.asked:
-            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5738,7 +5735,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
-    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
     probers: list[Prober] = []
     try:
         for probe in probes:
@@ -6971,7 +6968,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -7249,7 +7246,7 @@ def cmd_boot(args: Args) -> int:
         become(args.command)
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
-    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:

@@ -4573,13 +4573,6 @@ def held(world: World, unit: str, *options: str) -> tuple[subprocess.Popen[str],
     return process, int(line_of(process.stdout))
 
 
-def end_of(*processes: subprocess.Popen[str], pids: Any = ()) -> None:
-    """Kill processes that a test leaves."""
-    for pid in [*(p.pid for p in processes), *pids]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
     """The pattern of the reason of a unit whose owner ended."""
     return (
@@ -4645,29 +4638,28 @@ def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World
     assert re.fullmatch(rf"(.*succeeds already.*\n)?warning: a: {what} may not have been reported: .*\n", err)
 
 
-def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World) -> None:
-    for n, dies in enumerate(("the run", "the command", "both", "the run while it waits")):
-        unit, behind = f"a{n}", f"b{n}"
-        if dies == "the run while it waits":
-            process, pid = agent.popen("run", unit, "--want", "never", "--", "true"), 0
-            agent.waiting(unit)
-        else:
-            process, pid = held(agent, unit)
-        waiting = agent.popen("start", behind, "--want", unit)
-        agent.waiting(behind)
-        if dies == "both":
-            stop(process)  # so that it cannot report its command's end
-        end_of(*[process] * (dies != "the command"), pids=[pid] * (dies in ("the command", "both")))
-        done, failed = finish(waiting), agent.client.status(unit)
-        told = f'error: unit "{behind}" skipped: dependency "{unit}" failed ({failed.reason})\n'
-        assert (done.returncode, done.stderr) == (4, told), dies
-        if dies == "the command":
-            assert (failed.reason, failed.exit_code, finish(process).returncode) == ("killed by signal 9", 137, 137)
-        else:
-            assert re.fullmatch(lost(process), failed.reason), dies
-        if dies == "the run":
-            assert alive(pid)  # and does not hold the unit
-            end_of(pids=[pid])
+@pytest.mark.parametrize("dies", ["run", "command", "both", "run-that-waits"])
+def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, dies: str) -> None:
+    if dies == "run-that-waits":
+        process, pid = agent.popen("run", "a", "--want", "never", "--", "true"), 0
+        agent.waiting("a")
+    else:
+        process, pid = held(agent, "a")
+    waiting = agent.popen("start", "b", "--want", "a")
+    agent.waiting("b")
+    if dies == "both":
+        stop(process)  # so that it cannot report its command's end
+    for victim in {"run": [process.pid], "command": [pid], "both": [pid, process.pid]}.get(dies, [process.pid]):
+        os.kill(victim, signal.SIGKILL)
+    done, failed = finish(waiting), agent.client.status("a")
+    assert (done.returncode, done.stderr) == (4, f'error: unit "b" skipped: dependency "a" failed ({failed.reason})\n')
+    if dies == "command":
+        assert (failed.reason, failed.exit_code, finish(process).returncode) == ("killed by signal 9", 137, 137)
+    else:
+        assert re.fullmatch(lost(process), failed.reason)
+    if dies == "run":
+        assert alive(pid)  # and does not hold the unit
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_command_that_leaves_a_child_or_closes_its_streams_is_done_when_it_ends_itself(agent: World) -> None:
@@ -4719,27 +4711,13 @@ def test_the_command_line_of_a_script_begins_with_its_name(world: World) -> None
         until(lambda process=process, expected=expected: coder_sync.command_of(process.pid) == expected)
 
 
-def test_a_script_that_owns_its_unit_and_dies_fails_it(agent: World) -> None:
-    for shell in filter(shutil.which, ("sh", "bash", "dash")):
-        unit = f"{shell}-unit"
-        script = 'set -e; coder start "$0" --pid $$; read x'
-        process = agent.spawn([shell, "-c", script, unit], env=agent.shell_env(), stdin=subprocess.PIPE)
-        line_of(process.stdout)
-        waiting = agent.popen("wait", unit)
-        assert f"{unit} started" in line_of(waiting.stdout)
-        owner = agent.client.status(unit).owner
-        assert owner and (owner.pid, owner.alive) == (process.pid, True)
-        killed(process)
-        done = finish(waiting)
-        assert done.returncode == 4
-        assert re.search(lost(process, f"{shell} .*"), done.stderr)
-
-
 @pytest.mark.parametrize("changes", ["", "import os\nvars(os).pop('pidfd_open', 0)"], ids=["pidfd", "no-pidfd"])
 def test_an_owner_that_dies_loses_its_unit_or_its_turn_with_pidfd_and_without(world: World, changes: str) -> None:
     answering(world, altered(changes, "serve", "-q"))
     owner, turn = (world.spawn(["cat"], stdin=subprocess.PIPE) for _ in range(2))
     world.client.start("a", pid=owner.pid)
+    found = world.client.status("a").owner
+    assert found and (found.pid, found.alive) == (owner.pid, True)
     waiting = world.popen("start", "b", "--want", "c", "--pid", str(turn.pid))
     world.waiting("b")
     for one in (owner, turn):
@@ -4791,7 +4769,8 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     waiting = world.popen("start", "behind", "--want", "a", "--want", "b")
     world.waiting("behind")
     stop(agent)
-    end_of(dying, pids=[pid])
+    for victim in (dying.pid, pid):
+        os.kill(victim, signal.SIGKILL)
     calls = [world.popen(*words) for words in (["run", "a", "--", "true"], ["start", "b"])]
     late = world.popen("start", "late", "--want", "dying")
     agent.send_signal(signal.SIGCONT)
