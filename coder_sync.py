@@ -1802,13 +1802,12 @@ def in_background() -> tuple[int, int]:
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
-PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
 
 
-def heeded(names: Iterable[str]) -> list[int]:
-    """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    numbers = [int(getattr(signal, name)) for name in names]
+def heeded(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1915,10 +1914,10 @@ class Loop:
     so none is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
-    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
+    def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(names)
+        self.numbers = heeded(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # unless that was before the last turn
@@ -3450,9 +3449,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return (
-            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
-        )
+        if claim.boot:
+            return {"method": "unit", "params": content}
+        return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Note which registered name each unregistered one may mean."""
@@ -3607,20 +3606,17 @@ class Agent:
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
         """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(COMPLETED, "", 0, "", running, check_environment(env))
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(FAILED, one_line(reason), exit_code or None)
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
-    def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
-        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+    def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
+        """End a unit. Who reports that matters only if somebody's start of it was refused."""
         known = self.units.units.get(unit)
-        return request.connection.caller(False, caller) if known and known.refused else None
+        by = request.connection.caller(False, caller) if known and known.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
 
     def _claim_of(self, request: Request, unit: str) -> Claim | None:
         """Return the claim on a unit that was granted last, if it is the connection's."""
@@ -4080,9 +4076,7 @@ class Host(Record):
 
 def serve(host: Host, background: bool = False) -> None:
     """Be an agent until a signal. Raises Refused."""
-    ready = -1
-    if background:
-        ready = detach()
+    ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
         host.accept()
@@ -4091,11 +4085,11 @@ def serve(host: Host, background: bool = False) -> None:
             os.dup2(0, 2)
             os.write(ready, b"!")
             os.close(ready)
-        came = loop.turn()
-        while not came:
-            came = loop.turn()
         from signal import Signals
 
+        came: list[int] = []
+        while not came:
+            came = loop.turn()
         host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
@@ -4860,7 +4854,12 @@ class Probe:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
-            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+            self.header = f"Host: {host}\r\n"
+            if who:
+                from base64 import b64encode
+                from urllib.parse import unquote_to_bytes
+
+                self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
         elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
@@ -4875,18 +4874,16 @@ class Probe:
         return text
 
 
-def basic(who: str) -> str:
-    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
-    from binascii import b2a_base64
-    from urllib.parse import unquote_to_bytes
-
-    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
-
-
-def connect(host: str, port: int) -> Any:
+def connect(probe: Probe) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    from socket import create_connection
+    from socket import AF_UNIX, create_connection, socket
 
+    host, port = probe.address
+    if probe.kind == "unix":
+        sock = socket(AF_UNIX)
+        sock.settimeout(TRY_TIMEOUT)
+        sock.connect(probe.path)
+        return sock
     try:
         return create_connection((host or "::1", port), TRY_TIMEOUT)
     except OSError:
@@ -4895,14 +4892,13 @@ def connect(host: str, port: int) -> Any:
     return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe) -> int:
+def http_status(sock: Any, probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
-    with connect(*probe.address) as sock:
-        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        while b"\n" not in line and len(line) < 1024:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            line += sock.recv(1024) or b"\n"
+    sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
+    while b"\n" not in line and len(line) < 1024:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -4910,16 +4906,6 @@ def http_status(probe: Probe) -> int:
 
 
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener_at(path: str) -> int:
-    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(TRY_TIMEOUT)
-        sock.connect(path)
-        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -4960,7 +4946,6 @@ class Prober:
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
         self._probe, self._env = Probe(text), env
-        self.shown = self._probe.shown
         self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -5024,14 +5009,11 @@ class Prober:
                 if found and found == self._old:
                     return "it is as it was before the command was run"
                 return "" if found else "no such file"
-            if probe.kind == "http":
-                status = http_status(probe)
-                return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "unix":
-                self._peer = listener_at(probe.path)
-            else:
-                connect(*probe.address).close()
-            return ""
+            with connect(probe) as sock:
+                if probe.kind == "unix":
+                    self._peer = who_is_at(sock)[0]
+                status = http_status(sock, probe) if probe.kind == "http" else 0
+            return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
@@ -5192,7 +5174,7 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self.asked)
+        request = min([0, *self.asked]) - 1  # unless it can be sent
         if not self.asked:
             self._since = time.monotonic()
         try:
@@ -5223,7 +5205,12 @@ class Link:
             else:
                 self.ask("ping")
         if self.lost:
-            self._lose(Unreachable(self.lost))
+            error = Unreachable(self.lost)
+            if self._channel:
+                self.close()
+                self._gone(error)
+            while self.asked:
+                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
@@ -5231,13 +5218,6 @@ class Link:
             return NEVER
         patience = self._patience()
         return self._since + (patience if self.asked else min(PING_AFTER, patience))
-
-    def _lose(self, error: Unreachable) -> None:
-        if self._channel:
-            self.close()
-            self._gone(error)
-        while self.asked:
-            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5640,11 +5620,9 @@ class Run(Task):
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
         link = Link(loop, self.news, bool, self.patience)
-        limits = Limits(args.ready or "", retries=args.retry)
-        if args.ready_timeout is not None:
-            limits.ready_timeout = args.ready_timeout
-        if args.retry_delay is not None:
-            limits.delay = args.retry_delay
+        times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
+        given = {name: seconds for name, seconds in times.items() if seconds is not None}
+        limits = Limits(args.ready or "", retries=args.retry, **given)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         path = os.path.abspath(start.channel.path)
@@ -5757,14 +5735,14 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
-    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
     probers: list[Prober] = []
     try:
         for probe in probes:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
                 rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
@@ -5789,14 +5767,11 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 #
 # A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
 # and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
-# of them runs. There one thread and one poll do everything: what the agent says, output, ends, probes, signals, time.
+# of them runs: by one thread and one poll for what the agent says, output, ends, probes, signals and time. A pair of
+# sockets tells each of the two at once that the other has ended.
 #
-# What keeps it safe:
-# - The two are connected by a pair of sockets, so that each learns at once how the other has ended: the background
-#   process takes the end of the front for a hang-up, unless the front was free to end.
-# - A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
-#   They are signalled until they are gone, with a bound, also on an unexpected way out.
-# - Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
+# A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
+# Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
 # ----------------------------------------------------------------------------------------------------------
 
 HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
@@ -5886,9 +5861,10 @@ def unit_of(name: str) -> str:
 
 def looks_like_header(line: str) -> bool:
     """Return whether a comment was meant to be a header, and is not only about us."""
-    text = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-    words = text.replace(":", " ").split()
-    return line.strip().startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+    words = line.strip().lstrip("#/-; ").lower().replace(":", " ").split()
+    if not line.strip().startswith(MARKS) or len(words) < 2 or words[1] not in HEADERS:
+        return False
+    return words[0] == "coder-sync" or resembling(words[0], ["coder-sync"]) != ""
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
@@ -6121,6 +6097,7 @@ class Output:
         self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
+        self._logs: set[str] = set()  # names of files in --log-dir
         self._live = False  # whether the live line stands there
         self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
 
@@ -6138,6 +6115,14 @@ class Output:
         self.clear()
         if len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
+
+    def log_path(self, unit: str) -> str:
+        """Return the path of a unit's file in --log-dir; empty without one."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+        while name in self._logs:
+            name += "_"
+        self._logs.add(name)
+        return self.log_dir and os.path.abspath(os.path.join(self.log_dir, name + ".log"))
 
     def no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
@@ -6229,8 +6214,8 @@ class Stream:
 
     def __init__(self, unit: str, loop: Loop, out: Output) -> None:
         self.unit, self.loop, self.out = unit, loop, out
-        self.fd = -1  # read end of the pipe
-        self.log, self.log_path = -1, ""
+        self.fd, self.log = -1, -1  # read end of the pipe, and the file
+        self.log_path = out.log_path(unit)
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
@@ -6317,17 +6302,6 @@ def pieces(line: bytes) -> Iterator[bytes]:
         yield line[:at]
         line = line[at:]
     yield line
-
-
-def log_names(units: Iterable[str]) -> dict[str, str]:
-    """Return a file name for each unit."""
-    names: dict[str, str] = {}  # name -> unit
-    for unit in units:
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-        while name in names:
-            name += "_"
-        names[name] = unit
-    return {unit: name + ".log" for name, unit in names.items()}
 
 
 class Job(Task):
@@ -6434,8 +6408,6 @@ class Boot:
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
         self.ask_at = NEVER  # when to ask again whether another boot needs it
-        for unit, name in log_names(self.jobs).items():
-            self.jobs[unit].stream.log_path = options.log_dir and os.path.abspath(os.path.join(options.log_dir, name))
 
     # -- from the claim to the last end -------------------------------------------------------------------
 
@@ -6577,7 +6549,8 @@ class Boot:
             for fd in self.out.pipes():
                 self.out.let_go(fd)
         elif not self.stopping:
-            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
+            what = self.options.command if self.over else ""
+            self.told(1, f"{what or 'the process of boot'} has ended")
 
     def told(self, number: int, why: str = "") -> None:
         """End everything, because of a signal, or for another reason. Twice: at once."""
@@ -6995,7 +6968,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -7273,7 +7246,7 @@ def cmd_boot(args: Args) -> int:
         become(args.command)
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
-    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
@@ -7389,8 +7362,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY), args.compare)
+            with open(open_file(args.compare), "rb") as f:
+                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
