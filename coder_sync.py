@@ -2131,7 +2131,7 @@ MAX_UNITS = 50_000
 MAX_EDGES = 500_000
 MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
-MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
+MAX_LOCKS = 20  # of one unit
 MAX_HISTORY = 200  # events that `status` shows
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 TIMED_OUT = "timed out"  # why a claim ends
@@ -2183,7 +2183,7 @@ class Unit:
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
-        self.locks: tuple[Lock, ...] = ()  # in whose lines it stands, or that it was started with
+        self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
 
     def first(self) -> Claim | None:
@@ -2229,7 +2229,8 @@ class Claim:
     lost = False  # it ended without a word of what becomes of the command
     deadline = NEVER
     stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
-    locks: tuple[Lock, ...] = ()
+    locks: tuple[str, ...] = ()
+    places: tuple[Lock, ...] = ()  # of its boot
 
     def __init__(
         self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
@@ -2288,7 +2289,7 @@ class Units:
         self.waits = 0  # claims in line, but those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0
-        self.locks: dict[str, Lock] = {}
+        self.locks: dict[str, Lock] = {}  # that a unit has or waits for
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
@@ -2602,7 +2603,6 @@ class Units:
             return
         if unit.unmet or not unit.line:
             self._free(unit)
-            unit.locks = ()
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2631,9 +2631,9 @@ class Units:
         known, claim = unit.facts, next(iter(unit.line))
         known.ready = self._now() if known.ready is None else known.ready
         known.released_by = because.name if because else known.released_by
-        if unit.locks != claim.locks:
-            self._free(unit)
-        unit.locks = claim.locks
+        if not unit.locks:
+            known.locks = [*claim.locks]
+            unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
         if any(self._lacks(unit)):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
@@ -2672,10 +2672,10 @@ class Units:
         """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if status != STARTED and (old, status) != (STARTED, FAILED):  # that keeps its locks until its claim has ended
+        if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
             self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.locks, unit.last = object.__new__(UnitStatus), "", (), None
+            unit.facts, unit.root, unit.last = object.__new__(UnitStatus), "", None
             unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -2731,6 +2731,8 @@ class Units:
             what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
             answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
         self._record(unit, "gave up", f"{why}; still missing: {missing}")
+        if claim is unit.first():
+            self._free(unit)
         self._leave(claim)
         if not claim.boot:
             self.answer(claim, answer)
@@ -2748,10 +2750,12 @@ class Units:
     def _free(self, unit: Unit) -> None:
         """Take a unit out of the lines of locks, and pass on those that it has."""
         for lock in unit.locks:
-            if unit in lock.line or unit in lock.taken:
-                lock.line.pop(unit, None)
-                lock.taken.pop(unit, None)
-                self._freed.append((lock, unit))
+            lock.line.pop(unit, None)
+            lock.taken.pop(unit, None)
+            self._freed.append((lock, unit))
+            if not lock.line and not lock.taken:
+                self.locks.pop(lock.name, None)
+        unit.locks = ()
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -2831,7 +2835,9 @@ class Units:
     ) -> list[Claim]:
         """Declare units, stand in the line of each but those that are done, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
-        locks = self._locks(members)
+        locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
+        if max(map(len, locks), default=0) > MAX_LOCKS:
+            raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
         units = self._declare(members, anew=boot)
         deadline = self.clock() + timeout if timeout else NEVER
         claims = []
@@ -2845,7 +2851,7 @@ class Units:
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             claim = Claim(unit, ticket, **asked)
-            claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
+            claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
             unit.line[claim] = None
             self.waits += not boot
             claims.append(claim)
@@ -2859,18 +2865,6 @@ class Units:
         """Raise Refused if there may not be so many more claims in line."""
         if more and self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
-
-    def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """Return the locks of each member. At the limit, names that nobody uses are forgotten."""
-        wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
-        if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
-            used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
-            self.locks = {name: lock for name, lock in self.locks.items() if lock.taken or lock in used}
-        new = dict.fromkeys(name for names in wanted for name in names if name not in self.locks)
-        if max(map(len, wanted), default=0) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
-            raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
-        self.locks.update((name, Lock(name)) for name in new)
-        return [tuple(self.locks[name] for name in names) for names in wanted]
 
     def _registered(self, name: str) -> Unit:
         unit = self.units.get(check_name(name))
@@ -2896,7 +2890,7 @@ class Units:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
         if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
             yield unit, START
-        for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
+        for lock in () if unit.unmet or not unit.line else unit.locks:
             before = lock.before(unit)
             if before:
                 yield before, lock
@@ -3006,8 +3000,6 @@ class Units:
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
-        locks = next((claim.locks for claim in unit.line), unit.locks)
-        row.locks = [lock.name for lock in locks if lock.name]
         lacks = self._lacks(unit)
         row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
