@@ -2170,7 +2170,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
+    """One node of the graph; only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
         self.name, self.since = name, since  # in its status
@@ -2518,10 +2518,6 @@ class Units:
         known.log, known.probe, known.probe_error = log, ready, ""
         known.reason = f"not ready yet: {ready}" if ready else ""
 
-    def lack(self, claim: Claim, error: str) -> None:
-        """Note what the last try of the probe of a unit lacked."""
-        claim.unit.facts.probe_error = error
-
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
         known = claim.unit.facts
@@ -2614,17 +2610,16 @@ class Units:
 
     def _skip(self, unit: Unit, cause: Unit) -> None:
         """Give up a unit because of a dependency that has failed or was skipped."""
+        why = cause.facts.reason
         if cause.status == FAILED:
-            reason = f'dependency "{cause.name}" failed' + (f" ({cause.facts.reason})" if cause.facts.reason else "")
-        else:
+            reason = f'dependency "{cause.name}" failed' + (f" ({why})" if why else "")
+        else:  # what failed in the first place matters most, however long the chain is
             reason = f'dependency "{cause.name}" was skipped: '
-            # What failed in the first place matters most, however long the chain is.
-            short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
-            reason += cause.facts.reason if short else f"... {cause.root}"
+            reason += why if len(reason + why) <= 2 * MAX_REASON else f"... {cause.root}"
         unit.root = cause.root or reason
         self._set(unit, Outcome(SKIPPED, reason))
         text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
-        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
+        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": why}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
@@ -2690,8 +2685,9 @@ class Units:
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
         self._notify(unit.first())
-        detail = outcome.reason[len(event) :].lstrip()
-        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
+        if old != status:
+            detail = outcome.reason[len(event) :].lstrip()
+            self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             self._link(unit, {})
 
@@ -2714,9 +2710,10 @@ class Units:
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                stop.answer["left" if how == LOST else "stopped"].append(
-                    self._running(unit) if how == LOST else unit.name
-                )
+                if how == LOST:
+                    stop.answer["left"].append(self._running(unit))
+                else:
+                    stop.answer["stopped"].append(unit.name)
 
     def _give_up(self, claim: Claim, why: str) -> str:
         """End a claim that waits; return what its unit fails with, if nobody else waits."""
@@ -2844,10 +2841,8 @@ class Units:
         for unit, its in zip(units, locks):
             if unit in done:
                 continue
-            if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
+            if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
                 self._set(unit, Outcome(PENDING))
-            if boot:  # it begins here, also where somebody has wanted or reset the unit long before
-                unit.facts.registered = self._now()
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             claim = Claim(unit, ticket, **asked)
@@ -3631,7 +3626,7 @@ class Agent:
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
         """Note what the last try of the probe of a unit lacked."""
-        self.units.lack(self._held(request, unit), one_line(error))
+        self._held(request, unit).unit.facts.probe_error = one_line(error)
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
