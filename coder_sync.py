@@ -1802,13 +1802,12 @@ def in_background() -> tuple[int, int]:
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
-PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
 
 
-def heeded(names: Iterable[str]) -> list[int]:
-    """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    numbers = [int(getattr(signal, name)) for name in names]
+def heeded(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1915,10 +1914,10 @@ class Loop:
     so none is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
-    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
+    def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(names)
+        self.numbers = heeded(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # unless that was before the last turn
@@ -5162,7 +5161,7 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self.asked)
+        request = min([0, *self.asked]) - 1  # unless it can be sent
         if not self.asked:
             self._since = time.monotonic()
         try:
@@ -5193,7 +5192,12 @@ class Link:
             else:
                 self.ask("ping")
         if self.lost:
-            self._lose(Unreachable(self.lost))
+            error = Unreachable(self.lost)
+            if self._channel:
+                self.close()
+                self._gone(error)
+            while self.asked:
+                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
@@ -5201,13 +5205,6 @@ class Link:
             return NEVER
         patience = self._patience()
         return self._since + (patience if self.asked else min(PING_AFTER, patience))
-
-    def _lose(self, error: Unreachable) -> None:
-        if self._channel:
-            self.close()
-            self._gone(error)
-        while self.asked:
-            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5725,7 +5722,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
-    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
     probers: list[Prober] = []
     try:
         for probe in probes:
@@ -5757,14 +5754,11 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 #
 # A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
 # and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
-# of them runs. There one thread and one poll do everything: what the agent says, output, ends, probes, signals, time.
+# of them runs: by one thread and one poll for what the agent says, output, ends, probes, signals and time. A pair of
+# sockets tells each of the two at once that the other has ended.
 #
-# What keeps it safe:
-# - The two are connected by a pair of sockets, so that each learns at once how the other has ended: the background
-#   process takes the end of the front for a hang-up, unless the front was free to end.
-# - A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
-#   They are signalled until they are gone, with a bound, also on an unexpected way out.
-# - Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
+# A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
+# Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
 # ----------------------------------------------------------------------------------------------------------
 
 HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
@@ -5854,9 +5848,10 @@ def unit_of(name: str) -> str:
 
 def looks_like_header(line: str) -> bool:
     """Return whether a comment was meant to be a header, and is not only about us."""
-    text = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-    words = text.replace(":", " ").split()
-    return line.strip().startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+    words = line.strip().lstrip("#/-; ").lower().replace(":", " ").split()
+    if not line.strip().startswith(MARKS) or len(words) < 2 or words[1] not in HEADERS:
+        return False
+    return words[0] == "coder-sync" or resembling(words[0], ["coder-sync"]) != ""
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
@@ -6089,6 +6084,7 @@ class Output:
         self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
+        self._logs: set[str] = set()  # names of files in --log-dir
         self._live = False  # whether the live line stands there
         self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
 
@@ -6106,6 +6102,14 @@ class Output:
         self.clear()
         if len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
+
+    def log_path(self, unit: str) -> str:
+        """Return the path of a unit's file in --log-dir; empty without one."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+        while name in self._logs:
+            name += "_"
+        self._logs.add(name)
+        return self.log_dir and os.path.abspath(os.path.join(self.log_dir, name + ".log"))
 
     def no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
@@ -6197,8 +6201,8 @@ class Stream:
 
     def __init__(self, unit: str, loop: Loop, out: Output) -> None:
         self.unit, self.loop, self.out = unit, loop, out
-        self.fd = -1  # read end of the pipe
-        self.log, self.log_path = -1, ""
+        self.fd, self.log = -1, -1  # read end of the pipe, and the file
+        self.log_path = out.log_path(unit)
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
@@ -6285,17 +6289,6 @@ def pieces(line: bytes) -> Iterator[bytes]:
         yield line[:at]
         line = line[at:]
     yield line
-
-
-def log_names(units: Iterable[str]) -> dict[str, str]:
-    """Return a file name for each unit."""
-    names: dict[str, str] = {}  # name -> unit
-    for unit in units:
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-        while name in names:
-            name += "_"
-        names[name] = unit
-    return {unit: name + ".log" for name, unit in names.items()}
 
 
 class Job(Task):
@@ -6402,8 +6395,6 @@ class Boot:
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
         self.ask_at = NEVER  # when to ask again whether another boot needs it
-        for unit, name in log_names(self.jobs).items():
-            self.jobs[unit].stream.log_path = options.log_dir and os.path.abspath(os.path.join(options.log_dir, name))
 
     # -- from the claim to the last end -------------------------------------------------------------------
 
@@ -6545,7 +6536,8 @@ class Boot:
             for fd in self.out.pipes():
                 self.out.let_go(fd)
         elif not self.stopping:
-            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
+            what = self.options.command if self.over else ""
+            self.told(1, f"{what or 'the process of boot'} has ended")
 
     def told(self, number: int, why: str = "") -> None:
         """End everything, because of a signal, or for another reason. Twice: at once."""
@@ -6963,7 +6955,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -7241,7 +7233,7 @@ def cmd_boot(args: Args) -> int:
         become(args.command)
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
-    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
