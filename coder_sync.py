@@ -2636,14 +2636,14 @@ class Units:
         known.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
-        if not claim.boot:
-            wants = [d.name for d in unit.wants]
-            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
-            self.answer(claim, answer)
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         self._set(unit, Outcome(STARTED))
+        if not claim.boot:
+            wants = [d.name for d in unit.wants]
+            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
+            self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2683,10 +2683,10 @@ class Units:
             dependent.unmet += was_met - met
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
-        self._notify(unit.first())
         if old != status:
             detail = outcome.reason[len(event) :].lstrip()
             self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
+        self._notify(unit.first())
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             self._link(unit, {})
 
