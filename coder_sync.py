@@ -2125,7 +2125,7 @@ MAX_UNITS = 50_000
 MAX_EDGES = 500_000
 MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
-MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
+MAX_LOCKS = 20  # of one unit
 MAX_HISTORY = 200  # events that `status` shows
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 TIMED_OUT = "timed out"  # why a claim ends
@@ -2164,7 +2164,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
+    """One node of the graph; only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
         self.name, self.since = name, since  # in its status
@@ -2177,7 +2177,7 @@ class Unit:
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
-        self.locks: tuple[Lock, ...] = ()  # in whose lines it stands, or that it was started with
+        self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
 
     def first(self) -> Claim | None:
@@ -2223,7 +2223,8 @@ class Claim:
     lost = False  # it ended without a word of what becomes of the command
     deadline = NEVER
     stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
-    locks: tuple[Lock, ...] = ()
+    locks: tuple[str, ...] = ()
+    places: tuple[Lock, ...] = ()  # of its boot
 
     def __init__(
         self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
@@ -2282,7 +2283,7 @@ class Units:
         self.waits = 0  # claims in line, but those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0
-        self.locks: dict[str, Lock] = {}
+        self.locks: dict[str, Lock] = {}  # that a unit has or waits for
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
@@ -2511,10 +2512,6 @@ class Units:
         known.log, known.probe, known.probe_error = log, ready, ""
         known.reason = f"not ready yet: {ready}" if ready else ""
 
-    def lack(self, claim: Claim, error: str) -> None:
-        """Note what the last try of the probe of a unit lacked."""
-        claim.unit.facts.probe_error = error
-
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
         known = claim.unit.facts
@@ -2596,7 +2593,6 @@ class Units:
             return
         if unit.unmet or not unit.line:
             self._free(unit)
-            unit.locks = ()
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2608,26 +2604,25 @@ class Units:
 
     def _skip(self, unit: Unit, cause: Unit) -> None:
         """Give up a unit because of a dependency that has failed or was skipped."""
+        why = cause.facts.reason
         if cause.status == FAILED:
-            reason = f'dependency "{cause.name}" failed' + (f" ({cause.facts.reason})" if cause.facts.reason else "")
-        else:
+            reason = f'dependency "{cause.name}" failed' + (f" ({why})" if why else "")
+        else:  # what failed in the first place matters most, however long the chain is
             reason = f'dependency "{cause.name}" was skipped: '
-            # What failed in the first place matters most, however long the chain is.
-            short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
-            reason += cause.facts.reason if short else f"... {cause.root}"
+            reason += why if len(reason + why) <= 2 * MAX_REASON else f"... {cause.root}"
         unit.root = cause.root or reason
         self._set(unit, Outcome(SKIPPED, reason))
         text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
-        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
+        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": why}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
         known, claim = unit.facts, next(iter(unit.line))
         known.ready = self._now() if known.ready is None else known.ready
         known.released_by = because.name if because else known.released_by
-        if unit.locks != claim.locks:
-            self._free(unit)
-        unit.locks = claim.locks
+        if not unit.locks:
+            known.locks = [*claim.locks]
+            unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
         if any(self._lacks(unit)):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
@@ -2636,14 +2631,14 @@ class Units:
         known.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
-        if not claim.boot:
-            wants = [d.name for d in unit.wants]
-            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
-            self.answer(claim, answer)
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         self._set(unit, Outcome(STARTED))
+        if not claim.boot:
+            wants = [d.name for d in unit.wants]
+            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
+            self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2666,10 +2661,10 @@ class Units:
         """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if status != STARTED and (old, status) != (STARTED, FAILED):  # that keeps its locks until its claim has ended
+        if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
             self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.locks, unit.last = object.__new__(UnitStatus), "", (), None
+            unit.facts, unit.root, unit.last = object.__new__(UnitStatus), "", None
             unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -2683,9 +2678,10 @@ class Units:
             dependent.unmet += was_met - met
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
+        if old != status:
+            detail = outcome.reason[len(event) :].lstrip()
+            self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         self._notify(unit.first())
-        detail = outcome.reason[len(event) :].lstrip()
-        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             self._link(unit, {})
 
@@ -2708,9 +2704,10 @@ class Units:
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                stop.answer["left" if how == LOST else "stopped"].append(
-                    self._running(unit) if how == LOST else unit.name
-                )
+                if how == LOST:
+                    stop.answer["left"].append(self._running(unit))
+                else:
+                    stop.answer["stopped"].append(unit.name)
 
     def _give_up(self, claim: Claim, why: str) -> str:
         """End a claim that waits; return what its unit fails with, if nobody else waits."""
@@ -2725,6 +2722,8 @@ class Units:
             what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
             answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
         self._record(unit, "gave up", f"{why}; still missing: {missing}")
+        if claim is unit.first():
+            self._free(unit)
         self._leave(claim)
         if not claim.boot:
             self.answer(claim, answer)
@@ -2742,10 +2741,12 @@ class Units:
     def _free(self, unit: Unit) -> None:
         """Take a unit out of the lines of locks, and pass on those that it has."""
         for lock in unit.locks:
-            if unit in lock.line or unit in lock.taken:
-                lock.line.pop(unit, None)
-                lock.taken.pop(unit, None)
-                self._freed.append((lock, unit))
+            lock.line.pop(unit, None)
+            lock.taken.pop(unit, None)
+            self._freed.append((lock, unit))
+            if not lock.line and not lock.taken:
+                self.locks.pop(lock.name, None)
+        unit.locks = ()
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -2825,21 +2826,21 @@ class Units:
     ) -> list[Claim]:
         """Declare units, stand in the line of each but those that are done, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
-        locks = self._locks(members)
+        locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
+        if max(map(len, locks), default=0) > MAX_LOCKS:
+            raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
         units = self._declare(members, anew=boot)
         deadline = self.clock() + timeout if timeout else NEVER
         claims = []
         for unit, its in zip(units, locks):
             if unit in done:
                 continue
-            if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
+            if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
                 self._set(unit, Outcome(PENDING))
-            if boot:  # it begins here, also where somebody has wanted or reset the unit long before
-                unit.facts.registered = self._now()
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             claim = Claim(unit, ticket, **asked)
-            claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
+            claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
             unit.line[claim] = None
             self.waits += not boot
             claims.append(claim)
@@ -2853,18 +2854,6 @@ class Units:
         """Raise Refused if there may not be so many more claims in line."""
         if more and self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
-
-    def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """Return the locks of each member. At the limit, names that nobody uses are forgotten."""
-        wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
-        if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
-            used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
-            self.locks = {name: lock for name, lock in self.locks.items() if lock.taken or lock in used}
-        new = dict.fromkeys(name for names in wanted for name in names if name not in self.locks)
-        if max(map(len, wanted), default=0) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
-            raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
-        self.locks.update((name, Lock(name)) for name in new)
-        return [tuple(self.locks[name] for name in names) for names in wanted]
 
     def _registered(self, name: str) -> Unit:
         unit = self.units.get(check_name(name))
@@ -2890,7 +2879,7 @@ class Units:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
         if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
             yield unit, START
-        for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
+        for lock in () if unit.unmet or not unit.line else unit.locks:
             before = lock.before(unit)
             if before:
                 yield before, lock
@@ -3000,8 +2989,6 @@ class Units:
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
-        locks = next((claim.locks for claim in unit.line), unit.locks)
-        row.locks = [lock.name for lock in locks if lock.name]
         lacks = self._lacks(unit)
         row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
@@ -3633,7 +3620,7 @@ class Agent:
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
         """Note what the last try of the probe of a unit lacked."""
-        self.units.lack(self._held(request, unit), one_line(error))
+        self._held(request, unit).unit.facts.probe_error = one_line(error)
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
