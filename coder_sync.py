@@ -135,17 +135,16 @@ def launch():  # type: () -> None
     """Run the code above the cut; at the cut it goes on by itself."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
-    import _signal as signal
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C; main() sets the handler again
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # all that comes now stays
     del sys.argv[: sys.argv[0] == "-c"]
     globals().update(__name__="coder_sync", __file__=sys.argv[0])
-    for part in half_of(SELF, False):  # which the first lines have opened
-        exec(part, globals())
+    try:
+        for part in half_of(SELF, False):  # which the first lines have opened
+            exec(part, globals())
+    except KeyboardInterrupt:
+        posix._exit(130)
 
 
 #:
@@ -1370,12 +1369,8 @@ def shortage(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
-    import _signal as signal
-
     code = 0
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `launch` made it so
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
@@ -1807,13 +1802,12 @@ def in_background() -> tuple[int, int]:
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
-PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
 
 
-def heeded(names: Iterable[str]) -> list[int]:
-    """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    numbers = [int(getattr(signal, name)) for name in names]
+def heeded(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1892,7 +1886,7 @@ class Family:
     def tell_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
-            terminate(self.pid)
+            signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def left(self) -> list[int]:
         """Return the pids of those known to be left."""
@@ -1905,7 +1899,7 @@ class Family:
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
         for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
-            terminate(pid)
+            signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
         """Send KILL to all, to its own group in one step, in which no more can be begun."""
@@ -1920,10 +1914,10 @@ class Loop:
     so none is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
-    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
+    def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(names)
+        self.numbers = heeded(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # unless that was before the last turn
@@ -2085,19 +2079,14 @@ def cannot_run(program: str, error: Exception) -> CommandError:
     return CommandError(f"cannot run {program}: {why}", 127 if missing else 126)
 
 
-def signal_to(pid: int, number: int) -> bool:
+def signal_to(pid: int, *numbers: int) -> bool:
     """Signal a process, or a group by a negative number; return whether it is there, ours to signal or not."""
     try:
-        os.kill(pid, number)
+        for number in numbers:
+            os.kill(pid, number)
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
-
-
-def terminate(pid: int) -> None:
-    """Send TERM to a process or group, and CONT, in case it is stopped."""
-    signal_to(pid, signal.SIGTERM)
-    signal_to(pid, signal.SIGCONT)
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2136,7 +2125,7 @@ MAX_UNITS = 50_000
 MAX_EDGES = 500_000
 MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
-MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
+MAX_LOCKS = 20  # of one unit
 MAX_HISTORY = 200  # events that `status` shows
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 TIMED_OUT = "timed out"  # why a claim ends
@@ -2175,7 +2164,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
+    """One node of the graph; only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
         self.name, self.since = name, since  # in its status
@@ -2188,7 +2177,7 @@ class Unit:
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
-        self.locks: tuple[Lock, ...] = ()  # in whose lines it stands, or that it was started with
+        self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
 
     def first(self) -> Claim | None:
@@ -2234,7 +2223,8 @@ class Claim:
     lost = False  # it ended without a word of what becomes of the command
     deadline = NEVER
     stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
-    locks: tuple[Lock, ...] = ()
+    locks: tuple[str, ...] = ()
+    places: tuple[Lock, ...] = ()  # of its boot
 
     def __init__(
         self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
@@ -2293,7 +2283,7 @@ class Units:
         self.waits = 0  # claims in line, but those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0
-        self.locks: dict[str, Lock] = {}
+        self.locks: dict[str, Lock] = {}  # that a unit has or waits for
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
@@ -2522,10 +2512,6 @@ class Units:
         known.log, known.probe, known.probe_error = log, ready, ""
         known.reason = f"not ready yet: {ready}" if ready else ""
 
-    def lack(self, claim: Claim, error: str) -> None:
-        """Note what the last try of the probe of a unit lacked."""
-        claim.unit.facts.probe_error = error
-
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
         known = claim.unit.facts
@@ -2607,7 +2593,6 @@ class Units:
             return
         if unit.unmet or not unit.line:
             self._free(unit)
-            unit.locks = ()
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2619,26 +2604,25 @@ class Units:
 
     def _skip(self, unit: Unit, cause: Unit) -> None:
         """Give up a unit because of a dependency that has failed or was skipped."""
+        why = cause.facts.reason
         if cause.status == FAILED:
-            reason = f'dependency "{cause.name}" failed' + (f" ({cause.facts.reason})" if cause.facts.reason else "")
-        else:
+            reason = f'dependency "{cause.name}" failed' + (f" ({why})" if why else "")
+        else:  # what failed in the first place matters most, however long the chain is
             reason = f'dependency "{cause.name}" was skipped: '
-            # What failed in the first place matters most, however long the chain is.
-            short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
-            reason += cause.facts.reason if short else f"... {cause.root}"
+            reason += why if len(reason + why) <= 2 * MAX_REASON else f"... {cause.root}"
         unit.root = cause.root or reason
         self._set(unit, Outcome(SKIPPED, reason))
         text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
-        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
+        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": why}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
         known, claim = unit.facts, next(iter(unit.line))
         known.ready = self._now() if known.ready is None else known.ready
         known.released_by = because.name if because else known.released_by
-        if unit.locks != claim.locks:
-            self._free(unit)
-        unit.locks = claim.locks
+        if not unit.locks:
+            known.locks = [*claim.locks]
+            unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
         if any(self._lacks(unit)):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
@@ -2647,14 +2631,14 @@ class Units:
         known.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
-        if not claim.boot:
-            wants = [d.name for d in unit.wants]
-            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
-            self.answer(claim, answer)
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         self._set(unit, Outcome(STARTED))
+        if not claim.boot:
+            wants = [d.name for d in unit.wants]
+            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
+            self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2677,10 +2661,10 @@ class Units:
         """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if status != STARTED and (old, status) != (STARTED, FAILED):  # that keeps its locks until its claim has ended
+        if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
             self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.locks, unit.last = object.__new__(UnitStatus), "", (), None
+            unit.facts, unit.root, unit.last = object.__new__(UnitStatus), "", None
             unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -2694,9 +2678,10 @@ class Units:
             dependent.unmet += was_met - met
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
+        if old != status:
+            detail = outcome.reason[len(event) :].lstrip()
+            self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         self._notify(unit.first())
-        detail = outcome.reason[len(event) :].lstrip()
-        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             self._link(unit, {})
 
@@ -2719,9 +2704,10 @@ class Units:
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                stop.answer["left" if how == LOST else "stopped"].append(
-                    self._running(unit) if how == LOST else unit.name
-                )
+                if how == LOST:
+                    stop.answer["left"].append(self._running(unit))
+                else:
+                    stop.answer["stopped"].append(unit.name)
 
     def _give_up(self, claim: Claim, why: str) -> str:
         """End a claim that waits; return what its unit fails with, if nobody else waits."""
@@ -2736,6 +2722,8 @@ class Units:
             what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
             answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
         self._record(unit, "gave up", f"{why}; still missing: {missing}")
+        if claim is unit.first():
+            self._free(unit)
         self._leave(claim)
         if not claim.boot:
             self.answer(claim, answer)
@@ -2753,10 +2741,12 @@ class Units:
     def _free(self, unit: Unit) -> None:
         """Take a unit out of the lines of locks, and pass on those that it has."""
         for lock in unit.locks:
-            if unit in lock.line or unit in lock.taken:
-                lock.line.pop(unit, None)
-                lock.taken.pop(unit, None)
-                self._freed.append((lock, unit))
+            lock.line.pop(unit, None)
+            lock.taken.pop(unit, None)
+            self._freed.append((lock, unit))
+            if not lock.line and not lock.taken:
+                self.locks.pop(lock.name, None)
+        unit.locks = ()
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -2836,21 +2826,21 @@ class Units:
     ) -> list[Claim]:
         """Declare units, stand in the line of each but those that are done, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
-        locks = self._locks(members)
+        locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
+        if max(map(len, locks), default=0) > MAX_LOCKS:
+            raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
         units = self._declare(members, anew=boot)
         deadline = self.clock() + timeout if timeout else NEVER
         claims = []
         for unit, its in zip(units, locks):
             if unit in done:
                 continue
-            if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
+            if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
                 self._set(unit, Outcome(PENDING))
-            if boot:  # it begins here, also where somebody has wanted or reset the unit long before
-                unit.facts.registered = self._now()
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             claim = Claim(unit, ticket, **asked)
-            claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
+            claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
             unit.line[claim] = None
             self.waits += not boot
             claims.append(claim)
@@ -2864,18 +2854,6 @@ class Units:
         """Raise Refused if there may not be so many more claims in line."""
         if more and self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
-
-    def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """Return the locks of each member. At the limit, names that nobody uses are forgotten."""
-        wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
-        if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
-            used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
-            self.locks = {name: lock for name, lock in self.locks.items() if lock.taken or lock in used}
-        new = dict.fromkeys(name for names in wanted for name in names if name not in self.locks)
-        if max(map(len, wanted), default=0) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
-            raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
-        self.locks.update((name, Lock(name)) for name in new)
-        return [tuple(self.locks[name] for name in names) for names in wanted]
 
     def _registered(self, name: str) -> Unit:
         unit = self.units.get(check_name(name))
@@ -2901,7 +2879,7 @@ class Units:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
         if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
             yield unit, START
-        for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
+        for lock in () if unit.unmet or not unit.line else unit.locks:
             before = lock.before(unit)
             if before:
                 yield before, lock
@@ -3011,8 +2989,6 @@ class Units:
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
-        locks = next((claim.locks for claim in unit.line), unit.locks)
-        row.locks = [lock.name for lock in locks if lock.name]
         lacks = self._lacks(unit)
         row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
@@ -3455,9 +3431,9 @@ class Agent:
             self._suggest(content.data, claim.unit.name)
         if isinstance(content, SyncError):
             return error_message(claim.ticket.id, content)
-        return (
-            {"method": "unit", "params": content} if claim.boot else {"id": claim.ticket.id, "result": plain(content)}
-        )
+        if claim.boot:
+            return {"method": "unit", "params": content}
+        return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
         """Note which registered name each unregistered one may mean."""
@@ -3612,20 +3588,17 @@ class Agent:
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
         """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(COMPLETED, "", 0, "", running, check_environment(env))
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
         reason = reason or (f"exit code {exit_code}" if exit_code else "")
-        claim, by = self._claim_of(request, unit), self._reporter(request, unit, caller)
-        outcome = Outcome(FAILED, one_line(reason), exit_code or None)
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, claim)}
+        return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
-    def _reporter(self, request: Request, unit: str, caller: int) -> Owner | None:
-        """Return who reports the end of a unit, if it matters: if somebody's start of it was refused."""
+    def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
+        """End a unit. Who reports that matters only if somebody's start of it was refused."""
         known = self.units.units.get(unit)
-        return request.connection.caller(False, caller) if known and known.refused else None
+        by = request.connection.caller(False, caller) if known and known.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
 
     def _claim_of(self, request: Request, unit: str) -> Claim | None:
         """Return the claim on a unit that was granted last, if it is the connection's."""
@@ -3647,7 +3620,7 @@ class Agent:
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
         """Note what the last try of the probe of a unit lacked."""
-        self.units.lack(self._held(request, unit), one_line(error))
+        self._held(request, unit).unit.facts.probe_error = one_line(error)
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -4085,9 +4058,7 @@ class Host(Record):
 
 def serve(host: Host, background: bool = False) -> None:
     """Be an agent until a signal. Raises Refused."""
-    ready = -1
-    if background:
-        ready = detach()
+    ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
         host.accept()
@@ -4096,11 +4067,11 @@ def serve(host: Host, background: bool = False) -> None:
             os.dup2(0, 2)
             os.write(ready, b"!")
             os.close(ready)
-        came = loop.turn()
-        while not came:
-            came = loop.turn()
         from signal import Signals
 
+        came: list[int] = []
+        while not came:
+            came = loop.turn()
         host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
@@ -4865,7 +4836,12 @@ class Probe:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
             self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
-            self.header = f"Host: {host}\r\n" + (f"Authorization: Basic {basic(who)}\r\n" if who else "")
+            self.header = f"Host: {host}\r\n"
+            if who:
+                from base64 import b64encode
+                from urllib.parse import unquote_to_bytes
+
+                self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
         elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
@@ -4880,18 +4856,16 @@ class Probe:
         return text
 
 
-def basic(who: str) -> str:
-    """Return `USER:PASSWORD` of a URL as HTTP wants it."""
-    from binascii import b2a_base64
-    from urllib.parse import unquote_to_bytes
-
-    return b2a_base64(unquote_to_bytes(who), newline=False).decode()
-
-
-def connect(host: str, port: int) -> Any:
+def connect(probe: Probe) -> Any:
     """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
-    from socket import create_connection
+    from socket import AF_UNIX, create_connection, socket
 
+    host, port = probe.address
+    if probe.kind == "unix":
+        sock = socket(AF_UNIX)
+        sock.settimeout(TRY_TIMEOUT)
+        sock.connect(probe.path)
+        return sock
     try:
         return create_connection((host or "::1", port), TRY_TIMEOUT)
     except OSError:
@@ -4900,14 +4874,13 @@ def connect(host: str, port: int) -> Any:
     return create_connection(("127.0.0.1", port), TRY_TIMEOUT)
 
 
-def http_status(probe: Probe) -> int:
+def http_status(sock: Any, probe: Probe) -> int:
     """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
-    with connect(*probe.address) as sock:
-        sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
-        while b"\n" not in line and len(line) < 1024:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            line += sock.recv(1024) or b"\n"
+    sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
+    while b"\n" not in line and len(line) < 1024:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        line += sock.recv(1024) or b"\n"
     words = line.split(b"\n")[0].split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise OSError(0, "its answer is not HTTP")
@@ -4915,16 +4888,6 @@ def http_status(probe: Probe) -> int:
 
 
 LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener_at(path: str) -> int:
-    """Connect to a Unix socket; return the process that listens there, 0 if that cannot be told. Raises OSError."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(TRY_TIMEOUT)
-        sock.connect(path)
-        return who_is_at(sock)[0]
 
 
 def listener(port: int) -> int:
@@ -4965,7 +4928,6 @@ class Prober:
         self.error = "its first try has not ended"
         self.objection = self.doubt = ""
         self._probe, self._env = Probe(text), env
-        self.shown = self._probe.shown
         self._old = file_state(self._probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -5029,14 +4991,11 @@ class Prober:
                 if found and found == self._old:
                     return "it is as it was before the command was run"
                 return "" if found else "no such file"
-            if probe.kind == "http":
-                status = http_status(probe)
-                return "" if status < 400 else f"HTTP status {status}"
-            if probe.kind == "unix":
-                self._peer = listener_at(probe.path)
-            else:
-                connect(*probe.address).close()
-            return ""
+            with connect(probe) as sock:
+                if probe.kind == "unix":
+                    self._peer = who_is_at(sock)[0]
+                status = http_status(sock, probe) if probe.kind == "http" else 0
+            return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
             return trouble_of(error)
 
@@ -5197,7 +5156,7 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self.asked)
+        request = min([0, *self.asked]) - 1  # unless it can be sent
         if not self.asked:
             self._since = time.monotonic()
         try:
@@ -5228,7 +5187,12 @@ class Link:
             else:
                 self.ask("ping")
         if self.lost:
-            self._lose(Unreachable(self.lost))
+            error = Unreachable(self.lost)
+            if self._channel:
+                self.close()
+                self._gone(error)
+            while self.asked:
+                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
@@ -5236,13 +5200,6 @@ class Link:
             return NEVER
         patience = self._patience()
         return self._since + (patience if self.asked else min(PING_AFTER, patience))
-
-    def _lose(self, error: Unreachable) -> None:
-        if self._channel:
-            self.close()
-            self._gone(error)
-        while self.asked:
-            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5645,11 +5602,9 @@ class Run(Task):
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
         link = Link(loop, self.news, bool, self.patience)
-        limits = Limits(args.ready or "", retries=args.retry)
-        if args.ready_timeout is not None:
-            limits.ready_timeout = args.ready_timeout
-        if args.retry_delay is not None:
-            limits.delay = args.retry_delay
+        times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
+        given = {name: seconds for name, seconds in times.items() if seconds is not None}
+        limits = Limits(args.ready or "", retries=args.retry, **given)
         super().__init__(loop, link, args.unit, args.command, limits)
         link.open(start.channel)
         path = os.path.abspath(start.channel.path)
@@ -5762,14 +5717,14 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
-    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
     probers: list[Prober] = []
     try:
         for probe in probes:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {prober.shown: prober.error for prober in probers if prober.error}:
+        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
                 rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
@@ -5794,14 +5749,11 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 #
 # A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
 # and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
-# of them runs. There one thread and one poll do everything: what the agent says, output, ends, probes, signals, time.
+# of them runs: by one thread and one poll for what the agent says, output, ends, probes, signals and time. A pair of
+# sockets tells each of the two at once that the other has ended.
 #
-# What keeps it safe:
-# - The two are connected by a pair of sockets, so that each learns at once how the other has ended: the background
-#   process takes the end of the front for a hang-up, unless the front was free to end.
-# - A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
-#   They are signalled until they are gone, with a bound, also on an unexpected way out.
-# - Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
+# A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
+# Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
 # ----------------------------------------------------------------------------------------------------------
 
 HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
@@ -5891,9 +5843,10 @@ def unit_of(name: str) -> str:
 
 def looks_like_header(line: str) -> bool:
     """Return whether a comment was meant to be a header, and is not only about us."""
-    text = line.strip().lstrip("#/-; ").lower().replace("_", "-").replace("codersync", "coder-sync")
-    words = text.replace(":", " ").split()
-    return line.strip().startswith(MARKS) and words[:1] == ["coder-sync"] and words[1:2] != [] and words[1] in HEADERS
+    words = line.strip().lstrip("#/-; ").lower().replace(":", " ").split()
+    if not line.strip().startswith(MARKS) or len(words) < 2 or words[1] not in HEADERS:
+        return False
+    return words[0] == "coder-sync" or resembling(words[0], ["coder-sync"]) != ""
 
 
 def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
@@ -6126,6 +6079,7 @@ class Output:
         self._width = min(24, max(map(wide, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
+        self._logs: set[str] = set()  # names of files in --log-dir
         self._live = False  # whether the live line stands there
         self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
 
@@ -6143,6 +6097,14 @@ class Output:
         self.clear()
         if len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
+
+    def log_path(self, unit: str) -> str:
+        """Return the path of a unit's file in --log-dir; empty without one."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
+        while name in self._logs:
+            name += "_"
+        self._logs.add(name)
+        return self.log_dir and os.path.abspath(os.path.join(self.log_dir, name + ".log"))
 
     def no_log(self, error: OSError) -> None:
         """Say once that log files cannot be written; the boot goes on."""
@@ -6234,8 +6196,8 @@ class Stream:
 
     def __init__(self, unit: str, loop: Loop, out: Output) -> None:
         self.unit, self.loop, self.out = unit, loop, out
-        self.fd = -1  # read end of the pipe
-        self.log, self.log_path = -1, ""
+        self.fd, self.log = -1, -1  # read end of the pipe, and the file
+        self.log_path = out.log_path(unit)
         self.rest = b""  # a line that has not ended yet
         self.last: list[str] = []  # lines
 
@@ -6322,17 +6284,6 @@ def pieces(line: bytes) -> Iterator[bytes]:
         yield line[:at]
         line = line[at:]
     yield line
-
-
-def log_names(units: Iterable[str]) -> dict[str, str]:
-    """Return a file name for each unit."""
-    names: dict[str, str] = {}  # name -> unit
-    for unit in units:
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
-        while name in names:
-            name += "_"
-        names[name] = unit
-    return {unit: name + ".log" for name, unit in names.items()}
 
 
 class Job(Task):
@@ -6439,8 +6390,6 @@ class Boot:
         self.alone = False  # the front may end, and services go on
         self.host: Host | None = None  # of our own agent
         self.ask_at = NEVER  # when to ask again whether another boot needs it
-        for unit, name in log_names(self.jobs).items():
-            self.jobs[unit].stream.log_path = options.log_dir and os.path.abspath(os.path.join(options.log_dir, name))
 
     # -- from the claim to the last end -------------------------------------------------------------------
 
@@ -6582,7 +6531,8 @@ class Boot:
             for fd in self.out.pipes():
                 self.out.let_go(fd)
         elif not self.stopping:
-            self.told(1, f"{self.options.command} has ended" if self.over and self.options.command else "")
+            what = self.options.command if self.over else ""
+            self.told(1, f"{what or 'the process of boot'} has ended")
 
     def told(self, number: int, why: str = "") -> None:
         """End everything, because of a signal, or for another reason. Twice: at once."""
@@ -7000,7 +6950,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -7278,7 +7228,7 @@ def cmd_boot(args: Args) -> int:
         become(args.command)
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
-    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
@@ -7394,8 +7344,8 @@ def cmd_timeline(args: Args) -> None:
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
     if args.compare:
         try:
-            with open(args.compare, "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY), args.compare)
+            with open(open_file(args.compare), "rb") as f:
+                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
