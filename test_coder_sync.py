@@ -6677,6 +6677,11 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     process.kill()
     process.wait()
     play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
+    play(
+        call,
+        agent,
+        "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n$ timeline ->\n...\n* a ...gone\n...\n",
+    )
     play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
 
 
