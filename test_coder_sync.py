@@ -1718,7 +1718,7 @@ def test_what_is_wrong_in_an_answer_is_said_in_one_line_and_the_rest_can_be_show
         assert coder_sync.record(kind, coder_sync.plain(found)) == found
         if kind is UnitStatus:
             shown = coder_sync.status_text(found) + coder_sync.list_text([found])
-            assert shown.replace("\n", "").isprintable()
+            assert shown.replace("\n", "").isprintable() and found.age < 1e15
     assert said == {"are agent and client of one version?"}
 
 
@@ -5673,6 +5673,13 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     with mixed.client.unit("within"):
         mixed.client.complete("within")
     assert mixed.status("within") == "completed"
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Unreachable])
+def test_an_exception_of_a_block_matters_more_than_that_its_agent_is_gone(world: World, kind: type) -> None:
+    agent = world.serve()
+    with pytest.raises(kind), world.client.unit("u"):
+        assert stopped(agent, signal.SIGKILL) and (kind is Unreachable or 1 / 0)
 
 
 BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
