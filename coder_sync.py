@@ -1886,7 +1886,7 @@ class Family:
     def tell_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
-            terminate(self.pid)
+            signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def left(self) -> list[int]:
         """Return the pids of those known to be left."""
@@ -1899,7 +1899,7 @@ class Family:
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
         for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
-            terminate(pid)
+            signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
         """Send KILL to all, to its own group in one step, in which no more can be begun."""
@@ -2079,19 +2079,14 @@ def cannot_run(program: str, error: Exception) -> CommandError:
     return CommandError(f"cannot run {program}: {why}", 127 if missing else 126)
 
 
-def signal_to(pid: int, number: int) -> bool:
+def signal_to(pid: int, *numbers: int) -> bool:
     """Signal a process, or a group by a negative number; return whether it is there, ours to signal or not."""
     try:
-        os.kill(pid, number)
+        for number in numbers:
+            os.kill(pid, number)
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
-
-
-def terminate(pid: int) -> None:
-    """Send TERM to a process or group, and CONT, in case it is stopped."""
-    signal_to(pid, signal.SIGTERM)
-    signal_to(pid, signal.SIGCONT)
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
