@@ -2351,7 +2351,7 @@ class Units:
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims, all in one step, the one way in which they end before their time.
 
-        `why`: the caller is gone, its process has ended, TIMED_OUT, STOPPED. The next claim in line goes on. If there
+        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there
         is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
@@ -2362,9 +2362,8 @@ class Units:
         for unit, (claim, reason) in ended.items():
             if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
-            if (claim.held or reason == STOPPED) and not unit.first():
-                self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
-                self._notify(claim)
+            if claim.held and not unit.first():
+                self._set(unit, Outcome(FAILED, reason))
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
                 self._set(unit, Outcome(PENDING, "the client that asked for its start was gone"))
@@ -2421,9 +2420,8 @@ class Units:
         stopped = unit in self.stopping or (stopped and ran_on)
         if unit.holder is not claim or (unit.status == STARTED and not stopped):
             return
-        if stopped and unit.status != FAILED:
-            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
-            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        if stopped:
+            self._stopped(unit)
         elif ran_on and code:
             ran = span(self._now() - (unit.facts.ended or 0.0))
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
@@ -2446,7 +2444,7 @@ class Units:
         stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
-        named = self._these(names)
+        named = dict.fromkeys(self._these(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
         alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
         cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
@@ -2454,16 +2452,16 @@ class Units:
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
         self.waits += 1
-        for unit, claim in ((unit, unit.supervisor()) for unit in affected):
+        self.stops.append(stop)
+        for unit in affected:
+            claim = unit.supervisor()
             if claim:
                 self.stopping[unit], stop.units[unit] = claim, None
                 claim.stop_by, claim.tell_by = min(claim.stop_by, deadline), min(claim.tell_by, deadline - grace / 2)
-        waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
-        self.end_claims(waiting, STOPPED)
-        failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
-        stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
-        self.stops.append(stop)
-        self.keep_time()
+            elif not unit.holder and any(waiting.held or unit in named for waiting in unit.line):
+                self._stopped(unit)
+                stop.answer["stopped"].append(unit.name)
+        self._settle_all()
         return stop
 
     def keep_time(self) -> float:
@@ -2681,16 +2679,18 @@ class Units:
         if old != status:
             detail = outcome.reason[len(event) :].lstrip()
             self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
-        self._notify(unit.first())
+        claim = unit.first()
+        if claim and claim.boot and status != PENDING:
+            env = self.environment(unit.name) if status == STARTED else {}
+            self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             self._link(unit, {})
 
-    def _notify(self, claim: Claim | None) -> None:
-        """Tell a boot where the unit of its claim stands."""
-        if claim and claim.boot and claim.unit.status != PENDING:
-            unit, env = claim.unit, self.environment(claim.unit.name) if claim.unit.status == STARTED else {}
-            answer = {"unit": unit.name, "status": unit.status, "reason": unit.facts.reason, "env": env}
-            self.answer(claim, answer)
+    def _stopped(self, unit: Unit) -> None:
+        """Let a unit fail that was stopped: nobody in its line is to run it."""
+        if unit.status != FAILED:
+            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+        self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
     def _close(self, unit: Unit, how: str = "") -> None:
         """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
@@ -2715,9 +2715,7 @@ class Units:
         missing = ", ".join(self._waits_for(unit, mark=True))
         reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
-        if why == STOPPED:
-            reason = STOPPED
-        elif why == TIMED_OUT:
+        if why == TIMED_OUT:
             reason = one_line(f"timed out waiting for {missing}")
             what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
             answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))

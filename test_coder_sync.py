@@ -665,8 +665,8 @@ what waits is ended at once: boot #b db app:db; stop #s within=8; fail db #b.db
 a start that waits is refused, and its unit has failed: start a #1 x; start b #2 a; start c #3 x; stop #s a
     => #1 Refused, #2 DependencyFailed, #s stopped a | a:failed b:skipped c:pending x:not-registered | says unit "b"
     skipped: dependency "a" failed (stopped)
-a start behind a held one that is ended goes on: want x; start a #1 x held; start a #2; stop #s x; complete x
-    => #1 Refused, #s nothing, #2 ok | a:started x:completed | says unit "a" was not started: stopped
+who waits behind a held start is refused with it: want x; start a #1 x held; start a #2; stop #s x; complete x
+    => #1 Refused, #2 Refused, #s stopped a | a:failed x:completed | says unit "a" was not started: stopped
 what has no supervisor cannot be stopped: start a #1 by=42; start b #2 supervised; start c #3 held; stop #s within=8;
     fail b #2 => #1 ok, #2 ok, #3 ok, #2 stop b in 8, #s stopped b cannot a(script 42) c(-)
     | a:started b:failed c:started
@@ -1305,11 +1305,9 @@ class Model:
             self.stopping[unit] = min(by, self.now + step.seconds), min(latest, self.now + step.seconds / 2)
         failed = []
         for unit in affected:
-            ends = [t for t in self.line_of(unit) if self.starts[t][1] or unit in named]
-            for ticket in ends:
-                self.line.remove(ticket)
-                self.told.update({ticket: Refused} if "." not in ticket else {})
-            if ends and not self.line_of(unit) and unit not in self.holders:
+            line = self.line_of(unit)
+            if unit not in self.holders and any(unit in named or self.starts[t][1] for t in line):
+                self.tell(unit, Refused)
                 self.may_become[unit] = "failed"
                 failed.append(unit)
         cannot = [unit for unit in affected if self.status(unit) == "started" and unit not in runs]
@@ -1713,7 +1711,7 @@ def test_what_is_wrong_in_an_answer_is_said_in_one_line_and_the_rest_can_be_show
         assert coder_sync.record(kind, coder_sync.plain(found)) == found
         if kind is UnitStatus:
             shown = coder_sync.status_text(found) + coder_sync.list_text([found])
-            assert shown.replace("\n", "").isprintable()
+            assert shown.replace("\n", "").isprintable() and found.age < 1e15
     assert said == {"are agent and client of one version?"}
 
 
@@ -5668,6 +5666,13 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     with mixed.client.unit("within"):
         mixed.client.complete("within")
     assert mixed.status("within") == "completed"
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Unreachable])
+def test_an_exception_of_a_block_matters_more_than_that_its_agent_is_gone(world: World, kind: type) -> None:
+    agent = world.serve()
+    with pytest.raises(kind), world.client.unit("u"):
+        assert stopped(agent, signal.SIGKILL) and (kind is Unreachable or 1 / 0)
 
 
 BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
