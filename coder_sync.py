@@ -1802,13 +1802,12 @@ def in_background() -> tuple[int, int]:
 
 
 # -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # to an agent without a command
-PASSED_ON = (*STOPS, "SIGQUIT", "SIGUSR1", "SIGUSR2")  # to one that has one, and to `run`
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
 
 
-def heeded(names: Iterable[str]) -> list[int]:
-    """Return the numbers of signals, without those that we were started to ignore, as by nohup(1); TERM is kept."""
-    numbers = [int(getattr(signal, name)) for name in names]
+def heeded(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1887,7 +1886,7 @@ class Family:
     def tell_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
-            terminate(self.pid)
+            signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def left(self) -> list[int]:
         """Return the pids of those known to be left."""
@@ -1900,7 +1899,7 @@ class Family:
     def tell_others(self) -> None:
         """Send TERM to all but the first process."""
         for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
-            terminate(pid)
+            signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
         """Send KILL to all, to its own group in one step, in which no more can be begun."""
@@ -1915,10 +1914,10 @@ class Loop:
     so none is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
-    def __init__(self, names: Iterable[str] = PASSED_ON) -> None:
+    def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(names)
+        self.numbers = heeded(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # unless that was before the last turn
@@ -2080,19 +2079,14 @@ def cannot_run(program: str, error: Exception) -> CommandError:
     return CommandError(f"cannot run {program}: {why}", 127 if missing else 126)
 
 
-def signal_to(pid: int, number: int) -> bool:
+def signal_to(pid: int, *numbers: int) -> bool:
     """Signal a process, or a group by a negative number; return whether it is there, ours to signal or not."""
     try:
-        os.kill(pid, number)
+        for number in numbers:
+            os.kill(pid, number)
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
-
-
-def terminate(pid: int) -> None:
-    """Send TERM to a process or group, and CONT, in case it is stopped."""
-    signal_to(pid, signal.SIGTERM)
-    signal_to(pid, signal.SIGCONT)
 
 
 def remove(path: str, only: os.stat_result | None = None) -> None:
@@ -2131,7 +2125,7 @@ MAX_UNITS = 50_000
 MAX_EDGES = 500_000
 MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
-MAX_LOCKS = 1000  # that the agent knows; one unit has at most 20
+MAX_LOCKS = 20  # of one unit
 MAX_HISTORY = 200  # events that `status` shows
 MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
 TIMED_OUT = "timed out"  # why a claim ends
@@ -2170,7 +2164,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
 
 
 class Unit:
-    """One node of the graph. Only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
+    """One node of the graph; only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
         self.name, self.since = name, since  # in its status
@@ -2183,7 +2177,7 @@ class Unit:
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
         self.last: Claim | None = None  # the held claim that was granted last, in the present run
-        self.locks: tuple[Lock, ...] = ()  # in whose lines it stands, or that it was started with
+        self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
 
     def first(self) -> Claim | None:
@@ -2229,7 +2223,8 @@ class Claim:
     lost = False  # it ended without a word of what becomes of the command
     deadline = NEVER
     stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
-    locks: tuple[Lock, ...] = ()
+    locks: tuple[str, ...] = ()
+    places: tuple[Lock, ...] = ()  # of its boot
 
     def __init__(
         self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
@@ -2288,7 +2283,7 @@ class Units:
         self.waits = 0  # claims in line, but those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0
-        self.locks: dict[str, Lock] = {}
+        self.locks: dict[str, Lock] = {}  # that a unit has or waits for
         self.left_environment = False  # whether any unit did
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
@@ -2356,7 +2351,7 @@ class Units:
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims, all in one step, the one way in which they end before their time.
 
-        `why`: the caller is gone, its process has ended, TIMED_OUT, STOPPED. The next claim in line goes on. If there
+        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there
         is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
@@ -2367,9 +2362,8 @@ class Units:
         for unit, (claim, reason) in ended.items():
             if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
-            if (claim.held or reason == STOPPED) and not unit.first():
-                self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
-                self._notify(claim)
+            if claim.held and not unit.first():
+                self._set(unit, Outcome(FAILED, reason))
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
                 self._set(unit, Outcome(PENDING, "the client that asked for its start was gone"))
@@ -2426,9 +2420,8 @@ class Units:
         stopped = unit in self.stopping or (stopped and ran_on)
         if unit.holder is not claim or (unit.status == STARTED and not stopped):
             return
-        if stopped and unit.status != FAILED:
-            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
-            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        if stopped:
+            self._stopped(unit)
         elif ran_on and code:
             ran = span(self._now() - (unit.facts.ended or 0.0))
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
@@ -2451,7 +2444,7 @@ class Units:
         stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
-        named = self._these(names)
+        named = dict.fromkeys(self._these(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
         alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
         cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
@@ -2459,16 +2452,16 @@ class Units:
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
         self.waits += 1
-        for unit, claim in ((unit, unit.supervisor()) for unit in affected):
+        self.stops.append(stop)
+        for unit in affected:
+            claim = unit.supervisor()
             if claim:
                 self.stopping[unit], stop.units[unit] = claim, None
                 claim.stop_by, claim.tell_by = min(claim.stop_by, deadline), min(claim.tell_by, deadline - grace / 2)
-        waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
-        self.end_claims(waiting, STOPPED)
-        failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
-        stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
-        self.stops.append(stop)
-        self.keep_time()
+            elif not unit.holder and any(waiting.held or unit in named for waiting in unit.line):
+                self._stopped(unit)
+                stop.answer["stopped"].append(unit.name)
+        self._settle_all()
         return stop
 
     def keep_time(self) -> float:
@@ -2516,10 +2509,6 @@ class Units:
         claim.runs = claim.runs or owner is not None
         known.log, known.probe, known.probe_error = log, ready, ""
         known.reason = f"not ready yet: {ready}" if ready else ""
-
-    def lack(self, claim: Claim, error: str) -> None:
-        """Note what the last try of the probe of a unit lacked."""
-        claim.unit.facts.probe_error = error
 
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
@@ -2602,7 +2591,6 @@ class Units:
             return
         if unit.unmet or not unit.line:
             self._free(unit)
-            unit.locks = ()
         if unit.unmet:
             unit.facts.ready = None
             causes = (because,) if because in unit.wants else unit.wants
@@ -2614,26 +2602,25 @@ class Units:
 
     def _skip(self, unit: Unit, cause: Unit) -> None:
         """Give up a unit because of a dependency that has failed or was skipped."""
+        why = cause.facts.reason
         if cause.status == FAILED:
-            reason = f'dependency "{cause.name}" failed' + (f" ({cause.facts.reason})" if cause.facts.reason else "")
-        else:
+            reason = f'dependency "{cause.name}" failed' + (f" ({why})" if why else "")
+        else:  # what failed in the first place matters most, however long the chain is
             reason = f'dependency "{cause.name}" was skipped: '
-            # What failed in the first place matters most, however long the chain is.
-            short = len(reason + cause.facts.reason) <= 2 * MAX_REASON
-            reason += cause.facts.reason if short else f"... {cause.root}"
+            reason += why if len(reason + why) <= 2 * MAX_REASON else f"... {cause.root}"
         unit.root = cause.root or reason
         self._set(unit, Outcome(SKIPPED, reason))
         text = f'unit "{unit.name}" skipped: {reason}' if unit.name else reason
-        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": cause.facts.reason}))
+        self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": why}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
         """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
         known, claim = unit.facts, next(iter(unit.line))
         known.ready = self._now() if known.ready is None else known.ready
         known.released_by = because.name if because else known.released_by
-        if unit.locks != claim.locks:
-            self._free(unit)
-        unit.locks = claim.locks
+        if not unit.locks:
+            known.locks = [*claim.locks]
+            unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
         if any(self._lacks(unit)):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
@@ -2642,14 +2629,14 @@ class Units:
         known.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
-        if not claim.boot:
-            wants = [d.name for d in unit.wants]
-            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
-            self.answer(claim, answer)
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken[unit] = None
         self._set(unit, Outcome(STARTED))
+        if not claim.boot:
+            wants = [d.name for d in unit.wants]
+            answer = {"dependencies": wants, "env": self.environment(unit.name)} if unit.name else {}
+            self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
         """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
@@ -2672,10 +2659,10 @@ class Units:
         """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if status != STARTED and (old, status) != (STARTED, FAILED):  # that keeps its locks until its claim has ended
+        if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
             self._free(unit)
         if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.locks, unit.last = object.__new__(UnitStatus), "", (), None
+            unit.facts, unit.root, unit.last = object.__new__(UnitStatus), "", None
             unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
@@ -2689,18 +2676,21 @@ class Units:
             dependent.unmet += was_met - met
             if was_met != met or status in HOPELESS[requirement]:
                 self._affected.append((dependent, unit))
-        self._notify(unit.first())
-        detail = outcome.reason[len(event) :].lstrip()
-        self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
+        if old != status:
+            detail = outcome.reason[len(event) :].lstrip()
+            self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
+        claim = unit.first()
+        if claim and claim.boot and status != PENDING:
+            env = self.environment(unit.name) if status == STARTED else {}
+            self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             self._link(unit, {})
 
-    def _notify(self, claim: Claim | None) -> None:
-        """Tell a boot where the unit of its claim stands."""
-        if claim and claim.boot and claim.unit.status != PENDING:
-            unit, env = claim.unit, self.environment(claim.unit.name) if claim.unit.status == STARTED else {}
-            answer = {"unit": unit.name, "status": unit.status, "reason": unit.facts.reason, "env": env}
-            self.answer(claim, answer)
+    def _stopped(self, unit: Unit) -> None:
+        """Let a unit fail that was stopped: nobody in its line is to run it."""
+        if unit.status != FAILED:
+            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+        self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
     def _close(self, unit: Unit, how: str = "") -> None:
         """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
@@ -2714,9 +2704,10 @@ class Units:
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                stop.answer["left" if how == LOST else "stopped"].append(
-                    self._running(unit) if how == LOST else unit.name
-                )
+                if how == LOST:
+                    stop.answer["left"].append(self._running(unit))
+                else:
+                    stop.answer["stopped"].append(unit.name)
 
     def _give_up(self, claim: Claim, why: str) -> str:
         """End a claim that waits; return what its unit fails with, if nobody else waits."""
@@ -2724,13 +2715,13 @@ class Units:
         missing = ", ".join(self._waits_for(unit, mark=True))
         reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
-        if why == STOPPED:
-            reason = STOPPED
-        elif why == TIMED_OUT:
+        if why == TIMED_OUT:
             reason = one_line(f"timed out waiting for {missing}")
             what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
             answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
         self._record(unit, "gave up", f"{why}; still missing: {missing}")
+        if claim is unit.first():
+            self._free(unit)
         self._leave(claim)
         if not claim.boot:
             self.answer(claim, answer)
@@ -2748,10 +2739,12 @@ class Units:
     def _free(self, unit: Unit) -> None:
         """Take a unit out of the lines of locks, and pass on those that it has."""
         for lock in unit.locks:
-            if unit in lock.line or unit in lock.taken:
-                lock.line.pop(unit, None)
-                lock.taken.pop(unit, None)
-                self._freed.append((lock, unit))
+            lock.line.pop(unit, None)
+            lock.taken.pop(unit, None)
+            self._freed.append((lock, unit))
+            if not lock.line and not lock.taken:
+                self.locks.pop(lock.name, None)
+        unit.locks = ()
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -2831,21 +2824,21 @@ class Units:
     ) -> list[Claim]:
         """Declare units, stand in the line of each but those that are done, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
-        locks = self._locks(members)
+        locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
+        if max(map(len, locks), default=0) > MAX_LOCKS:
+            raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
         units = self._declare(members, anew=boot)
         deadline = self.clock() + timeout if timeout else NEVER
         claims = []
         for unit, its in zip(units, locks):
             if unit in done:
                 continue
-            if unit.status in ENDED or (boot and unit.status == STARTED):  # those behind it wait again
+            if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
                 self._set(unit, Outcome(PENDING))
-            if boot:  # it begins here, also where somebody has wanted or reset the unit long before
-                unit.facts.registered = self._now()
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
             claim = Claim(unit, ticket, **asked)
-            claim.boot, claim.locks, claim.deadline = boot, its + places, deadline
+            claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
             unit.line[claim] = None
             self.waits += not boot
             claims.append(claim)
@@ -2859,18 +2852,6 @@ class Units:
         """Raise Refused if there may not be so many more claims in line."""
         if more and self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
-
-    def _locks(self, members: Sequence[Member]) -> list[tuple[Lock, ...]]:
-        """Return the locks of each member. At the limit, names that nobody uses are forgotten."""
-        wanted = [list(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
-        if len(self.locks) + sum(map(len, wanted)) > MAX_LOCKS:
-            used = {lock for unit in self.units.values() for claim in unit.line for lock in claim.locks}
-            self.locks = {name: lock for name, lock in self.locks.items() if lock.taken or lock in used}
-        new = dict.fromkeys(name for names in wanted for name in names if name not in self.locks)
-        if max(map(len, wanted), default=0) > 20 or len(self.locks) + len(new) > MAX_LOCKS:
-            raise Refused(f"too many locks: a unit may have 20, and the agent {MAX_LOCKS}")
-        self.locks.update((name, Lock(name)) for name in new)
-        return [tuple(self.locks[name] for name in names) for names in wanted]
 
     def _registered(self, name: str) -> Unit:
         unit = self.units.get(check_name(name))
@@ -2896,7 +2877,7 @@ class Units:
             yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
         if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
             yield unit, START
-        for lock in () if unit.unmet or not unit.line else next(iter(unit.line)).locks:
+        for lock in () if unit.unmet or not unit.line else unit.locks:
             before = lock.before(unit)
             if before:
                 yield before, lock
@@ -3006,8 +2987,6 @@ class Units:
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
-        locks = next((claim.locks for claim in unit.line), unit.locks)
-        row.locks = [lock.name for lock in locks if lock.name]
         lacks = self._lacks(unit)
         row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
@@ -3639,7 +3618,7 @@ class Agent:
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
         """Note what the last try of the probe of a unit lacked."""
-        self.units.lack(self._held(request, unit), one_line(error))
+        self._held(request, unit).unit.facts.probe_error = one_line(error)
         return {"unit": unit}
 
     def do_retry(self, request: Request, unit: str, detail: str = "") -> Any:
@@ -4220,10 +4199,17 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
+def is_gone(unit: UnitStatus) -> bool:
+    """Return whether the process that started a unit has ended, and the unit has not."""
+    return unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
+
+
 def note(unit: UnitStatus) -> str:
     """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
     if unit.stopping:
         return "being stopped"
+    if is_gone(unit):
+        return "its process is gone"
     if unit.status == STARTED and unit.probe:
         since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
         lacks = f" ({unit.probe_error})" if unit.probe_error else ""
@@ -4367,7 +4353,9 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
         word = "exited" if unit.status == COMPLETED else "died"
         word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
         return word if first is None else f"{word} at {span(unit.exited - first)}"
-    return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
+    if unit.status != STARTED:
+        return unit.status
+    return "gone" if is_gone(unit) else "probing" if unit.probe else "running"
 
 
 def described(unit: UnitStatus) -> str:
@@ -4700,8 +4688,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
 def is_notable(unit: UnitStatus, now: float) -> bool:
     """Return whether `why` tells of a unit even if nothing waits for it."""
     if unit.status == STARTED:
-        gone = unit.owner is not None and unit.owner.alive is False
-        return gone or now - (unit.started or 0.0) >= LONG
+        return is_gone(unit) or now - (unit.started or 0.0) >= LONG
     return unit.status == FAILED or standing(unit) in ("gave up", "exited")
 
 
@@ -4781,8 +4768,8 @@ def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
     if waited >= 0.05:
         how = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
-        gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
+        gone = "that process is gone: it ended without complete"
+        still = gone if is_gone(unit) else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(bar.ran)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(unit.age)} ago"
@@ -5175,7 +5162,7 @@ class Link:
 
     def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
         """Send a request; `answered` is called with the message that has its result or error."""
-        request = -1 - len(self.asked)
+        request = min([0, *self.asked]) - 1  # unless it can be sent
         if not self.asked:
             self._since = time.monotonic()
         try:
@@ -5206,7 +5193,12 @@ class Link:
             else:
                 self.ask("ping")
         if self.lost:
-            self._lose(Unreachable(self.lost))
+            error = Unreachable(self.lost)
+            if self._channel:
+                self.close()
+                self._gone(error)
+            while self.asked:
+                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
@@ -5214,13 +5206,6 @@ class Link:
             return NEVER
         patience = self._patience()
         return self._since + (patience if self.asked else min(PING_AFTER, patience))
-
-    def _lose(self, error: Unreachable) -> None:
-        if self._channel:
-            self.close()
-            self._gone(error)
-        while self.asked:
-            self.asked.pop(next(iter(self.asked)))(error_message(None, error))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
@@ -5738,7 +5723,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
     from functools import partial
 
-    loop, report_at = Loop((*STOPS, "SIGQUIT")), began + FIRST_REPORT
+    loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
     probers: list[Prober] = []
     try:
         for probe in probes:
@@ -6971,7 +6956,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded(("SIGTERM", "SIGHUP")):  # end by an exception, so that nothing is left beside it
+    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -7249,7 +7234,7 @@ def cmd_boot(args: Args) -> int:
         become(args.command)
     given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
     given["command"] = args.command[0] if args.command else ""
-    loop = Loop((*PASSED_ON, "SIGWINCH") if args.command else (*STOPS, "SIGQUIT"))
+    loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
     child, link = in_background()
     if child:
@@ -7366,7 +7351,8 @@ def cmd_timeline(args: Args) -> None:
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
+                before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()

@@ -70,14 +70,6 @@ HERE = Path(__file__).resolve().parent
 FILE = HERE / "coder_sync.py"
 PYTHON = [sys.executable, "-IS", "-c"]
 LAUNCH = FILE.read_text(encoding="utf-8").split("'")[1]  # what sh hands to python3 -c
-LOAD = """
-import sys
-from importlib.machinery import SourceFileLoader
-coder_sync = sys.modules["coder_sync"] = type(sys)("coder_sync")
-coder_sync.__file__ = sys.argv[1]
-SourceFileLoader("coder_sync", sys.argv[1]).exec_module(coder_sync)
-coder_sync.main(sys.argv[2:])
-"""  # for a test that changes something in the module before
 PATIENCE = 30.0  # seconds after which something that should happen never will
 MARK = f"STARTED_BY_TESTS={os.getpid()}"  # in the environment of whatever a test starts
 KILL_MARKED = """
@@ -561,6 +553,8 @@ an answer that finds nobody goes to the next in line:
 none is granted because another of the same caller has ended:
     start x #1 lock=k held; start a #2 lock=k held; start b #3 lock=k; lose #1 #2
     => #1 ok, #3 ok | a:failed b:started x:failed
+a lock does not stay with whom nobody runs: start a #1 lock=k late; start a #2 held; lose #1 #2; start b #3 lock=k
+    => #1 ok, #3 ok | a:failed b:started
 time that is up ends a plain start: start b #1 a within=5; sleep 4; sleep 1; want a; complete a
     => #1 TimedOut | a:completed b:pending | says timeout waiting for dependencies of unit b: a not registered
 time that is up fails the unit of a held start:
@@ -671,8 +665,8 @@ what waits is ended at once: boot #b db app:db; stop #s within=8; fail db #b.db
 a start that waits is refused, and its unit has failed: start a #1 x; start b #2 a; start c #3 x; stop #s a
     => #1 Refused, #2 DependencyFailed, #s stopped a | a:failed b:skipped c:pending x:not-registered | says unit "b"
     skipped: dependency "a" failed (stopped)
-a start behind a held one that is ended goes on: want x; start a #1 x held; start a #2; stop #s x; complete x
-    => #1 Refused, #s nothing, #2 ok | a:started x:completed | says unit "a" was not started: stopped
+who waits behind a held start is refused with it: want x; start a #1 x held; start a #2; stop #s x; complete x
+    => #1 Refused, #2 Refused, #s stopped a | a:failed x:completed | says unit "a" was not started: stopped
 what has no supervisor cannot be stopped: start a #1 by=42; start b #2 supervised; start c #3 held; stop #s within=8;
     fail b #2 => #1 ok, #2 ok, #3 ok, #2 stop b in 8, #s stopped b cannot a(script 42) c(-)
     | a:started b:failed c:started
@@ -842,7 +836,7 @@ MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x y:x z:y
     => !Refused, !Refused, #b x started
 MAX_WAITS 1: start a #1 supervised; stop #2 a within=8; stop #3 a within=8; lose #2; stop #4 a within=8
     => #1 ok, #1 stop a in 8, !Refused
-MAX_LOCKS 1: start a #1 lock=k; start b #2 lock=l; start c #3 lock=k => #1 ok, !Refused
+MAX_LOCKS 2: start a #1 lock=k,l; start b #2 lock=k,l,m => #1 ok, !Refused
 """)
 def test_a_number_is_bounded(
     rules: Rules, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, steps: str, outcome: str
@@ -853,16 +847,10 @@ def test_a_number_is_bounded(
     assert "limit" in str(rules.errors["!"]) or "too many" in str(rules.errors["!"])
 
 
-def test_locks_are_bounded_and_those_that_nobody_uses_are_forgotten(
-    rules: Rules, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    locks = ",".join(f"k{i}" for i in range(20))
-    rules.play(f"start x #0 lock={locks}; complete x; start y #1 lock={locks},more")
-    assert rules.told == ["#0 ok", "!Refused"]
-    monkeypatch.setattr(coder_sync, "MAX_LOCKS", 2)
-    rules.play("start a #2 lock=old; complete a; boot #b u@k v@l w@k")
-    assert rules.told[2:] == ["#2 ok", "#b u started", "#b v started"]  # k is one lock
-    assert [*rules.units.locks] == ["k", "l"]
+def test_a_lock_is_remembered_while_a_unit_has_it_or_waits_for_it(rules: Rules) -> None:
+    rules.play("start a #2 lock=old; complete a; boot #b u@k v@l w@k x:w@m; complete v")
+    assert rules.told == ["#2 ok", "#b u started", "#b v started", "#b v completed"]  # k is one lock
+    assert [*rules.units.locks] == ["k"]
 
 
 def test_a_hundred_scripts_whose_start_was_refused_are_remembered(rules: Rules) -> None:
@@ -919,11 +907,10 @@ a lock is shown as what a unit waits for:
     => lock apt/free/taken/False/lock/6/a has it/script 42/-;
     b: waits_for lock apt, which a has, locks apt, blocked_by apt by a, ready 5;
     a: waits_for -, locks apt and k, blocked_by -, ready 0; a: locks apt and k; b: started 6.0004, released_by a
-so is who comes first, and no lock of who has given up:
-    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l by=43; sleep 1; lacks c; show c waits_for blocked_by;
-    lose #2; show b locks
+so is who comes first:
+    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l by=43; sleep 1; lacks c; show c waits_for blocked_by
     => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
-    c: waits_for lock l, which b is to have first, blocked_by l by b; b: locks -
+    c: waits_for lock l, which b is to have first, blocked_by l by b
 the places of a boot are no locks by name:
     boot #b a b@k jobs=1; show b locks blocked_by waits_for; sleep 1; complete a;
     show b waiting ready started released_by
@@ -1318,11 +1305,9 @@ class Model:
             self.stopping[unit] = min(by, self.now + step.seconds), min(latest, self.now + step.seconds / 2)
         failed = []
         for unit in affected:
-            ends = [t for t in self.line_of(unit) if self.starts[t][1] or unit in named]
-            for ticket in ends:
-                self.line.remove(ticket)
-                self.told.update({ticket: Refused} if "." not in ticket else {})
-            if ends and not self.line_of(unit) and unit not in self.holders:
+            line = self.line_of(unit)
+            if unit not in self.holders and any(unit in named or self.starts[t][1] for t in line):
+                self.tell(unit, Refused)
                 self.may_become[unit] = "failed"
                 failed.append(unit)
         cannot = [unit for unit in affected if self.status(unit) == "started" and unit not in runs]
@@ -1379,7 +1364,7 @@ class Model:
 
     def become(self, unit: str, status: str) -> None:
         self.statuses[unit] = status
-        if status in ("pending", "completed"):
+        if status != "started" and not (status == "failed" and unit in self.holders):
             self.locks.pop(unit, None)
         if status == "pending":
             self.last.pop(unit, None)
@@ -1726,7 +1711,7 @@ def test_what_is_wrong_in_an_answer_is_said_in_one_line_and_the_rest_can_be_show
         assert coder_sync.record(kind, coder_sync.plain(found)) == found
         if kind is UnitStatus:
             shown = coder_sync.status_text(found) + coder_sync.list_text([found])
-            assert shown.replace("\n", "").isprintable()
+            assert shown.replace("\n", "").isprintable() and found.age < 1e15
     assert said == {"are agent and client of one version?"}
 
 
@@ -2310,7 +2295,7 @@ def stopped(agent: subprocess.Popen[str], number: int = signal.SIGTERM) -> subpr
 def altered(changes: str, *argv: str) -> list[str]:
     """A command line of coder_sync with some of the module's names set to other values."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync\n{changes}\ncoder_sync.main(sys.argv[1:])"
-    return [sys.executable, "-S", "-c", code, *argv]
+    return [*PYTHON, code, *argv]
 
 
 def limited(limit: str, *argv: str) -> list[str]:
@@ -3161,71 +3146,42 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 
-NO_SOCKET = r"{0}/agent.sock exists and is not a socket; .*"
-OPEN = "cannot open {0}/agent.sock.lock: "
-NO_LOCK = r"{0}/agent.sock.lock is not a regular file; .*"
-REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
-    "a file": (lambda d: (d / "agent.sock").write_text("precious"), [], NO_SOCKET),
-    "a directory": (lambda d: (d / "agent.sock").mkdir(), [], NO_SOCKET),
-    "a pipe": (lambda d: os.mkfifo(d / "agent.sock"), [], NO_SOCKET),
-    "a dangling link": (lambda d: (d / "agent.sock").symlink_to("elsewhere"), [], NO_SOCKET),
-    "a file, to be replaced": (lambda d: (d / "agent.sock").write_text("precious"), ["--replace"], NO_SOCKET),
-    "a pipe for a lock": (lambda d: os.mkfifo(d / "agent.sock.lock"), [], NO_LOCK),
-    "a link for a lock": (
-        lambda d: (d / "agent.sock.lock").symlink_to("elsewhere"),
-        [],
-        OPEN + f"{os.strerror(errno.ELOOP)}; .*",
-    ),
-    "a directory for a lock": (lambda d: (d / "agent.sock.lock").mkdir(), [], OPEN + "Is a directory; .*"),
-    "a lock with another name": (
-        lambda d: os.link((d / "precious").write_text("1") and d / "precious", d / "agent.sock.lock"),
-        [],
-        "{0}/agent.sock.lock has another name, too, so that it may be any file; .*",
-    ),
-    "too long": (lambda d: None, ["--socket-path", "x" * 120], ".*/x+: too long for a socket path; .*"),
-    "a file for a directory": (
-        lambda d: (d / "file").write_text(""),
-        ["--socket-path", "file/deep/agent.sock"],
-        "cannot make the directory {0}/file/deep: Not a directory; .*",
-    ),
-    "no directory for the log": (lambda d: None, ["--log-file", "no/file"], "cannot write .*no/file: No such file .*"),
-    "no reader of the log": (lambda d: os.mkfifo(d / "f"), ["--log-file", "f"], "cannot write .*f: No such device .*"),
-    "no directory for the pid": (lambda d: None, ["--pid-file", "no/file"], "cannot write .*no/file: No such file .*"),
-}
-
-
-def check_refused(world: World, kind: str, serve: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Assert that serve refuses this in one line and changes nothing."""
-    prepare, options, message = REFUSED[kind]
-    prepare(world.directory)
-    before = files_of(world.directory)
-    done = serve("serve", *options)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(f"error: {message.format(world.directory)}\n", done.stderr)
-    assert files_of(world.directory) == before
-    assert [path.read_text() for path in world.directory.glob("precious")] in ([], ["1"])
-
-
-REFUSED_LATER = [kind for kind in REFUSED if kind.endswith(("the log", "the pid"))]  # when signals are set up
-
-
-@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind not in REFUSED_LATER])
-def test_a_place_where_serve_cannot_listen_is_one_line_and_nothing_is_changed(
-    call: Call, world: World, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.chdir(world.directory)
-    check_refused(world, kind, functools.partial(call, world))
+REFUSED = r"""
+echo precious > agent.sock               | | {0}/agent.sock exists and is not a socket; .*
+echo precious > agent.sock               | --replace | {0}/agent.sock exists and is not a socket; .*
+mkdir agent.sock                         | | {0}/agent.sock exists and is not a socket; .*
+mkfifo agent.sock                        | | {0}/agent.sock exists and is not a socket; .*
+ln -s elsewhere agent.sock               | | {0}/agent.sock exists and is not a socket; .*
+mkfifo agent.sock.lock                   | | {0}/agent.sock.lock is not a regular file; .*
+ln -s elsewhere agent.sock.lock          | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
+mkdir agent.sock.lock                    | | cannot open {0}/agent.sock.lock: Is a directory; .*
+echo 1 > that; ln that agent.sock.lock   | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
+:                                        | --socket-path {1} | .*/x+: too long for a socket path; .*
+:> file                                  | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
+:                                        | --log-file no/file | cannot write .*no/file: No such file .*
+mkfifo f                                 | --log-file f | cannot write .*f: No such device .*
+:                                        | --pid-file no/file | cannot write .*no/file: No such file .*
+"""
 
 
 @FOREGROUND_OR_NOT
-@pytest.mark.parametrize("kind", ["a file", *REFUSED_LATER])
-def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, kind: str, how: list[str]) -> None:
-    check_refused(world, kind, lambda *words: world.run(*words, *how))
+def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, how: list[str]) -> None:
+    for number, row in enumerate(REFUSED.strip().splitlines()):
+        place = world.directory / str(number)
+        place.mkdir()
+        prepare, options, message = row.format(place, "x" * 120).split("|", 2)
+        subprocess.run(["sh", "-c", prepare], cwd=place, check=True)
+        before = subprocess.check_output(["ls", "-linA"], cwd=place)  # with sizes and times
+        env = {**world.env, "CODER_AGENT_SOCKET_PATH": str(place / "agent.sock")}
+        done = world.run("serve", *options.split(), *how, cwd=str(place), env=env)
+        assert (done.returncode, done.stdout) == (1, ""), (row, done)
+        assert re.fullmatch(f"error: {message.strip()}\n", done.stderr), (row, done)
+        assert subprocess.check_output(["ls", "-linA"], cwd=place) == before, row
 
 
 @LINUX
-def test_no_room_for_the_pid_is_one_line(call: Call, world: World) -> None:
-    done = call(world, "serve", "--pid-file", "/dev/full")
+def test_no_room_for_the_pid_is_one_line(world: World) -> None:
+    done = world.run("serve", "--pid-file", "/dev/full")
     assert done.returncode == 1 and re.fullmatch("error: cannot write /dev/full: No space left .*\n", done.stderr), done
     assert os.listdir(world.directory) == []
 
@@ -3238,28 +3194,19 @@ def open_directory() -> Iterator[str]:
         yield directory
 
 
-@pytest.mark.parametrize(
-    ("mode", "words", "message"),
-    [
+def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(world: World) -> None:
+    no_group = "cannot give {0}/agent.sock to group 12: be a member of the group, or root"
+    for mode, words, message in (
         (0o555, "{0}/agent.sock", ".*{0}/.*: Permission denied; .*"),
         (0o555, "{0}/run/agent.sock", ".*{0}/.*: Permission denied; .*"),
-        pytest.param(
-            0o777,
-            "{0}/agent.sock --group 12",
-            "cannot give {0}/agent.sock to group 12: be a member of the group, or root",
-            marks=ROOT,
-        ),
-    ],
-)
-def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(
-    world: World, mode: int, words: str, message: str
-) -> None:
-    with open_directory() as directory:
-        os.chmod(directory, mode)
-        done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
-        assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr)
-        assert os.listdir(directory) == []
-        os.chmod(directory, 0o755)
+        (0o777, "{0}/agent.sock --group 12", no_group),
+    ):
+        with open_directory() as directory:
+            os.chmod(directory, mode)
+            done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
+            assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
+            assert os.listdir(directory) == []
+            os.chmod(directory, 0o755)
 
 
 @ROOT
@@ -4611,13 +4558,6 @@ def held(world: World, unit: str, *options: str) -> tuple[subprocess.Popen[str],
     return process, int(line_of(process.stdout))
 
 
-def end_of(*processes: subprocess.Popen[str], pids: Any = ()) -> None:
-    """Kill processes that a test leaves."""
-    for pid in [*(p.pid for p in processes), *pids]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
     """The pattern of the reason of a unit whose owner ended."""
     return (
@@ -4683,29 +4623,28 @@ def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World
     assert re.fullmatch(rf"(.*succeeds already.*\n)?warning: a: {what} may not have been reported: .*\n", err)
 
 
-def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World) -> None:
-    for n, dies in enumerate(("the run", "the command", "both", "the run while it waits")):
-        unit, behind = f"a{n}", f"b{n}"
-        if dies == "the run while it waits":
-            process, pid = agent.popen("run", unit, "--want", "never", "--", "true"), 0
-            agent.waiting(unit)
-        else:
-            process, pid = held(agent, unit)
-        waiting = agent.popen("start", behind, "--want", unit)
-        agent.waiting(behind)
-        if dies == "both":
-            stop(process)  # so that it cannot report its command's end
-        end_of(*[process] * (dies != "the command"), pids=[pid] * (dies in ("the command", "both")))
-        done, failed = finish(waiting), agent.client.status(unit)
-        told = f'error: unit "{behind}" skipped: dependency "{unit}" failed ({failed.reason})\n'
-        assert (done.returncode, done.stderr) == (4, told), dies
-        if dies == "the command":
-            assert (failed.reason, failed.exit_code, finish(process).returncode) == ("killed by signal 9", 137, 137)
-        else:
-            assert re.fullmatch(lost(process), failed.reason), dies
-        if dies == "the run":
-            assert alive(pid)  # and does not hold the unit
-            end_of(pids=[pid])
+@pytest.mark.parametrize("dies", ["run", "command", "both", "run-that-waits"])
+def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, dies: str) -> None:
+    if dies == "run-that-waits":
+        process, pid = agent.popen("run", "a", "--want", "never", "--", "true"), 0
+        agent.waiting("a")
+    else:
+        process, pid = held(agent, "a")
+    waiting = agent.popen("start", "b", "--want", "a")
+    agent.waiting("b")
+    if dies == "both":
+        stop(process)  # so that it cannot report its command's end
+    for victim in {"run": [process.pid], "command": [pid], "both": [pid, process.pid]}.get(dies, [process.pid]):
+        os.kill(victim, signal.SIGKILL)
+    done, failed = finish(waiting), agent.client.status("a")
+    assert (done.returncode, done.stderr) == (4, f'error: unit "b" skipped: dependency "a" failed ({failed.reason})\n')
+    if dies == "command":
+        assert (failed.reason, failed.exit_code, finish(process).returncode) == ("killed by signal 9", 137, 137)
+    else:
+        assert re.fullmatch(lost(process), failed.reason)
+    if dies == "run":
+        assert alive(pid)  # and does not hold the unit
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_command_that_leaves_a_child_or_closes_its_streams_is_done_when_it_ends_itself(agent: World) -> None:
@@ -4757,27 +4696,13 @@ def test_the_command_line_of_a_script_begins_with_its_name(world: World) -> None
         until(lambda process=process, expected=expected: coder_sync.command_of(process.pid) == expected)
 
 
-def test_a_script_that_owns_its_unit_and_dies_fails_it(agent: World) -> None:
-    for shell in filter(shutil.which, ("sh", "bash", "dash")):
-        unit = f"{shell}-unit"
-        script = 'set -e; coder start "$0" --pid $$; read x'
-        process = agent.spawn([shell, "-c", script, unit], env=agent.shell_env(), stdin=subprocess.PIPE)
-        line_of(process.stdout)
-        waiting = agent.popen("wait", unit)
-        assert f"{unit} started" in line_of(waiting.stdout)
-        owner = agent.client.status(unit).owner
-        assert owner and (owner.pid, owner.alive) == (process.pid, True)
-        killed(process)
-        done = finish(waiting)
-        assert done.returncode == 4
-        assert re.search(lost(process, f"{shell} .*"), done.stderr)
-
-
 @pytest.mark.parametrize("changes", ["", "import os\nvars(os).pop('pidfd_open', 0)"], ids=["pidfd", "no-pidfd"])
 def test_an_owner_that_dies_loses_its_unit_or_its_turn_with_pidfd_and_without(world: World, changes: str) -> None:
     answering(world, altered(changes, "serve", "-q"))
     owner, turn = (world.spawn(["cat"], stdin=subprocess.PIPE) for _ in range(2))
     world.client.start("a", pid=owner.pid)
+    found = world.client.status("a").owner
+    assert found and (found.pid, found.alive) == (owner.pid, True)
     waiting = world.popen("start", "b", "--want", "c", "--pid", str(turn.pid))
     world.waiting("b")
     for one in (owner, turn):
@@ -4829,7 +4754,8 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     waiting = world.popen("start", "behind", "--want", "a", "--want", "b")
     world.waiting("behind")
     stop(agent)
-    end_of(dying, pids=[pid])
+    for victim in (dying.pid, pid):
+        os.kill(victim, signal.SIGKILL)
     calls = [world.popen(*words) for words in (["run", "a", "--", "true"], ["start", "b"])]
     late = world.popen("start", "late", "--want", "dying")
     agent.send_signal(signal.SIGCONT)
@@ -5581,19 +5507,16 @@ $ complete e -> 1: ...
 # Load: many owners in one layered graph, a third of them runs that are killed.
 # ---------------------------------------------------------------------------------------------------------
 
-UNITS = 200
-LAYERS = 8
+UNITS, LAYERS = 200, 8
 
 
 def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
     world.serve("-q")
-    chance = random.Random(20)
-    size = UNITS // LAYERS
+    chance, size = random.Random(20), UNITS // LAYERS
     layers = [[f"u{layer}-{i}" for i in range(size)] for layer in range(LAYERS)]
     wants = {name: chance.sample(layers[n - 1], 2) if n else ["go"] for n, layer in enumerate(layers) for name in layer}
-    names = list(wants)
-    chance.shuffle(names)
-    fate = {name: chance.choice(["run", "command", "late"]) for name in chance.sample(names, UNITS // 3)}
+    names = chance.sample(list(wants), UNITS)
+    fate = {name: chance.choice(["early", "command", "late"]) for name in chance.sample(names, UNITS // 3)}
     runs: dict[str, subprocess.Popen[str]] = {}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
@@ -5605,53 +5528,51 @@ def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world:
             return error.exit_code
         return 0
 
-    pool = concurrent.futures.ThreadPoolExecutor(UNITS)
-    blocks = {name: pool.submit(block, name) for name in names if name not in fate}
-    for name, end in fate.items():
-        command = ["sh", "-c", "kill -9 $$"] if end == "command" else ["sleep", "0.02"]
-        options = [word for dependency in wants[name] for word in ("--want", dependency)]
-        runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *options, "--", *command, **quiet)
-    world.waiting(*names)
-    early = [name for name in names if fate.get(name) == "run"]
-    for name in early[::2]:  # while it waits
-        runs[name].kill()
-    todo = early[1::2] + [name for name in names if fate.get(name) == "late"]
-    watch = Client(world.path, 0).events(follow=True)
-    world.client.start("go")
-    world.client.complete("go")
-    for count, event in enumerate(watch):  # at any moment of the boot
-        if count % 7 == 0 and todo:
-            runs[todo.pop()].kill()
-        if event.unit == names[-1] and event.kind in coder_sync.ENDED:
-            break
-    for name in todo:
-        runs[name].kill()
+    with concurrent.futures.ThreadPoolExecutor(UNITS) as pool:
+        blocks = {name: pool.submit(block, name) for name in names if name not in fate}
+        for name, end in fate.items():
+            command = ["sh", "-c", "kill -9 $$"] if end == "command" else ["sleep", "0.02"]
+            options = [word for dependency in wants[name] for word in ("--want", dependency)]
+            runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *options, "--", *command, **quiet)
+        world.waiting(*names)
+        early = [name for name in names if fate.get(name) == "early"]
+        for name in early[::2]:  # while it waits
+            runs[name].kill()
+        todo = early[1::2] + [name for name in names if fate.get(name) == "late"]
+        watch = Client(world.path, 0).events(follow=True)
+        world.end("go")
+        for count, event in enumerate(watch):  # at any moment of the boot
+            if count % 7 == 0 and todo:
+                runs[todo.pop()].kill()
+            if event.unit == names[-1] and event.kind in coder_sync.ENDED:
+                break
+        for name in todo:
+            runs[name].kill()
     codes = {name: run.wait(PATIENCE) for name, run in runs.items()}
-    codes.update((name, block.result(PATIENCE)) for name, block in blocks.items())
-    pool.shutdown()
+    codes.update((name, block.result()) for name, block in blocks.items())
     until(lambda: all(u.status in coder_sync.ENDED for u in world.client.list()), "every unit ended")
 
     found = {u.unit_name: u for u in world.client.list()}
-    for name in (name for layer in layers for name in layer):
-        unit, bad = found[name], [d for d in wants[name] if found[d].status != "completed"]
-        if unit.status == "completed":
-            assert not bad
-            assert codes[name] == 0 or (name in fate and codes[name] == -signal.SIGKILL)
-        elif unit.status == "skipped":
-            assert unit.reason in [
-                f'dependency "{d}" was skipped: {found[d].reason}'
-                if found[d].status == "skipped"
-                else f'dependency "{d}" failed ({found[d].reason})'
-                for d in bad
-            ]
-            assert codes[name] == 4 or (name in fate and codes[name] == -signal.SIGKILL)
-        elif fate.get(name) == "command":
-            assert not bad
-            assert (unit.reason, codes[name]) == ("killed by signal 9", 137)
+    for name, dependencies in wants.items():
+        unit, bad = found[name], [found[d] for d in dependencies if found[d].status != "completed"]
+        if unit.status == "skipped":
+            skipped, failed = (
+                'dependency "{0.unit_name}" was skipped: {0.reason}',
+                'dependency "{0.unit_name}" failed ({0.reason})',
+            )
+            assert unit.reason in [(skipped if d.status == "skipped" else failed).format(d) for d in bad]
+            expected = 4
+        elif fate.get(name) == "command" and unit.status == "failed":
+            assert (unit.reason, bad) == ("killed by signal 9", [])
+            expected = 137
+        elif unit.status == "failed":
+            assert name in fate and re.fullmatch(lost(runs[name]), unit.reason)
+            expected = -signal.SIGKILL
         else:
-            assert name in fate
-            assert re.fullmatch(lost(runs[name]), unit.reason)
-            assert codes[name] == -signal.SIGKILL
+            assert (unit.status, bad) == ("completed", [])
+            expected = 0
+        killed = fate.get(name) in ("early", "late") and codes[name] == -signal.SIGKILL
+        assert codes[name] == expected or killed, (name, unit)
     assert {u.status for u in found.values()} == {"completed", "failed", "skipped"}
 
 
@@ -5745,6 +5666,13 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     with mixed.client.unit("within"):
         mixed.client.complete("within")
     assert mixed.status("within") == "completed"
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Unreachable])
+def test_an_exception_of_a_block_matters_more_than_that_its_agent_is_gone(world: World, kind: type) -> None:
+    agent = world.serve()
+    with pytest.raises(kind), world.client.unit("u"):
+        assert stopped(agent, signal.SIGKILL) and (kind is Unreachable or 1 / 0)
 
 
 BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
@@ -5884,7 +5812,7 @@ STARTUPS = {
         unit("pip", 0, 125, 252, ["apt"], released_by="apt"),
     ),
     "later": startup_of(
-        282, unit("apt", 0, 0, 125), unit("lint", 0, 0, 20), unit("db", 0, 0, 31.9), unit("pip", 0, 125, 282, ["apt"])
+        282, unit("apt", 0, 0, 125), unit("lint", 0, 0, 20), unit("db", 0, 0, 31), unit("pip", 0, 125, 282, ["apt"])
     ),
     "broken": startup_of(
         30,
@@ -6100,7 +6028,7 @@ UNIT   BEFORE  NOW    CHANGE  CRITICAL PATH
 pip    2m07s   2m37s  +30s    before and now
 lint   -       20s    came
 clone  12s     -      went
-db     32s     32s    +400ms
+db     32s     31s    -500ms
 apt    2m05s   2m05s  0       before and now
 
 4m12s in all before, 4m42s now: +30s
@@ -6754,6 +6682,11 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     process.kill()
     process.wait()
     play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
+    play(
+        call,
+        agent,
+        "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n$ timeline ->\n...\n* a ...gone\n...\n",
+    )
     play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
 
 
@@ -6810,9 +6743,7 @@ class Boot:
         under: Sequence[str] = (),
         **popen: Any,
     ) -> None:
-        main = "coder_sync.main("
-        load = LOAD.replace(main, patch + "\n" + main)
-        argv = [*under, sys.executable, "-IS", "-c", load, str(FILE), "boot", startup(world, files), *options]
+        argv = [*under, *altered(patch, "boot", startup(world, files), *options)]
         self.out = self.told = ""
         self.mark = f"BOOT={os.urandom(8).hex()}"
         world.boots.append(self.mark)
@@ -6840,7 +6771,7 @@ class Boot:
 
         def leads(pid: int) -> bool:
             with contextlib.suppress(OSError):  # it may have gone meanwhile
-                return os.getsid(pid) == pid and str(FILE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+                return os.getsid(pid) == pid and str(HERE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
             return False
 
         return int(until(lambda: [*filter(leads, self.left())])[0])
@@ -7864,11 +7795,11 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
 STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
 SPY = """
 signal_to = coder_sync.signal_to
-def spy(pid, number):
-    if number not in (0, 18):
+def spy(pid, *numbers):
+    if numbers[0] != 0:
         with open("signals", "a") as file:
-            print(pid, number, file=file)
-    return number == {deaf} or signal_to(pid, number)
+            print(pid, numbers[0], file=file)
+    return numbers[0] == {deaf} or signal_to(pid, *numbers)
 coder_sync.signal_to = spy
 """  # writes down what is sent, and does not send what a process is to be deaf for
 
@@ -8098,9 +8029,9 @@ def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: Worl
 
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
-    script = "@timeout 1s\nsh -c \"trap 'echo worker ends; exit' TERM; {0}\" & trap '' TERM; {0}; sleep 9"
-    boot = Boot(world, {"a": script.format("sleep 60 & wait; sleep 1")}, "--grace", "3s")
-    boot.ends(1, "a | worker ends\n")
+    worker = "sh -c \"trap 'echo worker ends; exit' TERM; sleep 60 & wait; sleep 1\" &"
+    script = f"@timeout 1s\nexec 2> err\n{worker} trap 'echo told' TERM; while :; do sleep 0.1; done"
+    Boot(world, {"a": script}, "--grace", "3s").ends(1, "a | told\na | worker ends\n")
 
 
 @needs_proc
