@@ -6925,7 +6925,7 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
 
 
 def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end_and_quotes(world: World) -> None:
-    words = ["unit \"-it's mine,\"", "want --requires=start 'a b' c\\ d", "timeout 1m30s", "extern 'a b' 'c d'"]
+    words = ['unit "-it\'s mine,"', "want --requires=start 'a b' c\\ d", "timeout 1m30s", "extern 'a b' 'c d'"]
     words += ["lock l m", "retry 1000 500ms", "ready-timeout 2", "ready echo 'it''s  up\\"]
     for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
         path = startup(world, {"x.sh": "".join(f"{mark} coder-sync: {line}{end}" for line in words)})
