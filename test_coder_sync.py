@@ -7761,6 +7761,8 @@ def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_the
 @needs_proc
 def test_a_quiet_boot_that_succeeds_says_nothing_and_leaves_no_output_open_behind_a_daemon(world: World) -> None:
     files, quick = {"a": "echo a; sleep 0.1", "b": "sleep 60 &"}, "coder_sync.REPORT_EVERY = 0.01"
+    (world.directory / "logs").mkdir()
+    (world.directory / "logs" / "a.log").write_text("of an earlier boot\n")
     boot = Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick)
     assert boot.ends(0, "", leaves=True) == ""  # which reads to the end of file
     assert (world.directory / "logs" / "a.log").read_text() == "a\n"
