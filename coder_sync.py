@@ -2152,7 +2152,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
             new = next((other for other in rest if other not in done), None)
             if new is None:
                 done[unit] = None
-                del way[unit]
+                way.popitem()  # the unit; `del` would make long chains slow
             elif new in way:
                 cycle = [*(unit.name for unit in way), new.name]
                 cycle = cycle[cycle.index(new.name) :]
