@@ -4408,8 +4408,9 @@ def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
-    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+    for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
+    assert [process.poll() for process in processes] == [None] * len(processes)
     agent.send_signal(signal.SIGSTOP)
     for process in processes:
         done = finish(process)
