@@ -1996,24 +1996,17 @@ def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, wo
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
-    "exp sync ": [*coder_sync.COMMANDS],
     "help tim": ["timeline"],
     "--socket-path=PATH exp sync want a p": ["pip"],
     "--socket-path PATH want a p": ["pip"],
-    "--socket-path /nowhere start ": [],
     "start --socket-path=/nowhere ": [],
     "start ": UNITS_THERE,
-    "start my": ["my unit"],
-    "want a b p": ["pip"],
     "start a --want p": ["pip"],
     "start a --w": ["--want"],
-    "list --o": ["--output"],
     "list -o ": ["table", "json"],
     "list --output=j": ["--output=json"],
-    "list --output=": ["--output=table", "--output=json"],
     "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
@@ -2063,9 +2056,7 @@ def test_zsh_completes_commands_units_and_files(agent: World, tool_there: str) -
 
     assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == sorted([*UNITS_THERE, "a$(touch oops)"])
-    assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == sorted(p.name for p in agent.directory.iterdir())
-    assert complete("--socket-path", "/nowhere", "start", "x") == []
     assert not (agent.directory / "oops").exists()
 
 
