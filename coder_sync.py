@@ -4199,10 +4199,17 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
+def is_gone(unit: UnitStatus) -> bool:
+    """Return whether the process that started a unit has ended, and the unit has not."""
+    return unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
+
+
 def note(unit: UnitStatus) -> str:
     """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
     if unit.stopping:
         return "being stopped"
+    if is_gone(unit):
+        return "its process is gone"
     if unit.status == STARTED and unit.probe:
         since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
         lacks = f" ({unit.probe_error})" if unit.probe_error else ""
@@ -4346,7 +4353,9 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
         word = "exited" if unit.status == COMPLETED else "died"
         word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
         return word if first is None else f"{word} at {span(unit.exited - first)}"
-    return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
+    if unit.status != STARTED:
+        return unit.status
+    return "gone" if is_gone(unit) else "probing" if unit.probe else "running"
 
 
 def described(unit: UnitStatus) -> str:
@@ -4679,8 +4688,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
 def is_notable(unit: UnitStatus, now: float) -> bool:
     """Return whether `why` tells of a unit even if nothing waits for it."""
     if unit.status == STARTED:
-        gone = unit.owner is not None and unit.owner.alive is False
-        return gone or now - (unit.started or 0.0) >= LONG
+        return is_gone(unit) or now - (unit.started or 0.0) >= LONG
     return unit.status == FAILED or standing(unit) in ("gave up", "exited")
 
 
@@ -4760,8 +4768,8 @@ def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
     if waited >= 0.05:
         how = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
-        gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
+        gone = "that process is gone: it ended without complete"
+        still = gone if is_gone(unit) else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(bar.ran)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(unit.age)} ago"
@@ -7343,7 +7351,8 @@ def cmd_timeline(args: Args) -> None:
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
+                before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()

@@ -5804,7 +5804,7 @@ STARTUPS = {
         unit("pip", 0, 125, 252, ["apt"], released_by="apt"),
     ),
     "later": startup_of(
-        282, unit("apt", 0, 0, 125), unit("lint", 0, 0, 20), unit("db", 0, 0, 31.9), unit("pip", 0, 125, 282, ["apt"])
+        282, unit("apt", 0, 0, 125), unit("lint", 0, 0, 20), unit("db", 0, 0, 31), unit("pip", 0, 125, 282, ["apt"])
     ),
     "broken": startup_of(
         30,
@@ -6020,7 +6020,7 @@ UNIT   BEFORE  NOW    CHANGE  CRITICAL PATH
 pip    2m07s   2m37s  +30s    before and now
 lint   -       20s    came
 clone  12s     -      went
-db     32s     32s    +400ms
+db     32s     31s    -500ms
 apt    2m05s   2m05s  0       before and now
 
 4m12s in all before, 4m42s now: +30s
@@ -6674,6 +6674,11 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     process.kill()
     process.wait()
     play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
+    play(
+        call,
+        agent,
+        "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n$ timeline ->\n...\n* a ...gone\n...\n",
+    )
     play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
 
 
