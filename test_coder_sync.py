@@ -2004,24 +2004,17 @@ def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, wo
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
-    "exp sync ": [*coder_sync.COMMANDS],
     "help tim": ["timeline"],
     "--socket-path=PATH exp sync want a p": ["pip"],
     "--socket-path PATH want a p": ["pip"],
-    "--socket-path /nowhere start ": [],
     "start --socket-path=/nowhere ": [],
     "start ": UNITS_THERE,
-    "start my": ["my unit"],
-    "want a b p": ["pip"],
     "start a --want p": ["pip"],
     "start a --w": ["--want"],
-    "list --o": ["--output"],
     "list -o ": ["table", "json"],
     "list --output=j": ["--output=json"],
-    "list --output=": ["--output=table", "--output=json"],
     "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
@@ -2071,9 +2064,7 @@ def test_zsh_completes_commands_units_and_files(agent: World, tool_there: str) -
 
     assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == sorted([*UNITS_THERE, "a$(touch oops)"])
-    assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == sorted(p.name for p in agent.directory.iterdir())
-    assert complete("--socket-path", "/nowhere", "start", "x") == []
     assert not (agent.directory / "oops").exists()
 
 
@@ -4416,8 +4407,9 @@ def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
-    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+    for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
+    assert [process.poll() for process in processes] == [None] * len(processes)
     agent.send_signal(signal.SIGSTOP)
     for process in processes:
         done = finish(process)
