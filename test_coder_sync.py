@@ -323,6 +323,9 @@ class Step:
             self.members.append((name, dict.fromkeys(filter(None, wants.split(",")), "success"), locks.split()))
 
 
+NOTICES = (coder_sync.Stopping, coder_sync.EndedByOthers)  # to supervisors, beside the answers
+
+
 class Rules:
     """Units driven by steps. An answer counts as delivered at once, unless its start was said to be `late`."""
 
@@ -410,7 +413,7 @@ class Rules:
         while answers:
             for claim, answer in answers:
                 self.told.append(f"{claim.ticket} {self.said(claim, answer)}")
-                if claim.ticket not in self.late and not isinstance(answer, coder_sync.Stopping):
+                if claim.ticket not in self.late and not isinstance(answer, NOTICES):
                     self.units.delivered(claim)
             answers = self.answers()
 
@@ -418,6 +421,8 @@ class Rules:
         """An answer in words."""
         if isinstance(answer, coder_sync.Stopping):
             return f"stop {answer.unit} in {answer.grace:g}"
+        if isinstance(answer, coder_sync.EndedByOthers):
+            return f"told {answer.unit}:{answer.status}"
         if isinstance(answer, Exception):
             self.errors[claim.ticket] = answer
             return type(answer).__name__
@@ -619,7 +624,7 @@ a supervisor's claim lasts until the command has ended:
     => #1 ok, !AlreadyStarted, #3 ok | a:started | says unit "a" still runs (pid 42): stop it first
 what has failed keeps its lock until its command has ended:
     start a #1 supervised lock=k; start b #2 lock=k; fail a; start a #3; exit #1
-    => #1 ok, !AlreadyStarted, #2 ok | a:failed b:started
+    => #1 ok, #1 told a:failed, !AlreadyStarted, #2 ok | a:failed b:started
 what dies has failed, and who waits is skipped:
     start db #1 supervised; complete db #1 running; start app #2 db x; want x; exit #1 code=1 reason=exit_code_1;
     complete x
@@ -628,7 +633,8 @@ what dies has failed, and who waits is skipped:
 what its supervisor was told to end was stopped: start db #1 supervised; complete db #1 running; exit #1 code=1 stopped;
     start app #2 db
     => #1 ok, #2 DependencyFailed | app:skipped db:failed | says unit "app" skipped: dependency "db" failed (stopped)
-what another has ended was not: start a #1 supervised; complete a; exit #1 stopped => #1 ok | a:completed
+what another has ended was not: start a #1 supervised; complete a; exit #1 stopped
+    => #1 ok, #1 told a:completed | a:completed
 a death may be reported as a failure: start a #1 supervised; complete a #1 running; fail a #1; start a #2
     => #1 ok, #2 ok | a:started
 a boot is notified of a death: boot #b a; complete a #b.a running; exit #b.a code=1
@@ -1531,6 +1537,8 @@ class Play:
             if isinstance(answer, coder_sync.Stopping):
                 started = next(t for t, c in self.rules.claims.items() if c is claim)
                 tellings[started] = (answer.unit, answer.grace)
+            elif isinstance(answer, coder_sync.EndedByOthers):
+                assert statuses(units)[answer.unit] == answer.status
             elif isinstance(claim, coder_sync.Stop):
                 rows = {what: [row if isinstance(row, str) else row.unit for row in answer[what]] for what in answer}
                 ends[ticket] = {what: sorted(names) for what, names in rows.items()}
@@ -4606,6 +4614,31 @@ def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_withou
     done = agent.run("--socket-path", "none", *words[:2], "--optional", *words[2:], env=env)
     assert (done.returncode, done.stdout) == (5, f"{agent.directory}/none\n")
     assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
+
+
+def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "file:never", "--ready-timeout", "300ms")
+    until(lambda: agent.client.status("a").owner.pid == pid)
+    agent.ok("complete", "a")
+    until(lambda: agent.client.status("a").running_on)
+    time.sleep(0.4)  # for longer than it may take to become ready
+    assert agent.status("a") == "completed" and process.poll() is None
+    os.kill(pid, signal.SIGKILL)
+    assert finish(process).returncode == 137
+    failed = agent.client.status("a")
+    assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
+
+
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "true")
+    until(lambda: agent.client.status("a").running_on)
+    killed(process)
+    until(lambda: agent.status("a") == "failed")
+    reason = agent.client.status("a").reason
+    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) ended; that process may still run", reason)
+    assert f"{reason} (it does)" in agent.ok("list") and f"(pid {pid})" in agent.run("stop", "a").stderr
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
 
 
 @pytest.mark.parametrize(("ready", "what"), [([], r"its outcome \(exit code 6\)"), (["--ready", "true"], "its end")])
