@@ -1747,6 +1747,13 @@ def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyP
         assert (channel.receive(9e8), channel.receive(0.01)) == ({"jsonrpc": "2.0"}, None)
 
 
+def test_an_error_about_the_whole_connection_is_the_answer_to_a_request() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(coder_sync.encode(coder_sync.error_message(None, Unreachable("no room"))))
+    with coder_sync.Channel("x", sock=ours) as channel, theirs, pytest.raises(Unreachable, match="no room"):
+        channel.call("ping")
+
+
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -4819,7 +4826,7 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     other = world.connect()
     other.request("stop", grace=0.5)
     other.close()
-    stopping = world.popen("stop", "--grace", "0.5s")
+    stopping = world.spawn(altered("coder_sync.NAMED_AFTER = 0.2", "stop", "--grace", "0.5s"))  # silence is normal
     app.told()
     db.told()
     app.ended()
