@@ -323,6 +323,9 @@ class Step:
             self.members.append((name, dict.fromkeys(filter(None, wants.split(",")), "success"), locks.split()))
 
 
+NOTICES = (coder_sync.Stopping, coder_sync.EndedByOthers)  # to supervisors, beside the answers
+
+
 class Rules:
     """Units driven by steps. An answer counts as delivered at once, unless its start was said to be `late`."""
 
@@ -410,7 +413,7 @@ class Rules:
         while answers:
             for claim, answer in answers:
                 self.told.append(f"{claim.ticket} {self.said(claim, answer)}")
-                if claim.ticket not in self.late and not isinstance(answer, coder_sync.Stopping):
+                if claim.ticket not in self.late and not isinstance(answer, NOTICES):
                     self.units.delivered(claim)
             answers = self.answers()
 
@@ -418,6 +421,8 @@ class Rules:
         """An answer in words."""
         if isinstance(answer, coder_sync.Stopping):
             return f"stop {answer.unit} in {answer.grace:g}"
+        if isinstance(answer, coder_sync.EndedByOthers):
+            return f"told {answer.unit}:{answer.status}"
         if isinstance(answer, Exception):
             self.errors[claim.ticket] = answer
             return type(answer).__name__
@@ -487,10 +492,9 @@ def scenarios(table: str) -> Any:
     )
 
 
-# What a random run of the model below finds as surely is not here.
+# What a random run of the model below finds as surely is not here: orders, locks, claims that end, services, stops.
 @scenarios("""
 # want
-want registers the unit and not what it wants: want b a c => | a:not-registered b:pending c:not-registered
 want is all or nothing when an edge closes a cycle:
     want b a; want a x b y => !CycleError | a:not-registered b:pending | says cycle detected: a -> b -> a
 a unit cannot depend on itself:
@@ -500,9 +504,6 @@ another requirement for an edge is refused whole: want b a; want b x!start a
 an unknown requirement is refused: want b a!perfection; wait #1 a!perfection
     => !Refused, !Refused | | says no such requirement: perfection; use one of success, completion, start
 # start
-a start waits until all dependencies are met:
-    start c #1 a b; start a #2; complete a; start b #3; complete b
-    => #2 ok, #3 ok, #1 ok | a:completed b:completed c:started
 a started unit is not started again: start a #1 by=42; start a #2 x
     => #1 ok, !AlreadyStarted | a:started | says unit "a" is already started by script 42 (pid 42)
 nor is it when its owner has gone: start a #1 by=42; die 42; start a #2
@@ -511,8 +512,6 @@ nor is it when its owner has gone: start a #1 by=42; die 42; start a #2
 of starts that wait the oldest wins and the others are answered:
     start b #1 a; start b #2; start b #3; start a #4; complete a
     => #4 ok, #1 ok, #2 AlreadyStarted, #3 AlreadyStarted | a:completed b:started | says unit "b" is already started
-a completed unit is pending as soon as it is asked to start again:
-    start a #1; complete a; want b a; start a #2 x; start b #3 => #1 ok | a:pending b:pending x:not-registered
 # complete, fail
 the outcome of an unregistered name is refused: want b a; complete a; fail ghost => !NotRegistered, !NotRegistered
     | a:not-registered b:pending | says unit "ghost" is not registered; call want, start or run on it first
@@ -548,13 +547,6 @@ a wait ends with the first that fails:
 # claims: each ends in one way
 a plain start that ends leaves its unit pending, a held one fails it:
     start b #1 a; start c #2 a held; lose #1 #2; want a; complete a => | a:completed b:pending c:failed
-an answer that finds nobody goes to the next in line:
-    start b #1 a late held; start b #2; want a; complete a; lose #1 => #1 ok, #2 ok | a:completed b:started
-none is granted because another of the same caller has ended:
-    start x #1 lock=k held; start a #2 lock=k held; start b #3 lock=k; lose #1 #2
-    => #1 ok, #3 ok | a:failed b:started x:failed
-a lock does not stay with whom nobody runs: start a #1 lock=k late; start a #2 held; lose #1 #2; start b #3 lock=k
-    => #1 ok, #3 ok | a:failed b:started
 time that is up ends a plain start: start b #1 a within=5; sleep 4; sleep 1; want a; complete a
     => #1 TimedOut | a:completed b:pending | says timeout waiting for dependencies of unit b: a not registered
 time that is up fails the unit of a held start:
@@ -570,10 +562,6 @@ without a time a start or a wait waits on: start b #1 a; wait #2 a; sleep 99999 
 a start whose process ends is answered: start b #1 a held; quit #1
     => #1 Refused | a:not-registered b:failed | says unit "b" was not started: its process has ended
 # locks
-who waits for two locks goes before those that came later for one:
-    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l; start d #4 lock=k; complete a; start e #5 lock=l;
-    complete b
-    => #1 ok, #2 ok, #4 ok, #3 ok | a:completed b:completed c:started d:started e:pending
 but not if it gives up, or has to wait for something else:
     start a #1 lock=k; want w; complete w; start b #2 lock=k,l within=5; start c #3 lock=l; start d #4 w lock=k,m;
     start e #5 lock=m; sleep 5; start w #6
@@ -593,21 +581,13 @@ while one is claimed too: start b #1 x by=42; boot #b a b
     first
 but not if who started it has gone: start b #1 by=42; die 42; boot #b a b => #1 ok, #b a started, #b b started |
     a:started b:started
-with a cycle too: want b a; boot #b a:b c => !CycleError | a:not-registered b:pending
 with one name twice too: boot #b a a => !Refused | | says a boot names a unit twice
-a finished boot may be repeated in order, and with other edges:
-    boot #a a b:a; complete a #a.a; complete b #a.b; boot #b a:b b; complete b
-    => #a a started, #a a completed, #a b started, #a b completed, #b b started, #b b completed,
-    #b a started | a:started b:completed
 no more than so many jobs run at once: boot #b a b c jobs=2; start d #1; complete b; boot #c e
     => #b a started, #b b started, #1 ok, #b b completed, #b c started, #c e started | a:started b:completed c:started
     d:started e:started
 a place goes to the first that can use it: start x #1 lock=k; boot #b a@k b c:b d jobs=1; complete b
     => #1 ok, #b b started, #b b completed, #b d started | a:pending b:completed c:pending d:started x:started
 # reset
-reset makes ended units pending, with those skipped because of them, unless another failed, too:
-    want c b; want b a; want a; fail a; want d a x; want x; fail x; reset a
-    => | a:pending b:pending c:pending d:skipped x:failed
 a started unit is not reset, nor anything with it: want a; complete a; start b #1 by=42; reset a b; die 42; reset
     => #1 ok, !Refused, !Refused | a:completed b:started | says unit "b" is started by script 42 (pid 42), which is no
     longer running, and cannot be reset; `complete b` or `fail b` lets others go on
@@ -619,7 +599,7 @@ a supervisor's claim lasts until the command has ended:
     => #1 ok, !AlreadyStarted, #3 ok | a:started | says unit "a" still runs (pid 42): stop it first
 what has failed keeps its lock until its command has ended:
     start a #1 supervised lock=k; start b #2 lock=k; fail a; start a #3; exit #1
-    => #1 ok, !AlreadyStarted, #2 ok | a:failed b:started
+    => #1 ok, #1 told a:failed, !AlreadyStarted, #2 ok | a:failed b:started
 what dies has failed, and who waits is skipped:
     start db #1 supervised; complete db #1 running; start app #2 db x; want x; exit #1 code=1 reason=exit_code_1;
     complete x
@@ -628,9 +608,8 @@ what dies has failed, and who waits is skipped:
 what its supervisor was told to end was stopped: start db #1 supervised; complete db #1 running; exit #1 code=1 stopped;
     start app #2 db
     => #1 ok, #2 DependencyFailed | app:skipped db:failed | says unit "app" skipped: dependency "db" failed (stopped)
-what another has ended was not: start a #1 supervised; complete a; exit #1 stopped => #1 ok | a:completed
-a death may be reported as a failure: start a #1 supervised; complete a #1 running; fail a #1; start a #2
-    => #1 ok, #2 ok | a:started
+what another has ended was not: start a #1 supervised; complete a; exit #1 stopped
+    => #1 ok, #1 told a:completed | a:completed
 a boot is notified of a death: boot #b a; complete a #b.a running; exit #b.a code=1
     => #b a started, #b a completed, #b a failed | a:failed
 what runs on keeps a boot from running:
@@ -639,10 +618,6 @@ what runs on keeps a boot from running:
     still runs (pid 42) from an earlier boot: stop it, or boot with --resume
 what another supervisor runs too: start a #1 supervised by=42; complete a #1 running; boot #b a
     => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42): stop it, or boot with --resume
-to resume leaves alone what has completed:
-    boot #a a b:a c:a,b; complete a #a.a running; fail b #a.b; boot #b a b:a c:a,b resume; complete b #b.b
-    => #a a started, #a a completed, #a b started, #a b failed, #a c skipped, #b b started, #b b completed,
-    #b c started | a:completed b:completed c:started
 what runs on is not reset: start a #1 supervised by=42; complete a #1 running; reset a
     => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42) and cannot be reset; stop it first
 # stop
@@ -650,23 +625,11 @@ what runs is told to end, and has failed, whatever its command says:
     start a #1 supervised; stop #s a within=8; complete a #1; start b #2 a
     => #1 ok, #1 stop a in 8, #s stopped a, #2 DependencyFailed | a:failed b:skipped | says unit "b" skipped: dependency
     "a" failed (stopped)
-dependents end first, also through those that do not run, and what does not depend on the units does not end:
-    boot #b db mid:db app:mid other; complete db #b.db running; complete mid #b.mid; stop #s db within=8;
-    fail app #b.app; exit #b.db
-    => #b db started, #b other started, #b db completed, #b mid started, #b mid completed, #b app started,
-    #b stop app in 8, #b app failed, #b stop db in 8, #b db failed, #s stopped app db
-    | app:failed db:failed mid:completed other:started
-when half of the time is over all are told: boot #b db app:db; complete db #b.db running; stop #s within=8; sleep 4;
-    exit #b.db; fail app #b.app
-    => #b db started, #b db completed, #b app started, #b stop app in 8, #b stop db in 4, #b db failed, #b app failed,
-    #s stopped db app | app:failed db:failed
 what waits is ended at once: boot #b db app:db; stop #s within=8; fail db #b.db
     => #b db started, #b app failed, #b stop db in 8, #b db failed, #s stopped app db | app:failed db:failed
 a start that waits is refused, and its unit has failed: start a #1 x; start b #2 a; start c #3 x; stop #s a
     => #1 Refused, #2 DependencyFailed, #s stopped a | a:failed b:skipped c:pending x:not-registered | says unit "b"
     skipped: dependency "a" failed (stopped)
-who waits behind a held start is refused with it: want x; start a #1 x held; start a #2; stop #s x; complete x
-    => #1 Refused, #2 Refused, #s stopped a | a:failed x:completed | says unit "a" was not started: stopped
 what has no supervisor cannot be stopped: start a #1 by=42; start b #2 supervised; start c #3 held; stop #s within=8;
     fail b #2 => #1 ok, #2 ok, #3 ok, #2 stop b in 8, #s stopped b cannot a(script 42) c(-)
     | a:started b:failed c:started
@@ -676,22 +639,9 @@ what does not end is left, and not told again:
 what a lost supervisor ran is left too, until it is dead: start a #1 supervised by=42; complete a #1 running;
     stop #s within=8; lose #1; stop #t; die 42; stop #u
     => #1 ok, #1 stop a in 8, #s left a(script 42), #t cannot a(script 42), #u nothing | a:failed
-a second stop joins the first, and may leave less time, but not more: boot #b db app:db; complete db #b.db running;
-    stop #s within=8; stop #t within=0; stop #u app within=9; exit #b.db; fail app #b.app
-    => #b db started, #b db completed, #b app started, #b stop app in 8, #b stop db in 0, #b stop app in 0,
-    #b db failed, #b app failed, #s stopped db app, #t stopped db app, #u stopped app | app:failed db:failed
-a stop goes on without who asked: boot #b db app:db; complete db #b.db running; stop #s within=8; lose #s;
-    fail app #b.app; exit #b.db
-    => #b db started, #b db completed, #b app started, #b stop app in 8, #b app failed, #b stop db in 8,
-    #b db failed | app:failed db:failed
-what becomes ready while it is being stopped does not count:
-    start a #1 supervised; start b #2 a; stop #s a within=8; complete a #1 running; exit #1
-    => #1 ok, #1 stop a in 8, #2 DependencyFailed, #s stopped a | a:failed b:skipped
 nor does what a script reports of it: start a #1 supervised; stop #s a within=8; complete a; fail a; fail a #1
     => #1 ok, #1 stop a in 8, !Refused, #s stopped a | a:failed | says unit "a" is being stopped and cannot become
     completed
-a lock passes on when what is stopped has ended: start a #1 supervised lock=k; start b #2 lock=k; stop #s a within=8;
-    sleep 1; fail a #1 => #1 ok, #1 stop a in 8, #2 ok, #s stopped a | a:failed b:started
 """)
 def test_rule(rules: Rules, steps: str, outcome: str) -> None:
     answers_and_statuses, _, message = outcome.partition(" | says ")
@@ -875,7 +825,7 @@ def test_a_long_chain_of_skips_is_bounded_and_still_knows_what_failed(units: Uni
     names = chain(units, 500, name=name)
     units.end(names[0], Outcome("failed", reason))
     reasons = [units.status(n).reason for n in names]
-    assert max(map(len, reasons)) <= 2 * (coder_sync.MAX_REASON + coder_sync.MAX_NAME)
+    assert max(map(len, reasons)) <= 2 * coder_sync.MAX_REASON + 100
     assert all(r.startswith(f'dependency "{before}" ') for before, r in zip(names, reasons[1:]))
     assert f'dependency "{names[0]}" failed' + (f" ({reason[:20]}" if reason else "") in reasons[-1]
 
@@ -912,9 +862,9 @@ so is who comes first:
     => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
     c: waits_for lock l, which b is to have first, blocked_by l by b
 the places of a boot are no locks by name:
-    boot #b a b@k jobs=1; show b locks blocked_by waits_for; sleep 1; complete a;
-    show b waiting ready started released_by
-    => b: locks k, blocked_by -, waits_for one of 1 places to run, which a has;
+    boot #b a b@k c:b@l jobs=1; show b locks blocked_by waits_for; show c locks blocked_by waits_for; sleep 1;
+    complete a; show b waiting ready started released_by
+    => b: locks k, blocked_by -, waits_for one of 1 places to run, which a has; c: locks l, blocked_by -, waits_for b;
     b: waiting 0, ready 0, started 1, released_by a
 a dependency that need not succeed is met by a failure:
     start b #1 a!completion good!completion; want good; complete good; want a; fail a oops; sleep 2.5;
@@ -948,8 +898,8 @@ of a start whose answer found nobody no time is left:
 a failure has an exit status, and success too: want a; fail a oops code=3; want b; complete b; show a reason exit_code;
     show b reason exit_code => a: reason oops, exit_code 3; b: reason -, exit_code 0
 what runs, its tries and its probe are remembered: start a #1 held by=41; sleep 1; own #1 reason=tcp:1;
-    show a owner reason probe; retry #1; own #1 by=42; sleep 1; complete a; show a owner reason tries
-    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: owner script 42, reason -, tries 1
+    show a owner reason probe; retry #1; own #1 by=42; sleep 1; complete a; show a owner reason tries probe
+    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: owner script 42, reason -, tries 1, probe -
 whether what ran for somebody is alive is looked at while it may be: start a #1 by=42; die 42; show a owner; complete a;
     show a owner => a: owner script 42, dead; a: owner script 42
 a service is completed as long as it lives:
@@ -1531,6 +1481,8 @@ class Play:
             if isinstance(answer, coder_sync.Stopping):
                 started = next(t for t, c in self.rules.claims.items() if c is claim)
                 tellings[started] = (answer.unit, answer.grace)
+            elif isinstance(answer, coder_sync.EndedByOthers):
+                assert statuses(units)[answer.unit] == answer.status
             elif isinstance(claim, coder_sync.Stop):
                 rows = {what: [row if isinstance(row, str) else row.unit for row in answer[what]] for what in answer}
                 ends[ticket] = {what: sorted(names) for what, names in rows.items()}
@@ -1795,6 +1747,13 @@ def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyP
         assert (channel.receive(9e8), channel.receive(0.01)) == ({"jsonrpc": "2.0"}, None)
 
 
+def test_an_error_about_the_whole_connection_is_the_answer_to_a_request() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(coder_sync.encode(coder_sync.error_message(None, Unreachable("no room"))))
+    with coder_sync.Channel("x", sock=ours) as channel, theirs, pytest.raises(Unreachable, match="no room"):
+        channel.call("ping")
+
+
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -1996,24 +1955,17 @@ def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, wo
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
-    "exp sync ": [*coder_sync.COMMANDS],
     "help tim": ["timeline"],
     "--socket-path=PATH exp sync want a p": ["pip"],
     "--socket-path PATH want a p": ["pip"],
-    "--socket-path /nowhere start ": [],
     "start --socket-path=/nowhere ": [],
     "start ": UNITS_THERE,
-    "start my": ["my unit"],
-    "want a b p": ["pip"],
     "start a --want p": ["pip"],
     "start a --w": ["--want"],
-    "list --o": ["--output"],
     "list -o ": ["table", "json"],
     "list --output=j": ["--output=json"],
-    "list --output=": ["--output=table", "--output=json"],
     "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
@@ -2063,9 +2015,7 @@ def test_zsh_completes_commands_units_and_files(agent: World, tool_there: str) -
 
     assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == sorted([*UNITS_THERE, "a$(touch oops)"])
-    assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == sorted(p.name for p in agent.directory.iterdir())
-    assert complete("--socket-path", "/nowhere", "start", "x") == []
     assert not (agent.directory / "oops").exists()
 
 
@@ -4412,8 +4362,9 @@ def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
-    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+    for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
+    assert [process.poll() for process in processes] == [None] * len(processes)
     agent.send_signal(signal.SIGSTOP)
     for process in processes:
         done = finish(process)
@@ -4611,6 +4562,31 @@ def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_withou
     done = agent.run("--socket-path", "none", *words[:2], "--optional", *words[2:], env=env)
     assert (done.returncode, done.stdout) == (5, f"{agent.directory}/none\n")
     assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
+
+
+def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "file:never", "--ready-timeout", "300ms")
+    until(lambda: agent.client.status("a").owner.pid == pid)
+    agent.ok("complete", "a")
+    until(lambda: agent.client.status("a").running_on)
+    time.sleep(0.4)  # for longer than it may take to become ready
+    assert agent.status("a") == "completed" and process.poll() is None
+    os.kill(pid, signal.SIGKILL)
+    assert finish(process).returncode == 137
+    failed = agent.client.status("a")
+    assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
+
+
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "true")
+    until(lambda: agent.client.status("a").running_on)
+    killed(process)
+    until(lambda: agent.status("a") == "failed")
+    reason = agent.client.status("a").reason
+    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) ended; that process may still run", reason)
+    assert f"{reason} (it does)" in agent.ok("list") and f"(pid {pid})" in agent.run("stop", "a").stderr
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
 
 
 @pytest.mark.parametrize(("ready", "what"), [([], r"its outcome \(exit code 6\)"), (["--ready", "true"], "its end")])
@@ -4854,7 +4830,7 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     other = world.connect()
     other.request("stop", grace=0.5)
     other.close()
-    stopping = world.popen("stop", "--grace", "0.5s")
+    stopping = world.spawn(altered("coder_sync.NAMED_AFTER = 0.2", "stop", "--grace", "0.5s"))  # silence is normal
     app.told()
     db.told()
     app.ended()
@@ -6758,7 +6734,9 @@ class Boot:
         return [pid for pid in marked(self.mark) if pid != self.process.pid]
 
     def background(self) -> int:
-        """Its background process, once there is one."""
+        """Its background process, once there is one. Where there is no /proc to find it in, the test is skipped."""
+        if not os.path.exists("/proc/self/stat"):
+            pytest.skip("no /proc here")
 
         def leads(pid: int) -> bool:
             with contextlib.suppress(OSError):  # it may have gone meanwhile
@@ -6915,22 +6893,15 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
         assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
-def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(world: World) -> None:
-    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 1000 500ms", "ready-timeout 2")
+def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end_and_quotes(world: World) -> None:
+    words = ['unit "-it\'s mine,"', "want --requires=start 'a b' c\\ d", "timeout 1m30s", "extern 'a b' 'c d'"]
+    words += ["lock l m", "retry 1000 500ms", "ready-timeout 2", "ready echo 'it''s  up\\"]
     for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
-        lines = [f"{mark} coder-sync: {line}{end}" for line in (*words, "ready echo 'it''s  up\\")]
-        script = planned(startup(world, {"x.sh": "".join(lines)}))["b"]
-        assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
-        limits = script.limits
-        assert (limits.timeout, script.lock, limits.retries, limits.delay) == (90.0, ["l", "m"], 1000, 0.5)
-        assert (limits.ready, limits.ready_timeout) == ("echo 'it''s  up\\", 2.0)
+        path = startup(world, {"x.sh": "".join(f"{mark} coder-sync: {line}{end}" for line in words)})
+        script = planned(path)["-it's mine,"]
+        assert wanted(script) == [("a b", "start", 3), ("c d", "start", 3)] and script.lock == ["l", "m"]
+        assert script.limits == coder_sync.Limits("echo 'it''s  up\\", 2.0, 90.0, 1000, 0.5)
     assert planned(startup(world, {"x.sh": ""}))["x"].limits == coder_sync.Limits("", 300.0, 0.0, 0, 1.0)
-
-
-def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
-    for words in ("'a b' --requires completion", '--requires=completion "a b"', "a\\ b --requires 'completion'"):
-        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "-it\'s mine,"'}))
-        assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
 def test_only_comments_in_the_first_50_lines_or_before_any_code_are_headers(
@@ -6973,7 +6944,6 @@ REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
 DURATION = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
-EMPTY = "a unit name must not be empty; was a variable unset?"
 NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
 AS_WRITTEN = ": nothing is expanded in it; write it out, or write a command"
 NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
@@ -6995,20 +6965,17 @@ MISTAKES_IN_HEADERS = [
     ("@unit a\n@unit 'b c'", "unit: line 3 says so already"),
     ("@ready-timeout 1m", "ready-timeout without ready"),
     ("@want", "want: a name is missing"),
-    ("@after", "after: a name is missing"),
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f"no such requirement: ; {REQUIREMENTS}"),
     ("@want a --requires done", f"no such requirement: done; {REQUIREMENTS}"),
     ("@want clone --require start", f'"--require" {NEITHER}'),
-    ("@want --requires=start=a", f"no such requirement: start=a; {REQUIREMENTS}"),
     ("@want clone, x", f'"clone," {NEITHER}'),
     ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "not a whole number from 0 on: 'often'"),
     ("@retry -1 1s", "not a whole number from 0 on: '-1'"),
     ("@want 'a", "want: No closing quotation"),
-    ("@want ''", EMPTY),
-    ("@unit ''", EMPTY),
+    ("@want ''", "a unit name must not be empty; was a variable unset?"),
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
     ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
     ("@want 10-clone.sh", 'no file provides "10-clone.sh"; did you mean "clone"?'),
@@ -7020,11 +6987,8 @@ MISTAKES_IN_HEADERS = [
     ("@ready", "ready: what is to be probed is missing"),
     ("@ready file:", "file:: what is to be probed is missing"),
     ("@ready tcp:http", f"'http' {ADDRESS}"),
-    ("@ready tcp:0", f"'0' {ADDRESS}"),
-    ("@ready tcp:65536", f"'65536' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
     ("@ready tcp:$PORT", f"'tcp:$PORT'{AS_WRITTEN}"),
-    ("@ready http://${HOST}/", f"'http://${{HOST}}/'{AS_WRITTEN}"),
     ("@ready file:~/up", f"'file:~/up'{AS_WRITTEN}"),
     ("@ready unix:/run/*.sock", f"'unix:/run/*.sock'{AS_WRITTEN}"),
     ("@ready https://db/", "'https://db/' is no probe; write a command: curl -fs https://db/"),
@@ -7316,7 +7280,6 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     assert not os.path.exists(world.path)
 
 
-@needs_proc
 def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_services_and_is_the_status(
     world: World,
 ) -> None:
@@ -7349,17 +7312,6 @@ def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World
     assert list(world.client.events()) == before
     gate.open()
     boot.ends()
-
-
-def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world: World, gate: Gate) -> None:
-    files = {"a": "echo a >> ran; cat gate", **{f"x{i}": "@want a\necho x >> ran" for i in range(5)}}
-    path = startup(world, files)
-    running = [world.popen("boot", path) for _ in range(3)]
-    until(lambda: sum(process.poll() is None for process in running) == 1, "all but one to be refused")
-    gate.open()
-    done = [finish(process) for process in running]
-    assert sorted(d.returncode for d in done) == [0, 1, 1] and len(read_lines(world.directory / "ran")) == 6, done
-    assert sum(" by " in d.stderr for d in done) == 2
 
 
 def test_the_agent_of_a_boot_lives_as_long_as_another_boot_needs_it(world: World, gate: Gate) -> None:
@@ -7893,7 +7845,6 @@ def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gat
     assert len(pids) == 2 and all(lines.count(f"{pid} 15") == 1 and f"{pid} 9" in lines for pid in pids), told
 
 
-@needs_proc
 def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone_is_forgotten(
     world: World, gate: Gate
 ) -> None:
@@ -7911,7 +7862,6 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
     assert all(numbers == [15] for numbers in sent(world).values())
 
 
-@needs_proc
 def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
     text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
     boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=None))
@@ -7975,23 +7925,22 @@ def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(wor
 def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> None:
     out = coder_sync.Output(["a"], quiet=False)
     out.columns = 24
-    for items, shown in (
-        ([], "0 ended"),
-        (["a"], "0 ended a"),
-        (["a", "b", "c"], "0 ended a, b, c"),
-        (["a", 12 * "b"], "0 ended a, bbbbbbbbbbbb"),
-        (["a", 13 * "b"], "0 ended a, +1 more"),
-        ([17 * "a", "b", "c"], "0 ended +3 more"),
-    ):
-        out.live("0 ended", items, 0.0)
-        assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == shown
+    b12, a17 = 12 * "b", 17 * "a"
+    lines = {"": "", "a": " a", "a b c": " a, b, c", f"a {b12}": f" a, {b12}", f"a {b12}b": " a, +1 more"}
+    for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
+        out.live("0 ended", items.split(), 0.0)
+        assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
 
 
-def test_red_is_left_to_failures() -> None:
-    out = coder_sync.Output(["a"], quiet=False)
-    out._colour = True
-    for i in range(100):
-        out.lines(f"unit{i}", ["x"])
+def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit_and_red_is_left_to_failures() -> None:
+    for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", *(f"{i}" + "n" * 60 for i in range(50))], 24)):
+        out = coder_sync.Output(names, quiet=False)
+        for name in names:
+            out.lines(name, ["x"])
+        assert {line.index(" | x") for line in out.pending[1].decode().splitlines()} == {width}
+        out._colour = True
+        for name in names:
+            out.lines(name, ["x"])
     assert {int(n) for n in re.findall(r"\033\[(\d+)m", out.pending[1].decode())} == {0, 32, 33, 34, 35, 36}
 
 
@@ -8113,14 +8062,6 @@ def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None
     Boot(world, {"a": "cat euros"}, encoding="utf-8").ends(0, f"a | x{euros}\na | {euros}\na | \u20ac\n")
 
 
-def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit() -> None:
-    for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", "n" * 60], 24)):
-        out = coder_sync.Output(names, quiet=False)
-        for name in names:
-            out.lines(name, ["x"])
-        assert {line.index(" | x") for line in out.pending[1].decode().splitlines()} == {width}
-
-
 def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
     units = ['it\'s a "b" $(x)', "x/y z", "x_y_z", "\u00e9" * 127]
     files = {f"{i}": f'@unit {shlex.quote(unit)}\necho {i} "$0"' for i, unit in enumerate(units)}
@@ -8132,7 +8073,6 @@ def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) 
     assert sorted(log.read_text() for log in logs) == [f"{i} {path}/{i}\n" for i in range(4)]
 
 
-@needs_proc
 def test_much_output_hurts_neither_the_memory_nor_the_others(world: World) -> None:
     many = f"#!{sys.executable} -IS\nfor _ in range(500): print(('x' * 999 + chr(10)) * 100, end='')"
     files = {"many": many, "long": "@want many\nhead -c 30000000 /dev/zero | tr '\\000' x", "b": "echo still here"}
@@ -8308,7 +8248,6 @@ def pid_of(world: World, name: str) -> int:
     return int((world.directory / f"{name}.pid").read_text())
 
 
-@needs_proc
 def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World, call: Call) -> None:
     boot, master = boot_on_terminal(
         world, {**STACK, "web": service("web", "api", more="while sleep 0.01; do echo x; done")}
@@ -8353,7 +8292,6 @@ def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: Wo
     until(lambda: boot.left() == [])
 
 
-@needs_proc
 def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> None:
     lock = os.open(world.directory / "lock", os.O_CREAT)
     os.set_inheritable(lock, True)
@@ -8369,7 +8307,6 @@ def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> N
     until(lambda: boot.left() == [])
 
 
-@needs_proc
 @pytest.mark.parametrize("over", [False, True])
 def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
     boot = Boot(agent, {"db": service("db"), **({} if over else {"a": "@want db\ncat gate", "b": "@want a"})}, "--stay")
@@ -8386,7 +8323,6 @@ def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World,
     assert f'unit "db" cannot be stopped: it is startup.d/db (pid {pid}), which has no supervisor' in done.stderr
 
 
-@needs_proc
 @pytest.mark.parametrize("hosted", [True, False])
 def test_term_to_the_background_process_stops_services_in_order_also_without_an_agent(
     world: World, hosted: bool
@@ -8425,26 +8361,6 @@ def test_a_service_that_dies_is_told_at_once_and_ends_others_with_fail_fast(worl
     until(lambda: boot.left() == [])
     assert not options or boot.process.wait(PATIENCE) == (1 if "--fail-fast" in options else 143)
     assert read_lines(world.directory / "ends") == ["web", "api"]
-
-
-@needs_proc
-def test_a_server_that_takes_its_time_to_end_gets_it(world: World) -> None:
-    slow = """#!PYTHON -IS
-# coder-sync: ready file:up
-import signal, sys, time
-told = []
-signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-open("up", "w").close()
-while not told:
-    time.sleep(0.01)
-time.sleep(1.2)
-open("ended", "w").write(f"{told}")
-"""
-    boot = Boot(world, {"a": slow.replace("PYTHON", sys.executable)}, "--stay", "--grace", "2s")
-    boot.says("staying")
-    boot.signal()
-    boot.ends(143)
-    assert (world.directory / "ended").read_text() == "[15]"
 
 
 def test_output_that_nobody_takes_holds_up_no_service_and_is_no_others_business(world: World) -> None:
@@ -8599,27 +8515,6 @@ def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) 
         boot = Boot(world, STACK, "--stay")
         told, credentials, *_ = listener.recvmsg(100, 100)
     assert (told, struct.unpack("3i", credentials[0][2])[0]) == (b"READY=1", boot.process.pid)
-
-
-TIERS = {f"x{i}-{k}": [f"x{i - 1}-{k}", f"x{i - 1}-{(k + 1) % 6}"] if i else [] for i in range(5) for k in range(6)}
-
-
-@needs_proc
-def test_of_thirty_services_a_third_dies_and_one_stop_ends_the_rest_in_order(world: World) -> None:
-    files = {name: service(name, *wants) for name, wants in TIERS.items()}
-    boot = Boot(world, files, "--stay")
-    boot.says("staying")
-    dead = random.sample(sorted(TIERS), 10)
-    for name in dead:
-        os.kill(pid_of(world, name), signal.SIGKILL)
-    stopped = world.connect().call("stop", units=[], grace=8)["result"]
-    assert (sorted({*stopped["stopped"], *dead}), stopped["left"]) == (sorted(TIERS), [])
-    until(lambda: boot.scripts() == [])
-    ends = read_lines(world.directory / "ends")
-    assert sorted([*ends, *dead]) == sorted(TIERS)
-    assert not [name for i, name in enumerate(ends) for wanted in TIERS[name] if wanted in ends[:i]]
-    boot.signal()
-    boot.ends(143)
 
 
 # -- what it is short of, and what it does not expect
@@ -8786,19 +8681,17 @@ def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: Worl
 class PlayedAgent:
     """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
 
-    def __init__(self, world: World, files: Mapping[str, str | bytes], **options: Any) -> None:
+    def __init__(self, world: World, script: str, **options: Any) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(world.path)
             listener.listen()
-            self.boot = Boot(world, files, **options)
+            self.boot = Boot(world, {"a": script}, **options)
             self.peer = listener.accept()[0]
         self.peer.settimeout(PATIENCE)
         self.file = self.peer.makefile("rb")
         self.answers(self.asked("boot"), result={"units": 1})
         self.says(method="unit", params={"unit": "a", "status": "started"})
-        owner = self.asked("owner")
-        self.pid = owner["params"]["pid"]
-        self.answers(owner, result={})
+        self.answers(self.asked("owner"), result={})
 
     def says(self, **message: Any) -> None:
         self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
@@ -8815,16 +8708,12 @@ class PlayedAgent:
     def answers(self, request: Any, **answer: Any) -> None:
         self.says(id=request["id"], **answer)
 
+    def refuses(self, request: Any) -> None:
+        self.answers(request, error={"code": 1, "message": "refused"})
+
     def hangs_up(self) -> None:
         self.file.close()
         self.peer.close()
-
-    def refuses(self, method: str) -> None:
-        self.answers(self.asked(method), error={"code": 1, "message": "refused"})
-
-    def sees_its_end(self) -> None:
-        """Return once boot has taken the end of the script."""
-        until(lambda: not os.path.exists(f"/proc/{self.pid}"))
 
     def reports(self, status: str = "", reason: str = "") -> None:
         """Say what has become of the unit, if something has, and answer the next request for a report."""
@@ -8836,14 +8725,14 @@ class PlayedAgent:
 @needs_proc
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
-    agent = PlayedAgent(world, {"a": "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3"})
+    agent = PlayedAgent(world, "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3")
     if ready:
         request = agent.asked("complete")  # and not answered while it ends
         gate.open()
     else:
         request = agent.asked("fail")
         agent.says(method="unit", params={"unit": "a", "status": "completed"})
-        agent.answers(request, error={"code": 1, "message": "refused"})
+        agent.refuses(request)
         request = agent.asked("running")
     agent.answers(agent.asked("exited"), result={})
     agent.answers(request, result={})
@@ -8866,8 +8755,8 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
 
 @needs_proc
 def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World, gate: Gate) -> None:
-    agent = PlayedAgent(world, {"a": "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3"})
-    agent.refuses("complete")
+    agent = PlayedAgent(world, "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3")
+    agent.refuses(agent.asked("complete"))
     failed = agent.asked("fail")
     assert failed["params"]["reason"] == "refused"
     agent.answers(failed, result={})
@@ -8877,12 +8766,9 @@ def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World,
     agent.boot.ends(1, "", "failed: a (refused); ")
 
 
-@needs_proc
 def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> None:
-    agent = PlayedAgent(world, {"a": "@retry 1 10m\nexit 3"}, patch="coder_sync.REPORT_EVERY = 0.05")
-    agent.sees_its_end()
-    agent.reports()
-    agent.boot.says("a to try again after exit code 3")
+    agent = PlayedAgent(world, "@retry 1 10m\nexit 3", patch="coder_sync.REPORT_EVERY = 0.05")
+    until(lambda: (agent.reports(), "to try again" in agent.boot.says("boot: 0 of 1 ended"))[1])
     agent.boot.signal()
     agent.asked("fail")
     agent.reports()
@@ -8901,7 +8787,7 @@ def read(*args, was=coder_sync.Stream.read, **options):
 coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
 """
     stuck = Gate(world, "stuck")
-    agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
+    agent = PlayedAgent(world, "cat gate; echo a", patch=held_up)
     ping = agent.asked("ping")
     gate.open()
     stuck.reached()
@@ -8925,7 +8811,7 @@ coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
     world: World, gate: Gate, script: str, report: str, told: str
 ) -> None:
-    agent = PlayedAgent(world, {"a": script})
+    agent = PlayedAgent(world, script)
     agent.asked(report)
     agent.hangs_up()
     assert agent.boot.process.wait(PATIENCE) == 3
