@@ -4228,7 +4228,9 @@ NO_AGENT = "$ start a --connect-timeout 0; ping -> 3: ...PATH...{}\n"  # and why
 
 
 def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> None:
+    began = time.monotonic()
     play(call, world, NO_AGENT.format("no such file; ...serve --detach --socket-path PATH..."))
+    assert time.monotonic() - began < coder_sync.CONNECT_TIMEOUT  # a question is asked once
     listener(world.path).close()
     play(call, world, NO_AGENT.format("connection refused; who made it is gone: build the tunnel..."))
     os.unlink(world.path)
