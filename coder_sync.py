@@ -2251,6 +2251,13 @@ class Stopping(Record):
     grace: float
 
 
+class EndedByOthers(Record):
+    """What `run` is told: others have given its unit an outcome."""
+
+    unit: str
+    status: str
+
+
 class Stop(Claim):
     """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
 
@@ -2351,7 +2358,7 @@ class Units:
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims, all in one step, the one way in which they end before their time.
 
-        `why`: the caller is gone, its process has ended, TIMED_OUT, STOPPED. The next claim in line goes on. If there
+        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there
         is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
@@ -2362,9 +2369,8 @@ class Units:
         for unit, (claim, reason) in ended.items():
             if unit.status in ENDED and unit.facts.exit_reason != LOST:
                 continue
-            if (claim.held or reason == STOPPED) and not unit.first():
-                self._set(unit, Outcome(FAILED, reason, event=STOPPED if reason == STOPPED else ""))
-                self._notify(claim)
+            if claim.held and not unit.first():
+                self._set(unit, Outcome(FAILED, reason))
             elif unit.status == STARTED and not unit.holder:
                 asked = unit.facts
                 self._set(unit, Outcome(PENDING, "the client that asked for its start was gone"))
@@ -2401,6 +2407,9 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+            holder = unit.supervisor()
+            if holder and not claim and not holder.boot:  # which is notified of every status
+                self.answer(holder, EndedByOthers(name, status))
         if claim and runs_on:
             self.run_on(claim)
         elif claim or not unit.supervisor():
@@ -2421,9 +2430,8 @@ class Units:
         stopped = unit in self.stopping or (stopped and ran_on)
         if unit.holder is not claim or (unit.status == STARTED and not stopped):
             return
-        if stopped and unit.status != FAILED:
-            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
-            self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
+        if stopped:
+            self._stopped(unit)
         elif ran_on and code:
             ran = span(self._now() - (unit.facts.ended or 0.0))
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
@@ -2446,7 +2454,7 @@ class Units:
         stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
         """
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
-        named = self._these(names)
+        named = dict.fromkeys(self._these(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
         alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
         cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
@@ -2454,16 +2462,16 @@ class Units:
         stop = Stop(ticket, deadline, cannot)
         stop.unit.line[stop] = None
         self.waits += 1
-        for unit, claim in ((unit, unit.supervisor()) for unit in affected):
+        self.stops.append(stop)
+        for unit in affected:
+            claim = unit.supervisor()
             if claim:
                 self.stopping[unit], stop.units[unit] = claim, None
                 claim.stop_by, claim.tell_by = min(claim.stop_by, deadline), min(claim.tell_by, deadline - grace / 2)
-        waiting = [claim for unit in affected for claim in unit.line if claim.held or unit in named]
-        self.end_claims(waiting, STOPPED)
-        failed = dict.fromkeys(claim.unit for claim in waiting if claim.unit.status == FAILED)
-        stop.answer["stopped"] += [unit.name for unit in failed if unit not in stop.units]
-        self.stops.append(stop)
-        self.keep_time()
+            elif not unit.holder and any(waiting.held or unit in named for waiting in unit.line):
+                self._stopped(unit)
+                stop.answer["stopped"].append(unit.name)
+        self._settle_all()
         return stop
 
     def keep_time(self) -> float:
@@ -2681,16 +2689,18 @@ class Units:
         if old != status:
             detail = outcome.reason[len(event) :].lstrip()
             self._record(unit, "registered" if old == NOT_REGISTERED else event or status, detail)
-        self._notify(unit.first())
+        claim = unit.first()
+        if claim and claim.boot and status != PENDING:
+            env = self.environment(unit.name) if status == STARTED else {}
+            self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
             self._link(unit, {})
 
-    def _notify(self, claim: Claim | None) -> None:
-        """Tell a boot where the unit of its claim stands."""
-        if claim and claim.boot and claim.unit.status != PENDING:
-            unit, env = claim.unit, self.environment(claim.unit.name) if claim.unit.status == STARTED else {}
-            answer = {"unit": unit.name, "status": unit.status, "reason": unit.facts.reason, "env": env}
-            self.answer(claim, answer)
+    def _stopped(self, unit: Unit) -> None:
+        """Let a unit fail that was stopped: nobody in its line is to run it."""
+        if unit.status != FAILED:
+            self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
+        self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
     def _close(self, unit: Unit, how: str = "") -> None:
         """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
@@ -2715,9 +2725,7 @@ class Units:
         missing = ", ".join(self._waits_for(unit, mark=True))
         reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
-        if why == STOPPED:
-            reason = STOPPED
-        elif why == TIMED_OUT:
+        if why == TIMED_OUT:
             reason = one_line(f"timed out waiting for {missing}")
             what = f"dependencies of unit {unit.name}" if unit.name else ", ".join(d.name for d in unit.wants)
             answer = TimedOut(f"timeout waiting for {what}", self.dependencies(unit, unmet_only=True))
@@ -3028,6 +3036,7 @@ LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is st
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
 STACK = 256 * 1024
+ELSEWHERE = "elsewhere"  # the birth of a process of another process namespace: its pid says nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
@@ -3455,6 +3464,8 @@ class Agent:
             return
         if isinstance(answer, Stopping):
             request.connection.post({"method": "stop", "params": plain(answer)})
+        elif isinstance(answer, EndedByOthers):
+            request.connection.post({"method": "unit", "params": plain(answer)})
         elif not request.answered:
             request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
@@ -3509,7 +3520,8 @@ class Agent:
         """Claim a unit.
 
         With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
-        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
+        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`,
+        and by `unit` that others have ended the unit.
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
@@ -3615,7 +3627,11 @@ class Agent:
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
-        self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
+        if self._knows_pids_of(request.connection):
+            owner = process(pid, one_line(command))
+        else:
+            owner = Owner(pid, one_line(command), None, ELSEWHERE) if pid else None
+        self.units.own(self._held(request, unit), owner, one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
@@ -3673,10 +3689,15 @@ class Agent:
 
     # -- owners -------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _knows_pids_of(connection: Connection) -> bool:
+        """Return whether a peer is in our process namespace, so that a pid that it tells is the same process here."""
+        peer = who_is_at(connection.sock)[0]
+        return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
+
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process that is to own a unit. Raises Refused if there is none."""
-        peer = who_is_at(connection.sock)[0]
-        if not peer or len(proc_line(peer, "NSpid:").split()) > 1:
+        if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
@@ -3684,7 +3705,7 @@ class Agent:
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
-        now = birth(owner.pid)
+        now = None if owner.born == ELSEWHERE else birth(owner.pid)
         if not now:
             return None if now is None else False
         return now == owner.born if owner.born else None
@@ -4201,10 +4222,17 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
+def is_gone(unit: UnitStatus) -> bool:
+    """Return whether the process that started a unit has ended, and the unit has not."""
+    return unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
+
+
 def note(unit: UnitStatus) -> str:
     """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
     if unit.stopping:
         return "being stopped"
+    if is_gone(unit):
+        return "its process is gone"
     if unit.status == STARTED and unit.probe:
         since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
         lacks = f" ({unit.probe_error})" if unit.probe_error else ""
@@ -4348,7 +4376,9 @@ def standing(unit: UnitStatus, first: float | None = None) -> str:
         word = "exited" if unit.status == COMPLETED else "died"
         word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
         return word if first is None else f"{word} at {span(unit.exited - first)}"
-    return unit.status if unit.status != STARTED else "probing" if unit.probe else "running"
+    if unit.status != STARTED:
+        return unit.status
+    return "gone" if is_gone(unit) else "probing" if unit.probe else "running"
 
 
 def described(unit: UnitStatus) -> str:
@@ -4681,8 +4711,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
 def is_notable(unit: UnitStatus, now: float) -> bool:
     """Return whether `why` tells of a unit even if nothing waits for it."""
     if unit.status == STARTED:
-        gone = unit.owner is not None and unit.owner.alive is False
-        return gone or now - (unit.started or 0.0) >= LONG
+        return is_gone(unit) or now - (unit.started or 0.0) >= LONG
     return unit.status == FAILED or standing(unit) in ("gave up", "exited")
 
 
@@ -4762,8 +4791,8 @@ def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
     if waited >= 0.05:
         how = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
-        gone = unit.owner is not None and unit.owner.alive is False
-        still = "that process is gone: it ended without complete" if gone else f"it is {note(unit) or 'still running'}"
+        gone = "that process is gone: it ended without complete"
+        still = gone if is_gone(unit) else f"it is {note(unit) or 'still running'}"
         again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
         return f"{name} started {span(bar.ran)} ago{by}, {how}; {still}{again}{log}"
     ago = f"{name} {unit.status} {span(unit.age)} ago"
@@ -5550,6 +5579,13 @@ class Task:
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 
+    def ended_by_others(self, outcome: str) -> None:
+        """Take note of an outcome that somebody else has reported; the end of what runs on will be a death."""
+        lives = self.state in (RUNNING, READY, ENDING)
+        self.settle(outcome)
+        if outcome == COMPLETED and lives:
+            self.report("running")
+
     def report(self, method: str, **params: Any) -> None:
         """Tell the agent."""
         self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
@@ -5651,14 +5687,16 @@ class Run(Task):
             self.end("", by=0.0)
 
     def news(self, method: str, news: Answer) -> None:
-        """End the command if the agent says so."""
+        """End the command if the agent says so; go on with it if others say that the unit is complete."""
         if method == "stop" and news.unit == self.unit:
             self.stop("stopped", time.monotonic() + news.grace)
+        elif method == "unit" and news.status == COMPLETED and not self.reported:
+            self.ended_by_others(COMPLETED)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.prober:
-            self.report("owner", ready=shown_probe(self.limits.ready))
+            self.report("owner", pid=self.family.pid, ready=shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
@@ -6607,9 +6645,7 @@ class Boot:
         job.outcome, job.reason = status, reason or job.why or job.reason
         self.unfinished -= 1
         if not job.reported:
-            job.settle(status)
-            if status == COMPLETED and job.lives():  # also while it is being ended: or its end would not be a death
-                job.report("running")
+            job.ended_by_others(status)
         if status != COMPLETED:
             self.another("failed")
 
@@ -7345,7 +7381,8 @@ def cmd_timeline(args: Args) -> None:
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
-                before = read_timeline(f.read(MAX_REPLY) or b"", args.compare)
+                os.set_blocking(f.fileno(), True)  # the writer of a pipe may take its time
+                before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
     graph = make_client(args).graph()
@@ -7470,7 +7507,7 @@ Methods and their parameters:
 "waiting" when the wait begins and every {REPORT_EVERY:.0f} s. With "hold" the connection holds the unit, which fails if
 it closes first. With "confirm" a start is undone if the connection closes before `confirm`. "supervisor", `boot`,
 `owner`, `probing`, `retry`, `running` and `exited` are for who runs the command of a unit, and is told by the
-notifications "stop" and, of a boot, "unit".
+notifications "stop" and "unit": of a boot each status, else what others have ended.
 
 Error codes:
 {errors}

@@ -323,6 +323,9 @@ class Step:
             self.members.append((name, dict.fromkeys(filter(None, wants.split(",")), "success"), locks.split()))
 
 
+NOTICES = (coder_sync.Stopping, coder_sync.EndedByOthers)  # to supervisors, beside the answers
+
+
 class Rules:
     """Units driven by steps. An answer counts as delivered at once, unless its start was said to be `late`."""
 
@@ -410,7 +413,7 @@ class Rules:
         while answers:
             for claim, answer in answers:
                 self.told.append(f"{claim.ticket} {self.said(claim, answer)}")
-                if claim.ticket not in self.late and not isinstance(answer, coder_sync.Stopping):
+                if claim.ticket not in self.late and not isinstance(answer, NOTICES):
                     self.units.delivered(claim)
             answers = self.answers()
 
@@ -418,6 +421,8 @@ class Rules:
         """An answer in words."""
         if isinstance(answer, coder_sync.Stopping):
             return f"stop {answer.unit} in {answer.grace:g}"
+        if isinstance(answer, coder_sync.EndedByOthers):
+            return f"told {answer.unit}:{answer.status}"
         if isinstance(answer, Exception):
             self.errors[claim.ticket] = answer
             return type(answer).__name__
@@ -619,7 +624,7 @@ a supervisor's claim lasts until the command has ended:
     => #1 ok, !AlreadyStarted, #3 ok | a:started | says unit "a" still runs (pid 42): stop it first
 what has failed keeps its lock until its command has ended:
     start a #1 supervised lock=k; start b #2 lock=k; fail a; start a #3; exit #1
-    => #1 ok, !AlreadyStarted, #2 ok | a:failed b:started
+    => #1 ok, #1 told a:failed, !AlreadyStarted, #2 ok | a:failed b:started
 what dies has failed, and who waits is skipped:
     start db #1 supervised; complete db #1 running; start app #2 db x; want x; exit #1 code=1 reason=exit_code_1;
     complete x
@@ -628,7 +633,8 @@ what dies has failed, and who waits is skipped:
 what its supervisor was told to end was stopped: start db #1 supervised; complete db #1 running; exit #1 code=1 stopped;
     start app #2 db
     => #1 ok, #2 DependencyFailed | app:skipped db:failed | says unit "app" skipped: dependency "db" failed (stopped)
-what another has ended was not: start a #1 supervised; complete a; exit #1 stopped => #1 ok | a:completed
+what another has ended was not: start a #1 supervised; complete a; exit #1 stopped
+    => #1 ok, #1 told a:completed | a:completed
 a death may be reported as a failure: start a #1 supervised; complete a #1 running; fail a #1; start a #2
     => #1 ok, #2 ok | a:started
 a boot is notified of a death: boot #b a; complete a #b.a running; exit #b.a code=1
@@ -665,8 +671,8 @@ what waits is ended at once: boot #b db app:db; stop #s within=8; fail db #b.db
 a start that waits is refused, and its unit has failed: start a #1 x; start b #2 a; start c #3 x; stop #s a
     => #1 Refused, #2 DependencyFailed, #s stopped a | a:failed b:skipped c:pending x:not-registered | says unit "b"
     skipped: dependency "a" failed (stopped)
-a start behind a held one that is ended goes on: want x; start a #1 x held; start a #2; stop #s x; complete x
-    => #1 Refused, #s nothing, #2 ok | a:started x:completed | says unit "a" was not started: stopped
+who waits behind a held start is refused with it: want x; start a #1 x held; start a #2; stop #s x; complete x
+    => #1 Refused, #2 Refused, #s stopped a | a:failed x:completed | says unit "a" was not started: stopped
 what has no supervisor cannot be stopped: start a #1 by=42; start b #2 supervised; start c #3 held; stop #s within=8;
     fail b #2 => #1 ok, #2 ok, #3 ok, #2 stop b in 8, #s stopped b cannot a(script 42) c(-)
     | a:started b:failed c:started
@@ -1305,11 +1311,9 @@ class Model:
             self.stopping[unit] = min(by, self.now + step.seconds), min(latest, self.now + step.seconds / 2)
         failed = []
         for unit in affected:
-            ends = [t for t in self.line_of(unit) if self.starts[t][1] or unit in named]
-            for ticket in ends:
-                self.line.remove(ticket)
-                self.told.update({ticket: Refused} if "." not in ticket else {})
-            if ends and not self.line_of(unit) and unit not in self.holders:
+            line = self.line_of(unit)
+            if unit not in self.holders and any(unit in named or self.starts[t][1] for t in line):
+                self.tell(unit, Refused)
                 self.may_become[unit] = "failed"
                 failed.append(unit)
         cannot = [unit for unit in affected if self.status(unit) == "started" and unit not in runs]
@@ -1533,6 +1537,8 @@ class Play:
             if isinstance(answer, coder_sync.Stopping):
                 started = next(t for t, c in self.rules.claims.items() if c is claim)
                 tellings[started] = (answer.unit, answer.grace)
+            elif isinstance(answer, coder_sync.EndedByOthers):
+                assert statuses(units)[answer.unit] == answer.status
             elif isinstance(claim, coder_sync.Stop):
                 rows = {what: [row if isinstance(row, str) else row.unit for row in answer[what]] for what in answer}
                 ends[ticket] = {what: sorted(names) for what, names in rows.items()}
@@ -1713,7 +1719,7 @@ def test_what_is_wrong_in_an_answer_is_said_in_one_line_and_the_rest_can_be_show
         assert coder_sync.record(kind, coder_sync.plain(found)) == found
         if kind is UnitStatus:
             shown = coder_sync.status_text(found) + coder_sync.list_text([found])
-            assert shown.replace("\n", "").isprintable()
+            assert shown.replace("\n", "").isprintable() and found.age < 1e15
     assert said == {"are agent and client of one version?"}
 
 
@@ -1795,6 +1801,13 @@ def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(coder_sync, "LONGEST_POLL", 0.01)
         threading.Timer(0.1, theirs.sendall, [b'{"jsonrpc": "2.0"}\n']).start()
         assert (channel.receive(9e8), channel.receive(0.01)) == ({"jsonrpc": "2.0"}, None)
+
+
+def test_an_error_about_the_whole_connection_is_the_answer_to_a_request() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(coder_sync.encode(coder_sync.error_message(None, Unreachable("no room"))))
+    with coder_sync.Channel("x", sock=ours) as channel, theirs, pytest.raises(Unreachable, match="no room"):
+        channel.call("ping")
 
 
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
@@ -1998,24 +2011,17 @@ def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, wo
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
-    "exp sync ": [*coder_sync.COMMANDS],
     "help tim": ["timeline"],
     "--socket-path=PATH exp sync want a p": ["pip"],
     "--socket-path PATH want a p": ["pip"],
-    "--socket-path /nowhere start ": [],
     "start --socket-path=/nowhere ": [],
     "start ": UNITS_THERE,
-    "start my": ["my unit"],
-    "want a b p": ["pip"],
     "start a --want p": ["pip"],
     "start a --w": ["--want"],
-    "list --o": ["--output"],
     "list -o ": ["table", "json"],
     "list --output=j": ["--output=json"],
-    "list --output=": ["--output=table", "--output=json"],
     "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
@@ -2065,9 +2071,7 @@ def test_zsh_completes_commands_units_and_files(agent: World, tool_there: str) -
 
     assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == sorted([*UNITS_THERE, "a$(touch oops)"])
-    assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == sorted(p.name for p in agent.directory.iterdir())
-    assert complete("--socket-path", "/nowhere", "start", "x") == []
     assert not (agent.directory / "oops").exists()
 
 
@@ -4410,8 +4414,9 @@ def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
-    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+    for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
+    assert [process.poll() for process in processes] == [None] * len(processes)
     agent.send_signal(signal.SIGSTOP)
     for process in processes:
         done = finish(process)
@@ -4602,6 +4607,31 @@ def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_withou
     done = agent.run("--socket-path", "none", *words[:2], "--optional", *words[2:], env=env)
     assert (done.returncode, done.stdout) == (5, f"{agent.directory}/none\n")
     assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
+
+
+def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "file:never", "--ready-timeout", "300ms")
+    until(lambda: agent.client.status("a").owner.pid == pid)
+    agent.ok("complete", "a")
+    until(lambda: agent.client.status("a").running_on)
+    time.sleep(0.4)  # for longer than it may take to become ready
+    assert agent.status("a") == "completed" and process.poll() is None
+    os.kill(pid, signal.SIGKILL)
+    assert finish(process).returncode == 137
+    failed = agent.client.status("a")
+    assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
+
+
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "true")
+    until(lambda: agent.client.status("a").running_on)
+    killed(process)
+    until(lambda: agent.status("a") == "failed")
+    reason = agent.client.status("a").reason
+    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) ended; that process may still run", reason)
+    assert f"{reason} (it does)" in agent.ok("list") and f"(pid {pid})" in agent.run("stop", "a").stderr
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
 
 
 @pytest.mark.parametrize(("ready", "what"), [([], r"its outcome \(exit code 6\)"), (["--ready", "true"], "its end")])
@@ -4845,7 +4875,7 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     other = world.connect()
     other.request("stop", grace=0.5)
     other.close()
-    stopping = world.popen("stop", "--grace", "0.5s")
+    stopping = world.spawn(altered("coder_sync.NAMED_AFTER = 0.2", "stop", "--grace", "0.5s"))  # silence is normal
     app.told()
     db.told()
     app.ended()
@@ -5663,6 +5693,13 @@ def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
     assert mixed.status("within") == "completed"
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Unreachable])
+def test_an_exception_of_a_block_matters_more_than_that_its_agent_is_gone(world: World, kind: type) -> None:
+    agent = world.serve()
+    with pytest.raises(kind), world.client.unit("u"):
+        assert stopped(agent, signal.SIGKILL) and (kind is Unreachable or 1 / 0)
+
+
 BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
     (TypeError, {"want": "database"}),  # not eight units of one letter
     (TypeError, {"locks": "apt"}),
@@ -5800,7 +5837,7 @@ STARTUPS = {
         unit("pip", 0, 125, 252, ["apt"], released_by="apt"),
     ),
     "later": startup_of(
-        282, unit("apt", 0, 0, 125), unit("lint", 0, 0, 20), unit("db", 0, 0, 31.9), unit("pip", 0, 125, 282, ["apt"])
+        282, unit("apt", 0, 0, 125), unit("lint", 0, 0, 20), unit("db", 0, 0, 31), unit("pip", 0, 125, 282, ["apt"])
     ),
     "broken": startup_of(
         30,
@@ -6016,7 +6053,7 @@ UNIT   BEFORE  NOW    CHANGE  CRITICAL PATH
 pip    2m07s   2m37s  +30s    before and now
 lint   -       20s    came
 clone  12s     -      went
-db     32s     32s    +400ms
+db     32s     31s    -500ms
 apt    2m05s   2m05s  0       before and now
 
 4m12s in all before, 4m42s now: +30s
@@ -6670,6 +6707,11 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     process.kill()
     process.wait()
     play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
+    play(
+        call,
+        agent,
+        "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n$ timeline ->\n...\n* a ...gone\n...\n",
+    )
     play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
 
 
@@ -6748,7 +6790,9 @@ class Boot:
         return [pid for pid in marked(self.mark) if pid != self.process.pid]
 
     def background(self) -> int:
-        """Its background process, once there is one."""
+        """Its background process, once there is one. Where there is no /proc to find it in, the test is skipped."""
+        if not os.path.exists("/proc/self/stat"):
+            pytest.skip("no /proc here")
 
         def leads(pid: int) -> bool:
             with contextlib.suppress(OSError):  # it may have gone meanwhile
@@ -6905,22 +6949,15 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
         assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
-def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(world: World) -> None:
-    words = ("unit b", "want a c", "timeout 1m30s", "extern a c", "lock l m", "retry 1000 500ms", "ready-timeout 2")
+def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end_and_quotes(world: World) -> None:
+    words = ['unit "-it\'s mine,"', "want --requires=start 'a b' c\\ d", "timeout 1m30s", "extern 'a b' 'c d'"]
+    words += ["lock l m", "retry 1000 500ms", "ready-timeout 2", "ready echo 'it''s  up\\"]
     for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
-        lines = [f"{mark} coder-sync: {line}{end}" for line in (*words, "ready echo 'it''s  up\\")]
-        script = planned(startup(world, {"x.sh": "".join(lines)}))["b"]
-        assert wanted(script) == [("a", "success", 3), ("c", "success", 3)]
-        limits = script.limits
-        assert (limits.timeout, script.lock, limits.retries, limits.delay) == (90.0, ["l", "m"], 1000, 0.5)
-        assert (limits.ready, limits.ready_timeout) == ("echo 'it''s  up\\", 2.0)
+        path = startup(world, {"x.sh": "".join(f"{mark} coder-sync: {line}{end}" for line in words)})
+        script = planned(path)["-it's mine,"]
+        assert wanted(script) == [("a b", "start", 3), ("c d", "start", 3)] and script.lock == ["l", "m"]
+        assert script.limits == coder_sync.Limits("echo 'it''s  up\\", 2.0, 90.0, 1000, 0.5)
     assert planned(startup(world, {"x.sh": ""}))["x"].limits == coder_sync.Limits("", 300.0, 0.0, 0, 1.0)
-
-
-def test_header_words_may_be_quoted_as_in_a_shell(world: World) -> None:
-    for words in ("'a b' --requires completion", '--requires=completion "a b"', "a\\ b --requires 'completion'"):
-        scripts = planned(startup(world, {"a b": "", "x": f'@want {words}\n@unit "-it\'s mine,"'}))
-        assert wanted(scripts["-it's mine,"]) == [("a b", "completion", 2)]
 
 
 def test_only_comments_in_the_first_50_lines_or_before_any_code_are_headers(
@@ -6963,7 +7000,6 @@ REQUIREMENTS = "use one of success, completion, start"
 ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
 DURATION = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
 TWICE = 'unit "x" wants "clone" with requirement start already, not success'
-EMPTY = "a unit name must not be empty; was a variable unset?"
 NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
 AS_WRITTEN = ": nothing is expanded in it; write it out, or write a command"
 NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
@@ -6985,20 +7021,17 @@ MISTAKES_IN_HEADERS = [
     ("@unit a\n@unit 'b c'", "unit: line 3 says so already"),
     ("@ready-timeout 1m", "ready-timeout without ready"),
     ("@want", "want: a name is missing"),
-    ("@after", "after: a name is missing"),
     ("@want --requires completion", "want: a name is missing"),
     ("@want a --requires", f"no such requirement: ; {REQUIREMENTS}"),
     ("@want a --requires done", f"no such requirement: done; {REQUIREMENTS}"),
     ("@want clone --require start", f'"--require" {NEITHER}'),
-    ("@want --requires=start=a", f"no such requirement: start=a; {REQUIREMENTS}"),
     ("@want clone, x", f'"clone," {NEITHER}'),
     ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': " + DURATION),
     ("@retry often", "not a whole number from 0 on: 'often'"),
     ("@retry -1 1s", "not a whole number from 0 on: '-1'"),
     ("@want 'a", "want: No closing quotation"),
-    ("@want ''", EMPTY),
-    ("@unit ''", EMPTY),
+    ("@want ''", "a unit name must not be empty; was a variable unset?"),
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
     ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
     ("@want 10-clone.sh", 'no file provides "10-clone.sh"; did you mean "clone"?'),
@@ -7010,11 +7043,8 @@ MISTAKES_IN_HEADERS = [
     ("@ready", "ready: what is to be probed is missing"),
     ("@ready file:", "file:: what is to be probed is missing"),
     ("@ready tcp:http", f"'http' {ADDRESS}"),
-    ("@ready tcp:0", f"'0' {ADDRESS}"),
-    ("@ready tcp:65536", f"'65536' {ADDRESS}"),
     ("@ready http://:80/", f"':80' {ADDRESS}"),
     ("@ready tcp:$PORT", f"'tcp:$PORT'{AS_WRITTEN}"),
-    ("@ready http://${HOST}/", f"'http://${{HOST}}/'{AS_WRITTEN}"),
     ("@ready file:~/up", f"'file:~/up'{AS_WRITTEN}"),
     ("@ready unix:/run/*.sock", f"'unix:/run/*.sock'{AS_WRITTEN}"),
     ("@ready https://db/", "'https://db/' is no probe; write a command: curl -fs https://db/"),
@@ -7306,7 +7336,6 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     assert not os.path.exists(world.path)
 
 
-@needs_proc
 def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_services_and_is_the_status(
     world: World,
 ) -> None:
@@ -7339,17 +7368,6 @@ def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World
     assert list(world.client.events()) == before
     gate.open()
     boot.ends()
-
-
-def test_of_boots_at_the_same_instant_one_runs_and_the_others_are_refused(world: World, gate: Gate) -> None:
-    files = {"a": "echo a >> ran; cat gate", **{f"x{i}": "@want a\necho x >> ran" for i in range(5)}}
-    path = startup(world, files)
-    running = [world.popen("boot", path) for _ in range(3)]
-    until(lambda: sum(process.poll() is None for process in running) == 1, "all but one to be refused")
-    gate.open()
-    done = [finish(process) for process in running]
-    assert sorted(d.returncode for d in done) == [0, 1, 1] and len(read_lines(world.directory / "ran")) == 6, done
-    assert sum(" by " in d.stderr for d in done) == 2
 
 
 def test_the_agent_of_a_boot_lives_as_long_as_another_boot_needs_it(world: World, gate: Gate) -> None:
@@ -7883,7 +7901,6 @@ def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gat
     assert len(pids) == 2 and all(lines.count(f"{pid} 15") == 1 and f"{pid} 9" in lines for pid in pids), told
 
 
-@needs_proc
 def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone_is_forgotten(
     world: World, gate: Gate
 ) -> None:
@@ -7901,7 +7918,6 @@ def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone
     assert all(numbers == [15] for numbers in sent(world).values())
 
 
-@needs_proc
 def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
     text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
     boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=None))
@@ -7965,23 +7981,22 @@ def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(wor
 def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> None:
     out = coder_sync.Output(["a"], quiet=False)
     out.columns = 24
-    for items, shown in (
-        ([], "0 ended"),
-        (["a"], "0 ended a"),
-        (["a", "b", "c"], "0 ended a, b, c"),
-        (["a", 12 * "b"], "0 ended a, bbbbbbbbbbbb"),
-        (["a", 13 * "b"], "0 ended a, +1 more"),
-        ([17 * "a", "b", "c"], "0 ended +3 more"),
-    ):
-        out.live("0 ended", items, 0.0)
-        assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == shown
+    b12, a17 = 12 * "b", 17 * "a"
+    lines = {"": "", "a": " a", "a b c": " a, b, c", f"a {b12}": f" a, {b12}", f"a {b12}b": " a, +1 more"}
+    for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
+        out.live("0 ended", items.split(), 0.0)
+        assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
 
 
-def test_red_is_left_to_failures() -> None:
-    out = coder_sync.Output(["a"], quiet=False)
-    out._colour = True
-    for i in range(100):
-        out.lines(f"unit{i}", ["x"])
+def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit_and_red_is_left_to_failures() -> None:
+    for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", *(f"{i}" + "n" * 60 for i in range(50))], 24)):
+        out = coder_sync.Output(names, quiet=False)
+        for name in names:
+            out.lines(name, ["x"])
+        assert {line.index(" | x") for line in out.pending[1].decode().splitlines()} == {width}
+        out._colour = True
+        for name in names:
+            out.lines(name, ["x"])
     assert {int(n) for n in re.findall(r"\033\[(\d+)m", out.pending[1].decode())} == {0, 32, 33, 34, 35, 36}
 
 
@@ -8103,14 +8118,6 @@ def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None
     Boot(world, {"a": "cat euros"}, encoding="utf-8").ends(0, f"a | x{euros}\na | {euros}\na | \u20ac\n")
 
 
-def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit() -> None:
-    for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", "n" * 60], 24)):
-        out = coder_sync.Output(names, quiet=False)
-        for name in names:
-            out.lines(name, ["x"])
-        assert {line.index(" | x") for line in out.pending[1].decode().splitlines()} == {width}
-
-
 def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
     units = ['it\'s a "b" $(x)', "x/y z", "x_y_z", "\u00e9" * 127]
     files = {f"{i}": f'@unit {shlex.quote(unit)}\necho {i} "$0"' for i, unit in enumerate(units)}
@@ -8122,7 +8129,6 @@ def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) 
     assert sorted(log.read_text() for log in logs) == [f"{i} {path}/{i}\n" for i in range(4)]
 
 
-@needs_proc
 def test_much_output_hurts_neither_the_memory_nor_the_others(world: World) -> None:
     many = f"#!{sys.executable} -IS\nfor _ in range(500): print(('x' * 999 + chr(10)) * 100, end='')"
     files = {"many": many, "long": "@want many\nhead -c 30000000 /dev/zero | tr '\\000' x", "b": "echo still here"}
@@ -8298,7 +8304,6 @@ def pid_of(world: World, name: str) -> int:
     return int((world.directory / f"{name}.pid").read_text())
 
 
-@needs_proc
 def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World, call: Call) -> None:
     boot, master = boot_on_terminal(
         world, {**STACK, "web": service("web", "api", more="while sleep 0.01; do echo x; done")}
@@ -8343,7 +8348,6 @@ def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: Wo
     until(lambda: boot.left() == [])
 
 
-@needs_proc
 def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> None:
     lock = os.open(world.directory / "lock", os.O_CREAT)
     os.set_inheritable(lock, True)
@@ -8359,7 +8363,6 @@ def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> N
     until(lambda: boot.left() == [])
 
 
-@needs_proc
 @pytest.mark.parametrize("over", [False, True])
 def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
     boot = Boot(agent, {"db": service("db"), **({} if over else {"a": "@want db\ncat gate", "b": "@want a"})}, "--stay")
@@ -8376,7 +8379,6 @@ def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World,
     assert f'unit "db" cannot be stopped: it is startup.d/db (pid {pid}), which has no supervisor' in done.stderr
 
 
-@needs_proc
 @pytest.mark.parametrize("hosted", [True, False])
 def test_term_to_the_background_process_stops_services_in_order_also_without_an_agent(
     world: World, hosted: bool
@@ -8415,26 +8417,6 @@ def test_a_service_that_dies_is_told_at_once_and_ends_others_with_fail_fast(worl
     until(lambda: boot.left() == [])
     assert not options or boot.process.wait(PATIENCE) == (1 if "--fail-fast" in options else 143)
     assert read_lines(world.directory / "ends") == ["web", "api"]
-
-
-@needs_proc
-def test_a_server_that_takes_its_time_to_end_gets_it(world: World) -> None:
-    slow = """#!PYTHON -IS
-# coder-sync: ready file:up
-import signal, sys, time
-told = []
-signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-open("up", "w").close()
-while not told:
-    time.sleep(0.01)
-time.sleep(1.2)
-open("ended", "w").write(f"{told}")
-"""
-    boot = Boot(world, {"a": slow.replace("PYTHON", sys.executable)}, "--stay", "--grace", "2s")
-    boot.says("staying")
-    boot.signal()
-    boot.ends(143)
-    assert (world.directory / "ended").read_text() == "[15]"
 
 
 def test_output_that_nobody_takes_holds_up_no_service_and_is_no_others_business(world: World) -> None:
@@ -8589,27 +8571,6 @@ def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) 
         boot = Boot(world, STACK, "--stay")
         told, credentials, *_ = listener.recvmsg(100, 100)
     assert (told, struct.unpack("3i", credentials[0][2])[0]) == (b"READY=1", boot.process.pid)
-
-
-TIERS = {f"x{i}-{k}": [f"x{i - 1}-{k}", f"x{i - 1}-{(k + 1) % 6}"] if i else [] for i in range(5) for k in range(6)}
-
-
-@needs_proc
-def test_of_thirty_services_a_third_dies_and_one_stop_ends_the_rest_in_order(world: World) -> None:
-    files = {name: service(name, *wants) for name, wants in TIERS.items()}
-    boot = Boot(world, files, "--stay")
-    boot.says("staying")
-    dead = random.sample(sorted(TIERS), 10)
-    for name in dead:
-        os.kill(pid_of(world, name), signal.SIGKILL)
-    stopped = world.connect().call("stop", units=[], grace=8)["result"]
-    assert (sorted({*stopped["stopped"], *dead}), stopped["left"]) == (sorted(TIERS), [])
-    until(lambda: boot.scripts() == [])
-    ends = read_lines(world.directory / "ends")
-    assert sorted([*ends, *dead]) == sorted(TIERS)
-    assert not [name for i, name in enumerate(ends) for wanted in TIERS[name] if wanted in ends[:i]]
-    boot.signal()
-    boot.ends(143)
 
 
 # -- what it is short of, and what it does not expect
@@ -8776,19 +8737,17 @@ def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: Worl
 class PlayedAgent:
     """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
 
-    def __init__(self, world: World, files: Mapping[str, str | bytes], **options: Any) -> None:
+    def __init__(self, world: World, script: str, **options: Any) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(world.path)
             listener.listen()
-            self.boot = Boot(world, files, **options)
+            self.boot = Boot(world, {"a": script}, **options)
             self.peer = listener.accept()[0]
         self.peer.settimeout(PATIENCE)
         self.file = self.peer.makefile("rb")
         self.answers(self.asked("boot"), result={"units": 1})
         self.says(method="unit", params={"unit": "a", "status": "started"})
-        owner = self.asked("owner")
-        self.pid = owner["params"]["pid"]
-        self.answers(owner, result={})
+        self.answers(self.asked("owner"), result={})
 
     def says(self, **message: Any) -> None:
         self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
@@ -8805,16 +8764,12 @@ class PlayedAgent:
     def answers(self, request: Any, **answer: Any) -> None:
         self.says(id=request["id"], **answer)
 
+    def refuses(self, request: Any) -> None:
+        self.answers(request, error={"code": 1, "message": "refused"})
+
     def hangs_up(self) -> None:
         self.file.close()
         self.peer.close()
-
-    def refuses(self, method: str) -> None:
-        self.answers(self.asked(method), error={"code": 1, "message": "refused"})
-
-    def sees_its_end(self) -> None:
-        """Return once boot has taken the end of the script."""
-        until(lambda: not os.path.exists(f"/proc/{self.pid}"))
 
     def reports(self, status: str = "", reason: str = "") -> None:
         """Say what has become of the unit, if something has, and answer the next request for a report."""
@@ -8826,14 +8781,14 @@ class PlayedAgent:
 @needs_proc
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
-    agent = PlayedAgent(world, {"a": "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3"})
+    agent = PlayedAgent(world, "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3")
     if ready:
         request = agent.asked("complete")  # and not answered while it ends
         gate.open()
     else:
         request = agent.asked("fail")
         agent.says(method="unit", params={"unit": "a", "status": "completed"})
-        agent.answers(request, error={"code": 1, "message": "refused"})
+        agent.refuses(request)
         request = agent.asked("running")
     agent.answers(agent.asked("exited"), result={})
     agent.answers(request, result={})
@@ -8856,8 +8811,8 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
 
 @needs_proc
 def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World, gate: Gate) -> None:
-    agent = PlayedAgent(world, {"a": "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3"})
-    agent.refuses("complete")
+    agent = PlayedAgent(world, "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3")
+    agent.refuses(agent.asked("complete"))
     failed = agent.asked("fail")
     assert failed["params"]["reason"] == "refused"
     agent.answers(failed, result={})
@@ -8867,12 +8822,9 @@ def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World,
     agent.boot.ends(1, "", "failed: a (refused); ")
 
 
-@needs_proc
 def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> None:
-    agent = PlayedAgent(world, {"a": "@retry 1 10m\nexit 3"}, patch="coder_sync.REPORT_EVERY = 0.05")
-    agent.sees_its_end()
-    agent.reports()
-    agent.boot.says("a to try again after exit code 3")
+    agent = PlayedAgent(world, "@retry 1 10m\nexit 3", patch="coder_sync.REPORT_EVERY = 0.05")
+    until(lambda: (agent.reports(), "to try again" in agent.boot.says("boot: 0 of 1 ended"))[1])
     agent.boot.signal()
     agent.asked("fail")
     agent.reports()
@@ -8891,7 +8843,7 @@ def read(*args, was=coder_sync.Stream.read, **options):
 coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
 """
     stuck = Gate(world, "stuck")
-    agent = PlayedAgent(world, {"a": "cat gate; echo a"}, patch=held_up)
+    agent = PlayedAgent(world, "cat gate; echo a", patch=held_up)
     ping = agent.asked("ping")
     gate.open()
     stuck.reached()
@@ -8915,7 +8867,7 @@ coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
     world: World, gate: Gate, script: str, report: str, told: str
 ) -> None:
-    agent = PlayedAgent(world, {"a": script})
+    agent = PlayedAgent(world, script)
     agent.asked(report)
     agent.hangs_up()
     assert agent.boot.process.wait(PATIENCE) == 3
