@@ -8840,7 +8840,7 @@ time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later
 def read(*args, was=coder_sync.Stream.read, **options):
     os.path.exists("later") or open("stuck").read()
     was(*args, **options)
-coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
+coder_sync.Stream.read, coder_sync.PING_AFTER, coder_sync.REPORT_EVERY = read, 0.1, 1e9
 """
     stuck = Gate(world, "stuck")
     agent = PlayedAgent(world, "cat gate; echo a", patch=held_up)
