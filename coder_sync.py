@@ -2148,7 +2148,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
             new = next((other for other in rest if other not in done), None)
             if new is None:
                 done[unit] = None
-                del way[unit]
+                way.popitem()  # the unit; `del` would make long chains slow
             elif new in way:
                 cycle = [*(unit.name for unit in way), new.name]
                 cycle = cycle[cycle.index(new.name) :]
@@ -2179,6 +2179,12 @@ class Unit:
     def first(self) -> Claim | None:
         """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
+
+    def is_taken(self) -> bool:
+        """Return whether one more start is refused; while an answer is on its way it may stand in line."""
+        if self.status in ENDED:
+            return self.holder is not None
+        return self.status == STARTED and (self.holder is None or self.holder.delivered)
 
     def supervisor(self) -> Claim | None:
         """Return the claim of the supervisor that runs its command."""
@@ -2311,10 +2317,9 @@ class Units:
         `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
         TimedOut.
         """
-        unit, by = self.units.get(check_name(member[0])), asked.get("owner")
-        on = unit.holder if unit else None
-        if unit and ((unit.status == STARTED and (on is None or on.delivered)) or (on and unit.status in ENDED)):
-            raise self._already_started(unit, by)
+        unit = self.units.get(check_name(member[0]))
+        if unit and unit.is_taken():
+            raise self._already_started(unit, asked.get("owner"))
         return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
@@ -2340,7 +2345,7 @@ class Units:
             if unit not in done:
                 self._check_free(unit)
         places = (Lock("", jobs),) if jobs else ()
-        return self._claim(members, ticket, 0.0, True, places, done, owner=owner, supervisor=True)
+        return self._claim(members, ticket, 0.0, boot=True, places=places, done=done, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
         """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
@@ -2843,6 +2848,7 @@ class Units:
                 self._set(unit, Outcome(PENDING))
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+                unit.facts.locks = [*its]
             claim = Claim(unit, ticket, **asked)
             claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
             unit.line[claim] = None
