@@ -833,10 +833,6 @@ class Channel:
             self._withheld, answer.env = True, {}
         return answer
 
-    def more(self) -> bool:
-        """Return whether a message has been read that nobody has received."""
-        return bool(self._lines)
-
     def fileno(self) -> int:
         """Return the descriptor to poll."""
         return int(self.sock.fileno())
