@@ -833,10 +833,6 @@ class Channel:
             self._withheld, answer.env = True, {}
         return answer
 
-    def more(self) -> bool:
-        """Return whether a message has been read that nobody has received."""
-        return bool(self._lines)
-
     def fileno(self) -> int:
         """Return the descriptor to poll."""
         return int(self.sock.fileno())
@@ -2152,7 +2148,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
             new = next((other for other in rest if other not in done), None)
             if new is None:
                 done[unit] = None
-                del way[unit]
+                way.popitem()  # the unit; `del` would make long chains slow
             elif new in way:
                 cycle = [*(unit.name for unit in way), new.name]
                 cycle = cycle[cycle.index(new.name) :]
@@ -2183,6 +2179,12 @@ class Unit:
     def first(self) -> Claim | None:
         """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
+
+    def is_taken(self) -> bool:
+        """Return whether one more start is refused; while an answer is on its way it may stand in line."""
+        if self.status in ENDED:
+            return self.holder is not None
+        return self.status == STARTED and (self.holder is None or self.holder.delivered)
 
     def supervisor(self) -> Claim | None:
         """Return the claim of the supervisor that runs its command."""
@@ -2251,6 +2253,13 @@ class Stopping(Record):
     grace: float
 
 
+class EndedByOthers(Record):
+    """What `run` is told: others have given its unit an outcome."""
+
+    unit: str
+    status: str
+
+
 class Stop(Claim):
     """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
 
@@ -2308,10 +2317,9 @@ class Units:
         `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
         TimedOut.
         """
-        unit, by = self.units.get(check_name(member[0])), asked.get("owner")
-        on = unit.holder if unit else None
-        if unit and ((unit.status == STARTED and (on is None or on.delivered)) or (on and unit.status in ENDED)):
-            raise self._already_started(unit, by)
+        unit = self.units.get(check_name(member[0]))
+        if unit and unit.is_taken():
+            raise self._already_started(unit, asked.get("owner"))
         return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
@@ -2337,7 +2345,7 @@ class Units:
             if unit not in done:
                 self._check_free(unit)
         places = (Lock("", jobs),) if jobs else ()
-        return self._claim(members, ticket, 0.0, True, places, done, owner=owner, supervisor=True)
+        return self._claim(members, ticket, 0.0, boot=True, places=places, done=done, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
         """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
@@ -2400,6 +2408,9 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+            holder = unit.supervisor()
+            if holder and not claim and not holder.boot:  # which is notified of every status
+                self.answer(holder, EndedByOthers(name, status))
         if claim and runs_on:
             self.run_on(claim)
         elif claim or not unit.supervisor():
@@ -2837,6 +2848,7 @@ class Units:
                 self._set(unit, Outcome(PENDING))
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+                unit.facts.locks = [*its]
             claim = Claim(unit, ticket, **asked)
             claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
             unit.line[claim] = None
@@ -3026,6 +3038,7 @@ LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is st
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
 STACK = 256 * 1024
+ELSEWHERE = "elsewhere"  # the birth of a process of another process namespace: its pid says nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
@@ -3453,6 +3466,8 @@ class Agent:
             return
         if isinstance(answer, Stopping):
             request.connection.post({"method": "stop", "params": plain(answer)})
+        elif isinstance(answer, EndedByOthers):
+            request.connection.post({"method": "unit", "params": plain(answer)})
         elif not request.answered:
             request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
@@ -3507,7 +3522,8 @@ class Agent:
         """Claim a unit.
 
         With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
-        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
+        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`,
+        and by `unit` that others have ended the unit.
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
@@ -3613,7 +3629,11 @@ class Agent:
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
-        self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
+        if self._knows_pids_of(request.connection):
+            owner = process(pid, one_line(command))
+        else:
+            owner = Owner(pid, one_line(command), None, ELSEWHERE) if pid else None
+        self.units.own(self._held(request, unit), owner, one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
@@ -3671,10 +3691,15 @@ class Agent:
 
     # -- owners -------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _knows_pids_of(connection: Connection) -> bool:
+        """Return whether a peer is in our process namespace, so that a pid that it tells is the same process here."""
+        peer = who_is_at(connection.sock)[0]
+        return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
+
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process that is to own a unit. Raises Refused if there is none."""
-        peer = who_is_at(connection.sock)[0]
-        if not peer or len(proc_line(peer, "NSpid:").split()) > 1:
+        if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
@@ -3682,7 +3707,7 @@ class Agent:
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
-        now = birth(owner.pid)
+        now = None if owner.born == ELSEWHERE else birth(owner.pid)
         if not now:
             return None if now is None else False
         return now == owner.born if owner.born else None
@@ -4264,20 +4289,18 @@ class Bar:
     """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
-        def known(time: float | None, otherwise: float) -> float:
-            return otherwise if time is None else time
-
         self.unit, self.name = unit, unit.unit_name
         self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
-        self.ended = known(unit.ended, last)
-        self.started = known(unit.started, self.ended)
-        self.asked = known(unit.waiting, self.started)
-        self.ready = known(unit.ready, self.started)
+        self.ended = last if unit.ended is None else unit.ended
+        self.started = self.ended if unit.started is None else unit.started
+        self.asked = self.started if unit.waiting is None else unit.waiting
+        self.ready = self.started if unit.ready is None else unit.ready
         self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
-        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        exited = self.ended if unit.exited is None else min(unit.exited, last)
+        runs_on = self.ended, last if unit.running_on else exited
+        times = runs_on, (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
         shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
         self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
         self.phases += [("another try", time, time) for time in unit.tries]
@@ -4592,9 +4615,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
     """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
-    fork, last, bar = "|-- ", "`-- ", "|   "
-    if unicode:
-        fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
+    drawn = ("\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   ")
+    fork, last, bar = drawn if unicode else ("|-- ", "`-- ", "|   ")
     lines: list[str] = []
     shown: set[str] = set()
 
@@ -5556,6 +5578,13 @@ class Task:
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 
+    def ended_by_others(self, outcome: str) -> None:
+        """Take note of an outcome that somebody else has reported; the end of what runs on will be a death."""
+        lives = self.state in (RUNNING, READY, ENDING)
+        self.settle(outcome)
+        if outcome == COMPLETED and lives:
+            self.report("running")
+
     def report(self, method: str, **params: Any) -> None:
         """Tell the agent."""
         self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
@@ -5657,14 +5686,16 @@ class Run(Task):
             self.end("", by=0.0)
 
     def news(self, method: str, news: Answer) -> None:
-        """End the command if the agent says so."""
+        """End the command if the agent says so; go on with it if others say that the unit is complete."""
         if method == "stop" and news.unit == self.unit:
             self.stop("stopped", time.monotonic() + news.grace)
+        elif method == "unit" and news.status == COMPLETED and not self.reported:
+            self.ended_by_others(COMPLETED)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.prober:
-            self.report("owner", ready=shown_probe(self.limits.ready))
+            self.report("owner", pid=self.family.pid, ready=shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
@@ -6613,9 +6644,7 @@ class Boot:
         job.outcome, job.reason = status, reason or job.why or job.reason
         self.unfinished -= 1
         if not job.reported:
-            job.settle(status)
-            if status == COMPLETED and job.lives():  # also while it is being ended: or its end would not be a death
-                job.report("running")
+            job.ended_by_others(status)
         if status != COMPLETED:
             self.another("failed")
 
@@ -7477,7 +7506,7 @@ Methods and their parameters:
 "waiting" when the wait begins and every {REPORT_EVERY:.0f} s. With "hold" the connection holds the unit, which fails if
 it closes first. With "confirm" a start is undone if the connection closes before `confirm`. "supervisor", `boot`,
 `owner`, `probing`, `retry`, `running` and `exited` are for who runs the command of a unit, and is told by the
-notifications "stop" and, of a boot, "unit".
+notifications "stop" and "unit": of a boot each status, else what others have ended.
 
 Error codes:
 {errors}
