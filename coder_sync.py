@@ -6810,9 +6810,10 @@ class Front:
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
+                if number != signal.SIGWINCH:  # which is for COMMAND
                     self.signal = number
-                    signal_to(self.pid, number)
+                    if not self.ended:
+                        signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
