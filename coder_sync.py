@@ -6002,7 +6002,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if {unit, edge.dependency} <= by_name.keys():
+        if unit in by_name and edge.dependency in by_name:
             wants = by_name[unit].want
             if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
                 wants.append(edge)
