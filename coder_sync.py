@@ -5139,17 +5139,15 @@ def exported(path: str) -> dict[str, str]:
     if len(data) > MAX_ENV:
         raise too_large
     values: dict[str, str] = {}
-    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        name, found, value = line.partition("=")
-        if not line:
-            continue
-        if not found or not is_variable(name) or "\0" in value:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
-            value.encode()
-        except UnicodeEncodeError:
+            name, found, value = line.decode().partition("=")
+        except UnicodeDecodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
-        values[name] = value
+        if found and is_variable(name) and "\0" not in value:
+            values[name] = value
+        elif line:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
     if len(encode(values)) > MAX_ENV:
         raise too_large
     return values
