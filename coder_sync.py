@@ -833,10 +833,6 @@ class Channel:
             self._withheld, answer.env = True, {}
         return answer
 
-    def more(self) -> bool:
-        """Return whether a message has been read that nobody has received."""
-        return bool(self._lines)
-
     def fileno(self) -> int:
         """Return the descriptor to poll."""
         return int(self.sock.fileno())
@@ -4293,20 +4289,18 @@ class Bar:
     """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
-        def known(time: float | None, otherwise: float) -> float:
-            return otherwise if time is None else time
-
         self.unit, self.name = unit, unit.unit_name
         self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
-        self.ended = known(unit.ended, last)
-        self.started = known(unit.started, self.ended)
-        self.asked = known(unit.waiting, self.started)
-        self.ready = known(unit.ready, self.started)
+        self.ended = last if unit.ended is None else unit.ended
+        self.started = self.ended if unit.started is None else unit.started
+        self.asked = self.started if unit.waiting is None else unit.waiting
+        self.ready = self.started if unit.ready is None else unit.ready
         self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
-        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        exited = self.ended if unit.exited is None else min(unit.exited, last)
+        runs_on = self.ended, last if unit.running_on else exited
+        times = runs_on, (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
         shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
         self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
         self.phases += [("another try", time, time) for time in unit.tries]
@@ -4621,9 +4615,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
     """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
-    fork, last, bar = "|-- ", "`-- ", "|   "
-    if unicode:
-        fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
+    drawn = ("\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   ")
+    fork, last, bar = drawn if unicode else ("|-- ", "`-- ", "|   ")
     lines: list[str] = []
     shown: set[str] = set()
 
