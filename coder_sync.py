@@ -6797,11 +6797,11 @@ class Front:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
-        if data and self.said and self.command:
-            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
+        elif self.command and len(self.said) > 1:
+            os.kill(os.getpid(), 15)  # which is passed on
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
