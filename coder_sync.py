@@ -5124,17 +5124,15 @@ def exported(path: str) -> dict[str, str]:
     if len(data) > MAX_ENV:
         raise too_large
     values: dict[str, str] = {}
-    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        name, found, value = line.partition("=")
-        if not line:
-            continue
-        if not found or not is_variable(name) or "\0" in value:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
-            value.encode()
-        except UnicodeEncodeError:
+            name, found, value = line.decode().partition("=")
+        except UnicodeDecodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
-        values[name] = value
+        if found and is_variable(name) and "\0" not in value:
+            values[name] = value
+        elif line:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
     if len(encode(values)) > MAX_ENV:
         raise too_large
     return values
@@ -6791,11 +6789,11 @@ class Front:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
-        if data and self.said and self.command:
-            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
+        elif self.command and len(self.said) > 1:
+            os.kill(os.getpid(), 15)  # which is passed on
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
