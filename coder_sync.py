@@ -2246,18 +2246,11 @@ class Outcome(Record):
     env: dict[str, str] = {}  # variables for those that depend on it
 
 
-class Stopping(Record):
-    """What a supervisor is told: to end the command of a unit within so many seconds."""
+class Notice(Record):
+    """What a supervisor is told: to `stop` the command of its unit, or that others have ended the `unit`."""
 
-    unit: str
-    grace: float
-
-
-class EndedByOthers(Record):
-    """What `run` is told: others have given its unit an outcome."""
-
-    unit: str
-    status: str
+    method: str
+    params: dict[str, Any]
 
 
 class Stop(Claim):
@@ -2410,7 +2403,7 @@ class Units:
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
             holder = unit.supervisor()
             if holder and not claim and not holder.boot:  # which is notified of every status
-                self.answer(holder, EndedByOthers(name, status))
+                self.answer(holder, Notice("unit", {"unit": name, "status": status}))
         if claim and runs_on:
             self.run_on(claim)
         elif claim or not unit.supervisor():
@@ -2482,7 +2475,8 @@ class Units:
         for unit, claim in self.stopping.items():
             if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
                 claim.told = claim.stop_by
-                self.answer(claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3)))
+                left = round(max(0.0, claim.stop_by - now), 3)
+                self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
         self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
         for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
             self.stops.remove(stop)
@@ -3464,10 +3458,8 @@ class Agent:
         request = claim.ticket
         if request is None:  # of who has gone, or of a stop of our own
             return
-        if isinstance(answer, Stopping):
-            request.connection.post({"method": "stop", "params": plain(answer)})
-        elif isinstance(answer, EndedByOthers):
-            request.connection.post({"method": "unit", "params": plain(answer)})
+        if isinstance(answer, Notice):
+            request.connection.post(plain(answer))
         elif not request.answered:
             request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
@@ -5132,17 +5124,15 @@ def exported(path: str) -> dict[str, str]:
     if len(data) > MAX_ENV:
         raise too_large
     values: dict[str, str] = {}
-    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        name, found, value = line.partition("=")
-        if not line:
-            continue
-        if not found or not is_variable(name) or "\0" in value:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
-            value.encode()
-        except UnicodeEncodeError:
+            name, found, value = line.decode().partition("=")
+        except UnicodeDecodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
-        values[name] = value
+        if found and is_variable(name) and "\0" not in value:
+            values[name] = value
+        elif line:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
     if len(encode(values)) > MAX_ENV:
         raise too_large
     return values
