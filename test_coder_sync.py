@@ -323,9 +323,6 @@ class Step:
             self.members.append((name, dict.fromkeys(filter(None, wants.split(",")), "success"), locks.split()))
 
 
-NOTICES = (coder_sync.Stopping, coder_sync.EndedByOthers)  # to supervisors, beside the answers
-
-
 class Rules:
     """Units driven by steps. An answer counts as delivered at once, unless its start was said to be `late`."""
 
@@ -413,16 +410,15 @@ class Rules:
         while answers:
             for claim, answer in answers:
                 self.told.append(f"{claim.ticket} {self.said(claim, answer)}")
-                if claim.ticket not in self.late and not isinstance(answer, NOTICES):
+                if claim.ticket not in self.late and not isinstance(answer, coder_sync.Notice):
                     self.units.delivered(claim)
             answers = self.answers()
 
     def said(self, claim: Any, answer: Any) -> str:
         """An answer in words."""
-        if isinstance(answer, coder_sync.Stopping):
-            return f"stop {answer.unit} in {answer.grace:g}"
-        if isinstance(answer, coder_sync.EndedByOthers):
-            return f"told {answer.unit}:{answer.status}"
+        if isinstance(answer, coder_sync.Notice):
+            unit, what = answer.params.values()
+            return f"stop {unit} in {what:g}" if answer.method == "stop" else f"told {unit}:{what}"
         if isinstance(answer, Exception):
             self.errors[claim.ticket] = answer
             return type(answer).__name__
@@ -562,7 +558,7 @@ without a time a start or a wait waits on: start b #1 a; wait #2 a; sleep 99999 
 a start whose process ends is answered: start b #1 a held; quit #1
     => #1 Refused | a:not-registered b:failed | says unit "b" was not started: its process has ended
 # locks
-but not if it gives up, or has to wait for something else:
+who waits for two locks goes first, unless it gives up or has to wait for something else:
     start a #1 lock=k; want w; complete w; start b #2 lock=k,l within=5; start c #3 lock=l; start d #4 w lock=k,m;
     start e #5 lock=m; sleep 5; start w #6
     => #1 ok, #2 TimedOut, #3 ok, #6 ok, #5 ok | a:started b:pending c:started d:pending e:started w:started
@@ -1478,11 +1474,11 @@ class Play:
         ends: dict[str, Any] = {}
         for claim, answer in self.rules.answers():
             ticket = claim.ticket
-            if isinstance(answer, coder_sync.Stopping):
+            if isinstance(answer, coder_sync.Notice) and answer.method == "stop":
                 started = next(t for t, c in self.rules.claims.items() if c is claim)
-                tellings[started] = (answer.unit, answer.grace)
-            elif isinstance(answer, coder_sync.EndedByOthers):
-                assert statuses(units)[answer.unit] == answer.status
+                tellings[started] = (answer.params["unit"], answer.params["grace"])
+            elif isinstance(answer, coder_sync.Notice):
+                assert statuses(units)[answer.params["unit"]] == answer.params["status"]
             elif isinstance(claim, coder_sync.Stop):
                 rows = {what: [row if isinstance(row, str) else row.unit for row in answer[what]] for what in answer}
                 ends[ticket] = {what: sorted(names) for what, names in rows.items()}
@@ -1980,6 +1976,8 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
+    assert coder_sync.bash_candidates("coder_sync.py completion ", "") == ["bash", "zsh"]
+    assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
     assert call.ok(agent, "completion", "zsh", "--", "start", "") == ""
