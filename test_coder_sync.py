@@ -5246,6 +5246,21 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -
     assert (done.returncode, done.stdout) == (0, f"coder_sync {coder_sync.__version__}\n")
 
 
+@NAMESPACES
+@BOTH_FORMS
+def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None:
+    done = command(world, *UNSHARE, *PYTHON, HOOK.replace("SIGINT", "SIGTERM") + LAUNCH, tool(world, form), "serve")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+@BOTH_FORMS
+def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
+    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
+        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
+
+
 @BOTH_FORMS
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
     path = tool(world, form)
