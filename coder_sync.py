@@ -2245,18 +2245,11 @@ class Outcome(Record):
     env: dict[str, str] = {}  # variables for those that depend on it
 
 
-class Stopping(Record):
-    """What a supervisor is told: to end the command of a unit within so many seconds."""
+class Notice(Record):
+    """What a supervisor is told: to `stop` the command of its unit, or that others have ended the `unit`."""
 
-    unit: str
-    grace: float
-
-
-class EndedByOthers(Record):
-    """What `run` is told: others have given its unit an outcome."""
-
-    unit: str
-    status: str
+    method: str
+    params: dict[str, Any]
 
 
 class Stop(Claim):
@@ -2409,7 +2402,7 @@ class Units:
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
             holder = unit.supervisor()
             if holder and not claim and not holder.boot:  # which is notified of every status
-                self.answer(holder, EndedByOthers(name, status))
+                self.answer(holder, Notice("unit", {"unit": name, "status": status}))
         if claim and runs_on:
             self.run_on(claim)
         elif claim or not unit.supervisor():
@@ -2481,7 +2474,8 @@ class Units:
         for unit, claim in self.stopping.items():
             if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
                 claim.told = claim.stop_by
-                self.answer(claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3)))
+                left = round(max(0.0, claim.stop_by - now), 3)
+                self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
         self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
         for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
             self.stops.remove(stop)
@@ -3463,10 +3457,8 @@ class Agent:
         request = claim.ticket
         if request is None:  # of who has gone, or of a stop of our own
             return
-        if isinstance(answer, Stopping):
-            request.connection.post({"method": "stop", "params": plain(answer)})
-        elif isinstance(answer, EndedByOthers):
-            request.connection.post({"method": "unit", "params": plain(answer)})
+        if isinstance(answer, Notice):
+            request.connection.post(plain(answer))
         elif not request.answered:
             request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
@@ -4288,20 +4280,18 @@ class Bar:
     """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
-        def known(time: float | None, otherwise: float) -> float:
-            return otherwise if time is None else time
-
         self.unit, self.name = unit, unit.unit_name
         self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
-        self.ended = known(unit.ended, last)
-        self.started = known(unit.started, self.ended)
-        self.asked = known(unit.waiting, self.started)
-        self.ready = known(unit.ready, self.started)
+        self.ended = last if unit.ended is None else unit.ended
+        self.started = self.ended if unit.started is None else unit.started
+        self.asked = self.started if unit.waiting is None else unit.waiting
+        self.ready = self.started if unit.ready is None else unit.ready
         self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
-        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        exited = self.ended if unit.exited is None else min(unit.exited, last)
+        runs_on = self.ended, last if unit.running_on else exited
+        times = runs_on, (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
         shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
         self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
         self.phases += [("another try", time, time) for time in unit.tries]
@@ -4616,9 +4606,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
     """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
-    fork, last, bar = "|-- ", "`-- ", "|   "
-    if unicode:
-        fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
+    drawn = ("\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   ")
+    fork, last, bar = drawn if unicode else ("|-- ", "`-- ", "|   ")
     lines: list[str] = []
     shown: set[str] = set()
 
@@ -4723,51 +4712,51 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    stuck = set()  # what waits, gave up for lack of others, or was skipped
     for name, u in units.items():
         if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
-            stuck[name] = found[name]
-    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    for name, causes in stuck.items():
-        for cause in causes:
-            held_up.setdefault(cause, []).append(name)
-    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
-    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    asked = reached(names, found.get)
-
-    def tell(u: UnitStatus) -> str:
-        line = story(u, graph.now, found.get(u.unit_name, {}))
-        if u.status != NOT_REGISTERED:
-            return line + "."
-        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
-        line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
-        return line + meant(resembling(u.unit_name, known.difference(wanted_by)), ".")  # it may be misspelt
-
-    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
-        return [tell(u) for u in some[:most]] + [f"({len(some) - most} more like these)"] * (len(some) > most)
+            stuck.add(name)
+            for cause in found[name]:
+                held_up.setdefault(cause, []).append(name)
 
     def is_cause(name: str) -> bool:
         if names or name in stuck:
             return not found.get(name)
         return name in held_up or is_notable(units[name], graph.now)
 
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
+    asked = reached(names, found.get)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
     for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts = [([*reached(held, held_up.get)], sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
+    parts = [([*reached(held, held_up.get)], sorted(causes, key=lambda u: -u.age)) for held, causes in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
-    for held, those in parts[:50]:
-        lines = stories(5 if held else 20, those)
-        skipped = [name for name in held if units[name].status == SKIPPED]
-        waiting = [name for name in held if units[name].status != SKIPPED]
-        lines += [f"    held up: {some_names(waiting)}"] if waiting else []
-        lines += [f"    skipped: {some_names(skipped)}"] if skipped else []
+    for held, causes in parts[:50]:
+        lines = told(graph, causes, found, 5 if held else 20)
+        for word, is_skipped in (("held up", False), ("skipped", True)):
+            those = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
+            lines += [f"    {word}: {some_names(those)}"] if those else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    between = told(graph, [units[name] for name in asked if found.get(name)], found, max(8, len(names)))
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
+
+
+def told(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]], most: int) -> list[str]:
+    """Return a sentence on each of the first `most` units, and how many more there are."""
+    lines = []
+    for u in units[:most]:
+        line, guess = story(u, graph.now, found.get(u.unit_name, {})), ""
+        if u.status == NOT_REGISTERED:  # it may be misspelt
+            wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+            line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+            known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
+            guess = resembling(u.unit_name, known.difference(wanted_by))
+        lines.append(line + meant(guess, "."))
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
 def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
@@ -5134,17 +5123,15 @@ def exported(path: str) -> dict[str, str]:
     if len(data) > MAX_ENV:
         raise too_large
     values: dict[str, str] = {}
-    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        name, found, value = line.partition("=")
-        if not line:
-            continue
-        if not found or not is_variable(name) or "\0" in value:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
-            value.encode()
-        except UnicodeEncodeError:
+            name, found, value = line.decode().partition("=")
+        except UnicodeDecodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
-        values[name] = value
+        if found and is_variable(name) and "\0" not in value:
+            values[name] = value
+        elif line:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
     if len(encode(values)) > MAX_ENV:
         raise too_large
     return values
@@ -6801,11 +6788,11 @@ class Front:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
-        if data and self.said and self.command:
-            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
+        elif self.command and len(self.said) > 1:
+            os.kill(os.getpid(), 15)  # which is passed on
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""

@@ -323,9 +323,6 @@ class Step:
             self.members.append((name, dict.fromkeys(filter(None, wants.split(",")), "success"), locks.split()))
 
 
-NOTICES = (coder_sync.Stopping, coder_sync.EndedByOthers)  # to supervisors, beside the answers
-
-
 class Rules:
     """Units driven by steps. An answer counts as delivered at once, unless its start was said to be `late`."""
 
@@ -413,16 +410,15 @@ class Rules:
         while answers:
             for claim, answer in answers:
                 self.told.append(f"{claim.ticket} {self.said(claim, answer)}")
-                if claim.ticket not in self.late and not isinstance(answer, NOTICES):
+                if claim.ticket not in self.late and not isinstance(answer, coder_sync.Notice):
                     self.units.delivered(claim)
             answers = self.answers()
 
     def said(self, claim: Any, answer: Any) -> str:
         """An answer in words."""
-        if isinstance(answer, coder_sync.Stopping):
-            return f"stop {answer.unit} in {answer.grace:g}"
-        if isinstance(answer, coder_sync.EndedByOthers):
-            return f"told {answer.unit}:{answer.status}"
+        if isinstance(answer, coder_sync.Notice):
+            unit, what = answer.params.values()
+            return f"stop {unit} in {what:g}" if answer.method == "stop" else f"told {unit}:{what}"
         if isinstance(answer, Exception):
             self.errors[claim.ticket] = answer
             return type(answer).__name__
@@ -562,7 +558,7 @@ without a time a start or a wait waits on: start b #1 a; wait #2 a; sleep 99999 
 a start whose process ends is answered: start b #1 a held; quit #1
     => #1 Refused | a:not-registered b:failed | says unit "b" was not started: its process has ended
 # locks
-but not if it gives up, or has to wait for something else:
+who waits for two locks goes first, unless it gives up or has to wait for something else:
     start a #1 lock=k; want w; complete w; start b #2 lock=k,l within=5; start c #3 lock=l; start d #4 w lock=k,m;
     start e #5 lock=m; sleep 5; start w #6
     => #1 ok, #2 TimedOut, #3 ok, #6 ok, #5 ok | a:started b:pending c:started d:pending e:started w:started
@@ -1478,11 +1474,11 @@ class Play:
         ends: dict[str, Any] = {}
         for claim, answer in self.rules.answers():
             ticket = claim.ticket
-            if isinstance(answer, coder_sync.Stopping):
+            if isinstance(answer, coder_sync.Notice) and answer.method == "stop":
                 started = next(t for t, c in self.rules.claims.items() if c is claim)
-                tellings[started] = (answer.unit, answer.grace)
-            elif isinstance(answer, coder_sync.EndedByOthers):
-                assert statuses(units)[answer.unit] == answer.status
+                tellings[started] = (answer.params["unit"], answer.params["grace"])
+            elif isinstance(answer, coder_sync.Notice):
+                assert statuses(units)[answer.params["unit"]] == answer.params["status"]
             elif isinstance(claim, coder_sync.Stop):
                 rows = {what: [row if isinstance(row, str) else row.unit for row in answer[what]] for what in answer}
                 ends[ticket] = {what: sorted(names) for what, names in rows.items()}
@@ -1980,6 +1976,8 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
+    assert coder_sync.bash_candidates("coder_sync.py completion ", "") == ["bash", "zsh"]
+    assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
     assert call.ok(agent, "completion", "zsh", "--", "start", "") == ""
@@ -3880,6 +3878,10 @@ $ run a --retry 3 2s -- true -> 2: run: unexpected '2s' (usage: ...
 $ run a sh -> 2: run: unexpected 'sh'; did you forget -- before the command? (usage: ...
 $ run a; run a -- -> 2: run: a command must follow -- (usage: coder_sync.py run UNIT [OPTION]... -- COMMAND ARG...)
 $ serve -- -> 2: serve: a command must follow -- (usage: coder_sync.py serve [OPTION]... [-- COMMAND ARG...])
+$ boot nowhere -- true ->
+! error: nothing was run:
+! nowhere: ...
+exit 2
 $ boot nowhere sleep 1 ->
 ! error: nothing was run:
 ...
@@ -6119,6 +6121,10 @@ nothing waits, runs long or was skipped
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
 "a" started 30s ago, at once; it is still running.
+? why: odd ends: its dependency was never started
+"its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
+"never started" has not started: nobody has called start on it; it is ready.
+    held up: its dependency was never started
 ? why: odd ends
 "never started" has not started: nobody has called start on it; it is ready.
     held up: its dependency was never started
@@ -6407,17 +6413,6 @@ def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
         assert text.count("\n") == 7 + len(boxes) + len(lines) + len(path)
 
 
-def test_why_tells_of_each_unit_that_is_stuck_whom_it_waits_for() -> None:
-    for graph in ANY:
-        everything = coder_sync.why_text(graph)
-        for u in graph.nodes:
-            if u.is_waiting or u.status in ("skipped", "failed"):
-                assert u.unit_name in everything or " more" in everything, u
-            text = coder_sync.why_text(graph, [u.unit_name])
-            assert text.startswith(f'"{u.unit_name}" ')
-            assert all(f'"{cause}"' in text for cause in coder_sync.obstacles(graph)[u.unit_name])
-
-
 def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
     later = startup_of(
         130, *(unit(f"u{i}", 100, 100 + 10 * i, 110 + 10 * i, released_by="u0" * i, tries=[115.5]) for i in (0, 1))
@@ -6477,20 +6472,16 @@ def test_a_tree_is_bounded_in_depth_and_breadth() -> None:
     assert len(coder_sync.graph_tree(graph).splitlines()) == 12 + 12 * 12 * 12  # not 12 ** 12
 
 
-def test_why_goes_down_a_chain_to_its_end() -> None:
+def test_why_goes_down_a_chain_to_its_end_and_names_not_too_many() -> None:
     lines = coder_sync.why_text(CHAIN, ["u0"]).splitlines()
     assert lines[:2] == [f'"u{i}" has not started: for 1m00s it has been waiting for "u{i + 1}".' for i in range(2)]
     assert lines[8:10] == ["(4991 more like these)", '"u4999" started 1m00s ago, at once; it is still running.']
     assert lines[10] == f"    held up: {', '.join(f'u{i}' for i in range(4998, 4978, -1))} and 4979 more"
     assert coder_sync.why_text(CHAIN).splitlines() == lines[9:]
-
-
-def test_why_names_each_unit_once_and_not_too_many() -> None:
     several = [unit(f"b{i}", wants=[f"c{j}" for j in range(30)]) for i in range(30)]
     graph = startup_of(0, unit("a", 0, wants=[f"b{i}" for i in range(30)]), *several)
     lines = coder_sync.why_text(graph, ["a"]).splitlines()
-    assert len(lines) == 8 + 1 + 20 + 1
-    assert lines[0].endswith('"b19" and 10 more.')
+    assert len(lines) == 8 + 1 + 20 + 1 and lines[0].endswith('"b19" and 10 more.')
     assert lines[-1] == "(10 more like these)"
 
 
@@ -7747,6 +7738,8 @@ def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_the
 @needs_proc
 def test_a_quiet_boot_that_succeeds_says_nothing_and_leaves_no_output_open_behind_a_daemon(world: World) -> None:
     files, quick = {"a": "echo a; sleep 0.1", "b": "sleep 60 &"}, "coder_sync.REPORT_EVERY = 0.01"
+    (world.directory / "logs").mkdir()
+    (world.directory / "logs" / "a.log").write_text("of an earlier boot\n")
     boot = Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick)
     assert boot.ends(0, "", leaves=True) == ""  # which reads to the end of file
     assert (world.directory / "logs" / "a.log").read_text() == "a\n"
@@ -7788,15 +7781,6 @@ def spy(pid, *numbers):
     return numbers[0] == {deaf} or signal_to(pid, *numbers)
 coder_sync.signal_to = spy
 """  # writes down what is sent, and does not send what a process is to be deaf for
-
-
-def sent(world: World) -> dict[str, list[int]]:
-    """The signals that each process or group was sent, but SIGCONT; one that was repeated once."""
-    signals: dict[str, list[int]] = {}
-    for pid, number in map(str.split, read_lines(world.directory / "signals")):
-        if int(number) not in signals.setdefault(pid, []):
-            signals[pid].append(int(number))
-    return signals
 
 
 @needs_proc
@@ -7852,7 +7836,7 @@ def test_what_ignores_the_signal_is_killed_after_the_grace_or_at_a_second_one(wo
 @needs_proc
 def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gate: Gate) -> None:
     files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
-    files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate")
+    files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate", obeys="@timeout 50ms\nsleep 60 & sleep 60")
     end = Gate(world, "end")
     patch = f"coder_sync.LAST_WAIT = 0.5{SPY.format(deaf=9)}"
     told = Boot(world, files, "--grace", "100ms", patch=patch).ends(1, "", leaves=True)
@@ -7860,30 +7844,15 @@ def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gat
     lines = read_lines(world.directory / "signals")
     pids = re.findall(r"(?:exit code 3|timed out after 50ms); cannot be killed: (\d+) \(", told)
     assert len(pids) == 2 and all(lines.count(f"{pid} 15") == 1 and f"{pid} 9" in lines for pid in pids), told
-
-
-def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone_is_forgotten(
-    world: World, gate: Gate
-) -> None:
-    late = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e told; do :; done; cat gate"
-    after = Gate(world, "after")
-    files = {"a": late, "b": "cat after &", "c": "sleep 60 & exit 3"}
-    boot = Boot(world, files, "--stay", "--grace", "10m", patch=SPY.format(deaf=None))
-    gate.open()
-    boot.says("failed: a (timed out after 50ms); ")
-    boot.says("staying")
-    after.open()
-    until(lambda: boot.scripts() == [])
-    boot.signal()
-    boot.ends(143, "")
-    assert all(numbers == [15] for numbers in sent(world).values())
+    others = {line.split()[0].lstrip("-") for line in lines} - {*pids}
+    assert all(f"{pid} 9" not in lines for pid in others), "what has obeyed is left alone"
 
 
 def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
     text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
     boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=None))
     gate.reached()
-    until(lambda: sent(world))
+    until((world.directory / "signals").exists)
     background = boot.background()
     os.kill(background, signal.SIGSTOP)
     time.sleep(1.5)
@@ -8421,18 +8390,6 @@ coder_sync.Connection.send = send
     boot.ends(leaves=True)
     assert world.connect().call("stop")["result"]["stopped"] == ["web", "api", "db"]
     until(lambda: boot.left() == [])
-
-
-def test_an_agent_is_replaced_and_booted_at_any_number_of_times(world: World) -> None:
-    for _ in range(3):
-        for file in world.directory.glob("*.up"):
-            file.unlink()
-        world.ok("serve", "--replace", "--detach", "-q")
-        boot = Boot(world, STACK)
-        boot.ends(0, leaves=True)
-    world.client.shutdown()
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"] * 3
 
 
 # -- COMMAND, while services run
