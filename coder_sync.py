@@ -4713,51 +4713,51 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    stuck = set()  # what waits, gave up for lack of others, or was skipped
     for name, u in units.items():
         if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
-            stuck[name] = found[name]
-    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    for name, causes in stuck.items():
-        for cause in causes:
-            held_up.setdefault(cause, []).append(name)
-    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
-    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    asked = reached(names, found.get)
-
-    def tell(u: UnitStatus) -> str:
-        line = story(u, graph.now, found.get(u.unit_name, {}))
-        if u.status != NOT_REGISTERED:
-            return line + "."
-        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
-        line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
-        return line + meant(resembling(u.unit_name, known.difference(wanted_by)), ".")  # it may be misspelt
-
-    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
-        return [tell(u) for u in some[:most]] + [f"({len(some) - most} more like these)"] * (len(some) > most)
+            stuck.add(name)
+            for cause in found[name]:
+                held_up.setdefault(cause, []).append(name)
 
     def is_cause(name: str) -> bool:
         if names or name in stuck:
             return not found.get(name)
         return name in held_up or is_notable(units[name], graph.now)
 
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
+    asked = reached(names, found.get)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
     for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts = [([*reached(held, held_up.get)], sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
+    parts = [([*reached(held, held_up.get)], sorted(causes, key=lambda u: -u.age)) for held, causes in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
-    for held, those in parts[:50]:
-        lines = stories(5 if held else 20, those)
-        skipped = [name for name in held if units[name].status == SKIPPED]
-        waiting = [name for name in held if units[name].status != SKIPPED]
-        lines += [f"    held up: {some_names(waiting)}"] if waiting else []
-        lines += [f"    skipped: {some_names(skipped)}"] if skipped else []
+    for held, causes in parts[:50]:
+        lines = told(graph, causes, found, 5 if held else 20)
+        for word, is_skipped in (("held up", False), ("skipped", True)):
+            those = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
+            lines += [f"    {word}: {some_names(those)}"] if those else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    between = told(graph, [units[name] for name in asked if found.get(name)], found, max(8, len(names)))
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
+
+
+def told(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]], most: int) -> list[str]:
+    """Return a sentence on each of the first `most` units, and how many more there are."""
+    lines = []
+    for u in units[:most]:
+        line, guess = story(u, graph.now, found.get(u.unit_name, {})), ""
+        if u.status == NOT_REGISTERED:  # it may be misspelt
+            wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+            line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+            known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
+            guess = resembling(u.unit_name, known.difference(wanted_by))
+        lines.append(line + meant(guess, "."))
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
 def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
