@@ -7942,6 +7942,7 @@ ESCAPES = {
     "stopped": "sleep 9 & kill -STOP $!; kill -STOP $$; sleep 8",
     "forks": "trap '' TERM; f() { (sleep 0.02; f) & }; f; wait; sleep 9",
     "failed": "(setsid sleep 9 &); sleep 9 & exit 3",
+    "unmarked": "env -i PATH=$PATH setsid sh -c 'echo $$ >> pids; exec sleep 9' & sleep 8",
 }
 
 
@@ -7951,6 +7952,8 @@ def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session
     boot = Boot(world, files, "--grace", "1s")
     boot.ends(1)
     assert {unit: lines.count(unit) for unit, lines in boot.said().items()} == dict.fromkeys(ESCAPES, 2)
+    pids = read_lines(world.directory / "pids")
+    assert len(pids) == 2 and not any(alive(int(pid)) for pid in pids)
     reasons = {reason.partition(";")[0] for reason in boot.unsuccessful().values()}
     assert reasons == {"failed: timed out after 400ms", "failed: exit code 3"}
 
@@ -7966,6 +7969,17 @@ def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) ->
     done = finish(agent.spawn(argv, env={**agent.env, **dict([mark.split("=")])}))
     assert done.returncode == (3 if "exit 3" in script else 124) and done.stdout == "0\n0\n", done
     assert marked(mark) == []
+
+
+@needs_proc
+def test_a_signal_to_a_run_that_ends_what_its_command_has_left_kills_that(agent: World) -> None:
+    run = agent.popen("run", "a", "--", "sh", "-c", "(trap '' TERM; echo $$; exec sleep 60) & exit 3")
+    first, began = int(line_of(run.stdout)), time.monotonic()
+    until(lambda: not alive(first))
+    time.sleep(0.2)
+    done = stopped(run)
+    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (3, "", "exit code 3")
+    assert time.monotonic() - began < coder_sync.Task.grace / 2
 
 
 def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World) -> None:
