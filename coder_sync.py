@@ -1406,8 +1406,7 @@ if SELF:
             exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    SELF.close()
-    SELF = None
+    SELF = None  # which closes it
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())

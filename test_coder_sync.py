@@ -5248,6 +5248,21 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -
     assert (done.returncode, done.stdout) == (0, f"coder_sync {coder_sync.__version__}\n")
 
 
+@NAMESPACES
+@BOTH_FORMS
+def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None:
+    done = command(world, *UNSHARE, *PYTHON, HOOK.replace("SIGINT", "SIGTERM") + LAUNCH, tool(world, form), "serve")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+@BOTH_FORMS
+def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
+    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
+        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
+
+
 @BOTH_FORMS
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
     path = tool(world, form)
@@ -7928,6 +7943,7 @@ ESCAPES = {
     "stopped": "sleep 9 & kill -STOP $!; kill -STOP $$; sleep 8",
     "forks": "trap '' TERM; f() { (sleep 0.02; f) & }; f; wait; sleep 9",
     "failed": "(setsid sleep 9 &); sleep 9 & exit 3",
+    "unmarked": "env -i PATH=$PATH setsid sh -c 'echo $$ >> pids; exec sleep 9' & sleep 8",
 }
 
 
@@ -7937,6 +7953,8 @@ def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session
     boot = Boot(world, files, "--grace", "1s")
     boot.ends(1)
     assert {unit: lines.count(unit) for unit, lines in boot.said().items()} == dict.fromkeys(ESCAPES, 2)
+    pids = read_lines(world.directory / "pids")
+    assert len(pids) == 2 and not any(alive(int(pid)) for pid in pids)
     reasons = {reason.partition(";")[0] for reason in boot.unsuccessful().values()}
     assert reasons == {"failed: timed out after 400ms", "failed: exit code 3"}
 
@@ -7952,6 +7970,17 @@ def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) ->
     done = finish(agent.spawn(argv, env={**agent.env, **dict([mark.split("=")])}))
     assert done.returncode == (3 if "exit 3" in script else 124) and done.stdout == "0\n0\n", done
     assert marked(mark) == []
+
+
+@needs_proc
+def test_a_signal_to_a_run_that_ends_what_its_command_has_left_kills_that(agent: World) -> None:
+    run = agent.popen("run", "a", "--", "sh", "-c", "(trap '' TERM; echo $$; exec sleep 60) & exit 3")
+    first, began = int(line_of(run.stdout)), time.monotonic()
+    until(lambda: not alive(first))
+    time.sleep(0.2)
+    done = stopped(run)
+    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (3, "", "exit code 3")
+    assert time.monotonic() - began < coder_sync.Task.grace / 2
 
 
 def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World) -> None:
