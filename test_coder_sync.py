@@ -2686,7 +2686,7 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     holder = world.connect()
     holder.call("start", unit="held", hold=True)
     world.client.complete("held")  # whoever holds it has yet to be told
-    waiting, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(6))
+    waiting, talking, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(7))
     assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
@@ -2695,6 +2695,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     gone.close()
     fill(world, 2000)  # an event each
     deaf.request("list", 2, all=True)
+    for _ in range(4):
+        assert talking.call("ping")["result"]
+        time.sleep(0.6)
     for idle in (silent, waited):
         assert "no request for 2 seconds" in idle.read()["error"]["message"]
         assert idle.read() is None
@@ -2705,7 +2708,18 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
         assert hung_up.poll(PATIENCE * 1000)[0][1] & select.POLLHUP
     world.end("b")
     assert waiting.read()["id"] == 1
+    time.sleep(0.1)
+    assert "result" in waiting.call("ping", 2)  # its time began anew
     served(world)
+
+
+def test_a_follower_that_is_too_far_behind_is_hung_up_on(world: World) -> None:
+    answering(world, altered("coder_sync.MAX_EVENTS = 1000", "serve", "-q"))
+    watcher = world.connect()
+    assert watcher.call("events", follow=True)["result"] == []
+    fill(world, 4000)  # an event each, and more than waits in its socket
+    numbers = [message["params"]["seq"] for message in iter(watcher.read, None)]
+    assert numbers == list(range(1, len(numbers) + 1)) and 0 < len(numbers) < 4000
 
 
 def test_a_connection_that_asks_for_much_may_go_on_and_keeps_what_it_holds(world: World) -> None:
@@ -2777,20 +2791,29 @@ def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_t
         assert world.client.start(name).dependencies == []
 
 
-def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_end(agent: World) -> None:
-    fill(agent, 1000)
-    silent, deaf = [agent.connect() for _ in range(300)], [agent.connect() for _ in range(3)]
+def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_end(world: World) -> None:
+    agent = world.serve("--timeline", "end.json")
+    fill(world, 1000)
+    silent, deaf = [world.connect() for _ in range(300)], [world.connect() for _ in range(3)]
     for peer in deaf:
         for i in range(10):
             peer.request("list", i, all=True)
         assert select.select([peer.sock], [], [], PATIENCE)[0]
-    served(agent)
+    served(world)
     for peer in (*silent, deaf[2]):
         peer.close()
     assert len(deaf[0].read()["result"]) >= 1001  # late, but it gets its answer
-    deaf[1].request("wait", "never", units=["never"])
-    assert stopped(agent.processes[0]).returncode == 0
-    assert os.listdir(agent.directory) == []
+    holder, waiting = world.connect(), world.connect()
+    holder.call("start", unit="held", hold=True)
+    for peer in (waiting, deaf[1]):
+        peer.request("wait", "never", units=["never"])
+    agent.terminate()
+    assert waiting.read()["error"]["message"] == "the agent is shutting down"
+    holder.close()  # which is no news any more
+    assert finish(agent).returncode == 0
+    assert os.listdir(world.directory) == ["end.json"]
+    units = json.loads((world.directory / "end.json").read_text())["units"]
+    assert [unit["status"] for unit in units if unit["unit_name"] == "held"] == ["started"]
 
 
 @LINUX
@@ -3052,6 +3075,7 @@ def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_
     log = coder_sync.Log(1, str(tmp_path / "log"))
     os.close(reader)
     log.say("one")
+    until(lambda: log.lost == 1)
     log.say("two")
     until(lambda: log.lost == 2)
     reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
@@ -3434,10 +3458,10 @@ def temporary(world: World) -> Path:
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
     sync = " ".join(map(shlex.quote, program()))
     script = f"""
-        echo "$CODER_AGENT_SOCKET_PATH"; test -S "$CODER_AGENT_SOCKET_PATH" || exit 99
+        echo "$CODER_AGENT_SOCKET_PATH"; test -S "$CODER_AGENT_SOCKET_PATH" || exit 99; test $(umask) = 0027 || exit 98
         {sync} start a && {sync} complete a; {sync} list; exit 7"""
     for named in ([], ["--socket-path", world.path]):
-        done = world.run("serve", *named, "--", "sh", "-c", script)
+        done = world.run("serve", *named, "--", "sh", "-c", script, preexec_fn=lambda: os.umask(0o027))
         assert done.returncode == 7
         assert done.stderr == "" or named  # then its log is
         path, *rest = done.stdout.splitlines()
