@@ -3083,8 +3083,14 @@ def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_
     lines = until(lambda: read_now(reader))
     assert re.fullmatch(f"{STAMP}\\(2 lines lost here\\) three\n", lines)
 
-    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
     for _ in range(30):  # more than a pipe takes
+        log.say("x" * 3000)
+    lines = ""
+    while lines.count("\n") < 30:
+        lines += until(lambda: read_now(reader))
+    assert "lost" not in lines
+    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
+    for _ in range(30):
         log.say("x" * 3000)
     began = time.monotonic()
     log.close(0.1)  # whose thread stands there
@@ -3394,16 +3400,24 @@ def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble:
         stop(other)
     if trouble == "without a lock":
         os.unlink(world.path + ".lock")
+        done = world.run("serve")
+        assert done.returncode == 1 and f"error: somebody is serving {world.path} already; " in done.stderr
+    before = os.stat(world.path).st_ctime_ns
+
+    def replaced() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(world.path).st_ctime_ns != before
+        return False
+
     second = world.spawn(altered(SHORT, "serve", "--replace"))
-    lock = Path(world.path + ".lock")
-    until(lambda: lock.exists() and lock.read_text() == f"{second.pid}\n")
+    until(replaced)
+    until(lambda: serves(world, second.pid))
     if trouble == "no agent of ours":
         other.close()
     else:
         other.send_signal(signal.SIGCONT)
         assert stopped(other).returncode == 0
-    until(lambda: serves(world, second.pid))
-    assert lock.exists()
+    assert serves(world, second.pid) and Path(world.path + ".lock").read_text() == f"{second.pid}\n"
     assert stopped(second).returncode == 0 and os.listdir(world.directory) == []
 
 
