@@ -1406,8 +1406,7 @@ if SELF:
             exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    SELF.close()
-    SELF = None
+    SELF = None  # which closes it
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
@@ -4313,7 +4312,6 @@ class Startup:
         self.rows = sorted(
             rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
         )
-        self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4326,7 +4324,8 @@ class Startup:
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
         """
-        bar = max(self.ran, key=lambda b: (b.ended, b.started), default=None)
+        ran = [bar for bar in self.rows if bar.has_run]
+        bar = max(ran, key=lambda b: (b.ended, b.started), default=None)
         path: list[tuple[Bar, float]] = []
         until = NEVER
         for _ in self.bars:
@@ -4713,51 +4712,51 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    stuck = set()  # what waits, gave up for lack of others, or was skipped
     for name, u in units.items():
         if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
-            stuck[name] = found[name]
-    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    for name, causes in stuck.items():
-        for cause in causes:
-            held_up.setdefault(cause, []).append(name)
-    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
-    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    asked = reached(names, found.get)
-
-    def tell(u: UnitStatus) -> str:
-        line = story(u, graph.now, found.get(u.unit_name, {}))
-        if u.status != NOT_REGISTERED:
-            return line + "."
-        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
-        line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
-        return line + meant(resembling(u.unit_name, known.difference(wanted_by)), ".")  # it may be misspelt
-
-    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
-        return [tell(u) for u in some[:most]] + [f"({len(some) - most} more like these)"] * (len(some) > most)
+            stuck.add(name)
+            for cause in found[name]:
+                held_up.setdefault(cause, []).append(name)
 
     def is_cause(name: str) -> bool:
         if names or name in stuck:
             return not found.get(name)
         return name in held_up or is_notable(units[name], graph.now)
 
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
+    asked = reached(names, found.get)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
     for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts = [([*reached(held, held_up.get)], sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
+    parts = [([*reached(held, held_up.get)], sorted(causes, key=lambda u: -u.age)) for held, causes in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
-    for held, those in parts[:50]:
-        lines = stories(5 if held else 20, those)
-        skipped = [name for name in held if units[name].status == SKIPPED]
-        waiting = [name for name in held if units[name].status != SKIPPED]
-        lines += [f"    held up: {some_names(waiting)}"] if waiting else []
-        lines += [f"    skipped: {some_names(skipped)}"] if skipped else []
+    for held, causes in parts[:50]:
+        lines = told(graph, causes, found, 5 if held else 20)
+        for word, is_skipped in (("held up", False), ("skipped", True)):
+            those = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
+            lines += [f"    {word}: {some_names(those)}"] if those else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    between = told(graph, [units[name] for name in asked if found.get(name)], found, max(8, len(names)))
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
+
+
+def told(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]], most: int) -> list[str]:
+    """Return a sentence on each of the first `most` units, and how many more there are."""
+    lines = []
+    for u in units[:most]:
+        line, guess = story(u, graph.now, found.get(u.unit_name, {})), ""
+        if u.status == NOT_REGISTERED:  # it may be misspelt
+            wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+            line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+            known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
+            guess = resembling(u.unit_name, known.difference(wanted_by))
+        lines.append(line + meant(guess, "."))
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
 def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
@@ -5992,7 +5991,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if {unit, edge.dependency} <= by_name.keys():
+        if unit in by_name and edge.dependency in by_name:
             wants = by_name[unit].want
             if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
                 wants.append(edge)
@@ -6800,9 +6799,10 @@ class Front:
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
+                if number != signal.SIGWINCH:  # which is for COMMAND
                     self.signal = number
-                    signal_to(self.pid, number)
+                    if not self.ended:
+                        signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
@@ -7241,9 +7241,8 @@ def cmd_boot(args: Args) -> int:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
         forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "did you forget -- before the command?\n" if forgotten else ""
-        put(f"error: nothing was run:\n{error}\n{hint}", 2)
-        return error.exit_code
+        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
         return 0

@@ -1976,6 +1976,8 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
+    assert coder_sync.bash_candidates("coder_sync.py completion ", "") == ["bash", "zsh"]
+    assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
     assert call.ok(agent, "completion", "zsh", "--", "start", "") == ""
@@ -4470,14 +4472,6 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
     assert rows == [("a", "started"), ("b", "completed"), ("c", "completed")]
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
-def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str) -> None:
-    agent = world.spawn(["sh", "-c", f"exec {sys.executable} -IS {installed()} serve {closed}"])
-    world.client.ping(wait=PATIENCE)
-    served(world)
-    assert stopped(agent).returncode == 0
-
-
 @pytest.mark.skipif(not shutil.which("localedef"), reason="no localedef")
 def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(world: World) -> None:
     name = "de_DE.ISO-8859-1"
@@ -5244,6 +5238,21 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
     done = command(world, *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as nohup does
     assert (done.returncode, done.stdout) == (0, f"coder_sync {coder_sync.__version__}\n")
+
+
+@NAMESPACES
+@BOTH_FORMS
+def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None:
+    done = command(world, *UNSHARE, *PYTHON, HOOK.replace("SIGINT", "SIGTERM") + LAUNCH, tool(world, form), "serve")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+@BOTH_FORMS
+def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
+    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
+        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
 
 
 @BOTH_FORMS
@@ -7034,6 +7043,7 @@ def test_an_empty_directory_is_no_mistake_with_a_command(world: World, call: Cal
     wrong = [[path], [path + "x", "--", "true"], [path, "--check"], [], [path, "--jobs", "many"], [path, "--"]]
     for words in [*wrong, [path, "--timeline", "t.doc"]]:
         assert call(world, "boot", *words).returncode == 2, words
+    assert call.ok(world, "boot", startup(world, {"a": ""}), "--check") == "UNIT\na\n1 script, no mistakes\n"
 
 
 def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
@@ -7925,6 +7935,7 @@ ESCAPES = {
     "stopped": "sleep 9 & kill -STOP $!; kill -STOP $$; sleep 8",
     "forks": "trap '' TERM; f() { (sleep 0.02; f) & }; f; wait; sleep 9",
     "failed": "(setsid sleep 9 &); sleep 9 & exit 3",
+    "unmarked": "env -i PATH=$PATH setsid sh -c 'echo $$ >> pids; exec sleep 9' & sleep 8",
 }
 
 
@@ -7934,6 +7945,8 @@ def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session
     boot = Boot(world, files, "--grace", "1s")
     boot.ends(1)
     assert {unit: lines.count(unit) for unit, lines in boot.said().items()} == dict.fromkeys(ESCAPES, 2)
+    pids = read_lines(world.directory / "pids")
+    assert len(pids) == 2 and not any(alive(int(pid)) for pid in pids)
     reasons = {reason.partition(";")[0] for reason in boot.unsuccessful().values()}
     assert reasons == {"failed: timed out after 400ms", "failed: exit code 3"}
 
@@ -7949,6 +7962,17 @@ def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) ->
     done = finish(agent.spawn(argv, env={**agent.env, **dict([mark.split("=")])}))
     assert done.returncode == (3 if "exit 3" in script else 124) and done.stdout == "0\n0\n", done
     assert marked(mark) == []
+
+
+@needs_proc
+def test_a_signal_to_a_run_that_ends_what_its_command_has_left_kills_that(agent: World) -> None:
+    run = agent.popen("run", "a", "--", "sh", "-c", "(trap '' TERM; echo $$; exec sleep 60) & exit 3")
+    first, began = int(line_of(run.stdout)), time.monotonic()
+    until(lambda: not alive(first))
+    time.sleep(0.2)
+    done = stopped(run)
+    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (3, "", "exit code 3")
+    assert time.monotonic() - began < coder_sync.Task.grace / 2
 
 
 def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World) -> None:
@@ -8070,15 +8094,11 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = (
-        "coder_sync.Output.write = lambda *args, was=coder_sync.Output.write, patience=0.0: was(*args, patience / 5)"
-    )
+    sooner = "was = coder_sync.Output.write\n"
+    sooner += "coder_sync.Output.write = lambda *args, patience=0.0: was(*args, patience / 5)"
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
-
-    def full() -> bool:
-        return bool(struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000)
 
     def stands_still() -> str:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
@@ -8087,7 +8107,7 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None
         time.sleep(0.02)
         return before if before == io.read_text() else ""
 
-    until(full)
+    until(lambda: struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000, "a full pipe")
     found = re.search(r"wchar: (\d+)", until(stands_still, "a script that has to wait for the reader"))
     assert found and int(found.group(1)) < 2e6
     boot.signal()
@@ -8144,10 +8164,10 @@ def late(*args):
 
 
 @pytest.mark.parametrize("hosted", [True, False])
-def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(world: World, hosted: bool) -> None:
+def test_a_signal_is_not_lost_before_the_boot_or_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    for name in ("Boot.finish", "remove_directory", "boot_at", "timeline_as"):
+    for name in ("in_background", "Boot.finish", "remove_directory", "boot_at", "timeline_as", "Front.hear"):
         patch = LATE.format(name=f"coder_sync.{name}")
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
@@ -8450,16 +8470,10 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
 
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside services"])
 def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
-    become = f"""#!{sys.executable} -IS
-import os, sys
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-os.dup2(2, 3)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-    (world.directory / "become").write_text(become)
-    (world.directory / "become").chmod(0o755)
+    become = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.dup2(2, 3)"
+    under = [*PYTHON, f"{become}; os.execv(sys.argv[1], sys.argv[1:])"]
     script = "echo $((LISTEN_PID - $$)) $LISTEN_FDS; echo here >&3"
-    boot = Boot(world, files, "-q", "--", "sh", "-c", script, under=["./become"])
+    boot = Boot(world, files, "-q", "--", "sh", "-c", script, under=under)
     assert "here\n" in boot.ends(0, "0 1\n")
 
 
