@@ -5230,13 +5230,14 @@ import builtins, marshal, os, signal
 def hook(module, name):
     function = getattr(module, name)
     def then(*words):
+        setattr(module, name, function)
         half = function(*words)
         os.kill(os.getpid(), signal.SIGINT)
         return half
     setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""  # a signal as soon as a half has been loaded
+"""  # a signal as soon as something has been loaded
 
 
 @BOTH_FORMS
