@@ -5991,7 +5991,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if {unit, edge.dependency} <= by_name.keys():
+        if unit in by_name and edge.dependency in by_name:
             wants = by_name[unit].want
             if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
                 wants.append(edge)
@@ -6799,9 +6799,10 @@ class Front:
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
+                if number != signal.SIGWINCH:  # which is for COMMAND
                     self.signal = number
-                    signal_to(self.pid, number)
+                    if not self.ended:
+                        signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""

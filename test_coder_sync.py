@@ -7056,6 +7056,7 @@ def test_an_empty_directory_is_no_mistake_with_a_command(world: World, call: Cal
     wrong = [[path], [path + "x", "--", "true"], [path, "--check"], [], [path, "--jobs", "many"], [path, "--"]]
     for words in [*wrong, [path, "--timeline", "t.doc"]]:
         assert call(world, "boot", *words).returncode == 2, words
+    assert call.ok(world, "boot", startup(world, {"a": ""}), "--check") == "UNIT\na\n1 script, no mistakes\n"
 
 
 def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
@@ -8106,15 +8107,11 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = (
-        "coder_sync.Output.write = lambda *args, was=coder_sync.Output.write, patience=0.0: was(*args, patience / 5)"
-    )
+    sooner = "was = coder_sync.Output.write\n"
+    sooner += "coder_sync.Output.write = lambda *args, patience=0.0: was(*args, patience / 5)"
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
-
-    def full() -> bool:
-        return bool(struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000)
 
     def stands_still() -> str:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
@@ -8123,7 +8120,7 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None
         time.sleep(0.02)
         return before if before == io.read_text() else ""
 
-    until(full)
+    until(lambda: struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000, "a full pipe")
     found = re.search(r"wchar: (\d+)", until(stands_still, "a script that has to wait for the reader"))
     assert found and int(found.group(1)) < 2e6
     boot.signal()
@@ -8180,10 +8177,10 @@ def late(*args):
 
 
 @pytest.mark.parametrize("hosted", [True, False])
-def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(world: World, hosted: bool) -> None:
+def test_a_signal_is_not_lost_before_the_boot_or_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    for name in ("Boot.finish", "remove_directory", "boot_at", "timeline_as"):
+    for name in ("in_background", "Boot.finish", "remove_directory", "boot_at", "timeline_as", "Front.hear"):
         patch = LATE.format(name=f"coder_sync.{name}")
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
@@ -8486,16 +8483,10 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
 
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside services"])
 def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
-    become = f"""#!{sys.executable} -IS
-import os, sys
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-os.dup2(2, 3)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-    (world.directory / "become").write_text(become)
-    (world.directory / "become").chmod(0o755)
+    become = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.dup2(2, 3)"
+    under = [*PYTHON, f"{become}; os.execv(sys.argv[1], sys.argv[1:])"]
     script = "echo $((LISTEN_PID - $$)) $LISTEN_FDS; echo here >&3"
-    boot = Boot(world, files, "-q", "--", "sh", "-c", script, under=["./become"])
+    boot = Boot(world, files, "-q", "--", "sh", "-c", script, under=under)
     assert "here\n" in boot.ends(0, "0 1\n")
 
 
