@@ -4472,14 +4472,6 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
     assert rows == [("a", "started"), ("b", "completed"), ("c", "completed")]
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
-def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str) -> None:
-    agent = world.spawn(["sh", "-c", f"exec {sys.executable} -IS {installed()} serve {closed}"])
-    world.client.ping(wait=PATIENCE)
-    served(world)
-    assert stopped(agent).returncode == 0
-
-
 @pytest.mark.skipif(not shutil.which("localedef"), reason="no localedef")
 def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(world: World) -> None:
     name = "de_DE.ISO-8859-1"
