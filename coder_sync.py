@@ -4312,7 +4312,6 @@ class Startup:
         self.rows = sorted(
             rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
         )
-        self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4325,7 +4324,8 @@ class Startup:
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
         """
-        bar = max(self.ran, key=lambda b: (b.ended, b.started), default=None)
+        ran = [bar for bar in self.rows if bar.has_run]
+        bar = max(ran, key=lambda b: (b.ended, b.started), default=None)
         path: list[tuple[Bar, float]] = []
         until = NEVER
         for _ in self.bars:
@@ -7241,9 +7241,8 @@ def cmd_boot(args: Args) -> int:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
         forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "did you forget -- before the command?\n" if forgotten else ""
-        put(f"error: nothing was run:\n{error}\n{hint}", 2)
-        return error.exit_code
+        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
         return 0
