@@ -1583,11 +1583,12 @@ def test_what_is_not_one_json_value_is_refused(codec: str) -> None:
 
 def test_garbage_is_refused_where_nobody_has_imported_json() -> None:
     program = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync
+print("json" in sys.modules)  # the scanner of 3.8 imports it for an error
 for line in {GARBAGE!r}:
     try: print("accepted", line, coder_sync.decode(line))
     except coder_sync.ParseError: pass
-print(coder_sync.decode(b"[1]"), "json" in sys.modules)"""
-    assert subprocess.check_output([*PYTHON, program]) == b"[1] False\n"
+print(coder_sync.decode(b"[1]"))"""
+    assert subprocess.check_output([*PYTHON, program]) == b"False\n[1]\n"
 
 
 def test_32_levels_are_read_and_33_are_not(codec: str) -> None:
@@ -4529,7 +4530,10 @@ def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
 def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(agent: World) -> None:
     waiting = agent.popen("run", "b", "--want", "a", "--", "echo", "ran")
     agent.waiting("b")
-    assert agent.run("run", "a", "--", "sh", "-c", "exit 100").returncode == 100
+    words = ["run", "a", "--retry", "2", "--retry-delay", "100ms", "--", "sh", "-c", "exit 100"]
+    done = finish(agent.spawn(altered("coder_sync.LONGEST_DELAY = 0.15", *words)))
+    tries = [f"a: try {n} of 3 after exit code 100, in {delay}s\n" for n, delay in ((2, 0.1), (3, 0.15))]
+    assert (done.returncode, done.stderr) == (100, "".join(tries))
     done = finish(waiting)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.endswith('error: unit "b" skipped: dependency "a" failed (exit code 100)\n')
@@ -4761,17 +4765,19 @@ def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent
     assert finish(run).returncode == 1
 
 
-def test_a_run_says_once_more_what_a_stopped_agent_was_not_told_and_waits_once(world: World, gate: Gate) -> None:
+@pytest.mark.parametrize("how", [stop, killed])
+def test_a_run_says_what_an_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate, how: Any) -> None:
     agent = world.serve()
-    command = ["run", "a", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
-    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", *command))
+    command = ["--ready", "notify", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
+    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", "run", "a", *command))
     gate.reached()
-    stop(agent)
+    how(agent)
     gate.open()
     gate.keep_open(lambda: run.poll() is not None)
     said = finish(run).stderr
-    for what in ("try 2 of 3 after exit code 3", "try 3 of 3 after exit code 3", "its outcome (exit code 3)"):
-        assert f"warning: a: {what} may not have been reported: " in said
+    late = "after ended before it was ready (exit code 3)"
+    for what in (f"try 2 of 3 {late}", f"try 3 of 3 {late}", "what says that it is ready", "its outcome (exit code 3)"):
+        assert said.count(f"warning: a: {what} may not have been reported: ") >= 1 + what.startswith("what"), said
 
 
 class Supervisor:
@@ -5222,13 +5228,14 @@ import builtins, marshal, os, signal
 def hook(module, name):
     function = getattr(module, name)
     def then(*words):
+        setattr(module, name, function)
         half = function(*words)
         os.kill(os.getpid(), signal.SIGINT)
         return half
     setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""  # a signal as soon as a half has been loaded
+"""  # a signal as soon as something has been loaded
 
 
 @BOTH_FORMS
