@@ -833,10 +833,6 @@ class Channel:
             self._withheld, answer.env = True, {}
         return answer
 
-    def more(self) -> bool:
-        """Return whether a message has been read that nobody has received."""
-        return bool(self._lines)
-
     def fileno(self) -> int:
         """Return the descriptor to poll."""
         return int(self.sock.fileno())
@@ -1410,8 +1406,7 @@ if SELF:
             exec(part, globals())
         gc.freeze()  # what is loaded stays, and need not be looked through
         gc.enable()
-    SELF.close()
-    SELF = None
+    SELF = None  # which closes it
     main()
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
@@ -2152,7 +2147,7 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
             new = next((other for other in rest if other not in done), None)
             if new is None:
                 done[unit] = None
-                del way[unit]
+                way.popitem()  # the unit; `del` would make long chains slow
             elif new in way:
                 cycle = [*(unit.name for unit in way), new.name]
                 cycle = cycle[cycle.index(new.name) :]
@@ -2183,6 +2178,12 @@ class Unit:
     def first(self) -> Claim | None:
         """Return the claim that was granted, else the one that will be."""
         return self.holder or next(iter(self.line), None)
+
+    def is_taken(self) -> bool:
+        """Return whether one more start is refused; while an answer is on its way it may stand in line."""
+        if self.status in ENDED:
+            return self.holder is not None
+        return self.status == STARTED and (self.holder is None or self.holder.delivered)
 
     def supervisor(self) -> Claim | None:
         """Return the claim of the supervisor that runs its command."""
@@ -2244,11 +2245,11 @@ class Outcome(Record):
     env: dict[str, str] = {}  # variables for those that depend on it
 
 
-class Stopping(Record):
-    """What a supervisor is told: to end the command of a unit within so many seconds."""
+class Notice(Record):
+    """What a supervisor is told: to `stop` the command of its unit, or that others have ended the `unit`."""
 
-    unit: str
-    grace: float
+    method: str
+    params: dict[str, Any]
 
 
 class Stop(Claim):
@@ -2308,10 +2309,9 @@ class Units:
         `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
         TimedOut.
         """
-        unit, by = self.units.get(check_name(member[0])), asked.get("owner")
-        on = unit.holder if unit else None
-        if unit and ((unit.status == STARTED and (on is None or on.delivered)) or (on and unit.status in ENDED)):
-            raise self._already_started(unit, by)
+        unit = self.units.get(check_name(member[0]))
+        if unit and unit.is_taken():
+            raise self._already_started(unit, asked.get("owner"))
         return self._claim([member], ticket, timeout, **asked)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
@@ -2337,7 +2337,7 @@ class Units:
             if unit not in done:
                 self._check_free(unit)
         places = (Lock("", jobs),) if jobs else ()
-        return self._claim(members, ticket, 0.0, True, places, done, owner=owner, supervisor=True)
+        return self._claim(members, ticket, 0.0, boot=True, places=places, done=done, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
         """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
@@ -2386,13 +2386,12 @@ class Units:
         runs_on = claim is not None and claim.held and outcome.running
         self._check_environment(unit, outcome.env)
         if not claim:
-            self._check_report(unit, by)
+            self._check_report(unit, status, by)
+        supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
         if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
             self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
             return unit.status
-        if unit in self.stopping and (claim or unit.status == STARTED):
-            if not claim and status == COMPLETED:
-                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+        if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
             return unit.status
         before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
         if before not in ENDED:
@@ -2400,9 +2399,11 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
+            if supervisor and not supervisor.boot:  # which is notified of every status
+                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
         if claim and runs_on:
             self.run_on(claim)
-        elif claim or not unit.supervisor():
+        elif not supervisor:
             self._close(unit)
         self._settle_all()
         if before in ENDED and before != status:
@@ -2471,13 +2472,14 @@ class Units:
         for unit, claim in self.stopping.items():
             if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
                 claim.told = claim.stop_by
-                self.answer(claim, Stopping(unit.name, round(max(0.0, claim.stop_by - now), 3)))
-        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
-        for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
-            self.stops.remove(stop)
-            stop.answer["left"] += map(self._running, stop.units)
-            self._leave(stop)
-            self.answer(stop, stop.answer)
+                left = round(max(0.0, claim.stop_by - now), 3)
+                self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
+        for stop in self.stops:
+            if not self.is_over(stop) and (not stop.units or stop.end_by <= now):
+                stop.answer["left"] += map(self._running, stop.units)
+                self._leave(stop)
+                self.answer(stop, stop.answer)
+        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # nor those of who has gone
         times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -2837,6 +2839,7 @@ class Units:
                 self._set(unit, Outcome(PENDING))
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
+                unit.facts.locks = [*its]
             claim = Claim(unit, ticket, **asked)
             claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
             unit.line[claim] = None
@@ -2931,8 +2934,8 @@ class Units:
         whose = owner_text(owner, " by ") + let_go(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
-    def _check_report(self, unit: Unit, by: Owner | None) -> None:
-        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
+    def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
+        """Raise Refused if a report does not count: of a second copy of a script, or on what is being stopped."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
@@ -2941,6 +2944,8 @@ class Units:
                 f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
                 "another shell"
             )
+        if unit in self.stopping and unit.status == STARTED and status == COMPLETED:
+            raise Refused(f'unit "{unit.name}" is being stopped and cannot become {status}')
 
     def _check_environment(self, unit: Unit, env: dict[str, str]) -> None:
         """Raise Refused if a unit leaves too many variables for those that depend on it."""
@@ -3026,6 +3031,7 @@ LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is st
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
 STACK = 256 * 1024
+ELSEWHERE = "elsewhere"  # the birth of a process of another process namespace: its pid says nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
@@ -3451,8 +3457,8 @@ class Agent:
         request = claim.ticket
         if request is None:  # of who has gone, or of a stop of our own
             return
-        if isinstance(answer, Stopping):
-            request.connection.post({"method": "stop", "params": plain(answer)})
+        if isinstance(answer, Notice):
+            request.connection.post(plain(answer))
         elif not request.answered:
             request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
@@ -3507,7 +3513,8 @@ class Agent:
         """Claim a unit.
 
         With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
-        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`.
+        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`,
+        and by `unit` that others have ended the unit.
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
@@ -3613,7 +3620,11 @@ class Agent:
     def do_owner(
         self, request: Request, unit: str, pid: int = 0, log: str = "", ready: str = "", command: str = ""
     ) -> Any:
-        self.units.own(self._held(request, unit), process(pid, one_line(command)), one_line(log), one_line(ready))
+        if self._knows_pids_of(request.connection):
+            owner = process(pid, one_line(command))
+        else:
+            owner = Owner(pid, one_line(command), None, ELSEWHERE) if pid else None
+        self.units.own(self._held(request, unit), owner, one_line(log), one_line(ready))
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
@@ -3671,10 +3682,15 @@ class Agent:
 
     # -- owners -------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _knows_pids_of(connection: Connection) -> bool:
+        """Return whether a peer is in our process namespace, so that a pid that it tells is the same process here."""
+        peer = who_is_at(connection.sock)[0]
+        return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
+
     def _process(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process that is to own a unit. Raises Refused if there is none."""
-        peer = who_is_at(connection.sock)[0]
-        if not peer or len(proc_line(peer, "NSpid:").split()) > 1:
+        if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
             raise Refused(f"process {pid} is not alive in the agent's process namespace; --pid takes a script's $$")
@@ -3682,7 +3698,7 @@ class Agent:
 
     @staticmethod
     def _alive(owner: Owner) -> bool | None:
-        now = birth(owner.pid)
+        now = None if owner.born == ELSEWHERE else birth(owner.pid)
         if not now:
             return None if now is None else False
         return now == owner.born if owner.born else None
@@ -4264,20 +4280,18 @@ class Bar:
     """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
-        def known(time: float | None, otherwise: float) -> float:
-            return otherwise if time is None else time
-
         self.unit, self.name = unit, unit.unit_name
         self.has_run = unit.started is not None and unit.status != NOT_REGISTERED
-        self.ended = known(unit.ended, last)
-        self.started = known(unit.started, self.ended)
-        self.asked = known(unit.waiting, self.started)
-        self.ready = known(unit.ready, self.started)
+        self.ended = last if unit.ended is None else unit.ended
+        self.started = self.ended if unit.started is None else unit.started
+        self.asked = self.started if unit.waiting is None else unit.waiting
+        self.ready = self.started if unit.ready is None else unit.ready
         self.ran = self.ended - self.started
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
-        exited = last if unit.running_on else min(known(unit.exited, self.ended), last)
-        times = (self.ended, exited), (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
+        exited = self.ended if unit.exited is None else min(unit.exited, last)
+        runs_on = self.ended, last if unit.running_on else exited
+        times = runs_on, (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
         shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
         self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
         self.phases += [("another try", time, time) for time in unit.tries]
@@ -4298,7 +4312,6 @@ class Startup:
         self.rows = sorted(
             rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
         )
-        self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4311,7 +4324,8 @@ class Startup:
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
         """
-        bar = max(self.ran, key=lambda b: (b.ended, b.started), default=None)
+        ran = [bar for bar in self.rows if bar.has_run]
+        bar = max(ran, key=lambda b: (b.ended, b.started), default=None)
         path: list[tuple[Bar, float]] = []
         until = NEVER
         for _ in self.bars:
@@ -4592,9 +4606,8 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
     """Draw the dependencies under each unit; what was shown already is only named."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
-    fork, last, bar = "|-- ", "`-- ", "|   "
-    if unicode:
-        fork, last, bar = "\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   "
+    drawn = ("\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   ")
+    fork, last, bar = drawn if unicode else ("|-- ", "`-- ", "|   ")
     lines: list[str] = []
     shown: set[str] = set()
 
@@ -4699,51 +4712,51 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    stuck = {}  # what waits, gave up for lack of others, or was skipped
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    stuck = set()  # what waits, gave up for lack of others, or was skipped
     for name, u in units.items():
         if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
-            stuck[name] = found[name]
-    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    for name, causes in stuck.items():
-        for cause in causes:
-            held_up.setdefault(cause, []).append(name)
-    known = {name for name, u in units.items() if u.status != NOT_REGISTERED}
-    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    asked = reached(names, found.get)
-
-    def tell(u: UnitStatus) -> str:
-        line = story(u, graph.now, found.get(u.unit_name, {}))
-        if u.status != NOT_REGISTERED:
-            return line + "."
-        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
-        line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
-        return line + meant(resembling(u.unit_name, known.difference(wanted_by)), ".")  # it may be misspelt
-
-    def stories(most: int, some: Sequence[UnitStatus]) -> list[str]:
-        return [tell(u) for u in some[:most]] + [f"({len(some) - most} more like these)"] * (len(some) > most)
+            stuck.add(name)
+            for cause in found[name]:
+                held_up.setdefault(cause, []).append(name)
 
     def is_cause(name: str) -> bool:
         if names or name in stuck:
             return not found.get(name)
         return name in held_up or is_notable(units[name], graph.now)
 
+    units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
+    asked = reached(names, found.get)
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
     for name in filter(is_cause, asked or units):
         groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts = [([*reached(held, held_up.get)], sorted(those, key=lambda u: -u.age)) for held, those in groups.items()]
+    parts = [([*reached(held, held_up.get)], sorted(causes, key=lambda u: -u.age)) for held, causes in groups.items()]
     parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
     texts = []
-    for held, those in parts[:50]:
-        lines = stories(5 if held else 20, those)
-        skipped = [name for name in held if units[name].status == SKIPPED]
-        waiting = [name for name in held if units[name].status != SKIPPED]
-        lines += [f"    held up: {some_names(waiting)}"] if waiting else []
-        lines += [f"    skipped: {some_names(skipped)}"] if skipped else []
+    for held, causes in parts[:50]:
+        lines = told(graph, causes, found, 5 if held else 20)
+        for word, is_skipped in (("held up", False), ("skipped", True)):
+            those = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
+            lines += [f"    {word}: {some_names(those)}"] if those else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    between = stories(max(8, len(names)), [units[name] for name in asked if found.get(name)])
+    between = told(graph, [units[name] for name in asked if found.get(name)], found, max(8, len(names)))
     return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
+
+
+def told(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]], most: int) -> list[str]:
+    """Return a sentence on each of the first `most` units, and how many more there are."""
+    lines = []
+    for u in units[:most]:
+        line, guess = story(u, graph.now, found.get(u.unit_name, {})), ""
+        if u.status == NOT_REGISTERED:  # it may be misspelt
+            wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+            line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+            known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
+            guess = resembling(u.unit_name, known.difference(wanted_by))
+        lines.append(line + meant(guess, "."))
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
 def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
@@ -5110,17 +5123,15 @@ def exported(path: str) -> dict[str, str]:
     if len(data) > MAX_ENV:
         raise too_large
     values: dict[str, str] = {}
-    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        name, found, value = line.partition("=")
-        if not line:
-            continue
-        if not found or not is_variable(name) or "\0" in value:
-            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
-            value.encode()
-        except UnicodeEncodeError:
+            name, found, value = line.decode().partition("=")
+        except UnicodeDecodeError:
             raise Refused(f"line {number} of its $CODER_SYNC_ENV is not UTF-8") from None
-        values[name] = value
+        if found and is_variable(name) and "\0" not in value:
+            values[name] = value
+        elif line:
+            raise Refused(f"line {number} of its $CODER_SYNC_ENV is not NAME=VALUE")
     if len(encode(values)) > MAX_ENV:
         raise too_large
     return values
@@ -5556,6 +5567,13 @@ class Task:
         elif self.state in (RUNNING, READY):
             self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
 
+    def ended_by_others(self, outcome: str) -> None:
+        """Take note of an outcome that somebody else has reported; the end of what runs on will be a death."""
+        lives = self.state in (RUNNING, READY, ENDING)
+        self.settle(outcome)
+        if outcome == COMPLETED and lives:
+            self.report("running")
+
     def report(self, method: str, **params: Any) -> None:
         """Tell the agent."""
         self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
@@ -5657,14 +5675,16 @@ class Run(Task):
             self.end("", by=0.0)
 
     def news(self, method: str, news: Answer) -> None:
-        """End the command if the agent says so."""
+        """End the command if the agent says so; go on with it if others say that the unit is complete."""
         if method == "stop" and news.unit == self.unit:
             self.stop("stopped", time.monotonic() + news.grace)
+        elif method == "unit" and news.status == COMPLETED and not self.reported:
+            self.ended_by_others(COMPLETED)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.prober:
-            self.report("owner", ready=shown_probe(self.limits.ready))
+            self.report("owner", pid=self.family.pid, ready=shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
@@ -5971,7 +5991,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if {unit, edge.dependency} <= by_name.keys():
+        if unit in by_name and edge.dependency in by_name:
             wants = by_name[unit].want
             if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
                 wants.append(edge)
@@ -6613,9 +6633,7 @@ class Boot:
         job.outcome, job.reason = status, reason or job.why or job.reason
         self.unfinished -= 1
         if not job.reported:
-            job.settle(status)
-            if status == COMPLETED and job.lives():  # also while it is being ended: or its end would not be a death
-                job.report("running")
+            job.ended_by_others(status)
         if status != COMPLETED:
             self.another("failed")
 
@@ -6770,20 +6788,21 @@ class Front:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
-        if data and self.said and self.command:
-            os.kill(os.getpid(), 15)  # which is passed on
         self.said += zip(data[::2], data[1::2])
         if not data:
             self.loop.forget(self.link)
+        elif self.command and len(self.said) > 1:
+            os.kill(os.getpid(), 15)  # which is passed on
 
     def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
         """Pass signals on until something has happened, or for so many seconds."""
         deadline = time.monotonic() + patience
         while not over() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
-                if number != signal.SIGWINCH and not self.ended:  # which is for COMMAND
+                if number != signal.SIGWINCH:  # which is for COMMAND
                     self.signal = number
-                    signal_to(self.pid, number)
+                    if not self.ended:
+                        signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
@@ -7222,9 +7241,8 @@ def cmd_boot(args: Args) -> int:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
         forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "did you forget -- before the command?\n" if forgotten else ""
-        put(f"error: nothing was run:\n{error}\n{hint}", 2)
-        return error.exit_code
+        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
         return 0
@@ -7477,7 +7495,7 @@ Methods and their parameters:
 "waiting" when the wait begins and every {REPORT_EVERY:.0f} s. With "hold" the connection holds the unit, which fails if
 it closes first. With "confirm" a start is undone if the connection closes before `confirm`. "supervisor", `boot`,
 `owner`, `probing`, `retry`, `running` and `exited` are for who runs the command of a unit, and is told by the
-notifications "stop" and, of a boot, "unit".
+notifications "stop" and "unit": of a boot each status, else what others have ended.
 
 Error codes:
 {errors}

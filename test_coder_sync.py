@@ -410,14 +410,15 @@ class Rules:
         while answers:
             for claim, answer in answers:
                 self.told.append(f"{claim.ticket} {self.said(claim, answer)}")
-                if claim.ticket not in self.late and not isinstance(answer, coder_sync.Stopping):
+                if claim.ticket not in self.late and not isinstance(answer, coder_sync.Notice):
                     self.units.delivered(claim)
             answers = self.answers()
 
     def said(self, claim: Any, answer: Any) -> str:
         """An answer in words."""
-        if isinstance(answer, coder_sync.Stopping):
-            return f"stop {answer.unit} in {answer.grace:g}"
+        if isinstance(answer, coder_sync.Notice):
+            unit, what = answer.params.values()
+            return f"stop {unit} in {what:g}" if answer.method == "stop" else f"told {unit}:{what}"
         if isinstance(answer, Exception):
             self.errors[claim.ticket] = answer
             return type(answer).__name__
@@ -487,10 +488,9 @@ def scenarios(table: str) -> Any:
     )
 
 
-# What a random run of the model below finds as surely is not here.
+# What a random run of the model below finds as surely is not here: orders, locks, claims that end, services, stops.
 @scenarios("""
 # want
-want registers the unit and not what it wants: want b a c => | a:not-registered b:pending c:not-registered
 want is all or nothing when an edge closes a cycle:
     want b a; want a x b y => !CycleError | a:not-registered b:pending | says cycle detected: a -> b -> a
 a unit cannot depend on itself:
@@ -500,9 +500,6 @@ another requirement for an edge is refused whole: want b a; want b x!start a
 an unknown requirement is refused: want b a!perfection; wait #1 a!perfection
     => !Refused, !Refused | | says no such requirement: perfection; use one of success, completion, start
 # start
-a start waits until all dependencies are met:
-    start c #1 a b; start a #2; complete a; start b #3; complete b
-    => #2 ok, #3 ok, #1 ok | a:completed b:completed c:started
 a started unit is not started again: start a #1 by=42; start a #2 x
     => #1 ok, !AlreadyStarted | a:started | says unit "a" is already started by script 42 (pid 42)
 nor is it when its owner has gone: start a #1 by=42; die 42; start a #2
@@ -511,8 +508,6 @@ nor is it when its owner has gone: start a #1 by=42; die 42; start a #2
 of starts that wait the oldest wins and the others are answered:
     start b #1 a; start b #2; start b #3; start a #4; complete a
     => #4 ok, #1 ok, #2 AlreadyStarted, #3 AlreadyStarted | a:completed b:started | says unit "b" is already started
-a completed unit is pending as soon as it is asked to start again:
-    start a #1; complete a; want b a; start a #2 x; start b #3 => #1 ok | a:pending b:pending x:not-registered
 # complete, fail
 the outcome of an unregistered name is refused: want b a; complete a; fail ghost => !NotRegistered, !NotRegistered
     | a:not-registered b:pending | says unit "ghost" is not registered; call want, start or run on it first
@@ -548,13 +543,6 @@ a wait ends with the first that fails:
 # claims: each ends in one way
 a plain start that ends leaves its unit pending, a held one fails it:
     start b #1 a; start c #2 a held; lose #1 #2; want a; complete a => | a:completed b:pending c:failed
-an answer that finds nobody goes to the next in line:
-    start b #1 a late held; start b #2; want a; complete a; lose #1 => #1 ok, #2 ok | a:completed b:started
-none is granted because another of the same caller has ended:
-    start x #1 lock=k held; start a #2 lock=k held; start b #3 lock=k; lose #1 #2
-    => #1 ok, #3 ok | a:failed b:started x:failed
-a lock does not stay with whom nobody runs: start a #1 lock=k late; start a #2 held; lose #1 #2; start b #3 lock=k
-    => #1 ok, #3 ok | a:failed b:started
 time that is up ends a plain start: start b #1 a within=5; sleep 4; sleep 1; want a; complete a
     => #1 TimedOut | a:completed b:pending | says timeout waiting for dependencies of unit b: a not registered
 time that is up fails the unit of a held start:
@@ -570,11 +558,7 @@ without a time a start or a wait waits on: start b #1 a; wait #2 a; sleep 99999 
 a start whose process ends is answered: start b #1 a held; quit #1
     => #1 Refused | a:not-registered b:failed | says unit "b" was not started: its process has ended
 # locks
-who waits for two locks goes before those that came later for one:
-    start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l; start d #4 lock=k; complete a; start e #5 lock=l;
-    complete b
-    => #1 ok, #2 ok, #4 ok, #3 ok | a:completed b:completed c:started d:started e:pending
-but not if it gives up, or has to wait for something else:
+who waits for two locks goes first, unless it gives up or has to wait for something else:
     start a #1 lock=k; want w; complete w; start b #2 lock=k,l within=5; start c #3 lock=l; start d #4 w lock=k,m;
     start e #5 lock=m; sleep 5; start w #6
     => #1 ok, #2 TimedOut, #3 ok, #6 ok, #5 ok | a:started b:pending c:started d:pending e:started w:started
@@ -593,21 +577,13 @@ while one is claimed too: start b #1 x by=42; boot #b a b
     first
 but not if who started it has gone: start b #1 by=42; die 42; boot #b a b => #1 ok, #b a started, #b b started |
     a:started b:started
-with a cycle too: want b a; boot #b a:b c => !CycleError | a:not-registered b:pending
 with one name twice too: boot #b a a => !Refused | | says a boot names a unit twice
-a finished boot may be repeated in order, and with other edges:
-    boot #a a b:a; complete a #a.a; complete b #a.b; boot #b a:b b; complete b
-    => #a a started, #a a completed, #a b started, #a b completed, #b b started, #b b completed,
-    #b a started | a:started b:completed
 no more than so many jobs run at once: boot #b a b c jobs=2; start d #1; complete b; boot #c e
     => #b a started, #b b started, #1 ok, #b b completed, #b c started, #c e started | a:started b:completed c:started
     d:started e:started
 a place goes to the first that can use it: start x #1 lock=k; boot #b a@k b c:b d jobs=1; complete b
     => #1 ok, #b b started, #b b completed, #b d started | a:pending b:completed c:pending d:started x:started
 # reset
-reset makes ended units pending, with those skipped because of them, unless another failed, too:
-    want c b; want b a; want a; fail a; want d a x; want x; fail x; reset a
-    => | a:pending b:pending c:pending d:skipped x:failed
 a started unit is not reset, nor anything with it: want a; complete a; start b #1 by=42; reset a b; die 42; reset
     => #1 ok, !Refused, !Refused | a:completed b:started | says unit "b" is started by script 42 (pid 42), which is no
     longer running, and cannot be reset; `complete b` or `fail b` lets others go on
@@ -619,7 +595,7 @@ a supervisor's claim lasts until the command has ended:
     => #1 ok, !AlreadyStarted, #3 ok | a:started | says unit "a" still runs (pid 42): stop it first
 what has failed keeps its lock until its command has ended:
     start a #1 supervised lock=k; start b #2 lock=k; fail a; start a #3; exit #1
-    => #1 ok, !AlreadyStarted, #2 ok | a:failed b:started
+    => #1 ok, #1 told a:failed, !AlreadyStarted, #2 ok | a:failed b:started
 what dies has failed, and who waits is skipped:
     start db #1 supervised; complete db #1 running; start app #2 db x; want x; exit #1 code=1 reason=exit_code_1;
     complete x
@@ -628,9 +604,8 @@ what dies has failed, and who waits is skipped:
 what its supervisor was told to end was stopped: start db #1 supervised; complete db #1 running; exit #1 code=1 stopped;
     start app #2 db
     => #1 ok, #2 DependencyFailed | app:skipped db:failed | says unit "app" skipped: dependency "db" failed (stopped)
-what another has ended was not: start a #1 supervised; complete a; exit #1 stopped => #1 ok | a:completed
-a death may be reported as a failure: start a #1 supervised; complete a #1 running; fail a #1; start a #2
-    => #1 ok, #2 ok | a:started
+what another has ended was not: start a #1 supervised; complete a; exit #1 stopped
+    => #1 ok, #1 told a:completed | a:completed
 a boot is notified of a death: boot #b a; complete a #b.a running; exit #b.a code=1
     => #b a started, #b a completed, #b a failed | a:failed
 what runs on keeps a boot from running:
@@ -639,10 +614,6 @@ what runs on keeps a boot from running:
     still runs (pid 42) from an earlier boot: stop it, or boot with --resume
 what another supervisor runs too: start a #1 supervised by=42; complete a #1 running; boot #b a
     => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42): stop it, or boot with --resume
-to resume leaves alone what has completed:
-    boot #a a b:a c:a,b; complete a #a.a running; fail b #a.b; boot #b a b:a c:a,b resume; complete b #b.b
-    => #a a started, #a a completed, #a b started, #a b failed, #a c skipped, #b b started, #b b completed,
-    #b c started | a:completed b:completed c:started
 what runs on is not reset: start a #1 supervised by=42; complete a #1 running; reset a
     => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42) and cannot be reset; stop it first
 # stop
@@ -650,23 +621,11 @@ what runs is told to end, and has failed, whatever its command says:
     start a #1 supervised; stop #s a within=8; complete a #1; start b #2 a
     => #1 ok, #1 stop a in 8, #s stopped a, #2 DependencyFailed | a:failed b:skipped | says unit "b" skipped: dependency
     "a" failed (stopped)
-dependents end first, also through those that do not run, and what does not depend on the units does not end:
-    boot #b db mid:db app:mid other; complete db #b.db running; complete mid #b.mid; stop #s db within=8;
-    fail app #b.app; exit #b.db
-    => #b db started, #b other started, #b db completed, #b mid started, #b mid completed, #b app started,
-    #b stop app in 8, #b app failed, #b stop db in 8, #b db failed, #s stopped app db
-    | app:failed db:failed mid:completed other:started
-when half of the time is over all are told: boot #b db app:db; complete db #b.db running; stop #s within=8; sleep 4;
-    exit #b.db; fail app #b.app
-    => #b db started, #b db completed, #b app started, #b stop app in 8, #b stop db in 4, #b db failed, #b app failed,
-    #s stopped db app | app:failed db:failed
 what waits is ended at once: boot #b db app:db; stop #s within=8; fail db #b.db
     => #b db started, #b app failed, #b stop db in 8, #b db failed, #s stopped app db | app:failed db:failed
 a start that waits is refused, and its unit has failed: start a #1 x; start b #2 a; start c #3 x; stop #s a
     => #1 Refused, #2 DependencyFailed, #s stopped a | a:failed b:skipped c:pending x:not-registered | says unit "b"
     skipped: dependency "a" failed (stopped)
-who waits behind a held start is refused with it: want x; start a #1 x held; start a #2; stop #s x; complete x
-    => #1 Refused, #2 Refused, #s stopped a | a:failed x:completed | says unit "a" was not started: stopped
 what has no supervisor cannot be stopped: start a #1 by=42; start b #2 supervised; start c #3 held; stop #s within=8;
     fail b #2 => #1 ok, #2 ok, #3 ok, #2 stop b in 8, #s stopped b cannot a(script 42) c(-)
     | a:started b:failed c:started
@@ -676,22 +635,9 @@ what does not end is left, and not told again:
 what a lost supervisor ran is left too, until it is dead: start a #1 supervised by=42; complete a #1 running;
     stop #s within=8; lose #1; stop #t; die 42; stop #u
     => #1 ok, #1 stop a in 8, #s left a(script 42), #t cannot a(script 42), #u nothing | a:failed
-a second stop joins the first, and may leave less time, but not more: boot #b db app:db; complete db #b.db running;
-    stop #s within=8; stop #t within=0; stop #u app within=9; exit #b.db; fail app #b.app
-    => #b db started, #b db completed, #b app started, #b stop app in 8, #b stop db in 0, #b stop app in 0,
-    #b db failed, #b app failed, #s stopped db app, #t stopped db app, #u stopped app | app:failed db:failed
-a stop goes on without who asked: boot #b db app:db; complete db #b.db running; stop #s within=8; lose #s;
-    fail app #b.app; exit #b.db
-    => #b db started, #b db completed, #b app started, #b stop app in 8, #b app failed, #b stop db in 8,
-    #b db failed | app:failed db:failed
-what becomes ready while it is being stopped does not count:
-    start a #1 supervised; start b #2 a; stop #s a within=8; complete a #1 running; exit #1
-    => #1 ok, #1 stop a in 8, #2 DependencyFailed, #s stopped a | a:failed b:skipped
 nor does what a script reports of it: start a #1 supervised; stop #s a within=8; complete a; fail a; fail a #1
     => #1 ok, #1 stop a in 8, !Refused, #s stopped a | a:failed | says unit "a" is being stopped and cannot become
     completed
-a lock passes on when what is stopped has ended: start a #1 supervised lock=k; start b #2 lock=k; stop #s a within=8;
-    sleep 1; fail a #1 => #1 ok, #1 stop a in 8, #2 ok, #s stopped a | a:failed b:started
 """)
 def test_rule(rules: Rules, steps: str, outcome: str) -> None:
     answers_and_statuses, _, message = outcome.partition(" | says ")
@@ -875,7 +821,7 @@ def test_a_long_chain_of_skips_is_bounded_and_still_knows_what_failed(units: Uni
     names = chain(units, 500, name=name)
     units.end(names[0], Outcome("failed", reason))
     reasons = [units.status(n).reason for n in names]
-    assert max(map(len, reasons)) <= 2 * (coder_sync.MAX_REASON + coder_sync.MAX_NAME)
+    assert max(map(len, reasons)) <= 2 * coder_sync.MAX_REASON + 100
     assert all(r.startswith(f'dependency "{before}" ') for before, r in zip(names, reasons[1:]))
     assert f'dependency "{names[0]}" failed' + (f" ({reason[:20]}" if reason else "") in reasons[-1]
 
@@ -912,9 +858,9 @@ so is who comes first:
     => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
     c: waits_for lock l, which b is to have first, blocked_by l by b
 the places of a boot are no locks by name:
-    boot #b a b@k jobs=1; show b locks blocked_by waits_for; sleep 1; complete a;
-    show b waiting ready started released_by
-    => b: locks k, blocked_by -, waits_for one of 1 places to run, which a has;
+    boot #b a b@k c:b@l jobs=1; show b locks blocked_by waits_for; show c locks blocked_by waits_for; sleep 1;
+    complete a; show b waiting ready started released_by
+    => b: locks k, blocked_by -, waits_for one of 1 places to run, which a has; c: locks l, blocked_by -, waits_for b;
     b: waiting 0, ready 0, started 1, released_by a
 a dependency that need not succeed is met by a failure:
     start b #1 a!completion good!completion; want good; complete good; want a; fail a oops; sleep 2.5;
@@ -948,8 +894,8 @@ of a start whose answer found nobody no time is left:
 a failure has an exit status, and success too: want a; fail a oops code=3; want b; complete b; show a reason exit_code;
     show b reason exit_code => a: reason oops, exit_code 3; b: reason -, exit_code 0
 what runs, its tries and its probe are remembered: start a #1 held by=41; sleep 1; own #1 reason=tcp:1;
-    show a owner reason probe; retry #1; own #1 by=42; sleep 1; complete a; show a owner reason tries
-    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: owner script 42, reason -, tries 1
+    show a owner reason probe; retry #1; own #1 by=42; sleep 1; complete a; show a owner reason tries probe
+    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: owner script 42, reason -, tries 1, probe -
 whether what ran for somebody is alive is looked at while it may be: start a #1 by=42; die 42; show a owner; complete a;
     show a owner => a: owner script 42, dead; a: owner script 42
 a service is completed as long as it lives:
@@ -1528,9 +1474,11 @@ class Play:
         ends: dict[str, Any] = {}
         for claim, answer in self.rules.answers():
             ticket = claim.ticket
-            if isinstance(answer, coder_sync.Stopping):
+            if isinstance(answer, coder_sync.Notice) and answer.method == "stop":
                 started = next(t for t, c in self.rules.claims.items() if c is claim)
-                tellings[started] = (answer.unit, answer.grace)
+                tellings[started] = (answer.params["unit"], answer.params["grace"])
+            elif isinstance(answer, coder_sync.Notice):
+                assert statuses(units)[answer.params["unit"]] == answer.params["status"]
             elif isinstance(claim, coder_sync.Stop):
                 rows = {what: [row if isinstance(row, str) else row.unit for row in answer[what]] for what in answer}
                 ends[ticket] = {what: sorted(names) for what, names in rows.items()}
@@ -1635,11 +1583,12 @@ def test_what_is_not_one_json_value_is_refused(codec: str) -> None:
 
 def test_garbage_is_refused_where_nobody_has_imported_json() -> None:
     program = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync
+print("json" in sys.modules)  # the scanner of 3.8 imports it for an error
 for line in {GARBAGE!r}:
     try: print("accepted", line, coder_sync.decode(line))
     except coder_sync.ParseError: pass
-print(coder_sync.decode(b"[1]"), "json" in sys.modules)"""
-    assert subprocess.check_output([*PYTHON, program]) == b"[1] False\n"
+print(coder_sync.decode(b"[1]"))"""
+    assert subprocess.check_output([*PYTHON, program]) == b"False\n[1]\n"
 
 
 def test_32_levels_are_read_and_33_are_not(codec: str) -> None:
@@ -1793,6 +1742,13 @@ def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(coder_sync, "LONGEST_POLL", 0.01)
         threading.Timer(0.1, theirs.sendall, [b'{"jsonrpc": "2.0"}\n']).start()
         assert (channel.receive(9e8), channel.receive(0.01)) == ({"jsonrpc": "2.0"}, None)
+
+
+def test_an_error_about_the_whole_connection_is_the_answer_to_a_request() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(coder_sync.encode(coder_sync.error_message(None, Unreachable("no room"))))
+    with coder_sync.Channel("x", sock=ours) as channel, theirs, pytest.raises(Unreachable, match="no room"):
+        channel.call("ping")
 
 
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
@@ -1996,24 +1952,17 @@ def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, wo
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
 COMPLETIONS = {
     "": [*coder_sync.COMMANDS],
-    "st": ["start", "stop", "status"],
     "--s": ["--socket-path"],
     "exp sync com": ["complete", "completion"],
-    "exp sync ": [*coder_sync.COMMANDS],
     "help tim": ["timeline"],
     "--socket-path=PATH exp sync want a p": ["pip"],
     "--socket-path PATH want a p": ["pip"],
-    "--socket-path /nowhere start ": [],
     "start --socket-path=/nowhere ": [],
     "start ": UNITS_THERE,
-    "start my": ["my unit"],
-    "want a b p": ["pip"],
     "start a --want p": ["pip"],
     "start a --w": ["--want"],
-    "list --o": ["--output"],
     "list -o ": ["table", "json"],
     "list --output=j": ["--output=json"],
-    "list --output=": ["--output=table", "--output=json"],
     "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
@@ -2028,6 +1977,8 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
+    assert coder_sync.bash_candidates("coder_sync.py completion ", "") == ["bash", "zsh"]
+    assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
     assert call.ok(agent, "completion", "zsh", "--", "start", "") == ""
@@ -2063,9 +2014,7 @@ def test_zsh_completes_commands_units_and_files(agent: World, tool_there: str) -
 
     assert complete("st") == ["start", "status", "stop"]
     assert complete("start", "") == sorted([*UNITS_THERE, "a$(touch oops)"])
-    assert complete("start", "--wan") == ["--want"]
     assert complete("boot", "") == sorted(p.name for p in agent.directory.iterdir())
-    assert complete("--socket-path", "/nowhere", "start", "x") == []
     assert not (agent.directory / "oops").exists()
 
 
@@ -3968,6 +3917,10 @@ $ run a --retry 3 2s -- true -> 2: run: unexpected '2s' (usage: ...
 $ run a sh -> 2: run: unexpected 'sh'; did you forget -- before the command? (usage: ...
 $ run a; run a -- -> 2: run: a command must follow -- (usage: coder_sync.py run UNIT [OPTION]... -- COMMAND ARG...)
 $ serve -- -> 2: serve: a command must follow -- (usage: coder_sync.py serve [OPTION]... [-- COMMAND ARG...])
+$ boot nowhere -- true ->
+! error: nothing was run:
+! nowhere: ...
+exit 2
 $ boot nowhere sleep 1 ->
 ! error: nothing was run:
 ...
@@ -4260,7 +4213,9 @@ NO_AGENT = "$ start a --connect-timeout 0; ping -> 3: ...PATH...{}\n"  # and why
 
 
 def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> None:
+    began = time.monotonic()
     play(call, world, NO_AGENT.format("no such file; ...serve --detach --socket-path PATH..."))
+    assert time.monotonic() - began < coder_sync.CONNECT_TIMEOUT  # a question is asked once
     listener(world.path).close()
     play(call, world, NO_AGENT.format("connection refused; who made it is gone: build the tunnel..."))
     os.unlink(world.path)
@@ -4446,8 +4401,9 @@ def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
     processes = waiting(world)
-    for _ in range(4):  # until it has been silent for longer than NAMED_AFTER, as is normal
+    for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
+    assert [process.poll() for process in processes] == [None] * len(processes)
     agent.send_signal(signal.SIGSTOP)
     for process in processes:
         done = finish(process)
@@ -4555,14 +4511,6 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
     assert rows == [("a", "started"), ("b", "completed"), ("c", "completed")]
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
-def test_an_agent_with_closed_standard_streams_serves(world: World, closed: str) -> None:
-    agent = world.spawn(["sh", "-c", f"exec {sys.executable} -IS {installed()} serve {closed}"])
-    world.client.ping(wait=PATIENCE)
-    served(world)
-    assert stopped(agent).returncode == 0
-
-
 @pytest.mark.skipif(not shutil.which("localedef"), reason="no localedef")
 def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(world: World) -> None:
     name = "de_DE.ISO-8859-1"
@@ -4620,19 +4568,15 @@ def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
 def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(agent: World) -> None:
     waiting = agent.popen("run", "b", "--want", "a", "--", "echo", "ran")
     agent.waiting("b")
-    assert agent.run("run", "a", "--", "sh", "-c", "exit 100").returncode == 100
+    words = ["run", "a", "--retry", "2", "--retry-delay", "100ms", "--", "sh", "-c", "exit 100"]
+    done = finish(agent.spawn(altered("coder_sync.LONGEST_DELAY = 0.15", *words)))
+    tries = [f"a: try {n} of 3 after exit code 100, in {delay}s\n" for n, delay in ((2, 0.1), (3, 0.15))]
+    assert (done.returncode, done.stderr) == (100, "".join(tries))
     done = finish(waiting)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.endswith('error: unit "b" skipped: dependency "a" failed (exit code 100)\n')
     with pytest.raises(DependencyFailed, match=r'"b" was skipped: dependency "a" failed \(exit code 100\)'):
         agent.client.start("c", want=["b"])
-    again = agent.popen("run", "a", "--", "sh", "-c", "echo on; read x", stdin=subprocess.PIPE)
-    assert line_of(again.stdout) == "on\n"
-    revived = agent.popen("run", "b", "--", "true")  # when its dependency is started again
-    agent.waiting("b")
-    again.communicate("\n", timeout=PATIENCE)
-    assert agent.status("a") == "completed"
-    assert finish(revived).returncode == 0
 
 
 def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_without(agent: World) -> None:
@@ -4645,6 +4589,31 @@ def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_withou
     done = agent.run("--socket-path", "none", *words[:2], "--optional", *words[2:], env=env)
     assert (done.returncode, done.stdout) == (5, f"{agent.directory}/none\n")
     assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
+
+
+def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "file:never", "--ready-timeout", "300ms")
+    until(lambda: agent.client.status("a").owner.pid == pid)
+    agent.ok("complete", "a")
+    until(lambda: agent.client.status("a").running_on)
+    time.sleep(0.4)  # for longer than it may take to become ready
+    assert agent.status("a") == "completed" and process.poll() is None
+    os.kill(pid, signal.SIGKILL)
+    assert finish(process).returncode == 137
+    failed = agent.client.status("a")
+    assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
+
+
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
+    process, pid = held(agent, "a", "--ready", "true")
+    until(lambda: agent.client.status("a").running_on)
+    killed(process)
+    until(lambda: agent.status("a") == "failed")
+    reason = agent.client.status("a").reason
+    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) ended; that process may still run", reason)
+    assert f"{reason} (it does)" in agent.ok("list") and f"(pid {pid})" in agent.run("stop", "a").stderr
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
 
 
 @pytest.mark.parametrize(("ready", "what"), [([], r"its outcome \(exit code 6\)"), (["--ready", "true"], "its end")])
@@ -4834,17 +4803,19 @@ def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent
     assert finish(run).returncode == 1
 
 
-def test_a_run_says_once_more_what_a_stopped_agent_was_not_told_and_waits_once(world: World, gate: Gate) -> None:
+@pytest.mark.parametrize("how", [stop, killed])
+def test_a_run_says_what_an_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate, how: Any) -> None:
     agent = world.serve()
-    command = ["run", "a", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
-    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", *command))
+    command = ["--ready", "notify", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
+    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", "run", "a", *command))
     gate.reached()
-    stop(agent)
+    how(agent)
     gate.open()
     gate.keep_open(lambda: run.poll() is not None)
     said = finish(run).stderr
-    for what in ("try 2 of 3 after exit code 3", "try 3 of 3 after exit code 3", "its outcome (exit code 3)"):
-        assert f"warning: a: {what} may not have been reported: " in said
+    late = "after ended before it was ready (exit code 3)"
+    for what in (f"try 2 of 3 {late}", f"try 3 of 3 {late}", "what says that it is ready", "its outcome (exit code 3)"):
+        assert said.count(f"warning: a: {what} may not have been reported: ") >= 1 + what.startswith("what"), said
 
 
 class Supervisor:
@@ -4888,7 +4859,7 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     other = world.connect()
     other.request("stop", grace=0.5)
     other.close()
-    stopping = world.popen("stop", "--grace", "0.5s")
+    stopping = world.spawn(altered("coder_sync.NAMED_AFTER = 0.2", "stop", "--grace", "0.5s"))  # silence is normal
     app.told()
     db.told()
     app.ended()
@@ -5295,13 +5266,14 @@ import builtins, marshal, os, signal
 def hook(module, name):
     function = getattr(module, name)
     def then(*words):
+        setattr(module, name, function)
         half = function(*words)
         os.kill(os.getpid(), signal.SIGINT)
         return half
     setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""  # a signal as soon as a half has been loaded
+"""  # a signal as soon as something has been loaded
 
 
 @BOTH_FORMS
@@ -5311,6 +5283,21 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
     done = command(world, *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as nohup does
     assert (done.returncode, done.stdout) == (0, f"coder_sync {coder_sync.__version__}\n")
+
+
+@NAMESPACES
+@BOTH_FORMS
+def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None:
+    done = command(world, *UNSHARE, *PYTHON, HOOK.replace("SIGINT", "SIGTERM") + LAUNCH, tool(world, form), "serve")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+@BOTH_FORMS
+def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
+    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
+        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
 
 
 @BOTH_FORMS
@@ -6171,6 +6158,10 @@ nothing waits, runs long or was skipped
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
 "a" started 30s ago, at once; it is still running.
+? why: odd ends: its dependency was never started
+"its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
+"never started" has not started: nobody has called start on it; it is ready.
+    held up: its dependency was never started
 ? why: odd ends
 "never started" has not started: nobody has called start on it; it is ready.
     held up: its dependency was never started
@@ -6459,17 +6450,6 @@ def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
         assert text.count("\n") == 7 + len(boxes) + len(lines) + len(path)
 
 
-def test_why_tells_of_each_unit_that_is_stuck_whom_it_waits_for() -> None:
-    for graph in ANY:
-        everything = coder_sync.why_text(graph)
-        for u in graph.nodes:
-            if u.is_waiting or u.status in ("skipped", "failed"):
-                assert u.unit_name in everything or " more" in everything, u
-            text = coder_sync.why_text(graph, [u.unit_name])
-            assert text.startswith(f'"{u.unit_name}" ')
-            assert all(f'"{cause}"' in text for cause in coder_sync.obstacles(graph)[u.unit_name])
-
-
 def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
     later = startup_of(
         130, *(unit(f"u{i}", 100, 100 + 10 * i, 110 + 10 * i, released_by="u0" * i, tries=[115.5]) for i in (0, 1))
@@ -6529,20 +6509,16 @@ def test_a_tree_is_bounded_in_depth_and_breadth() -> None:
     assert len(coder_sync.graph_tree(graph).splitlines()) == 12 + 12 * 12 * 12  # not 12 ** 12
 
 
-def test_why_goes_down_a_chain_to_its_end() -> None:
+def test_why_goes_down_a_chain_to_its_end_and_names_not_too_many() -> None:
     lines = coder_sync.why_text(CHAIN, ["u0"]).splitlines()
     assert lines[:2] == [f'"u{i}" has not started: for 1m00s it has been waiting for "u{i + 1}".' for i in range(2)]
     assert lines[8:10] == ["(4991 more like these)", '"u4999" started 1m00s ago, at once; it is still running.']
     assert lines[10] == f"    held up: {', '.join(f'u{i}' for i in range(4998, 4978, -1))} and 4979 more"
     assert coder_sync.why_text(CHAIN).splitlines() == lines[9:]
-
-
-def test_why_names_each_unit_once_and_not_too_many() -> None:
     several = [unit(f"b{i}", wants=[f"c{j}" for j in range(30)]) for i in range(30)]
     graph = startup_of(0, unit("a", 0, wants=[f"b{i}" for i in range(30)]), *several)
     lines = coder_sync.why_text(graph, ["a"]).splitlines()
-    assert len(lines) == 8 + 1 + 20 + 1
-    assert lines[0].endswith('"b19" and 10 more.')
+    assert len(lines) == 8 + 1 + 20 + 1 and lines[0].endswith('"b19" and 10 more.')
     assert lines[-1] == "(10 more like these)"
 
 
@@ -7112,6 +7088,7 @@ def test_an_empty_directory_is_no_mistake_with_a_command(world: World, call: Cal
     wrong = [[path], [path + "x", "--", "true"], [path, "--check"], [], [path, "--jobs", "many"], [path, "--"]]
     for words in [*wrong, [path, "--timeline", "t.doc"]]:
         assert call(world, "boot", *words).returncode == 2, words
+    assert call.ok(world, "boot", startup(world, {"a": ""}), "--check") == "UNIT\na\n1 script, no mistakes\n"
 
 
 def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
@@ -7799,6 +7776,8 @@ def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_the
 @needs_proc
 def test_a_quiet_boot_that_succeeds_says_nothing_and_leaves_no_output_open_behind_a_daemon(world: World) -> None:
     files, quick = {"a": "echo a; sleep 0.1", "b": "sleep 60 &"}, "coder_sync.REPORT_EVERY = 0.01"
+    (world.directory / "logs").mkdir()
+    (world.directory / "logs" / "a.log").write_text("of an earlier boot\n")
     boot = Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick)
     assert boot.ends(0, "", leaves=True) == ""  # which reads to the end of file
     assert (world.directory / "logs" / "a.log").read_text() == "a\n"
@@ -7840,15 +7819,6 @@ def spy(pid, *numbers):
     return numbers[0] == {deaf} or signal_to(pid, *numbers)
 coder_sync.signal_to = spy
 """  # writes down what is sent, and does not send what a process is to be deaf for
-
-
-def sent(world: World) -> dict[str, list[int]]:
-    """The signals that each process or group was sent, but SIGCONT; one that was repeated once."""
-    signals: dict[str, list[int]] = {}
-    for pid, number in map(str.split, read_lines(world.directory / "signals")):
-        if int(number) not in signals.setdefault(pid, []):
-            signals[pid].append(int(number))
-    return signals
 
 
 @needs_proc
@@ -7904,7 +7874,7 @@ def test_what_ignores_the_signal_is_killed_after_the_grace_or_at_a_second_one(wo
 @needs_proc
 def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gate: Gate) -> None:
     files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
-    files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate")
+    files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate", obeys="@timeout 50ms\nsleep 60 & sleep 60")
     end = Gate(world, "end")
     patch = f"coder_sync.LAST_WAIT = 0.5{SPY.format(deaf=9)}"
     told = Boot(world, files, "--grace", "100ms", patch=patch).ends(1, "", leaves=True)
@@ -7912,30 +7882,15 @@ def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gat
     lines = read_lines(world.directory / "signals")
     pids = re.findall(r"(?:exit code 3|timed out after 50ms); cannot be killed: (\d+) \(", told)
     assert len(pids) == 2 and all(lines.count(f"{pid} 15") == 1 and f"{pid} 9" in lines for pid in pids), told
-
-
-def test_a_script_past_its_timeout_is_told_once_and_a_process_group_that_is_gone_is_forgotten(
-    world: World, gate: Gate
-) -> None:
-    late = "@timeout 50ms\ntrap ': > told' TERM; while ! test -e told; do :; done; cat gate"
-    after = Gate(world, "after")
-    files = {"a": late, "b": "cat after &", "c": "sleep 60 & exit 3"}
-    boot = Boot(world, files, "--stay", "--grace", "10m", patch=SPY.format(deaf=None))
-    gate.open()
-    boot.says("failed: a (timed out after 50ms); ")
-    boot.says("staying")
-    after.open()
-    until(lambda: boot.scripts() == [])
-    boot.signal()
-    boot.ends(143, "")
-    assert all(numbers == [15] for numbers in sent(world).values())
+    others = {line.split()[0].lstrip("-") for line in lines} - {*pids}
+    assert all(f"{pid} 9" not in lines for pid in others), "what has obeyed is left alone"
 
 
 def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
     text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
     boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=None))
     gate.reached()
-    until(lambda: sent(world))
+    until((world.directory / "signals").exists)
     background = boot.background()
     os.kill(background, signal.SIGSTOP)
     time.sleep(1.5)
@@ -8025,6 +7980,7 @@ ESCAPES = {
     "stopped": "sleep 9 & kill -STOP $!; kill -STOP $$; sleep 8",
     "forks": "trap '' TERM; f() { (sleep 0.02; f) & }; f; wait; sleep 9",
     "failed": "(setsid sleep 9 &); sleep 9 & exit 3",
+    "unmarked": "env -i PATH=$PATH setsid sh -c 'echo $$ >> pids; exec sleep 9' & sleep 8",
 }
 
 
@@ -8034,6 +7990,8 @@ def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session
     boot = Boot(world, files, "--grace", "1s")
     boot.ends(1)
     assert {unit: lines.count(unit) for unit, lines in boot.said().items()} == dict.fromkeys(ESCAPES, 2)
+    pids = read_lines(world.directory / "pids")
+    assert len(pids) == 2 and not any(alive(int(pid)) for pid in pids)
     reasons = {reason.partition(";")[0] for reason in boot.unsuccessful().values()}
     assert reasons == {"failed: timed out after 400ms", "failed: exit code 3"}
 
@@ -8049,6 +8007,17 @@ def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) ->
     done = finish(agent.spawn(argv, env={**agent.env, **dict([mark.split("=")])}))
     assert done.returncode == (3 if "exit 3" in script else 124) and done.stdout == "0\n0\n", done
     assert marked(mark) == []
+
+
+@needs_proc
+def test_a_signal_to_a_run_that_ends_what_its_command_has_left_kills_that(agent: World) -> None:
+    run = agent.popen("run", "a", "--", "sh", "-c", "(trap '' TERM; echo $$; exec sleep 60) & exit 3")
+    first, began = int(line_of(run.stdout)), time.monotonic()
+    until(lambda: not alive(first))
+    time.sleep(0.2)
+    done = stopped(run)
+    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (3, "", "exit code 3")
+    assert time.monotonic() - began < coder_sync.Task.grace / 2
 
 
 def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World) -> None:
@@ -8170,15 +8139,11 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = (
-        "coder_sync.Output.write = lambda *args, was=coder_sync.Output.write, patience=0.0: was(*args, patience / 5)"
-    )
+    sooner = "was = coder_sync.Output.write\n"
+    sooner += "coder_sync.Output.write = lambda *args, patience=0.0: was(*args, patience / 5)"
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
-
-    def full() -> bool:
-        return bool(struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000)
 
     def stands_still() -> str:
         io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
@@ -8187,7 +8152,7 @@ def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None
         time.sleep(0.02)
         return before if before == io.read_text() else ""
 
-    until(full)
+    until(lambda: struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000, "a full pipe")
     found = re.search(r"wchar: (\d+)", until(stands_still, "a script that has to wait for the reader"))
     assert found and int(found.group(1)) < 2e6
     boot.signal()
@@ -8244,10 +8209,10 @@ def late(*args):
 
 
 @pytest.mark.parametrize("hosted", [True, False])
-def test_a_signal_after_the_boot_is_not_lost_before_the_command_has_begun(world: World, hosted: bool) -> None:
+def test_a_signal_is_not_lost_before_the_boot_or_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    for name in ("Boot.finish", "remove_directory", "boot_at", "timeline_as"):
+    for name in ("in_background", "Boot.finish", "remove_directory", "boot_at", "timeline_as", "Front.hear"):
         patch = LATE.format(name=f"coder_sync.{name}")
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
@@ -8475,18 +8440,6 @@ coder_sync.Connection.send = send
     until(lambda: boot.left() == [])
 
 
-def test_an_agent_is_replaced_and_booted_at_any_number_of_times(world: World) -> None:
-    for _ in range(3):
-        for file in world.directory.glob("*.up"):
-            file.unlink()
-        world.ok("serve", "--replace", "--detach", "-q")
-        boot = Boot(world, STACK)
-        boot.ends(0, leaves=True)
-    world.client.shutdown()
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"] * 3
-
-
 # -- COMMAND, while services run
 
 
@@ -8562,16 +8515,10 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
 
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside services"])
 def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
-    become = f"""#!{sys.executable} -IS
-import os, sys
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-os.dup2(2, 3)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-    (world.directory / "become").write_text(become)
-    (world.directory / "become").chmod(0o755)
+    become = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.dup2(2, 3)"
+    under = [*PYTHON, f"{become}; os.execv(sys.argv[1], sys.argv[1:])"]
     script = "echo $((LISTEN_PID - $$)) $LISTEN_FDS; echo here >&3"
-    boot = Boot(world, files, "-q", "--", "sh", "-c", script, under=["./become"])
+    boot = Boot(world, files, "-q", "--", "sh", "-c", script, under=under)
     assert "here\n" in boot.ends(0, "0 1\n")
 
 
@@ -8853,7 +8800,7 @@ time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later
 def read(*args, was=coder_sync.Stream.read, **options):
     os.path.exists("later") or open("stuck").read()
     was(*args, **options)
-coder_sync.Stream.read, coder_sync.PING_AFTER = read, 0.1
+coder_sync.Stream.read, coder_sync.PING_AFTER, coder_sync.REPORT_EVERY = read, 0.1, 1e9
 """
     stuck = Gate(world, "stuck")
     agent = PlayedAgent(world, "cat gate; echo a", patch=held_up)
