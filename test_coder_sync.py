@@ -1542,10 +1542,10 @@ MESSAGES: list[dict[str, Any]] = [
 LINES = [coder_sync.encode(message) for message in MESSAGES]
 
 
-@pytest.fixture(params=["bare", "json package"])
+@pytest.fixture(params=["bare", "json-package"])
 def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to read and write JSON: the second is for a Python without the C module."""
-    if request.param == "json package":
+    if request.param == "json-package":
         monkeypatch.setitem(sys.modules, "_json", None)
         loads, dumps = coder_sync._codec()
         assert loads is not coder_sync._loads
@@ -4819,7 +4819,8 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     other = world.connect()
     other.request("stop", grace=0.5)
     other.close()
-    stopping = world.spawn(altered("coder_sync.NAMED_AFTER = 0.2", "stop", "--grace", "0.5s"))  # silence is normal
+    bears_silence = "coder_sync.NAMED_AFTER, coder_sync.STOP_PATIENCE = 0.2, 20.0"
+    stopping = world.spawn(altered(bears_silence, "stop", "--grace", "0.5s"))
     app.told()
     db.told()
     app.ended()
@@ -5306,9 +5307,8 @@ def test_the_copy_is_an_archive_with_the_source_as_it_was_and_imported_from_as_a
     assert command(agent, sys.executable, "-m", "coder_sync", "ping", env=env).stdout.startswith("agent at ")
     again = str(agent.directory / "copy")
     for source, seed in ((str(FILE), "1"), (again, "2")):  # the same input gives the same bytes
-        done = command(
-            agent, sys.executable, source, "install", again, env={**agent.shell_env(), "PYTHONHASHSEED": seed}
-        )
+        env["PYTHONHASHSEED"] = seed
+        done = command(agent, sys.executable, source, "install", again, env=env)
         assert (done.returncode, done.stdout) == (0, f"{again}: installed for {sys.executable}\n")
         assert Path(again).read_bytes() == installed().read_bytes()
 
@@ -5375,35 +5375,34 @@ def test_install_keeps_mode_and_owner_follows_links_and_replaces_in_one_step(wor
         assert stat.S_IMODE((world.directory / f"new-{umask}").stat().st_mode) == mode
 
 
-TROUBLES: dict[str, tuple[list[str], str, Callable[[Path], Any]]] = {
-    "directory": (["there"], "a directory is there", os.mkdir),
-    "fifo": (["there"], "no regular file is there", os.mkfifo),
-    "no directory": (["/nowhere/coder"], "No such file or directory; nothing was changed", lambda path: None),
-    "full disk": (["there"], "File too large; nothing was changed", lambda path: shutil.copy(FILE, path)),
-    "another program": (["there"], "another program is there; remove it first", lambda path: path.write_text("old")),
-    "a script that calls it": (
-        ["there"],
-        "another program is there",
-        lambda path: path.write_text("#!/bin/sh\n# coder_sync of our own\nexec /opt/coder_sync.py serve\n"),
-    ),
-    "no python": (["new", "--python", "./there"], "cannot run", lambda path: None),
-    "broken python": (
-        ["new", "--python", "./there"],
-        "cannot run coder_sync, which needs Python 3.8 or later: damaged",
-        lambda path: path.write_text("#!/bin/sh\necho damaged >&2; exit 1\n") and path.chmod(0o755),
-    ),
+OURS = "#!/bin/sh\n# coder_sync of our own\nexec /opt/coder_sync.py serve\n"
+NEEDS = "cannot run coder_sync, which needs Python 3.8 or later: damaged"
+TROUBLES: dict[str, tuple[str, str, Any]] = {  # words, what is said, what is in the way: a text, or what makes it
+    "directory": ("there", "a directory is there", os.mkdir),
+    "fifo": ("there", "no regular file is there", os.mkfifo),
+    "no-directory": ("/nowhere/coder", "No such file or directory; nothing was changed", None),
+    "full-disk": ("there", "File too large; nothing was changed", FILE.read_text(encoding="utf-8")),
+    "another-program": ("there", "another program is there; remove it first", "old"),
+    "a-script-that-calls-it": ("there", "another program is there", OURS),
+    "no-python": ("new --python ./there", "cannot run", None),
+    "broken-python": ("new --python ./there", NEEDS, "#!/bin/sh\necho damaged >&2; exit 1\n"),
 }
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trouble: str) -> None:
-    words, complaint, make = TROUBLES[trouble]
-    make(world.directory / "there")
+    words, complaint, what = TROUBLES[trouble]
+    there = world.directory / "there"
+    if callable(what):
+        what(there)
+    elif what:
+        there.write_text(what, encoding="utf-8")
+        there.chmod(0o755)
     size = installed().stat().st_size - 1
-    limit = [lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))] if trouble == "full disk" else [None]
+    limit = [lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))] if trouble == "full-disk" else [None]
     world.shell_env()
     before = sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*"))
-    done = install(world, *words, preexec_fn=limit[0])
+    done = install(world, *words.split(), preexec_fn=limit[0])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("error: ") and complaint in done.stderr
     assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
