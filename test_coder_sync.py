@@ -2633,7 +2633,7 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     holder = world.connect()
     holder.call("start", unit="held", hold=True)
     world.client.complete("held")  # whoever holds it has yet to be told
-    waiting, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(6))
+    waiting, talking, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(7))
     assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
@@ -2642,6 +2642,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     gone.close()
     fill(world, 2000)  # an event each
     deaf.request("list", 2, all=True)
+    for _ in range(4):
+        assert talking.call("ping")["result"]
+        time.sleep(0.6)
     for idle in (silent, waited):
         assert "no request for 2 seconds" in idle.read()["error"]["message"]
         assert idle.read() is None
@@ -2652,7 +2655,18 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
         assert hung_up.poll(PATIENCE * 1000)[0][1] & select.POLLHUP
     world.end("b")
     assert waiting.read()["id"] == 1
+    time.sleep(0.1)
+    assert "result" in waiting.call("ping", 2)  # its time began anew
     served(world)
+
+
+def test_a_follower_that_is_too_far_behind_is_hung_up_on(world: World) -> None:
+    answering(world, altered("coder_sync.MAX_EVENTS = 1000", "serve", "-q"))
+    watcher = world.connect()
+    assert watcher.call("events", follow=True)["result"] == []
+    fill(world, 4000)  # an event each, and more than waits in its socket
+    numbers = [message["params"]["seq"] for message in iter(watcher.read, None)]
+    assert numbers == list(range(1, len(numbers) + 1)) and 0 < len(numbers) < 4000
 
 
 def test_a_connection_that_asks_for_much_may_go_on_and_keeps_what_it_holds(world: World) -> None:
@@ -2999,6 +3013,7 @@ def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_
     log = coder_sync.Log(1, str(tmp_path / "log"))
     os.close(reader)
     log.say("one")
+    until(lambda: log.lost == 1)
     log.say("two")
     until(lambda: log.lost == 2)
     reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
@@ -3006,8 +3021,14 @@ def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_
     lines = until(lambda: read_now(reader))
     assert re.fullmatch(f"{STAMP}\\(2 lines lost here\\) three\n", lines)
 
-    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
     for _ in range(30):  # more than a pipe takes
+        log.say("x" * 3000)
+    lines = ""
+    while lines.count("\n") < 30:
+        lines += until(lambda: read_now(reader))
+    assert "lost" not in lines
+    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
+    for _ in range(30):
         log.say("x" * 3000)
     began = time.monotonic()
     log.close(0.1)  # whose thread stands there
@@ -3317,16 +3338,24 @@ def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble:
         stop(other)
     if trouble == "without a lock":
         os.unlink(world.path + ".lock")
+        done = world.run("serve")
+        assert done.returncode == 1 and f"error: somebody is serving {world.path} already; " in done.stderr
+    before = os.stat(world.path).st_ctime_ns
+
+    def replaced() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(world.path).st_ctime_ns != before
+        return False
+
     second = world.spawn(altered(SHORT, "serve", "--replace"))
-    lock = Path(world.path + ".lock")
-    until(lambda: lock.exists() and lock.read_text() == f"{second.pid}\n")
+    until(replaced)
+    until(lambda: serves(world, second.pid))
     if trouble == "no agent of ours":
         other.close()
     else:
         other.send_signal(signal.SIGCONT)
         assert stopped(other).returncode == 0
-    until(lambda: serves(world, second.pid))
-    assert lock.exists()
+    assert serves(world, second.pid) and Path(world.path + ".lock").read_text() == f"{second.pid}\n"
     assert stopped(second).returncode == 0 and os.listdir(world.directory) == []
 
 
@@ -3381,10 +3410,10 @@ def temporary(world: World) -> Path:
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
     sync = " ".join(map(shlex.quote, program()))
     script = f"""
-        echo "$CODER_AGENT_SOCKET_PATH"; test -S "$CODER_AGENT_SOCKET_PATH" || exit 99
+        echo "$CODER_AGENT_SOCKET_PATH"; test -S "$CODER_AGENT_SOCKET_PATH" || exit 99; test $(umask) = 0027 || exit 98
         {sync} start a && {sync} complete a; {sync} list; exit 7"""
     for named in ([], ["--socket-path", world.path]):
-        done = world.run("serve", *named, "--", "sh", "-c", script)
+        done = world.run("serve", *named, "--", "sh", "-c", script, preexec_fn=lambda: os.umask(0o027))
         assert done.returncode == 7
         assert done.stderr == "" or named  # then its log is
         path, *rest = done.stdout.splitlines()
