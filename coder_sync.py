@@ -2686,7 +2686,9 @@ class Units:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+            waited_for = unit.wants
             self._link(unit, {})
+            self._forget(waited_for)
 
     def _stopped(self, unit: Unit) -> None:
         """Let a unit fail that was stopped: nobody in its line is to run it."""
@@ -2778,8 +2780,10 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
+        dropped = [other for unit in new for other in unit.wants]
         for unit in new:
             self._link(unit, edges[unit])
+        self._forget(dropped)
         return units
 
     def _named(self, name: str) -> Unit:
@@ -2801,7 +2805,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want these, and no others: names that it alone had any use for are forgotten."""
+        """Have a unit want these, and no others."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -2811,8 +2815,12 @@ class Units:
                 self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
         for other in [other for other in before if other not in edges]:
             del other.wanted_by[unit]
-            if other.status == NOT_REGISTERED and not other.wanted_by:
-                self.units.pop(other.name, None)
+
+    def _forget(self, units: Iterable[Unit]) -> None:
+        """Forget names that nobody has registered and nobody wants any more."""
+        for unit in units:
+            if unit.status == NOT_REGISTERED and not unit.wanted_by:
+                self.units.pop(unit.name, None)
 
     def _claim(
         self,

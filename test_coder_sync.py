@@ -577,6 +577,8 @@ while one is claimed too: start b #1 x by=42; boot #b a b
     first
 but not if who started it has gone: start b #1 by=42; die 42; boot #b a b => #1 ok, #b a started, #b b started |
     a:started b:started
+a name that another of its units wants from now on stays the same: want a x; boot #b a b:x; want x; complete x
+    => #b a started, #b b started | a:started b:started x:completed
 with one name twice too: boot #b a a => !Refused | | says a boot names a unit twice
 no more than so many jobs run at once: boot #b a b c jobs=2; start d #1; complete b; boot #c e
     => #b a started, #b b started, #1 ok, #b b completed, #b c started, #c e started | a:started b:completed c:started
@@ -832,15 +834,11 @@ def test_a_long_chain_of_skips_is_bounded_and_still_knows_what_failed(units: Uni
 @scenarios("""
 dependencies say why a unit waits:
     want done; complete done; start slow #1 by=42; want stuck x1 x2 x3 x4 x5 x6; sleep 31.0004;
-    start b #2 done slow stuck typo; die 42; lacks b; show b waits_for dependencies
+    start b #2 done slow stuck typo; die 42; lacks b; show b waits_for
     => slow/completed/started/False/success/31/-/script 42, dead/-
     and stuck/completed/pending/False/success/31/-/-/x1 and x2 and x3 and x4 and x5
     and typo/completed/not registered/False/success/0/-/-/-;
-    b: waits_for slow and stuck and typo,
-    dependencies done/completed/completed/True/success/31/-/-/-
-    and slow/completed/started/False/success/31/-/script 42, dead/-
-    and stuck/completed/pending/False/success/31/-/-/x1 and x2 and x3 and x4 and x5
-    and typo/completed/not registered/False/success/0/-/-/-
+    b: waits_for slow and stuck and typo
 who stands behind an answer that is on its way waits for what becomes of it, or for what is missing since:
     start a #1 late by=42 lock=k; sleep 2.0004; start a #2 lock=k; lacks a; want a b; lacks a; show a dependencies
     => a/free/started/False/start/2/-/script 42/- and lock k/free/taken/False/lock/2/a has it/script 42/-;
