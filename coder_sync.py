@@ -2386,13 +2386,12 @@ class Units:
         runs_on = claim is not None and claim.held and outcome.running
         self._check_environment(unit, outcome.env)
         if not claim:
-            self._check_report(unit, by)
+            self._check_report(unit, status, by)
+        supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
         if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
             self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
             return unit.status
-        if unit in self.stopping and (claim or unit.status == STARTED):
-            if not claim and status == COMPLETED:
-                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+        if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
             return unit.status
         before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
         if before not in ENDED:
@@ -2400,12 +2399,11 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            holder = unit.supervisor()
-            if holder and not claim and not holder.boot:  # which is notified of every status
-                self.answer(holder, Notice("unit", {"unit": name, "status": status}))
+            if supervisor and not supervisor.boot:  # which is notified of every status
+                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
         if claim and runs_on:
             self.run_on(claim)
-        elif claim or not unit.supervisor():
+        elif not supervisor:
             self._close(unit)
         self._settle_all()
         if before in ENDED and before != status:
@@ -2476,12 +2474,12 @@ class Units:
                 claim.told = claim.stop_by
                 left = round(max(0.0, claim.stop_by - now), 3)
                 self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
-        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
-        for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
-            self.stops.remove(stop)
-            stop.answer["left"] += map(self._running, stop.units)
-            self._leave(stop)
-            self.answer(stop, stop.answer)
+        for stop in self.stops:
+            if not self.is_over(stop) and (not stop.units or stop.end_by <= now):
+                stop.answer["left"] += map(self._running, stop.units)
+                self._leave(stop)
+                self.answer(stop, stop.answer)
+        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # nor those of who has gone
         times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -2688,7 +2686,9 @@ class Units:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+            waited_for = unit.wants
             self._link(unit, {})
+            self._forget(waited_for)
 
     def _stopped(self, unit: Unit) -> None:
         """Let a unit fail that was stopped: nobody in its line is to run it."""
@@ -2780,8 +2780,10 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
+        dropped = [other for unit in new for other in unit.wants]
         for unit in new:
             self._link(unit, edges[unit])
+        self._forget(dropped)
         return units
 
     def _named(self, name: str) -> Unit:
@@ -2803,7 +2805,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want these, and no others: names that it alone had any use for are forgotten."""
+        """Have a unit want these, and no others."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -2813,8 +2815,12 @@ class Units:
                 self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
         for other in [other for other in before if other not in edges]:
             del other.wanted_by[unit]
-            if other.status == NOT_REGISTERED and not other.wanted_by:
-                self.units.pop(other.name, None)
+
+    def _forget(self, units: Iterable[Unit]) -> None:
+        """Forget names that nobody has registered and nobody wants any more."""
+        for unit in units:
+            if unit.status == NOT_REGISTERED and not unit.wanted_by:
+                self.units.pop(unit.name, None)
 
     def _claim(
         self,
@@ -2936,8 +2942,8 @@ class Units:
         whose = owner_text(owner, " by ") + let_go(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
-    def _check_report(self, unit: Unit, by: Owner | None) -> None:
-        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
+    def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
+        """Raise Refused if a report does not count: of a second copy of a script, or on what is being stopped."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
@@ -2946,6 +2952,8 @@ class Units:
                 f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
                 "another shell"
             )
+        if unit in self.stopping and unit.status == STARTED and status == COMPLETED:
+            raise Refused(f'unit "{unit.name}" is being stopped and cannot become {status}')
 
     def _check_environment(self, unit: Unit, env: dict[str, str]) -> None:
         """Raise Refused if a unit leaves too many variables for those that depend on it."""
@@ -4312,7 +4320,6 @@ class Startup:
         self.rows = sorted(
             rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
         )
-        self.ran = [bar for bar in self.rows if bar.has_run]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4325,7 +4332,8 @@ class Startup:
         From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
         last), and so on: what really held up what, not what might have.
         """
-        bar = max(self.ran, key=lambda b: (b.ended, b.started), default=None)
+        ran = [bar for bar in self.rows if bar.has_run]
+        bar = max(ran, key=lambda b: (b.ended, b.started), default=None)
         path: list[tuple[Bar, float]] = []
         until = NEVER
         for _ in self.bars:
@@ -7241,9 +7249,8 @@ def cmd_boot(args: Args) -> int:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
         forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "did you forget -- before the command?\n" if forgotten else ""
-        put(f"error: nothing was run:\n{error}\n{hint}", 2)
-        return error.exit_code
+        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
         return 0
