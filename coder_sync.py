@@ -1399,7 +1399,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if SELF:
+if SELF:  # launched
     if not quick(sys.argv[1:]):
         for part in half_of(SELF, True):
             exec(part, globals())
