@@ -483,9 +483,13 @@ def scenarios(table: str) -> Any:
     lines = "\n".join(line for line in table.splitlines() if line[:1] != "#")
     rows = [row.partition("=>") for row in re.sub(r"\n +", " ", lines).strip().split("\n")]
     cases = [(*left.rpartition(": ")[::2], right) for left, _, right in rows]
-    return pytest.mark.parametrize(
-        ("steps", "outcome"), [pytest.param(s.strip(), o.strip(), id=n or s.strip()) for n, s, o in cases]
-    )
+    params = [pytest.param(s.strip(), o.strip(), id=hyphenated(n or s.strip())) for n, s, o in cases]
+    return pytest.mark.parametrize(("steps", "outcome"), params)
+
+
+def hyphenated(text: str) -> str:
+    """A text as the id of a test's parameter."""
+    return re.sub(r"\W+", "-", text)[:80]
 
 
 # What a random run of the model below finds as surely is not here: orders, locks, claims that end, services, stops.
@@ -663,9 +667,11 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("how", ["start finds it", "start waits for it", "wait finds it", "wait waits for it"])
+@pytest.mark.parametrize("how", ["start finds it", "start waits", "wait finds it", "wait waits"], ids=hyphenated)
 @pytest.mark.parametrize(
-    ("requires", "status", "verdict"), [(r, s, v) for r, row in TABLE.items() for s, v in zip(BRING, row)]
+    ("requires", "status", "verdict"),
+    [(r, s, v) for r, row in TABLE.items() for s, v in zip(BRING, row)],
+    ids=hyphenated,
 )
 def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict: str) -> None:
     ask = f"start b #1 a!{requires}" if how.startswith("start") else f"wait #1 a!{requires}"
@@ -688,10 +694,10 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
 
 
 @pytest.mark.parametrize("length", [1, 2, 50])
-@pytest.mark.parametrize("order", ["first edge first", "last edge first", "shuffled"])
+@pytest.mark.parametrize("order", ["first-edge-first", "last-edge-first", "shuffled"])
 def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
     names = [f"n{i}" for i in range(length)]
-    edges = list(zip(names, names[1:]))[:: -1 if order == "last edge first" else 1]
+    edges = list(zip(names, names[1:]))[:: -1 if order == "last-edge-first" else 1]
     if order == "shuffled":
         random.Random(length).shuffle(edges)
     for unit, dependency in edges:
@@ -789,7 +795,7 @@ MAX_LOCKS 2: start a #1 lock=k,l; start b #2 lock=k,l,m => #1 ok, !Refused
 def test_a_number_is_bounded(
     rules: Rules, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, steps: str, outcome: str
 ) -> None:
-    name, limit = request.node.callspec.id.split()
+    name, limit = request.node.callspec.id.split("-")
     monkeypatch.setattr(coder_sync, name, int(limit))
     assert rules.play(steps).partition(" | ")[0] == outcome
     assert "limit" in str(rules.errors["!"]) or "too many" in str(rules.errors["!"])
