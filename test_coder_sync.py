@@ -3931,6 +3931,11 @@ $ start a --X500 -> 2: start: no such option: '--X37 (usage: ...
 """
 
 
+def dashed(value: str) -> str:
+    """The id of a test for a parameter that is a text."""
+    return "-".join(re.findall(r"\w+", value[:60])) or "nothing"
+
+
 def as_written(expected: str, said: str) -> bool:
     """Whether a text is as expected, where `...` is anything in a line, or lines, and TIME a span of time."""
     lines = expected.splitlines(keepends=True)
@@ -3973,7 +3978,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield world
 
 
-@pytest.mark.parametrize("transcript", [FRESH, MIXED], ids=["what was done", "how units stand"])
+@pytest.mark.parametrize("transcript", [FRESH, MIXED], ids=["what-was-done", "how-units-stand"])
 def test_what_commands_say(call: Call, agent: World, transcript: str) -> None:
     play(call, agent, transcript)
     assert os.path.exists(agent.path) == (transcript is MIXED)  # which does not end with shutdown
@@ -4128,7 +4133,7 @@ def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
         until(lambda file=file: not any(alive(int(pid)) for pid in file.read_text().split()), f"no try for {how}")
 
 
-def test_what_a_wait_is_trying_ends_with_it_also_when_it_is_ended_while_a_probe_begins(world: World) -> None:
+def test_what_a_wait_has_just_begun_to_try_ends_with_it(world: World) -> None:
     changes = """
 import os, threading, time
 class Thread(threading.Thread):
@@ -4187,7 +4192,7 @@ def first(seconds, sleep=time.sleep):
 time.sleep = first"""
 
 
-def test_a_call_begun_before_the_agent_boots_succeeds_also_if_there_is_a_socket_of_a_dead_one(world: World) -> None:
+def test_a_call_begun_before_its_agent_succeeds_also_beside_the_socket_of_a_dead_one(world: World) -> None:
     limit = ["--connect-timeout", "30s"]
 
     def tried(*words: str, **env: str) -> subprocess.Popen[str]:
@@ -4494,7 +4499,9 @@ def test_an_answer_that_cannot_be_written_is_an_error(mixed: World) -> None:
 CALLS = ["want a b", "start b", "complete b", "wait b", "start a", "run c -- true", "complete x", "status a", "list"]
 
 
-@pytest.mark.parametrize("output", ["> /dev/full 2> /dev/full", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "output", ["> /dev/full 2> /dev/full", ">&-", "<&- >&- 2>&-"], ids=["full", "one-closed", "all-closed"]
+)
 def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: str) -> None:
     if "full" in output and not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
@@ -6253,7 +6260,10 @@ TIME   EVENT       DETAIL
 CASES = [part.rstrip("\n").partition("\n") for part in TEXTS.split("\n? ")[1:]]
 
 
-@pytest.mark.parametrize(("title", "text"), [pytest.param(title, f"{text}\n", id=title) for title, _, text in CASES])
+IDS = [dashed(title) for title, *_ in CASES]
+
+
+@pytest.mark.parametrize(("title", "text"), [(title, f"{text}\n") for title, _, text in CASES], ids=IDS)
 def test_a_view(title: str, text: str) -> None:
     what, name, *more = title.split(": ")
     assert VIEWS[what](STARTUPS[name], *more) == text
@@ -8947,7 +8957,7 @@ print(sock.makefile().read(), end="")
 """  # enough of `nc -NU PATH`, where there is none
 
 
-@pytest.mark.parametrize("session", examples(README), ids=lambda session: session[0][0][:20])
+@pytest.mark.parametrize("session", examples(README), ids=lambda session: dashed(session[0][0]))
 def test_the_readme_shows_what_really_happens(session: list[tuple[str, str]], world: World) -> None:
     if not shutil.which("nc"):
         world.shell_env()
