@@ -1400,7 +1400,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if SELF:
+if SELF:  # launched
     if not quick(sys.argv[1:]):
         for part in half_of(SELF, True):
             exec(part, globals())
@@ -6381,14 +6381,14 @@ class Job(Task):
     def answered(self, method: str, params: Object, message: Object) -> None:
         try:
             unwrap(message)
-        except SyncError as error:  # its outcome is known by now, or it has none but this
+        except SyncError as error:
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
                 self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:
+            elif method in ("complete", "fail") and not self.outcome:  # it has no outcome but this
                 self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:
+            elif method == "fail" and self.outcome == COMPLETED:  # so its end is the death of a service
                 self.reported = self.outcome
-                self.report("running")  # or its end would not be the death of a service
+                self.report("running")
                 self.exited()
 
     def exited(self) -> None:
