@@ -4080,7 +4080,9 @@ def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> Non
     assert agent.run("run", "bad", "--quiet", "--", "sh", "-c", "exit 9").returncode == 9
     agent.client.want("table", "\u00e4", requires="start")
     agent.client.want("table", "bad", requires="completion")
-    rows = json.loads(call.ok(agent, "list", "-o", "json"))
+    text = call.ok(agent, "list", "-o", "json")
+    rows = json.loads(text)
+    assert '"\u00e4"' in text  # for people, too
     assert [facts(row, "unit_name", "status", "is_ready", "reason", "exit_code") for row in rows] == [
         ("a", "completed", True, "", 0),
         ("bad", "failed", True, "exit code 9", 9),
@@ -5918,8 +5920,8 @@ STARTUPS = {
         unit("misspelt", 0, wants=["b_setup", "zzz"]),
         unit("b-setup", registered=0),
     ),
-    "it has run for 29.9 s": startup_of(29.9, unit("a", 0, 0)),
-    "it has run for 30 s": startup_of(30, unit("a", 0, 0)),
+    "it has run for 29.9 s": startup_of(30.9, unit("a", 0, 1)),
+    "it has run for 30 s": startup_of(31, unit("a", 0, 1)),
     "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
     "wide names": startup_of(
         *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
@@ -6158,7 +6160,7 @@ nothing waits, runs long or was skipped
 ? why: it has run for 29.9 s
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
-"a" started 30s ago, at once; it is still running.
+"a" started 30s ago, after waiting 1.0s; it is still running.
 ? why: odd ends: its dependency was never started
 "its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
 "never started" has not started: nobody has called start on it; it is ready.
