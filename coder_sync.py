@@ -6146,8 +6146,6 @@ class Output:
 
     def pipes(self) -> list[int]:
         """Return which of standard output and error somebody may read until their end."""
-        import stat
-
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
@@ -6938,7 +6936,6 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 def application(python: str) -> bytes:
     """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
-    import io
     import shlex
     import zipfile
 
