@@ -308,7 +308,7 @@ class Step:
         self.tickets = [word for word in words if word.startswith("#")]
         given = dict(word.split("=") for word in words if "=" in word)
         self.locks = given["lock"].split(",") if "lock" in given else []
-        self.by = Owner(int(given["by"]), f"script {given['by']}") if "by" in given else None
+        self.by = Owner(int(given["by"]), f"script {given['by']}" * (given["by"] != "0")) if "by" in given else None
         self.seconds, self.jobs = float(given.get("within", 0)), int(given.get("jobs", 0))
         self.reason = given.get("reason", "").replace("_", " ")
         self.code = int(given["code"]) if "code" in given else None
@@ -352,57 +352,53 @@ class Rules:
         return f"{', '.join(self.told)} | {' '.join(stand)}"
 
     def do(self, step: Step) -> None:
-        units, names, tickets = self.units, step.names, step.tickets
-        ticket = tickets[0] if tickets else ""
-        claim = self.claims.get(ticket)
-        if step.verb == "want":
-            units.want(names[0], names[1:], step.requires)
-        elif step.verb == "start":
-            self.late.update(tickets if "late" in step.flags else ())
-            asked = {"owner": step.by, "held": "held" in step.flags, "supervisor": "supervised" in step.flags}
-            self.claims[ticket] = units.start((names[0], step.wants, step.locks), ticket, step.seconds, **asked)
-        elif step.verb == "wait":
-            self.claims[ticket] = units.wait(names, ticket, step.requires, step.seconds)
+        units, names, by, flags = self.units, step.names, step.by, step.flags
+        ticket = step.tickets[0] if step.tickets else ""
+        claim: Any = self.claims.get(ticket)
+        asked = {"owner": by, "held": "held" in flags, "supervisor": "supervised" in flags}
+        completed = Outcome("completed", "", 0, running="running" in flags, env=step.env)
+        failed = Outcome("failed", " ".join(names[1:]), step.code)
+        self.late.update(step.tickets if "late" in flags else ())
+        verbs: dict[str, Callable[[], Any]] = {
+            "want": lambda: units.want(names[0], names[1:], step.requires),
+            "start": lambda: units.start((names[0], step.wants, step.locks), ticket, step.seconds, **asked),
+            "wait": lambda: units.wait(names, ticket, step.requires, step.seconds),
+            "boot": lambda: units.boot(step.members, ticket, by, step.jobs, "resume" in flags),
+            "complete": lambda: units.end(names[0], completed, by, claim),
+            "fail": lambda: units.end(names[0], failed, by, claim),
+            "exit": lambda: units.exit(claim, step.reason, step.code or 0, "stopped" in flags),
+            "running": lambda: units.run_on(claim),
+            "own": lambda: units.own(claim, by, "", step.reason),
+            "retry": lambda: units.retry(claim, step.reason),
+            "stop": lambda: units.stop(names, ticket, step.seconds),
+            "reset": lambda: units.reset(names),
+            "delivered": lambda: units.delivered(claim),
+            "quit": lambda: units.end_claims([claim], "its process has ended"),
+            "lose": lambda: self.lose(step.tickets),
+            "die": lambda: self.dead.add(int(names[0])),
+            "sleep": lambda: self.sleep(float(names[0])),
+            "show": lambda: self.show(names[0], names[1:]),
+            "lacks": lambda: self.shown.append(in_short(units.dependencies(units.units[names[0]], unmet_only=True))),
+        }
+        made = verbs[step.verb]()
+        if step.verb in ("start", "wait", "stop"):
+            self.claims[ticket] = made
         elif step.verb == "boot":
-            claims = units.boot(step.members, ticket, step.by, step.jobs, "resume" in step.flags)
-            self.claims.update((f"{ticket}.{claim.unit.name}", claim) for claim in claims)
-        elif step.verb == "complete":
-            outcome = Outcome("completed", "", 0, running="running" in step.flags, env=step.env)
-            units.end(names[0], outcome, step.by, claim)
-        elif step.verb == "fail":
-            units.end(names[0], Outcome("failed", " ".join(names[1:]), step.code), step.by, claim)
-        elif step.verb == "exit":
-            units.exit(claim, step.reason, step.code or 0, "stopped" in step.flags)
-        elif step.verb == "running":
-            units.run_on(claim)
-        elif step.verb == "own":
-            units.own(claim, step.by, "", step.reason)
-        elif step.verb == "retry":
-            units.retry(claim, step.reason)
-        elif step.verb == "die":
-            self.dead.add(int(names[0]))
-        elif step.verb == "stop":
-            self.claims[ticket] = units.stop(names, ticket, step.seconds)
-        elif step.verb == "lose":
-            lost = [c for t, c in self.claims.items() if t in tickets or t.partition(".")[0] in tickets]
-            units.end_claims(lost, "its caller went away")
-            self.gone.update(tickets)
-        elif step.verb == "quit":
-            units.end_claims([claim], "its process has ended")
-        elif step.verb == "delivered":
-            units.delivered(claim)
-        elif step.verb == "reset":
-            units.reset(names)
-        elif step.verb == "show":  # what is known of a unit
-            unit = units.status(names[0])
-            self.shown.append(f"{names[0]}: " + ", ".join(f"{n} {in_short(getattr(unit, n))}" for n in names[1:]))
-        elif step.verb == "lacks":
-            self.shown.append(in_short(units.dependencies(units.units[names[0]], unmet_only=True)))
-        else:
-            assert step.verb == "sleep"
-            self.clock.now += float(names[0])
-            units.end_late(self.claims.values())
-            units.keep_time()
+            self.claims.update((f"{ticket}.{claim.unit.name}", claim) for claim in made)
+
+    def lose(self, tickets: list[str]) -> None:
+        lost = [c for t, c in self.claims.items() if t in tickets or t.partition(".")[0] in tickets]
+        self.units.end_claims(lost, "its caller went away")
+        self.gone.update(tickets)
+
+    def sleep(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.units.end_late(self.claims.values())
+        self.units.keep_time()
+
+    def show(self, name: str, facts: list[str]) -> None:
+        unit = self.units.status(name)
+        self.shown.append(f"{name}: " + ", ".join(f"{fact} {in_short(getattr(unit, fact))}" for fact in facts))
 
     def take(self) -> None:
         """Take the answers, and what follows from their arrival."""
@@ -926,6 +922,7 @@ so does a run: start a #1 supervised by=41; sleep 1; complete a #1 running; slee
     => a: reason lost: process 41 (script 41) ended; its command may still run; a: ended 1, exited 6, exit_reason lost;
     b: reason lost: the run that ran process 42 (script 42) ended without completing
 start a #1 held; lose #1; show a reason => a: reason lost: the process that held it ended without completing
+start a #1 held by=0; lose #1; show a reason => a: reason lost: process 0 ended without completing
 start a #1 b held by=42; lose #1; show a reason
     => a: reason lost: process 42 (script 42) waited for b (not registered), and its caller went away
 start a #1 b held; lose #1; show a reason
