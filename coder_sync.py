@@ -2389,7 +2389,7 @@ class Units:
             self._check_report(unit, status, by)
         supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
         if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
-            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
+            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED), stopped=False)
             return unit.status
         if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
             return unit.status
@@ -2411,7 +2411,7 @@ class Units:
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
         return unit.status
 
-    def exit(self, claim: Claim, reason: str = "", code: int = 0, stopped: bool = False) -> None:
+    def exit(self, claim: Claim, reason: str, code: int, stopped: bool) -> None:
         """End a supervisor's claim: the command of its unit has ended, with all its processes.
 
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
@@ -2504,7 +2504,7 @@ class Units:
         self._settle_all(*again)
         return [unit.name for unit in again]
 
-    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
+    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str) -> None:
         """Note which process a claim runs, the file with its output, and its probe, if it has one."""
         known = claim.unit.facts
         claim.owner = known.owner = owner or claim.owner

@@ -483,9 +483,13 @@ def scenarios(table: str) -> Any:
     lines = "\n".join(line for line in table.splitlines() if line[:1] != "#")
     rows = [row.partition("=>") for row in re.sub(r"\n +", " ", lines).strip().split("\n")]
     cases = [(*left.rpartition(": ")[::2], right) for left, _, right in rows]
-    return pytest.mark.parametrize(
-        ("steps", "outcome"), [pytest.param(s.strip(), o.strip(), id=n or s.strip()) for n, s, o in cases]
-    )
+    params = [pytest.param(s.strip(), o.strip(), id=hyphenated(n or s.strip())) for n, s, o in cases]
+    return pytest.mark.parametrize(("steps", "outcome"), params)
+
+
+def hyphenated(text: str) -> str:
+    """A text as the id of a test's parameter."""
+    return re.sub(r"\W+", "-", text)[:80]
 
 
 # What a random run of the model below finds as surely is not here: orders, locks, claims that end, services, stops.
@@ -663,9 +667,11 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("how", ["start finds it", "start waits for it", "wait finds it", "wait waits for it"])
+@pytest.mark.parametrize("how", ["start finds it", "start waits", "wait finds it", "wait waits"], ids=hyphenated)
 @pytest.mark.parametrize(
-    ("requires", "status", "verdict"), [(r, s, v) for r, row in TABLE.items() for s, v in zip(BRING, row)]
+    ("requires", "status", "verdict"),
+    [(r, s, v) for r, row in TABLE.items() for s, v in zip(BRING, row)],
+    ids=hyphenated,
 )
 def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict: str) -> None:
     ask = f"start b #1 a!{requires}" if how.startswith("start") else f"wait #1 a!{requires}"
@@ -688,10 +694,10 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
 
 
 @pytest.mark.parametrize("length", [1, 2, 50])
-@pytest.mark.parametrize("order", ["first edge first", "last edge first", "shuffled"])
+@pytest.mark.parametrize("order", ["first-edge-first", "last-edge-first", "shuffled"])
 def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
     names = [f"n{i}" for i in range(length)]
-    edges = list(zip(names, names[1:]))[:: -1 if order == "last edge first" else 1]
+    edges = list(zip(names, names[1:]))[:: -1 if order == "last-edge-first" else 1]
     if order == "shuffled":
         random.Random(length).shuffle(edges)
     for unit, dependency in edges:
@@ -789,7 +795,7 @@ MAX_LOCKS 2: start a #1 lock=k,l; start b #2 lock=k,l,m => #1 ok, !Refused
 def test_a_number_is_bounded(
     rules: Rules, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, steps: str, outcome: str
 ) -> None:
-    name, limit = request.node.callspec.id.split()
+    name, limit = request.node.callspec.id.split("-")
     monkeypatch.setattr(coder_sync, name, int(limit))
     assert rules.play(steps).partition(" | ")[0] == outcome
     assert "limit" in str(rules.errors["!"]) or "too many" in str(rules.errors["!"])
@@ -4056,7 +4062,9 @@ def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> Non
     assert agent.run("run", "bad", "--quiet", "--", "sh", "-c", "exit 9").returncode == 9
     agent.client.want("table", "\u00e4", requires="start")
     agent.client.want("table", "bad", requires="completion")
-    rows = json.loads(call.ok(agent, "list", "-o", "json"))
+    text = call.ok(agent, "list", "-o", "json")
+    rows = json.loads(text)
+    assert '"\u00e4"' in text  # for people, too
     assert [facts(row, "unit_name", "status", "is_ready", "reason", "exit_code") for row in rows] == [
         ("a", "completed", True, "", 0),
         ("bad", "failed", True, "exit code 9", 9),
@@ -5890,8 +5898,8 @@ STARTUPS = {
         unit("misspelt", 0, wants=["b_setup", "zzz"]),
         unit("b-setup", registered=0),
     ),
-    "it has run for 29.9 s": startup_of(29.9, unit("a", 0, 0)),
-    "it has run for 30 s": startup_of(30, unit("a", 0, 0)),
+    "it has run for 29.9 s": startup_of(30.9, unit("a", 0, 1)),
+    "it has run for 30 s": startup_of(31, unit("a", 0, 1)),
     "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
     "wide names": startup_of(
         *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
@@ -6130,7 +6138,7 @@ nothing waits, runs long or was skipped
 ? why: it has run for 29.9 s
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
-"a" started 30s ago, at once; it is still running.
+"a" started 30s ago, after waiting 1.0s; it is still running.
 ? why: odd ends: its dependency was never started
 "its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
 "never started" has not started: nobody has called start on it; it is ready.
