@@ -91,7 +91,7 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+def half_of(file, below):  # type: (Any, bool) -> list[Any]
     """Return the code above the cut, or below it, of this file or of an installed copy.
 
     A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
@@ -155,7 +155,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
-    from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
     from typing_extensions import dataclass_transform
@@ -3027,6 +3026,9 @@ class Units:
 # - A follower of events reads the history from where it was; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
+import io  # noqa: E402  (os has loaded both)
+import stat  # noqa: E402
+
 MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
@@ -3129,7 +3131,6 @@ class Log:
             self._listener._thread.join(patience)
 
     def _begin(self) -> Any:
-        import io
         import logging.handlers
         from queue import SimpleQueue
 
@@ -3181,10 +3182,8 @@ class WakeUp:
     awake = False
 
     def __init__(self) -> None:
-        from io import FileIO
-
         ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
-        self._ends = [FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
+        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
 
     def close(self) -> None:
         """Give the descriptors back; from now on nobody is woken."""
@@ -3289,7 +3288,7 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
+        self.owners: dict[Claim, io.FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3713,11 +3712,9 @@ class Agent:
 
     def _watch(self, claim: Claim, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
-        from io import FileIO
-
         self.owners[claim] = None
         try:
-            self.owners[claim] = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
+            self.owners[claim] = io.FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
         self._owners_wake.wake()
@@ -3891,7 +3888,7 @@ def in_the_way(what: str, do: str = "remove it") -> Refused:
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> FileIO:
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io.FileIO:
     """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
@@ -3899,14 +3896,12 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> Fi
     now; then it begins again. What others may have put there is not written to.
     """
     import fcntl
-    import stat
-    from io import FileIO
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
-        file = FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
         found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -3948,7 +3943,6 @@ def bind(path: str, replace: bool) -> Any:
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
     import socket
-    import stat
 
     if os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):

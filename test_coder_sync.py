@@ -1726,17 +1726,6 @@ def test_a_state_says_where_a_dependency_stands_and_why() -> None:
         assert coder_sync.dependency_text(Dependency("a", "completed", status, False, **more)) == text
 
 
-def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_order() -> None:
-    header, rows = ["UNIT", "CURRENT STATUS"], [["pip", "pending"], ["a-long-name", ""]]
-    text = "UNIT         CURRENT STATUS\npip          pending\na-long-name\n"
-    assert (coder_sync.table(header, rows), coder_sync.table(header, [])) == (text, "UNIT  CURRENT STATUS\n")
-    for columns in ("current_status,unit", "Current Status, UNIT"):
-        assert coder_sync.table(header, rows[:1], columns) == "CURRENT STATUS  UNIT\npending         pip\n"
-    for columns in ("status", "unit,", ",", "unit;current status", " "):
-        with pytest.raises(UsageError, match=r"no such column: .* there are unit, current status"):
-            coder_sync.table(header, rows, columns)
-
-
 def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with coder_sync.Channel("x", sock=ours) as channel, theirs:
@@ -1855,13 +1844,6 @@ def read_alike(chance: random.Random, name: str, count: int) -> tuple[int, int]:
 def test_a_plain_command_line_is_read_as_argparse_reads_it(name: str) -> None:
     quick, read = read_alike(random.Random(name), name, 300)
     assert 30 < quick < read
-
-
-def test_nothing_is_kept_from_one_command_line_to_the_next() -> None:
-    for read in (coder_sync.quick, coder_sync.parse, coder_sync.quick):
-        assert read(["start", "--want", "a", "u", "--want", "b"])[1].want == ["a", "b"]
-        assert (read(["start", "u"])[1].want, read(["start", "u"])[1].timeout) == ([], coder_sync.START_TIMEOUT)
-        assert (read(["graph", "u"])[1].units, read(["graph"])[1].units) == (["u"], [])
 
 
 def test_words_after_two_dashes_are_names_or_the_command() -> None:
@@ -5133,15 +5115,11 @@ def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
 WILD = [
     """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
     coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
-    """coder exp sync want UNIT a b c && coder exp sync start UNIT --timeout 10m && coder exp sync complete UNIT""",
-    """coder exp sync want UNIT a b c
-    coder exp sync start UNIT && coder exp sync complete UNIT""",
     """coder exp sync want UNIT a b c > /dev/null 2>&1 || true
     coder exp sync start UNIT > /dev/null 2>&1 || true
     coder exp sync complete UNIT > /dev/null 2>&1 || true""",
     """sync() { coder exp sync "$@"; }
     sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
-    "coder run UNIT --want a --want b --want c -- true",
     """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
     coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
 ]
