@@ -1413,7 +1413,7 @@ class Play:
         chance, pick, claims = self.random.random, self.random.choice, self.rules.claims
         some = self.random.choices(self.names, k=pick([0, 1, 1, 2, 3]))
         name, new = pick(self.names), f"#{self.units.seq}-{len(claims)}"
-        waiting = [ticket for ticket, claim in claims.items() if not self.units.is_over(claim)]
+        waiting = [ticket for ticket, claim in claims.items() if not claim.is_over()]
         started = [t for t in waiting if t in self.model.starts and t not in self.model.line]
         started += [t for t in self.model.starts if claims[t].unit.last][:5]
         weights = {"want": 3, "start": 6, "complete": 5, "fail": 2, "wait": 2, "lose": 2, "boot": 1, "reset": 1}
@@ -1509,7 +1509,7 @@ class Play:
             assert unit.facts.running_on == (name in model.running)
             assert {lock.name for lock in unit.locks if unit in lock.taken} == set(model.locks.get(name, []))
         for ticket, claim in self.rules.claims.items():
-            assert units.is_over(claim) == model.is_over(ticket), ticket
+            assert claim.is_over() == model.is_over(ticket), ticket
         for lock in units.locks.values():
             assert all(lock in unit.locks for unit in lock.line)
 
