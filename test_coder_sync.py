@@ -8014,6 +8014,17 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
     assert other.poll() is None
 
 
+@needs_proc
+def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: World) -> None:
+    other = world.spawn(["sleep", "60"])
+    family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
+    family.first = False
+    del hidden.births[other.pid]
+    assert family.look(lambda: hidden)
+    hidden.dead_groups.add(other.pid)
+    assert not family.look(lambda: hidden)
+
+
 @NAMESPACES
 def test_what_a_process_1_does_not_reap_counts_as_gone(world: World) -> None:
     lazy = [
