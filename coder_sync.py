@@ -2386,13 +2386,12 @@ class Units:
         runs_on = claim is not None and claim.held and outcome.running
         self._check_environment(unit, outcome.env)
         if not claim:
-            self._check_report(unit, by)
+            self._check_report(unit, status, by)
+        supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
         if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
             self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
             return unit.status
-        if unit in self.stopping and (claim or unit.status == STARTED):
-            if not claim and status == COMPLETED:
-                raise Refused(f'unit "{name}" is being stopped and cannot become {status}')
+        if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
             return unit.status
         before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
         if before not in ENDED:
@@ -2400,12 +2399,11 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            holder = unit.supervisor()
-            if holder and not claim and not holder.boot:  # which is notified of every status
-                self.answer(holder, Notice("unit", {"unit": name, "status": status}))
+            if supervisor and not supervisor.boot:  # which is notified of every status
+                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
         if claim and runs_on:
             self.run_on(claim)
-        elif claim or not unit.supervisor():
+        elif not supervisor:
             self._close(unit)
         self._settle_all()
         if before in ENDED and before != status:
@@ -2476,12 +2474,12 @@ class Units:
                 claim.told = claim.stop_by
                 left = round(max(0.0, claim.stop_by - now), 3)
                 self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
-        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # without those of who has gone
-        for stop in [stop for stop in self.stops if not stop.units or stop.end_by <= now]:
-            self.stops.remove(stop)
-            stop.answer["left"] += map(self._running, stop.units)
-            self._leave(stop)
-            self.answer(stop, stop.answer)
+        for stop in self.stops:
+            if not self.is_over(stop) and (not stop.units or stop.end_by <= now):
+                stop.answer["left"] += map(self._running, stop.units)
+                self._leave(stop)
+                self.answer(stop, stop.answer)
+        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # nor those of who has gone
         times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -2936,8 +2934,8 @@ class Units:
         whose = owner_text(owner, " by ") + let_go(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
-    def _check_report(self, unit: Unit, by: Owner | None) -> None:
-        """Raise Refused if the start of a reporter was refused: it is a second copy of a script."""
+    def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
+        """Raise Refused if a report does not count: of a second copy of a script, or on what is being stopped."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
@@ -2946,6 +2944,8 @@ class Units:
                 f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
                 "another shell"
             )
+        if unit in self.stopping and unit.status == STARTED and status == COMPLETED:
+            raise Refused(f'unit "{unit.name}" is being stopped and cannot become {status}')
 
     def _check_environment(self, unit: Unit, env: dict[str, str]) -> None:
         """Raise Refused if a unit leaves too many variables for those that depend on it."""

@@ -1583,11 +1583,12 @@ def test_what_is_not_one_json_value_is_refused(codec: str) -> None:
 
 def test_garbage_is_refused_where_nobody_has_imported_json() -> None:
     program = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync
+print("json" in sys.modules)  # the scanner of 3.8 imports it for an error
 for line in {GARBAGE!r}:
     try: print("accepted", line, coder_sync.decode(line))
     except coder_sync.ParseError: pass
-print(coder_sync.decode(b"[1]"), "json" in sys.modules)"""
-    assert subprocess.check_output([*PYTHON, program]) == b"[1] False\n"
+print(coder_sync.decode(b"[1]"))"""
+    assert subprocess.check_output([*PYTHON, program]) == b"False\n[1]\n"
 
 
 def test_32_levels_are_read_and_33_are_not(codec: str) -> None:
@@ -5227,13 +5228,14 @@ import builtins, marshal, os, signal
 def hook(module, name):
     function = getattr(module, name)
     def then(*words):
+        setattr(module, name, function)
         half = function(*words)
         os.kill(os.getpid(), signal.SIGINT)
         return half
     setattr(module, name, then)
 hook(builtins, "compile")
 hook(marshal, "loads")
-"""  # a signal as soon as a half has been loaded
+"""  # a signal as soon as something has been loaded
 
 
 @BOTH_FORMS
