@@ -91,7 +91,7 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+def half_of(file, below):  # type: (Any, bool) -> list[Any]
     """Return the code above the cut, or below it, of this file or of an installed copy.
 
     A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
@@ -155,7 +155,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
-    from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
     from typing_extensions import dataclass_transform
@@ -1400,7 +1399,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if SELF:
+if SELF:  # launched
     if not quick(sys.argv[1:]):
         for part in half_of(SELF, True):
             exec(part, globals())
@@ -2389,7 +2388,7 @@ class Units:
             self._check_report(unit, status, by)
         supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
         if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
-            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
+            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED), stopped=False)
             return unit.status
         if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
             return unit.status
@@ -2411,7 +2410,7 @@ class Units:
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
         return unit.status
 
-    def exit(self, claim: Claim, reason: str = "", code: int = 0, stopped: bool = False) -> None:
+    def exit(self, claim: Claim, reason: str, code: int, stopped: bool) -> None:
         """End a supervisor's claim: the command of its unit has ended, with all its processes.
 
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
@@ -2504,7 +2503,7 @@ class Units:
         self._settle_all(*again)
         return [unit.name for unit in again]
 
-    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
+    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str) -> None:
         """Note which process a claim runs, the file with its output, and its probe, if it has one."""
         known = claim.unit.facts
         claim.owner = known.owner = owner or claim.owner
@@ -2686,7 +2685,9 @@ class Units:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
         if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+            waited_for = unit.wants
             self._link(unit, {})
+            self._forget(waited_for)
 
     def _stopped(self, unit: Unit) -> None:
         """Let a unit fail that was stopped: nobody in its line is to run it."""
@@ -2778,8 +2779,10 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
+        dropped = [other for unit in new for other in unit.wants]
         for unit in new:
             self._link(unit, edges[unit])
+        self._forget(dropped)
         return units
 
     def _named(self, name: str) -> Unit:
@@ -2801,7 +2804,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want these, and no others: names that it alone had any use for are forgotten."""
+        """Have a unit want these, and no others."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -2811,8 +2814,12 @@ class Units:
                 self._record(unit, "wants", other.name if requires == SUCCESS else f"{other.name} ({requires})")
         for other in [other for other in before if other not in edges]:
             del other.wanted_by[unit]
-            if other.status == NOT_REGISTERED and not other.wanted_by:
-                self.units.pop(other.name, None)
+
+    def _forget(self, units: Iterable[Unit]) -> None:
+        """Forget names that nobody has registered and nobody wants any more."""
+        for unit in units:
+            if unit.status == NOT_REGISTERED and not unit.wanted_by:
+                self.units.pop(unit.name, None)
 
     def _claim(
         self,
@@ -3019,6 +3026,9 @@ class Units:
 # - A follower of events reads the history from where it was; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
+import io  # noqa: E402  (os has loaded both)
+import stat  # noqa: E402
+
 MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
@@ -3121,7 +3131,6 @@ class Log:
             self._listener._thread.join(patience)
 
     def _begin(self) -> Any:
-        import io
         import logging.handlers
         from queue import SimpleQueue
 
@@ -3173,10 +3182,8 @@ class WakeUp:
     awake = False
 
     def __init__(self) -> None:
-        from io import FileIO
-
         ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
-        self._ends = [FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
+        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
 
     def close(self) -> None:
         """Give the descriptors back; from now on nobody is woken."""
@@ -3281,7 +3288,7 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
+        self.owners: dict[Claim, io.FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3705,11 +3712,9 @@ class Agent:
 
     def _watch(self, claim: Claim, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
-        from io import FileIO
-
         self.owners[claim] = None
         try:
-            self.owners[claim] = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
+            self.owners[claim] = io.FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
         self._owners_wake.wake()
@@ -3883,7 +3888,7 @@ def in_the_way(what: str, do: str = "remove it") -> Refused:
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> FileIO:
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io.FileIO:
     """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
@@ -3891,14 +3896,12 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> Fi
     now; then it begins again. What others may have put there is not written to.
     """
     import fcntl
-    import stat
-    from io import FileIO
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
-        file = FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
         found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -3940,7 +3943,6 @@ def bind(path: str, replace: bool) -> Any:
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
     import socket
-    import stat
 
     if os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -6368,14 +6370,14 @@ class Job(Task):
     def answered(self, method: str, params: Object, message: Object) -> None:
         try:
             unwrap(message)
-        except SyncError as error:  # its outcome is known by now, or it has none but this
+        except SyncError as error:
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
                 self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:
+            elif method in ("complete", "fail") and not self.outcome:  # it has no outcome but this
                 self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:
+            elif method == "fail" and self.outcome == COMPLETED:  # so its end is the death of a service
                 self.reported = self.outcome
-                self.report("running")  # or its end would not be the death of a service
+                self.report("running")
                 self.exited()
 
     def exited(self) -> None:
