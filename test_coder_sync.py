@@ -308,7 +308,7 @@ class Step:
         self.tickets = [word for word in words if word.startswith("#")]
         given = dict(word.split("=") for word in words if "=" in word)
         self.locks = given["lock"].split(",") if "lock" in given else []
-        self.by = Owner(int(given["by"]), f"script {given['by']}") if "by" in given else None
+        self.by = Owner(int(given["by"]), f"script {given['by']}" * (given["by"] != "0")) if "by" in given else None
         self.seconds, self.jobs = float(given.get("within", 0)), int(given.get("jobs", 0))
         self.reason = given.get("reason", "").replace("_", " ")
         self.code = int(given["code"]) if "code" in given else None
@@ -352,57 +352,53 @@ class Rules:
         return f"{', '.join(self.told)} | {' '.join(stand)}"
 
     def do(self, step: Step) -> None:
-        units, names, tickets = self.units, step.names, step.tickets
-        ticket = tickets[0] if tickets else ""
-        claim = self.claims.get(ticket)
-        if step.verb == "want":
-            units.want(names[0], names[1:], step.requires)
-        elif step.verb == "start":
-            self.late.update(tickets if "late" in step.flags else ())
-            asked = {"owner": step.by, "held": "held" in step.flags, "supervisor": "supervised" in step.flags}
-            self.claims[ticket] = units.start((names[0], step.wants, step.locks), ticket, step.seconds, **asked)
-        elif step.verb == "wait":
-            self.claims[ticket] = units.wait(names, ticket, step.requires, step.seconds)
+        units, names, by, flags = self.units, step.names, step.by, step.flags
+        ticket = step.tickets[0] if step.tickets else ""
+        claim: Any = self.claims.get(ticket)
+        asked = {"owner": by, "held": "held" in flags, "supervisor": "supervised" in flags}
+        completed = Outcome("completed", "", 0, running="running" in flags, env=step.env)
+        failed = Outcome("failed", " ".join(names[1:]), step.code)
+        self.late.update(step.tickets if "late" in flags else ())
+        verbs: dict[str, Callable[[], Any]] = {
+            "want": lambda: units.want(names[0], names[1:], step.requires),
+            "start": lambda: units.start((names[0], step.wants, step.locks), ticket, step.seconds, **asked),
+            "wait": lambda: units.wait(names, ticket, step.requires, step.seconds),
+            "boot": lambda: units.boot(step.members, ticket, by, step.jobs, "resume" in flags),
+            "complete": lambda: units.end(names[0], completed, by, claim),
+            "fail": lambda: units.end(names[0], failed, by, claim),
+            "exit": lambda: units.exit(claim, step.reason, step.code or 0, "stopped" in flags),
+            "running": lambda: units.run_on(claim),
+            "own": lambda: units.own(claim, by, "", step.reason),
+            "retry": lambda: units.retry(claim, step.reason),
+            "stop": lambda: units.stop(names, ticket, step.seconds),
+            "reset": lambda: units.reset(names),
+            "delivered": lambda: units.delivered(claim),
+            "quit": lambda: units.end_claims([claim], "its process has ended"),
+            "lose": lambda: self.lose(step.tickets),
+            "die": lambda: self.dead.add(int(names[0])),
+            "sleep": lambda: self.sleep(float(names[0])),
+            "show": lambda: self.show(names[0], names[1:]),
+            "lacks": lambda: self.shown.append(in_short(units.dependencies(units.units[names[0]], unmet_only=True))),
+        }
+        made = verbs[step.verb]()
+        if step.verb in ("start", "wait", "stop"):
+            self.claims[ticket] = made
         elif step.verb == "boot":
-            claims = units.boot(step.members, ticket, step.by, step.jobs, "resume" in step.flags)
-            self.claims.update((f"{ticket}.{claim.unit.name}", claim) for claim in claims)
-        elif step.verb == "complete":
-            outcome = Outcome("completed", "", 0, running="running" in step.flags, env=step.env)
-            units.end(names[0], outcome, step.by, claim)
-        elif step.verb == "fail":
-            units.end(names[0], Outcome("failed", " ".join(names[1:]), step.code), step.by, claim)
-        elif step.verb == "exit":
-            units.exit(claim, step.reason, step.code or 0, "stopped" in step.flags)
-        elif step.verb == "running":
-            units.run_on(claim)
-        elif step.verb == "own":
-            units.own(claim, step.by, "", step.reason)
-        elif step.verb == "retry":
-            units.retry(claim, step.reason)
-        elif step.verb == "die":
-            self.dead.add(int(names[0]))
-        elif step.verb == "stop":
-            self.claims[ticket] = units.stop(names, ticket, step.seconds)
-        elif step.verb == "lose":
-            lost = [c for t, c in self.claims.items() if t in tickets or t.partition(".")[0] in tickets]
-            units.end_claims(lost, "its caller went away")
-            self.gone.update(tickets)
-        elif step.verb == "quit":
-            units.end_claims([claim], "its process has ended")
-        elif step.verb == "delivered":
-            units.delivered(claim)
-        elif step.verb == "reset":
-            units.reset(names)
-        elif step.verb == "show":  # what is known of a unit
-            unit = units.status(names[0])
-            self.shown.append(f"{names[0]}: " + ", ".join(f"{n} {in_short(getattr(unit, n))}" for n in names[1:]))
-        elif step.verb == "lacks":
-            self.shown.append(in_short(units.dependencies(units.units[names[0]], unmet_only=True)))
-        else:
-            assert step.verb == "sleep"
-            self.clock.now += float(names[0])
-            units.end_late(self.claims.values())
-            units.keep_time()
+            self.claims.update((f"{ticket}.{claim.unit.name}", claim) for claim in made)
+
+    def lose(self, tickets: list[str]) -> None:
+        lost = [c for t, c in self.claims.items() if t in tickets or t.partition(".")[0] in tickets]
+        self.units.end_claims(lost, "its caller went away")
+        self.gone.update(tickets)
+
+    def sleep(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.units.end_late(self.claims.values())
+        self.units.keep_time()
+
+    def show(self, name: str, facts: list[str]) -> None:
+        unit = self.units.status(name)
+        self.shown.append(f"{name}: " + ", ".join(f"{fact} {in_short(getattr(unit, fact))}" for fact in facts))
 
     def take(self) -> None:
         """Take the answers, and what follows from their arrival."""
@@ -926,6 +922,7 @@ so does a run: start a #1 supervised by=41; sleep 1; complete a #1 running; slee
     => a: reason lost: process 41 (script 41) ended; its command may still run; a: ended 1, exited 6, exit_reason lost;
     b: reason lost: the run that ran process 42 (script 42) ended without completing
 start a #1 held; lose #1; show a reason => a: reason lost: the process that held it ended without completing
+start a #1 held by=0; lose #1; show a reason => a: reason lost: process 0 ended without completing
 start a #1 b held by=42; lose #1; show a reason
     => a: reason lost: process 42 (script 42) waited for b (not registered), and its caller went away
 start a #1 b held; lose #1; show a reason
@@ -1729,17 +1726,6 @@ def test_a_state_says_where_a_dependency_stands_and_why() -> None:
         assert coder_sync.dependency_text(Dependency("a", "completed", status, False, **more)) == text
 
 
-def test_a_table_has_its_columns_two_spaces_apart_and_those_asked_for_in_their_order() -> None:
-    header, rows = ["UNIT", "CURRENT STATUS"], [["pip", "pending"], ["a-long-name", ""]]
-    text = "UNIT         CURRENT STATUS\npip          pending\na-long-name\n"
-    assert (coder_sync.table(header, rows), coder_sync.table(header, [])) == (text, "UNIT  CURRENT STATUS\n")
-    for columns in ("current_status,unit", "Current Status, UNIT"):
-        assert coder_sync.table(header, rows[:1], columns) == "CURRENT STATUS  UNIT\npending         pip\n"
-    for columns in ("status", "unit,", ",", "unit;current status", " "):
-        with pytest.raises(UsageError, match=r"no such column: .* there are unit, current status"):
-            coder_sync.table(header, rows, columns)
-
-
 def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with coder_sync.Channel("x", sock=ours) as channel, theirs:
@@ -1858,13 +1844,6 @@ def read_alike(chance: random.Random, name: str, count: int) -> tuple[int, int]:
 def test_a_plain_command_line_is_read_as_argparse_reads_it(name: str) -> None:
     quick, read = read_alike(random.Random(name), name, 300)
     assert 30 < quick < read
-
-
-def test_nothing_is_kept_from_one_command_line_to_the_next() -> None:
-    for read in (coder_sync.quick, coder_sync.parse, coder_sync.quick):
-        assert read(["start", "--want", "a", "u", "--want", "b"])[1].want == ["a", "b"]
-        assert (read(["start", "u"])[1].want, read(["start", "u"])[1].timeout) == ([], coder_sync.START_TIMEOUT)
-        assert (read(["graph", "u"])[1].units, read(["graph"])[1].units) == (["u"], [])
 
 
 def test_words_after_two_dashes_are_names_or_the_command() -> None:
@@ -5136,15 +5115,11 @@ def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
 WILD = [
     """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
     coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
-    """coder exp sync want UNIT a b c && coder exp sync start UNIT --timeout 10m && coder exp sync complete UNIT""",
-    """coder exp sync want UNIT a b c
-    coder exp sync start UNIT && coder exp sync complete UNIT""",
     """coder exp sync want UNIT a b c > /dev/null 2>&1 || true
     coder exp sync start UNIT > /dev/null 2>&1 || true
     coder exp sync complete UNIT > /dev/null 2>&1 || true""",
     """sync() { coder exp sync "$@"; }
     sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
-    "coder run UNIT --want a --want b --want c -- true",
     """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
     coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
 ]
