@@ -4902,12 +4902,11 @@ def http_status(sock: Any, probe: Probe) -> int:
     return int(words[1][:4])
 
 
-LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener(port: int) -> int:
+def listener(host: str, port: int) -> int:
     """Return the process that listens at a port of this machine; 0 if that cannot be told."""
     ours = os.getpid()
+    if host not in ("", "localhost", "127.0.0.1", "::1"):
+        return 0
     rows = [row.split() for row in (proc_text(ours, "net/tcp") + proc_text(ours, "net/tcp6")).splitlines()]
     found = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
     for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
@@ -4990,7 +4989,7 @@ class Prober:
         if probe.kind == "command":
             self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
         elif probe.kind != "file":
-            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            pid = self._peer or listener(*probe.address)
             who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
@@ -5580,13 +5579,9 @@ class Task:
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-    Argument(
-        "--ready-timeout", type=duration, default=None, metavar="DURATION", help="how long to try PROBE (default: 5m)"
-    ),
+    Argument("--ready-timeout", type=duration, default=None, metavar="DURATION", help="limit for PROBE (default: 5m)"),
     Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-    Argument(
-        "--retry-delay", type=duration, default=None, metavar="DURATION", help="doubled after each try (default: 1s)"
-    ),
+    Argument("--retry-delay", type=duration, default=None, metavar="DURATION", help="doubles each time (default: 1s)"),
     flag("--optional", help="run COMMAND even if there is no agent"),
     QUIET,
     tail="+",

@@ -4540,11 +4540,12 @@ def killed(process: subprocess.Popen[str]) -> None:
 
 
 def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
-    process = agent.popen("run", "a", "--want", "b", "--want", "c", "--", "echo", "ran")
+    process = agent.popen("run", "a", "--want", "b", "--want", "c", "--", "sh", "-c", "yes ran | head -n 1")
     assert line_of(process.stderr) == "a: waiting for b not registered; c not registered\n"
     agent.end("b", "c")
     done = finish(process)
     assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert re.fullmatch("a: started after .*\n", done.stderr)  # SIGPIPE has ended yes(1), as usual
     assert kinds_of(agent, "a")[-2:] == ["started", "completed"]
 
 
@@ -7992,13 +7993,22 @@ def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) ->
 
 @needs_proc
 def test_a_signal_to_a_run_that_ends_what_its_command_has_left_kills_that(agent: World) -> None:
-    run = agent.popen("run", "a", "--", "sh", "-c", "(trap '' TERM; echo $$; exec sleep 60) & exit 3")
+    script = "(trap '' TERM; : > up; exec sleep 60) & echo $$; until test -e up; do sleep 0.01; done; exit 3"
+    run = agent.popen("run", "a", "--", "sh", "-c", script)
     first, began = int(line_of(run.stdout)), time.monotonic()
     until(lambda: not alive(first))
     time.sleep(0.2)
     done = stopped(run)
     assert (done.returncode, done.stderr, agent.client.status("a").reason) == (3, "", "exit code 3")
     assert time.monotonic() - began < coder_sync.Task.grace / 2
+
+
+@needs_proc
+def test_a_signal_to_a_run_ends_also_what_hides_from_its_command(agent: World) -> None:
+    script = "env -i PATH=$PATH setsid sh -c 'echo $$; exec sleep 60' & sleep 60"
+    run = agent.popen("run", "a", "--", "sh", "-c", script)
+    pid = int(line_of(run.stdout))
+    assert stopped(run).returncode == 143 and not alive(pid)
 
 
 def test_a_lock_passes_on_when_nothing_is_left_of_a_failed_command(world: World) -> None:
@@ -8035,6 +8045,17 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
     assert other.poll() is None
 
 
+@needs_proc
+def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: World) -> None:
+    other = world.spawn(["sleep", "60"])
+    family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
+    family.first = False
+    del hidden.births[other.pid]
+    assert family.look(lambda: hidden)
+    hidden.dead_groups.add(other.pid)
+    assert not family.look(lambda: hidden)
+
+
 @NAMESPACES
 def test_what_a_process_1_does_not_reap_counts_as_gone(world: World) -> None:
     lazy = [
@@ -8053,9 +8074,11 @@ def test_without_proc_the_processes_of_a_command_are_those_of_its_group(world: W
     files = {
         "a": "@timeout 300ms\n@retry 1 0\n(trap '' TERM; sleep 60; sleep 50) & sleep 60",
         "b": "sleep 0.2 & exit 3",
+        "c": "@timeout 300ms\nsh -c \"trap 'echo ended; exit' TERM; sleep 60 & wait\" & exec sleep 60",
     }
-    boot = Boot(world, files, "--grace", "300ms", under=without("/proc"))
+    boot = Boot(world, files, "--grace", "1s", under=without("/proc"))
     boot.ends(1, None, "failed: a (timed out after 300ms)", "failed: b (exit code 3)")
+    assert "c | ended\n" in boot.out
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8310,7 +8333,7 @@ def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: Wo
 def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> None:
     lock = os.open(world.directory / "lock", os.O_CREAT)
     os.set_inheritable(lock, True)
-    boot = Boot(world, {"db": service("db")}, "-q", pass_fds=[lock])
+    boot = Boot(world, {"db": service("db")}, "-q", pass_fds=[lock], stdin=subprocess.PIPE)
     boot.ends(0, "", leaves=True)
     background = boot.background()
     until(lambda: {os.readlink(f"/proc/{background}/fd/{fd}") for fd in range(3)} == {"/dev/null"})
