@@ -2347,9 +2347,7 @@ class Units:
         wants = dict.fromkeys(names, check_requirement(requires))
         return self._claim([("", wants, ())], ticket, timeout, held=True)[0]
 
-    def boot(
-        self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0, resume: bool = False
-    ) -> list[Claim]:
+    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None, jobs: int, resume: bool) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). They depend on these from now on, and on no others. A

@@ -763,7 +763,7 @@ def test_another_name_is_refused_in_one_printable_line(units: Units, name: str) 
         *(lambda: units.want(name, []), lambda: units.want("good", [name]), lambda: units.status(name)),
         *(lambda: units.start((name, {}, []), "t"), lambda: units.start(("good", {}, [name]), "t")),
         *(lambda: units.wait(["good", name], "w"), lambda: units.end(name, Outcome("completed"))),
-        *(lambda: units.reset([name]), lambda: units.boot([("good", {}, []), (name, {}, [])], "b")),
+        *(lambda: units.reset([name]), lambda: units.boot([("good", {}, []), (name, {}, [])], "b", None, 0, False)),
     ]
     for call in calls:
         with pytest.raises(Refused) as caught:
@@ -995,7 +995,7 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
     with pytest.raises(NotRegistered):
         units.environment("ghost")
     claims = [units.start(("g", {"b": "success"}, []), "#g"), units.wait(["a"], "#w")]
-    claims += units.boot([("f", {"b": "success"}, [])], "#f")
+    claims += units.boot([("f", {"b": "success"}, [])], "#f", None, 0, False)
     units.end("f", Outcome("failed", "oops"))
     env = {"ONE": "a", "TWO": "b"}
     assert units.take_answers() == [
