@@ -91,7 +91,7 @@ def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
     return above, b"\n" * above.count(b"\n") + cut + below
 
 
-def half_of(file, below):  # type: (FileIO, bool) -> list[Any]
+def half_of(file, below):  # type: (Any, bool) -> list[Any]
     """Return the code above the cut, or below it, of this file or of an installed copy.
 
     A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
@@ -155,7 +155,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
-    from io import FileIO
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
     from typing_extensions import dataclass_transform
@@ -1400,7 +1399,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if SELF:
+if SELF:  # launched
     if not quick(sys.argv[1:]):
         for part in half_of(SELF, True):
             exec(part, globals())
@@ -2189,6 +2188,30 @@ class Unit:
         """Return the claim of the supervisor that runs its command."""
         return self.holder if self.holder and self.holder.supervisor else None
 
+    def may_run(self) -> bool:
+        """Return whether its process may run: it was not seen to end."""
+        return self.status == STARTED or self.holder is not None or (self.last is not None and self.last.lost)
+
+    def still_runs(self) -> str:
+        """Say that its command still runs, although it has ended."""
+        owner = self.facts.owner
+        return f'unit "{self.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
+        """Iterate over what it lacks: dependencies, each with the requirement that it does not meet.
+
+        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
+        the first in line cannot have, each after the unit that is before it.
+        """
+        if self.unmet:
+            yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
+        if self.status == STARTED and self.line:  # who stands in line waits for what becomes of the start before
+            yield self, START
+        for lock in () if self.unmet or not self.line else self.locks:
+            before = lock.before(self)
+            if before:
+                yield before, lock
+
 
 class Lock:
     """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name).
@@ -2232,6 +2255,10 @@ class Claim:
     ) -> None:
         self.unit, self.ticket, self.owner = unit, ticket, owner
         self.held, self.supervisor = held or supervisor, supervisor
+
+    def is_over(self) -> bool:
+        """Return whether it has ended."""
+        return self not in self.unit.line and self.unit.holder is not self
 
 
 class Outcome(Record):
@@ -2355,7 +2382,7 @@ class Units:
         is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
-        for claim in [claim for claim in claims if not self.is_over(claim)]:
+        for claim in [claim for claim in claims if not claim.is_over()]:
             reason = self._give_up(claim, why) if claim in claim.unit.line else self._lose(claim)
             if claim.held or claim.unit not in ended:
                 ended[claim.unit] = claim, reason
@@ -2389,7 +2416,7 @@ class Units:
             self._check_report(unit, status, by)
         supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
         if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
-            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED))
+            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED), stopped=False)
             return unit.status
         if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
             return unit.status
@@ -2411,7 +2438,7 @@ class Units:
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
         return unit.status
 
-    def exit(self, claim: Claim, reason: str = "", code: int = 0, stopped: bool = False) -> None:
+    def exit(self, claim: Claim, reason: str, code: int, stopped: bool) -> None:
         """End a supervisor's claim: the command of its unit has ended, with all its processes.
 
         If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
@@ -2447,7 +2474,7 @@ class Units:
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
         named = dict.fromkeys(self._these(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
+        alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
         cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
@@ -2475,11 +2502,11 @@ class Units:
                 left = round(max(0.0, claim.stop_by - now), 3)
                 self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
         for stop in self.stops:
-            if not self.is_over(stop) and (not stop.units or stop.end_by <= now):
+            if not stop.is_over() and (not stop.units or stop.end_by <= now):
                 stop.answer["left"] += map(self._running, stop.units)
                 self._leave(stop)
                 self.answer(stop, stop.answer)
-        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # nor those of who has gone
+        self.stops = [stop for stop in self.stops if not stop.is_over()]  # nor those of who has gone
         times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -2496,7 +2523,7 @@ class Units:
                 hint = let_go(unit.name, owner) or "; end it first"
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
-                raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
+                raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
         ended = [unit for unit in todo if unit.status in ENDED]
         again = reached(ended, lambda unit: [other for other in unit.wanted_by if other.status == SKIPPED])
         for unit in again:
@@ -2504,7 +2531,7 @@ class Units:
         self._settle_all(*again)
         return [unit.name for unit in again]
 
-    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str = "") -> None:
+    def own(self, claim: Claim, owner: Owner | None, log: str, ready: str) -> None:
         """Note which process a claim runs, the file with its output, and its probe, if it has one."""
         known = claim.unit.facts
         claim.owner = known.owner = owner or claim.owner
@@ -2518,17 +2545,12 @@ class Units:
         known.tries = [*known.tries[-999:], self._now()]
         self._record(claim.unit, "retry", detail)
 
-    @staticmethod
-    def is_over(claim: Claim) -> bool:
-        """Return whether a claim has ended."""
-        return claim not in claim.unit.line and claim.unit.holder is not claim
-
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
         """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
         rows = []
-        for other, need in self._lacks(unit) if unmet_only else unit.wants.items():
+        for other, need in unit.lacks() if unmet_only else unit.wants.items():
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
                 has = f"{other.name} has it" if other in need.taken else f"{other.name} is before it in line"
@@ -2557,7 +2579,7 @@ class Units:
         """Return all units in the order in which they became known, and names that were only refused."""
         refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
         rows = {unit: self._snapshot(unit) for unit in [*self.units.values(), *refused]}
-        for unit in [unit for unit in rows if self._may_run(unit)][:500]:  # to look at more would take too long
+        for unit in [unit for unit in rows if unit.may_run()][:500]:  # to look at more would take too long
             rows[unit].owner = self._owner(unit)
         return Graph(self._now(), [*rows.values()])
 
@@ -2623,7 +2645,7 @@ class Units:
         if not unit.locks:
             known.locks = [*claim.locks]
             unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
-        if any(self._lacks(unit)):
+        if any(unit.lacks()):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
             return
@@ -2877,28 +2899,12 @@ class Units:
         units = dict.fromkeys(self._registered(name) for name in names)
         return [*units] or [unit for unit in self.units.values() if unit.status != NOT_REGISTERED]
 
-    @staticmethod
-    def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what a unit lacks: dependencies, each with the requirement that it does not meet.
-
-        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
-        the first in line cannot have, each after the unit that is before it.
-        """
-        if unit.unmet:
-            yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
-        if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
-            yield unit, START
-        for lock in () if unit.unmet or not unit.line else unit.locks:
-            before = lock.before(unit)
-            if before:
-                yield before, lock
-
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
         """Return what a unit lacks, five at most, in words; with `mark`, also that a name is not registered."""
         from itertools import islice
 
         words = []
-        for other, need in islice(self._lacks(unit), 5):
+        for other, need in islice(unit.lacks(), 5):
             if isinstance(need, Lock):
                 words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
             else:
@@ -2924,7 +2930,7 @@ class Units:
         started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
         if unit.holder and not started:
             earlier = " from an earlier boot" if unit.holder.boot else ""
-            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+            raise Refused(f"{unit.still_runs()}{earlier}: stop it, or boot with --resume")
         if claim or (started and (by is None or self.alive(by) is not False)):
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
@@ -2938,7 +2944,7 @@ class Units:
             hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
-            return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
+            return AlreadyStarted(f"{unit.still_runs()}: stop it first")
         whose = owner_text(owner, " by ") + let_go(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
@@ -2963,30 +2969,18 @@ class Units:
             raise Refused(f'unit "{unit.name}": {text}')
 
     @staticmethod
-    def _runs_on(unit: Unit) -> str:
-        """Say that the command of a unit that has ended still runs."""
-        owner = unit.facts.owner
-        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
-
-    @staticmethod
     def _who(owner: Owner | None) -> str:
         """Return a process for the beginning of a sentence: its command, any text, stands apart."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
 
     def _owner(self, unit: Unit) -> Owner | None:
         owner = unit.facts.owner
-        if owner is None or not self._may_run(unit):
+        if owner is None or not unit.may_run():
             return owner
         return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
 
     def _running(self, unit: Unit) -> Running:
         return Running(unit.name, self._owner(unit))
-
-    @staticmethod
-    def _may_run(unit: Unit) -> bool:
-        """Return whether the process of a unit may run: it was not seen to end."""
-        last = unit.last
-        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     # -- what is known ------------------------------------------------------------------------------------
 
@@ -3000,8 +2994,7 @@ class Units:
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
-        lacks = self._lacks(unit)
-        row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
+        row.blocked_by = {need.name: other.name for other, need in unit.lacks() if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
 
@@ -3026,6 +3019,9 @@ class Units:
 # - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
 # - A follower of events reads the history from where it was; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
+
+import io  # noqa: E402  (os has loaded both)
+import stat  # noqa: E402
 
 MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log on their way out
@@ -3129,7 +3125,6 @@ class Log:
             self._listener._thread.join(patience)
 
     def _begin(self) -> Any:
-        import io
         import logging.handlers
         from queue import SimpleQueue
 
@@ -3181,10 +3176,8 @@ class WakeUp:
     awake = False
 
     def __init__(self) -> None:
-        from io import FileIO
-
         ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
-        self._ends = [FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
+        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
 
     def close(self) -> None:
         """Give the descriptors back; from now on nobody is woken."""
@@ -3289,7 +3282,7 @@ class Agent:
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
         self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.owners: dict[Claim, FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
+        self.owners: dict[Claim, io.FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
@@ -3571,7 +3564,7 @@ class Agent:
         """Have claims end with a connection; of one that has asked for much, forget those that are over."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
-            connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
+            connection.claims = {c: None for c in connection.claims if not c.is_over()}
 
     def do_boot(
         self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
@@ -3713,11 +3706,9 @@ class Agent:
 
     def _watch(self, claim: Claim, owner: Owner) -> None:
         """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
-        from io import FileIO
-
         self.owners[claim] = None
         try:
-            self.owners[claim] = FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
+            self.owners[claim] = io.FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
         except (AttributeError, OSError):  # before Python 3.9, Linux 5.3; not Linux; no descriptor left
             pass
         self._owners_wake.wake()
@@ -3729,7 +3720,7 @@ class Agent:
         """
         self._owners_wake.awake = False
         with self.lock:
-            self.owners = {claim: file for claim, file in self.owners.items() if not self.units.is_over(claim)}
+            self.owners = {claim: file for claim, file in self.owners.items() if not claim.is_over()}
             owners = dict(self.owners)
             pause = self.units.keep_time() - time.monotonic()
         fds = [file.fileno() for file in owners.values() if file]
@@ -3745,7 +3736,7 @@ class Agent:
         """Take no more claims, unless a boot of somebody else has some; return whether none has."""
         with self.lock:
             claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
-            self.leaving = self.leaving or all(map(self.units.is_over, claims))
+            self.leaving = self.leaving or all(claim.is_over() for claim in claims)
             return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
@@ -3891,7 +3882,7 @@ def in_the_way(what: str, do: str = "remove it") -> Refused:
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
-def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> FileIO:
+def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io.FileIO:
     """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
 
     Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
@@ -3899,14 +3890,12 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> Fi
     now; then it begins again. What others may have put there is not written to.
     """
     import fcntl
-    import stat
-    from io import FileIO
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
-        file = FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
         found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -3948,7 +3937,6 @@ def bind(path: str, replace: bool) -> Any:
     A socket that nobody listens on, or that is to be replaced, is removed; anything else at the path is left alone.
     """
     import socket
-    import stat
 
     if os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -4914,12 +4902,11 @@ def http_status(sock: Any, probe: Probe) -> int:
     return int(words[1][:4])
 
 
-LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener(port: int) -> int:
+def listener(host: str, port: int) -> int:
     """Return the process that listens at a port of this machine; 0 if that cannot be told."""
     ours = os.getpid()
+    if host not in ("", "localhost", "127.0.0.1", "::1"):
+        return 0
     rows = [row.split() for row in (proc_text(ours, "net/tcp") + proc_text(ours, "net/tcp6")).splitlines()]
     found = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
     for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
@@ -5002,7 +4989,7 @@ class Prober:
         if probe.kind == "command":
             self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
         elif probe.kind != "file":
-            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            pid = self._peer or listener(*probe.address)
             who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
@@ -5592,13 +5579,9 @@ class Task:
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-    Argument(
-        "--ready-timeout", type=duration, default=None, metavar="DURATION", help="how long to try PROBE (default: 5m)"
-    ),
+    Argument("--ready-timeout", type=duration, default=None, metavar="DURATION", help="limit for PROBE (default: 5m)"),
     Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-    Argument(
-        "--retry-delay", type=duration, default=None, metavar="DURATION", help="doubled after each try (default: 1s)"
-    ),
+    Argument("--retry-delay", type=duration, default=None, metavar="DURATION", help="doubles each time (default: 1s)"),
     flag("--optional", help="run COMMAND even if there is no agent"),
     QUIET,
     tail="+",
