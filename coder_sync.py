@@ -153,7 +153,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
@@ -2358,13 +2358,10 @@ class Units:
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
-        known = [self.units[name] for name, _, _ in members if name in self.units]
-        done = {unit for unit in known if resume and unit.status == COMPLETED}
-        for unit in known:
-            if unit not in done:
+        for unit in [self.units[name] for name, _, _ in members if name in self.units]:
+            if not (resume and unit.status == COMPLETED):
                 self._check_free(unit)
-        places = (Lock("", jobs),) if jobs else ()
-        return self._claim(members, ticket, 0.0, boot=True, places=places, done=done, owner=owner, supervisor=True)
+        return self._claim(members, ticket, 0.0, boot=True, jobs=jobs, resume=resume, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
         """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
@@ -2850,20 +2847,21 @@ class Units:
         ticket: Any,
         timeout: float,
         boot: bool = False,
-        places: tuple[Lock, ...] = (),
-        done: Container[Unit] = (),
+        jobs: int = 0,
+        resume: bool = False,
         **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each but those that are done, and see how far that leads."""
+        """Declare units, stand in the line of each, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
         locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
         if max(map(len, locks), default=0) > MAX_LOCKS:
             raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
         units = self._declare(members, anew=boot)
         deadline = self.clock() + timeout if timeout else NEVER
+        places = (Lock("", jobs),) if jobs else ()
         claims = []
         for unit, its in zip(units, locks):
-            if unit in done:
+            if resume and unit.status == COMPLETED:
                 continue
             if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
                 self._set(unit, Outcome(PENDING))

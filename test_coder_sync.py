@@ -353,7 +353,7 @@ class Rules:
 
     def do(self, step: Step) -> None:
         units, names, by, flags = self.units, step.names, step.by, step.flags
-        ticket = step.tickets[0] if step.tickets else ""
+        ticket: Any = step.tickets[0] if step.tickets else None
         claim: Any = self.claims.get(ticket)
         asked = {"owner": by, "held": "held" in flags, "supervisor": "supervised" in flags}
         completed = Outcome("completed", "", 0, running="running" in flags, env=step.env)
@@ -784,8 +784,8 @@ MAX_EDGES 3: want a b c; want d e f; boot #b d:e,f; want d a; boot #b d:e; want 
 MAX_EDGES 2: want a b; wait #1 a b; wait #2 a; lose #2; want b c => !Refused
 MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x y:x z:y; lose #2; start c #5 a
     => !Refused, !Refused, #b x started
-MAX_WAITS 1: start a #1 supervised; stop #2 a within=8; stop #3 a within=8; lose #2; stop #4 a within=8
-    => #1 ok, #1 stop a in 8, !Refused
+MAX_WAITS 1: start a #1 supervised; stop #2 a within=8; stop #3 a within=8; lose #2; stop #4 a within=8;
+    stop within=8 => #1 ok, #1 stop a in 8, !Refused
 MAX_LOCKS 2: start a #1 lock=k,l; start b #2 lock=k,l,m => #1 ok, !Refused
 """)
 def test_a_number_is_bounded(
@@ -857,6 +857,8 @@ so is who comes first:
     start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l by=43; sleep 1; lacks c; show c waits_for blocked_by
     => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
     c: waits_for lock l, which b is to have first, blocked_by l by b
+also of who is first now: start a #1 b lock=k; start a #2 lock=l; lose #1; want b; complete b; show a locks
+    => a: locks l
 the places of a boot are no locks by name:
     boot #b a b@k c:b@l jobs=1; show b locks blocked_by waits_for; show c locks blocked_by waits_for; sleep 1;
     complete a; show b waiting ready started released_by
