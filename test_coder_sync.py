@@ -8671,10 +8671,16 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
 
 
-def test_many_units_with_much_to_want_are_claimed_though_it_takes_several_lines(world: World) -> None:
+def test_many_units_with_much_to_want_are_claimed_in_one_step_though_it_takes_several_lines(agent: World) -> None:
     names = [f"u{i:03}-" + "n" * 240 for i in range(35)]  # in all some 150 KB
     files = {name: f"@want {' '.join(names[:i])}" if i else "" for i, name in enumerate(names)}
-    Boot(world, files).ends(0, None, "boot: 35 completed")
+    somebody = agent.connect()
+    somebody.call("start", unit=names[-1], hold=True)
+    Boot(agent, files).ends(1, "", "nothing was run")
+    assert [unit.unit_name for unit in agent.client.list()] == names[-1:]
+    somebody.close()
+    until(lambda: agent.status(names[-1]) == "failed")
+    Boot(agent, files).ends(0, None, "boot: 35 completed")
 
 
 IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
