@@ -5051,7 +5051,7 @@ class Notified:
         os.chmod(path, 0o666)
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._sock.fileno()
 
     def ready(self) -> bool:
@@ -5102,7 +5102,7 @@ def remove_directory(path: str) -> None:
 
 
 def exported(path: str) -> dict[str, str]:
-    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    """Return the lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:

@@ -483,9 +483,9 @@ def scenarios(table: str) -> Any:
     return pytest.mark.parametrize(("steps", "outcome"), params)
 
 
-def hyphenated(text: str) -> str:
-    """A text as the id of a test's parameter."""
-    return re.sub(r"\W+", "-", text)[:80]
+def hyphenated(value: object) -> str | None:
+    """A text as the id of a test's parameter; pytest names what is none."""
+    return re.sub(r"\W+", "-", value)[:80] if isinstance(value, str) else None
 
 
 # What a random run of the model below finds as surely is not here: orders, locks, claims that end, services, stops.
@@ -2964,7 +2964,9 @@ LOGS: dict[str, tuple[bool, Callable[[Path], Any]]] = {  # whether it can have a
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[ROOT] * (kind == "a device")) for kind in LOGS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[ROOT] * (kind == "a device")) for kind in LOGS], ids=hyphenated
+)
 def test_a_log_file_that_is_full_gets_a_successor_if_it_can_have_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
@@ -3072,7 +3074,7 @@ def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place:
 
 
 @NAMESPACES
-@pytest.mark.parametrize("places", ["/dev", "/proc", "/dev /proc"])
+@pytest.mark.parametrize("places", ["/dev", "/proc", "/dev /proc"], ids=hyphenated)
 def test_a_command_runs_where_dev_and_proc_are_empty(world: World, places: str) -> None:
     argv = [*without(*places.split()), *program()]
     done = finish(world.spawn([*argv, "serve", "--", *program(), "run", "a", "--", "sh", "-c", "echo ran; exit 3"]))
@@ -3087,6 +3089,7 @@ def test_a_command_runs_where_dev_and_proc_are_empty(world: World, places: str) 
         ("raise MemoryError", 125, "error: internal error .*", True),
         ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before .*: killed by signal 9", False),
     ],
+    ids=["no-memory", "killed"],
 )
 def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
     world: World, trouble: str, code: int, message: str, ignored: bool
@@ -3227,7 +3230,7 @@ def test_an_agent_wrongly_asked_for_or_not_enabled_does_not_serve(call: Call, wo
         assert os.listdir(world.directory) == []
 
 
-@pytest.mark.parametrize(("value", "test"), [("NO", "! -S"), ("1", "-S")])
+@pytest.mark.parametrize(("value", "test"), [("NO", "! -S"), ("1", "-S")], ids=["disabled", "enabled"])
 def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: World, value: str, test: str) -> None:
     env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
     done = world.run("serve", "--", "sh", "-c", f"test {test} $CODER_AGENT_SOCKET_PATH && echo ran; exit 5", env=env)
@@ -3318,7 +3321,7 @@ coder_sync.Channel.answer = lambda self, request, timeout: answer(self, request,
 """  # time for an agent to end that is to be replaced
 
 
-@pytest.mark.parametrize("trouble", ["stopped", "without a lock", "no agent of ours"])
+@pytest.mark.parametrize("trouble", ["stopped", "without a lock", "no agent of ours"], ids=hyphenated)
 def test_replace_takes_the_place_of_one_that_does_not_end(world: World, trouble: str) -> None:
     other: Any = listener(world.path) if trouble == "no agent of ours" else world.serve()
     if trouble == "stopped":
@@ -3547,7 +3550,9 @@ def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: Worl
     assert process.wait(PATIENCE) in (3, 143)
 
 
-@pytest.mark.parametrize("what", ["rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"])
+@pytest.mark.parametrize(
+    "what", ["rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"], ids=hyphenated
+)
 def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: World, world: World, what: str) -> None:
     script = f"dir=${{NOTIFY_SOCKET%/*}}; {what}; exit 7"
     world.env.update(TMPDIR=str(world.directory), CODER_AGENT_SOCKET_PATH=shared.path)
@@ -3603,7 +3608,7 @@ def children_of(pid: int) -> dict[int, str]:
 
 
 @NAMESPACES
-@pytest.mark.parametrize("what", ["serve", "serve --", "run a --"])
+@pytest.mark.parametrize("what", ["serve", "serve --", "run a --"], ids=hyphenated)
 def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world: World, what: str) -> None:
     orphans = "for i in 1 2 3; do (true & exec true); (sleep 0.01 & exec true); done"
     words = what.split() + (["sh", "-c", f"{orphans}; echo on; sleep 60"] if what != "serve" else [])
@@ -3910,11 +3915,6 @@ $ start a --quiet=yes; start a -qx -> 2: start: ... (usage: ...
 $ start a --wants b -> 2: start: no such option: '--wants'; did you mean "--want"? (usage: ...
 $ start a --X500 -> 2: start: no such option: '--X37 (usage: ...
 """
-
-
-def dashed(value: str) -> str:
-    """The id of a test for a parameter that is a text."""
-    return "-".join(re.findall(r"\w+", value[:60])) or "nothing"
 
 
 def as_written(expected: str, said: str) -> bool:
@@ -4602,7 +4602,11 @@ def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: Worl
     until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
 
 
-@pytest.mark.parametrize(("ready", "what"), [([], r"its outcome \(exit code 6\)"), (["--ready", "true"], "its end")])
+@pytest.mark.parametrize(
+    ("ready", "what"),
+    [([], r"its outcome \(exit code 6\)"), (["--ready", "true"], "its end")],
+    ids=["a-command", "a-service"],
+)
 def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World, ready: list[str], what: str) -> None:
     agent = world.serve()
     script = "echo running; read x; echo $x; exit 6"
@@ -4863,7 +4867,7 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
 
 
-@pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"])
+@pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"], ids=hyphenated)
 def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how: str) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
     db, run, waiting = Supervisor(world, "db"), world.connect(), world.connect()
@@ -6240,7 +6244,7 @@ TIME   EVENT       DETAIL
 CASES = [part.rstrip("\n").partition("\n") for part in TEXTS.split("\n? ")[1:]]
 
 
-IDS = [dashed(title) for title, *_ in CASES]
+IDS = [hyphenated(title) for title, *_ in CASES]
 
 
 @pytest.mark.parametrize(("title", "text"), [(title, f"{text}\n") for title, _, text in CASES], ids=IDS)
@@ -8319,7 +8323,7 @@ def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(world
 
 
 @needs_proc
-@pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["", "with logs"])
+@pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["plain", "with-logs"])
 def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: World, options: list[str]) -> None:
     more = "while ! test -e go; do sleep 0.01; done; seq 1 100000; : > said"
     boot = Boot(world, {"db": service("db", more=more)}, *options)
@@ -8461,7 +8465,9 @@ def test_a_command_beside_services_runs_as_if_there_were_no_boot_and_its_end_is_
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("script", "code"), [("exit 3", 3), ("kill -9 $$", 137), ("no-such-command", 127), ("", 127), ("kill -9 $PPID", -9)]
+    ("script", "code"),
+    [("exit 3", 3), ("kill -9 $$", 137), ("no-such-command", 127), ("", 127), ("kill -9 $PPID", -9)],
+    ids=["fails", "is-killed", "is-not-found", "is-empty", "kills-boot"],
 )
 def test_services_end_however_the_command_does(world: World, script: str, code: int) -> None:
     command = ["sh", "-c", script] if script else ["no-such-command"]
@@ -8519,7 +8525,7 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
     assert read_lines(world.directory / "ends") == ["web", "db"]
 
 
-@pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside services"])
+@pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside-services"])
 def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
     become = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.dup2(2, 3)"
     under = [*PYTHON, f"{become}; os.execv(sys.argv[1], sys.argv[1:])"]
@@ -8605,7 +8611,7 @@ coder_sync.{where} = fails
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "at_once"), [([], 52), (["--log-dir", "logs"], 26)], ids=["", "with logs"])
+@pytest.mark.parametrize(("options", "at_once"), [([], 52), (["--log-dir", "logs"], 26)], ids=["plain", "with-logs"])
 def test_as_many_scripts_as_have_descriptors_run_at_once(
     world: World, gate: Gate, options: list[str], at_once: int
 ) -> None:
@@ -8671,10 +8677,16 @@ def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: Wor
     assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
 
 
-def test_many_units_with_much_to_want_are_claimed_though_it_takes_several_lines(world: World) -> None:
+def test_many_units_with_much_to_want_are_claimed_in_one_step_though_it_takes_several_lines(agent: World) -> None:
     names = [f"u{i:03}-" + "n" * 240 for i in range(35)]  # in all some 150 KB
     files = {name: f"@want {' '.join(names[:i])}" if i else "" for i, name in enumerate(names)}
-    Boot(world, files).ends(0, None, "boot: 35 completed")
+    somebody = agent.connect()
+    somebody.call("start", unit=names[-1], hold=True)
+    Boot(agent, files).ends(1, "", "nothing was run")
+    assert [unit.unit_name for unit in agent.client.list()] == names[-1:]
+    somebody.close()
+    until(lambda: agent.status(names[-1]) == "failed")
+    Boot(agent, files).ends(0, None, "boot: 35 completed")
 
 
 IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
@@ -8959,7 +8971,7 @@ print(sock.makefile().read(), end="")
 """  # enough of `nc -NU PATH`, where there is none
 
 
-@pytest.mark.parametrize("session", examples(README), ids=lambda session: dashed(session[0][0]))
+@pytest.mark.parametrize("session", examples(README), ids=lambda session: hyphenated(session[0][0]))
 def test_the_readme_shows_what_really_happens(session: list[tuple[str, str]], world: World) -> None:
     if not shutil.which("nc"):
         world.shell_env()
