@@ -153,7 +153,7 @@ def launch():  # type: () -> None
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union
 
@@ -2188,6 +2188,30 @@ class Unit:
         """Return the claim of the supervisor that runs its command."""
         return self.holder if self.holder and self.holder.supervisor else None
 
+    def may_run(self) -> bool:
+        """Return whether its process may run: it was not seen to end."""
+        return self.status == STARTED or self.holder is not None or (self.last is not None and self.last.lost)
+
+    def still_runs(self) -> str:
+        """Say that its command still runs, although it has ended."""
+        owner = self.facts.owner
+        return f'unit "{self.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
+
+    def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
+        """Iterate over what it lacks: dependencies, each with the requirement that it does not meet.
+
+        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
+        the first in line cannot have, each after the unit that is before it.
+        """
+        if self.unmet:
+            yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
+        if self.status == STARTED and self.line:  # who stands in line waits for what becomes of the start before
+            yield self, START
+        for lock in () if self.unmet or not self.line else self.locks:
+            before = lock.before(self)
+            if before:
+                yield before, lock
+
 
 class Lock:
     """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name).
@@ -2231,6 +2255,10 @@ class Claim:
     ) -> None:
         self.unit, self.ticket, self.owner = unit, ticket, owner
         self.held, self.supervisor = held or supervisor, supervisor
+
+    def is_over(self) -> bool:
+        """Return whether it has ended."""
+        return self not in self.unit.line and self.unit.holder is not self
 
 
 class Outcome(Record):
@@ -2319,9 +2347,7 @@ class Units:
         wants = dict.fromkeys(names, check_requirement(requires))
         return self._claim([("", wants, ())], ticket, timeout, held=True)[0]
 
-    def boot(
-        self, members: Sequence[Member], ticket: Any, owner: Owner | None = None, jobs: int = 0, resume: bool = False
-    ) -> list[Claim]:
+    def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None, jobs: int, resume: bool) -> list[Claim]:
         """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
 
         At most `jobs` of them are started at once (0: no limit). They depend on these from now on, and on no others. A
@@ -2330,13 +2356,10 @@ class Units:
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
-        known = [self.units[name] for name, _, _ in members if name in self.units]
-        done = {unit for unit in known if resume and unit.status == COMPLETED}
-        for unit in known:
-            if unit not in done:
+        for unit in [self.units[name] for name, _, _ in members if name in self.units]:
+            if not (resume and unit.status == COMPLETED):
                 self._check_free(unit)
-        places = (Lock("", jobs),) if jobs else ()
-        return self._claim(members, ticket, 0.0, boot=True, places=places, done=done, owner=owner, supervisor=True)
+        return self._claim(members, ticket, 0.0, boot=True, jobs=jobs, resume=resume, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
         """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
@@ -2354,7 +2377,7 @@ class Units:
         is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
-        for claim in [claim for claim in claims if not self.is_over(claim)]:
+        for claim in [claim for claim in claims if not claim.is_over()]:
             reason = self._give_up(claim, why) if claim in claim.unit.line else self._lose(claim)
             if claim.held or claim.unit not in ended:
                 ended[claim.unit] = claim, reason
@@ -2446,7 +2469,7 @@ class Units:
         self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
         named = dict.fromkeys(self._these(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = {unit: self._running(unit) for unit in affected if self._may_run(unit) and not unit.supervisor()}
+        alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
         cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
@@ -2474,11 +2497,11 @@ class Units:
                 left = round(max(0.0, claim.stop_by - now), 3)
                 self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
         for stop in self.stops:
-            if not self.is_over(stop) and (not stop.units or stop.end_by <= now):
+            if not stop.is_over() and (not stop.units or stop.end_by <= now):
                 stop.answer["left"] += map(self._running, stop.units)
                 self._leave(stop)
                 self.answer(stop, stop.answer)
-        self.stops = [stop for stop in self.stops if not self.is_over(stop)]  # nor those of who has gone
+        self.stops = [stop for stop in self.stops if not stop.is_over()]  # nor those of who has gone
         times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
@@ -2495,7 +2518,7 @@ class Units:
                 hint = let_go(unit.name, owner) or "; end it first"
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
-                raise Refused(f"{self._runs_on(unit)} and cannot be reset; stop it first")
+                raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
         ended = [unit for unit in todo if unit.status in ENDED]
         again = reached(ended, lambda unit: [other for other in unit.wanted_by if other.status == SKIPPED])
         for unit in again:
@@ -2517,17 +2540,12 @@ class Units:
         known.tries = [*known.tries[-999:], self._now()]
         self._record(claim.unit, "retry", detail)
 
-    @staticmethod
-    def is_over(claim: Claim) -> bool:
-        """Return whether a claim has ended."""
-        return claim not in claim.unit.line and claim.unit.holder is not claim
-
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
         """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
         rows = []
-        for other, need in self._lacks(unit) if unmet_only else unit.wants.items():
+        for other, need in unit.lacks() if unmet_only else unit.wants.items():
             age = round(self._now() - other.since, 3)
             if isinstance(need, Lock):
                 has = f"{other.name} has it" if other in need.taken else f"{other.name} is before it in line"
@@ -2556,7 +2574,7 @@ class Units:
         """Return all units in the order in which they became known, and names that were only refused."""
         refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
         rows = {unit: self._snapshot(unit) for unit in [*self.units.values(), *refused]}
-        for unit in [unit for unit in rows if self._may_run(unit)][:500]:  # to look at more would take too long
+        for unit in [unit for unit in rows if unit.may_run()][:500]:  # to look at more would take too long
             rows[unit].owner = self._owner(unit)
         return Graph(self._now(), [*rows.values()])
 
@@ -2622,7 +2640,7 @@ class Units:
         if not unit.locks:
             known.locks = [*claim.locks]
             unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
-        if any(self._lacks(unit)):
+        if any(unit.lacks()):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
             return
@@ -2827,20 +2845,21 @@ class Units:
         ticket: Any,
         timeout: float,
         boot: bool = False,
-        places: tuple[Lock, ...] = (),
-        done: Container[Unit] = (),
+        jobs: int = 0,
+        resume: bool = False,
         **asked: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each but those that are done, and see how far that leads."""
+        """Declare units, stand in the line of each, and see how far that leads."""
         self._check_waits(0 if boot else len(members))
         locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
         if max(map(len, locks), default=0) > MAX_LOCKS:
             raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
         units = self._declare(members, anew=boot)
         deadline = self.clock() + timeout if timeout else NEVER
+        places = (Lock("", jobs),) if jobs else ()
         claims = []
         for unit, its in zip(units, locks):
-            if unit in done:
+            if resume and unit.status == COMPLETED:
                 continue
             if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
                 self._set(unit, Outcome(PENDING))
@@ -2876,28 +2895,12 @@ class Units:
         units = dict.fromkeys(self._registered(name) for name in names)
         return [*units] or [unit for unit in self.units.values() if unit.status != NOT_REGISTERED]
 
-    @staticmethod
-    def _lacks(unit: Unit) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what a unit lacks: dependencies, each with the requirement that it does not meet.
-
-        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
-        the first in line cannot have, each after the unit that is before it.
-        """
-        if unit.unmet:
-            yield from ((d, requirement) for d, requirement in unit.wants.items() if d.status not in MEETS[requirement])
-        if unit.status == STARTED and unit.line:  # who stands in line waits for what becomes of the start before
-            yield unit, START
-        for lock in () if unit.unmet or not unit.line else unit.locks:
-            before = lock.before(unit)
-            if before:
-                yield before, lock
-
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
         """Return what a unit lacks, five at most, in words; with `mark`, also that a name is not registered."""
         from itertools import islice
 
         words = []
-        for other, need in islice(self._lacks(unit), 5):
+        for other, need in islice(unit.lacks(), 5):
             if isinstance(need, Lock):
                 words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
             else:
@@ -2923,7 +2926,7 @@ class Units:
         started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
         if unit.holder and not started:
             earlier = " from an earlier boot" if unit.holder.boot else ""
-            raise Refused(f"{self._runs_on(unit)}{earlier}: stop it, or boot with --resume")
+            raise Refused(f"{unit.still_runs()}{earlier}: stop it, or boot with --resume")
         if claim or (started and (by is None or self.alive(by) is not False)):
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
@@ -2937,7 +2940,7 @@ class Units:
             hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
-            return AlreadyStarted(f"{self._runs_on(unit)}: stop it first")
+            return AlreadyStarted(f"{unit.still_runs()}: stop it first")
         whose = owner_text(owner, " by ") + let_go(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
@@ -2962,30 +2965,18 @@ class Units:
             raise Refused(f'unit "{unit.name}": {text}')
 
     @staticmethod
-    def _runs_on(unit: Unit) -> str:
-        """Say that the command of a unit that has ended still runs."""
-        owner = unit.facts.owner
-        return f'unit "{unit.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
-
-    @staticmethod
     def _who(owner: Owner | None) -> str:
         """Return a process for the beginning of a sentence: its command, any text, stands apart."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
 
     def _owner(self, unit: Unit) -> Owner | None:
         owner = unit.facts.owner
-        if owner is None or not self._may_run(unit):
+        if owner is None or not unit.may_run():
             return owner
         return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
 
     def _running(self, unit: Unit) -> Running:
         return Running(unit.name, self._owner(unit))
-
-    @staticmethod
-    def _may_run(unit: Unit) -> bool:
-        """Return whether the process of a unit may run: it was not seen to end."""
-        last = unit.last
-        return unit.status == STARTED or unit.holder is not None or (last is not None and last.lost)
 
     # -- what is known ------------------------------------------------------------------------------------
 
@@ -2999,8 +2990,7 @@ class Units:
         if unit.status == PENDING:
             row.is_waiting, row.waits_for = bool(unit.line), self._waits_for(unit)
         row.wants = {d.name: requirement for d, requirement in unit.wants.items()}
-        lacks = self._lacks(unit)
-        row.blocked_by = {need.name: other.name for other, need in lacks if isinstance(need, Lock) and need.name}
+        row.blocked_by = {need.name: other.name for other, need in unit.lacks() if isinstance(need, Lock) and need.name}
         row.refusal = self.refusals.get(unit.name, "")
         return row
 
@@ -3570,7 +3560,7 @@ class Agent:
         """Have claims end with a connection; of one that has asked for much, forget those that are over."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
-            connection.claims = {c: None for c in connection.claims if not self.units.is_over(c)}
+            connection.claims = {c: None for c in connection.claims if not c.is_over()}
 
     def do_boot(
         self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
@@ -3726,7 +3716,7 @@ class Agent:
         """
         self._owners_wake.awake = False
         with self.lock:
-            self.owners = {claim: file for claim, file in self.owners.items() if not self.units.is_over(claim)}
+            self.owners = {claim: file for claim, file in self.owners.items() if not claim.is_over()}
             owners = dict(self.owners)
             pause = self.units.keep_time() - time.monotonic()
         fds = [file.fileno() for file in owners.values() if file]
@@ -3742,7 +3732,7 @@ class Agent:
         """Take no more claims, unless a boot of somebody else has some; return whether none has."""
         with self.lock:
             claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
-            self.leaving = self.leaving or all(map(self.units.is_over, claims))
+            self.leaving = self.leaving or all(claim.is_over() for claim in claims)
             return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
@@ -4908,12 +4898,11 @@ def http_status(sock: Any, probe: Probe) -> int:
     return int(words[1][:4])
 
 
-LOCAL = ("", "localhost", "127.0.0.1", "::1")
-
-
-def listener(port: int) -> int:
+def listener(host: str, port: int) -> int:
     """Return the process that listens at a port of this machine; 0 if that cannot be told."""
     ours = os.getpid()
+    if host not in ("", "localhost", "127.0.0.1", "::1"):
+        return 0
     rows = [row.split() for row in (proc_text(ours, "net/tcp") + proc_text(ours, "net/tcp6")).splitlines()]
     found = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
     for pid in filter(str.isdigit, os.listdir("/proc") if found else ()):
@@ -4996,7 +4985,7 @@ class Prober:
         if probe.kind == "command":
             self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
         elif probe.kind != "file":
-            pid = self._peer or (listener(probe.address[1]) if probe.address[0] in LOCAL else 0)
+            pid = self._peer or listener(*probe.address)
             who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
             answers = f"{probe.shown} answers already, before the command was run"
             self.objection = f"{answers}: end what listens there{who} first"
@@ -5062,7 +5051,7 @@ class Notified:
         os.chmod(path, 0o666)
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._sock.fileno()
 
     def ready(self) -> bool:
@@ -5113,7 +5102,7 @@ def remove_directory(path: str) -> None:
 
 
 def exported(path: str) -> dict[str, str]:
-    """The lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    """Return the lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:
@@ -5586,13 +5575,9 @@ class Task:
     "run pip-install --want git-clone -- pip install -r requirements.txt",
     *STARTING,
     Argument("--ready", default=None, metavar="PROBE", help=f"complete UNIT when PROBE succeeds: notify, {PROBES}"),
-    Argument(
-        "--ready-timeout", type=duration, default=None, metavar="DURATION", help="how long to try PROBE (default: 5m)"
-    ),
+    Argument("--ready-timeout", type=duration, default=None, metavar="DURATION", help="limit for PROBE (default: 5m)"),
     Argument("--retry", type=number, default="0", metavar="N", help="run COMMAND again, N times, if it fails"),
-    Argument(
-        "--retry-delay", type=duration, default=None, metavar="DURATION", help="doubled after each try (default: 1s)"
-    ),
+    Argument("--retry-delay", type=duration, default=None, metavar="DURATION", help="doubles each time (default: 1s)"),
     flag("--optional", help="run COMMAND even if there is no agent"),
     QUIET,
     tail="+",
