@@ -4571,6 +4571,13 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
+def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -> None:
+    run = agent.popen("run", "a", "--retry", "1", "--retry-delay", "10m", "--", "false")
+    assert "try 2 of 2" in line_of(run.stderr)
+    agent.ok("complete", "a")
+    assert finish(run).returncode == 1 and agent.status("a") == "completed"
+
+
 def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
     process, pid = held(agent, "a", "--ready", "true")
     until(lambda: agent.client.status("a").running_on)
