@@ -4756,35 +4756,6 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     assert found == expected
 
 
-def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_little_time(world: World) -> None:
-    agent, patience = world.serve(), coder_sync.STOPPED_TIMEOUT / 5
-    command = altered(f"coder_sync.STOPPED_TIMEOUT = {patience}", "run", "a", "--", *PYTHON, HANG)
-    process = world.spawn(command)
-    pid = int(line_of(process.stdout))
-    for one in (agent, process):
-        stop(one)
-    os.kill(pid, signal.SIGKILL)
-    process.terminate()
-    began = time.monotonic()
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(PATIENCE) == 137
-    assert time.monotonic() - began < 20 < coder_sync.REPLY_TIMEOUT  # which an answer may take otherwise
-    agent.send_signal(signal.SIGCONT)
-    until(lambda: world.status("a") == "failed")
-    assert world.client.status("a").exit_code == 137
-
-
-def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent: World, gate: Gate) -> None:
-    (agent.directory / "n").write_text("0\n")
-    script = "read n < n; echo $((n + 1)) > n; test $n -lt 400 || cat gate; exit 1"
-    run = agent.popen("run", "a", "--retry", "400", "--retry-delay", "0", "--", "sh", "-c", script)
-    gate.reached()
-    until(lambda: kinds_of(agent, "a").count("retry") == 400)
-    assert agent.status("a") == "started"
-    gate.open()
-    assert finish(run).returncode == 1
-
-
 @pytest.mark.parametrize("how", [stop, killed])
 def test_a_run_says_what_an_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate, how: Any) -> None:
     agent = world.serve()
