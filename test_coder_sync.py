@@ -3626,6 +3626,16 @@ def test_a_proc_of_another_pid_namespace_counts_as_absent(world: World) -> None:
     assert "failed: c (exit code 3)" in done.stderr and done.returncode == 1, done
 
 
+@NAMESPACES
+def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(agent: World) -> None:
+    run = agent.spawn([*UNSHARE, *program(), "run", "a", "--ready", "true", "--", "sleep", "60"])
+    until(lambda: agent.client.status("a").running_on)
+    owner = agent.client.status("a").owner
+    assert owner is not None and owner.pid < 100 and owner.alive is None
+    assert f"runs on as process (pid {owner.pid})" in agent.ok("list")
+    assert agent.client.stop() == ["a"] and finish(run).returncode == 143
+
+
 def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
     agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
 
