@@ -4582,6 +4582,13 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
+def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -> None:
+    run = agent.popen("run", "a", "--retry", "1", "--retry-delay", "10m", "--", "false")
+    assert "try 2 of 2" in line_of(run.stderr)
+    agent.ok("complete", "a")
+    assert finish(run).returncode == 1 and agent.status("a") == "completed"
+
+
 def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
     process, pid = held(agent, "a", "--ready", "true")
     until(lambda: agent.client.status("a").running_on)
@@ -4758,35 +4765,6 @@ def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
     found = {u.unit_name: u.status for u in world.client.list()}
     expected = {"a": "completed", "b": "completed", "behind": "started", "dying": "failed", "late": "skipped"}
     assert found == expected
-
-
-def test_a_signal_in_the_instant_of_the_commands_end_leaves_a_stopped_agent_little_time(world: World) -> None:
-    agent, patience = world.serve(), coder_sync.STOPPED_TIMEOUT / 5
-    command = altered(f"coder_sync.STOPPED_TIMEOUT = {patience}", "run", "a", "--", *PYTHON, HANG)
-    process = world.spawn(command)
-    pid = int(line_of(process.stdout))
-    for one in (agent, process):
-        stop(one)
-    os.kill(pid, signal.SIGKILL)
-    process.terminate()
-    began = time.monotonic()
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(PATIENCE) == 137
-    assert time.monotonic() - began < 20 < coder_sync.REPLY_TIMEOUT  # which an answer may take otherwise
-    agent.send_signal(signal.SIGCONT)
-    until(lambda: world.status("a") == "failed")
-    assert world.client.status("a").exit_code == 137
-
-
-def test_a_run_takes_what_the_agent_answers_while_it_tries_again_and_again(agent: World, gate: Gate) -> None:
-    (agent.directory / "n").write_text("0\n")
-    script = "read n < n; echo $((n + 1)) > n; test $n -lt 400 || cat gate; exit 1"
-    run = agent.popen("run", "a", "--retry", "400", "--retry-delay", "0", "--", "sh", "-c", script)
-    gate.reached()
-    until(lambda: kinds_of(agent, "a").count("retry") == 400)
-    assert agent.status("a") == "started"
-    gate.open()
-    assert finish(run).returncode == 1
 
 
 @pytest.mark.parametrize("how", [stop, killed])
