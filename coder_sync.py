@@ -1959,7 +1959,8 @@ class Loop:
     def give_back(self) -> None:
         """Let signals have their usual effect again, as needed before exec.
 
-        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost.
+        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. The change of a
+        terminal's size ends nobody.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
@@ -1968,7 +1969,7 @@ class Loop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
         with open(self._came, "rb") as pipe:
-            late = [n for n in pipe.read() or b"" if n in self.numbers]
+            late = [n for n in pipe.read() or b"" if n in self.numbers and n != signal.SIGWINCH]
         if late:
             sys.exit(128 + late[0])
 

@@ -3641,23 +3641,26 @@ def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
     agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
 
 
-def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World) -> None:
-    code = """import os, signal, sys
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGWINCH, 0)], ids=["TERM", "WINCH"])
+def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, number: int, code: int) -> None:
+    program = """import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import coder_sync
 signal.pthread_sigmask(signal.SIG_BLOCK, [15])
-signals = coder_sync.Loop()
-os.kill(os.getpid(), signal.SIGTERM)
+signals = coder_sync.Loop((15, 28))
+os.kill(os.getpid(), int(sys.argv[2]))
+code = 0
 try:
     signals.give_back()
 except SystemExit as error:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    print(error.code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
+    code = error.code
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+print(code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
 """
-    done = finish(world.spawn([*PYTHON, code, str(HERE)]))
-    assert (done.stdout, done.returncode) == ("143 True []\n", -signal.SIGTERM)
+    done = finish(world.spawn([*PYTHON, program, str(HERE), str(int(number))]))
+    assert (done.stdout, done.returncode) == (f"{code} True []\n", -signal.SIGTERM)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
