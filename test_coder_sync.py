@@ -3233,9 +3233,20 @@ def test_an_agent_whose_socket_is_removed_listens_there_again(world: World) -> N
         until(lambda: serves(world, agent.pid))
         assert stat.S_IMODE(os.stat(world.path).st_mode) == 0o640
         assert "result" in peer.call("ping")
-    os.unlink(world.path)
-    Path(world.path).mkdir()
+    agent.send_signal(signal.SIGSTOP)
+    shutil.rmtree(world.directory)
+    world.directory.write_text("")
+    agent.send_signal(signal.SIGCONT)
+    until(lambda: f"{world.path} was removed: cannot make the directory " in line_of(agent.stderr))
     assert stopped(agent).returncode == 0
+    world.directory.unlink()
+
+
+@LINUX
+def test_an_agent_has_as_many_descriptors_as_it_may(world: World) -> None:
+    agent = answering(world, limited("-S -n 64", "serve", "-q"))
+    soft, hard = resource.prlimit(agent.pid, resource.RLIMIT_NOFILE)
+    assert soft == (10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240))
 
 
 @NAMESPACES
