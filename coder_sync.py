@@ -5308,6 +5308,10 @@ class Task:
         if state in (WAITING, GONE):
             self.close_prober()
 
+    def lives(self) -> bool:
+        """Return whether something of it may run."""
+        return self.state in (RUNNING, READY, ENDING)
+
     def keep_time(self, now: float) -> None:
         """Do what is due."""
         for action in [action for action, when in self.due.items() if now >= when]:
@@ -5561,7 +5565,7 @@ class Task:
 
     def ended_by_others(self, outcome: str) -> None:
         """Take note of an outcome that somebody else has reported; the end of what runs on will be a death."""
-        lives = self.state in (RUNNING, READY, ENDING)
+        lives = self.lives()
         self.settle(outcome)
         if outcome == COMPLETED and lives:
             self.report("running")
@@ -6309,10 +6313,6 @@ class Job(Task):
         self.stream = Stream(script.unit, boot.loop, boot.out)
         self.outcome, self.reason = "", ""  # the unit's, as the agent has it
         self.died = False  # its command, after its unit had completed
-
-    def lives(self) -> bool:
-        """Return whether something of it may run."""
-        return self.state in (RUNNING, READY, ENDING)
 
     def running(self) -> bool:
         """Return whether its first process runs."""
