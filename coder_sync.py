@@ -1122,10 +1122,15 @@ def make_caller(args: Args) -> Caller:
 
 
 def number(text: str) -> int:
-    """Return the whole number that a text is. Raises UsageError."""
+    """Return the whole number from 0 on that a text is. Raises UsageError."""
     if text.isdecimal() and len(text) < 10:
         return int(text)
     raise UsageError(f"not a whole number from 0 on: {ascii(text)[:40]}")
+
+
+def signed(text: str) -> int:
+    """Return the whole number that a text is, as an exit status: Python has -N for signal N. Raises UsageError."""
+    return -number(text[1:]) if text[:1] == "-" else number(text)
 
 
 class Argument:
@@ -1285,7 +1290,7 @@ def cmd_start(args: Args) -> None:
 @Command(
     "complete pip-install --exit-code $?",
     UNIT,
-    Argument("--exit-code", type=number, default="0", metavar="N", help="fail UNIT if N is not 0"),
+    Argument("--exit-code", type=signed, default="0", metavar="N", help="fail UNIT if N is not 0"),
     QUIET,
 )
 def cmd_complete(args: Args) -> None:
@@ -4016,6 +4021,8 @@ class Host(Record):
                         file.write(f"{os.getpid()}\n")
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
+                self.accepting = threading.Event()
+                threading.Thread(target=self._accept, daemon=True).start()  # while there is room for a thread
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
@@ -4028,9 +4035,11 @@ class Host(Record):
 
     def accept(self) -> None:
         """Begin to take connections."""
-        from threading import Thread
+        self.accepting.set()
 
-        Thread(target=self.agent.for_ever, args=("accepting connections", self.server.accept), daemon=True).start()
+    def _accept(self) -> None:
+        self.accepting.wait()
+        self.agent.for_ever("accepting connections", self.server.accept)
 
     def look(self) -> None:
         """Listen anew if the socket's file was removed: nobody could reach us."""
@@ -5446,8 +5455,10 @@ class Task:
             self.end(ending(code))
         elif self.state == RUNNING:
             self.complete()
-        else:
+        elif self.own_session or self.limits.ready:
             self.due[self.look] = 0.0
+        else:  # `run` does not wait for what its command has left
+            self.due[self.gone] = 0.0
 
     def end(self, why: str, by: float = NEVER) -> None:
         """End all processes of the command until the time `by`, at most `grace` seconds from now.
@@ -5672,6 +5683,8 @@ class Run(Task):
             self.stop("stopped", time.monotonic() + news.grace)
         elif method == "unit" and news.status == COMPLETED and not self.reported:
             self.ended_by_others(COMPLETED)
+            if self.family.first:
+                self.report("owner", pid=self.family.pid)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
@@ -5901,6 +5914,8 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     elif word == "ready":
         script.limits.ready = Probe(rest).text
     elif word == "retry":
+        if not words[0].isdecimal():
+            raise UsageError(f"retry: invalid number of retries: {ascii(words[0])[:20]}; write 3, or 3 10s")
         script.limits.retries = number(words[0])
         script.limits.delay = duration(words[1]) if words[1:] else script.limits.delay
     else:
@@ -7033,7 +7048,8 @@ def command_first(argv: Sequence[str]) -> list[str]:
             break
         else:
             return [commands.get(words[0], words[0]), *options, *words[1:]]
-    raise UsageError(f"which command? {', '.join(COMMANDS)}; options follow it; see `{PROGRAM} --help`")
+    hint = f"which command? {', '.join(COMMANDS)}; options follow it; see `{PROGRAM} --help`"
+    raise UsageError(f"{ascii(words[0])[:60]}: {hint}" if words else hint)
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
@@ -7068,6 +7084,8 @@ def help_page(command: Command) -> str:
 
 def command_named(name: str) -> Command:
     """Return the command with this name. Raises UsageError."""
+    if name == "exp":
+        raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
     if name not in COMMANDS:
         hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
         raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")

@@ -1782,14 +1782,15 @@ def test_a_name_close_to_a_known_one_resembles_it() -> None:
 
 
 NO_VALUES = {
-    "complete a --exit-code=": ["", "-", "-1", "1.5", "0x1", "x", "--1", "1-", "\u00b2", "1234567890", "9" * 5000],
+    "complete a --exit-code=": ["", "-", "1.5", "0x1", "x", "--1", "1-", "\u00b2", "1234567890", "9" * 5000],
     "serve --mode=": ["", "66", "8", "888", "0o660", "rw-", "66666", "\u00b2\u00b2\u00b2"],
     "serve --group=": ["no-such-group-here", "\u00b2", "-1", str((1 << 32) - 1), "9" * 5000, "\udcff"],
 }
 
 
 def test_a_number_a_mode_and_a_group_are_read_and_what_is_none_is_refused_in_one_line(call: Call, world: World) -> None:
-    assert coder_sync.parse(["complete", "a", "--exit-code", "007"])[1].exit_code == 7
+    for text, number in {"007": 7, "-9": -9}.items():
+        assert coder_sync.parse(["complete", "a", "--exit-code", text])[1].exit_code == number
     for text, mode in {"660": 0o660, "0600": 0o600, "4755": 0o755}.items():
         assert coder_sync.parse(["serve", "--mode", text])[1].mode == mode
     assert coder_sync.group_id("4242") == 4242
@@ -3874,12 +3875,13 @@ $ start new --want behind -> 4: ..."new" skipped: dependency "behind" was skippe
 $ wait bad -> 4: dependency "bad" failed (no disk)
 $ wait behind -> 4: dependency "behind" was skipped: dependency "bad" failed ...
 $ run behind -- echo ran -> 4: unit "behind" skipped: ...
-$ ; --socket-path; --quiet start a -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
+$ ; --socket-path -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
+$ --quiet start a -> 2: '--quiet': which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
 $ \udcff -> 2: no such command: '\\udcff'; there are ...
 $ X500 -> 2: no such command: 'X59; there are ...
-$ exp list -> 2: no such command: 'exp'; there are ...
+$ exp list -> 2: after exp comes sync, as in `exp sync start UNIT`
 $ start a --\udcff=x -> 2: start: no such option: '--\\udcff' (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a --requires \udcff -> 2: start: argument --requires: invalid choice: '\\udcff' (choose from ...
 $ start a --requires start -> 2: --requires is about the units of --want, ...
@@ -4602,9 +4604,22 @@ def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -
     assert finish(run).returncode == 1 and agent.status("a") == "completed"
 
 
-def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
-    process, pid = held(agent, "a", "--ready", "true")
-    until(lambda: agent.client.status("a").running_on)
+def test_a_run_whose_command_completes_the_unit_does_not_wait_for_what_it_leaves(agent: World) -> None:
+    script = f"{' '.join(map(shlex.quote, [*program(), 'complete', 'a', '-q']))}; sleep 60 & echo $!; exec true"
+    process = agent.popen("run", "a", "--", "sh", "-c", script)
+    left = int(line_of(process.stdout))
+    try:
+        assert process.wait(PATIENCE) == 0 and agent.status("a") == "completed"
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ready", [["--ready", "true"], []], ids=["by-a-probe", "by-others"])
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World, ready: list[str]) -> None:
+    process, pid = held(agent, "a", *ready)
+    if not ready:
+        agent.ok("complete", "a")
+    until(lambda: agent.client.status("a").running_on and agent.client.status("a").owner.pid == pid)
     killed(process)
     until(lambda: agent.status("a") == "failed")
     reason = agent.client.status("a").reason
@@ -6992,8 +7007,8 @@ MISTAKES_IN_HEADERS = [
     ("@want clone, x", f'"clone," {NEITHER}'),
     ("@after clone --requires start", f'"--requires" {NEITHER}'),
     ("@timeout soon", "invalid duration 'soon': " + DURATION),
-    ("@retry often", "not a whole number from 0 on: 'often'"),
-    ("@retry -1 1s", "not a whole number from 0 on: '-1'"),
+    ("@retry often", "retry: invalid number of retries: 'often'; write 3, or 3 10s"),
+    ("@retry -1 1s", "retry: invalid number of retries: '-1'; write 3, or 3 10s"),
     ("@want 'a", "want: No closing quotation"),
     ("@want ''", "a unit name must not be empty; was a variable unset?"),
     ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
@@ -8545,13 +8560,15 @@ def test_at_a_limit_on_processes_a_boot_works_or_says_so_and_leaves_nothing(worl
         pytest.skip("no Python that others may run")
     ends = []
     with tempfile.TemporaryDirectory() as theirs:
-        shutil.copytree(startup(world, {"a": "exec sleep 0", "b": "@want a\nexec sleep 0"}), f"{theirs}/startup.d")
+        scripts = dict.fromkeys("abcd", "echo began; exec sleep 0.1")
+        shutil.copytree(startup(world, {**scripts, "e": "@want a\nexec sleep 0"}), f"{theirs}/startup.d")
         shutil.copy(FILE, theirs)
         os.chmod(theirs, 0o777)
-        for most in range(1, 10):
+        for most in range(1, 13):
             words = f"ulimit -u {most}; exec {python} -IS coder_sync.py boot startup.d --socket-path sock"
             done = finish(world.spawn([*become, words], cwd=theirs))
             assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
+            assert done.returncode == 0 or "began" not in done.stdout, done  # all threads are there before
             ends.append(done.returncode)
             until(lambda: subprocess.run(["pgrep", "-u", "61000"], stdout=subprocess.DEVNULL).returncode)
     assert ends[0] != 0 and ends[-1] == 0, (ends, done)
