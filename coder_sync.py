@@ -1738,11 +1738,15 @@ def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str
 
 def command_of(pid: int) -> str:
     """Return the command line of a process, short enough for a message; empty if unknown."""
-    args = proc_text(pid, "cmdline").rstrip("\0").split("\0")
+    return command_text(proc_text(pid, "cmdline").rstrip("\0").split("\0")) or proc_line(pid, "Name:")
+
+
+def command_text(args: list[str]) -> str:
+    """Return a command line for a message."""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
-    args[:2] = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
-    text = one_line(without_password(" ".join(args))) or proc_line(pid, "Name:")
+    names = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
+    text = one_line(without_password(" ".join([*names, *args[2:]])))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -2936,6 +2940,8 @@ class Units:
         if claim or (started and (by is None or self.alive(by) is not False)):
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
+        if by and unit.may_run() and self.alive(by):  # it was lost
+            raise Refused(f"{unit.still_runs()}, and its supervisor is gone: end that process first")
 
     def _already_started(self, unit: Unit, *by: Owner | None) -> AlreadyStarted:
         """Return the error for starts that are too many; who asked for them is remembered: the last hundred."""
@@ -5684,12 +5690,17 @@ class Run(Task):
         elif method == "unit" and news.status == COMPLETED and not self.reported:
             self.ended_by_others(COMPLETED)
             if self.family.first:
-                self.report("owner", pid=self.family.pid)
+                self.own("")
+
+    def own(self, ready: str) -> None:
+        """Report which process runs, and what says that it is ready."""
+        command = command_text(self.command)  # the system may not have it yet
+        self.report("owner", pid=self.family.pid, command=command, ready=ready)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.prober:
-            self.report("owner", pid=self.family.pid, ready=shown_probe(self.limits.ready))
+            self.own(shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:

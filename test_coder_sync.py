@@ -614,6 +614,10 @@ what runs on keeps a boot from running:
     boot #a a b; own #a.a by=42; complete a #a.a running; complete b #a.b; boot #b b a
     => #a a started, #a b started, #a a completed, #a b completed, !Refused | a:completed b:completed | says unit "a"
     still runs (pid 42) from an earlier boot: stop it, or boot with --resume
+what a lost boot has left keeps another from running, until it is dead:
+    boot #a a; own #a.a by=42; complete a #a.a running; lose #a.a; boot #b a; die 42; boot #b a
+    => #a a started, #a a completed, !Refused, #b a started | a:started | says unit "a"
+    still runs (pid 42), and its supervisor is gone: end that process first
 what another supervisor runs too: start a #1 supervised by=42; complete a #1 running; boot #b a
     => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42): stop it, or boot with --resume
 what runs on is not reset: start a #1 supervised by=42; complete a #1 running; reset a
@@ -3644,7 +3648,7 @@ def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(agent: World) 
     until(lambda: agent.client.status("a").running_on)
     owner = agent.client.status("a").owner
     assert owner is not None and owner.pid < 100 and owner.alive is None
-    assert f"runs on as process (pid {owner.pid})" in agent.ok("list")
+    assert f"runs on as sleep 60 (pid {owner.pid})" in agent.ok("list")
     assert agent.client.stop() == ["a"] and finish(run).returncode == 143
 
 
