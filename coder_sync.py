@@ -3042,6 +3042,7 @@ SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sen
 LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
 CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
+PAUSE = 0.02  # seconds for which a follower's thread gathers events, so that it does not hold up others
 STACK = 256 * 1024
 ELSEWHERE = "elsewhere"  # the birth of a process of another process namespace: its pid says nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
@@ -3328,6 +3329,8 @@ class Agent:
             connection.wake_up.awake = False
             self._attend(connection)
             if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
+                if connection.following >= 0:
+                    time.sleep(PAUSE)
                 continue
             chunk = sock.recv(65536)
             connection.idle_at = time.monotonic() + IDLE_TIMEOUT

@@ -2659,7 +2659,7 @@ def test_a_follower_that_is_too_far_behind_is_hung_up_on(world: World) -> None:
     assert watcher.call("events", follow=True)["result"] == []
     fill(world, 4000)  # an event each, and more than waits in its socket
     numbers = [message["params"]["seq"] for message in iter(watcher.read, None)]
-    assert numbers == list(range(1, len(numbers) + 1)) and 0 < len(numbers) < 4000
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) < 4000
 
 
 def test_a_connection_that_asks_for_much_may_go_on_and_keeps_what_it_holds(world: World) -> None:
