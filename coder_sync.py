@@ -2940,7 +2940,8 @@ class Units:
         if claim or (started and (by is None or self.alive(by) is not False)):
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
-        if by and unit.may_run() and self.alive(by):  # it was lost
+        last = unit.last
+        if by and last and last.lost and last.runs and self.alive(by):
             raise Refused(f"{unit.still_runs()}, and its supervisor is gone: end that process first")
 
     def _already_started(self, unit: Unit, *by: Owner | None) -> AlreadyStarted:

@@ -618,6 +618,8 @@ what a lost boot has left keeps another from running, until it is dead:
     boot #a a; own #a.a by=42; complete a #a.a running; lose #a.a; boot #b a; die 42; boot #b a
     => #a a started, #a a completed, !Refused, #b a started | a:started | says unit "a"
     still runs (pid 42), and its supervisor is gone: end that process first
+what has lost its connection may begin again: start a #1 held by=42; lose #1; boot #b a
+    => #1 ok, #b a started | a:started
 what another supervisor runs too: start a #1 supervised by=42; complete a #1 running; boot #b a
     => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42): stop it, or boot with --resume
 what runs on is not reset: start a #1 supervised by=42; complete a #1 running; reset a
