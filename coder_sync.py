@@ -110,10 +110,9 @@ def half_of(file, below):  # type: (Any, bool) -> list[Any]
     code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
     if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
         return [loads(code)]
-    file.seek(0)
     try:
         parts, line, future = [], 0, b"from __future__ import annotations"
-        for part in halves(source_in(file.read()))[below].split(b"\n\n\n# --"):
+        for part in halves(source_in(data + file.read()))[below].split(b"\n\n\n# --"):
             text = future + b"\n" * line + b"#" + part if line or below else part
             parts.append(compile(text, sys.argv[0], "exec"))
             line += part.count(b"\n") + 3
@@ -422,12 +421,6 @@ def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no lon
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
-def let_go(unit: str, owner: Owner | None) -> str:
-    """Return what to do about a unit whose owner has gone, for the end of a message."""
-    gone = owner is not None and owner.alive is False
-    return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
-
-
 def check_name(name: object, what: str = "unit") -> str:
     """Return `name` if it may name a unit (or a lock), else raise Refused, or InvalidParams for what is no text."""
     if not isinstance(name, str):
@@ -439,13 +432,6 @@ def check_name(name: object, what: str = "unit") -> str:
     if len(name.encode()) > MAX_NAME:
         raise Refused(f'{what} name "{name[:40]}..." is {len(name.encode())} bytes long; the limit is {MAX_NAME}')
     return name
-
-
-def check_requirement(requires: str) -> str:
-    """Return `requires` if it is a requirement, else raise Refused."""
-    if requires not in REQUIREMENTS:
-        raise Refused(f"no such requirement: {one_line(requires)[:40]}; use one of {', '.join(REQUIREMENTS)}")
-    return requires
 
 
 def printable(text: str) -> str:
@@ -1626,6 +1612,12 @@ class Block(Start):
             self.channel.close()
 
 
+def let_go(unit: str, owner: Owner | None) -> str:
+    """Return what to do about a unit whose owner has gone, for the end of a message."""
+    gone = owner is not None and owner.alive is False
+    return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
+
+
 def still_running(answer: Answer) -> str:
     """Return what a stop has not ended, for a message."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
@@ -2165,6 +2157,13 @@ def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) ->
             else:
                 way[new] = iter(wants(new))
     return done
+
+
+def check_requirement(requires: str) -> str:
+    """Return `requires` if it is a requirement, else raise Refused."""
+    if requires not in REQUIREMENTS:
+        raise Refused(f"no such requirement: {one_line(requires)[:40]}; use one of {', '.join(REQUIREMENTS)}")
+    return requires
 
 
 class Unit:
@@ -4075,9 +4074,9 @@ class Host(Record):
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
         self.agent.stop()
-        with self.agent.lock:
-            graph = self.agent.units.graph()
         if self.timeline:
+            with self.agent.lock:
+                graph = self.agent.units.graph()
             self.timeline(graph)
         self._at_end.close()
 
