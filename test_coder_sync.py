@@ -8237,7 +8237,8 @@ def late(*args):
 def test_a_signal_is_not_lost_before_the_boot_or_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    for name in ("in_background", "Boot.finish", "remove_directory", "boot_at", "timeline_as", "Front.hear"):
+    moments = "in_background Boot.finish remove_directory boot_at timeline_as Front.background_ended"
+    for name in moments.split():
         patch = LATE.format(name=f"coder_sync.{name}")
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
@@ -8368,11 +8369,13 @@ def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> N
 
 @pytest.mark.parametrize("over", [False, True])
 def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
+    temporary = agent.env["TMPDIR"] = tempfile.mkdtemp(dir=agent.directory)
     boot = Boot(agent, {"db": service("db"), **({} if over else {"a": "@want db\ncat gate", "b": "@want a"})}, "--stay")
     boot.says("staying") if over else gate.reached()
     until(lambda: over or "startup.d/a" in str(agent.client.status("a").owner))
     os.kill(boot.background(), signal.SIGKILL)
     boot.ends(137, None, "boot's background process was killed by signal 9; what it ran may run on", leaves=True)
+    assert os.listdir(temporary) == []
     until(lambda: {unit.status for unit in agent.client.list()} == {"failed"})
     pid, reason = pid_of(agent, "db"), agent.client.status("db").reason
     assert re.match(rf"lost: the boot that ran .*\b{pid}\b.* may still run", reason)
