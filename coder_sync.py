@@ -1651,8 +1651,8 @@ def meant(guess: str, otherwise: str = "") -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Processes. What several sections need of the system: what standard output shows, who a process is, which descriptors
-# are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
+# Processes. What several sections need of the system: the terminal, the identity of a process, file descriptors,
+# signals, how a command is run, and which processes belong to it. /proc is used if it shows our own pid namespace.
 # ----------------------------------------------------------------------------------------------------------
 
 import _signal as signal  # noqa: E402  (the package module wraps each number in an enum)
@@ -1660,7 +1660,7 @@ import os  # noqa: E402  (a plain call, which needs only what is above, does wit
 
 
 def terminal() -> tuple[int, bool, bool]:
-    """Return the width of standard output, whether it takes colour, and whether it shows more than ASCII."""
+    """Return the width of standard output, whether it takes colour, and whether it takes Unicode."""
     tty = os.isatty(1)
     try:
         width = os.get_terminal_size(1).columns
@@ -1673,7 +1673,7 @@ def terminal() -> tuple[int, bool, bool]:
 
 
 def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
-    """Return the environment for a command: `base`, or else ours, with some more variables."""
+    """Return the environment for a command: `base` or ours, with the variables `extra`."""
     added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
     return {**(os.environb if base is None else base), **added}
 
@@ -1682,7 +1682,7 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
 
 
 def has_proc() -> bool:
-    """Return whether /proc is that of our own pid namespace; in any other, a pid of ours is another process."""
+    """Return whether /proc shows our own pid namespace; in any other, our pids belong to other processes."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -1698,14 +1698,14 @@ def proc_file(pid: int, name: str) -> str:
 
 
 def stat_of(pid: int) -> list[str]:
-    """Return what /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    """Return the fields of /proc/PID/stat from the third on, which proc(5) calls `state`. Raises OSError."""
     return proc_file(pid, "stat").rpartition(")")[2].split()
 
 
 def birth(pid: int) -> str | None:
-    """Return when a process began, in the system's ticks, which tells it from a later one; empty if it has ended.
+    """Return the start time of a process in clock ticks, which identifies it with its pid; empty if it has ended.
 
-    None if that is not known: there is no /proc, or no descriptor left.
+    None if unknown: there is no /proc, or no file descriptor is left.
     """
     try:
         fields = stat_of(pid)
@@ -1715,26 +1715,26 @@ def birth(pid: int) -> str | None:
 
 
 def proc_text(pid: int, name: str) -> str:
-    """Return the text of /proc/PID/NAME, empty where there is none to be read."""
+    """Return the text of /proc/PID/NAME; empty if it cannot be read."""
     try:
         return proc_file(pid, name)
     except OSError:
         return ""
 
 
-def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
-    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none."""
+def proc_line(pid: int, prefix: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `prefix`; empty if there is none."""
     lines = proc_text(pid, name).split(end)
-    return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
+    return next((line[len(prefix) :].strip() for line in lines if line.startswith(prefix)), "")
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process, short enough for a message; empty if unknown."""
+    """Return the command line of a process for a message; empty if unknown."""
     return command_text(proc_text(pid, "cmdline").rstrip("\0").split("\0")) or proc_line(pid, "Name:")
 
 
 def command_text(args: list[str]) -> str:
-    """Return a command line for a message."""
+    """Return a command line, short enough for a message."""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     names = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
@@ -1743,27 +1743,24 @@ def command_text(args: list[str]) -> str:
 
 
 def without_password(text: str) -> str:
-    """Return a command line or a URL without the user and password in the first URL that there is."""
+    """Return a text with the user and password of the first URL in it replaced by asterisks."""
     scheme, found, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
     _, at, host = authority.rpartition("@")
     return f"{scheme}{found}***@{host}{slash}{path}" if at else text
 
 
-# -- descriptors --------------------------------------------------------------------------------------------
+# -- file descriptors ---------------------------------------------------------------------------------------
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 def open_file(path: str, flags: int = os.O_RDONLY) -> int:
-    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
-
-    Raises OSError.
-    """
+    """Open a file by a path that we do not control, without waiting if it is a FIFO or a device. Raises OSError."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
 
 
-def open_files() -> int:
-    """Return how many descriptors this process may have."""
+def max_descriptors() -> int:
+    """Return how many file descriptors this process may have."""
     import resource
 
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1771,10 +1768,9 @@ def open_files() -> int:
 
 
 def in_background() -> tuple[int, int]:
-    """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
+    """Fork a background process; return its pid (0 in it), and a socket that connects the two processes.
 
-    The background process has a session of its own, and of what was open only standard output and error.
-    Raises Refused.
+    It has a session of its own, and keeps no file descriptors but standard output and error. Raises Refused.
     """
     from _socket import socketpair
 
@@ -1782,42 +1778,42 @@ def in_background() -> tuple[int, int]:
         ours, theirs = socketpair()
         pid = os.fork()
     except OSError as error:
-        raise Refused(f"cannot go to the background: {trouble_of(error)}") from None
+        raise Refused(f"cannot go to the background: {error_text(error)}") from None
     if pid:
         theirs.close()
         return pid, ours.detach()
     ours.close()
-    signal.set_wakeup_fd(-1)  # those of the other process
+    signal.set_wakeup_fd(-1)  # a pipe of the other process
     os.setsid()
     os.dup2(null(), 0)
     front = theirs.detach()
     os.closerange(3, front)
-    os.closerange(front + 1, min(open_files(), 1 << 16))
+    os.closerange(front + 1, min(max_descriptors(), 1 << 16))
     return 0, front
 
 
-# -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
-PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
+# -- signals, and how a command is run------------------------------------------------------------------------
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
 def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Processes:
-    """All living processes, as /proc shows them. Raises OSError unless all could be seen.
+    """All living processes, read from /proc. Raises OSError unless it could read all.
 
-    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one.
+    The mark of a process is the $CODER_SYNC_ENV with which it was started: each unit has its own.
     """
 
     def __init__(self) -> None:
-        self.births: dict[int, int] = {}  # pid -> when it began, in ticks
-        self.near: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
-        self.dead_groups: set[int] = set()  # process groups that have zombies
+        self.births: dict[int, int] = {}  # pid -> start time in clock ticks
+        self.related: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
+        self.zombie_groups: set[int] = set()  # process groups that have zombies
         ours, seen = int(stat_of(os.getpid())[19]), set()  # type: tuple[int, set[str]]
-        for _ in range(9):  # a process that has ended since it was listed may have begun another one
+        for _ in range(9):  # a process may have started another and ended since the listing
             new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
             if sum(self._add(int(name), ours) for name in new) == len(new):
                 return
@@ -1831,137 +1827,136 @@ class Processes:
         except (FileNotFoundError, ProcessLookupError):
             return False
         if state in "ZX":
-            self.dead_groups.add(int(group))
+            self.zombie_groups.add(int(group))
             return False
         born = self.births[pid] = int(more[15])
         mark = proc_line(pid, "CODER_SYNC_ENV=", "environ", "\0") if born >= ours else ""
         for key in {int(parent), int(group), int(session), mark}:
-            self.near.setdefault(key, []).append(pid)
+            self.related.setdefault(key, []).append(pid)
         return True
 
 
 class Family:
-    """The processes of a command: its session or group if it has its own, its mark's, and all that descend from them.
+    """The processes of a command: the first one, its session or group, those with its mark, and all descendants.
 
-    Once seen, a process is known by its pid and its birth, also after its parent has ended. Without a /proc of ours,
-    only the first process and its group are known. No pid is signalled that may be another process's by now.
+    A process once found is remembered by its pid and start time, so that its parent may end. Without /proc, only the
+    first process and its group are known. No pid is signalled that may have been given to another process.
     """
 
-    def __init__(self, pid: int, own: bool, mark: str) -> None:
-        self.pid, self.own, self.mark = pid, own, mark  # of the first process; `own`: it leads a session or group
-        self.first = pid > 0  # the first process has not ended
-        self._known: dict[int, int] = {}  # pid -> birth, as of the last look
+    def __init__(self, pid: int, leads: bool, mark: str) -> None:
+        self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
+        self.first = pid > 0  # whether the first process has not ended
+        self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
-    def look(self, processes: Callable[[], Processes]) -> bool:
-        """Look who is left; return False only if certainly nobody is."""
+    def scan(self, processes: Callable[[], Processes]) -> bool:
+        """Find the processes that are left; return False only if there is certainly none."""
         try:
             alive = processes()
-        except FileNotFoundError:  # no /proc of ours
+        except FileNotFoundError:  # there is no /proc
             return self.first or self.has_group()
-        except OSError:  # no descriptor is left, or processes begin too fast
+        except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.own = self.own and (self.first or self.pid not in alive.births)  # else the pid is another process's
+        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.own)
-        todo += alive.near.get(self.mark, ()) if self.mark else ()
+        todo += [self.pid] * (self.first or self.leads)
+        todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
             if pid not in found:
                 found.add(pid)
-                todo += alive.near.get(pid, ())
+                todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
-        missed = self.has_group() and self.pid not in alive.dead_groups
+        missed = self.has_group() and self.pid not in alive.zombie_groups
         return self.first or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
-        return self.own and signal_to(-self.pid, 0)
+        return self.leads and signal_to(-self.pid, 0)
 
-    def tell_first(self) -> None:
+    def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
-    def left(self) -> list[int]:
-        """Return the pids of those known to be left."""
+    def pids(self) -> list[int]:
+        """Return the pids of the known processes that are left."""
         return [self.pid] * self.first + self._others()
 
     def _others(self) -> list[int]:
         others = [pid for pid in self._known if pid != self.pid or not self.first]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
-    def tell_others(self) -> None:
-        """Send TERM to all but the first process."""
+    def terminate_others(self) -> None:
+        """Send TERM to all processes but the first."""
         for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
-        """Send KILL to all, to its own group in one step, in which no more can be begun."""
-        for pid in [-self.pid] * self.own + self.left():
+        """Send KILL to all processes; to the group in one step, in which it cannot start more."""
+        for pid in [-self.pid] * self.leads + self.pids():
             signal_to(pid, 9)
 
 
 class Loop:
-    """What the main thread waits for: signals, ends of children, descriptors, and a time.
+    """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
-    Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with everything else:
-    so none is missed between two polls. Until `give_back`, signals have no other effect.
+    Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
+    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
         self.numbers = heeded(numbers)
-        self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
+        self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._processes: Processes | None = None  # unless that was before the last turn
-        self._came, self._write = os.pipe()
-        os.set_blocking(self._came, False)
+        self._processes: Processes | None = None  # as of the present turn
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._poll = select.poll()
-        self._poll.register(self._came, select.POLLIN)
+        self._poll.register(self._read, select.POLLIN)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
+        # Our parent may have blocked signals, or ignored SIGCHLD, so that children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
     def turn(self, due: float = NEVER) -> list[int]:
-        """Wait until something happens, or until a time; handle it. Return the signals that came."""
-        came, self._processes = b"", None
+        """Wait for events until the time `due`, and handle them; return the signals received."""
+        received, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
-            if fd == self._came:
-                came = os.read(fd, 4096)
-            elif fd in self._handlers:  # it may be gone since
+            if fd == self._read:
+                received = os.read(fd, 4096)
+            elif fd in self._handlers:  # else an earlier handler has removed it
                 self._handlers[fd]()
-        if signal.SIGCHLD in came:
+        if signal.SIGCHLD in received:
             self._reap()
-        return [n for n in came if n in self.numbers]
+        return [n for n in received if n in self.numbers]
 
     def processes(self) -> Processes:
-        """Return all living processes; between two turns, the same look serves all who ask. Raises OSError."""
+        """Return all living processes, read from /proc once a turn. Raises OSError."""
         self._processes = self._processes or Processes()
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
-        """Call `handler` in each turn in which a descriptor can be read, or written to."""
+        """Call `handler` in each turn in which a file descriptor can be read, or written to."""
         import select
 
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
 
     def forget(self, *fds: int) -> None:
-        """Stop watching descriptors."""
+        """Stop watching file descriptors."""
         for fd in fds:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
     def give_back(self) -> None:
-        """Let signals have their usual effect again, as needed before exec.
+        """Restore the handlers of signals, as needed before exec.
 
-        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. The change of a
-        terminal's size ends nobody.
+        Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
@@ -1969,13 +1964,13 @@ class Loop:
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
-        with open(self._came, "rb") as pipe:
+        with open(self._read, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers and n != signal.SIGWINCH]
         if late:
             sys.exit(128 + late[0])
 
     def _reap(self) -> None:
-        """Take the exit statuses of all children, and of orphans if we are process 1. No other place calls waitpid."""
+        """Reap all children that have ended, and orphans if we are process 1. No other place calls waitpid."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -2014,7 +2009,7 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
 
 
 def in_path(program: str, path: bytes | None) -> str:
-    """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
+    """Return where a program is in `path`; its name if that is our PATH, which spawn searches. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
     from shutil import which
@@ -2027,9 +2022,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our standard streams; return its exit status, as a shell has it. Raises CommandError.
+    """Run a command with our standard streams, pass signals on, and return its exit status, as a shell has it.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself.
+    Signals of keys are not passed on: the terminal sends them to the command itself. Raises CommandError.
     """
     try:
         pid = spawn(command, env)
@@ -2049,18 +2044,18 @@ def exit_code_of(status: int) -> int:
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def ending(code: int) -> str:
-    """Return what to say of an exit status that is not 0, -N for signal N."""
+def exit_text(code: int) -> str:
+    """Return an exit status that is not 0, or -N for signal N, in words."""
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def shell_status(code: int) -> int:
-    """Return an exit status as a shell has it, 128+N for signal N."""
+    """Return an exit status as a shell has it: 128+N for signal N, which is -N here."""
     return code if code >= 0 else 128 - code
 
 
-def trouble_of(error: Exception) -> str:
-    """Return what an error says, without its number."""
+def error_text(error: Exception) -> str:
+    """Return the message of an error, without its number."""
     return one_line(getattr(error, "strerror", None) or str(error))
 
 
@@ -2076,7 +2071,7 @@ def cannot_run(program: str, error: Exception) -> CommandError:
 
 
 def signal_to(pid: int, *numbers: int) -> bool:
-    """Signal a process, or a group by a negative number; return whether it is there, ours to signal or not."""
+    """Send signals to a process, or to group N if `pid` is -N; return whether it exists, even if not permitted."""
     try:
         for number in numbers:
             os.kill(pid, number)
@@ -2095,7 +2090,7 @@ def remove(path: str, only: os.stat_result | None = None) -> None:
 
 
 def is_variable(name: str) -> bool:
-    """Return whether a shell can have a variable of this name."""
+    """Return whether this is a valid name for a shell variable."""
     return name.isidentifier() and name.isascii()
 
 
@@ -3794,7 +3789,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     import socketserver
 
     def no_room(error: Exception) -> None:
-        why = trouble_of(error) or "no memory"
+        why = error_text(error) or "no memory"
         agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     class Handler(socketserver.BaseRequestHandler):
@@ -3883,7 +3878,7 @@ def listen(
         sock.listen(4096)
         return sock
     except OSError as error:
-        raise Refused(f"cannot {doing}: {trouble_of(error)}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing}: {error_text(error)}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -3992,7 +3987,7 @@ def detach() -> int:
     if child:
         code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
         if code < 0:
-            put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
+            put(f"error: the agent ended before it was ready: {exit_text(code)}\n", 2)
         sys.exit(shell_status(code))
     os.chdir("/")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -4038,7 +4033,7 @@ class Host(Record):
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
-                raise Refused(f"cannot {doing}: {trouble_of(error)}{hint}") from None
+                raise Refused(f"cannot {doing}: {error_text(error)}{hint}") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -4128,12 +4123,12 @@ def connection_limit(raise_it: bool) -> int:
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS gives no more
-    if raise_it and open_files() < wanted:
+    if raise_it and max_descriptors() < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
             pass
-    return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
+    return max(1, min(MAX_CONNECTIONS, (max_descriptors() - 24) // each))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4981,8 +4976,8 @@ class Prober:
         self._closed.set()
         with self._lock:
             if self._pid:
-                family = Family(self._pid, own=True, mark="")
-                family.look(Processes)
+                family = Family(self._pid, leads=True, mark="")
+                family.scan(Processes)
                 family.kill()
         os.close(self._ready)
 
@@ -5018,7 +5013,7 @@ class Prober:
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
-            return trouble_of(error)
+            return error_text(error)
 
     def _command(self) -> str:
         """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
@@ -5039,7 +5034,7 @@ class Prober:
             self._pid = 0
         if not status:
             return "it was killed"
-        return "" if status == b"0" else ending(int(status))
+        return "" if status == b"0" else exit_text(int(status))
 
 
 class Notified:
@@ -5407,7 +5402,7 @@ class Task:
             else:
                 self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
+            raise CommandError(f"cannot be probed: {error_text(error)}", 125) from error
         self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
@@ -5456,9 +5451,9 @@ class Task:
         elif self.waits_for_probe():
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
-            self.end(f"ended before it was ready ({ending(code)}){hint}")
+            self.end(f"ended before it was ready ({exit_text(code)}){hint}")
         elif code or self.reported == FAILED:
-            self.end(ending(code))
+            self.end(exit_text(code))
         elif self.state == RUNNING:
             self.complete()
             self.due.pop(self.time_is_up, None)
@@ -5482,21 +5477,21 @@ class Task:
         others_at = (now + by) / 2 if self.family.first else now
         self.enter(ENDING, {self.tell_others: others_at, self.look: now})
         self.close_prober(ended=False)
-        self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-        self.family.tell_first()
+        self.family.scan(self.loop.processes)  # a process whose parent has ended is no longer known as its child
+        self.family.terminate_first()
 
     def tell_others(self) -> None:
         """Send TERM to the other processes."""
-        self.family.look(self.loop.processes)
-        self.family.tell_others()
+        self.family.scan(self.loop.processes)
+        self.family.terminate_others()
 
     def look(self) -> None:
         """Look whether any process is left, and go on accordingly."""
         now = time.monotonic()
-        if not self.family.look(self.loop.processes):
+        if not self.family.scan(self.loop.processes):
             self.gone()
         elif self.state == ENDING and now >= self.kill_at + LAST_WAIT:
-            left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+            left = [f"{pid} ({command_of(pid)})" for pid in self.family.pids()]
             self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
             self.gone()
         elif self.state == ENDING:
@@ -5675,7 +5670,7 @@ class Run(Task):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
         elif self.family.first:
-            self.family.look(self.loop.processes)  # as in `end`
+            self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
         else:  # its remaining processes are being ended
@@ -5704,7 +5699,7 @@ class Run(Task):
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
     def fail(self, reason: str) -> None:
-        if reason != ending(self.code):  # else the exit status says it
+        if reason != exit_text(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
@@ -6482,14 +6477,14 @@ class Boot:
         """End what runs, by nothing but signals, on an unexpected way out."""
         families = [job.family for job in self.active.values() if job.lives()]
         for family in families:
-            family.look(Processes)
-            family.tell_first()
-            family.tell_others()
+            family.scan(Processes)
+            family.terminate_first()
+            family.terminate_others()
             family.first = False  # whose end nobody takes any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(LOOK_OFTEN)
-            families = [family for family in families if family.look(Processes)]
+            families = [family for family in families if family.scan(Processes)]
             for family in families if time.monotonic() >= kill_at else ():
                 family.kill()
 
@@ -6568,7 +6563,7 @@ class Boot:
 
     def claim(self) -> None:
         """Ask for all units at once, in as many lines as it takes."""
-        limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
+        limit = (max_descriptors() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
         limit -= 3 * sum(bool(job.limits.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
         rows: list[dict[str, Any]] = []
@@ -6783,7 +6778,7 @@ class Front:
         """Note an exit status; clean up after a background process that was killed."""
         self.ended.append(code)
         if code < 0:
-            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+            put(f"error: boot's background process was {exit_text(code)}; what it ran may run on\n", 2)
             remove_directory(self.directory)
 
     def receive(self) -> None:

@@ -8060,9 +8060,9 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(coder_sync.Processes)
+        family.scan(coder_sync.Processes)
         assert family.left() == []
-        family.tell_others(), family.kill()
+        family.terminate_others(), family.kill()
     assert other.poll() is None
 
 
@@ -8072,9 +8072,9 @@ def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: 
     family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
     family.first = False
     del hidden.births[other.pid]
-    assert family.look(lambda: hidden)
-    hidden.dead_groups.add(other.pid)
-    assert not family.look(lambda: hidden)
+    assert family.scan(lambda: hidden)
+    hidden.zombie_groups.add(other.pid)
+    assert not family.scan(lambda: hidden)
 
 
 @NAMESPACES
