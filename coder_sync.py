@@ -7108,7 +7108,7 @@ def group_id(name: str) -> int:
     raise UsageError(f"no such group: {ascii(name)[:40]}")
 
 
-def output(*forms: str) -> Argument:
+def output_option(*forms: str) -> Argument:
     """Return the option that chooses one of several forms, the first by default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
 
@@ -7333,7 +7333,7 @@ def cmd_env(args: Args) -> None:
     put("".join(lines))
 
 
-@Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
+@Command("status pip-install --output json", UNIT, output_option("table", "json"), COLUMN)
 def cmd_status(args: Args) -> None:
     """Show UNIT and its dependencies."""
     status = make_client(args).status(args.unit)
@@ -7343,7 +7343,7 @@ def cmd_status(args: Args) -> None:
 @Command(
     "list --column unit,status",
     flag("-a", "--all", help="also names that were only ever wanted"),
-    output("table", "json"),
+    output_option("table", "json"),
     COLUMN,
 )
 def cmd_list(args: Args) -> None:
@@ -7362,7 +7362,7 @@ def cmd_why(args: Args) -> None:
 
 @Command(
     "timeline --output svg > startup.svg",
-    output("text", "svg", "json"),
+    output_option("text", "svg", "json"),
     flag("--blame", help="units by how long they ran, and how long others waited"),
     Argument("--compare", metavar="FILE", help="compare a saved .json timeline with the present"),
 )
@@ -7388,7 +7388,7 @@ def cmd_timeline(args: Args) -> None:
         put(timeline_as(args.output, graph))
 
 
-@Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
+@Command("graph pip-install --output mermaid", units_or("all"), output_option("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(make_client(args).graph(), args.units)
