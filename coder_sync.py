@@ -2985,7 +2985,10 @@ class Units:
         owner = unit.facts.owner
         if owner is None or not unit.may_run():
             return owner
-        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+        alive = self.alive(owner)
+        if alive is False and unit.status == STARTED and unit.supervisor():  # which is to try again, or to report
+            alive = None
+        return Owner(owner.pid, owner.command, alive, owner.born)
 
     def _running(self, unit: Unit) -> Running:
         return Running(unit.name, self._owner(unit))
@@ -4945,19 +4948,16 @@ def file_state(path: str) -> tuple[int, ...]:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
-    `error` is what the last try lacked, in a few words. What succeeds before the command is run says nothing about it.
-    So one Prober makes a single try before (`once`): `objection` is why the command must not be run then, and `doubt`
-    what is to be said if it is. For the next one, a file counts only if it has `changed` since that was made.
-    Raises OSError, RuntimeError.
+    With `once`, it makes a single try. With `changed`, a file counts only if it has changed since. `error` says why the
+    last try failed. Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
         import threading
 
         self.error = "its first try has not ended"
-        self.objection = self.doubt = ""
-        self._probe, self._env = Probe(text), env
-        self._old = file_state(self._probe.path) if changed else ()
+        self.probe, self._env = Probe(text), env
+        self._old = file_state(self.probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
@@ -4995,23 +4995,15 @@ class Prober:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
-            if once and not self.error:
-                self._object()
 
-    def _object(self) -> None:
-        """Say what a try that succeeds before the command is run means."""
-        probe = self._probe
-        if probe.kind == "command":
-            self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
-        elif probe.kind != "file":
-            pid = self._peer or listener(*probe.address)
-            who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
-            answers = f"{probe.shown} answers already, before the command was run"
-            self.objection = f"{answers}: end what listens there{who} first"
+    def listener_text(self) -> str:
+        """Return the process that listens at the address, for a message; empty if unknown."""
+        pid = self._peer or listener(*self.probe.address)
+        return f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
 
     def _try(self) -> str:
-        """Try once; return what is lacking."""
-        probe = self._probe
+        """Try once; return why it failed."""
+        probe = self.probe
         try:
             if probe.kind == "command":
                 return self._command()
@@ -5033,7 +5025,7 @@ class Prober:
 
         Its exit status comes through a pipe, since a Loop takes that of each child.
         """
-        command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
+        command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self.probe.text]
         with open(null(), "rb", 0) as nothing:
             read, write = os.pipe()
             streams = [(os.POSIX_SPAWN_DUP2, nothing.fileno(), fd) for fd in (0, 1, 2)]
@@ -5275,6 +5267,7 @@ class Task:
 
     def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
+        self.command_text, self.log = command_text(command), ""  # as the agent shows them; `log` is a path
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
@@ -5301,7 +5294,9 @@ class Task:
         return spawn(self.command, env)
 
     def begun(self, detail: str) -> None:
-        """Report that a try has begun; `detail` says which one and why, unless it is the first."""
+        """Report the process of a new try; `detail` says which try it is and why, unless it is the first."""
+        ready = shown_probe(self.limits.ready)
+        self.report("owner", pid=self.family.pid, command=self.command_text, log=self.log, ready=ready)
         if detail:
             self.report("retry", detail=detail)
 
@@ -5344,7 +5339,7 @@ class Task:
     def begin(self) -> None:
         """Begin a try: first of the probe, which must not succeed yet, then of the command."""
         remove(self.left)
-        if self.limits.ready in ("", "notify"):
+        if self.limits.ready in ("", "notify") or self.limits.ready.startswith("file:"):
             self.run()
             return
         self.enter(CHECKING, {self.checked: time.monotonic() + CHECK_TIMEOUT})
@@ -5354,14 +5349,16 @@ class Task:
             self.not_begun(error)
 
     def checked(self) -> None:
-        """Run the command unless the probe has succeeded already."""
+        """Run the command, unless another process answers the probe already."""
         prober = self.prober
         self.close_prober()
-        if isinstance(prober, Prober) and prober.objection:
-            self.not_begun(CommandError(prober.objection, 125))
-            return
-        if isinstance(prober, Prober) and prober.doubt:
-            self.warn(prober.doubt)
+        if isinstance(prober, Prober) and prober.ready():
+            shown = prober.probe.shown
+            if prober.probe.kind != "command":
+                answers = f"{shown} answers already, before the command was run"
+                self.not_begun(CommandError(f"{answers}: end what listens there{prober.listener_text()} first", 125))
+                return
+            self.warn(f"{shown} succeeds already, before the command is run: it says nothing about it")
         self.run()
 
     def run(self) -> None:
@@ -5464,10 +5461,11 @@ class Task:
             self.end(ending(code))
         elif self.state == RUNNING:
             self.complete()
-        elif self.own_session or self.limits.ready:
-            self.due[self.look] = 0.0
-        else:  # `run` does not wait for what its command has left
-            self.due[self.gone] = 0.0
+            self.due.pop(self.time_is_up, None)
+        if self.state == READY and not self.own_session and not self.limits.ready:
+            self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
+        elif self.state == READY:
+            self.due[self.look] = 0.0 if self.runs_on else time.monotonic() + LOOK_EVERY
 
     def end(self, why: str, by: float = NEVER) -> None:
         """End all processes of the command until the time `by`, at most `grace` seconds from now.
@@ -5559,36 +5557,33 @@ class Task:
         except Refused as error:
             self.end(str(error))
             return
-        self.settle(COMPLETED)
-        self.runs_on = self.family.first or self.family.has_group() or self.code != 0
-        self.report("complete", env=env, running=self.runs_on)
+        runs_on = self.family.first or self.family.has_group() or self.code != 0
+        self.settle(COMPLETED, runs_on)
+        self.report("complete", env=env, running=runs_on)
 
     def fail(self, reason: str) -> None:
         """Report that the unit has failed, and that nothing of its command is left."""
         self.reported = FAILED
         self.report("fail", reason=reason, exit_code=shell_status(self.code))
 
-    def settle(self, outcome: str) -> None:
-        """Take note of the outcome, whoever has reported it; a command that goes on after a failure may tidy up."""
-        self.reported, self.runs_on = outcome, True
-        now = time.monotonic()
+    def ended_by_others(self, outcome: str) -> None:
+        """Handle an outcome that somebody else has reported."""
+        if outcome == COMPLETED and self.lives():
+            self.report("running")
+        self.settle(outcome, runs_on=True)
+
+    def settle(self, outcome: str, runs_on: bool) -> None:
+        """Note the outcome. A command whose unit has failed gets `grace` seconds to tidy up."""
+        self.reported, self.runs_on = outcome, runs_on
         if self.state in (WAITING, CHECKING):
             self.why = ""
             self.gone()
-        elif self.state == RUNNING and outcome == COMPLETED:
+        elif self.state == RUNNING:
             end_by = self.due.get(self.time_is_up, NEVER)
-            self.enter(READY, {self.time_is_up: end_by})
-            if not self.family.first:
-                self.due = {self.look: now + LOOK_EVERY} if self.own_session else {self.gone: now}
-        elif self.state in (RUNNING, READY):
-            self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
-
-    def ended_by_others(self, outcome: str) -> None:
-        """Take note of an outcome that somebody else has reported; the end of what runs on will be a death."""
-        lives = self.lives()
-        self.settle(outcome)
-        if outcome == COMPLETED and lives:
-            self.report("running")
+            if outcome == COMPLETED:
+                self.enter(READY, {self.time_is_up: end_by})
+            else:
+                self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
 
     def report(self, method: str, **params: Any) -> None:
         """Tell the agent."""
@@ -5692,18 +5687,10 @@ class Run(Task):
             self.stop("stopped", time.monotonic() + news.grace)
         elif method == "unit" and news.status == COMPLETED and not self.reported:
             self.ended_by_others(COMPLETED)
-            if self.family.first:
-                self.own("")
-
-    def own(self, ready: str) -> None:
-        """Report which process runs, and what says that it is ready."""
-        command = command_text(self.command)  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, ready=ready)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.prober:
-            self.own(shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
@@ -5723,7 +5710,7 @@ class Run(Task):
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "what says that it is ready", "exited": "its end"}
+        others = {"owner": "its process", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
         try:
             unwrap(message)
@@ -6338,6 +6325,8 @@ class Job(Task):
         super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
         self.stream = Stream(script.unit, boot.loop, boot.out)
+        self.command_text = "/".join(script.path.split("/")[-2:])
+        self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
         self.outcome, self.reason = "", ""  # the unit's, as the agent has it
         self.died = False  # the command has failed after the unit had completed
 
@@ -6361,9 +6350,6 @@ class Job(Task):
             os.close(write)
 
     def begun(self, detail: str) -> None:
-        log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
         super().begun(detail)
         if detail:
             self.stream.take(f"{detail}\n".encode())
