@@ -6316,7 +6316,7 @@ def pieces(line: bytes) -> Iterator[bytes]:
 
 
 class Job(Task):
-    """A script on its way: a Task in a session of its own, whose output is read."""
+    """A script of a boot: a Task in a session of its own, whose output is read."""
 
     own_session = True
 
@@ -6327,14 +6327,14 @@ class Job(Task):
         self.command_text = "/".join(script.path.split("/")[-2:])
         self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
         self.outcome, self.reason = "", ""  # the unit's, as the agent has it
-        self.died = False  # its command, after its unit had completed
+        self.died = False  # the command has failed after the unit had completed
 
     def running(self) -> bool:
-        """Return whether its first process runs."""
+        """Return whether the first process runs."""
         return self.lives() and self.family.first
 
     def ending(self) -> bool:
-        """Return whether its processes are to end."""
+        """Return whether the command is being ended, or may tidy up after a failure that others have reported."""
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
@@ -6374,19 +6374,30 @@ class Job(Task):
         except SyncError as error:
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
                 self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:  # it has no outcome but this
-                self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:  # so its end is the death of a service
-                self.reported = self.outcome
-                self.report("running")
-                self.exited()
+            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+                self.set_outcome(self.reported, self.reason)
+
+    def set_outcome(self, status: str, reason: str) -> None:
+        """Set the outcome of the unit, unless it has one."""
+        if self.outcome:
+            return
+        self.outcome, self.reason = status, reason or self.why or self.reason
+        self.boot.unfinished -= 1
+        if not self.reported:
+            self.ended_by_others(status)
+        elif self.reported == FAILED and status == COMPLETED:  # others were first: the failure is that of a service
+            self.reported = COMPLETED
+            self.report("running")
+            self.exited()
+        if status != COMPLETED:
+            self.boot.after_failure("failed")
 
     def exited(self) -> None:
         super().exited()
         if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
             self.died = True
             self.warn(f"ended after its unit had completed ({self.why})")
-            self.boot.another("ended")
+            self.boot.after_failure("ended")
 
 
 class Boot:
@@ -6400,12 +6411,12 @@ class Boot:
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, self.patience)
+        self.link = Link(loop, self.notified, self.agent_gone, self.patience)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
-        self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.answered = False  # whether the agent has said if we may
+        self.active: dict[str, Job] = {}  # jobs that have begun and are not GONE
+        self.answered = False  # whether the agent has granted or refused the claim
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # the signal that ends the boot
@@ -6424,7 +6435,7 @@ class Boot:
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Raises Refused if the agent does not let us, and Unreachable; then it may be called again, for another agent.
+        Raises Refused, and Unreachable; if no agent has answered, it may be called again, for another one.
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
@@ -6456,7 +6467,7 @@ class Boot:
         runs_on = self.runs() and not self.signal
         self.front_may_end = runs_on and not command and os.getppid() != 1  # process 1 waits for services
         if self.front_may_end:
-            self.say_let_go()
+            self.say_where_output_goes()
         self.until(self.printed)
         self.out.flush()
         if runs_on:
@@ -6474,17 +6485,17 @@ class Boot:
         return bool(needed or (self.host and self.link.asked))
 
     def printing(self) -> list[str]:
-        """Return the units whose output is read."""
+        """Return the units whose output is still open."""
         return [unit for unit, job in self.jobs.items() if job.stream.fd >= 0]
 
     def abandon(self) -> None:
-        """End what runs, by nothing but signals, on an unexpected way out."""
+        """End all commands after an unexpected error, without the agent and the Loop."""
         families = [job.family for job in self.active.values() if job.lives()]
         for family in families:
             family.look(Processes)
             family.tell_first()
             family.tell_others()
-            family.first = False  # whose end nobody takes any more
+            family.first = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(LOOK_OFTEN)
@@ -6510,7 +6521,7 @@ class Boot:
                 self.stop_by_signal(number, f"boot got signal {number}")
 
     def pause(self, paused: bool) -> None:
-        """Read nothing of scripts while our own output is not taken."""
+        """Stop to read the output of scripts, or go on with it."""
         if paused != self.out.paused:
             self.out.paused = paused
             for job in self.jobs.values():
@@ -6566,7 +6577,7 @@ class Boot:
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Ask for all units at once, in as many lines as it takes."""
+        """Ask for all units at once, in as many requests as it takes."""
         limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
         limit -= 3 * sum(bool(job.limits.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
@@ -6584,7 +6595,7 @@ class Boot:
         self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
     def claim_answered(self, answer: Object) -> None:
-        """Take the answer to our claim. Raises what the agent says against it."""
+        """Handle the answer to our claim. Raises Refused, Unreachable."""
         try:
             done = record(Claimed, unwrap(answer)).done
         except Refused:
@@ -6598,19 +6609,19 @@ class Boot:
         if self.host and self.options.resume:
             self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
-    def news(self, method: str, news: Answer) -> None:
-        """Handle what the agent says about a unit: it may start, it has ended, or is to."""
-        job, status = self.jobs.get(news.unit), news.status
-        if job and method == "stop":
-            job.stop("stopped", time.monotonic() + news.grace)
-        if job is None or job.outcome or method != "unit":
+    def notified(self, method: str, params: Answer) -> None:
+        """Handle a notification: a unit has started or ended, or its command is to be stopped."""
+        job, status = self.jobs.get(params.unit), params.status
+        if job is None:
             return
-        if status == STARTED and not (job.tries or job.reported):
-            job.env = environment(self.env, **news.env)
+        if method == "stop":
+            job.stop("stopped", time.monotonic() + params.grace)
+        elif method == "unit" and status in (COMPLETED, FAILED, SKIPPED):
+            job.set_outcome(status, params.reason)
+        elif method == "unit" and status == STARTED and not (job.tries or job.reported):
+            job.env = environment(self.env, **params.env)
             self.active[job.unit] = job
             job.begin()
-        elif status in (COMPLETED, FAILED, SKIPPED):
-            self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
         """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
@@ -6620,47 +6631,29 @@ class Boot:
         for job in self.jobs.values():
             job.limits.retries = 0
             if job.reported:
-                self.ended(job, job.reported, job.reason)
+                job.set_outcome(job.reported, job.reason)
             elif job.state in (WAITING, CHECKING):
-                self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
+                job.set_outcome(FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
-    def ended(self, job: Job, status: str, reason: str) -> None:
-        """Take the outcome of a unit."""
-        if job.outcome:
-            return
-        job.outcome, job.reason = status, reason or job.why or job.reason
-        self.unfinished -= 1
-        if not job.reported:
-            job.ended_by_others(status)
-        if status != COMPLETED:
-            self.another("failed")
-
-    def another(self, what: str) -> None:
-        """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
+    def after_failure(self, what: str) -> None:
+        """With --fail-fast, end everything after a unit has failed, or the command of a completed one has died."""
         if self.options.fail_fast and self.started_up and self.options.command:
             self.tell_front(1)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
     def stop(self, why: str, grace: float) -> None:
-        """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
+        """End everything within so many seconds, and start nothing new. A second call can only shorten the time."""
         now = time.monotonic()
         self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
-            job.stopped = why
-            if job.state == ENDING or (job.state in (WAITING, CHECKING) and not job.outcome):
-                job.stop(why, self.stop_by)
-        self.look()
+            job.stopped = self.stopping
+            if job.state in (WAITING, CHECKING, ENDING):
+                job.stop(self.stopping, self.stop_by)
         self.stop_in_order(now)
 
-    def look(self) -> None:
-        """See of which commands something is left."""
-        for job in self.active.values():
-            if job.lives():
-                job.look()
-
     def stop_in_order(self, now: float) -> None:
-        """End what runs, and nothing wants that does, also through others; after half of the time all."""
+        """End the commands that no other running one wants, also through others; after half of the time, all."""
         early = now < self.stop_by - self.options.grace / 2
         living = [unit for unit, job in self.active.items() if early and job.lives()]
         wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
@@ -6671,7 +6664,7 @@ class Boot:
     # -- reports ------------------------------------------------------------------------------------------
 
     def running(self, now: float) -> list[str]:
-        """Return the units that run, for how long they have, and what a service lacks."""
+        """Return the units that run, for how long, in which try, and why a probe has not succeeded."""
         shown = []
         for job in self.active.values():
             if job.running() and not job.outcome:
@@ -6681,10 +6674,10 @@ class Boot:
         return shown
 
     def say_progress(self, graph: Graph) -> None:
-        """Say what runs and what waits, and for what."""
+        """Print which units run, and which wait for what."""
         rows = {row.unit_name: row for row in graph.nodes}
 
-        def whom(name: str) -> str:
+        def described(name: str) -> str:
             row = rows.get(name)
             if name in self.jobs or row is None:
                 return name
@@ -6696,19 +6689,21 @@ class Boot:
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
             elif not job.outcome and not job.running() and unit in rows:
-                lacks = "; ".join(map(whom, rows[unit].waits_for))
+                lacks = "; ".join(map(described, rows[unit].waits_for))
                 waiting.append(f"{unit} for {lacks}" if lacks else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
-        """Say how it went; return the exit status."""
+        """Print the summary and write the timeline; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
                 job.stream.close()
         lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
-        self.look()
+        for job in self.active.values():
+            if job.lives():
+                job.look()
         self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
         self.until(lambda: bool(graphs))
         self.out.clear()
@@ -6723,7 +6718,7 @@ class Boot:
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
-        """Return what failed, with its last lines, what was skipped and why, and how long it took."""
+        """Return which units failed, with their last lines, which were skipped and why, and how long it took."""
         outcomes = [job.outcome for job in self.jobs.values()]
         words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
         counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
@@ -6743,8 +6738,8 @@ class Boot:
         last = Startup(graph).summary() if graph.nodes else ""
         return "\n".join([*failed, *others, *(wrap(last, self.out.columns) if os.isatty(2) else [last])]).rstrip()
 
-    def say_let_go(self) -> None:
-        """Say what becomes of the output of services, if standard output is let go when boot returns."""
+    def say_where_output_goes(self) -> None:
+        """Print what becomes of the output of services, if standard output is closed when boot returns."""
         names = sorted(self.printing())
         if names and 1 in self.out.pipes():
             kept = f"only in {self.options.log_dir}" if self.out.log_dir else "lost; --log-dir would keep it"
@@ -6753,7 +6748,7 @@ class Boot:
 
 
 def graph_in(answer: Object) -> Graph:
-    """Return the graph that an agent has answered with; an empty one if it has gone."""
+    """Return the graph in an agent's answer; an empty one if the agent has gone."""
     try:
         return record(Graph, unwrap(answer))
     except Unreachable:
@@ -6856,7 +6851,7 @@ def become(command: list[str]) -> NoReturn:
 
 
 def boot_at(path: str, boot: Boot) -> int:
-    """Boot against the agent at a path; where there is none, be it as long as something runs."""
+    """Boot against the agent at a path; if there is none, host one as long as something runs."""
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
@@ -6876,7 +6871,7 @@ def boot_at(path: str, boot: Boot) -> int:
 
 
 def own_channel(host: Host) -> Channel:
-    """Return a connection to our own agent, which takes others when all units are claimed."""
+    """Return a connection to our own agent, which takes others only when all units are claimed."""
     from socket import socketpair
 
     ours, theirs = socketpair()
