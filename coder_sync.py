@@ -2996,7 +2996,10 @@ class Units:
         owner = unit.facts.owner
         if owner is None or not unit.may_run():
             return owner
-        return Owner(owner.pid, owner.command, self.alive(owner), owner.born)
+        alive = self.alive(owner)
+        if alive is False and unit.status == STARTED and unit.supervisor():  # which is to try again, or to report
+            alive = None
+        return Owner(owner.pid, owner.command, alive, owner.born)
 
     def _running(self, unit: Unit) -> Running:
         return Running(unit.name, self._owner(unit))
@@ -4957,19 +4960,16 @@ def file_state(path: str) -> tuple[int, ...]:
 class Prober:
     """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
 
-    `error` is what the last try lacked, in a few words. What succeeds before the command is run says nothing about it.
-    So one Prober makes a single try before (`once`): `objection` is why the command must not be run then, and `doubt`
-    what is to be said if it is. For the next one, a file counts only if it has `changed` since that was made.
-    Raises OSError, RuntimeError.
+    With `once`, it makes a single try. With `changed`, a file counts only if it has changed since. `error` says why the
+    last try failed. Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
         import threading
 
         self.error = "its first try has not ended"
-        self.objection = self.doubt = ""
-        self._probe, self._env = Probe(text), env
-        self._old = file_state(self._probe.path) if changed else ()
+        self.probe, self._env = Probe(text), env
+        self._old = file_state(self.probe.path) if changed else ()
         self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
@@ -5007,23 +5007,15 @@ class Prober:
                     break
                 self._closed.wait(pause)
                 pause = min(2 * pause, 1.0)
-            if once and not self.error:
-                self._object()
 
-    def _object(self) -> None:
-        """Say what a try that succeeds before the command is run means."""
-        probe = self._probe
-        if probe.kind == "command":
-            self.doubt = f"{probe.shown} succeeds already, before the command is run: it says nothing about it"
-        elif probe.kind != "file":
-            pid = self._peer or listener(*probe.address)
-            who = f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
-            answers = f"{probe.shown} answers already, before the command was run"
-            self.objection = f"{answers}: end what listens there{who} first"
+    def listener_text(self) -> str:
+        """Return the process that listens at the address, for a message; empty if unknown."""
+        pid = self._peer or listener(*self.probe.address)
+        return f" (pid {pid}, {proc_line(pid, 'Name:')})" if pid else ""
 
     def _try(self) -> str:
-        """Try once; return what is lacking."""
-        probe = self._probe
+        """Try once; return why it failed."""
+        probe = self.probe
         try:
             if probe.kind == "command":
                 return self._command()
@@ -5045,7 +5037,7 @@ class Prober:
 
         Its exit status comes through a pipe, since a Loop takes that of each child.
         """
-        command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self._probe.text]
+        command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self.probe.text]
         with open(null(), "rb", 0) as nothing:
             read, write = os.pipe()
             streams = [(os.POSIX_SPAWN_DUP2, nothing.fileno(), fd) for fd in (0, 1, 2)]
@@ -5287,6 +5279,7 @@ class Task:
 
     def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
+        self.command_text, self.log = command_text(command), ""  # as the agent shows them; `log` is a path
         self.env: dict[bytes, bytes] = {}
         self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
@@ -5313,7 +5306,9 @@ class Task:
         return spawn(self.command, env)
 
     def begun(self, detail: str) -> None:
-        """Report that a try has begun; `detail` says which one and why, unless it is the first."""
+        """Report the process of a new try; `detail` says which try it is and why, unless it is the first."""
+        ready = shown_probe(self.limits.ready)
+        self.report("owner", pid=self.family.pid, command=self.command_text, log=self.log, ready=ready)
         if detail:
             self.report("retry", detail=detail)
 
@@ -5356,7 +5351,7 @@ class Task:
     def begin(self) -> None:
         """Begin a try: first of the probe, which must not succeed yet, then of the command."""
         remove(self.left)
-        if self.limits.ready in ("", "notify"):
+        if self.limits.ready in ("", "notify") or self.limits.ready.startswith("file:"):
             self.run()
             return
         self.enter(CHECKING, {self.checked: time.monotonic() + CHECK_TIMEOUT})
@@ -5366,14 +5361,16 @@ class Task:
             self.not_begun(error)
 
     def checked(self) -> None:
-        """Run the command unless the probe has succeeded already."""
+        """Run the command, unless another process answers the probe already."""
         prober = self.prober
         self.close_prober()
-        if isinstance(prober, Prober) and prober.objection:
-            self.not_begun(CommandError(prober.objection, 125))
-            return
-        if isinstance(prober, Prober) and prober.doubt:
-            self.warn(prober.doubt)
+        if isinstance(prober, Prober) and prober.ready():
+            shown = prober.probe.shown
+            if prober.probe.kind != "command":
+                answers = f"{shown} answers already, before the command was run"
+                self.not_begun(CommandError(f"{answers}: end what listens there{prober.listener_text()} first", 125))
+                return
+            self.warn(f"{shown} succeeds already, before the command is run: it says nothing about it")
         self.run()
 
     def run(self) -> None:
@@ -5476,10 +5473,11 @@ class Task:
             self.end(ending(code))
         elif self.state == RUNNING:
             self.complete()
-        elif self.own_session or self.limits.ready:
-            self.due[self.look] = 0.0
-        else:  # `run` does not wait for what its command has left
-            self.due[self.gone] = 0.0
+            self.due.pop(self.time_is_up, None)
+        if self.state == READY and not self.own_session and not self.limits.ready:
+            self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
+        elif self.state == READY:
+            self.due[self.look] = 0.0 if self.runs_on else time.monotonic() + LOOK_EVERY
 
     def end(self, why: str, by: float = NEVER) -> None:
         """End all processes of the command until the time `by`, at most `grace` seconds from now.
@@ -5571,36 +5569,33 @@ class Task:
         except Refused as error:
             self.end(str(error))
             return
-        self.settle(COMPLETED)
-        self.runs_on = self.family.first or self.family.has_group() or self.code != 0
-        self.report("complete", env=env, running=self.runs_on)
+        runs_on = self.family.first or self.family.has_group() or self.code != 0
+        self.settle(COMPLETED, runs_on)
+        self.report("complete", env=env, running=runs_on)
 
     def fail(self, reason: str) -> None:
         """Report that the unit has failed, and that nothing of its command is left."""
         self.reported = FAILED
         self.report("fail", reason=reason, exit_code=shell_status(self.code))
 
-    def settle(self, outcome: str) -> None:
-        """Take note of the outcome, whoever has reported it; a command that goes on after a failure may tidy up."""
-        self.reported, self.runs_on = outcome, True
-        now = time.monotonic()
+    def ended_by_others(self, outcome: str) -> None:
+        """Handle an outcome that somebody else has reported."""
+        if outcome == COMPLETED and self.lives():
+            self.report("running")
+        self.settle(outcome, runs_on=True)
+
+    def settle(self, outcome: str, runs_on: bool) -> None:
+        """Note the outcome. A command whose unit has failed gets `grace` seconds to tidy up."""
+        self.reported, self.runs_on = outcome, runs_on
         if self.state in (WAITING, CHECKING):
             self.why = ""
             self.gone()
-        elif self.state == RUNNING and outcome == COMPLETED:
+        elif self.state == RUNNING:
             end_by = self.due.get(self.time_is_up, NEVER)
-            self.enter(READY, {self.time_is_up: end_by})
-            if not self.family.first:
-                self.due = {self.look: now + LOOK_EVERY} if self.own_session else {self.gone: now}
-        elif self.state in (RUNNING, READY):
-            self.due[self.time_is_up] = min(now + self.grace, self.due.get(self.time_is_up, NEVER))
-
-    def ended_by_others(self, outcome: str) -> None:
-        """Take note of an outcome that somebody else has reported; the end of what runs on will be a death."""
-        lives = self.lives()
-        self.settle(outcome)
-        if outcome == COMPLETED and lives:
-            self.report("running")
+            if outcome == COMPLETED:
+                self.enter(READY, {self.time_is_up: end_by})
+            else:
+                self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
 
     def report(self, method: str, **params: Any) -> None:
         """Tell the agent."""
@@ -5704,18 +5699,10 @@ class Run(Task):
             self.stop("stopped", time.monotonic() + news.grace)
         elif method == "unit" and news.status == COMPLETED and not self.reported:
             self.ended_by_others(COMPLETED)
-            if self.family.first:
-                self.own("")
-
-    def own(self, ready: str) -> None:
-        """Report which process runs, and what says that it is ready."""
-        command = command_text(self.command)  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, ready=ready)
 
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if self.prober:
-            self.own(shown_probe(self.limits.ready))
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
@@ -5735,7 +5722,7 @@ class Run(Task):
 
     def answered(self, method: str, params: Object, message: Object) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "what says that it is ready", "exited": "its end"}
+        others = {"owner": "its process", "exited": "its end"}
         what = params.get("detail") or others.get(method, outcome)
         try:
             unwrap(message)
@@ -6151,10 +6138,10 @@ class Output:
             self.clear()
             self.pending[1] += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, quiet: bool = False) -> None:
         """Print a line of ours on standard error."""
         self.clear()
-        if len(self.pending[2]) < FULL:
+        if not quiet and len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
 
     def log_path(self, unit: str) -> str:
@@ -6182,12 +6169,10 @@ class Output:
 
     def let_go(self, fd: int) -> None:
         """Print nothing any more on a descriptor, and hold it open no longer."""
-        nothing = null()
-        os.dup2(nothing, fd)
+        os.dup2(0, fd)  # /dev/null in a background process
         if self._fds[fd] != fd:
             os.close(self._fds[fd])
         self._fds[fd] = fd
-        os.close(nothing)
 
     def turn(self, loop: Loop, due: float) -> list[int]:
         """Take a turn of a loop, in which what can be printed is."""
@@ -6352,6 +6337,8 @@ class Job(Task):
         super().__init__(boot.loop, boot.link, script.unit, [script.path], script.limits)
         self.script, self.boot, self.grace = script, boot, boot.options.grace
         self.stream = Stream(script.unit, boot.loop, boot.out)
+        self.command_text = "/".join(script.path.split("/")[-2:])
+        self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
         self.outcome, self.reason = "", ""  # the unit's, as the agent has it
         self.died = False  # its command, after its unit had completed
 
@@ -6365,7 +6352,7 @@ class Job(Task):
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
         write = self.stream.open(more=self.tries > 0)
-        streams = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((self.boot.null, 0), (write, 1), (write, 2))]
+        streams = [(os.POSIX_SPAWN_DUP2, write, fd) for fd in (1, 2)]  # 0 is /dev/null already
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
         except OSError:
@@ -6375,9 +6362,6 @@ class Job(Task):
             os.close(write)
 
     def begun(self, detail: str) -> None:
-        log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        command = "/".join(self.script.path.split("/")[-2:])  # the system may not have it yet
-        self.report("owner", pid=self.family.pid, command=command, log=log, ready=shown_probe(self.limits.ready))
         super().begun(detail)
         if detail:
             self.stream.take(f"{detail}\n".encode())
@@ -6424,7 +6408,7 @@ class Boot:
     `front` is a descriptor that leads to the process that was called: see Front.
     """
 
-    def __init__(self, scripts: list[Script], options: BootOptions, front: int) -> None:
+    def __init__(self, scripts: list[Script], options: BootOptions, front: int, directory: str) -> None:
         loop = Loop()
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.front_gone)
@@ -6437,12 +6421,16 @@ class Boot:
         self.answered = False  # whether the agent has said if we may
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
-        self.signal = 0  # that told us to stop
+        self.signal = 0  # the signal that ends the boot
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
-        self.over = False  # the startup
-        self.alone = False  # the front may end, and services go on
+        self.started_up = False
+        self.front_may_end = False  # without that everything ends with it
         self.host: Host | None = None  # of our own agent
-        self.ask_at = NEVER  # when to ask again whether another boot needs it
+        self.retire_at = NEVER  # when to ask again whether another boot needs it
+        for job in self.jobs.values():
+            job.use_directory(directory)
+        if not directory:
+            self.out.say(f"warning: {NO_DIRECTORY}")
 
     # -- from the claim to the last end -------------------------------------------------------------------
 
@@ -6453,54 +6441,49 @@ class Boot:
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
-        self.null, directory = null(), private_directory()
-        for job in self.jobs.values():
-            job.use_directory(directory)
-        if not directory:
-            self.out.say(f"warning: {NO_DIRECTORY}")
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.asked and self.said())
-            return self.look_after(self.finish())
+            self.until(lambda: not self.unfinished and not self.link.asked and self.printed())
+            return self.after_startup(self.finish())
         except BaseException:
             self.abandon()
             raise
         finally:
             self.out.flush()
             self.link.close()
-            remove_directory(directory)
-            os.close(self.null)
 
-    def look_after(self, code: int) -> int:
-        """Let the front go on after the startup, and be the parent of what still runs; return the exit status."""
-        self.over, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
+    def after_startup(self, code: int) -> int:
+        """Let the front go on, and be the parent of what still runs until it has ended; return the exit status."""
+        self.started_up, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
+        command = self.options.command
         if self.options.stay and not self.signal:
-            if not self.options.quiet:
-                self.out.say("boot: staying until a signal")
-            self.tell_front(code, runs=True)
+            self.out.say("boot: staying until a signal", self.options.quiet)
+            self.tell_front(code)
             self.until(lambda: bool(self.stopping or self.link.lost))
-            code = 128 + self.signal if self.signal else 3 if self.link.lost else 1
-        elif self.options.command and code and not (self.signal or self.options.always or self.options.quiet):
-            self.out.say(f"boot: {self.options.command} is not run, since not all went well; --always would")
+            code = 3 if self.link.lost else 1
+        elif command and self.options.always:
+            code = 0
+        elif command and code and not self.signal:
+            self.out.say(f"boot: {command} is not run, since not all went well; --always would", self.options.quiet)
         runs_on = self.runs() and not self.signal
-        self.alone = runs_on and not self.options.command and os.getppid() != 1  # process 1 waits for services
-        if self.alone:
+        self.front_may_end = runs_on and not command and os.getppid() != 1  # process 1 waits for services
+        if self.front_may_end:
             self.say_let_go()
-        self.until(self.said)
+        self.until(self.printed)
         self.out.flush()
-        self.tell_front(code, runs_on)
         if runs_on:
+            self.tell_front(code)
             os.chdir("/")
             self.until(lambda: not self.runs())
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether something runs or prints, or our own agent has still to answer, or another boot needs it."""
+        """Return whether a script runs or prints, or our own agent has still to answer, or another boot needs it."""
         if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
-        self.ask_at = time.monotonic() + 0.2 if needed else NEVER
+        self.retire_at = time.monotonic() + 0.2 if needed else NEVER
         return bool(needed or (self.host and self.link.asked))
 
     def printing(self) -> list[str]:
@@ -6522,12 +6505,12 @@ class Boot:
             for family in families if time.monotonic() >= kill_at else ():
                 family.kill()
 
-    def until(self, over: Callable[[], bool]) -> None:
-        """Handle whatever happens until it is over and nothing that is to end still runs."""
+    def until(self, done: Callable[[], bool]) -> None:
+        """Handle events until `done` and no command is being ended."""
         while True:
             now = time.monotonic()
             due = self.keep_time(now)
-            if over() and not any(job.ending() for job in self.active.values()):
+            if done() and not any(job.ending() for job in self.active.values()):
                 return
             if not any(self.out.pending.values()):
                 if now >= self.out.live_at:
@@ -6537,7 +6520,7 @@ class Boot:
                 due = min(due, self.out.live_at)
             self.pause(self.out.patient and self.out.is_full())
             for number in self.out.turn(self.loop, due):
-                self.told(number)
+                self.stop_by_signal(number, f"boot got signal {number}")
 
     def pause(self, paused: bool) -> None:
         """Read nothing of scripts while our own output is not taken."""
@@ -6546,8 +6529,8 @@ class Boot:
             for job in self.jobs.values():
                 job.stream.watch()
 
-    def said(self) -> bool:
-        """Return whether all is printed that is to be; told to stop, we do not wait for readers that have stopped."""
+    def printed(self) -> bool:
+        """Return whether no output is pending; after a signal nobody waits for a reader that has stopped."""
         return not any(self.out.pending.values()) or bool(self.signal)
 
     def keep_time(self, now: float) -> float:
@@ -6561,7 +6544,7 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.ask_at, self.link.keep_time(now))
+        due = min(now + 60, self.report_at, self.retire_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     def patience(self) -> float:
@@ -6570,27 +6553,28 @@ class Boot:
 
     # -- the front ----------------------------------------------------------------------------------------
 
-    def tell_front(self, code: int, runs: bool) -> None:
-        """Tell the front how the startup went, and whether something still runs."""
+    def tell_front(self, code: int) -> None:
+        """Send the front an exit status: see Front."""
         try:
-            os.write(self.front, bytes([code, runs]))
+            os.write(self.front, bytes([code]))
         except OSError:  # it has gone
             pass
 
     def front_gone(self) -> None:
-        """Take the end of the front for a hang-up, unless it was free to end, or COMMAND has ended."""
+        """Go on without the front if it may end; else end everything, as if it had sent HUP."""
         self.loop.forget(self.front)
-        if self.alone:
+        if self.front_may_end:
             for fd in self.out.pipes():
                 self.out.let_go(fd)
         elif not self.stopping:
-            what = self.options.command if self.over else ""
-            self.told(1, f"{what or 'the process of boot'} has ended")
+            command = self.options.command if self.started_up else ""
+            self.stop_by_signal(1, f"{command or 'the process of boot'} has ended")
 
-    def told(self, number: int, why: str = "") -> None:
-        """End everything, because of a signal, or for another reason. Twice: at once."""
-        again, self.signal = self.signal, number
-        self.stop(f"stopped: {why or f'boot got signal {number}'}", 0 if again else self.options.grace)
+    def stop_by_signal(self, number: int, why: str) -> None:
+        """End everything; at a second signal, at once."""
+        grace = 0.0 if self.signal else self.options.grace
+        self.signal = number
+        self.stop(f"stopped: {why}", grace)
 
     # -- units --------------------------------------------------------------------------------------------
 
@@ -6666,8 +6650,8 @@ class Boot:
 
     def another(self, what: str) -> None:
         """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
-        if self.options.fail_fast and self.over and self.options.command:
-            self.tell_front(1, runs=True)  # it ends COMMAND first
+        if self.options.fail_fast and self.started_up and self.options.command:
+            self.tell_front(1)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
@@ -6746,7 +6730,7 @@ class Boot:
         bad = any(job.outcome != COMPLETED or job.died for job in self.jobs.values())
         if bad or not self.options.quiet:
             self.out.say(self.summary(graph))
-            self.until(self.said)
+            self.until(self.printed)
         if self.options.timeline:
             self.options.timeline(graph)
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
@@ -6775,9 +6759,10 @@ class Boot:
     def say_let_go(self) -> None:
         """Say what becomes of the output of services, if standard output is let go when boot returns."""
         names = sorted(self.printing())
-        if names and not self.out.quiet and 1 in self.out.pipes():
+        if names and 1 in self.out.pipes():
             kept = f"only in {self.options.log_dir}" if self.out.log_dir else "lost; --log-dir would keep it"
-            self.out.say(f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}")
+            text = f"boot: standard output is a pipe: what {some_names(names)} will print is {kept}"
+            self.out.say(text, self.options.quiet)
 
 
 def graph_in(answer: Object) -> Graph:
@@ -6789,42 +6774,46 @@ def graph_in(answer: Object) -> Graph:
 
 
 class Front:
-    """The process that was called: it keeps its caller's terminal, session, descriptors, and becomes or runs COMMAND.
+    """The process that was called. It keeps its caller's terminal, session and descriptors; it becomes or runs COMMAND.
 
-    It passes the signals that it gets on to the background process, which ends everything. When that says that the
-    startup is over, it ends, or stays, or has COMMAND take its place, as a child if something still runs.
+    It passes signals on to the background process, which ends everything and then itself. If something runs on after
+    the startup, the background process sends an exit status of one byte: then the front returns it, waits (--stay), or
+    runs COMMAND if it is 0. A second status ends that. If nothing runs on, the background process ends with the status.
     """
 
-    def __init__(self, loop: Loop, pid: int, link: int, command: list[str], grace: float) -> None:
-        self.loop, self.pid, self.link, self.command, self.grace = loop, pid, link, command, grace
-        self.said: list[tuple[int, int]] = []  # by the background process: a status, and whether something runs on
+    def __init__(self, loop: Loop, pid: int, link: int, directory: str, command: list[str], grace: float) -> None:
+        self.loop, self.pid, self.link, self.directory = loop, pid, link, directory
+        self.command, self.grace = command, grace
+        self.received = b""  # from the background process
         self.ended: list[int] = []  # its exit status
         self.signal = 0
         os.set_blocking(link, False)
         loop.children[pid] = self.background_ended
-        loop.watch(link, self.hear)
+        loop.watch(link, self.receive)
 
     def background_ended(self, code: int) -> None:
-        """Take the end of the background process, after what it has said."""
-        self.hear()
+        """Note an exit status; clean up after a background process that was killed."""
         self.ended.append(code)
+        if code < 0:
+            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+            remove_directory(self.directory)
 
-    def hear(self) -> None:
-        """Take what the background process says; beside COMMAND, that it is to end, since a service has died."""
+    def receive(self) -> None:
+        """Receive an exit status; the second one ends COMMAND."""
         try:
             data = os.read(self.link, 100)
         except OSError:
             data = b""
-        self.said += zip(data[::2], data[1::2])
+        self.received += data
         if not data:
             self.loop.forget(self.link)
-        elif self.command and len(self.said) > 1:
-            os.kill(os.getpid(), 15)  # which is passed on
+        elif self.command and len(self.received) > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # which is passed on
 
-    def until(self, over: Callable[[], object], patience: float = NEVER) -> None:
-        """Pass signals on until something has happened, or for so many seconds."""
-        deadline = time.monotonic() + patience
-        while not over() and time.monotonic() < deadline:
+    def until(self, done: Callable[[], object], timeout: float = NEVER) -> None:
+        """Pass signals on until `done`, or for so many seconds."""
+        deadline = time.monotonic() + timeout
+        while not done() and time.monotonic() < deadline:
             for number in self.loop.turn(deadline):
                 if number != signal.SIGWINCH:  # which is for COMMAND
                     self.signal = number
@@ -6837,42 +6826,36 @@ class Front:
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
 
-    def run(self, always: bool, stay: bool) -> int:
+    def run(self, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
-        self.until(lambda: self.said or self.ended)
-        if stay and self.said and not self.signal:
+        self.until(lambda: self.ended or self.received)
+        if stay and self.received and not self.signal:
             notify("READY=1")
-            self.until(lambda: self.ended or len(self.said) > 1)
-        runs_on = self.said and self.said[-1][1]
-        if not runs_on or (os.getpid() == 1 and not self.command):  # the system would kill what still runs
+            self.until(lambda: self.ended or len(self.received) > 1)
+        if os.getpid() == 1 and not self.command:  # the system would kill what still runs
             self.until(lambda: self.ended)
         if self.signal:
             self.wait_for_end()
             return 128 + self.signal
-        code = self.ended[0] if self.ended else self.said[-1][0]
-        if code < 0:
-            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
-        wanted = self.command and self.said and (code == 0 or (always and code > 0))  # it has said why, if nothing
-        try:
-            if wanted and not self.ended:
-                return self.run_command()
-        finally:
-            if self.command and not self.ended:
-                self.loop.forget(self.link)
-                os.close(self.link)  # which says that COMMAND has ended
-                self.link = -1
-                self.wait_for_end()
+        code = self.ended[0] if self.ended else self.received[-1]
+        if self.command and not self.ended:
+            return self.run_command(code)
         self.loop.give_back()
-        if wanted:
+        if self.command and code == 0:
             become(self.command)
         return shell_status(code)
 
-    def run_command(self) -> int:
-        """Run COMMAND as if there were no boot, but that its services run; return its exit status."""
+    def run_command(self, code: int) -> int:
+        """Run COMMAND as a child if the startup went well, then have all services ended; return the exit status."""
         command = self.command
         if getenv("LISTEN_PID") == str(os.getpid()):  # sockets that a supervisor handed over are for COMMAND
             command = ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command]
-        return supervise(self.loop, command, environment())
+        try:
+            return code or supervise(self.loop, command, environment())
+        finally:
+            self.loop.forget(self.link)
+            os.close(self.link)  # which says that COMMAND has ended
+            self.wait_for_end()
 
 
 def become(command: list[str]) -> NoReturn:
@@ -7283,12 +7266,17 @@ def cmd_boot(args: Args) -> int:
     given["command"] = args.command[0] if args.command else ""
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
-    child, link = in_background()
-    if child:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return Front(loop, child, link, args.command, args.grace).run(args.always, args.stay)
-    boot = Boot(scripts, BootOptions(**given), link)
-    code = boot_at(path, boot)
+    directory, child = private_directory(), 0
+    try:
+        child, link = in_background()
+        if child:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            return Front(loop, child, link, directory, args.command, args.grace).run(args.stay)
+        boot = Boot(scripts, BootOptions(**given), link, directory)
+        code = boot_at(path, boot)
+    finally:
+        if not child:
+            remove_directory(directory)
     boot.loop.give_back()
     return code
 

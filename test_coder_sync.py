@@ -4543,10 +4543,9 @@ def held(world: World, unit: str, *options: str) -> tuple[subprocess.Popen[str],
 
 
 def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
-    """The pattern of the reason of a unit whose owner ended."""
-    return (
-        rf"lost: process {process.pid} \({command}\) (ended without completing|waited for .*, and its caller went away)"
-    )
+    """The pattern of the reason of a unit whose owner ended; a run may have said which process its command is."""
+    who = rf"(process {process.pid}|the run that ran process \d+)"
+    return rf"lost: {who} \({command}\) (ended without completing|waited for .*, and its caller went away)"
 
 
 def killed(process: subprocess.Popen[str]) -> None:
@@ -4606,6 +4605,7 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
 def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "1", "--retry-delay", "10m", "--", "false")
     assert "try 2 of 2" in line_of(run.stderr)
+    until(lambda: agent.client.status("a").owner.alive is None)  # not False: the run is not gone
     agent.ok("complete", "a")
     assert finish(run).returncode == 1 and agent.status("a") == "completed"
 
@@ -4620,19 +4620,24 @@ def test_a_run_whose_command_completes_the_unit_does_not_wait_for_what_it_leaves
         os.kill(left, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("ready", [["--ready", "true"], []], ids=["by-a-probe", "by-others"])
-def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World, ready: list[str]) -> None:
-    process, pid = held(agent, "a", *ready)
-    if not ready:
+@pytest.mark.parametrize("completed", ["by-a-probe", "by-others", ""])
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World, completed: str) -> None:
+    process, pid = held(agent, "a", *(["--ready", "true"] if completed == "by-a-probe" else []))
+    if completed == "by-others":
         agent.ok("complete", "a")
-    until(lambda: agent.client.status("a").running_on and agent.client.status("a").owner.pid == pid)
+    until(lambda: agent.client.status("a").owner.pid == pid)
+    until(lambda: agent.client.status("a").running_on or not completed)
     killed(process)
     until(lambda: agent.status("a") == "failed")
     reason = agent.client.status("a").reason
-    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) ended; that process may still run", reason)
-    assert f"{reason} (it does)" in agent.ok("list") and f"(pid {pid})" in agent.run("stop", "a").stderr
+    end = "ended; that process may still run" if completed else "ended without completing"
+    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) {end}", reason)
+    assert (f"{reason} (it does)" if completed else reason) in agent.ok("list")
+    assert f"(pid {pid})" in agent.run("stop", "a").stderr
+    refused = agent.connect().call("boot", units=[{"unit": "a"}])["error"]["message"]
+    assert refused == f'unit "a" still runs (pid {pid}), and its supervisor is gone: end that process first'
     os.kill(pid, signal.SIGKILL)
-    until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
+    until(lambda: not completed or f"{reason} (it has ended)" in agent.ok("list"))
 
 
 @pytest.mark.parametrize(
@@ -4645,7 +4650,9 @@ def test_an_agent_that_goes_away_does_not_disturb_a_running_command(world: World
     script = "echo running; read x; echo $x; exit 6"
     process = world.popen("run", "a", *ready, "--", "sh", "-c", script, stdin=subprocess.PIPE)
     assert line_of(process.stdout) == "running\n"
+    until(lambda: world.client.status("a").owner.pid != process.pid)
     until(lambda: not ready or world.client.graph().nodes[0].running_on)
+    at_rest(process.pid)
     killed(agent)
     at_rest(process.pid)
     out, err = process.communicate("still here\n", timeout=PATIENCE)
@@ -4812,8 +4819,8 @@ def test_a_run_says_what_an_agent_was_not_told_and_waits_for_it_once(world: Worl
     gate.keep_open(lambda: run.poll() is not None)
     said = finish(run).stderr
     late = "after ended before it was ready (exit code 3)"
-    for what in (f"try 2 of 3 {late}", f"try 3 of 3 {late}", "what says that it is ready", "its outcome (exit code 3)"):
-        assert said.count(f"warning: a: {what} may not have been reported: ") >= 1 + what.startswith("what"), said
+    for what in (f"try 2 of 3 {late}", f"try 3 of 3 {late}", "its process", "its outcome (exit code 3)"):
+        assert said.count(f"warning: a: {what} may not have been reported: ") >= 1 + (what == "its process"), said
 
 
 class Supervisor:
@@ -7577,7 +7584,7 @@ def checked(world: World, probe: str) -> coder_sync.Prober:
 
 
 @needs_proc
-def test_what_answers_before_its_command_is_run_is_an_objection_that_names_it(world: World) -> None:
+def test_what_answers_before_its_command_is_run_is_named(world: World) -> None:
     code = "import os, socket; s = [socket.create_server(('127.0.0.1', 0)), socket.socket(socket.AF_UNIX)]"
     code += "; s[1].bind('up.sock'); s[1].listen(); os.write(1, b'%d\\n' % s[0].getsockname()[1])\n"
     code += "while 1:\n c = s[0].accept()[0]; c.send(b'HTTP/1.0 200 x\\r\\n')"
@@ -7585,11 +7592,11 @@ def test_what_answers_before_its_command_is_run_is_an_objection_that_names_it(wo
     port = int(line_of(server.stdout))
     name = Path(f"/proc/{server.pid}/comm").read_text().strip()
     for probe in (f"tcp:{port}", f"tcp://localhost:{port}/", f"unix:{world.directory}/up.sock", WEB.format(port)):
-        answers = f"{probe} answers already, before the command was run: end what listens there"
-        assert checked(world, probe).objection == f"{answers} (pid {server.pid}, {name}) first"
+        found = checked(world, probe)
+        assert found.ready() and found.listener_text() == f" (pid {server.pid}, {name})", probe
     stopped(server)
     for probe in (f"tcp:{port}", f"unix:{world.directory}/up.sock", WEB.format(port)):
-        assert checked(world, probe).objection == "", probe
+        assert not checked(world, probe).ready(), probe
 
 
 def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
@@ -8230,7 +8237,8 @@ def late(*args):
 def test_a_signal_is_not_lost_before_the_boot_or_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    for name in ("in_background", "Boot.finish", "remove_directory", "boot_at", "timeline_as", "Front.hear"):
+    moments = "in_background Boot.finish remove_directory boot_at timeline_as Front.background_ended"
+    for name in moments.split():
         patch = LATE.format(name=f"coder_sync.{name}")
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
 
@@ -8361,11 +8369,13 @@ def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> N
 
 @pytest.mark.parametrize("over", [False, True])
 def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
+    temporary = agent.env["TMPDIR"] = tempfile.mkdtemp(dir=agent.directory)
     boot = Boot(agent, {"db": service("db"), **({} if over else {"a": "@want db\ncat gate", "b": "@want a"})}, "--stay")
     boot.says("staying") if over else gate.reached()
     until(lambda: over or "startup.d/a" in str(agent.client.status("a").owner))
     os.kill(boot.background(), signal.SIGKILL)
     boot.ends(137, None, "boot's background process was killed by signal 9; what it ran may run on", leaves=True)
+    assert os.listdir(temporary) == []
     until(lambda: {unit.status for unit in agent.client.list()} == {"failed"})
     pid, reason = pid_of(agent, "db"), agent.client.status("db").reason
     assert re.match(rf"lost: the boot that ran .*\b{pid}\b.* may still run", reason)
