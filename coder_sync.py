@@ -4149,14 +4149,14 @@ def connection_limit(raise_it: bool) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Views. Pure functions from data to text: tables, sentences, pictures. All pictures of a startup are drawn from
-# one Startup, which knows what each unit did when; what keeps a unit from starting is said by `obstacles`.
+# Views. Pure functions from data to text: tables, sentences, pictures. All pictures of a startup are drawn from one
+# Startup; `obstacles` decides what keeps a unit from starting.
 # ----------------------------------------------------------------------------------------------------------
 
 LONG = 30.0  # seconds after which `why` mentions a unit that runs
 
 
-def wide(text: str) -> int:
+def text_width(text: str) -> int:
     """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
@@ -4167,49 +4167,88 @@ def wide(text: str) -> int:
 
 def fit(text: str, width: int, dots: str = "\u2026") -> str:
     """Return the text in exactly `width` columns; a long one loses its middle, since names differ at both ends."""
-    if wide(text) > width:
+    if text_width(text) > width:
         head, tail = text[: len(text) // 2], text[len(text) // 2 :]
-        while wide(head) + wide(tail) > width - len(dots):
-            head, tail = (head[:-1], tail) if wide(head) > wide(tail) else (head, tail[1:])
+        while text_width(head) + text_width(tail) > width - len(dots):
+            head, tail = (head[:-1], tail) if text_width(head) > text_width(tail) else (head, tail[1:])
         text = head + dots + tail
-    return text + " " * (width - wide(text))
+    return text + " " * (width - text_width(text))
 
 
 def wrap(text: str, width: int, dots: str = "\u2026") -> list[str]:
     """Return the text in lines of at most `width` columns; textwrap counts characters."""
     lines = [""]
     for word in text.split():
-        if lines[-1] and wide(lines[-1]) + 1 + wide(word) > width:
+        if lines[-1] and text_width(lines[-1]) + 1 + text_width(word) > width:
             lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + fit(word, min(wide(word), width), dots)
+        lines[-1] += (" " if lines[-1] else "") + fit(word, min(text_width(word), width), dots)
     return lines
 
 
 def json_text(value: Any) -> str:
-    """Return JSON for other programs and for people."""
+    """Return a value as indented JSON."""
     import json
 
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-# -- one unit, and tables -----------------------------------------------------------------------------------
-
-
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], columns: str = "") -> str:
-    """Return rows in columns two spaces apart; `columns` names those to show, in that order. Raises UsageError.
-
-    Without it, those are shown that have anything in them.
-    """
+    """Return a table of the named columns, by default of those that are not empty. Raises UsageError."""
     lower = [title.lower() for title in titles]
-    wanted = [name for i, name in enumerate(lower) if not rows or any(row[i] for row in rows)]
+    shown = [name for i, name in enumerate(lower) if not rows or any(row[i] for row in rows)]
     if columns:
-        wanted = [c.strip().lower().replace("_", " ") for c in columns.split(",")]
-    for name in wanted:
+        shown = [c.strip().lower().replace("_", " ") for c in columns.split(",")]
+    for name in shown:
         if name not in lower:
             raise UsageError(f'no such column: "{name}"; there are {", ".join(lower)}')
-    picked = [[row[lower.index(name)] for name in wanted] for row in [titles, *rows]]
-    widths = [max(map(wide, column)) for column in zip(*picked)]
-    return "".join("  ".join(c + " " * (w - wide(c)) for c, w in zip(row, widths)).rstrip() + "\n" for row in picked)
+    lines = [[row[lower.index(name)] for name in shown] for row in [titles, *rows]]
+    widths = [max(map(text_width, column)) for column in zip(*lines)]
+    return "".join("  ".join(map(fit, line, widths)).rstrip() + "\n" for line in lines)
+
+
+# -- a unit in words ----------------------------------------------------------------------------------------
+
+
+def is_gone(unit: UnitStatus) -> bool:
+    """Return whether the process that started a unit has ended, and the unit has not."""
+    return unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
+
+
+def state_word(unit: UnitStatus) -> str:
+    """Return a word for what a unit does or how it ended, for timelines; it tells more than the status."""
+    if unit.status == PENDING and unit.waiting is not None:
+        return "waiting" if unit.is_waiting else "gave up"
+    if unit.running_on or unit.stopping:
+        return "stopping" if unit.stopping else "running on"
+    if unit.exit_reason in (STOPPED, LOST):
+        return unit.exit_reason
+    if unit.exited is not None:
+        return "exited" if unit.status == COMPLETED else "died"
+    if unit.status == STARTED and not is_gone(unit):
+        return "probing" if unit.probe else "running"
+    return "gone" if is_gone(unit) else unit.status
+
+
+def reason_text(unit: UnitStatus) -> str:
+    """Return the reason for the status of a unit, or what its process does, for tables and sentences."""
+    if unit.stopping:
+        return "being stopped"
+    if is_gone(unit):
+        return "its process is gone"
+    if unit.status == STARTED and unit.probe:
+        tried_after = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0
+        error = f" ({unit.probe_error})" if unit.probe_error else ""
+        return f"probing {unit.probe} for {span(unit.age - tried_after)}{error}"
+    if unit.running_on:
+        return "runs on" + owner_text(unit.owner, " as ")
+    if unit.exit_reason == LOST and unit.owner and unit.owner.alive is not None:
+        return unit.reason + (" (it does)" if unit.owner.alive else " (it has ended)")
+    return unit.reason or unit.exit_reason or ("" if unit.exited is None else "its process has ended")
+
+
+def status_and_reason(unit: UnitStatus) -> str:
+    """Return the status of a unit and, if there is one, its reason."""
+    return ": ".join(filter(None, (unit.status, reason_text(unit))))
 
 
 def status_text(status: UnitStatus, columns: str = "") -> str:
@@ -4218,7 +4257,7 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
         "Unit": status.unit_name,
         "Status": status.status,
         "Ready": str(status.is_ready).lower(),
-        "Reason": note(status),
+        "Reason": reason_text(status),
         "Started by": owner_text(status.owner),
         "Tries": str(len(status.tries) + 1) if status.tries else "",
         "Locks": ", ".join(status.locks),
@@ -4241,57 +4280,35 @@ def status_text(status: UnitStatus, columns: str = "") -> str:
     return text
 
 
-def is_gone(unit: UnitStatus) -> bool:
-    """Return whether the process that started a unit has ended, and the unit has not."""
-    return unit.status == STARTED and unit.owner is not None and unit.owner.alive is False
-
-
-def note(unit: UnitStatus) -> str:
-    """Return what there is to say of a unit beside its status: a reason, its probe, what became of its process."""
-    if unit.stopping:
-        return "being stopped"
-    if is_gone(unit):
-        return "its process is gone"
-    if unit.status == STARTED and unit.probe:
-        since = unit.tries[-1] - (unit.started or 0.0) if unit.tries else 0.0  # seconds after its start
-        lacks = f" ({unit.probe_error})" if unit.probe_error else ""
-        return f"probing {unit.probe} for {span(unit.age - since)}{lacks}"
-    if unit.running_on:
-        return "runs on" + owner_text(unit.owner, " as ")
-    if unit.exit_reason == LOST and unit.owner and unit.owner.alive is not None:
-        return unit.reason + (" (it does)" if unit.owner.alive else " (it has ended)")
-    ended = "its process has ended" if unit.status == COMPLETED and unit.exited is not None else ""
-    return unit.reason or unit.exit_reason or ended
-
-
 def list_text(units: Sequence[UnitStatus], columns: str = "") -> str:
-    """Return the table of all units; what they wait for and reasons have a column where there are any."""
-    rows = [
-        [u.unit_name, u.status, str(u.is_ready).lower(), span(u.age), ", ".join(u.waits_for), note(u)] for u in units
-    ]
+    """Return the table of all units."""
     titles = ["UNIT", "STATUS", "READY", "AGE", "WAITS FOR", "REASON"]
+    rows = []
+    for u in units:
+        ready, waits_for = str(u.is_ready).lower(), ", ".join(u.waits_for)
+        rows.append([u.unit_name, u.status, ready, span(u.age), waits_for, reason_text(u)])
     return table(titles, rows, columns) if units else "no units yet\n"
 
 
-LISTED = [
+LIST_KEYS = [
     *("unit_name", "status", "is_ready", "reason", "exit_code", "age", "owner", "waits_for"),
     *("running_on", "stopping", "exited", "exit_reason", "probe", "probe_error"),
 ]
 
 
-def picked(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[str, Any]]:
-    """Return some facts of units for programs."""
+def plain_units(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[str, Any]]:
+    """Return some attributes of units, for JSON."""
     return [{key: plain(getattr(u, key)) for key in keys} for u in units]
 
 
-# -- what every picture of a startup needs ------------------------------------------------------------------
-PHASES = {  # of a unit: its sign, the same in ASCII; class ("": the status), top and height in SVG
+# -- what all pictures of a startup share -------------------------------------------------------------------
+PHASES = {  # of a unit: its glyph, the same in ASCII; in SVG its class ("": that of the status), top and height
     "runs on as a service": ("\u2500-", "", 9, 3),
     "waits": ("\u2591.", "w", 7, 6),
     "waits for a lock": ("\u2592:", "l", 7, 6),
     "runs": ("\u2588#", "", 4, 12),
     "another try": ("\u2502|", "t", 2, 16),
-}  # where two meet in one place, the later one is drawn
+}  # a later one is drawn over an earlier one
 COLOURS = {  # of a status: on a terminal, and in a graph
     NOT_REGISTERED: ("2", "#eeeeee"),
     PENDING: ("2", "#ffffff"),
@@ -4303,7 +4320,7 @@ COLOURS = {  # of a status: on a terminal, and in a graph
 
 
 class Bar:
-    """A unit in a picture: its phases, and its times, where what has not been comes with what follows it."""
+    """The times and phases of a unit in a picture that ends at `last`; an unknown time is that of the next event."""
 
     def __init__(self, unit: UnitStatus, last: float) -> None:
         self.unit, self.name = unit, unit.unit_name
@@ -4316,22 +4333,25 @@ class Bar:
         waited = "-" if unit.waiting is None else span(self.ended - self.asked)
         self.took = span(self.ran) if self.has_run else waited
         exited = self.ended if unit.exited is None else min(unit.exited, last)
-        runs_on = self.ended, last if unit.running_on else exited
-        times = runs_on, (self.asked, self.ready), (self.ready, self.started), (self.started, self.ended)
-        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # if it took no time, too
-        self.phases = [(words, *both) for words, both in zip(PHASES, times) if both[1] > both[0] or words == shown]
+        phases = [
+            ("runs on as a service", self.ended, last if unit.running_on else exited),
+            ("waits", self.asked, self.ready),
+            ("waits for a lock", self.ready, self.started),
+            ("runs", self.started, self.ended),
+        ]
+        self.phases = [each for each in phases if each[2] > each[1] or (self.has_run and each[0] == "runs")]
         self.phases += [("another try", time, time) for time in unit.tries]
 
 
 class Startup:
-    """A graph, and what its pictures have in common: the axis of time, the units in order, the critical path."""
+    """A graph with what its pictures share: the axis of time, the units in order, and the critical path."""
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
         self.first = min((u.registered or 0.0 for u in known), default=0.0)
-        moments = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
-        over = any(u.ended is not None for u in known) and not any(u.status == STARTED or u.is_waiting for u in known)
-        self.last = max([self.first, *moments] if over or not known else [self.first, *moments, graph.now])
+        times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
+        times += [graph.now for u in known if u.status == STARTED or u.is_waiting]
+        self.last = max([self.first, *times])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
         rows = [self.bars[u.unit_name] for u in known]
@@ -4341,14 +4361,14 @@ class Startup:
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
-        # every dependency, what waits for it, what that requires, and whether the critical path goes there
+        # each dependency, its dependent, the requirement, and whether this edge is on the critical path
         self.edges = [(d, u.unit_name, r, (d, u.unit_name) in steps) for u in graph.nodes for d, r in u.wants.items()]
 
     def _critical_path(self) -> list[tuple[Bar, float]]:
         """Return the chain of units that determined when the last one ended, each with its share in seconds.
 
-        From the unit that ended last back to what released it (or, if nothing held it up, the dependency that ended
-        last), and so on: what really held up what, not what might have.
+        It leads from the unit that ended last back to the unit that released it or, if none did, to the dependency that
+        ended last, and so on.
         """
         ran = [bar for bar in self.rows if bar.has_run]
         bar = max(ran, key=lambda b: (b.ended, b.started), default=None)
@@ -4359,48 +4379,28 @@ class Startup:
                 break
             if bar.has_run:
                 path.append((bar, max(0.0, min(bar.ended, until) - bar.started)))
-            until = bar.started  # what was skipped ended with what it required
+            until = bar.started  # of a skipped unit: its end
             before = [self.bars[d] for d in bar.unit.wants if d in self.bars]
             before = [b for b in before if b.unit.ended is not None and b.ended <= until]
             bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.ended, default=None)
         return path[::-1]
 
     def summary(self) -> str:
-        """Return the sentence people want; of a long critical path it names the last steps."""
+        """Return the whole time, how many units did not complete, and the last steps of the critical path."""
         if not self.bars:
             return "no units yet"
+        words = {STARTED: "still running", PENDING: "not started"}
         units = [bar.unit for bar in self.bars.values()]
-        statuses = [standing(u) if u.status == FAILED else u.status for u in units]
-        words = {word: word for word in (FAILED, "died", STOPPED, LOST, SKIPPED)}
-        words.update({STARTED: "still running", PENDING: "not started"})
-        rest = [f"{statuses.count(s)} {word}" for s, word in words.items() if s in statuses]
-        text = f"{span(self.length)} in all" + (f" ({', '.join(rest)})" if rest else "")
+        states = [state_word(u) if u.status == FAILED else words.get(u.status, u.status) for u in units]
+        order = (FAILED, "died", STOPPED, LOST, SKIPPED, *words.values())
+        counts = [f"{states.count(state)} {state}" for state in order if state in states]
+        text = f"{span(self.length)} in all" + (f" ({', '.join(counts)})" if counts else "")
         if not self.path or self.length <= 0:
             return text
         steps = [f"{bar.name} {span(share)}" for bar, share in self.path]
         shown = " -> ".join(["..."] * (len(steps) > 10) + steps[-10:])
         percent = 100 * sum(share for _, share in self.path) / self.length
         return f"{text}; critical path: {shown} ({percent:.0f}% of it)"
-
-
-def standing(unit: UnitStatus, first: float | None = None) -> str:
-    """Return the status in a word for pictures; if they begin at `first`, also when the process of a service ended."""
-    if unit.status == PENDING:
-        return "waiting" if unit.is_waiting else "pending" if unit.waiting is None else "gave up"
-    if unit.running_on or unit.stopping:
-        return "stopping" if unit.stopping else "running on"
-    if unit.exited is not None:
-        word = "exited" if unit.status == COMPLETED else "died"
-        word = unit.exit_reason if unit.exit_reason in (STOPPED, LOST) else word
-        return word if first is None else f"{word} at {span(unit.exited - first)}"
-    if unit.status != STARTED:
-        return unit.status
-    return "gone" if is_gone(unit) else "probing" if unit.probe else "running"
-
-
-def described(unit: UnitStatus) -> str:
-    """Return the status, and what else there is to say."""
-    return ": ".join(filter(None, (unit.status, note(unit))))
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -4416,74 +4416,76 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
-    signs = {words: both[not unicode] for words, (both, *_) in PHASES.items()}
+    glyphs = {phase: both[not unicode] for phase, (both, *_) in PHASES.items()}
     startup, dots = Startup(graph), "\u2026" if unicode else "~"
-    said = wrap(startup.summary(), width, dots)
+    summary = wrap(startup.summary(), width, dots)
     if not startup.rows:
-        return "\n".join(said) + "\n"
+        return "\n".join(summary) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
-    names = min(max(map(wide, labels)), max(8, min(width // 3, width - 32)))
-    outcomes = [standing(bar.unit, startup.first) for bar in startup.rows]
-    cells = width - names - 12 - max(10, *map(len, outcomes))
+    label_width = min(max(map(text_width, labels)), max(8, min(width // 3, width - 32)))
+    outcomes = [state_word(bar.unit) for bar in startup.rows]
+    cells = width - label_width - 12 - max(10, *map(len, outcomes))
     scale = cells / (startup.length or 1.0)
-    axis = " " * (names + 3)
+    axis = " " * (label_width + 3)
     for tick, text in ticks(startup.length, cells // 10):
         at = int(tick * scale + 1e-9)
         if at + len(text) <= cells:
-            axis = axis.ljust(names + 3 + at) + text
+            axis = axis.ljust(label_width + 3 + at) + text
     lines, drawn = [axis], set()
     for bar, label, outcome in zip(startup.rows, labels, outcomes):
-        row, critical = [" "] * cells, bar.name in startup.critical
-        for words, since, upto in bar.phases:
-            first = max(0, min(cells - 1, int((since - startup.first) * scale)))
-            size = max(1, min(cells, round((upto - startup.first) * scale)) - first)
-            row[first : first + size] = signs[words] * size
+        row, is_critical = [" "] * cells, bar.name in startup.critical
+        for phase, start, end in bar.phases:
+            first = max(0, min(cells - 1, int((start - startup.first) * scale)))
+            size = max(1, min(cells, round((end - startup.first) * scale)) - first)
+            row[first : first + size] = glyphs[phase] * size
         drawn.update(row)
-        name, text = fit(label, names, dots), "".join(row)
+        name, text = fit(label, label_width, dots), "".join(row)
         if colour:
-            name = f"\033[1m{name}\033[0m" if critical else name
+            name = f"\033[1m{name}\033[0m" if is_critical else name
             text = f"\033[{COLOURS[bar.unit.status][0]}m{text}\033[0m"
-        lines.append(f"{'*' if critical else ' '} {name} {text} {bar.took:>7} {outcome}")
-    legend = [f"{sign} {words}" for words, sign in signs.items() if sign in drawn and words not in ("waits", "runs")]
-    return "\n".join([*lines, "", *(wrap(", ".join(legend), width) if legend else []), *said]) + "\n"
+        lines.append(f"{'*' if is_critical else ' '} {name} {text} {bar.took:>7} {outcome}")
+    legend = [f"{sign} {phase}" for phase, sign in glyphs.items() if sign in drawn and phase not in ("waits", "runs")]
+    return "\n".join([*lines, "", *(wrap(", ".join(legend), width) if legend else []), *summary]) + "\n"
 
 
 def blame_text(graph: Graph, width: int = 100) -> str:
-    """List units by how long they ran, and by how long others waited for them while they themselves did not wait."""
+    """List units by how long they ran, and by how long others waited for them while they did not wait themselves."""
     startup = Startup(graph)
-    ran = {bar.name: bar.ran for bar in startup.bars.values()}
-    held, text = dict.fromkeys(ran, 0.0), ""
-    for bar in startup.bars.values():
+    bars, text = startup.bars, ""
+    ran, held_up = {bar.name: bar.ran for bar in bars.values()}, dict.fromkeys(bars, 0.0)
+    for bar in bars.values():
         for name, requirement in bar.unit.wants.items():
-            its = startup.bars[name]
-            upto = min(bar.ready, its.started if requirement == START and its.has_run else its.ended)
-            held[name] += max(0.0, upto - bar.asked) - max(0.0, min(its.started, upto) - max(its.asked, bar.asked))
-        for name in {bar.unit.released_by, *bar.unit.blocked_by.values()} - bar.unit.wants.keys():
-            if name in held:  # it had a lock
-                held[name] += bar.started - bar.ready
-    for title, by in (("by how long they ran", ran), ("by how long others waited for them", held)):
-        names = sorted((name for name in ran if by[name] > 0), key=lambda name: -by[name])
-        rows = [[name, span(ran[name]), span(held[name]), startup.bars[name].unit.status] for name in names]
+            dependency = bars[name]
+            met = dependency.started if requirement == START and dependency.has_run else dependency.ended
+            end = min(bar.ready, met)
+            own_wait = min(dependency.started, end) - max(dependency.asked, bar.asked)
+            held_up[name] += max(0.0, end - bar.asked) - max(0.0, own_wait)
+        holders = {bar.unit.released_by, *bar.unit.blocked_by.values()} - bar.unit.wants.keys()  # of its locks
+        for name in holders & bars.keys():
+            held_up[name] += bar.started - bar.ready
+    for title, seconds in (("by how long they ran", ran), ("by how long others waited for them", held_up)):
+        names = sorted((name for name in bars if seconds[name] > 0), key=lambda name: -seconds[name])
+        rows = [[name, span(ran[name]), span(held_up[name]), bars[name].unit.status] for name in names]
         text += f"{title}:\n" + table(["UNIT", "RAN", "OTHERS WAITED", "STATUS"], rows) + "\n"
-    said = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
-    return text + "\n".join([*wrap(said, width), "", *wrap(startup.summary(), width)]) + "\n"
+    hint = "OTHERS WAITED adds up over all that waited, so it may exceed the whole."
+    return text + "\n".join([*wrap(hint, width), "", *wrap(startup.summary(), width)]) + "\n"
 
 
 TIMES = ("registered", "waiting", "started", "ended", "ready", "exited")
-SAVED = [
+TIMELINE_KEYS = [
     *("unit_name", "status", *TIMES, "tries", "reason", "released_by", "wants", "exit_code", "is_waiting"),
     *("locks", "blocked_by", "running_on", "exit_reason"),
 ]
 
 
 def timeline_data(graph: Graph) -> dict[str, Any]:
-    """Return the timeline for programs; times are seconds since the first sign of a unit, or None."""
+    """Return the timeline for JSON; times are seconds since the first unit was registered, or None."""
     startup = Startup(graph)
 
     def since(t: float | None) -> float | None:
         return None if t is None else round(t - startup.first, 6)
 
-    rows = picked((bar.unit for bar in startup.rows), SAVED)
+    rows = plain_units((bar.unit for bar in startup.rows), TIMELINE_KEYS)
     for row in rows:
         row.update({key: since(row[key]) for key in TIMES}, tries=list(map(since, row["tries"])))
     path = [{"unit_name": bar.name, "seconds": round(share, 3)} for bar, share in startup.path]
@@ -4492,7 +4494,7 @@ def timeline_data(graph: Graph) -> dict[str, Any]:
 
 
 def read_timeline(text: str | bytes, name: str) -> Startup:
-    """Return the startup that a `.json` timeline tells of; the text may be anything. Raises UsageError."""
+    """Return the startup of a `.json` timeline; the text may be anything. Raises UsageError."""
     import json
 
     try:
@@ -4504,105 +4506,100 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
 
 def compare_text(before: Startup, now: Startup) -> str:
-    """Compare two startups: how long each unit took, what changed most first.
+    """Compare how long each unit took in two startups: first the units that did not complete, then the largest change.
 
-    A unit that did not complete says nothing about how fast it is.
+    The time of a unit that did not complete is not compared.
     """
 
-    def change(was: float, its: float) -> str:
-        return "0" if abs(its - was) < 0.0005 else f"{'+' if its > was else '-'}{span(abs(its - was))}"
+    def change(seconds: float) -> str:
+        return "0" if abs(seconds) < 0.0005 else f"{'+' if seconds > 0 else '-'}{span(abs(seconds))}"
 
     def cell(bar: Bar | None) -> str:
         if bar is None:
             return "-"
-        took = span(bar.ran) if bar.ran or bar.unit.status == COMPLETED else ""
-        return took if bar.unit.status == COMPLETED else f"{took} {bar.unit.status}".lstrip()
+        return span(bar.ran) if bar.unit.status == COMPLETED else bar.unit.status
 
-    startups = {"before": before, "now": now}
-    bars = [{bar.name: bar for bar in startup.rows} for startup in startups.values()]
+    bars = [{bar.name: bar for bar in startup.rows} for startup in (before, now)]
     rows: list[tuple[float, list[str]]] = []
     for name in sorted({**bars[0], **bars[1]}):
-        was, its = both = [each.get(name) for each in bars]
-        old, new = (bar.ran if bar else 0.0 for bar in both)
-        amount, how = abs(new - old), "came" if was is None else "went" if its is None else change(old, new)
-        if any(bar and bar.unit.status != COMPLETED for bar in both):
-            amount, how = NEVER, "-"  # these stand first
-        path = " and ".join(word for word, startup in startups.items() if name in startup.critical)
-        rows.append((-amount, [name, *map(cell, both), how, path]))
+        old, new = pair = [of_startup.get(name) for of_startup in bars]
+        seconds = (new.ran if new else 0.0) - (old.ran if old else 0.0)
+        text = "came" if old is None else "went" if new is None else change(seconds)
+        if any(bar and bar.unit.status != COMPLETED for bar in pair):
+            seconds, text = NEVER, "-"
+        critical = [word for word, startup in (("before", before), ("now", now)) if name in startup.critical]
+        rows.append((-abs(seconds), [name, *map(cell, pair), text, " and ".join(critical)]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(bar.unit.status == COMPLETED for bar in (*before.rows, *now.rows))
-    verdict = change(before.length, now.length) if complete else "not every unit completed"
+    verdict = change(now.length - before.length) if complete else "not every unit completed"
     return f"{text}\n{span(before.length)} in all before, {span(now.length)} now: {verdict}\n"
 
 
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
-.y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
-.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
+.g{stroke:#888;opacity:.3}.t{fill:#222}.y{opacity:0}.z{fill:#888;opacity:.08}
+.h{font-weight:bold;fill:#b5500f}.m{fill:#777}.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
 .completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
-LEGEND = [(words, words, STARTED) for words in PHASES]  # what it says, and the phase and the status that are drawn
-LEGEND += [(SKIPPED, "waits", SKIPPED), *((status, "runs", status) for status in (COMPLETED, FAILED))]
+LEGEND = [(phase, phase, STARTED) for phase in PHASES]  # texts, each with the phase and the status that are drawn
+LEGEND += [(status, "runs", status) for status in (COMPLETED, FAILED)]
 LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
+
+
+def svg_text(x: float, y: float, text: str, css_class: str = "m", anchor: str = "start") -> str:
+    """Return a text in SVG."""
+    from html import escape  # printable text needs no more
+
+    return f'<text x="{x:.1f}" y="{y:.0f}" class="{css_class}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def svg_phase(phase: str, status: str, x: float, y: float, width: float) -> str:
+    """Return the rectangle of a phase in SVG; `y` is the top of its row."""
+    _, css_class, top, height = PHASES[phase]
+    return f'<rect class="{css_class or status}" x="{x:.1f}" y="{y + top}" width="{width:.1f}" height="{height}"/>'
 
 
 def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
-    from html import escape as xml  # what is printable needs no more
+    from html import escape
 
-    startup, body, found = Startup(graph), [], obstacles(graph)
-    bars, column, high, axis = startup.rows, 7.4, 20, 760.0  # in pixels: a character, a row, the axis of time
-    outcomes = []
-    for bar in bars:
-        is_over = bar.unit.status in ENDED and not bar.unit.running_on
-        outcomes.append(fit(described(bar.unit) if is_over else standing(bar.unit), 60).rstrip())
-    left = 16 + column * min(max((wide(bar.name) for bar in bars), default=0), 60)
+    startup, found = Startup(graph), obstacles(graph)
+    column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
+    outcomes = [fit(status_and_reason(bar.unit), 60).rstrip() for bar in startup.rows]
+    left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
     right, scale = left + axis + 70, axis / (startup.length or 1.0)
-    width = max(right + 8 + column * max(map(wide, outcomes), default=0), 920 + left)
-
-    def write(x: float, y: float, text: str, look: str = "m", anchor: str = "start") -> None:
-        body.append(f'<text x="{x:.1f}" y="{y:.0f}" class="{look}" text-anchor="{anchor}">{xml(text)}</text>')
-
-    def rectangle(look: str, x: float, y: float, size: float, height: float) -> None:
-        body.append(f'<rect class="{look}" x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{height}"/>')
-
-    def phase(words: str, status: str, x: float, y: float, size: float) -> None:
-        _, look, top, height = PHASES[words]
-        rectangle(status if (words, status) == ("waits", SKIPPED) else look or status, x, y + top, size, height)
-
-    said = wrap(startup.summary(), int((width - 16) / column))
-    for i, line in enumerate(said):
-        write(8, 20 + 18 * i, line, "h")
-    top = 18 * len(said) + 44
-    foot = top + high * len(bars)
-    for tick, label in ticks(startup.length, 10) if bars else ():
-        body.append(f'<path class="g" d="M{left + tick * scale:.1f} {top - 8}V{foot}"/>')
-        write(left + tick * scale, top - 14, label, anchor="middle")
-    places: dict[str, tuple[float, int]] = {}  # of each unit: where it started
-    for i, (bar, outcome) in enumerate(zip(bars, outcomes)):
-        status, y, is_critical = bar.unit.status, top + high * i, bar.name in startup.critical
-        places[bar.name] = left + (bar.started - startup.first) * scale, y
-        body.append(f"<g><title>{xml(story(bar.unit, graph.now, found[bar.name]))}</title>")
-        rectangle("yz"[i % 2], 0, y, width, high)
-        write(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else "")
-        for words, since, upto in bar.phases:
-            size = max((upto - since) * scale, 2.0)
-            x = left + min((since - startup.first) * scale, axis - size)
-            phase(words, status + " k" * (is_critical and words == "runs"), x, y, size)
-        write(right - 8, y + 14, bar.took, "", "end")
-        write(right, y + 14, outcome, FAILED if status == FAILED else "m")
-        body.append("</g>")
-    for (a, _), (b, _) in zip(startup.path, startup.path[1:]):
-        x, y = places[b.name]
-        body.append(f'<path class="c" d="M{x:.1f} {places[a.name][1] + 16}V{y + 4}"/>')
-    for i, (meaning, words, status) in enumerate(LEGEND if bars else ()):
-        x, y = 8.0 + 184 * (i % 5), foot + 12 + high * (i // 5)
-        phase(words, status, x, y, 2 if words == "another try" else 24)
-        write(x + 30, y + 14, meaning)
-    sides = f'width="{width:.0f}" height="{foot + 66}" viewBox="0 0 {width:.0f} {foot + 66}"'
+    width = max(right + 8 + column * max(map(text_width, outcomes), default=0), 920 + left)
+    summary = wrap(startup.summary(), int((width - 16) / column))
+    top = 18 * len(summary) + 44
+    bottom = top + height * len(startup.rows)
+    body = [svg_text(8, 20 + 18 * i, line, "h") for i, line in enumerate(summary)]
+    for tick, label in ticks(startup.length, 10):
+        x = left + tick * scale
+        body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{bottom}"/>')
+        body.append(svg_text(x, top - 14, label, anchor="middle"))
+    starts: dict[str, tuple[float, int]] = {}  # where each unit started
+    for i, (bar, outcome) in enumerate(zip(startup.rows, outcomes)):
+        y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
+        starts[bar.name] = left + (bar.started - startup.first) * scale, y
+        body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, found[bar.name]))}</title>")
+        body.append(f'<rect class="{"yz"[i % 2]}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
+        body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
+        for phase, start, end in bar.phases:
+            size = max((end - start) * scale, 2.0)
+            x = left + min((start - startup.first) * scale, axis - size)
+            body.append(svg_phase(phase, status + " k" * (is_critical and phase == "runs"), x, y, size))
+        body.append(svg_text(right - 8, y + 14, bar.took, "", "end"))
+        body.append(svg_text(right, y + 14, outcome, FAILED if status == FAILED else "m") + "</g>")
+    for (before, _), (after, _) in zip(startup.path, startup.path[1:]):
+        x, y = starts[after.name]
+        body.append(f'<path class="c" d="M{x:.1f} {starts[before.name][1] + 16}V{y + 4}"/>')
+    for i, (text, phase, status) in enumerate(LEGEND):
+        x, y = 8.0 + 184 * (i % 5), bottom + 12 + height * (i // 5)
+        body.append(svg_phase(phase, status, x, y, 2 if phase == "another try" else 24))
+        body.append(svg_text(x + 30, y + 14, text))
+    sides = f'width="{width:.0f}" height="{bottom + 66}" viewBox="0 0 {width:.0f} {bottom + 66}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {sides}><title>startup timeline</title><style>{STYLE}</style>'
     return "\n".join([head, *body, "</svg>\n"])
 
@@ -4616,7 +4613,7 @@ def timeline_as(form: str, graph: Graph) -> str:
 
 # -- the graph ----------------------------------------------------------------------------------------------
 def part_of(graph: Graph, names: Sequence[str]) -> Graph:
-    """Return the part of a graph that is some units and all they depend on. Raises NotRegistered."""
+    """Return the graph of some units and of all that they depend on. Raises NotRegistered."""
     if not names:
         return graph
     wants = {u.unit_name: u.wants for u in graph.nodes}
@@ -4629,7 +4626,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
 
 
 def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) -> str:
-    """Draw the dependencies under each unit; what was shown already is only named."""
+    """Draw the dependencies of each unit below it, once."""
     nodes = {u.unit_name: u for u in graph.nodes}
     wanted = {name for u in graph.nodes for name in u.wants}
     drawn = ("\u251c\u2500\u2500 ", "\u2514\u2500\u2500 ", "\u2502   ")
@@ -4638,7 +4635,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
     shown: set[str] = set()
 
     def show(name: str, lead: str = "", below: str = "", level: int = 0) -> None:
-        wants, more = list(nodes[name].wants), f" ({described(nodes[name])})"
+        wants, more = list(nodes[name].wants), f" ({status_and_reason(nodes[name])})"
         if wants and name in shown:
             wants, more = [], " (see above)"
         elif wants and level >= 40:
@@ -4655,7 +4652,7 @@ def graph_tree(graph: Graph, roots: Sequence[str] = (), unicode: bool = True) ->
 
 
 def graph_dot(graph: Graph) -> str:
-    """Return the graph for Graphviz: an arrow from each unit to what waits for it, the critical path in bold."""
+    """Return the graph for Graphviz: an arrow from each dependency to its dependent, the critical path in bold."""
     import json
 
     def quote(text: str) -> str:
@@ -4664,7 +4661,7 @@ def graph_dot(graph: Graph) -> str:
     startup, bold = Startup(graph), ["color=orangered", "penwidth=3"]
     lines = ["digraph startup {", "  rankdir=LR; node [shape=box, style=filled];"]
     for u in graph.nodes:
-        words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(described(u))}"]
+        words = [f'fillcolor="{COLOURS[u.status][1]}"', f"tooltip={quote(status_and_reason(u))}"]
         words += ["style=dashed"] if u.status == NOT_REGISTERED else ["peripheries=2"] if u.running_on else []
         words += bold if u.unit_name in startup.critical else []
         lines.append(f"  {quote(u.unit_name)} [{', '.join(words)}];")
@@ -4676,7 +4673,7 @@ def graph_dot(graph: Graph) -> str:
 
 
 def graph_mermaid(graph: Graph) -> str:
-    """Return the graph for Mermaid; names become entity codes wherever they could mean something."""
+    """Return the graph for Mermaid; characters of names that could have a meaning there become entity codes."""
 
     def quote(text: str) -> str:
         return '"' + "".join(c if c.isalnum() or c in " -_./" else f"#{ord(c)};" for c in text) + '"'
@@ -4696,131 +4693,133 @@ def graph_mermaid(graph: Graph) -> str:
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
-    """Return the graph for programs."""
+    """Return the graph for JSON."""
     edges = [
         {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
     ]
-    return {"units": picked(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
+    return {"units": plain_units(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
 # -- why ----------------------------------------------------------------------------------------------------
 def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
-    """Return what keeps each unit from starting, or kept it, or made it skipped: the one place that says so of a graph.
+    """Return for each unit the others that keep or kept it from starting, or made it skipped, each in words.
 
-    That is, units, each in the words of a message: a dependency, or who has the lock that alone is missing.
+    These are the dependencies that do not meet their requirement or, if there are none, the units that have its locks.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
     found: dict[str, dict[str, str]] = {}
     for u in graph.nodes:
-        lacks: list[str] = []
+        unmet: list[str] = []
         if u.status == SKIPPED:
-            lacks = [d for d, r in u.wants.items() if statuses[d] in HOPELESS[r]]
+            unmet = [d for d, r in u.wants.items() if statuses[d] in HOPELESS[r]]
         elif u.status == PENDING or (u.status == FAILED and u.started is None and u.waiting is not None):
-            lacks = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
-        its = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in lacks}
-        if u.is_waiting and not lacks:
-            its = {who: f'lock {lock}, which "{who}" has' for lock, who in u.blocked_by.items() if who in statuses}
-        found[u.unit_name] = its
+            unmet = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
+        words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
+        if u.is_waiting and not unmet:
+            words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
+        found[u.unit_name] = words
     return found
 
 
 def is_notable(unit: UnitStatus, now: float) -> bool:
-    """Return whether `why` tells of a unit even if nothing waits for it."""
+    """Return whether `why` without names mentions a unit that holds up no other."""
     if unit.status == STARTED:
         return is_gone(unit) or now - (unit.started or 0.0) >= LONG
-    return unit.status == FAILED or standing(unit) in ("gave up", "exited")
+    return unit.status in (FAILED, SKIPPED) or state_word(unit) in ("waiting", "gave up", "exited")
 
 
 def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
-    """Say what keeps units from starting, and each root cause with all that it holds up, the worst first.
+    """Say what keeps units from starting: each root cause with all units that it holds up, the longest list first.
 
     Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
     found = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
-    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    stuck = set()  # what waits, gave up for lack of others, or was skipped
-    for name, u in units.items():
-        if u.is_waiting or u.status == SKIPPED or (u.waiting is not None and found[name]):
-            stuck.add(name)
-            for cause in found[name]:
-                held_up.setdefault(cause, []).append(name)
-
-    def is_cause(name: str) -> bool:
-        if names or name in stuck:
-            return not found.get(name)
-        return name in held_up or is_notable(units[name], graph.now)
-
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    asked = reached(names, found.get)
+    stuck = {u.unit_name: found[u.unit_name] for u in graph.nodes if u.waiting is not None or u.status == SKIPPED}
+    held_up: dict[str, list[str]] = {}  # by each unit, without others in between
+    for name, causes in stuck.items():
+        for cause in causes:
+            held_up.setdefault(cause, []).append(name)
+    chain = reached(names, found.get)
+    between = [units[name] for name in chain if found.get(name)]
+    roots = [units[name] for name in chain if not found.get(name)]
+    if not names:
+        roots = [u for u in graph.nodes if u.unit_name in held_up or is_notable(u, graph.now)]
+        roots = [u for u in roots if not stuck.get(u.unit_name)]
     groups: dict[tuple[str, ...], list[UnitStatus]] = {}  # causes that hold up the same units belong together
-    for name in filter(is_cause, asked or units):
-        groups.setdefault(tuple(held_up.get(name, ())), []).append(units[name])
-    parts = [([*reached(held, held_up.get)], sorted(causes, key=lambda u: -u.age)) for held, causes in groups.items()]
-    parts.sort(key=lambda part: (-len(part[0]), -part[1][0].age))
+    for u in sorted(roots, key=lambda u: -u.age):
+        groups.setdefault(tuple(held_up.get(u.unit_name, ())), []).append(u)
+    parts = [([*reached(held, held_up.get)], group) for held, group in groups.items()]
+    parts.sort(key=lambda part: -len(part[0]))
     texts = []
-    for held, causes in parts[:50]:
-        lines = told(graph, causes, found, 5 if held else 20)
+    for held, group in parts[:50]:
+        lines = sentences(graph, group, found)
         for word, is_skipped in (("held up", False), ("skipped", True)):
-            those = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
-            lines += [f"    {word}: {some_names(those)}"] if those else []
+            listed = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
+            lines += [f"    {word}: {some_names(listed)}"] if listed else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    between = told(graph, [units[name] for name in asked if found.get(name)], found, max(8, len(names)))
-    return "\n".join([*between, "\n\n".join(texts) or nothing]) + "\n"
+    return "\n".join([*sentences(graph, between, found), "\n\n".join(texts) or nothing]) + "\n"
 
 
-def told(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]], most: int) -> list[str]:
-    """Return a sentence on each of the first `most` units, and how many more there are."""
+def sentences(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]]) -> list[str]:
+    """Return a sentence on each of the first 20 units, and how many more there are; `found` are the obstacles."""
     lines = []
-    for u in units[:most]:
-        line, guess = story(u, graph.now, found.get(u.unit_name, {})), ""
-        if u.status == NOT_REGISTERED:  # it may be misspelt
-            wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
-            line += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
-            known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
-            guess = resembling(u.unit_name, known.difference(wanted_by))
-        lines.append(line + meant(guess, "."))
-    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
+    for u in units[:20]:
+        if u.status != NOT_REGISTERED:
+            lines.append(sentence(u, graph.now, found[u.unit_name]) + ".")
+            continue
+        why = f"its want was refused: {u.refusal}" if u.refusal else "nobody has called want, start or run on it"
+        wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
+        why += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
+        known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
+        guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
+        lines.append(f'"{u.unit_name}" is not registered: {why}{meant(guess, ".")}')
+    return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
 
 
-def story(unit: UnitStatus, now: float, lacks: Mapping[str, str]) -> str:
-    """Tell a unit in one sentence without its full stop; `lacks` are its obstacles."""
-    what = some_names([*lacks.values()])
-    bar, name, reason = Bar(unit, now), f'"{unit.unit_name}"', f": {note(unit)}" if unit.reason else ""
-    if unit.status == NOT_REGISTERED:
-        refused = f"its want was refused: {unit.refusal}"
-        return f"{name} is not registered: {refused if unit.refusal else 'nobody has called want, start or run on it'}"
+def sentence(unit: UnitStatus, now: float, its_obstacles: Mapping[str, str]) -> str:
+    """Return a sentence on a registered unit, without its full stop."""
+    name, bar, missing = f'"{unit.unit_name}"', Bar(unit, now), some_names([*its_obstacles.values()])
+    reason = f": {reason_text(unit)}" if unit.reason else ""
+    output = f"; its output is in {unit.log}" if unit.log else ""
     if unit.status == SKIPPED:
-        return f"{name} was skipped {span(now - bar.ended)} ago" + (f" because of {what}" if what else reason)
+        return f"{name} was skipped {span(now - bar.ended)} ago" + (f" because of {missing}" if missing else reason)
     if unit.is_waiting:
-        what = what or ", ".join(unit.waits_for) or "a place among those that may run at once"
-        return f"{name} has not started: for {span(now - bar.asked)} it has been waiting for {what}"
+        missing = missing or ", ".join(unit.waits_for) or "a place among those that may run at once"
+        return f"{name} has not started: for {span(now - bar.asked)} it has been waiting for {missing}"
     if unit.status == PENDING:
         gave_up = "its start gave up, and nobody has called start again"
-        who = "nobody has called start on it" if unit.waiting is None else gave_up
-        who += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
-        return f"{name} has not started: {who}" + (f"; it would have to wait for {what}" if what else "; it is ready")
-    by, log = owner_text(unit.owner, " by ", gone=""), f"; its output is in {unit.log}" if unit.log else ""
-    how, waited = "at once", bar.started - bar.asked
+        why = "nobody has called start on it" if unit.waiting is None else gave_up
+        why += f"; its last want was refused: {unit.refusal}" if unit.refusal else ""
+        why += f"; it would have to wait for {missing}" if missing else "; it is ready"
+        return f"{name} has not started: {why}"
+    if not bar.has_run:
+        lacked = f"; it lacked {missing}" if missing else ""
+        return f"{name} {unit.status} {span(unit.age)} ago without having started{reason}{lacked}{output}"
+
+    tries, by, after, waited = (
+        len(unit.tries) + 1,
+        owner_text(unit.owner, " by ", ""),
+        "at once",
+        bar.started - bar.asked,
+    )
     if waited >= 0.05:
-        how = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
+        after = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
         gone = "that process is gone: it ended without complete"
-        still = gone if is_gone(unit) else f"it is {note(unit) or 'still running'}"
-        again = f" (try {len(unit.tries) + 1})" if unit.tries else ""
-        return f"{name} started {span(bar.ran)} ago{by}, {how}; {still}{again}{log}"
-    ago = f"{name} {unit.status} {span(unit.age)} ago"
-    if not bar.has_run:
-        return f"{ago} without having started{reason}" + (f"; it lacked {what}" if what else "") + log
-    tries = f" in {len(unit.tries) + 1} tries" if unit.tries else ""
-    after = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
+        state = gone if is_gone(unit) else f"it is {reason_text(unit) or 'still running'}"
+        state += f" (try {tries})" if tries > 1 else ""
+        return f"{name} started {span(bar.ran)} ago{by}, {after}; {state}{output}"
+    ran = span(max(0.0, now - unit.age - bar.started)) + (f" in {tries} tries" if tries > 1 else "")
+    process = "; it is being stopped" if unit.stopping else "; its process runs on" if unit.running_on else ""
     if unit.status == COMPLETED and unit.exited is not None:
-        after = f"; its process ended {span(now - unit.exited)} ago"
-        after += f": {unit.exit_reason}" if unit.exit_reason else ""
-    ran = span(max(0.0, now - unit.age - bar.started))
-    return f"{ago} after running {ran}{tries}{reason}; started{by} {how}{after}{log}"
+        process = f"; its process ended {span(now - unit.exited)} ago"
+        process += f": {unit.exit_reason}" if unit.exit_reason else ""
+    text = f"{name} {unit.status} {span(unit.age)} ago after running {ran}{reason}"
+    return f"{text}; started{by} {after}{process}{output}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6122,7 +6121,7 @@ class Output:
         self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
-        self._width = min(24, max(map(wide, units), default=1))
+        self._width = min(24, max(map(text_width, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
         self._logs: set[str] = set()  # names of files in --log-dir
@@ -6213,7 +6212,7 @@ class Output:
         for shown in range(min(len(items), self.columns), -1, -1):
             more = [f"+{len(items) - shown} more"] if shown < len(items) else []
             text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
-            if wide(text) < self.columns:
+            if text_width(text) < self.columns:
                 break
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
         self._live, self.live_at = True, now + 1
@@ -6329,7 +6328,7 @@ def pieces(line: bytes) -> Iterator[bytes]:
 
 
 class Job(Task):
-    """A script on its way: a Task in a session of its own, whose output is read."""
+    """A script of a boot: a Task in a session of its own, whose output is read."""
 
     own_session = True
 
@@ -6340,14 +6339,14 @@ class Job(Task):
         self.command_text = "/".join(script.path.split("/")[-2:])
         self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
         self.outcome, self.reason = "", ""  # the unit's, as the agent has it
-        self.died = False  # its command, after its unit had completed
+        self.died = False  # the command has failed after the unit had completed
 
     def running(self) -> bool:
-        """Return whether its first process runs."""
+        """Return whether the first process runs."""
         return self.lives() and self.family.first
 
     def ending(self) -> bool:
-        """Return whether its processes are to end."""
+        """Return whether the command is being ended, or may tidy up after a failure that others have reported."""
         return self.state == ENDING or (self.running() and self.outcome == FAILED)
 
     def spawn(self, env: dict[bytes, bytes]) -> int:
@@ -6387,19 +6386,30 @@ class Job(Task):
         except SyncError as error:
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
                 self.fail(str(error))
-            elif method in ("complete", "fail") and not self.outcome:  # it has no outcome but this
-                self.boot.ended(self, self.reported, self.reason)
-            elif method == "fail" and self.outcome == COMPLETED:  # so its end is the death of a service
-                self.reported = self.outcome
-                self.report("running")
-                self.exited()
+            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+                self.set_outcome(self.reported, self.reason)
+
+    def set_outcome(self, status: str, reason: str) -> None:
+        """Set the outcome of the unit, unless it has one."""
+        if self.outcome:
+            return
+        self.outcome, self.reason = status, reason or self.why or self.reason
+        self.boot.unfinished -= 1
+        if not self.reported:
+            self.ended_by_others(status)
+        elif self.reported == FAILED and status == COMPLETED:  # others were first: the failure is that of a service
+            self.reported = COMPLETED
+            self.report("running")
+            self.exited()
+        if status != COMPLETED:
+            self.boot.after_failure("failed")
 
     def exited(self) -> None:
         super().exited()
         if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
             self.died = True
             self.warn(f"ended after its unit had completed ({self.why})")
-            self.boot.another("ended")
+            self.boot.after_failure("ended")
 
 
 class Boot:
@@ -6413,12 +6423,12 @@ class Boot:
         self.options, self.loop, self.front = options, loop, front
         loop.watch(front, self.front_gone)
         self.out = Output([script.unit for script in scripts], options.quiet, options.log_dir)
-        self.link = Link(loop, self.news, self.agent_gone, self.patience)
+        self.link = Link(loop, self.notified, self.agent_gone, self.patience)
         self.jobs = {s.unit: Job(s, self) for s in scripts}
         self.wants = {s.unit: [edge.dependency for edge in s.want] for s in scripts}
         self.unfinished = len(scripts)
-        self.active: dict[str, Job] = {}  # those of which something runs, or is to be tried again
-        self.answered = False  # whether the agent has said if we may
+        self.active: dict[str, Job] = {}  # jobs that have begun and are not GONE
+        self.answered = False  # whether the agent has granted or refused the claim
         self.began = time.monotonic()
         self.report_at = self.began + REPORT_EVERY if not options.quiet else NEVER
         self.signal = 0  # the signal that ends the boot
@@ -6437,7 +6447,7 @@ class Boot:
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Raises Refused if the agent does not let us, and Unreachable; then it may be called again, for another agent.
+        Raises Refused, and Unreachable; if no agent has answered, it may be called again, for another one.
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
@@ -6469,7 +6479,7 @@ class Boot:
         runs_on = self.runs() and not self.signal
         self.front_may_end = runs_on and not command and os.getppid() != 1  # process 1 waits for services
         if self.front_may_end:
-            self.say_let_go()
+            self.say_where_output_goes()
         self.until(self.printed)
         self.out.flush()
         if runs_on:
@@ -6487,17 +6497,17 @@ class Boot:
         return bool(needed or (self.host and self.link.asked))
 
     def printing(self) -> list[str]:
-        """Return the units whose output is read."""
+        """Return the units whose output is still open."""
         return [unit for unit, job in self.jobs.items() if job.stream.fd >= 0]
 
     def abandon(self) -> None:
-        """End what runs, by nothing but signals, on an unexpected way out."""
+        """End all commands after an unexpected error, without the agent and the Loop."""
         families = [job.family for job in self.active.values() if job.lives()]
         for family in families:
             family.look(Processes)
             family.tell_first()
             family.tell_others()
-            family.first = False  # whose end nobody takes any more
+            family.first = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(LOOK_OFTEN)
@@ -6523,7 +6533,7 @@ class Boot:
                 self.stop_by_signal(number, f"boot got signal {number}")
 
     def pause(self, paused: bool) -> None:
-        """Read nothing of scripts while our own output is not taken."""
+        """Stop to read the output of scripts, or go on with it."""
         if paused != self.out.paused:
             self.out.paused = paused
             for job in self.jobs.values():
@@ -6579,7 +6589,7 @@ class Boot:
     # -- units --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Ask for all units at once, in as many lines as it takes."""
+        """Ask for all units at once, in as many requests as it takes."""
         limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
         limit -= 3 * sum(bool(job.limits.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
@@ -6597,7 +6607,7 @@ class Boot:
         self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
     def claim_answered(self, answer: Object) -> None:
-        """Take the answer to our claim. Raises what the agent says against it."""
+        """Handle the answer to our claim. Raises Refused, Unreachable."""
         try:
             done = record(Claimed, unwrap(answer)).done
         except Refused:
@@ -6611,19 +6621,19 @@ class Boot:
         if self.host and self.options.resume:
             self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
-    def news(self, method: str, news: Answer) -> None:
-        """Handle what the agent says about a unit: it may start, it has ended, or is to."""
-        job, status = self.jobs.get(news.unit), news.status
-        if job and method == "stop":
-            job.stop("stopped", time.monotonic() + news.grace)
-        if job is None or job.outcome or method != "unit":
+    def notified(self, method: str, params: Answer) -> None:
+        """Handle a notification: a unit has started or ended, or its command is to be stopped."""
+        job, status = self.jobs.get(params.unit), params.status
+        if job is None:
             return
-        if status == STARTED and not (job.tries or job.reported):
-            job.env = environment(self.env, **news.env)
+        if method == "stop":
+            job.stop("stopped", time.monotonic() + params.grace)
+        elif method == "unit" and status in (COMPLETED, FAILED, SKIPPED):
+            job.set_outcome(status, params.reason)
+        elif method == "unit" and status == STARTED and not (job.tries or job.reported):
+            job.env = environment(self.env, **params.env)
             self.active[job.unit] = job
             job.begin()
-        elif status in (COMPLETED, FAILED, SKIPPED):
-            self.ended(job, status, news.reason)
 
     def agent_gone(self, error: Unreachable) -> None:
         """Let what runs finish, and start nothing new. Raises the error if nothing was claimed."""
@@ -6633,47 +6643,29 @@ class Boot:
         for job in self.jobs.values():
             job.limits.retries = 0
             if job.reported:
-                self.ended(job, job.reported, job.reason)
+                job.set_outcome(job.reported, job.reason)
             elif job.state in (WAITING, CHECKING):
-                self.ended(job, FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
+                job.set_outcome(FAILED if job.tries else PENDING, job.why if job.tries else "the agent went away")
 
-    def ended(self, job: Job, status: str, reason: str) -> None:
-        """Take the outcome of a unit."""
-        if job.outcome:
-            return
-        job.outcome, job.reason = status, reason or job.why or job.reason
-        self.unfinished -= 1
-        if not job.reported:
-            job.ended_by_others(status)
-        if status != COMPLETED:
-            self.another("failed")
-
-    def another(self, what: str) -> None:
-        """With --fail-fast, end the others, since a unit has failed, or has died after it had completed."""
+    def after_failure(self, what: str) -> None:
+        """With --fail-fast, end everything after a unit has failed, or the command of a completed one has died."""
         if self.options.fail_fast and self.started_up and self.options.command:
             self.tell_front(1)  # it ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
     def stop(self, why: str, grace: float) -> None:
-        """End everything that runs, what is wanted after what wants it, in so many seconds. Nothing new starts."""
+        """End everything within so many seconds, and start nothing new. A second call can only shorten the time."""
         now = time.monotonic()
         self.stopping, self.stop_by = self.stopping or why, min(self.stop_by, now + grace)
         for job in self.jobs.values():
-            job.stopped = why
-            if job.state == ENDING or (job.state in (WAITING, CHECKING) and not job.outcome):
-                job.stop(why, self.stop_by)
-        self.look()
+            job.stopped = self.stopping
+            if job.state in (WAITING, CHECKING, ENDING):
+                job.stop(self.stopping, self.stop_by)
         self.stop_in_order(now)
 
-    def look(self) -> None:
-        """See of which commands something is left."""
-        for job in self.active.values():
-            if job.lives():
-                job.look()
-
     def stop_in_order(self, now: float) -> None:
-        """End what runs, and nothing wants that does, also through others; after half of the time all."""
+        """End the commands that no other running one wants, also through others; after half of the time, all."""
         early = now < self.stop_by - self.options.grace / 2
         living = [unit for unit, job in self.active.items() if early and job.lives()]
         wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
@@ -6684,7 +6676,7 @@ class Boot:
     # -- reports ------------------------------------------------------------------------------------------
 
     def running(self, now: float) -> list[str]:
-        """Return the units that run, for how long they have, and what a service lacks."""
+        """Return the units that run, for how long, in which try, and why a probe has not succeeded."""
         shown = []
         for job in self.active.values():
             if job.running() and not job.outcome:
@@ -6694,10 +6686,10 @@ class Boot:
         return shown
 
     def say_progress(self, graph: Graph) -> None:
-        """Say what runs and what waits, and for what."""
+        """Print which units run, and which wait for what."""
         rows = {row.unit_name: row for row in graph.nodes}
 
-        def whom(name: str) -> str:
+        def described(name: str) -> str:
             row = rows.get(name)
             if name in self.jobs or row is None:
                 return name
@@ -6709,19 +6701,21 @@ class Boot:
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
             elif not job.outcome and not job.running() and unit in rows:
-                lacks = "; ".join(map(whom, rows[unit].waits_for))
+                lacks = "; ".join(map(described, rows[unit].waits_for))
                 waiting.append(f"{unit} for {lacks}" if lacks else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
 
     def finish(self) -> int:
-        """Say how it went; return the exit status."""
+        """Print the summary and write the timeline; return the exit status."""
         for job in self.jobs.values():
             if job.outcome != COMPLETED:
                 job.stream.close()
         lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
-        self.look()
+        for job in self.active.values():
+            if job.lives():
+                job.look()
         self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
         self.until(lambda: bool(graphs))
         self.out.clear()
@@ -6736,7 +6730,7 @@ class Boot:
         return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
 
     def summary(self, graph: Graph) -> str:
-        """Return what failed, with its last lines, what was skipped and why, and how long it took."""
+        """Return which units failed, with their last lines, which were skipped and why, and how long it took."""
         outcomes = [job.outcome for job in self.jobs.values()]
         words = {COMPLETED: COMPLETED, FAILED: FAILED, SKIPPED: SKIPPED, PENDING: "not started"}
         counts = [f"{outcomes.count(status)} {word}" for status, word in words.items() if status in outcomes]
@@ -6756,8 +6750,8 @@ class Boot:
         last = Startup(graph).summary() if graph.nodes else ""
         return "\n".join([*failed, *others, *(wrap(last, self.out.columns) if os.isatty(2) else [last])]).rstrip()
 
-    def say_let_go(self) -> None:
-        """Say what becomes of the output of services, if standard output is let go when boot returns."""
+    def say_where_output_goes(self) -> None:
+        """Print what becomes of the output of services, if standard output is closed when boot returns."""
         names = sorted(self.printing())
         if names and 1 in self.out.pipes():
             kept = f"only in {self.options.log_dir}" if self.out.log_dir else "lost; --log-dir would keep it"
@@ -6766,7 +6760,7 @@ class Boot:
 
 
 def graph_in(answer: Object) -> Graph:
-    """Return the graph that an agent has answered with; an empty one if it has gone."""
+    """Return the graph in an agent's answer; an empty one if the agent has gone."""
     try:
         return record(Graph, unwrap(answer))
     except Unreachable:
@@ -6869,7 +6863,7 @@ def become(command: list[str]) -> NoReturn:
 
 
 def boot_at(path: str, boot: Boot) -> int:
-    """Boot against the agent at a path; where there is none, be it as long as something runs."""
+    """Boot against the agent at a path; if there is none, host one as long as something runs."""
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
@@ -6889,7 +6883,7 @@ def boot_at(path: str, boot: Boot) -> int:
 
 
 def own_channel(host: Host) -> Channel:
-    """Return a connection to our own agent, which takes others when all units are claimed."""
+    """Return a connection to our own agent, which takes others only when all units are claimed."""
     from socket import socketpair
 
     ours, theirs = socketpair()
@@ -7121,7 +7115,7 @@ def group_id(name: str) -> int:
     raise UsageError(f"no such group: {ascii(name)[:40]}")
 
 
-def output(*forms: str) -> Argument:
+def output_option(*forms: str) -> Argument:
     """Return the option that chooses one of several forms, the first by default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
 
@@ -7346,7 +7340,7 @@ def cmd_env(args: Args) -> None:
     put("".join(lines))
 
 
-@Command("status pip-install --output json", UNIT, output("table", "json"), COLUMN)
+@Command("status pip-install --output json", UNIT, output_option("table", "json"), COLUMN)
 def cmd_status(args: Args) -> None:
     """Show UNIT and its dependencies."""
     status = make_client(args).status(args.unit)
@@ -7356,13 +7350,13 @@ def cmd_status(args: Args) -> None:
 @Command(
     "list --column unit,status",
     flag("-a", "--all", help="also names that were only ever wanted"),
-    output("table", "json"),
+    output_option("table", "json"),
     COLUMN,
 )
 def cmd_list(args: Args) -> None:
     """Show all units."""
     units = make_client(args).list(args.all)
-    put(json_text(picked(units, LISTED)) if args.output == "json" else list_text(units, args.column))
+    put(json_text(plain_units(units, LIST_KEYS)) if args.output == "json" else list_text(units, args.column))
 
 
 @Command("why pip-install", units_or("all that is stuck"))
@@ -7375,7 +7369,7 @@ def cmd_why(args: Args) -> None:
 
 @Command(
     "timeline --output svg > startup.svg",
-    output("text", "svg", "json"),
+    output_option("text", "svg", "json"),
     flag("--blame", help="units by how long they ran, and how long others waited"),
     Argument("--compare", metavar="FILE", help="compare a saved .json timeline with the present"),
 )
@@ -7401,7 +7395,7 @@ def cmd_timeline(args: Args) -> None:
         put(timeline_as(args.output, graph))
 
 
-@Command("graph pip-install --output mermaid", units_or("all"), output("tree", "dot", "mermaid", "json"))
+@Command("graph pip-install --output mermaid", units_or("all"), output_option("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(make_client(args).graph(), args.units)
@@ -7474,7 +7468,10 @@ def help_json() -> str:
         found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
         return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    rows = [[key, "s" + "l" * (key in LISTED) + "t" * (key in SAVED), text] for key, text in keys(UnitStatus).items()]
+    rows = [
+        [key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), text]
+        for key, text in keys(UnitStatus).items()
+    ]
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
