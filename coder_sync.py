@@ -2096,20 +2096,21 @@ def is_variable(name: str) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------
 # Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
-# A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
-# makes it end has `answer` called, with it and its result or a SyncError. Not thread-safe: the agent holds one lock.
+# Not thread-safe: the agent holds one lock.
 #
-# A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
-# `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
-# That of a supervisor lasts until the unit and its command have ended: a service has completed and runs on.
-# Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
+# A request to start a unit has a claim. It waits in the line of the unit, is granted, and ends in one of these methods:
+#     delivered       a plain claim, when the client has the answer; until then the other claims stay in line
+#     end             a held claim, when its unit has ended
+#     end, exit       a supervisor's claim, when its unit and the command have ended; the command of a service runs on
+#     end_claims      any claim, also in line, when its time is up, or its client or its process is gone
+# Invariants: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
 # of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
-# failed and its claim lasts; who runs on has a holder; what is in `stopping` has one, a supervisor.
+# failed and its claim lasts; a unit whose command runs on has a holder; a unit in `stopping` has one, a supervisor's.
 # ----------------------------------------------------------------------------------------------------------
 
 MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
 
-# What a requirement cannot be met by any more:
+# The statuses in which a dependency cannot meet a requirement any more:
 HOPELESS: dict[str, tuple[str, ...]] = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}
 REQUIRED_STATUS: dict[str, str] = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
 MAX_UNITS = 50_000
@@ -2118,12 +2119,12 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 20  # of one unit
 MAX_HISTORY = 200  # events that `status` shows
-MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
-TIMED_OUT = "timed out"  # why a claim ends
+MAX_ENVIRONMENT = 100_000  # characters of all variables that units leave; the system limits what a command starts with
+TIMED_OUT = "timed out"  # a reason to end a claim
 
 
 def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, None]:
-    """Return nodes of a graph and those that they lead to, also through others, the nearest first."""
+    """Return nodes of a graph and all nodes that they lead to, the nearest first."""
     found = dict.fromkeys(starts)
     todo = [*found]
     for node in todo:
@@ -2134,23 +2135,23 @@ def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> d
 
 
 def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) -> dict[Unit, None]:
-    """Return units and all that they depend on, also through others, dependencies first. Raises CycleError."""
+    """Return units and all units that they depend on, dependencies first. Raises CycleError."""
     done: dict[Unit, None] = {}
     for start in starts:
-        way = {start: iter(wants(start))}  # from there to where we are: no recursion, since chains may be long
-        while way:
-            unit, rest = next(reversed(way.items()))
+        path = {start: iter(wants(start))}  # from `start` to the current unit; no recursion, since chains may be long
+        while path:
+            unit, rest = next(reversed(path.items()))
             new = next((other for other in rest if other not in done), None)
             if new is None:
                 done[unit] = None
-                way.popitem()  # the unit; `del` would make long chains slow
-            elif new in way:
-                cycle = [*(unit.name for unit in way), new.name]
+                path.popitem()  # the unit; `del` would make long chains slow
+            elif new in path:
+                cycle = [*(unit.name for unit in path), new.name]
                 cycle = cycle[cycle.index(new.name) :]
                 own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
                 raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
             else:
-                way[new] = iter(wants(new))
+                path[new] = iter(wants(new))
     return done
 
 
@@ -2162,76 +2163,82 @@ def check_requirement(requires: str) -> str:
 
 
 class Unit:
-    """One node of the graph; only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
+    """A node of the graph, changed by Units only. A `wait` and a `stop` have a unit of their own, without a name."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
-        self.name, self.since = name, since  # in its status
-        self.status = NOT_REGISTERED
-        self.facts = object.__new__(UnitStatus)  # of the present run; what is not set takes no room
-        self.root = ""  # what failed in the first place, if it was skipped
+        self.name = name
+        self.status, self.since = NOT_REGISTERED, since  # and when it got this status
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._link and _set
+        self.unmet = 0  # number of dependencies whose requirement is not met
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.last: Claim | None = None  # the held claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """Forget what is known of the present run."""
+        self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
+        self.root = ""  # the first failure that caused the unit to be skipped
+        self.last: Claim | None = None  # the held claim that was granted last
+        self.lost = False  # that claim ended before the command did, as far as is known
+        self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
-        """Return the claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the oldest in line."""
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether one more start is refused; while an answer is on its way it may stand in line."""
+        """Return whether a further start is refused. While an answer is being delivered it may stand in line."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
 
     def supervisor(self) -> Claim | None:
-        """Return the claim of the supervisor that runs its command."""
+        """Return the claim that was granted if it is a supervisor's."""
         return self.holder if self.holder and self.holder.supervisor else None
 
     def may_run(self) -> bool:
-        """Return whether its process may run: it was not seen to end."""
-        return self.status == STARTED or self.holder is not None or (self.last is not None and self.last.lost)
+        """Return whether its command may still run."""
+        return self.status == STARTED or self.holder is not None or self.lost
 
     def still_runs(self) -> str:
-        """Say that its command still runs, although it has ended."""
+        """Return the start of a message: the command still runs, although the unit has ended."""
         owner = self.facts.owner
         return f'unit "{self.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
 
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what it lacks: dependencies, each with the requirement that it does not meet.
+        """Iterate over what keeps the unit from starting, as pairs.
 
-        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
-        the first in line cannot have, each after the unit that is before it.
+        First a dependency and its requirement that is not met; then the unit itself and START, while the answer to an
+        earlier start is being delivered; then, if no dependency is unmet, a unit and the lock that it has.
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
-        if self.status == STARTED and self.line:  # who stands in line waits for what becomes of the start before
+        if self.status == STARTED and self.line:
             yield self, START
         for lock in () if self.unmet or not self.line else self.locks:
-            before = lock.before(self)
-            if before:
-                yield before, lock
+            blocker = lock.blocker(self)
+            if blocker:
+                yield blocker, lock
 
 
 class Lock:
-    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name).
+    """A lock that one started unit can have at a time, or, without a name, the places for the `limit` jobs of a boot.
 
-    A lock goes to who has stood in its line longest, also if that waits for another lock, so that nobody waits for ever
-    behind those that need one lock only. A place of a boot goes to the first in line that lacks nothing else.
+    A lock is kept for the first unit in its line even while that waits for another lock: else a unit that needs two
+    might wait for ever. A place goes to the first unit in line that lacks nothing else.
     """
 
     def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
         self.label = f"lock {name}" if name else f"one of {limit} places to run"
-        self.taken: dict[Unit, None] = {}
+        self.taken: dict[Unit, None] = {}  # units that have it
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
-    def before(self, unit: Unit) -> Unit | None:
-        """Return who keeps a unit from having it: a unit that has it, or, of a lock, is first in line."""
+    def blocker(self, unit: Unit) -> Unit | None:
+        """Return the unit that keeps `unit` from having the lock: one that has it, or stands before it in line."""
         if len(self.taken) >= self.limit:
             return next(iter(self.taken))
         first = next(iter(self.line), unit) if self.name else unit
@@ -2239,65 +2246,72 @@ class Lock:
 
 
 class Claim:
-    """A request to start a unit, or to wait.
-
-    A plain one lasts until it is answered, a held one until its unit has ended, and that of a supervisor until the
-    unit's command has ended too.
-    """
-
-    boot = False  # it is answered with every status of the unit, not once
-    runs = False  # its owner is the command itself, as its supervisor has said
-    delivered = False  # its answer has arrived
-    lost = False  # it ended without a word of what becomes of the command
-    deadline = NEVER
-    stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
-    locks: tuple[str, ...] = ()
-    places: tuple[Lock, ...] = ()  # of its boot
+    """A request to start a unit, or to wait: a plain one, a held one, or a supervisor's, which is held, too."""
 
     def __init__(
-        self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
+        self,
+        unit: Unit,
+        ticket: Any,  # any object of the caller's
+        owner: Owner | None = None,
+        held: bool = False,
+        supervisor: bool = False,
+        boot: bool = False,  # it is answered with each status of the unit, not once
+        deadline: float = NEVER,  # when to give up in line
+        locks: Sequence[str] = (),
+        places: tuple[Lock, ...] = (),  # the places to run of its boot
     ) -> None:
-        self.unit, self.ticket, self.owner = unit, ticket, owner
-        self.held, self.supervisor = held or supervisor, supervisor
+        self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held or supervisor
+        self.supervisor, self.boot, self.deadline = supervisor, boot, deadline
+        self.locks, self.places = locks, places
+        self.delivered = False  # the client has the answer
 
     def is_over(self) -> bool:
-        """Return whether it has ended."""
+        """Return whether the claim has ended."""
         return self not in self.unit.line and self.unit.holder is not self
 
 
+class Stop(Claim):
+    """A request to stop units: it waits, in the line of a nameless unit, for their commands to end."""
+
+    def __init__(self, ticket: Any, deadline: float, cannot: list[Running]) -> None:
+        super().__init__(Unit(""), ticket)
+        self.units: dict[Unit, None] = {}  # whose commands have not ended
+        self.end_by = deadline + STOP_PATIENCE  # when to answer with those that are left
+        self.result: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
+
+
+class StopOrder(Record):
+    """The order to a supervisor to end the command of its unit, sent again if a further stop leaves less time."""
+
+    supervisor: Claim
+    deadline: float = NEVER
+    send_by: float = NEVER  # at the latest; before, when no unit that depends on this one is being stopped any more
+    sent: float = NEVER  # the deadline that was sent
+
+
 class Outcome(Record):
-    """What becomes of a unit."""
+    """The status that a unit gets, and more about it."""
 
     status: str
     reason: str = ""
     exit_code: int | None = None
-    event: str = ""  # what it is called, if not by the status: the word with which the reason begins
+    event: str = ""  # the kind of the event, if that is not the status; the reason begins with it
     running: bool = False  # whether the command runs on
-    env: dict[str, str] = {}  # variables for those that depend on it
+    env: dict[str, str] = {}  # variables for the units that depend on it
 
 
 class Notice(Record):
-    """What a supervisor is told: to `stop` the command of its unit, or that others have ended the `unit`."""
+    """A notification to a supervisor: `stop` the command of its unit, or: others have ended the `unit`."""
 
     method: str
     params: dict[str, Any]
 
 
-class Stop(Claim):
-    """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
-
-    def __init__(self, ticket: Any, deadline: float, cannot: list[Running]) -> None:
-        super().__init__(Unit(""), ticket)
-        self.units: dict[Unit, None] = {}  # that are to end
-        self.end_by = deadline + STOP_PATIENCE
-        self.answer: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
-
-
 class Units:
     """The dependency graph: `want`, `start`, `wait`, `boot`, `end`, `stop`, and questions about it.
 
-    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
-    looks at these. `alive` says whether an owner still runs (None: unknown); `tell` gets every event.
+    A method changes statuses by `_set`, which notes the units that this affects, and ends with `_settle_all`, which
+    settles these. `alive` returns whether an owner still runs (None: unknown).
     """
 
     def __init__(
@@ -2305,58 +2319,55 @@ class Units:
         clock: Callable[[], float],
         wall: Callable[[], float],
         alive: Callable[[Owner], bool | None] = lambda owner: None,
-        tell: Callable[[Event], None] = lambda event: None,
+        on_event: Callable[[Event], None] = lambda event: None,
         answer: Callable[[Claim, Any], None] = lambda claim, answer: None,
     ) -> None:
-        self.clock, self.wall, self.alive, self.tell, self.answer = clock, wall, alive, tell, answer
+        self.clock, self.wall, self.alive, self.on_event, self.answer = clock, wall, alive, on_event, answer
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
-        self.waits = 0  # claims in line, but those of boots
+        self.waits = 0  # claims in line, except those of boots
         self.events: dict[int, Event] = {}  # by number
-        self.seq = 0
+        self.seq = 0  # number of the last event
         self.locks: dict[str, Lock] = {}  # that a unit has or waits for
-        self.left_environment = False  # whether any unit did
+        self.has_environment = False  # whether any unit has left variables
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
-        self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
+        self.stopping: dict[Unit, StopOrder] = {}
         self.stops: list[Stop] = []  # that are not answered
-        self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
-        self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
+        self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and the unit that gave it up
+        self._affected: list[tuple[Unit, Unit]] = []  # units to settle, each with the dependency that has changed
 
     # -- what callers may do ------------------------------------------------------------------------------
 
     def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
-        """Register `name` and make it depend on `dependencies`: all of them, or none and an error.
+        """Register `name` and make it depend on all of `dependencies`; if one is refused, on none of them.
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
+        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, requires), ())])
         self._settle_all(unit)
         return unit
 
-    def start(self, member: Member, ticket: Any, timeout: float = 0.0, **asked: Any) -> Claim:
-        """Ask for a unit to be started, within `timeout` seconds (0: no limit); the claim is answered.
+    def start(self, member: Member, ticket: Any, timeout: float = 0.0, **options: Any) -> Claim:
+        """Claim a unit, for at most `timeout` seconds in line (0: no limit). `options` are those of Claim.
 
-        `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
-        TimedOut.
+        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
         unit = self.units.get(check_name(member[0]))
         if unit and unit.is_taken():
-            raise self._already_started(unit, asked.get("owner"))
-        return self._claim([member], ticket, timeout, **asked)[0]
+            raise self._already_started(unit, options.get("owner"))
+        return self._claim([member], ticket, timeout, **options)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
-        """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
-        # Held, so that one that ends before its time has failed, and is forgotten.
-        wants = dict.fromkeys(names, check_requirement(requires))
-        return self._claim([("", wants, ())], ticket, timeout, held=True)[0]
+        """Wait until units meet `requires`, for at most `timeout` seconds (0: no limit)."""
+        # Held, so that the nameless unit fails, and is forgotten, if the claim ends before its time.
+        return self._claim([("", dict.fromkeys(names, requires), ())], ticket, timeout, held=True)[0]
 
     def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None, jobs: int, resume: bool) -> list[Claim]:
-        """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
+        """Claim all units of a plan in one step, and let them depend on what it says and on nothing else.
 
-        At most `jobs` of them are started at once (0: no limit). They depend on these from now on, and on no others. A
-        claim is answered whenever its unit is started or has ended. With `resume`, what has completed is left as it is.
-        Raises Refused, and nothing has changed, while one is started or claimed by somebody who lives, or runs on.
+        At most `jobs` of them are started at once (0: no limit). A claim is answered whenever its unit starts or ends.
+        With `resume`, completed units are left as they are. Raises Refused, and changes nothing: see `_check_free`.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
@@ -2366,82 +2377,80 @@ class Units:
         return self._claim(members, ticket, 0.0, boot=True, jobs=jobs, resume=resume, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
-        """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
+        """Note that the client has the answer to its claim; answer the claims that stood behind it in line."""
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
             self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
-                self._close(unit)
+                self._end_holder(unit)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
-        """End claims, all in one step, the one way in which they end before their time.
+        """End claims before their time, all in one step; there is no other way in which they end so.
 
-        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there
-        is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
+        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there is none, a
+        unit that has not ended fails if the claim was held, else it is pending.
         """
-        ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
+        ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and the reason if the unit fails
         for claim in [claim for claim in claims if not claim.is_over()]:
             reason = self._give_up(claim, why) if claim in claim.unit.line else self._lose(claim)
             if claim.held or claim.unit not in ended:
                 ended[claim.unit] = claim, reason
         for unit, (claim, reason) in ended.items():
-            if unit.status in ENDED and unit.facts.exit_reason != LOST:
+            if unit.status in ENDED or unit.holder:
                 continue
-            if claim.held and not unit.first():
+            if claim.held and not unit.line:
                 self._set(unit, Outcome(FAILED, reason))
-            elif unit.status == STARTED and not unit.holder:
-                asked = unit.facts
+            elif unit.status == STARTED:
+                facts = unit.facts
                 self._set(unit, Outcome(PENDING, "the client that asked for its start was gone"))
-                unit.facts.registered, unit.facts.waiting = asked.registered, asked.waiting
+                unit.facts.registered, unit.facts.waiting = facts.registered, facts.waiting
         self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
-        """End those claims whose time is up."""
+        """End those claims in line whose deadline has passed."""
         now = self.clock()
         self.end_claims([c for c in claims if c in c.unit.line and c.deadline <= now], TIMED_OUT)
 
     def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
-        """End a unit, and its claim unless that is a supervisor's whose command may still run. Return its status.
+        """End a unit, with the claim that holds it, unless that is a supervisor's whose command may still run.
 
-        `claim` is the reporter's on the unit, if it has one. Raises NotRegistered; Refused if the unit has ended
-        otherwise, is being stopped, leaves too many variables, or if the start of `by` was refused.
+        `by` and `claim` are the reporter and its claim on the unit, if it has one. Returns the status of the unit.
+        Raises NotRegistered; Refused if the unit has ended otherwise, is being stopped, leaves too many variables, or
+        if the start of `by` was refused.
         """
         unit, status = self._registered(name), outcome.status
-        claim = claim if claim is unit.holder else None
-        runs_on = claim is not None and claim.held and outcome.running
+        before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
+        holder = claim if claim and claim.held and claim is unit.holder else None
+        supervisor = None if holder else unit.supervisor()
         self._check_environment(unit, outcome.env)
-        if not claim:
+        if not holder:
             self._check_report(unit, status, by)
-        supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
-        if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
-            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED), stopped=False)
-            return unit.status
-        if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
-            return unit.status
-        before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
-        if before not in ENDED:
-            if runs_on:
+        if before not in ENDED and not stopping:  # a unit that is being stopped fails for that reason
+            if holder and outcome.running:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            if supervisor and not supervisor.boot:  # which is notified of every status
+            if supervisor and not supervisor.boot:  # a boot is notified of every status
                 self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
-        if claim and runs_on:
-            self.run_on(claim)
-        elif not supervisor:
-            self._close(unit)
+        if holder and not outcome.running:
+            self.exit(holder, outcome.reason, outcome.exit_code or int(status == FAILED))
+        elif holder and not stopping:
+            self.run_on(holder)
+        elif unit.holder and not unit.holder.supervisor:
+            self._end_holder(unit)
         self._settle_all()
-        if before in ENDED and before != status:
+        if before in ENDED and before == unit.status != status and not (holder and stopping):
+            why = f" ({reason})" if reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
         return unit.status
 
-    def exit(self, claim: Claim, reason: str, code: int, stopped: bool) -> None:
-        """End a supervisor's claim: the command of its unit has ended, with all its processes.
+    def exit(self, claim: Claim, reason: str, code: int, stopped: bool = False) -> None:
+        """End the claim of a supervisor, since no process of the command is left.
 
-        If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
-        itself, otherwise than with 0, it died.
+        If it ran on, its unit fails: with `stopped`, because its supervisor was told to end it, or else, with another
+        `code` than 0, because it died.
         """
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         stopped = unit in self.stopping or (stopped and ran_on)
@@ -2454,68 +2463,69 @@ class Units:
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
             self._record(unit, "exited", reason)
-        self._close(unit, STOPPED if stopped else reason)
+        self._end_holder(unit, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
-        """Let the claim of a supervisor last, since the command of its unit, which has completed, runs on."""
+        """Let a held claim last, or last again, since the command of its unit runs on after the unit has completed."""
         unit = claim.unit
-        if unit.status == COMPLETED and unit.last is claim and claim.held:
+        if unit.status == COMPLETED and unit.last is claim:
             claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
 
     def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
-        """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
+        """Stop units (all if none is named) and all units that depend on them, within `grace` seconds.
 
-        What waits is ended at once. What runs is ended by its supervisor, which is told: dependents first, and all when
-        half of the time is over. The answer: what has `stopped`, in this order, what is `left`, and what `cannot` be
-        stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
+        Units that wait fail at once. Supervisors of the others are told to end their commands: dependents first, and
+        all of them when half of the time is over. The answer has the units that were `stopped`, in this order, those
+        that are `left`, and those that `cannot` be stopped, since they have no supervisor. Raises NotRegistered.
         """
-        self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
-        named = dict.fromkeys(self._these(names))
+        self._check_waits(0 if ticket is None else 1)  # without a ticket it is the agent's own, at its end
+        named = dict.fromkeys(self._selected(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
         alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
         cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
-        stop.unit.line[stop] = None
-        self.waits += 1
+        self._join(stop)
         self.stops.append(stop)
         for unit in affected:
-            claim = unit.supervisor()
-            if claim:
-                self.stopping[unit], stop.units[unit] = claim, None
-                claim.stop_by, claim.tell_by = min(claim.stop_by, deadline), min(claim.tell_by, deadline - grace / 2)
-            elif not unit.holder and any(waiting.held or unit in named for waiting in unit.line):
+            supervisor = unit.supervisor()
+            if supervisor:
+                stop.units[unit] = None
+                order = self.stopping.setdefault(unit, StopOrder(supervisor))
+                order.deadline = min(order.deadline, deadline)
+                order.send_by = min(order.send_by, deadline - grace / 2)
+            elif not unit.holder and any(claim.held or unit in named for claim in unit.line):
                 self._stopped(unit)
-                stop.answer["stopped"].append(unit.name)
+                stop.result["stopped"].append(unit.name)
         self._settle_all()
         return stop
 
     def keep_time(self) -> float:
-        """Go on with stops; return when something of them is due next, on the clock."""
+        """Send the orders and answer the stops that are due; return when to call this again, on the clock."""
         now = self.clock()
-        below = reached([other for unit in self.stopping for other in unit.wants], lambda unit: unit.wants)
-        for unit, claim in self.stopping.items():
-            if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
-                claim.told = claim.stop_by
-                left = round(max(0.0, claim.stop_by - now), 3)
-                self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
+        dependencies = reached([other for unit in self.stopping for other in unit.wants], lambda unit: unit.wants)
+        for unit, order in self.stopping.items():
+            if order.deadline < order.sent and (unit not in dependencies or order.send_by <= now):
+                order.sent = order.deadline
+                left = round(max(0.0, order.deadline - now), 3)
+                self.answer(order.supervisor, Notice("stop", {"unit": unit.name, "grace": left}))
         for stop in self.stops:
             if not stop.is_over() and (not stop.units or stop.end_by <= now):
-                stop.answer["left"] += map(self._running, stop.units)
+                stop.result["left"] += map(self._running, stop.units)
                 self._leave(stop)
-                self.answer(stop, stop.answer)
-        self.stops = [stop for stop in self.stops if not stop.is_over()]  # nor those of who has gone
-        times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
+                self.answer(stop, stop.result)
+        self.stops = [stop for stop in self.stops if not stop.is_over()]  # also without those whose client is gone
+        times = [order.send_by for order in self.stopping.values() if order.deadline < order.sent]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended (all if none is named) pending again, with those skipped because of them.
 
-        Returns the names. Raises NotRegistered, or Refused while one of them is started.
+        Returns their names. Raises NotRegistered, or Refused while one of them is started or its command runs on.
         """
-        todo = self._these(names)
-        for unit in todo:
+        selected = self._selected(names)
+        for unit in selected:
             if unit.status == STARTED:
                 owner = self._owner(unit)
                 by = owner_text(owner, " by ", ", which is no longer running,")
@@ -2523,7 +2533,7 @@ class Units:
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
-        ended = [unit for unit in todo if unit.status in ENDED]
+        ended = [unit for unit in selected if unit.status in ENDED]
         again = reached(ended, lambda unit: [other for other in unit.wanted_by if other.status == SKIPPED])
         for unit in again:
             self._set(unit, Outcome(PENDING))
@@ -2531,23 +2541,23 @@ class Units:
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str) -> None:
-        """Note which process a claim runs, the file with its output, and its probe, if it has one."""
-        known = claim.unit.facts
-        claim.owner = known.owner = owner or claim.owner
-        claim.runs = claim.runs or owner is not None
-        known.log, known.probe, known.probe_error = log, ready, ""
-        known.reason = f"not ready yet: {ready}" if ready else ""
+        """Note the command that a supervisor runs, if known, the file with its output, and its probe, if it has one."""
+        facts = claim.unit.facts
+        claim.owner = facts.owner = owner or claim.owner
+        claim.unit.owner_is_command |= owner is not None
+        facts.log, facts.probe, facts.probe_error = log, ready, ""
+        facts.reason = f"not ready yet: {ready}" if ready else ""
 
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
-        known = claim.unit.facts
-        known.tries = [*known.tries[-999:], self._now()]
+        facts = claim.unit.facts
+        facts.tries = [*facts.tries[-999:], self._now()]
         self._record(claim.unit, "retry", detail)
 
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
+        """Return the dependencies of a unit as they were declared, or, with `unmet_only`, all that it lacks."""
         rows = []
         for other, need in unit.lacks() if unmet_only else unit.wants.items():
             age = round(self._now() - other.since, 3)
@@ -2566,7 +2576,7 @@ class Units:
         return rows
 
     def status(self, name: str) -> UnitStatus:
-        """Return a snapshot of a unit, or of a name that nobody knows, with its dependencies and history."""
+        """Return a snapshot of a unit, also of an unknown one, with its dependencies and history."""
         unit = self.units.get(check_name(name)) or Unit(name, self._now())
         snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
@@ -2578,39 +2588,39 @@ class Units:
         """Return all units in the order in which they became known, and names that were only refused."""
         refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
         rows = {unit: self._snapshot(unit) for unit in [*self.units.values(), *refused]}
-        for unit in [unit for unit in rows if unit.may_run()][:500]:  # to look at more would take too long
+        for unit in [unit for unit in rows if unit.may_run()][:500]:  # to look at more processes would take too long
             rows[unit].owner = self._owner(unit)
         return Graph(self._now(), [*rows.values()])
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Return snapshots by name; `everything` includes names that were only ever wanted."""
-        shown = self.units if everything else {unit.name for unit in self._these()}
+        """Return snapshots of all units by name; `everything` includes names that are not registered."""
+        shown = self.units if everything else {unit.name for unit in self._selected()}
         return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return what all that a unit depends on has left for it; the later in the graph wins. Raises NotRegistered."""
+        """Return the variables that the dependencies of a unit leave it; later ones win. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
-        for other in in_order(unit.wants, lambda unit: unit.wants) if self.left_environment else ():
+        for other in in_order(unit.wants, lambda unit: unit.wants) if self.has_environment else ():
             merged.update(other.facts.environment)
         return merged
 
     def candidates(self, names: Iterable[str]) -> list[str]:
-        """Return the registered names but these and all that depend on them, for suggestions."""
+        """Return all registered names except these and those of units that depend on them, for suggestions."""
         asked = [self.units[name] for name in names if name in self.units]
-        behind = reached(asked, lambda unit: unit.wanted_by)
-        return [unit.name for unit in self._these() if unit not in behind]
+        dependents = reached(asked, lambda unit: unit.wanted_by)
+        return [unit.name for unit in self._selected() if unit not in dependents]
 
     # -- the rules ----------------------------------------------------------------------------------------
 
     def _settle(self, unit: Unit, because: Unit | None = None) -> None:
         """When may a unit start? Here.
 
-        Its requirements are all met and all its locks have a place: the first in line is granted. One of them can
-        not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
-        the dependency that just changed, if only that can have made a difference.
+        If all its requirements are met and all its locks have a place, the first claim in line is granted. If a
+        requirement cannot be met any more, the unit is skipped and all claims are answered. Otherwise it goes on
+        waiting. `because` is the dependency that just changed, if nothing else can have made a difference.
         """
-        if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
+        if unit.status != PENDING:  # claims in line wait until the answer to the one before is delivered
             return
         if unit.unmet or not unit.line:
             self._free(unit)
@@ -2624,11 +2634,11 @@ class Units:
             self._grant(unit, because)
 
     def _skip(self, unit: Unit, cause: Unit) -> None:
-        """Give up a unit because of a dependency that has failed or was skipped."""
+        """Skip a unit because of a dependency that has failed or was skipped."""
         why = cause.facts.reason
         if cause.status == FAILED:
             reason = f'dependency "{cause.name}" failed' + (f" ({why})" if why else "")
-        else:  # what failed in the first place matters most, however long the chain is
+        else:  # of a long chain the first failure matters most
             reason = f'dependency "{cause.name}" was skipped: '
             reason += why if len(reason + why) <= 2 * MAX_REASON else f"... {cause.root}"
         unit.root = cause.root or reason
@@ -2637,19 +2647,19 @@ class Units:
         self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": why}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
-        """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
-        known, claim = unit.facts, next(iter(unit.line))
-        known.ready = self._now() if known.ready is None else known.ready
-        known.released_by = because.name if because else known.released_by
+        """Start a unit whose dependencies are met for the first claim in line, unless a lock has no place."""
+        facts, claim = unit.facts, next(iter(unit.line))
+        facts.ready = self._now() if facts.ready is None else facts.ready
+        facts.released_by = because.name if because else facts.released_by
         if not unit.locks:
-            known.locks = [*claim.locks]
+            facts.locks = [*claim.locks]
             unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
         if any(unit.lacks()):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
             return
         self._leave(claim)
-        known.owner, unit.refused = claim.owner, []
+        facts.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
         for lock in unit.locks:
@@ -2662,7 +2672,7 @@ class Units:
             self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
-        """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
+        """Settle units, then those that wait for a lock which has a place again, then those that a change affects."""
         for unit in units:
             self._settle(unit)
         while self._freed or self._affected:  # no recursion, since chains may be long
@@ -2679,21 +2689,21 @@ class Units:
             self.keep_time()
 
     def _set(self, unit: Unit, outcome: Outcome) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
+        """Give a unit a status, which nothing else does, and update `unmet` of its dependents."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
         if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
             self._free(unit)
-        if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.last = object.__new__(UnitStatus), "", None
+        if status == PENDING:
+            unit.forget_run()
             unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
-        elif unit.facts.ended is None:  # else it completed, and ran on
+        elif unit.facts.ended is None:  # else it completed, and its command ran on
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = outcome.reason, outcome.exit_code
         if outcome.env:
-            unit.facts.environment, self.left_environment = outcome.env, True
+            unit.facts.environment, self.has_environment = outcome.env, True
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
@@ -2706,39 +2716,37 @@ class Units:
         if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
-        if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+        if not unit.name and status != PENDING:  # a wait is over: forget the names that nothing else has mentioned
             waited_for = unit.wants
             self._link(unit, {})
             self._forget(waited_for)
 
     def _stopped(self, unit: Unit) -> None:
-        """Let a unit fail that was stopped: nobody in its line is to run it."""
+        """Fail a unit that was stopped, and refuse the claims in its line."""
         if unit.status != FAILED:
             self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
         self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
-    def _close(self, unit: Unit, how: str = "") -> None:
-        """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
-        claim, unit.holder = unit.holder, None
+    def _end_holder(self, unit: Unit, how: str = "") -> None:
+        """End the claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
+        claim, unit.holder, unit.lost = unit.holder, None, how == LOST
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
-        if claim:
-            claim.lost = how == LOST
         if unit.status != STARTED or (claim and claim.held):
             self._free(unit)
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                if how == LOST:
-                    stop.answer["left"].append(self._running(unit))
+                if unit.lost:
+                    stop.result["left"].append(self._running(unit))
                 else:
-                    stop.answer["stopped"].append(unit.name)
+                    stop.result["stopped"].append(unit.name)
 
     def _give_up(self, claim: Claim, why: str) -> str:
-        """End a claim that waits; return what its unit fails with, if nobody else waits."""
+        """End a claim in line; return the reason with which its unit fails if nobody else waits."""
         unit = claim.unit
         missing = ", ".join(self._waits_for(unit, mark=True))
-        reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
+        reason = one_line(f"lost: {self._process_text(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
         if why == TIMED_OUT:
             reason = one_line(f"timed out waiting for {missing}")
@@ -2753,16 +2761,19 @@ class Units:
         return reason
 
     def _lose(self, claim: Claim) -> str:
-        """End a claim that was granted, whatever becomes of the command; return what its unit fails with."""
-        by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
-        end = "ended without completing"
-        if claim.unit.facts.running_on:
-            end = f"ended; {'that process' if claim.runs else 'its command'} may still run"
-        self._close(claim.unit, LOST)
-        return one_line(f"lost: {by}{self._who(claim.owner) or 'the process that held it'} {end}")
+        """End a granted claim; return the reason with which its unit fails: at once if its command ran on."""
+        unit, ran_on = claim.unit, claim.unit.facts.running_on
+        by = f"the {'boot' if claim.boot else 'run'} that ran " if unit.owner_is_command else ""
+        command = "that process" if unit.owner_is_command else "its command"
+        end = f"ended; {command} may still run" if ran_on else "ended without completing"
+        reason = one_line(f"lost: {by}{self._process_text(claim.owner) or 'the process that held it'} {end}")
+        self._end_holder(unit, LOST)
+        if ran_on:
+            self._set(unit, Outcome(FAILED, reason))
+        return reason
 
     def _free(self, unit: Unit) -> None:
-        """Take a unit out of the lines of locks, and pass on those that it has."""
+        """Take a unit out of the lines of locks, and free those that it has."""
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken.pop(unit, None)
@@ -2773,20 +2784,20 @@ class Units:
 
     # -- small parts --------------------------------------------------------------------------------------
 
-    def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
-        """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
+    def _declare(self, members: Sequence[Member], replace: bool = False) -> list[Unit]:
+        """Register units and add their dependencies, all or none; `replace` drops the dependencies that they had.
 
         Raises CycleError or Refused, which is remembered for `why`.
         """
         known = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
-            edges = {unit: self._edges(unit, wants, anew) for unit, (_, wants, _) in zip(units, members)}
+            edges = {unit: self._edges(unit, wants, replace) for unit, (_, wants, _) in zip(units, members)}
             if self.edges + sum(len(wants) - len(unit.wants) for unit, wants in edges.items()) > MAX_EDGES:
                 raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
-            new = [unit for unit, wants in edges.items() if wants != unit.wants]
-            # What nobody wants is in no cycle.
-            suspects = [unit for unit in new if anew or unit.wanted_by or unit in edges[unit]]
+            changed = [unit for unit, wants in edges.items() if wants != unit.wants]
+            # A unit that nothing depends on is in no cycle.
+            suspects = [unit for unit in changed if replace or unit.wanted_by or unit in edges[unit]]
             in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
             for name in [*self.units][known:]:
@@ -2801,14 +2812,14 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
-        dropped = [other for unit in new for other in unit.wants]
-        for unit in new:
+        before = [other for unit in changed for other in unit.wants]
+        for unit in changed:
             self._link(unit, edges[unit])
-        self._forget(dropped)
+        self._forget(before)
         return units
 
     def _named(self, name: str) -> Unit:
-        """Return the unit with a name, which is known from now on."""
+        """Return the unit with this name; make it known if it is new."""
         if name not in self.units:
             check_name(name)
             if len(self.units) >= MAX_UNITS:
@@ -2816,9 +2827,9 @@ class Units:
             self.units[name] = Unit(name, self._now())
         return self.units[name]
 
-    def _edges(self, unit: Unit, wants: dict[str, str], anew: bool) -> dict[Unit, str]:
+    def _edges(self, unit: Unit, wants: dict[str, str], replace: bool) -> dict[Unit, str]:
         """Return the edges that a unit is to have. Raises Refused."""
-        edges = {} if anew else {**unit.wants}
+        edges = {} if replace else {**unit.wants}
         for name, requires in wants.items():
             there = edges.setdefault(self._named(name), check_requirement(requires))
             if there != requires:
@@ -2826,7 +2837,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want these, and no others."""
+        """Give a unit these edges in place of those that it had."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -2838,7 +2849,7 @@ class Units:
             del other.wanted_by[unit]
 
     def _forget(self, units: Iterable[Unit]) -> None:
-        """Forget names that nobody has registered and nobody wants any more."""
+        """Forget units that are not registered and that no unit depends on any more."""
         for unit in units:
             if unit.status == NOT_REGISTERED and not unit.wanted_by:
                 self.units.pop(unit.name, None)
@@ -2851,30 +2862,27 @@ class Units:
         boot: bool = False,
         jobs: int = 0,
         resume: bool = False,
-        **asked: Any,
+        **options: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each, and see how far that leads."""
+        """Declare units, put a claim in the line of each, and settle them."""
         self._check_waits(0 if boot else len(members))
         locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
         if max(map(len, locks), default=0) > MAX_LOCKS:
             raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
-        units = self._declare(members, anew=boot)
-        deadline = self.clock() + timeout if timeout else NEVER
-        places = (Lock("", jobs),) if jobs else ()
+        units = self._declare(members, replace=boot)
+        options["deadline"] = self.clock() + timeout if timeout else NEVER
+        options["places"] = (Lock("", jobs),) if jobs else ()
         claims = []
-        for unit, its in zip(units, locks):
+        for unit, names in zip(units, locks):
             if resume and unit.status == COMPLETED:
                 continue
-            if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
+            if boot or unit.status in ENDED:  # it begins again, and units that depend on it wait again
                 self._set(unit, Outcome(PENDING))
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
-                unit.facts.locks = [*its]
-            claim = Claim(unit, ticket, **asked)
-            claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
-            unit.line[claim] = None
-            self.waits += not boot
-            claims.append(claim)
+                unit.facts.locks = [*names]
+            claims.append(Claim(unit, ticket, boot=boot, locks=names, **options))
+            self._join(claims[-1])
         self._settle_all(*units)
         for claim in claims:
             if claim in claim.unit.line:
@@ -2882,7 +2890,7 @@ class Units:
         return claims
 
     def _check_waits(self, more: int) -> None:
-        """Raise Refused if there may not be so many more claims in line."""
+        """Raise Refused if there may not be `more` further claims in line."""
         if more and self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
@@ -2894,13 +2902,13 @@ class Units:
             raise error
         return unit
 
-    def _these(self, names: Iterable[str] = ()) -> list[Unit]:
-        """Return units by name, or all that are registered. Raises NotRegistered."""
+    def _selected(self, names: Iterable[str] = ()) -> list[Unit]:
+        """Return units by name, or all registered units. Raises NotRegistered."""
         units = dict.fromkeys(self._registered(name) for name in names)
         return [*units] or [unit for unit in self.units.values() if unit.status != NOT_REGISTERED]
 
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
-        """Return what a unit lacks, five at most, in words; with `mark`, also that a name is not registered."""
+        """Return in words what a unit lacks, five items at most; `mark` names that are not registered."""
         from itertools import islice
 
         words = []
@@ -2911,22 +2919,27 @@ class Units:
                 words.append(other.name + (" (not registered)" if mark and other.status == NOT_REGISTERED else ""))
         return words
 
+    def _join(self, claim: Claim) -> None:
+        """Put a claim at the end of the line of its unit."""
+        claim.unit.line[claim] = None
+        self.waits += not claim.boot
+
     def _leave(self, claim: Claim) -> None:
         """Take a claim out of the line of its unit."""
         del claim.unit.line[claim]
         self.waits -= not claim.boot
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
-        """Answer all claims that still wait in line; a boot is notified of the status itself."""
+        """End all claims in line with an error; a boot is notified of the status of the unit instead."""
         for claim in [*unit.line]:
             self._leave(claim)
             if not claim.boot:
                 self.answer(claim, error)
 
-    # -- who has a unit -----------------------------------------------------------------------------------
+    # -- owners -------------------------------------------------------------------------------------------
 
     def _check_free(self, unit: Unit) -> None:
-        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        """Raise Refused if no boot may claim a unit: a living process has started or claimed it, or may run it."""
         started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
         if unit.holder and not started:
             earlier = " from an earlier boot" if unit.holder.boot else ""
@@ -2934,12 +2947,11 @@ class Units:
         if claim or (started and (by is None or self.alive(by) is not False)):
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
-        last = unit.last
-        if by and last and last.lost and last.runs and self.alive(by):
+        if by and unit.lost and unit.owner_is_command and self.alive(by):
             raise Refused(f"{unit.still_runs()}, and its supervisor is gone: end that process first")
 
     def _already_started(self, unit: Unit, *by: Owner | None) -> AlreadyStarted:
-        """Return the error for starts that are too many; who asked for them is remembered: the last hundred."""
+        """Return the error for starts of a started unit; remember the last hundred processes that asked for one."""
         unit.refused = [*unit.refused, *filter(None, by)][-100:]
         owner, holder = self._owner(unit), unit.holder
         own = [other for other in by if other and owner and (other.pid, other.born) == (owner.pid, owner.born)]
@@ -2952,28 +2964,27 @@ class Units:
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
-        """Raise Refused if a report does not count: of a second copy of a script, or on what is being stopped."""
+        """Raise Refused if a report does not count: from a second copy of a script, or during a stop."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
-            raise Refused(
-                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
-                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
-                "another shell"
-            )
+            why = f"its start was refused, because the unit was started{owner_text(owner, ' by ')}"
+            text = f"a report of {self._process_text(by)} does not count: {why}"
+            hint = "if it is to be ended all the same, call from another shell"
+            raise Refused(f'unit "{unit.name}": {text}; {hint}')
         if unit in self.stopping and unit.status == STARTED and status == COMPLETED:
             raise Refused(f'unit "{unit.name}" is being stopped and cannot become {status}')
 
     def _check_environment(self, unit: Unit, env: dict[str, str]) -> None:
-        """Raise Refused if a unit leaves too many variables for those that depend on it."""
+        """Raise Refused if the variables of all units would be too large with those that a unit leaves."""
         left = [env, *(other.facts.environment for other in self.units.values() if other is not unit)] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             text = f"all units may leave an environment of {MAX_ENVIRONMENT} characters at most"
             raise Refused(f'unit "{unit.name}": {text}')
 
     @staticmethod
-    def _who(owner: Owner | None) -> str:
-        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
+    def _process_text(owner: Owner | None) -> str:
+        """Return a process for the beginning of a sentence, with its command in parentheses; nothing for None."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
 
     def _owner(self, unit: Unit) -> Owner | None:
@@ -2988,7 +2999,7 @@ class Units:
     def _running(self, unit: Unit) -> Running:
         return Running(unit.name, self._owner(unit))
 
-    # -- what is known ------------------------------------------------------------------------------------
+    # -- snapshots and events -----------------------------------------------------------------------------
 
     def _now(self) -> float:
         """Return the seconds since the agent began."""
@@ -3005,11 +3016,12 @@ class Units:
         return row
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
+        """Add an event to the history, and call back with it."""
         if unit.name:
             self.seq += 1
             event = self.events[self.seq] = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail)
             self.events.pop(self.seq - MAX_EVENTS, None)
-            self.tell(event)
+            self.on_event(event)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3529,7 +3541,7 @@ class Agent:
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
-        member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
+        member = (unit, dict.fromkeys(dependencies, requires), locks)
         by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
         claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
         if pid and owner:
@@ -4066,8 +4078,8 @@ class Host(Record):
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
-        if stop and stop.answer["left"]:
-            self.agent.log.say(f"still running: {some_names([row.unit for row in stop.answer['left']])}", 0)
+        if stop and stop.result["left"]:
+            self.agent.log.say(f"still running: {some_names([row.unit for row in stop.result['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
         """Tell who waits that it is over; remove the files."""
