@@ -8060,7 +8060,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
         family.scan(coder_sync.Processes)
-        assert family.left() == []
+        assert family.pids() == []
         family.terminate_others(), family.kill()
     assert other.poll() is None
 
