@@ -5998,22 +5998,22 @@ TEXTS = """
 30s in all (1 failed, 2 skipped, 2 still running, 3 not
 started); critical path: base 10s -> web 20s (100% of it)
 ? timeline: services: 74
-            0            1m00s         2m00s
-* apt-base  █████████                                 40s completed
-  cache     █──────────────────────                  1.0s stopped at 1m40s
-  clone     ██│██│███                                 40s completed
-  db        █████────────────────────────────────     20s running on
-  ends      █████████████████████████████████████   2m40s stopping
-  gate      █──────                                  1.0s exited at 30s
-  q         █────────────────────                    1.0s lost at 1m30s
-  proxy     ██────────────────                       9.0s died at 1m20s
-* apt-tools ▒▒▒▒▒▒▒▒▒█████                            20s completed
-* tools     ░░░░░░░░░░░░░███████│██                   40s completed
-  up        ░░░░░░░░░░░░░░░░░░░░█████████████████   1m10s probing
-* ide       ░░░░░░░░░░░░░░░░░░░░░░░██████████████   1m00s running
-  web       ░░░░░░░░░░░░░░░░░░░░░░░█████████████│   1m00s probing
-  site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
-  shell       ░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
+            0           45s         1m30s       2m15s
+* apt-base  ███████████                                     40s completed
+  cache     █──────────────────────────                    1.0s stopped
+  clone     ██│███│████                                     40s completed
+  db        █████──────────────────────────────────────     20s running on
+  ends      ███████████████████████████████████████████   2m40s stopping
+  gate      █───────                                       1.0s exited
+  q         █───────────────────────                       1.0s lost
+  proxy     ███───────────────────                         9.0s died
+* apt-tools ▒▒▒▒▒▒▒▒▒▒██████                                20s completed
+* tools     ░░░░░░░░░░░░░░░░████████│██                     40s completed
+  up        ░░░░░░░░░░░░░░░░░░░░░░░░███████████████████   1m10s probing
+* ide       ░░░░░░░░░░░░░░░░░░░░░░░░░░█████████████████   1m00s running
+  web       ░░░░░░░░░░░░░░░░░░░░░░░░░░███████████████│█   1m00s probing
+  site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
+  shell       ░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
 2m40s in all (1 died, 1 stopped, 1 lost, 4 still running, 2 not started);
@@ -6058,16 +6058,16 @@ apt    2m05s   2m05s  0       before and now
 
 4m12s in all before, 4m42s now: +30s
 ? compare: broken: before
-UNIT    BEFORE        NOW          CHANGE  CRITICAL PATH
-cache   -             30s started  -
-data    15s           5.0s failed  -
-idle    -             pending      -
-lint    -             pending      -
-mail    -             skipped      -
-report  -             skipped      -
-slow    failed        pending      -
-web     9.0s started  20s started  -       before and now
-base    10s           10s          0       now
+UNIT    BEFORE   NOW      CHANGE  CRITICAL PATH
+cache   -        started  -
+data    15s      failed   -
+idle    -        pending  -
+lint    -        pending  -
+mail    -        skipped  -
+report  -        skipped  -
+slow    failed   pending  -
+web     started  started  -       before and now
+base    10s      10s      0       now
 
 19s in all before, 30s now: not every unit completed
 ? tree: broken
@@ -6105,23 +6105,22 @@ g M38.2 54V162; m 38.2,48 0; g M114.2 54V162; m 114.2,48 1s; g M190.2 54V162; m 
 266.2,48 3s; g M342.2 54V162; m 342.2,48 4s; g M418.2 54V162; m 418.2,48 5s; g M494.2 54V162; m 494.2,48 6s; g M570.2 \
 54V162; m 570.2,48 7s; g M646.2 54V162; m 646.2,48 8s; g M722.2 54V162; m 722.2,48 9s; g M798.2 54V162; m 798.2,48 10s
 "<a>" completed 6.0s ago after running 3.0s in 3 tries; started at once
-    y 0.0,62 987.2x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t 190.2,64 2.0x16; t 304.2,64 2.0x16;  860.2,76 \
+    y 0.0,62 994.6x20; h 8.0,76 <a>; completed k 114.2,66 228.0x12; t 190.2,64 2.0x16; t 304.2,64 2.0x16;  860.2,76 \
 3.0s; m 868.2,76 completed
 "c" failed 8.0s ago after running 0ms: say "&"; started at once
-    z 0.0,82 987.2x20;  8.0,96 c; w 190.2,89 2.0x6; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: \
+    z 0.0,82 994.6x20;  8.0,96 c; w 190.2,89 2.0x6; failed 190.3,86 2.0x12;  860.2,96 0ms; failed 868.2,96 failed: \
 say "&"
 "b" completed 1.0s ago after running 5.0s; started after waiting 3.0s, last for <a>
-    y 0.0,102 987.2x20; h 8.0,116 b; w 114.2,109 38.0x6; l 152.2,109 190.0x6; completed k 342.2,106 380.0x12;  \
+    y 0.0,102 994.6x20; h 8.0,116 b; w 114.2,109 38.0x6; l 152.2,109 190.0x6; completed k 342.2,106 380.0x12;  \
 860.2,116 5.0s; m 868.2,116 completed
 "f" started 1.0s ago, at once; it is runs on
-    z 0.0,122 987.2x20; h 8.0,136 f; started k 722.2,126 76.0x12;  860.2,136 1.0s; m 868.2,136 running on
+    z 0.0,122 994.6x20; h 8.0,136 f; started k 722.2,126 76.0x12;  860.2,136 1.0s; m 868.2,136 started: runs on
 "d" was skipped 7.0s ago: c
-    y 0.0,142 987.2x20;  8.0,156 d; skipped 190.2,149 76.0x6;  860.2,156 1.0s; m 868.2,156 skipped: c
+    y 0.0,142 994.6x20;  8.0,156 d; w 190.2,149 76.0x6;  860.2,156 1.0s; m 868.2,156 skipped: c
 c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as a service; w 192.0,181 24.0x6; m \
 222.0,188 waits; l 376.0,181 24.0x6; m 406.0,188 waits for a lock; started 560.0,178 24.0x12; m 590.0,188 runs; t \
-744.0,176 2.0x16; m 774.0,188 another try; skipped 8.0,201 24.0x6; m 38.0,208 skipped; completed 192.0,198 24.0x12; m \
-222.0,208 completed; failed 376.0,198 24.0x12; m 406.0,208 failed; completed k 560.0,198 24.0x12; m 590.0,208 on the \
-critical path
+744.0,176 2.0x16; m 774.0,188 another try; completed 8.0,198 24.0x12; m 38.0,208 completed; failed 192.0,198 24.0x12; \
+m 222.0,208 failed; completed k 376.0,198 24.0x12; m 406.0,208 on the critical path
 ? why: services: tools, db, site
 "site" has not started: for 2m40s it has been waiting for "web".
 "web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
@@ -6352,7 +6351,7 @@ def test_a_timeline_fits_its_width_and_has_all_units_in_the_order_they_started()
         assert started == sorted(times) + [None] * (len(known) - len(times))
         for width in (40, 47, 100, 400):
             lines = coder_sync.timeline_text(graph, width, unicode=unicode).splitlines()
-            widths = [coder_sync.wide(line) for line in lines]
+            widths = [coder_sync.text_width(line) for line in lines]
             assert width - 8 <= max(widths) <= width or not known, (width, unicode)
             assert len(lines) >= len(known) + 3 or not known
 
@@ -6389,7 +6388,7 @@ def test_the_critical_path_leads_to_the_last_end_without_a_gap() -> None:
 
 def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of a text of 12 pixels in a font whose columns are 7.25 pixels wide."""
-    x, y, width = number(text, "x"), number(text, "y"), 7.25 * coder_sync.wide(text.text or "")
+    x, y, width = number(text, "x"), number(text, "y"), 7.25 * coder_sync.text_width(text.text or "")
     x -= {"end": width, "middle": width / 2}.get(text.get("text-anchor", ""), 0.0)
     return x, y - 10, x + width, y + 3
 
@@ -6515,13 +6514,13 @@ def test_a_tree_is_bounded_in_depth_and_breadth() -> None:
 def test_why_goes_down_a_chain_to_its_end_and_names_not_too_many() -> None:
     lines = coder_sync.why_text(CHAIN, ["u0"]).splitlines()
     assert lines[:2] == [f'"u{i}" has not started: for 1m00s it has been waiting for "u{i + 1}".' for i in range(2)]
-    assert lines[8:10] == ["(4991 more like these)", '"u4999" started 1m00s ago, at once; it is still running.']
-    assert lines[10] == f"    held up: {', '.join(f'u{i}' for i in range(4998, 4978, -1))} and 4979 more"
-    assert coder_sync.why_text(CHAIN).splitlines() == lines[9:]
+    assert lines[20:22] == ["(4979 more like these)", '"u4999" started 1m00s ago, at once; it is still running.']
+    assert lines[22] == f"    held up: {', '.join(f'u{i}' for i in range(4998, 4978, -1))} and 4979 more"
+    assert coder_sync.why_text(CHAIN).splitlines() == lines[21:]
     several = [unit(f"b{i}", wants=[f"c{j}" for j in range(30)]) for i in range(30)]
     graph = startup_of(0, unit("a", 0, wants=[f"b{i}" for i in range(30)]), *several)
     lines = coder_sync.why_text(graph, ["a"]).splitlines()
-    assert len(lines) == 8 + 1 + 20 + 1 and lines[0].endswith('"b19" and 10 more.')
+    assert len(lines) == 20 + 1 + 20 + 1 and lines[0].endswith('"b19" and 10 more.')
     assert lines[-1] == "(10 more like these)"
 
 
@@ -6530,7 +6529,7 @@ def test_why_without_a_name_is_quick_and_short_for_a_thousand_units() -> None:
     layers = [unit(name, 0, wants=names[n - 1]) for n in range(1, 10) for name in names[n]]
     pairs = [unit(f"task number {i}", 0, wants=[f"misspelt number {i}"]) for i in range(1000)]
     for graph, count in (
-        (startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers), 7),
+        (startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers), 22),
         (startup_of(99, *pairs), 50 * 3 + 1),
     ):
         began = time.process_time()
@@ -8060,9 +8059,9 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(coder_sync.Processes)
-        assert family.left() == []
-        family.tell_others(), family.kill()
+        family.scan(coder_sync.Processes)
+        assert family.pids() == []
+        family.terminate_others(), family.kill()
     assert other.poll() is None
 
 
@@ -8072,9 +8071,9 @@ def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: 
     family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
     family.first = False
     del hidden.births[other.pid]
-    assert family.look(lambda: hidden)
-    hidden.dead_groups.add(other.pid)
-    assert not family.look(lambda: hidden)
+    assert family.scan(lambda: hidden)
+    hidden.zombie_groups.add(other.pid)
+    assert not family.scan(lambda: hidden)
 
 
 @NAMESPACES
@@ -9020,7 +9019,7 @@ def test_the_readme_names_every_command_and_is_as_narrow_and_short_as_a_page() -
     for command in coder_sync.COMMANDS:
         assert f"`{command}" in README, command
     lines = README.splitlines()
-    assert len(lines) <= 400 and max(map(coder_sync.wide, lines)) <= 120
+    assert len(lines) <= 400 and max(map(coder_sync.text_width, lines)) <= 120
 
 
 # A startup of the README, with stand-ins for what needs a network; PACE scales how long they take.
